@@ -1,0 +1,152 @@
+"""Text scores against values worked by hand, nltk's own BLEU and, where installed, sacrebleu."""
+
+import math
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from med3dvlm.metrics import text
+
+REPORTS = [
+    "There is a 22 mm nodule in the right upper lobe.",
+    "No pleural effusion; heart size is normal (5.5 cm).",
+    "Ill-defined, hypodense mass in segment 7 of the liver - 30 mm!",
+    "The lungs are clear & without consolidation or nodule.",
+]
+
+
+def shuffled_pairs() -> tuple[list[str], list[str]]:
+    """Predictions that share some of the references' words, in part in order."""
+    generator = random.Random(0)
+    predictions, references = [], []
+    for _ in range(30):
+        reference = generator.choice(REPORTS) + " " + generator.choice(REPORTS)
+        words = reference.split()
+        start = generator.randrange(len(words) - 6)
+        predictions.append(
+            " ".join(words[start : start + generator.randrange(5, 12)] + generator.choice(REPORTS).split()[:3])
+        )
+        references.append(reference)
+    return predictions, references
+
+
+def test_13a_splits_punctuation_but_not_decimals() -> None:
+    words = text.tokenize_13a("Mass (5.5 mm), liver-dome; &lt;2 cm. 3-4")
+    assert words == ["Mass", "(", "5.5", "mm", ")", ",", "liver-dome", ";", "<", "2", "cm", ".", "3", "-", "4"]
+
+
+def test_bleu_by_hand() -> None:
+    # the the the the / the cat is here: one "the" counts, 1 of 4; as long as the reference, so no brevity penalty.
+    assert text.bleu(["the the the the"], ["the cat is here"]) == pytest.approx(1 / 4)
+    # a b / a b c d: both words match; half as long, so exp(1 - 4/2).
+    assert text.bleu(["a b"], ["a b c d"]) == pytest.approx(math.exp(-1))
+    # bigrams: a b c / a b d: unigrams 2/3, bigrams 1/2.
+    assert text.bleu(["a b c"], ["a b d"], order=2) == pytest.approx(math.sqrt(2 / 3 * 1 / 2))
+    assert text.bleu([""], ["a"]) == 0
+    # The mean of samples (1 and 0), not the pooled 2 of 4.
+    assert text.bleu(["a b", "c d"], ["a b", "e f"]) == pytest.approx(0.5)
+
+
+def test_bleu_equals_nltk() -> None:
+    from nltk.translate.bleu_score import corpus_bleu, sentence_bleu
+
+    predictions, references = shuffled_pairs()
+    ours, theirs = [list(map(text.tokenize_13a, texts)) for texts in (predictions, references)]
+    scores = text.corpus_bleu(predictions, references)
+    for order in (1, 2, 3, 4):
+        weights = (1 / order,) * order
+        expected = corpus_bleu([[reference] for reference in theirs], ours, weights)
+        assert scores[f"corpus_bleu{order}"] == pytest.approx(expected, abs=1e-12)
+    expected = sum(sentence_bleu([r], p, (1.0,)) for p, r in zip(ours, theirs, strict=True)) / len(ours)
+    assert text.bleu(predictions, references) == pytest.approx(expected, abs=1e-12)
+
+
+def test_bleu_equals_sacrebleu() -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    tokenizer = pytest.importorskip("sacrebleu.tokenizers.tokenizer_13a").Tokenizer13a()
+    predictions, references = shuffled_pairs()
+    for prediction in predictions + REPORTS:
+        assert " ".join(text.tokenize_13a(prediction)) == tokenizer(prediction)
+    expected = sacrebleu.corpus_bleu(predictions, [references], smooth_method="none").score / 100
+    assert text.corpus_bleu(predictions, references)["corpus_bleu4"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_rouge_by_hand() -> None:
+    # Prediction: a nodule is in the lung (6 words); reference: the lung has a nodule (5 words).
+    scores = text.rouge(["A nodule is in the lung."], ["The lung has a nodule"])
+    assert scores["rouge1"] == pytest.approx(2 * 4 / (6 + 5))  # a, nodule, the, lung
+    assert scores["rouge2"] == pytest.approx(2 * 2 / (5 + 4))  # "a nodule", "the lung"
+    assert scores["rougeL"] == pytest.approx(2 * 2 / (6 + 5))  # longest common subsequence: 2 words
+
+
+def test_exact_match_and_token_f1_set_case_and_punctuation_aside() -> None:
+    assert text.exact_match(["Right  lung."], ["right lung"]) == 1
+    assert text.exact_match(["1.5 mm", "15 mm"], ["15 mm", "15 mm"]) == 0.5
+    assert text.token_f1(["the right lung"], ["Right lung!"]) == pytest.approx(2 * 2 / 5)
+    assert text.token_f1(["", "", "a"], ["", "a", "b"]) == pytest.approx(1 / 3)
+
+
+def test_collapse() -> None:
+    assert text.collapse(["Same.", "same", "Same!", "other"]) == {"distinct": 0.5, "commonest": 0.75}
+    with pytest.raises(ValueError, match="at least one"):
+        text.collapse([])
+
+
+def test_text_scores_without_wordnet_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "_find_wordnet", lambda: None)
+    scores = text.text_scores(REPORTS, REPORTS)
+    assert "meteor" not in scores and "wordnet-base" in scores["unavailable"]["meteor"]
+    assert all(scores[name] == 1 for name in ("bleu1", "corpus_bleu4", "rouge1", "rougeL", "exact_match", "token_f1"))
+    assert scores["samples"] == len(REPORTS)
+    with pytest.raises(RuntimeError, match="METEOR needs WordNet"):
+        text.meteor(REPORTS, REPORTS)
+
+
+def test_meteor_with_this_machines_wordnet() -> None:
+    if reason := text.meteor_available():
+        pytest.skip(reason)
+    # Two words in one chunk: F 1, penalty 0.5 * (1/2)^3.
+    assert text.meteor(["big mass"], ["big mass"]) == pytest.approx(1 - 0.5 / 8)
+    # A synonym counts in full, if the Porter stemmer leaves it as it is: nltk looks synonyms up by stem.
+    assert text.meteor(["tumour mass"], ["tumor mass"]) == pytest.approx(1 - 0.5 / 8)
+    assert text.meteor(["word"], ["other"]) == 0
+    assert text.text_scores(["a b"], ["a b"])["unavailable"] == {}
+
+
+def test_meteor_reads_plain_wordnet_files_without_lexnames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's wordnet-base has no `lexnames`; a WordNet of one synset stands for it here."""
+    empty = ["cntlist.rev", *(f"{part}.exc" for part in ("adj", "adv", "noun", "verb"))]
+    parts = ["noun", "verb", "adv"]
+    for name in empty + [f"{kind}.{part}" for kind in ("data", "index") for part in parts]:
+        (tmp_path / name).write_text("")
+    line = "{offset:08d} 00 a 02 big 0 tall 0 000 | above average in size  \n"
+    header = "  1 WordNet 3.0 Copyright 2006 by Princeton University.\n"
+    (tmp_path / "data.adj").write_text(header + line.format(offset=len(header)))
+    (tmp_path / "index.adj").write_text("".join(f"{word} a 1 0 1 0 {len(header):08d}  \n" for word in ("big", "tall")))
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
+    assert text.meteor_available() is None
+    assert text.meteor(["big mass"], ["tall mass"]) == pytest.approx(1 - 0.5 / 8)
+    assert text.meteor(["wide mass"], ["tall mass"]) == pytest.approx(0.5 * 0.5)  # one of two words, one chunk
+
+
+def test_wrong_input() -> None:
+    with pytest.raises(ValueError, match="1 predictions and 2 references"):
+        text.bleu(["a"], ["a", "b"])
+    with pytest.raises(ValueError, match="0 predictions"):
+        text.text_scores([], [])
+    with pytest.raises(ValueError, match="put it in a list"):
+        text.rouge("abc", ["a", "b", "c"])
+
+
+def test_import_is_light() -> None:
+    import subprocess
+
+    code = (
+        "import sys, med3dvlm.metrics.text; print([m for m in ('nltk', 'rouge_score', 'evaluate') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() in ("[]", "")
