@@ -1,0 +1,116 @@
+"""CT phantoms with reports, questions and labels, written in the layouts of M3D-Cap and M3D-VQA: the embedded default of demo and tests.
+
+A patient has one body and one or two series of it (plane, phase); patients are split, not series. No two studies share a report.
+"""
+
+import logging
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from med3dvlm.datasets import m3d
+from med3dvlm.datasets.phantom.anatomy import PHASES, REGIONS, Acquisition, Body, Finding, draw
+from med3dvlm.datasets.phantom.wording import KINDS, Questioner, kinds_of, text_only_baselines, write_report
+from med3dvlm.records import Question, Study
+
+__all__ = ["Acquisition", "Body", "Finding", "draw", "plan_phantoms", "text_only_baselines", "write_phantoms"]
+
+logger = logging.getLogger(__name__)
+
+FINDING_COUNTS = (0.04, 0.30, 0.34, 0.22, 0.10)  # probability of 0, 1, 2, ... findings
+PLANE_SHARES = {"axial": 0.49, "coronal": 0.17, "sagittal": 0.17, "oblique": 0.17}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about one study but its voxels."""
+
+    study: Study
+    questions: tuple[Question, ...]
+    body: Body
+    acquisition: Acquisition
+
+
+def plan_phantoms(studies: int, seed: int = 0, detail: float = 1.0) -> list[Plan]:
+    """Decide every study: 100 or a fifth (the smaller) for test, a twentieth for validation, the rest for training."""
+    if studies < 10:
+        raise ValueError(f"a phantom data set needs at least 10 studies, not {studies}, to fill its three splits")
+    random = np.random.default_rng(seed)
+    test = min(100, studies // 5)
+    sizes = {"test": test, "validation": max(1, studies // 20)}
+    sizes["train"] = studies - sum(sizes.values())
+    plans: list[Plan] = []
+    for split, size in sizes.items():
+        questioner, reports, done, phases = Questioner(random), set(), 0, _cycle(PHASES, random)
+        while done < size:
+            patient = f"{len(plans):06d}"
+            body = _body(random)
+            for series in range(min(1 + (random.random() < 0.35), size - done)):
+                plane, phase = str(random.choice(list(PLANE_SHARES), p=list(PLANE_SHARES.values()))), next(phases)
+                report = write_report(body, plane, phase, random)
+                while report in reports:
+                    report = write_report(body, plane, phase, random)
+                reports.add(report)
+                name = f"{plane.capitalize()}_{phase.replace(' ', '_').replace('-', '_')}_{series}"
+                labels = {kind: int(any(finding.kind == kind for finding in body.findings)) for kind in KINDS}
+                name = f"ct_case/{patient}/{name}"
+                study = Study(name, patient, f"M3D_Cap/{name}.nii.gz", report, labels, split, "phantom")
+                questions = tuple(questioner.ask(study.id, body, plane, phase))
+                plans.append(Plan(study, questions, body, Acquisition(plane, phase, int(random.integers(2**31)), detail)))
+                done += 1
+    return plans
+
+
+def _cycle(values, random):  # type: ignore[no-untyped-def]
+    """Each value equally often, in random order."""
+    while True:
+        yield from random.permutation(values).tolist()
+
+
+def _body(random: np.random.Generator) -> Body:
+    sizes = np.array([len(kinds_of(region)) for region in REGIONS])
+    region = str(random.choice(REGIONS, p=sizes / sizes.sum()))  # every kind of finding about equally often
+    count = random.choice(len(FINDING_COUNTS), p=FINDING_COUNTS)
+    taken: set[str] = set()
+    findings = []
+    for kind in random.choice(kinds_of(region), size=count, replace=False):
+        facts = KINDS[str(kind)]
+        place = str(random.choice([place for place in facts["places"] if place not in taken or len(facts["places"]) < 4]))
+        taken.add(place)
+        size = int(random.integers(facts["size_mm"][0], facts["size_mm"][1] + 1)) if "size_mm" in facts else 0
+        findings.append(Finding(str(kind), place, size, int(random.integers(1, facts.get("number", 1) + 1))))
+    return Body(region, tuple(findings), int(random.integers(2**31)))
+
+
+def write_phantoms(root: str | Path, studies: int = 800, seed: int = 0, detail: float = 1.0, workers: int = 2) -> list[Study]:
+    """Write volumes, reports, questions and labels under `root`; a volume that is there already is kept, so that a killed run continues."""
+    root = Path(root)
+    plans = plan_phantoms(studies, seed, detail)
+    with ProcessPoolExecutor(workers) as pool:
+        jobs = pool.map(partial(_write_volume, root), plans, chunksize=8)
+        for _ in tqdm(jobs, total=len(plans), unit="study", desc="phantoms"):
+            pass
+    m3d.write(root, [plan.study for plan in plans], [question for plan in plans for question in plan.questions])
+    return [plan.study for plan in plans]
+
+
+def _write_volume(root: Path, plan: Plan) -> None:
+    import nibabel as nib
+
+    path = root / plan.study.image
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas = draw(plan.body, plan.acquisition)
+    affine = np.eye(4)
+    affine[:3, :3] = canvas.directions[:, ::-1]  # a NIfTI counts columns first: (w, h, d)
+    affine[:3, 3] = canvas.corner
+    image = nib.Nifti1Image(canvas.array.astype(np.int16).transpose(2, 1, 0), affine)
+    image.header.set_xyzt_units("mm")
+    aside = path.with_name("part-" + path.name)
+    nib.save(image, aside)
+    aside.replace(path)

@@ -1,0 +1,124 @@
+"""What is said about a phantom: its report, its questions, and how well those can be answered from the text alone."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+
+import numpy as np
+import yaml
+
+from med3dvlm.datasets.phantom.anatomy import PHASES, PLANES, Body, Finding
+from med3dvlm.records import Question
+
+KINDS: dict[str, dict] = yaml.safe_load(files(__package__).joinpath("findings.yaml").read_text(encoding="utf-8"))  # type: ignore[type-arg]
+
+TECHNIQUE = (
+    "{Plane} CT of the {region}, {phase}.",
+    "CT of the {region} in the {plane} plane, {phase}.",
+    "{Plane} {region} CT: {phase}.",
+)
+PHASE_WORDS = {
+    "non-contrast": ("without contrast", "non-contrast"),
+    "arterial phase": ("arterial phase", "in the arterial phase"),
+    "portal venous phase": ("portal venous phase", "in the portal venous phase"),
+    "delayed phase": ("delayed phase", "in the delayed phase"),
+}
+COUNTS = {1: "one", 2: "two", 3: "three"}
+ASKED = {
+    "plane": ("Which plane is this scan?", "What is the imaging plane?"),
+    "phase": ("Which contrast phase is this?", "What is the phase of contrast?"),
+    "organ": ("Which organ is abnormal?", "Which organ shows an abnormality?"),
+    "abnormality": ("What abnormality is seen?", "Which abnormality does the scan show?"),
+    "location": ("Where is the {name}?", "What is the location of the {name}?"),
+    "yes_no": ("Is there a {name}?", "Does the scan show a {name}?"),
+}
+
+
+def kinds_of(region: str) -> list[str]:
+    return [kind for kind, facts in KINDS.items() if facts["region"] == region]
+
+
+def write_report(body: Body, plane: str, phase: str, random: np.random.Generator) -> str:
+    """Technique, then every finding, then one to three things that are not there, in random order and wording."""
+    technique = str(random.choice(TECHNIQUE)).format(
+        Plane=plane.capitalize(), plane=plane, region=body.region, phase=random.choice(PHASE_WORDS[phase])
+    )
+    sentences = [_sentence(finding, random) for finding in body.findings]
+    missing = [kind for kind in kinds_of(body.region) if kind not in {finding.kind for finding in body.findings}]
+    for kind in random.choice(missing, size=random.integers(1, 4), replace=False):
+        sentences.append(str(random.choice(KINDS[kind]["absent"])))
+    random.shuffle(sentences)
+    return " ".join([technique, *sentences])
+
+
+def _sentence(finding: Finding, random: np.random.Generator) -> str:
+    words = {"place": finding.place, "size": finding.size_mm, "count": COUNTS[finding.count]}
+    text = str(random.choice(KINDS[finding.kind]["present"])).format(**words)
+    if finding.count > 1:
+        text = text.replace("nodule", "nodules", 1)
+    return text[0].upper() + text[1:]
+
+
+class Questioner:
+    """Asks about one study after another and keeps the answers balanced, so that nothing can be guessed from the text.
+
+    The answer is the one given least so far among those that fit the study. A wrong choice is drawn as often as it is right elsewhere:
+    then four choices say nothing about which of them is the answer.
+    """
+
+    def __init__(self, random: np.random.Generator) -> None:
+        self.random = random
+        self.given: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def ask(self, study: str, body: Body, plane: str, phase: str) -> list[Question]:
+        """The study's questions: those that have an answer, at most one of each kind, and two yes/no questions."""
+        present = {finding.kind: finding for finding in body.findings}
+        questions = []
+        # Most scans are axial; asking about the plane of each would make "axial" the answer to guess.
+        others = [self.given["plane"][name] for name in PLANES if name != plane]
+        if self.given["plane"][plane] <= min(others):
+            questions.append(self._closed(study, "plane", "plane", [plane], PLANES))
+        questions.append(self._closed(study, "phase", "phase", [phase], PHASES))
+        if present:
+            questions.append(self._closed(study, "organ", "organ", [KINDS[kind]["organ"] for kind in present], ORGANS))
+            questions.append(self._closed(study, "abnormality", "abnormality", [KINDS[kind]["name"] for kind in present], NAMES))
+            located = [kind for kind in present if len(KINDS[kind]["places"]) == 4]
+            if located:
+                kind = str(self.random.choice(located))
+                places = KINDS[kind]["places"]
+                questions.append(self._closed(study, "location", kind, [present[kind].place], places, name=KINDS[kind]["name"]))
+            yes = min(self.random.permutation(sorted(present)), key=lambda kind: self.given["yes"][kind])
+            missing = self.random.permutation([kind for kind in kinds_of(body.region) if kind not in present])
+            no = min(missing, key=lambda kind: self.given["no"][kind] - self.given["yes"][kind])
+            for answer, kind in (("Yes", yes), ("No", no)):
+                self.given[answer.lower()][kind] += 1
+                questions.append(Question(study, "abnormality", self._text("yes_no", KINDS[kind]["name"]), ("Yes", "No"), answer))
+        return questions
+
+    def _closed(self, study: str, kind: str, ledger: str, right: Sequence[str], known: Sequence[str], name: str = "") -> Question:
+        answer = min(self.random.permutation(sorted(set(right))), key=lambda text: self.given[ledger][text])
+        self.given[ledger][answer] += 1
+        others = [text for text in known if text not in right]
+        weights = np.array([1.0 + self.given[ledger][text] for text in others])
+        wrong = self.random.choice(others, size=3, replace=False, p=weights / weights.sum())
+        choices = tuple(str(text).capitalize() for text in self.random.permutation([answer, *wrong]))
+        return Question(study, kind, self._text(kind, name), choices, str(answer).capitalize())
+
+    def _text(self, kind: str, name: str) -> str:
+        return str(self.random.choice(ASKED[kind])).format(name=name)
+
+
+ORGANS = sorted({facts["organ"] for facts in KINDS.values()})
+NAMES = sorted(facts["name"] for facts in KINDS.values())
+
+
+def text_only_baselines(train: Iterable[Question], test: Iterable[Question]) -> dict[str, float]:
+    """Accuracy by kind of the best guess without the volume: the choice that answered this very question most often in training."""
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in train:
+        seen[question.text][question.answer] += 1
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for question in test:
+        guess = max(question.choices, key=lambda choice: seen[question.text][choice])
+        hits["yes/no" if question.yes_no else question.kind].append(guess == question.answer)
+    return {kind: sum(values) / len(values) for kind, values in sorted(hits.items())}
