@@ -1,0 +1,209 @@
+"""Med3DVLM: vision encoder -> projector -> any causal language model (Med3DVLM paper, section 3.2 and Figure 1).
+
+Image features replace the placeholder tokens by mask, and their number is checked; nothing here names a family of language models.
+
+Shapes: B conversations; L tokens; N image tokens; E width of the language model; V its vocabulary.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from med3dvlm.contrastive import Med3DCLIP
+from med3dvlm.encoders import Size, build_encoder
+from med3dvlm.processing import IGNORED
+from med3dvlm.projectors import build_projector
+
+IMAGE_SPLICES = ("mask", "published")
+
+
+class Med3DVLMConfig(PretrainedConfig):
+    """Settings of a Med3DVLM.
+
+    Args:
+        encoder, encoder_options, size: the vision encoder, as in Med3DCLIPConfig.
+        projector, projector_depth: see `build_projector`.
+        text_config: configuration of the language model, any type that AutoModelForCausalLM knows.
+        image_token_id: the placeholder's id; it may lie beyond the language model's vocabulary, since it is never looked up.
+        image_splice: "mask", or "published" for weights converted from the released model, which was trained with the
+            image one position late: the first placeholder keeps its embedding and the first word is lost.
+    """
+
+    model_type = "med3dvlm"
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        encoder: str = "dcformer_small",
+        encoder_options: dict[str, Any] | None = None,
+        size: Size = (128, 256, 256),
+        projector: str = "mixer",
+        projector_depth: int = 2,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        image_token_id: int = 0,
+        image_splice: str = "mask",
+        **kwargs: Any,
+    ) -> None:
+        if image_splice not in IMAGE_SPLICES:
+            raise ValueError(f"image_splice {image_splice!r} is unknown; known: {', '.join(IMAGE_SPLICES)}")
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.encoder = encoder
+        self.encoder_options = encoder_options or {}
+        self.size = tuple(size)
+        self.projector = projector
+        self.projector_depth = projector_depth
+        self.text_config = text_config
+        self.image_token_id = image_token_id
+        self.image_splice = image_splice
+        super().__init__(**kwargs)
+
+    @cached_property
+    def num_image_tokens(self) -> int:
+        """Placeholders that one volume takes: the tokens of the projector on the encoder's grids."""
+        with torch.device("meta"):
+            return int(self._build_projector(build_encoder(self.encoder, **self.encoder_options)).num_tokens)
+
+    def _build_projector(self, encoder: Any) -> nn.Module:
+        low, high = (depth * height * width for depth, height, width in encoder.grids(self.size)[-2:])
+        return build_projector(self.projector, (low, high), encoder.widths[-2:], self.text_config.hidden_size, self.projector_depth)
+
+    def to_dict(self) -> dict[str, Any]:
+        settings = super().to_dict()
+        settings.pop("num_image_tokens", None)  # derived
+        return settings
+
+
+@dataclass
+class Med3DVLMOutput(ModelOutput):
+    """`logits` (B, L, V), or (labelled positions, V) when labels are given: only those are computed."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Med3DVLM(PreTrainedModel, GenerationMixin):
+    """A language model that reads a 3D scan."""
+
+    config_class = Med3DVLMConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(
+        self, config: Med3DVLMConfig, vision_encoder: nn.Module | None = None, language_model: PreTrainedModel | None = None
+    ) -> None:
+        super().__init__(config)
+        self.vision_encoder: Any = vision_encoder if vision_encoder is not None else build_encoder(config.encoder, **config.encoder_options)
+        self.projector = config._build_projector(self.vision_encoder)
+        self.language_model: Any = language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
+        self._tied_weights_keys = {
+            f"language_model.{one}": f"language_model.{other}" for one, other in (self.language_model._tied_weights_keys or {}).items()
+        }
+        self.post_init()
+
+    @classmethod
+    def from_parts(cls, clip: Med3DCLIP, language_model: PreTrainedModel, image_token_id: int, **settings: Any) -> "Med3DVLM":
+        """The encoder of a stage-1 model, a new projector and a pretrained language model."""
+        shared = {key: getattr(clip.config, key) for key in ("encoder", "encoder_options", "size")}
+        config = Med3DVLMConfig(**shared, text_config=language_model.config, image_token_id=image_token_id, **settings)
+        return cls(config, clip.vision_encoder, language_model)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every part brings its own initialisation."""
+
+    def train(self, mode: bool = True) -> "Med3DVLM":
+        """A frozen encoder stays in evaluation mode: its batch norm must not follow the batches."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.vision_encoder.parameters()):
+            self.vision_encoder.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def encode_image(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1, D, H, W) -> the tokens of the last two stages, (B, n_low, C_low) and (B, n_high, C_high)."""
+        low, high = self.vision_encoder(pixel_values)[-2:]
+        return low, high
+
+    def embed(self, input_ids: Tensor, image_features: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Token embeddings with the image's in place of the placeholders: (B, L) -> (B, L, E).
+
+        Raises:
+            ValueError: placeholders and image features differ in number.
+        """
+        placeholders = input_ids == self.config.image_token_id
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+        if image_features is None:
+            if placeholders.any():
+                raise ValueError(f"the text has {int(placeholders.sum())} image tokens, but no volume was given")
+            return embeds
+        image = self.projector(*image_features).to(embeds.dtype)  # (B, N, E)
+        rows, per_row = placeholders.any(dim=1).sum(), placeholders.sum(dim=1)
+        if int(rows) != image.shape[0] or not bool(((per_row == image.shape[1]) | (per_row == 0)).all()):
+            raise ValueError(
+                f"image tokens and image features do not match: the text has {per_row.tolist()} placeholders in its rows, "
+                f"{image.shape[0]} volumes give {image.shape[1]} features each"
+            )
+        if self.config.image_splice == "published":
+            # The released model writes features to positions 1..N although the placeholders stand at 0..N-1.
+            first = self.get_input_embeddings()(input_ids[:, :1])
+            return torch.cat([first, image, embeds[:, image.shape[1] + 1 :]], dim=1)
+        return embeds.masked_scatter(placeholders.unsqueeze(-1), image)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: tuple[Tensor, Tensor] | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Med3DVLMOutput:
+        """Next-token logits, or the loss over the labelled tokens.
+
+        Args:
+            input_ids, attention_mask, labels: (B, L); a label of -100 is left out.
+            pixel_values: (B, 1, D, H, W), or instead
+            image_features: what `encode_image` gave for them.
+            num_items_in_batch: labelled tokens of the whole step, by which the loss is divided when gradients are accumulated.
+        """
+        if pixel_values is not None:
+            image_features = self.encode_image(pixel_values)
+        embeds = self.embed(input_ids, image_features)
+        hidden = self.language_model.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        head = self.get_output_embeddings()
+        if labels is None:
+            return Med3DVLMOutput(logits=head(hidden))
+        wanted = labels[:, 1:] != IGNORED  # position i predicts token i + 1
+        logits = head(hidden[:, :-1][wanted]).float()  # (labelled, V)
+        total = nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum")
+        return Med3DVLMOutput(loss=total / (num_items_in_batch if num_items_in_batch is not None else wanted.sum()), logits=logits)
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The language model's `generate`, with its arguments, after the image; gives the new tokens alone. Pad batches on the left."""
+        if pixel_values is not None:
+            image_features = self.encode_image(pixel_values)
+        embeds = self.embed(input_ids, image_features)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
