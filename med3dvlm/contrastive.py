@@ -116,22 +116,41 @@ class Med3DCLIP(PreTrainedModel):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L) -> (B, P), L2-normalised."""
-        return nn.functional.normalize(self.text_projection(self.pool_text(input_ids, attention_mask)), dim=-1)
+        return self.project_text(self.pool_text(input_ids, attention_mask))
 
     def pool_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, L) -> (B, width of the text encoder)."""
+        """(B, L) -> (B, C), C the width of the text encoder."""
         hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, C)
         if self.config.text_pooling == "cls":
             return hidden[:, 0]
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
 
+    def project_text(self, pooled: Tensor) -> Tensor:
+        """(B, C) -> (B, P), L2-normalised."""
+        return nn.functional.normalize(self.text_projection(pooled), dim=-1)
+
+    def train(self, mode: bool = True) -> "Med3DCLIP":
+        """A frozen text encoder stays in evaluation mode, without dropout."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.text_encoder.parameters()):
+            self.text_encoder.eval()
+        return self
+
     def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, return_loss: bool = True, **_: Any
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        text_features: Tensor | None = None,
+        return_loss: bool = True,
     ) -> Med3DCLIPOutput:
-        """One pair a row: `pixel_values` (B, 1, D, H, W), `input_ids` and `attention_mask` (B, L)."""
+        """One pair a row: `pixel_values` (B, 1, D, H, W) with `input_ids` and `attention_mask` (B, L), or with what `pool_text` gave for them."""
         image_embeds = self.encode_image(pixel_values)
-        text_embeds = self.encode_text(input_ids, attention_mask)
+        if text_features is None:
+            assert input_ids is not None and attention_mask is not None
+            text_features = self.pool_text(input_ids, attention_mask)
+        text_embeds = self.project_text(text_features)
         loss = self.contrast(image_embeds, text_embeds) if return_loss else None
         return Med3DCLIPOutput(loss=loss, image_embeds=image_embeds, text_embeds=text_embeds)
 

@@ -6,6 +6,7 @@ words; after tokenising, its one token becomes `num_image_tokens` placeholders. 
 Shapes: B conversations, L tokens.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,43 +45,56 @@ class Med3DVLMProcessor(ProcessorMixin):
         """One conversation -> {"input_ids", "labels"}, each L long.
 
         Args:
-            generate: end with the opening of the assistant's turn.
+            generate: end with the opening of the assistant's turn; nothing is cut.
             image: the conversation is about a volume.
             max_length: whole trailing turns, then trailing text, are cut to this many tokens; image tokens never.
 
         Raises:
             ValueError: the image and the first question do not fit in `max_length`, or the chat template rewrites earlier turns.
         """
-        messages = [dict(message) for message in messages]
-        if image:
-            first = next((message for message in messages if message["role"] == "user"), None)
-            if first is None:
-                raise ValueError("a conversation about a volume needs a user message, where the volume stands")
+        placeholders = [self.image_token_id] * self.num_image_tokens if image else None
+        coded, _ = self._encode(messages, generate, placeholders, max_length)
+        return coded
+
+    def _encode(
+        self, messages: Sequence[Message], generate: bool, inserted: list[int] | None, max_length: int | None
+    ) -> tuple[dict[str, list[int]], int]:
+        """The conversation with `inserted` in the image's place, and how many tokens it has up to the end of that."""
+        input_ids, labels = self._tokenize(messages, generate, inserted is not None)
+        shared = 0
+        if inserted is not None:
+            place = input_ids.index(self.image_token_id)
+            shared = place + len(inserted)
+            input_ids[place : place + 1] = inserted
+            labels[place : place + 1] = [IGNORED] * len(inserted)
+        if max_length is None or len(input_ids) <= max_length or generate:
+            return {"input_ids": input_ids, "labels": labels}, shared
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(turns) > 1:
+            return self._encode(messages[: turns[-2] + 1], generate, inserted, max_length)
+        answer = next(index for index, label in enumerate(labels) if label != IGNORED)
+        if answer >= max_length:
+            raise ValueError(f"{max_length} tokens do not hold the image ({shared} tokens) and the question ({answer - shared} tokens); raise max_length")
+        return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}, shared
+
+    def _tokenize(self, messages: Sequence[Message], generate: bool, image: bool) -> tuple[list[int], list[int]]:
+        """Ids and labels with the image still one token, which stands before the first user message's words."""
+        placed = [dict(message) for message in messages]
+        first = next((message for message in placed if message["role"] == "user"), None)
+        if image and first is None:
+            raise ValueError("a conversation about a volume needs a user message, where the volume stands")
+        if any(self.image_token in message["content"] for message in placed):
+            raise ValueError(f"messages must not contain the image token {self.image_token}; the volume's place is given by itself")
+        if image and first is not None:
             first["content"] = self.image_token + first["content"]
-        text = self._render(messages, generate)
+        text = self._render(placed, generate)
+        spans = self._assistant_spans(placed, text)
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans = self._assistant_spans(messages, text)
         labels = [
-            token if any(start < stop and begin <= start and stop <= end for begin, end in spans) else IGNORED
+            token if any(begin <= start < stop <= end for begin, end in spans) else IGNORED
             for token, (start, stop) in zip(coded["input_ids"], coded["offset_mapping"], strict=True)
         ]
-        input_ids = list(coded["input_ids"])
-        placed = [index for index, token in enumerate(input_ids) if token == self.image_token_id]
-        if len(placed) != int(image):
-            raise ValueError(f"a conversation holds the image token {self.image_token} {int(image)} times, not {len(placed)}; take it out of the messages")
-        for index in placed:
-            input_ids[index : index + 1] = [self.image_token_id] * self.num_image_tokens
-            labels[index : index + 1] = [IGNORED] * self.num_image_tokens
-        if max_length is not None and len(input_ids) > max_length:
-            last = input_ids[::-1].index(self.image_token_id) if image else 0
-            if image and len(input_ids) - last >= max_length:
-                raise ValueError(f"{max_length} tokens do not hold the image ({self.num_image_tokens} tokens) and a question; raise max_length")
-            turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-            if len(turns) > 1 and not generate:
-                whole = [{**message, "content": message["content"].removeprefix(self.image_token)} for message in messages[: turns[-2] + 1]]
-                return self.encode(whole, generate, image, max_length)
-            input_ids, labels = input_ids[:max_length], labels[:max_length]
-        return {"input_ids": input_ids, "labels": labels}
+        return list(coded["input_ids"]), labels
 
     def _render(self, messages: Sequence[Message], generate: bool) -> str:
         text: str = self.tokenizer.apply_chat_template(
@@ -98,6 +112,40 @@ class Med3DVLMProcessor(ProcessorMixin):
                     raise ValueError("the chat template rewrites earlier turns, so the assistant's words cannot be found; set a plainer chat_template")
                 spans.append((len(before), len(through)))
         return spans
+
+    def branch(
+        self, conversations: Sequence[Sequence[Message]], max_length: int | None = None, context: str | None = None
+    ) -> dict[str, list[int]]:
+        """Several conversations about one volume as one row: they share everything up to the image, and do not see each other.
+
+        Gives `input_ids`, `labels`, `position_ids` (each branch continues after the image) and `branches` (0 for the shared part, then 1, 2, ...),
+        from which `branch_mask` makes the attention mask. The image is encoded and attended to once, and a model trained so answers
+        a question as if it were the first.
+
+        Args:
+            max_length: of each conversation.
+            context: a text in the image's place, which is then learned as well: language modelling without a volume.
+        """
+        if context is None:
+            inserted = [self.image_token_id] * self.num_image_tokens
+        else:
+            inserted = self.tokenizer(context, add_special_tokens=False)["input_ids"]
+        row: dict[str, list[int]] = {}
+        for number, messages in enumerate(conversations, start=1):
+            coded, shared = self._encode(messages, False, inserted, max_length)
+            if not row:
+                row = {key: values[:shared] for key, values in coded.items()}
+                row |= {"position_ids": list(range(shared)), "branches": [0] * shared}
+                if context is not None:
+                    row["labels"] = list(row["input_ids"])
+            if row["input_ids"][:shared] != coded["input_ids"][:shared]:
+                raise ValueError("conversations about one volume must begin alike up to the image; give all of them the same system message")
+            rest = len(coded["input_ids"]) - shared
+            row["input_ids"] += coded["input_ids"][shared:]
+            row["labels"] += coded["labels"][shared:]
+            row["position_ids"] += range(shared, shared + rest)
+            row["branches"] += [number] * rest
+        return row
 
     def __call__(  # type: ignore[override]
         self,
@@ -121,11 +169,21 @@ class Med3DVLMProcessor(ProcessorMixin):
     def pad(self, rows: Sequence[dict[str, list[int]]], left: bool) -> dict[str, torch.Tensor]:
         """Rows of different length -> tensors (B, L)."""
         length = max(len(row["input_ids"]) for row in rows)
-        batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        fillers = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED, "position_ids": 0, "branches": -1}
+        batch: dict[str, list[list[int]]] = defaultdict(list)
         for row in rows:
             missing = length - len(row["input_ids"])
-            full = {**row, "attention_mask": [1] * len(row["input_ids"])}
-            for key, filler in (("input_ids", self.pad_token_id), ("attention_mask", 0), ("labels", IGNORED)):
-                filled = [filler] * missing
-                batch[key].append(filled + full[key] if left else full[key] + filled)
+            for key, values in {**row, "attention_mask": [1] * len(row["input_ids"])}.items():
+                filled = [fillers[key]] * missing
+                batch[key].append(filled + values if left else values + filled)
         return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+def branch_mask(branches: torch.Tensor) -> torch.Tensor:
+    """(B, L) branch numbers -> (B, 1, L, L), True where the token of a row may see that of a column.
+
+    A token sees the shared part and its own branch, never what comes later. Padding (-1) sees its own kind, so that no row is empty.
+    """
+    query, key = branches[:, :, None], branches[:, None, :]
+    earlier = torch.ones(branches.shape[1], branches.shape[1], dtype=torch.bool, device=branches.device).tril()
+    return (((key == 0) | (key == query)) & earlier).unsqueeze(1)

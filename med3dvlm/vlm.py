@@ -168,13 +168,15 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         image_features: tuple[Tensor, Tensor] | None = None,
         labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Med3DVLMOutput:
         """Next-token logits, or the loss over the labelled tokens.
 
         Args:
-            input_ids, attention_mask, labels: (B, L); a label of -100 is left out.
+            input_ids, labels: (B, L); a label of -100 is left out.
+            attention_mask: (B, L), or (B, 1, L, L) from `branch_mask`, then with `position_ids` (B, L).
             pixel_values: (B, 1, D, H, W), or instead
             image_features: what `encode_image` gave for them.
             num_items_in_batch: labelled tokens of the whole step, by which the loss is divided when gradients are accumulated.
@@ -182,7 +184,8 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             image_features = self.encode_image(pixel_values)
         embeds = self.embed(input_ids, image_features)
-        hidden = self.language_model.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        decoder = self.language_model.get_decoder()
+        hidden = decoder(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
         head = self.get_output_embeddings()
         if labels is None:
             return Med3DVLMOutput(logits=head(hidden))

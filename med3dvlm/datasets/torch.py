@@ -1,0 +1,148 @@
+"""Prepared data -> what a trainer draws batches from: pairs for the contrastive stage, conversations for the language stages.
+
+Everything is a function of (seed, epoch, study): the order of workers and processes changes nothing.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.preprocessing import dequantize
+from med3dvlm.processing import Med3DVLMProcessor, Message, branch_mask
+from med3dvlm.prompts import REPORT_PROMPTS, closed_answer, closed_prompt
+from med3dvlm.records import Question, Study
+
+
+class PairDataset(Dataset[dict[str, Any]]):
+    """{"volume": (1, D, H, W) uint8, "text": the report, "id"} of every study of a split.
+
+    Where `text_features` (studies, C) is set, a row has the report's as "text_features" too.
+    """
+
+    text_features: Tensor | None = None
+
+    def __init__(self, data: PreparedData, split: str) -> None:
+        self.data = data
+        self.studies = data.studies(split)
+
+    def __len__(self) -> int:
+        return len(self.studies)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        study = self.studies[index]
+        row = {"volume": self.data.volume(study), "text": study.report, "id": study.id}
+        if self.text_features is not None:
+            row["text_features"] = self.text_features[index]
+        return row
+
+
+class PairCollator:
+    """Rows of a PairDataset -> `pixel_values` (B, 1, D, H, W) and either `input_ids`, `attention_mask` (B, L) or `text_features` (B, C)."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        coded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        return {key: coded[key] for key in ("input_ids", "attention_mask")}
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        volumes = dequantize(torch.stack([row["volume"] for row in rows]))
+        if "text_features" in rows[0]:
+            return {"pixel_values": volumes, "text_features": torch.stack([row["text_features"] for row in rows])}
+        return {"pixel_values": volumes, **self.tokenize([row["text"] for row in rows])}
+
+
+class ConversationDataset(Dataset[dict[str, Any]]):
+    """One row a study: its volume and conversations about it, each as if it were the first (see Med3DVLMProcessor.branch).
+
+    A row holds every question in its open form, and with the given probabilities the report, a question with its choices spelled out,
+    and a conversation of two questions, from which the model learns to keep what was said in mind.
+
+    Args:
+        yes_no: ask the yes/no questions too (stage 3).
+        reports, closed, follow_ups: probabilities.
+        features: (study) -> image features computed before, instead of the volume.
+        image: False puts the report's text in the volume's place, which teaches a new language model its words.
+    """
+
+    def __init__(
+        self,
+        data: PreparedData,
+        split: str,
+        yes_no: bool,
+        reports: float = 1.0,
+        closed: float = 0.5,
+        follow_ups: float = 0.25,
+        seed: int = 0,
+        features: Callable[[Study], tuple[Tensor, Tensor]] | None = None,
+        image: bool = True,
+    ) -> None:
+        self.data, self.yes_no, self.reports, self.closed, self.follow_ups = data, yes_no, reports, closed, follow_ups
+        self.seed, self.epoch, self.features, self.image = seed, 0, features, image
+        self.studies = data.studies(split)
+        self.asked: dict[str, list[Question]] = defaultdict(list)
+        for question in data.questions(split):
+            if yes_no or not question.yes_no:
+                self.asked[question.study].append(question)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer: every epoch words its conversations anew."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.studies)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        study = self.studies[index]
+        row: dict[str, Any] = {"id": study.id, "conversations": self.conversations(index)}
+        if not self.image:
+            row["context"] = study.report
+        elif self.features is not None:
+            row["features"] = self.features(study)
+        else:
+            row["volume"] = self.data.volume(study)
+        return row
+
+    def conversations(self, index: int) -> list[list[Message]]:
+        study = self.studies[index]
+        random = np.random.default_rng((self.seed, self.epoch, index))
+        turns = [_turn(question.text, question.answer) for question in self.asked[study.id]]
+        rows = list(turns)
+        if random.random() < self.reports or not rows:
+            rows.append(_turn(str(random.choice(REPORT_PROMPTS)), study.report))
+        with_choices = [question for question in self.asked[study.id] if not question.yes_no]
+        if with_choices and random.random() < self.closed:
+            question = with_choices[random.integers(len(with_choices))]
+            rows.append(_turn(closed_prompt(question.text, question.choices), closed_answer(question.choices, question.answer)))
+        if len(turns) > 1 and random.random() < self.follow_ups:
+            first, second = random.choice(len(turns), size=2, replace=False)
+            rows.append(turns[first] + turns[second])
+        return rows
+
+
+def _turn(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+class ConversationCollator:
+    """Rows of a ConversationDataset -> the arguments of Med3DVLM.forward."""
+
+    def __init__(self, processor: Med3DVLMProcessor, max_length: int) -> None:
+        self.processor, self.max_length = processor, max_length
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        branched = [self.processor.branch(row["conversations"], self.max_length, row.get("context")) for row in rows]
+        batch: dict[str, Any] = self.processor.pad(branched, left=False)
+        batch["attention_mask"] = branch_mask(batch.pop("branches"))
+        if "features" in rows[0]:
+            batch["image_features"] = tuple(torch.stack(level) for level in zip(*(row["features"] for row in rows), strict=True))
+        elif "volume" in rows[0]:
+            batch["pixel_values"] = dequantize(torch.stack([row["volume"] for row in rows]))
+        return batch

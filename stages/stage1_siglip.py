@@ -1,0 +1,82 @@
+"""Stage 1: vision encoder and text encoder learn from pairs of volume and report (Med3DVLM paper, section 3.2.1).
+
+    deepspeed stages/stage1_siglip.py --config stages/configs/demo/stage1_siglip.yaml
+    python stages/stage1_siglip.py --config stages/configs/smoke/stage1_siglip.yaml --learning_rate 1e-3
+
+Writes a Med3DCLIP with its tokenizer and VolumeProcessor. Started again, it continues from the last whole checkpoint.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from med3dvlm import Med3DCLIP, Med3DCLIPConfig
+from med3dvlm.checkpoints import locate_model, save_model
+from med3dvlm.datasets.features import fingerprint, frozen_features
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.torch import PairCollator, PairDataset
+from med3dvlm.training import StageArguments, StageTrainer, finish, parse_arguments, run_training, train_only
+
+
+@dataclass
+class Stage1Arguments(StageArguments):
+    encoder: str = field(default="dcformer_small", metadata={"help": "see `med3dvlm encoders`"})
+    encoder_options: dict | str | None = field(default=None, metadata={"help": "overrides of the encoder's arguments, as JSON"})
+    image_stages: int = field(default=1, metadata={"help": "last stages of the encoder that are pooled"})
+    text_encoder: str = field(default="medicalai/ClinicalBERT", metadata={"help": "directory, hub id, or package:NAME"})
+    text_pooling: str = field(default="cls", metadata={"help": "cls or mean"})
+    train_text: bool = field(default=True, metadata={"help": "train the text encoder too, as the paper does"})
+    max_text_length: int = field(default=512, metadata={"help": "tokens of a report"})
+    projection_dim: int = field(default=768, metadata={"help": "width of the common space"})
+    loss: str = field(default="siglip", metadata={"help": "siglip or clip"})
+    logit_scale: float | None = field(default=None, metadata={"help": "initial log temperature"})
+    logit_bias: float | None = field(default=None, metadata={"help": "initial bias"})
+
+
+def main() -> None:
+    arguments = parse_arguments(Stage1Arguments)
+    data = PreparedData(arguments.data, arguments.exclude_failures)
+    pairs = PairDataset(data, "train")
+
+    torch.manual_seed(arguments.seed)
+    text_encoder = locate_model(arguments.text_encoder)
+    tokenizer = AutoTokenizer.from_pretrained(text_encoder)
+    config = Med3DCLIPConfig(
+        encoder=arguments.encoder,
+        encoder_options=arguments.encoder_options,
+        size=data.processor.size,
+        image_stages=arguments.image_stages,
+        text_pooling=arguments.text_pooling,
+        projection_dim=arguments.projection_dim,
+        loss=arguments.loss,
+        logit_scale=arguments.logit_scale,
+        logit_bias=arguments.logit_bias,
+    )
+    model = Med3DCLIP.from_text_encoder(config, text_encoder)
+    train_only(model, lambda name: arguments.train_text or not name.startswith("text_encoder."))
+    collator = PairCollator(tokenizer, arguments.max_text_length)
+
+    if arguments.cache_features and not arguments.train_text:
+        model.eval()
+        name = fingerprint(model.text_encoder, str(data.summary["fingerprint"]), arguments.text_pooling)
+        with arguments.main_process_first(local=False):
+            (pairs.text_features,) = frozen_features(
+                Path(arguments.data) / "features" / f"text-{name}.safetensors",
+                len(pairs),
+                lambda rows: [model.pool_text(**collator.tokenize([pairs.studies[row].report for row in rows]))],
+                description="texts",
+            )
+
+    trainer = StageTrainer(model=model, args=arguments, train_dataset=pairs, data_collator=collator, processing_class=tokenizer)
+    run_training(trainer, arguments, str(data.summary["fingerprint"]))
+    if trainer.is_world_process_zero():
+        save_model(arguments.output_dir, model, tokenizer, data.processor)
+    finish()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    main()
