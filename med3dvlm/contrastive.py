@@ -94,8 +94,9 @@ class Med3DCLIP(PreTrainedModel):
         pooled = sum(self.vision_encoder.widths[-config.image_stages :])
         self.image_projection = nn.Linear(pooled, config.projection_dim)
         self.text_projection = nn.Linear(self.text_encoder.config.hidden_size, config.projection_dim)
-        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale)))
-        self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)), requires_grad=config.loss == "siglip")
+        # One element each, not zero dimensions: DeepSpeed cannot broadcast a scalar parameter.
+        self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale)))
+        self.logit_bias = nn.Parameter(torch.full((1,), float(config.logit_bias)), requires_grad=config.loss == "siglip")
         self.post_init()
 
     @classmethod
@@ -157,8 +158,8 @@ class Med3DCLIP(PreTrainedModel):
     def contrast(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """The loss of this process's pairs against the texts of all processes; its mean over processes is that of the whole batch."""
         if self.config.loss == "siglip":
-            return self._loss_function(image_embeds, text_embeds, self.logit_scale.exp(), self.logit_bias)
-        return self._loss_function(image_embeds, text_embeds, self.logit_scale.exp())
+            return self._loss_function(image_embeds, text_embeds, self.logit_scale.exp(), self.logit_bias).squeeze()
+        return self._loss_function(image_embeds, text_embeds, self.logit_scale.exp()).squeeze()
 
     @cached_property
     def _loss_function(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What the stage scripts share: arguments from YAML and command line, what trains, a trainer that survives being killed, and the record of a run."""
+"""What the stage scripts share: arguments, what trains, a trainer that survives being killed, and the record of a run."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
@@ -15,11 +16,19 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
-from torch import nn
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from med3dvlm.datasets.features import fingerprint, frozen_features
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset
 from med3dvlm.encoders import count_parameters
+from med3dvlm.preprocessing import dequantize
+from med3dvlm.processing import Med3DVLMProcessor
+from med3dvlm.vlm import Med3DVLM
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +40,29 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "open_cl
 class StageArguments(TrainingArguments):
     """transformers' TrainingArguments and what every stage needs besides. Every field is a key of the YAML and a flag."""
 
+    remove_unused_columns: bool = field(default=False, metadata={"help": "the collators take what they need from a row"})
     data: str = field(default="", metadata={"help": "prepared data, see `med3dvlm prepare`"})
     exclude_failures: bool = field(default=False, metadata={"help": "train without the studies that could not be prepared"})
-    cache_features: bool = field(default=False, metadata={"help": "compute a frozen tower's output once a study and keep it in <data>/features"})
+    cache_features: bool = field(
+        default=False, metadata={"help": "compute a frozen tower's output once a study and keep it in <data>/features"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.save_total_limit == 1:
+            raise ValueError(
+                "save_total_limit must be at least 2: while a checkpoint is being written, the whole one before it has to stay"
+            )
+        super().__post_init__()
+
+
+@dataclass
+class ConversationArguments(StageArguments):
+    """What the stages of the language model need besides."""
+
+    max_length: int = field(default=1024, metadata={"help": "tokens of a conversation, image tokens included"})
+    reports: float = field(default=1.0, metadata={"help": "share of rows with the report as an answer"})
+    closed: float = field(default=0.5, metadata={"help": "share of rows with a question whose choices are spelled out"})
+    follow_ups: float = field(default=0.25, metadata={"help": "share of rows with two questions in one conversation"})
 
 
 Arguments = TypeVar("Arguments", bound=StageArguments)
@@ -44,19 +73,22 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
 
     Ends the program with one sentence when a key is unknown or a value does not fit.
     """
+    parser = HfArgumentParser(kind, usage="%(prog)s --config FILE [--name value ...]", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="settings as YAML; what the command line says goes before it")
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(kind)
+    config = parser.parse_known_args(argv)[0].config
     known = {name.name for name in fields(kind) if name.init}
-    if "--config" in argv:
-        place = argv.index("--config")
-        if place + 1 == len(argv):
-            parser.error("--config needs the path of a YAML file")
-        path = Path(argv[place + 1])
-        del argv[place : place + 2]
+    if config is not None:
+        path = Path(config)
         if not path.is_file():
             parser.error(f"{path} is missing; the recipes are in stages/configs")
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        unknown = sorted(set(settings) - known)
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            parser.error(f"{path} is no YAML: {' '.join(str(error).split())}")
+        if not isinstance(settings, dict):
+            parser.error(f"{path} must hold lines of `name: value`, not a {type(settings).__name__}")
+        unknown = sorted(map(str, set(settings) - known))
         if unknown:
             parser.error(f"{path} has the unknown keys {', '.join(unknown)}; {_nearest(unknown[0], known)}")
         parser.set_defaults(**settings)
@@ -95,8 +127,41 @@ def train_only(model: nn.Module, chosen: Callable[[str], bool]) -> list[str]:
         if parameter.requires_grad:
             trainable.append(name)
     if not trainable:
-        raise ValueError("no parameter is left to train; the names begin with: " + ", ".join(sorted({n.split(".")[0] for n, _ in model.named_parameters()})))
+        raise ValueError(
+            "no parameter is left to train; the names begin with: "
+            + ", ".join(sorted({n.split(".")[0] for n, _ in model.named_parameters()}))
+        )
     return trainable
+
+
+def lora_targets(model: Med3DVLM) -> str:
+    """A pattern for every linear layer of the language model but its output head."""
+    decoder = model.language_model.get_decoder()
+    kinds = sorted({name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)})
+    return rf"language_model\..*\.({'|'.join(kinds)})"
+
+
+def conversations(
+    arguments: ConversationArguments, data: PreparedData, model: Med3DVLM, processor: Med3DVLMProcessor, yes_no: bool
+) -> tuple[ConversationDataset, ConversationCollator]:
+    """Training data of stages 2 and 3; with `cache_features` the frozen encoder runs once over the training split."""
+    dataset = ConversationDataset(
+        data, "train", yes_no, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups, seed=arguments.seed
+    )
+    if arguments.cache_features:
+        name = fingerprint(model.vision_encoder, str(data.summary["fingerprint"]))
+        places = {study.id: index for index, study in enumerate(dataset.studies)}
+
+        def compute(rows: range) -> tuple[Tensor, Tensor]:
+            volumes = torch.stack([data.volume(dataset.studies[row]) for row in rows])
+            return model.encode_image(dequantize(volumes).to(arguments.device))
+
+        with arguments.main_process_first(local=False):
+            model.eval().to(arguments.device)
+            path = Path(arguments.data) / "features" / f"image-{name}.safetensors"
+            low, high = frozen_features(path, len(dataset), compute, description="image features")
+        dataset.features = lambda study: (low[places[study.id]], high[places[study.id]])
+    return dataset, ConversationCollator(processor, arguments.max_length)
 
 
 class StageTrainer(Trainer):
@@ -120,6 +185,18 @@ class StageTrainer(Trainer):
         return get_last_checkpoint(str(root)) if root.is_dir() else None
 
 
+class EpochSetter(TrainerCallback):
+    """Tells data set and sampler which epoch it is.
+
+    accelerate's loader (1.15) tells the data set on one process alone, and forgets data set or sampler after a restart inside an epoch.
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+        for part in (train_dataloader.dataset, train_dataloader.get_sampler()):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(int(state.epoch or 0))
+
+
 class LossRecorder(TrainerCallback):
     """Appends {"step", "loss", ...} to losses.jsonl at every log, so that the curve is there even when the run was killed."""
 
@@ -129,24 +206,30 @@ class LossRecorder(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-def run_training(trainer: StageTrainer, arguments: StageArguments, fingerprint: str) -> None:
-    """Train to the end, from the last whole checkpoint where there is one, and write run.json beside what `save` will write."""
+def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerprint: str) -> None:
+    """Train to the end, from the last whole checkpoint where there is one, and write run.json."""
     started = time.perf_counter()
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    trainer.add_callback(LossRecorder())
-    checkpoint = trainer.last_checkpoint()
-    if checkpoint is None:
-        (output / "losses.jsonl").unlink(missing_ok=True)
-    else:
-        logger.warning("continuing from %s", checkpoint)
+    settings = arguments.to_dict()
     parameters = count_parameters(trainer.model)
+    trainer.add_callback(LossRecorder())
+    trainer.add_callback(EpochSetter())
+    checkpoint = trainer.last_checkpoint()
+    if checkpoint is not None:
+        logger.warning("continuing from %s", checkpoint)
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if 0 < arguments.max_steps <= state.global_step:
+            # The trainer would take one step more; counted in epochs, none is left.
+            arguments.max_steps, arguments.num_train_epochs = -1, int(state.epoch)
+    if trainer.is_world_process_zero():
+        _cut_losses(output / "losses.jsonl", 0 if checkpoint is None else state.global_step)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         record = {
             "command": " ".join(sys.argv),
-            "settings": arguments.to_dict(),
-            "data_fingerprint": fingerprint,
+            "settings": settings,
+            "data_fingerprint": data_fingerprint,
             "parameters": parameters,
             "processes": arguments.world_size,
             "steps": trainer.state.global_step,
@@ -156,13 +239,34 @@ def run_training(trainer: StageTrainer, arguments: StageArguments, fingerprint: 
         (output / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
+def _cut_losses(path: Path, last: int) -> None:
+    """Drop what a killed run logged after the checkpoint that is continued from; those steps come again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= last), encoding="utf-8")
+
+
+def save_final(trainer: StageTrainer, *processors: Any) -> None:
+    """Write model and processors to the output folder: aside first, then renamed file by file, config.json last."""
+    output = Path(trainer.args.output_dir)
+    aside = output / "saving"
+    trainer.save_model(str(aside))
+    if not trainer.is_world_process_zero():
+        return
+    for processor in processors:
+        processor.save_pretrained(aside)
+    for path in sorted(aside.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
+        path.replace(output / path.name)
+    aside.rmdir()
+
+
 def environment() -> dict[str, Any]:
     """Versions and commit, for the record of a run or an evaluation."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "commit": git.stdout.strip() or None,
-    }
+    commit = None
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
+    return {"versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}, "commit": commit}
 
 
 def finish() -> None:
@@ -170,3 +274,19 @@ def finish() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Run a stage's `main`. What the user can mend, a file or a setting, ends it with one sentence; a defect with its traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        main()
+    except (OSError, SafetensorError, ValueError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, ValueError) and Path(__file__).parent not in raised_in.parents:
+            raise  # a library's: it needs its traceback
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; started again, it continues from its last checkpoint\n")
+        raise SystemExit(130) from None

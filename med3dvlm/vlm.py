@@ -156,9 +156,11 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
                 f"{image.shape[0]} volumes give {image.shape[1]} features each"
             )
         if self.config.image_splice == "published":
+            if placeholders[:, -1].any():
+                raise ValueError("image_splice 'published' needs text after the image, whose first token it replaces")
             # The released model writes features to positions 1..N although the placeholders stand at 0..N-1.
-            first = self.get_input_embeddings()(input_ids[:, :1])
-            return torch.cat([first, image, embeds[:, image.shape[1] + 1 :]], dim=1)
+            embeds = self.get_input_embeddings()(input_ids)
+            placeholders = placeholders.roll(1, dims=1)
         return embeds.masked_scatter(placeholders.unsqueeze(-1), image)
 
     def forward(

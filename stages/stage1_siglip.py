@@ -6,7 +6,7 @@
 Writes a Med3DCLIP with its tokenizer and VolumeProcessor. Started again, it continues from the last whole checkpoint.
 """
 
-import logging
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +14,11 @@ import torch
 from transformers import AutoTokenizer
 
 from med3dvlm import Med3DCLIP, Med3DCLIPConfig
-from med3dvlm.checkpoints import locate_model, save_model
+from med3dvlm.checkpoints import locate_model
 from med3dvlm.datasets.features import fingerprint, frozen_features
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import PairCollator, PairDataset
-from med3dvlm.training import StageArguments, StageTrainer, finish, parse_arguments, run_training, train_only
+from med3dvlm.training import StageArguments, StageTrainer, finish, launch, parse_arguments, run_training, save_final, train_only
 
 
 @dataclass
@@ -34,6 +34,14 @@ class Stage1Arguments(StageArguments):
     loss: str = field(default="siglip", metadata={"help": "siglip or clip"})
     logit_scale: float | None = field(default=None, metadata={"help": "initial log temperature"})
     logit_bias: float | None = field(default=None, metadata={"help": "initial bias"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.encoder_options, str):
+            try:
+                self.encoder_options = json.loads(self.encoder_options)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"encoder_options {self.encoder_options!r} is no JSON ({error}); write '{{\"stem_stride\": 2}}'") from None
 
 
 def main() -> None:
@@ -56,12 +64,13 @@ def main() -> None:
         logit_bias=arguments.logit_bias,
     )
     model = Med3DCLIP.from_text_encoder(config, text_encoder)
-    train_only(model, lambda name: arguments.train_text or not name.startswith("text_encoder."))
+    frozen = ("logit_bias",) * (arguments.loss == "clip") + ("text_encoder.",) * (not arguments.train_text)
+    train_only(model, lambda name: not name.startswith(frozen))
     collator = PairCollator(tokenizer, arguments.max_text_length)
 
     if arguments.cache_features and not arguments.train_text:
         model.eval()
-        name = fingerprint(model.text_encoder, str(data.summary["fingerprint"]), arguments.text_pooling)
+        name = fingerprint(model.text_encoder, str(data.summary["fingerprint"]), arguments.text_pooling, str(arguments.max_text_length))
         with arguments.main_process_first(local=False):
             (pairs.text_features,) = frozen_features(
                 Path(arguments.data) / "features" / f"text-{name}.safetensors",
@@ -72,11 +81,9 @@ def main() -> None:
 
     trainer = StageTrainer(model=model, args=arguments, train_dataset=pairs, data_collator=collator, processing_class=tokenizer)
     run_training(trainer, arguments, str(data.summary["fingerprint"]))
-    if trainer.is_world_process_zero():
-        save_model(arguments.output_dir, model, tokenizer, data.processor)
+    save_final(trainer, data.processor)
     finish()
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    main()
+    launch(main)

@@ -22,7 +22,7 @@ __all__ = ["Acquisition", "Body", "Finding", "draw", "plan_phantoms", "text_only
 logger = logging.getLogger(__name__)
 
 FINDING_COUNTS = (0.04, 0.30, 0.34, 0.22, 0.10)  # probability of 0, 1, 2, ... findings
-PLANE_SHARES = {"axial": 0.49, "coronal": 0.17, "sagittal": 0.17, "oblique": 0.17}
+PLANE_SHARES = {"axial": 0.34, "coronal": 0.22, "sagittal": 0.22, "oblique": 0.22}
 
 
 @dataclass(frozen=True)

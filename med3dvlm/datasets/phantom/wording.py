@@ -51,7 +51,7 @@ def write_report(body: Body, plane: str, phase: str, random: np.random.Generator
         for finding in present
     ]
     missing = [KINDS[kind]["name"] for kind in kinds if kind not in {finding.kind for finding in present}]
-    *listed, last = random.choice(missing, size=random.integers(2, 5), replace=False)
+    *listed, last = random.choice(missing, size=min(len(missing), random.integers(2, 5)), replace=False)
     return " ".join([technique, *sentences, str(random.choice(ABSENT)).format(", ".join(listed), last)])
 
 
@@ -70,7 +70,7 @@ class Questioner:
         """The study's questions: those that have an answer, at most one of each kind, and two yes/no questions."""
         present = {finding.kind: finding for finding in body.findings}
         questions = []
-        # Most scans are axial; asking about the plane of each would make "axial" the answer to guess.
+        # More scans are axial; asking about the plane of each would make "axial" the answer to guess.
         others = [self.given["plane"][name] for name in PLANES if name != plane]
         if self.given["plane"][plane] <= min(others):
             questions.append(self._closed(study, "plane", "plane", [plane], PLANES))

@@ -1,0 +1,293 @@
+"""The command line: `med3dvlm COMMAND --help` says what each takes.
+
+Results go to stdout; warnings, progress and notices to stderr. The exit code is 0, or 2 with one sentence where the input
+or the place of the output is at fault, or 130 after Ctrl+C. Files appear under their names when they are whole.
+"""
+
+import argparse
+import errno
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from med3dvlm.inference import Answer, Med3DChat
+    from med3dvlm.volume import Volume
+
+REASONS = {
+    errno.ENOSPC: "the disk is full; free some space and run the command again",
+    errno.EDQUOT: "your share of the disk is full; free some space and run the command again",
+    errno.EFBIG: "the file grows larger than is allowed here; write to another disk",
+    errno.EACCES: "access is not permitted; choose another place or ask for the right",
+    errno.EPERM: "access is not permitted; choose another place or ask for the right",
+    errno.EROFS: "this disk can only be read; choose another place",
+    errno.ENOENT: "there is no such file or folder; check the path",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; check the path",
+    errno.EEXIST: "a file of this name stands where a folder is needed; choose another name",
+    errno.EISDIR: "this is a folder but a file is needed; check the path",
+}
+FAILURES_SHOWN = 10
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        arguments.run(arguments)
+    except (OSError, ValueError, SafetensorError, BrokenExecutor) as error:
+        if arguments.traceback:
+            raise
+        print(f"med3dvlm: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("med3dvlm: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="med3dvlm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traceback", action="store_true", help="where something fails, show the place in the code")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="a scan's geometry, unit, intensities and warnings, and a picture of it")
+    inspect.add_argument("scan", metavar="SCAN", help="a scan file or a folder with one DICOM series")
+    inspect.add_argument("--out", type=Path, help="the picture; by default <name of the scan>_montage.png in this folder")
+    inspect.set_defaults(run=_inspect)
+
+    phantom = commands.add_parser("phantom", help="write a data set of CT phantoms with reports, questions and labels")
+    phantom.add_argument("out", metavar="OUT", type=Path, help="the folder, in the layout of M3D-Cap and M3D-VQA")
+    phantom.add_argument("--studies", type=int, default=800, help="number of series (default: %(default)s)")
+    phantom.add_argument("--seed", type=int, default=0, help="the same seed gives the same data (default: %(default)s)")
+    phantom.add_argument("--detail", type=float, default=1.0, help="voxels along an axis, relative to the standard (default: %(default)s)")
+    _add_workers(phantom)
+    phantom.set_defaults(run=_phantom)
+
+    prepare = commands.add_parser("prepare", help="run every volume of a data set through the preprocessing, once")
+    prepare.add_argument("source", metavar="SRC", type=Path, help="a folder in the layout of M3D-Cap and M3D-VQA")
+    prepare.add_argument("destination", metavar="DST", type=Path, help="the prepared data; an interrupted preparation continues")
+    prepare.add_argument("--recipe", default="m3d", help="name of the preprocessing (default: %(default)s)")
+    prepare.add_argument("--size", type=_size, default=(128, 256, 256), metavar="D,H,W", help="voxels of the result (default: 128,256,256)")
+    _add_workers(prepare)
+    prepare.set_defaults(run=_prepare)
+
+    for name, help_text in (("ask", "ask a model about a scan"), ("report", "let a model write the report of a scan")):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("model", metavar="MODEL", type=Path, help="the folder of a trained model")
+        command.add_argument("scan", metavar="SCAN", help="a scan file or a folder with one DICOM series")
+        if name == "ask":
+            command.add_argument("question", metavar="QUESTION")
+        command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length at most (default: %(default)s)")
+        command.set_defaults(run=_ask, question=None) if name == "report" else command.set_defaults(run=_ask)
+
+    merge = commands.add_parser("merge", help="merge a LoRA adapter into its base model")
+    merge.add_argument("adapter", metavar="ADAPTER", type=Path, help="the folder that stages/stage3_lora.py wrote")
+    merge.add_argument("out", metavar="OUT", type=Path, help="the folder of the whole model, which must not exist yet")
+    merge.set_defaults(run=_merge)
+
+    encoders = commands.add_parser("encoders", help="the vision encoders and their numbers of parameters")
+    encoders.add_argument("names", metavar="NAME", nargs="*", help="these only")
+    encoders.set_defaults(run=_encoders)
+    return parser
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
+
+
+def _size(text: str) -> tuple[int, ...]:
+    try:
+        depth, height, width = (int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be three whole numbers D,H,W, as in 128,256,256") from None
+    return depth, height, width
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from med3dvlm.plots import montage
+    from med3dvlm.volume import READERS, read_volume
+
+    volume = read_volume(arguments.scan)
+    name = Path(arguments.scan).resolve().name
+    for label, value in _facts(volume, [float(value) for value in np.percentile(volume.array, (0, 1, 50, 99, 100))]):
+        print(f"{label:<12} {value}")
+    ending = max((ending for ending in READERS if name.lower().endswith(ending)), key=len, default="")
+    path: Path = arguments.out or Path(f"{name[: len(name) - len(ending)]}_montage.png")
+    _writable(path.parent)
+    montage(volume.array, volume.spacing, path, name, orientation=volume.orientation)
+    print(f"{'Picture':<12} {path}")
+
+
+def _facts(volume: "Volume", percentiles: Sequence[float]) -> Iterator[tuple[str, str]]:
+    """What `inspect` prints: pairs of a label and a value."""
+    yield "Scan", volume.source
+    yield "Size", " x ".join(map(str, volume.shape)) + " voxels (slices x rows x columns)"
+    if volume.spacing is None:
+        yield "Spacing", "unknown"
+    else:
+        extent = " x ".join(f"{number * mm:.0f}" for number, mm in zip(volume.shape, volume.spacing, strict=True))
+        yield "Spacing", " x ".join(f"{mm:.4g}" for mm in volume.spacing) + f" mm, covering {extent} mm"
+    if volume.orientation is None:
+        yield "Orientation", "unknown"
+    else:
+        tilt = f", tilted by {volume.oblique:.0f} degrees" if (volume.oblique or 0) >= 1 else ""
+        yield "Orientation", f"{volume.orientation} (where slices, rows and columns go), {volume.plane} slices{tilt}"
+    yield "Unit", {"HU": "HU (Hounsfield units)", "unit": "within 0..1"}.get(volume.unit, volume.unit)
+    low, first, median, last, high = percentiles
+    yield "Values", f"{low:g} to {high:g}; 1 % below {first:g}, half below {median:g}, 99 % below {last:g}"
+    for warning in volume.warnings:
+        yield "Warning", warning
+
+
+def _phantom(arguments: argparse.Namespace) -> None:
+    from med3dvlm.datasets import m3d
+    from med3dvlm.datasets.phantom import text_only_baselines, write_phantoms
+
+    _workers(arguments)
+    _writable(arguments.out)
+    studies = write_phantoms(arguments.out, arguments.studies, arguments.seed, arguments.detail, arguments.workers)
+    counts = ", ".join(f"{sum(study.split == split for study in studies)} {split}" for split in m3d.SPLITS)
+    print(f"{len(studies)} studies of {len({study.patient for study in studies})} patients in {arguments.out}: {counts}")
+    baselines = text_only_baselines(m3d.read(arguments.out, "train")[1], m3d.read(arguments.out, "test")[1])
+    print("Accuracy on the test questions without looking at the scan (the choice that was right most often in training):")
+    for kind, accuracy in baselines.items():
+        print(f"  {kind:<12} {accuracy:.3f}")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from med3dvlm.datasets import m3d, store
+    from med3dvlm.preprocessing import VolumeProcessor
+
+    _workers(arguments)
+    processor = VolumeProcessor(arguments.recipe, size=arguments.size)
+    splits = [m3d.read(arguments.source, split) for split in m3d.SPLITS]
+    studies = [study for found, _ in splits for study in found]
+    questions = [question for _, found in splits for question in found]
+    _writable(arguments.destination)
+    summary = store.prepare(arguments.source, studies, questions, processor, arguments.destination, arguments.workers)
+    print(json.dumps(summary, indent=1))
+    listing = arguments.destination / "failures.jsonl"
+    failures = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
+    if len(failures) == len(studies):
+        raise ValueError(f"none of the {len(studies)} studies of {arguments.source} could be prepared; {listing} says why.")
+    if failures:
+        print(f"Warning: {len(failures)} of {len(studies)} studies could not be prepared; {listing} lists them:", file=sys.stderr)
+        for failure in failures[:FAILURES_SHOWN]:
+            print(f"  {failure['study']}: {failure['reason']}", file=sys.stderr)
+        if len(failures) > FAILURES_SHOWN:
+            print(f"  and {len(failures) - FAILURES_SHOWN} more", file=sys.stderr)
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
+    from med3dvlm.volume import read_volume
+
+    question = REPORT_PROMPTS[0] if arguments.question is None else arguments.question
+    volume = read_volume(arguments.scan)  # before the model, so that a wrong file is told at once
+    for warning in volume.warnings:
+        print(f"Warning: {warning}", file=sys.stderr)
+    chat = _load(arguments.model)
+    answer = _print_pieces(chat.stream(volume, question, max_new_tokens=arguments.max_new_tokens))
+    familiarity = chat.familiarity(volume)
+    notices = [f"{answer.seconds:.1f} s, {answer.tokens} tokens, confidence {answer.confidence:.2f}"]
+    if not answer.text:
+        notices.append("The model gave no answer; ask in other words.")
+    if familiarity is None:
+        notices.append(f"Whether the model knows scans like this one cannot be told: {arguments.model} holds no familiarity.safetensors.")
+    elif familiarity.message:
+        notices.append(familiarity.message)
+    print(*notices, RESEARCH_NOTICE, sep="\n", file=sys.stderr)
+
+
+def _load(model: Path) -> "Med3DChat":
+    from transformers.utils import logging as transformers_logging
+
+    from med3dvlm.inference import Med3DChat
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    return Med3DChat.from_pretrained(model)
+
+
+def _print_pieces(pieces: "Generator[str, None, Answer]") -> "Answer":
+    with closing(pieces):
+        while True:
+            try:
+                print(next(pieces), end="", flush=True)
+            except StopIteration as end:
+                print()
+                answer: Answer = end.value
+                return answer
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from med3dvlm.checkpoints import merge_lora
+
+    out: Path = arguments.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and would be overwritten; delete it or choose another name")
+    _writable(out.parent)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        merge_lora(arguments.adapter, aside)
+        aside.chmod(0o777 & ~_umask())  # a temporary folder is closed to others
+        aside.replace(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print(f"{out} holds the merged model")
+
+
+def _encoders(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from med3dvlm.encoders import build_encoder, count_parameters, list_encoders
+
+    with torch.device("meta"):
+        found = {name: build_encoder(name) for name in arguments.names or list_encoders()}
+    for name, encoder in found.items():
+        print(f"{name:<20} {count_parameters(encoder)['trainable'] / 1e6:8.3f} M parameters")
+
+
+def _workers(arguments: argparse.Namespace) -> None:
+    if arguments.workers < 1:
+        raise ValueError(f"--workers is {arguments.workers} but at least one process is needed")
+
+
+def _writable(folder: Path) -> None:
+    """Make the folder and see that files can be written there, before anything that takes time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _umask() -> int:
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
+
+
+def _sentence(error: Exception) -> str:
+    """The error in one line."""
+    if isinstance(error, OSError) and error.errno is not None:
+        place = f"{error.filename}: " if error.filename else ""
+        return place + REASONS.get(error.errno, error.strerror or str(error))
+    if isinstance(error, BrokenExecutor):
+        return "a worker process was killed, perhaps for want of memory; run the command again with fewer --workers"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""Med3DChat: a trained model, loaded once, that answers questions about scans; and an honest word on scans unlike those it was trained on.
+
+    chat = Med3DChat.from_pretrained("outputs/demo/model")
+    chat.ask("scan.nii.gz", "Which organ has a lesion?").text
+    for piece in chat.stream("scan_dicom/", "Describe the findings."): ...
+
+Decoding is greedy: a scan and a question always give the same words, alone or in a batch (below float32 precision, near-ties excepted).
+
+Shapes: B questions; n tokens and C width of one of the encoder's last two stages; F = C_low + C_high; N, M numbers of scans.
+"""
+
+import os
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Generator, Hashable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
+
+from med3dvlm.checkpoints import load_vlm, model_type
+from med3dvlm.preprocessing import Scan
+from med3dvlm.processing import IGNORED, Med3DVLMProcessor, Message
+from med3dvlm.prompts import REPORT_PROMPTS
+from med3dvlm.vlm import Med3DVLM
+from med3dvlm.volume import Volume
+
+Features = tuple[Tensor, Tensor]  # (1, n_low, C_low) and (1, n_high, C_high)
+
+FAMILIARITY_FILE = "familiarity.safetensors"
+LIMIT_QUANTILE = 0.99
+REPORT_TOKENS = 256
+REMEMBERED_SCANS = 4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    `tokens` counts the generated ones, the end of the turn included; `confidence` is the geometric mean of their probabilities, which says
+    how sure the model is of its words, not whether they are true; `seconds` is the time of generating (in a batch, this answer's share).
+    """
+
+    text: str
+    tokens: int
+    seconds: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Familiarity:
+    """How far a scan lies from the training data (about 1 is usual), the limit, and a sentence where it lies beyond."""
+
+    distance: float
+    limit: float
+    message: str | None
+
+
+@dataclass(frozen=True)
+class FamiliarityModel:
+    """Where the pooled features of the training scans lie: a Gaussian with a variance for each of the first K principal components and one
+    for all other directions, the covariance of probabilistic PCA (Tipping and Bishop 1999).
+
+    `mean`, `scale` (F,); `components` (K, F), orthonormal rows; `variances` (K,); `rest`, `limit` ().
+    """
+
+    mean: Tensor
+    scale: Tensor
+    components: Tensor
+    variances: Tensor
+    rest: Tensor
+    limit: Tensor
+
+    def distance(self, features: Tensor) -> Tensor:
+        """(N, F) -> (N,): the Mahalanobis distance, divided by sqrt(F) so that a training scan has about 1."""
+        if features.shape[-1] != len(self.mean):
+            raise ValueError(f"{features.shape[-1]} features were given but familiarity was fitted on {len(self.mean)}; fit it again")
+        centred = (features.double().cpu() - self.mean) / self.scale
+        inside = centred @ self.components.T  # (N, K)
+        residual = centred - inside @ self.components
+        squared = (inside.square() / self.variances).sum(-1) + residual.square().sum(-1) / self.rest
+        return (squared / len(self.mean)).sqrt()
+
+    def save(self, directory: str | Path) -> None:
+        """Write `familiarity.safetensors` into a model directory, whole or not at all."""
+        path = Path(directory) / FAMILIARITY_FILE
+        aside = path.with_suffix(".part")
+        save_file({name: value.contiguous() for name, value in vars(self).items()}, aside)
+        aside.replace(path)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "FamiliarityModel | None":
+        """What `save` wrote, or None where nothing was saved."""
+        path = Path(directory) / FAMILIARITY_FILE
+        return cls(**load_file(path)) if path.is_file() else None
+
+
+def fit_familiarity(train_features: Tensor, validation_features: Tensor, components: int = 64) -> FamiliarityModel:
+    """Fit on the training scans' features (N, F); the limit is the 99th percentile of the distance on validation scans' (M, F).
+
+    The validation scans must be held out from the encoder's training: what it has seen lies closer than it should. So about 1 % of scans of
+    the training kind are called unfamiliar. At most N / 10 components are kept, each of which then rests on ten scans.
+
+    Raises:
+        ValueError: fewer than 20 training scans or no validation scan.
+    """
+    if len(train_features) < 20 or not len(validation_features):
+        raise ValueError(
+            f"familiarity needs at least 20 training scans and a validation scan, not {len(train_features)} and {len(validation_features)}"
+        )
+    train = train_features.double().cpu()
+    mean, scale = train.mean(0), train.std(0)
+    scale = scale.clamp_min(1e-6 * scale.max())  # a channel that never changes must not divide by nothing
+    _, singular, directions = torch.linalg.svd((train - mean) / scale, full_matrices=False)
+    variances = singular.square() / (len(train) - 1)
+    kept = min(components, len(train) // 10, train.shape[1] - 1)
+    rest = variances[kept:].sum() / (train.shape[1] - kept)
+    floor = 1e-4 * variances.sum() / train.shape[1]
+    unlimited = torch.tensor(torch.inf, dtype=torch.float64)
+    fitted = FamiliarityModel(mean, scale, directions[:kept], variances[:kept].clamp_min(floor), rest.clamp_min(floor), unlimited)
+    return replace(fitted, limit=torch.quantile(fitted.distance(validation_features), LIMIT_QUANTILE))
+
+
+def pool_features(features: Features) -> Tensor:
+    """Mean over the tokens of both stages, joined: (B, n_low, C_low), (B, n_high, C_high) -> (B, F), what `fit_familiarity` takes."""
+    return torch.cat([level.float().mean(1) for level in features], dim=1)
+
+
+class Med3DChat:
+    """A model and its processor, ready to answer. A scan is a path, a Volume, a prepared tensor, or what `encode` gave."""
+
+    def __init__(self, model: Med3DVLM, processor: Med3DVLMProcessor, familiarity_model: FamiliarityModel | None = None) -> None:
+        self.model, self.processor, self.familiarity_model = model.eval(), processor, familiarity_model
+        self._encoded: OrderedDict[Hashable, Features] = OrderedDict()
+        self._lock = Lock()
+        self._ends = _end_tokens(processor, model)
+        # In place of whatever sampling settings the language model was published with.
+        model.language_model.generation_config = GenerationConfig(
+            do_sample=False, num_beams=1, eos_token_id=self._ends, pad_token_id=processor.pad_token_id
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Med3DChat":
+        """Load a directory that `stages/`, `merge` or `convert` wrote.
+
+        Args:
+            device: by default the GPU where there is one.
+            dtype: by default bfloat16 on a GPU that computes in it, else as stored.
+
+        Raises:
+            FileNotFoundError: the directory or its weights are missing.
+            ValueError: it holds a model of another kind.
+        """
+        if (kind := model_type(path)) != "med3dvlm":
+            raise ValueError(f"{path} holds a {kind} model, which cannot answer; give one that stage 3 or `med3dvlm merge` wrote")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype is None and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = torch.bfloat16
+        model, processor = load_vlm(path, dtype=dtype or "auto")
+        model.to(device)  # type: ignore[arg-type]
+        return cls(model, processor, FamiliarityModel.load(path))
+
+    @torch.no_grad()
+    def encode(self, scan: Scan | Features) -> Features:
+        """The encoder's last two stages for one scan. The last few files and Volumes are remembered: further questions skip the encoder."""
+        if isinstance(scan, tuple):
+            return scan
+        key = _identity(scan)
+        with self._lock:
+            features = self._encoded.get(key)
+            if features is None:
+                pixels = self.processor.image_processor(scan)["pixel_values"]  # (1, 1, D, H, W)
+                features = self.model.encode_image(pixels.to(self.model.device, self.model.dtype))
+            if key is not None:
+                self._encoded[key] = features
+                self._encoded.move_to_end(key)
+                while len(self._encoded) > REMEMBERED_SCANS:
+                    self._encoded.popitem(last=False)
+        return features
+
+    def ask(self, scan: Scan | Features, question: str, history: Sequence[Message] | None = None, max_new_tokens: int = 128) -> Answer:
+        """The answer to a question after `history` ({"role": "user" | "assistant", "content"}), whose oldest turns go where space is short.
+
+        Raises:
+            ValueError: the question is empty or too long, or the scan unusable (VolumeError); one sentence.
+        """
+        row, room = self._prompt(question, history, max_new_tokens)
+        return self._generate([row], [self.encode(scan)], room)[0]
+
+    def stream(
+        self, scan: Scan | Features, question: str, history: Sequence[Message] | None = None, max_new_tokens: int = REPORT_TOKENS
+    ) -> Generator[str, None, Answer]:
+        """The same, in pieces as they come; joined, they are `ask`'s text. The generator returns the Answer; closing it stops the model."""
+        row, room = self._prompt(question, history, max_new_tokens)
+        features = self.encode(scan)
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        stop, outcome = Event(), list[Answer | BaseException]()
+
+        def work() -> None:
+            try:
+                outcome.extend(self._generate([row], [features], room, streamer=streamer, stopping_criteria=[_Stopped(stop)]))
+            except BaseException as error:  # raised again below, in the caller's thread
+                outcome.append(error)
+            finally:
+                streamer.end()
+
+        thread = Thread(target=work, name="med3dvlm-stream", daemon=True)
+        thread.start()
+        try:
+            said, blanks = False, ""
+            for piece in streamer:
+                piece = blanks + piece if said else piece.lstrip()
+                words = piece.rstrip()
+                blanks = piece[len(words) :]  # held back: nothing may follow
+                if words:
+                    said = True
+                    yield words
+        finally:
+            stop.set()
+            thread.join()
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
+
+    def report(self, scan: Scan | Features, max_new_tokens: int = REPORT_TOKENS) -> Answer:
+        """The scan's report: the answer to the first of the prompts that training used for it."""
+        return self.ask(scan, REPORT_PROMPTS[0], max_new_tokens=max_new_tokens)
+
+    def stream_report(self, scan: Scan | Features, max_new_tokens: int = REPORT_TOKENS) -> Generator[str, None, Answer]:
+        """`report`, as `stream` gives it."""
+        return self.stream(scan, REPORT_PROMPTS[0], max_new_tokens=max_new_tokens)
+
+    def answers(
+        self, scans: Sequence[Scan | Features], questions: Sequence[str], max_new_tokens: int = 128, batch_size: int = 16
+    ) -> list[Answer]:
+        """One question about each scan, `batch_size` generated together: what `ask` would say, sooner."""
+        given: list[Answer] = []
+        pairs = list(zip(scans, questions, strict=True))
+        for start in range(0, len(pairs), batch_size):
+            part = pairs[start : start + batch_size]
+            rows, rooms = zip(*(self._prompt(question, None, max_new_tokens) for _, question in part), strict=True)
+            given += self._generate(rows, [self.encode(scan) for scan, _ in part], min(rooms))
+        return given
+
+    def familiarity(self, scan: Scan | Features) -> Familiarity | None:
+        """Whether the scan resembles the training data; None where the model directory has no familiarity file and so nobody can say.
+
+        What lies beyond the limit is unlike anything seen in training. What lies within may still be answered wrongly.
+        """
+        if self.familiarity_model is None:
+            return None
+        distance, limit = float(self.familiarity_model.distance(pool_features(self.encode(scan)))[0]), float(self.familiarity_model.limit)
+        message = (
+            f"This scan lies outside the data that the model was trained on (distance {distance:.3g}, limit {limit:.3g}): "
+            "its answer is not to be relied on."
+        )
+        return Familiarity(distance, limit, None if distance <= limit else message)
+
+    def _prompt(self, question: str, history: Sequence[Message] | None, max_new_tokens: int) -> tuple[list[int], int]:
+        """Token ids of the conversation up to the assistant's turn, and how many tokens may follow."""
+        if not question.strip():
+            raise ValueError("The question is empty; ask something about the scan.")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens} but an answer needs at least 1.")
+        messages = [*(history or []), {"role": "user", "content": question.strip()}]
+        context = getattr(self.model.config.text_config, "max_position_embeddings", None) or float("inf")
+        while True:
+            row = self.processor.encode(messages, generate=True)["input_ids"]
+            turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
+            if len(row) + max_new_tokens <= context or len(turns) < 2:
+                break
+            del messages[turns[0] : turns[1]]
+        if len(row) >= context:
+            raise ValueError(f"The image and the question are {len(row)} tokens but the model takes {context}; ask a shorter question.")
+        return row, int(min(max_new_tokens, context - len(row)))
+
+    @torch.no_grad()
+    def _generate(self, rows: Sequence[list[int]], features: Sequence[Features], max_new_tokens: int, **options: Any) -> list[Answer]:
+        started, device, recorder = time.perf_counter(), self.model.device, _Recorder()
+        batch = self.processor.pad([{"input_ids": row} for row in rows], left=True)
+        low, high = (torch.cat(level).to(device) for level in zip(*features, strict=True))  # (B, n, C)
+        generated = self.model.generate(
+            batch["input_ids"].to(device),
+            batch["attention_mask"].to(device),
+            image_features=(low, high),
+            max_new_tokens=max_new_tokens,
+            logits_processor=[recorder],
+            **options,
+        ).cpu()  # (B, T)
+        seconds = (time.perf_counter() - started) / len(rows)
+        given = []
+        for tokens, steps in zip(generated.tolist(), torch.stack(recorder.steps, dim=1).cpu(), strict=True):
+            length = next((place + 1 for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+            text = self.processor.tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            given.append(Answer(text.strip(), length, seconds, float(steps[:length].mean().exp())))
+        return given
+
+
+class _Recorder(LogitsProcessor):
+    """Keeps the log probability of every step's likeliest token, (B,) each, rather than all logits of all steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps.append(scores.float().log_softmax(dim=-1).amax(dim=-1))
+        return scores
+
+
+class _Stopped(StoppingCriteria):
+    """Ends the generation when somebody sets the event."""
+
+    def __init__(self, stop: Event) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.stop.is_set(), device=input_ids.device)
+
+
+def _end_tokens(processor: Med3DVLMProcessor, model: Med3DVLM) -> list[int]:
+    """What ends an answer: the tokenizer's and the language model's end of text, and the token with which the chat template ends a turn."""
+    known = model.language_model.generation_config.eos_token_id
+    ends = {processor.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    labels = processor.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}], image=False)["labels"]
+    last = next(label for label in reversed(labels) if label != IGNORED)
+    added = processor.tokenizer.added_tokens_decoder
+    if last in added and added[last].special:  # else the template ends turns with plain words
+        ends.add(last)
+    return sorted(end for end in ends if end is not None)
+
+
+def _identity(scan: Any) -> Hashable:
+    """Equal for the same Volume object or the same unchanged file or folder; None for what is not remembered. Keeps no Volume alive."""
+    if isinstance(scan, Volume):
+        return weakref.ref(scan)
+    if not isinstance(scan, (str, os.PathLike)):
+        return None
+    path = Path(scan).resolve()
+    try:
+        states = [file.stat() for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    except OSError:  # reading the scan will say it better
+        return None
+    return path, *((state.st_mtime_ns, state.st_size) for state in states)

@@ -1,0 +1,93 @@
+"""Before the stages, for the embedded default alone: a small Qwen2 with a tokenizer of its own learns the words of the training texts.
+
+    deepspeed stages/stage0_language_model.py --config stages/configs/demo/stage0_language_model.yaml
+    python stages/stage0_language_model.py --config stages/configs/smoke/stage0_language_model.yaml --max_steps 4
+
+It is plain language modelling on text: reports, and questions asked about a report where later the image will stand. No volume is read.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from med3dvlm import Med3DVLMProcessor
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset
+from med3dvlm.training import StageArguments, StageTrainer, finish, launch, parse_arguments, run_training, save_final
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<image>"]
+
+
+@dataclass
+class Stage0Arguments(StageArguments):
+    vocabulary: int = field(default=1000, metadata={"help": "tokens of the tokenizer"})
+    hidden_size: int = field(default=256, metadata={"help": "width of the language model"})
+    layers: int = field(default=4, metadata={"help": "layers of the language model"})
+    heads: int = field(default=4, metadata={"help": "attention heads; half as many for keys and values"})
+    max_length: int = field(default=512, metadata={"help": "tokens of a conversation"})
+    reports: float = field(default=0.3, metadata={"help": "share of rows with the report as an answer"})
+    closed: float = field(default=0.25, metadata={"help": "share of rows with a question whose choices are spelled out"})
+    follow_ups: float = field(default=0.15, metadata={"help": "share of rows with two questions in one conversation"})
+
+
+def train_tokenizer(dataset: ConversationDataset, vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on every text of the training split, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = (message["content"] for row in range(len(dataset)) for turns in dataset.conversations(row) for message in turns)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet)
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL_TOKENS[0], pad_token=SPECIAL_TOKENS[0])
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def main() -> None:
+    arguments = parse_arguments(Stage0Arguments)
+    data = PreparedData(arguments.data, arguments.exclude_failures)
+    texts = ConversationDataset(
+        data, "train", yes_no=True, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups,
+        seed=arguments.seed, image=False,
+    )  # fmt: skip
+
+    torch.manual_seed(arguments.seed)
+    tokenizer = train_tokenizer(texts, arguments.vocabulary)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=arguments.hidden_size,
+        intermediate_size=arguments.hidden_size * 11 // 4,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=max(1, arguments.heads // 2),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=arguments.hidden_size**-0.5,  # 0.02, the default, starts so narrow a model with nearly even attention
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config)
+    processor = Med3DVLMProcessor(data.processor, tokenizer, num_image_tokens=1)
+    trainer = StageTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=texts,
+        data_collator=ConversationCollator(processor, arguments.max_length),
+        processing_class=tokenizer,
+    )
+    run_training(trainer, arguments, str(data.summary["fingerprint"]))
+    save_final(trainer)
+    finish()
+
+
+if __name__ == "__main__":
+    launch(main)

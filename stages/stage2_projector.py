@@ -1,0 +1,59 @@
+"""Stage 2: the projector learns to put the image into the language model's words; everything else is frozen (paper, section 3.2.2).
+
+    deepspeed stages/stage2_projector.py --config stages/configs/demo/stage2_projector.yaml
+    python stages/stage2_projector.py --config stages/configs/smoke/stage2_projector.yaml --projector low_high_mlp
+
+Writes a Med3DVLM with its processor. Started again, it continues from the last whole checkpoint.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from med3dvlm import Med3DVLM, Med3DVLMProcessor
+from med3dvlm.checkpoints import load_clip, load_language_model
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.training import (
+    ConversationArguments,
+    StageTrainer,
+    conversations,
+    finish,
+    launch,
+    parse_arguments,
+    run_training,
+    save_final,
+    train_only,
+)
+
+
+@dataclass
+class Stage2Arguments(ConversationArguments):
+    clip: str = field(default="", metadata={"help": "output of stage 1"})
+    language_model: str = field(default="Qwen/Qwen2.5-7B-Instruct", metadata={"help": "directory, hub id, or package:NAME"})
+    projector: str = field(default="mixer", metadata={"help": "mlp, low_high_mlp or mixer"})
+    projector_depth: int = field(default=2, metadata={"help": "layers of the mixer"})
+
+
+def main() -> None:
+    arguments = parse_arguments(Stage2Arguments)
+    data = PreparedData(arguments.data, arguments.exclude_failures)
+
+    torch.manual_seed(arguments.seed)
+    clip, _, volumes = load_clip(arguments.clip)
+    language_model, tokenizer = load_language_model(arguments.language_model)
+    processor = Med3DVLMProcessor(volumes, tokenizer)
+    model = Med3DVLM.from_parts(
+        clip, language_model, processor.image_token_id, projector=arguments.projector, projector_depth=arguments.projector_depth
+    )
+    processor.num_image_tokens = model.config.num_image_tokens
+    train_only(model, lambda name: name.startswith("projector."))
+
+    dataset, collator = conversations(arguments, data, model, processor, yes_no=False)
+    trainer = StageTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor)
+    run_training(trainer, arguments, str(data.summary["fingerprint"]))
+    save_final(trainer)
+    finish()
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,72 @@
+"""Stage 3: LoRA on every linear layer of the language model, and the projector (paper, section 3.2.3); then the merge.
+
+    deepspeed stages/stage3_lora.py --config stages/configs/demo/stage3_lora.yaml
+    python stages/stage3_lora.py --config stages/configs/smoke/stage3_lora.yaml --lora_rank 8
+
+Writes a PEFT adapter to the output folder and the merged Med3DVLM, ready to use, to `merged`.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from med3dvlm import Med3DVLM
+from med3dvlm.checkpoints import load_vlm, merge_lora
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.training import (
+    ConversationArguments,
+    StageTrainer,
+    conversations,
+    finish,
+    launch,
+    lora_targets,
+    parse_arguments,
+    run_training,
+    save_final,
+)
+
+
+@dataclass
+class Stage3Arguments(ConversationArguments):
+    model: str = field(default="", metadata={"help": "output of stage 2"})
+    merged: str = field(default="", metadata={"help": "folder of the merged model"})
+    lora_rank: int = field(default=16, metadata={"help": "rank"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale times rank"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the low-rank update"})
+    also_train: list[str] = field(
+        default_factory=list,
+        metadata={"help": "whole modules to train too; the released script in fact trains vision_encoder, embed_tokens, lm_head"},
+    )
+
+
+def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
+    """The model with LoRA modules and a copy of the projector to train; everything else is frozen."""
+    lora = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=lora_targets(base),
+        modules_to_save=["projector", *arguments.also_train],
+    )
+    return get_peft_model(base, lora)
+
+
+def main() -> None:
+    arguments = parse_arguments(Stage3Arguments)
+    data = PreparedData(arguments.data, arguments.exclude_failures)
+
+    torch.manual_seed(arguments.seed)
+    base, processor = load_vlm(arguments.model)
+    dataset, collator = conversations(arguments, data, base, processor, yes_no=True)
+    model = add_lora(base, arguments)
+    trainer = StageTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor)
+    run_training(trainer, arguments, str(data.summary["fingerprint"]))
+    save_final(trainer)
+    if trainer.is_world_process_zero() and arguments.merged:
+        merge_lora(arguments.output_dir, arguments.merged)
+    finish()
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,95 @@
+"""A prepared set of 20 phantoms and tiny models with random weights, made once for all evaluation tests."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMProcessor, VolumeProcessor, evaluation
+from med3dvlm.datasets import m3d
+from med3dvlm.datasets.phantom import write_phantoms
+from med3dvlm.datasets.store import PreparedData, prepare
+
+SIZE = (32, 64, 64)
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<image>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """`root` with phantoms, prepared, clip and model below it, and the opened `data`."""
+    root = tmp_path_factory.mktemp("demo")
+    write_phantoms(root / "phantoms", studies=20, seed=0)
+    splits = [m3d.read(root / "phantoms", split) for split in m3d.SPLITS]
+    studies, questions = (sum((part[which] for part in splits), []) for which in (0, 1))
+    processor = VolumeProcessor("m3d", size=SIZE)
+    prepare(root / "phantoms", studies, questions, processor, root / "prepared")
+
+    torch.manual_seed(1)
+    tokenizer = train_tokenizer([study.report for study in studies] + [f"{question.text} {question.choices}" for question in questions])
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    encoder_options = {"widths": (8, 8, 16, 16, 32), "layer_scale": 0.1}
+    text_config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **small)
+    config = Med3DCLIPConfig("dcformer_nano", encoder_options, SIZE, text_config=text_config, projection_dim=24)
+    clip = Med3DCLIP(config, BertModel(text_config)).eval()
+    settle(clip, PreparedData(root / "prepared"))
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    language_model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.5, **ends, **small))
+    model = Med3DVLM.from_parts(clip, language_model, tokenizer.convert_tokens_to_ids("<image>"), projector="low_high_mlp")
+    for part in (clip, tokenizer, processor):
+        part.save_pretrained(root / "clip")
+    for part in (model, Med3DVLMProcessor(processor, tokenizer, model.config.num_image_tokens)):
+        part.save_pretrained(root / "model")
+    return SimpleNamespace(root=root, data=PreparedData(root / "prepared"), clip=root / "clip", model=root / "model")
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[0])
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def settle(clip: Med3DCLIP, data: PreparedData) -> None:
+    """Let batch norm see the data once, so that a fresh encoder tells scans apart."""
+    clip.vision_encoder.train()
+    with torch.no_grad():
+        clip.encode_image(torch.stack([data.volume(study) for study in data.studies("train")]) / 255)
+    clip.vision_encoder.eval()
+
+
+def call(repository: Path, script: str | Path, *arguments: object, checked: bool = False) -> None:
+    path = script if isinstance(script, Path) else repository / "eval" / f"{script}.py"
+    spec = importlib.util.spec_from_file_location(f"eval_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        evaluation.script(module.main) if checked else module.main()
+
+
+@pytest.fixture
+def run(repository: Path) -> Callable[..., None]:
+    """run("vqa", "--limit", 2): the script in this process; with `checked`, an error becomes a sentence and exit code 2."""
+    return partial(call, repository)
+
+
+@pytest.fixture(scope="session")
+def run_whole(repository: Path) -> Callable[..., None]:
+    """The same for fixtures that outlive a test."""
+    return partial(call, repository)

@@ -1,0 +1,93 @@
+"""summary.json and report.md from three real evaluations of the tiny models and hand-made records of the stages."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+Run = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def root(demo: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory, run_whole: Run) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    for name in ("prepared", "phantoms"):
+        (root / name).symlink_to(demo.root / name)
+    run_whole("retrieval", "--model", demo.clip, "--data", root / "prepared", "--output", root / "eval/retrieval")
+    run_whole("vqa", "--model", demo.model, "--data", root / "prepared", "--output", root / "eval/vqa", "--max_new_tokens", 4)
+    run_whole("report_gen", "--model", demo.model, "--data", root / "prepared", "--output", root / "eval/report", "--max_new_tokens", 12)
+    for folder, seconds in (("language_model", 10.0), ("stage1", 20.5), ("stage3", 30.0)):
+        (root / folder).mkdir()
+        record = {"seconds": seconds, "settings": {"seed": 7}, "parameters": {"trainable": 1, "frozen": 2}}
+        (root / folder / "run.json").write_text(json.dumps(record))
+        losses = [{"step": step, "loss": 4 / step} for step in (10, 20, 30, 20, 30, 40)]  # repeated after a break
+        (root / folder / "losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in losses))
+    timed = [{"step": "stage1", "seconds": 25.0, "peak_rss_gb": 1.5}, {"step": "vqa", "seconds": 5.0, "peak_rss_gb": 2.5}]
+    (root / "seconds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timed))
+    run_whole("summary", "--root", root)
+    return root
+
+
+def figure(summary: dict[str, Any], name: str) -> Any:
+    value: Any = summary
+    for key in name.split("."):
+        value = value[key]
+    return value
+
+
+def test_every_key_is_there(root: Path) -> None:
+    summary = json.loads((root / "summary.json").read_text())
+    names = [f"retrieval.{way}.{score}" for way in ("image_to_text", "text_to_image") for score in ("r1", "r5", "r10")]
+    names += [f"vqa_closed.{name}" for name in ("accuracy", "plane", "phase", "organ", "abnormality", "location", "blind", "letter")]
+    names += ["vqa_open.exact", "vqa_yes_no.accuracy", "report.findings_f1", "report.modal", "report.bleu1", "report.rouge1", "report.lead"]
+    for name in names:
+        assert isinstance(figure(summary, name), float), name
+    vqa = json.loads((root / "eval/vqa/scores.json").read_text())
+    assert summary["vqa_closed"]["blind"] == vqa["closed"]["blind"]["accuracy"] and summary["vqa_closed"]["plane"] == vqa["closed"]["plane"]
+    # What the shell measured counts before what a stage noted about itself.
+    assert summary["seconds"] == {"stage0": 10.0, "stage1": 25.0, "stage3": 30.0, "vqa": 5.0, "total": 70.0}
+    assert summary["peak_rss_gb"] == 2.5 and summary["seed"] == 7
+    assert summary["versions"]["torch"] and "commit" in summary
+
+
+def test_targets(root: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("summary", "--root", root)
+    printed = capsys.readouterr().out
+    summary = json.loads((root / "summary.json").read_text())
+    for name, entry in summary["reached"].items():
+        assert entry["value"] == figure(summary, name)
+        expected = entry["value"] >= entry["asked"] if entry["bound"] == "at least" else entry["value"] <= entry["asked"]
+        assert entry["reached"] is expected
+        assert any(name in line and ("NOT REACHED" in line) is not expected for line in printed.splitlines())
+    assert summary["reached"]["peak_rss_gb"]["reached"] and not summary["reached"]["report.findings_f1"]["reached"]
+    run("summary", "--root", root, "--name", "mine")  # nothing is asked of it
+    assert {entry["reached"] for entry in json.loads((root / "summary.json").read_text())["reached"].values()} == {None}
+
+
+def test_report_shows_its_pictures(root: Path) -> None:
+    text = (root / "report.md").read_text()
+    assert "not a medical device" in text
+    for name in ("losses", "retrieval", "vqa", "findings", "cases"):
+        assert f"](pictures/{name}.png)" in text
+        assert (root / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_stages_and_scans(root: Path, run: Run, tmp_path: Path) -> None:
+    """Evaluations of a model from elsewhere: no losses, no seconds, cases from the prepared volumes."""
+    for name in ("prepared", "eval"):
+        (tmp_path / name).symlink_to(root / name)
+    run("summary", "--root", tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["seconds"] == {"total": None} and summary["peak_rss_gb"] is None and summary["seed"] is None
+    assert not summary["reached"]["peak_rss_gb"]["reached"]
+    assert not (tmp_path / "pictures/losses.png").exists() and (tmp_path / "pictures/cases.png").exists()
+
+
+def test_a_missing_evaluation_is_named(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("summary", "--root", tmp_path, checked=True)
+    assert stopped.value.code == 2
+    assert "retrieval/scores.json is missing" in capsys.readouterr().err

@@ -1,0 +1,191 @@
+"""Ranking against one conversation at a time with all logits; independence of batch size; continuing; scores by hand."""
+
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from med3dvlm.checkpoints import load_vlm
+from med3dvlm.evaluation import turn
+from med3dvlm.prompts import closed_prompt
+
+Run = Callable[..., None]
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def arguments(demo: SimpleNamespace) -> list[object]:
+    return ["--model", demo.model, "--data", demo.root / "prepared"]
+
+
+@pytest.fixture(scope="module")
+def whole(demo: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory, run_whole: Run, arguments: list[object]) -> Path:
+    output = tmp_path_factory.mktemp("vqa")
+    run_whole("vqa", *arguments, "--output", output, "--batch_size", 2)
+    return output
+
+
+def test_every_question_is_there(demo: SimpleNamespace, whole: Path) -> None:
+    asked = demo.data.questions("test")
+    assert [(row["id"], row["question"], tuple(row["choices"])) for row in rows_of(whole)] == [(q.study, q.text, q.choices) for q in asked]
+    assert {row["kind"] for row in rows_of(whole)} == {"plane", "phase", "organ", "abnormality", "location"}
+
+
+def test_ranking_is_the_plain_way(demo: SimpleNamespace, whole: Path) -> None:
+    """Each choice by itself, no branches, no padding, logits everywhere, a loop over the answer's tokens."""
+    model, processor = load_vlm(demo.model)
+    studies = {study.id: study for study in demo.data.studies("test")}
+    worst = 0.0
+    rows = rows_of(whole)
+    for row in rows:
+        volume = demo.data.volume(studies[row["id"]])[None].float() / 255
+        for column, pixels in (("closed", volume), ("blind", torch.zeros_like(volume))):
+            for choice, found in zip(row["choices"], row[column], strict=True):
+                coded = processor.encode(turn(row["question"], choice))
+                with torch.no_grad():
+                    logits = model(torch.tensor([coded["input_ids"]]), pixel_values=pixels).logits[0]
+                terms = [float(logits[place - 1].log_softmax(-1)[label]) for place, label in enumerate(coded["labels"]) if label != -100]
+                assert len(terms) > 1  # at least a word and the end of the turn
+                worst = max(worst, abs(math.fsum(terms) / len(terms) - found))
+    assert worst < 1.5e-4  # they are written with four decimals; 5e-5 measured
+    assert any(row["closed"] != row["blind"] for row in rows)
+
+
+def test_texts_are_the_plain_way(demo: SimpleNamespace, whole: Path) -> None:
+    """Token by token from the full logits, without a cache and without padding."""
+    model, processor = load_vlm(demo.model)
+    studies = {study.id: study for study in demo.data.studies("test")}
+    row = next(row for row in rows_of(whole) if row["letter"] is not None)
+    volume = demo.data.volume(studies[row["id"]])[None].float() / 255
+    for column, prompt, length in (("letter", closed_prompt(row["question"], row["choices"]), 8), ("open", row["question"], 32)):
+        tokens = processor.encode([{"role": "user", "content": prompt}], generate=True)["input_ids"]
+        start = len(tokens)
+        while len(tokens) < start + length and tokens[-1] != processor.tokenizer.eos_token_id:
+            with torch.no_grad():
+                tokens.append(int(model(torch.tensor([tokens]), pixel_values=volume).logits[0, -1].argmax()))
+        assert row[column] == processor.tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batch_size_does_not_matter(whole: Path, run: Run, arguments: list[object], tmp_path: Path, batch_size: int) -> None:
+    run("vqa", *arguments, "--output", tmp_path, "--batch_size", batch_size)
+    assert (tmp_path / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
+    for one, other in zip(rows_of(tmp_path), rows_of(whole), strict=True):
+        for column in ("closed", "blind"):
+            assert one.pop(column) == pytest.approx(other.pop(column), abs=1.01e-4)  # rounded to four decimals
+        assert one == other
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.77])
+def test_what_was_cut_short_continues_to_the_same_bytes(
+    whole: Path, run: Run, arguments: list[object], tmp_path: Path, kept: float
+) -> None:
+    (tmp_path / "run.json").write_bytes((whole / "run.json").read_bytes())
+    content = (whole / "predictions.jsonl").read_bytes()
+    (tmp_path / "predictions.jsonl").write_bytes(content[: int(kept * len(content))])
+    run("vqa", *arguments, "--output", tmp_path, "--batch_size", 2)
+    assert (tmp_path / "predictions.jsonl").read_bytes() == content
+    assert (tmp_path / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
+
+
+def test_a_killed_program_continues_to_the_same_bytes(
+    whole: Path, run: Run, arguments: list[object], tmp_path: Path, repository: Path
+) -> None:
+    command = [sys.executable, str(repository / "eval/vqa.py"), *map(str, arguments), "--output", str(tmp_path), "--batch_size", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    lines = tmp_path / "predictions.jsonl"
+    while process.poll() is None and not (lines.is_file() and lines.stat().st_size):
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    _, errors = process.communicate()
+    assert lines.is_file(), errors.decode()
+    run("vqa", *arguments, "--output", tmp_path, "--batch_size", 2)
+    assert lines.read_bytes() == (whole / "predictions.jsonl").read_bytes()
+    assert (tmp_path / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
+
+
+def test_scoring_again_needs_no_model_and_gives_the_same_bytes(
+    demo: SimpleNamespace, whole: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (whole / "scores.json").read_bytes()
+    (whole / "scores.json").unlink()
+    run("vqa", "--data", demo.root / "prepared", "--output", whole, "--score_only")
+    assert (whole / "scores.json").read_bytes() == before
+    assert "| kind " in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def vqa(repository: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("eval_vqa", repository / "eval" / "vqa.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B. Right lung", "B"),
+        ("The answer is C", "C"),
+        ("(D)", "D"),
+        ("Axial", None),
+        ("", None),
+        ("E. Other", None),
+        ("b.", None),
+        ("C or A", "C"),
+    ],
+)
+def test_first_letter(vqa: ModuleType, text: str, letter: str | None) -> None:
+    assert vqa.first_letter(text, 4) == letter
+
+
+def test_first_letter_knows_how_many_choices_there_are(vqa: ModuleType) -> None:
+    assert vqa.first_letter("C. B.", 2) == "B"
+
+
+def test_scores_by_hand(vqa: ModuleType) -> None:
+    """Three plane questions, one right; one phase question, right: the mean of the kinds is (1/3 + 1) / 2, not 2/4."""
+
+    def row(study: str, kind: str, right: bool, blind: bool, letter: str, written: str) -> dict[str, Any]:
+        likelihoods = {True: [-3.0, -1.0, -2.0], False: [-1.0, -3.0, -2.0]}
+        return {
+            "id": study, "kind": kind, "choices": ["x", "the y", "z"], "answer": "the y",
+            "closed": likelihoods[right], "blind": likelihoods[blind], "letter": letter, "open": written,
+        }  # fmt: skip
+
+    rows = [
+        row("a", "plane", True, False, "B.", "The Y."),
+        row("b", "plane", False, False, "A", "y"),
+        row("c", "plane", False, True, "", "z"),
+        row("a", "phase", True, False, "B", "the y"),
+        {"id": "a", "kind": "abnormality", "choices": ["Yes", "No"], "answer": "No", "closed": [-1.0, -2.0], "blind": [-2.0, -1.0], "letter": None, "open": None},
+    ]  # fmt: skip
+    scores = vqa.score(rows, {"a": "p", "b": "q", "c": "q"})
+    assert scores["closed"]["plane"] == pytest.approx(1 / 3) and scores["closed"]["phase"] == 1
+    assert scores["closed"]["accuracy"] == pytest.approx(2 / 3)
+    assert "organ" not in scores["closed"]
+    assert scores["closed"]["blind"]["accuracy"] == pytest.approx((1 / 3 + 0) / 2)
+    assert scores["letter"]["accuracy"] == pytest.approx((1 / 3 + 1) / 2)
+    assert scores["open"]["plane"]["exact"] == pytest.approx(1 / 3)
+    assert scores["open"]["plane"]["token_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert scores["open"]["exact"] == pytest.approx((1 / 3 + 1) / 2)
+    assert scores["yes_no"]["accuracy"] == 0 and scores["yes_no"]["blind"]["accuracy"] == 1
+    assert scores["questions"] == {"plane": 3, "phase": 1, "organ": 0, "abnormality": 0, "location": 0, "yes_no": 1}
+    low, high = scores["closed"]["accuracy_interval"]
+    assert low == 0 and high == 1  # patient p alone has both right, patient q alone none
+    assert vqa.score(rows[:4], {"a": "p", "b": "q", "c": "q"})["yes_no"]["accuracy"] is None

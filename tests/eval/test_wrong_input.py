@@ -1,0 +1,88 @@
+"""Wrong input: one sentence on stderr, exit code 2, nothing half-written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from med3dvlm import VolumeProcessor
+from med3dvlm.evaluation import same_preprocessing
+
+Fails = Callable[..., str]
+SCRIPTS = ("retrieval", "report_gen", "vqa")
+
+
+@pytest.fixture
+def fails(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Fails:
+    """The one line that a script ends with."""
+
+    def call(script: str, *arguments: object) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            run(script, *arguments, checked=True)
+        assert stopped.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert len(lines) == 1
+        return lines[0]
+
+    return call
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_model(script: str, fails: Fails, demo: SimpleNamespace, tmp_path: Path) -> None:
+    data = ("--data", demo.root / "prepared", "--output", tmp_path / "out")
+    assert "--model is missing" in fails(script, *data)
+    assert "no directory" in fails(script, *data, "--model", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "holds no model" in fails(script, *data, "--model", tmp_path / "empty")
+    other = demo.model if script == "retrieval" else demo.clip
+    assert "model" in fails(script, *data, "--model", other)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_data(script: str, fails: Fails, demo: SimpleNamespace, tmp_path: Path) -> None:
+    model = demo.clip if script == "retrieval" else demo.model
+    out = ("--model", model, "--output", tmp_path / "out")
+    assert "holds no finished preparation" in fails(script, *out, "--data", tmp_path)
+    data = ("--data", demo.root / "prepared")
+    assert "no studies of split 'tset'" in fails(script, *out, *data, "--split", "tset")
+    assert "--limit 500 exceeds the 4 studies" in fails(script, *out, *data, "--limit", "500")
+    assert "whole number" in fails(script, *out, *data, "--batch_size", "0")
+    assert "is missing; run the same command without --score_only" in fails(script, *out, *data, "--score_only")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_is_a_file(fails: Fails, demo: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "file" in fails("vqa", "--model", demo.model, "--data", demo.root / "prepared", "--output", tmp_path / "file" / "out")
+
+
+def test_predictions_of_another_run_are_not_continued(
+    fails: Fails, run: Callable[..., None], demo: SimpleNamespace, tmp_path: Path
+) -> None:
+    arguments = ["--model", demo.model, "--data", demo.root / "prepared", "--output", tmp_path, "--max_new_tokens", 4]
+    run("report_gen", *arguments, "--limit", 2)
+    assert "another limit; delete it or choose another --output" in fails("report_gen", *arguments)
+    assert "another max_new_tokens" in fails("report_gen", *arguments[:-1], 5, "--limit", 2)
+    data = ("--data", demo.root / "prepared", "--output", tmp_path, "--score_only")
+    assert "holds 2 of 4 cases" in fails("report_gen", *data)
+    assert "holds 2 cases, but 1 are asked for" in fails("report_gen", *data, "--limit", 1)
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["identity"]["model"] = "0" * 16  # trained anew since
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert "another model" in fails("report_gen", *arguments, "--limit", 2)
+
+
+def test_a_line_that_is_no_json(fails: Fails, demo: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "predictions.jsonl").write_text("{broken\n")
+    assert "line 1 is no JSON" in fails("vqa", "--data", demo.root / "prepared", "--output", tmp_path, "--score_only")
+
+
+def test_other_preprocessing(demo: SimpleNamespace) -> None:
+    same_preprocessing(VolumeProcessor("m3d", size=(32, 64, 64)), demo.data)
+    with pytest.raises(ValueError, match=r"of size \(64, 64, 64\), but .* was prepared with \(32, 64, 64\)"):
+        same_preprocessing(VolumeProcessor("m3d", size=(64, 64, 64)), demo.data)
+    with pytest.raises(ValueError, match="resize"):
+        same_preprocessing(VolumeProcessor("m3d", size=(32, 64, 64), resize="trilinear"), demo.data)

@@ -1,0 +1,375 @@
+"""The command line: what it prints where, exit codes, and one sentence for everything that can be wrong with the input or the output."""
+
+import gzip
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from med3dvlm import Med3DChat, Volume, cli
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.inference import fit_familiarity, pool_features
+from med3dvlm.prompts import RESEARCH_NOTICE
+from tests.test_inference import REPORTS, train_tiny_model, volume
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def write(path: Path, array: np.ndarray, spacing: tuple[float, float, float] = (1.0, 1.0, 3.0)) -> Path:
+    """An array with NIfTI's axes (W, H, D), stored LPS."""
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
+    nibabel.save(nibabel.Nifti1Image(array, affine), path)
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr."""
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, and which scans it knows."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    trained, processor = train_tiny_model()
+    trained.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    chat = Med3DChat(trained, processor)
+    random = np.random.default_rng(5)
+    scans = [volume(seed % 2).array + random.normal(0, 20, (10, 20, 30)) for seed in range(60)]
+    features = torch.cat([pool_features(chat.encode(Volume(scan.astype(np.float32), None, "SPL"))) for scan in scans])
+    fit_familiarity(features[:40], features[40:]).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("scans") / "scan.nii.gz", volume(0).array.transpose())
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "phantoms"
+    assert cli.main(["phantom", str(root), "--studies", "12", "--detail", "0.3", "--workers", "1"]) == 0
+    return root
+
+
+def sentence(error: str) -> str:
+    """The one line that a command leaves on stderr when it fails."""
+    lines = [line for line in error.splitlines() if line.startswith("med3dvlm:")]
+    assert len(lines) == 1, error
+    assert "Traceback" not in error and "Error" not in error and "errno" not in error.lower()
+    assert error.splitlines()[-1] == lines[0]
+    return lines[0].removeprefix("med3dvlm: ")
+
+
+def bad_scans(folder: Path) -> dict[str, tuple[Path, str]]:
+    random = np.random.default_rng(0)
+    good = random.integers(-1000, 1000, (30, 20, 10)).astype(np.int16)
+    whole = write(folder / "whole.nii.gz", good)
+    for name, content in {
+        "empty.nii.gz": b"",
+        "text.nii.gz": b"This is a letter, not a scan.\n" * 20,
+        "truncated.nii.gz": whole.read_bytes()[:-2000],
+        "zipped_text.nii.gz": gzip.compress(b"This is a letter, not a scan.\n" * 20),
+        "scan.docx": b"PK",
+    }.items():
+        (folder / name).write_bytes(content)
+    hole = good.astype(np.float32)
+    hole[3, 4, 5] = np.nan
+    return {
+        "missing": (folder / "missing.nii.gz", "no such file"),
+        "empty": (folder / "empty.nii.gz", "empty"),
+        "text": (folder / "text.nii.gz", "cannot be read as NIfTI"),
+        "zipped text": (folder / "zipped_text.nii.gz", "cannot be read as NIfTI"),
+        "truncated": (folder / "truncated.nii.gz", "cannot be read as NIfTI"),
+        "format": (folder / "scan.docx", "not a known scan format"),
+        "2D": (write(folder / "flat.nii.gz", good[:, :, :1]), "2D image"),
+        "4D": (write(folder / "series.nii.gz", np.stack([good] * 3, axis=-1)), "4D"),
+        "NaN": (write(folder / "hole.nii.gz", hole), "NaN"),
+        "constant": (write(folder / "constant.nii.gz", np.full((30, 20, 10), 7, np.int16)), "every voxel is 7"),
+        "folder": (folder, "DICOM"),
+    }
+
+
+BAD_SCANS = ("missing", "empty", "text", "zipped text", "truncated", "format", "2D", "4D", "NaN", "constant", "folder")
+
+
+@pytest.mark.parametrize("kind", BAD_SCANS)
+def test_a_scan_that_cannot_be_used(run: Run, model: Path, tmp_path: Path, kind: str) -> None:
+    path, reason = bad_scans(tmp_path)[kind]
+    picture = tmp_path / "out" / "picture.png"
+    for command in (["inspect", path, "--out", picture], ["ask", model, path, "Plane?"], ["report", model, path]):
+        code, output, error = run(*command)
+        assert (code, output) == (2, "")
+        assert reason in sentence(error) and str(path) in sentence(error)
+    assert not picture.parent.exists()
+
+
+def test_a_scan_too_small_for_the_model(run: Run, model: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "small.nii.gz", np.random.default_rng(0).integers(0, 9, (3, 20, 30)).astype(np.int16))
+    code, output, error = run("report", model, path)
+    assert (code, output) == (2, "")
+    assert "only 30x20x3 voxels but at least 4 are needed" in sentence(error)
+
+
+def test_a_model_that_cannot_be_used(run: Run, scan: Path, model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_text("{}")
+    for folder, reason in (
+        (tmp_path / "none", "is no directory"),
+        (tmp_path / "unfinished", "holds no model"),
+        (broken, "model.safetensors"),
+    ):
+        for command in (["ask", folder, scan, "Plane?"], ["report", folder, scan]):
+            code, output, error = run(*command)
+            assert (code, output) == (2, "")
+            assert reason in sentence(error) and str(folder) in sentence(error)
+
+
+def test_an_empty_question(run: Run, model: Path, scan: Path) -> None:
+    code, output, error = run("ask", model, scan, " ")
+    assert (code, output) == (2, "")
+    assert "question is empty" in sentence(error)
+
+
+def test_an_encoder_by_a_wrong_name(run: Run) -> None:
+    code, output, error = run("encoders", "dcformer_nano", "resnet")
+    assert (code, output) == (2, "")
+    assert re.search(r"'resnet' is unknown; known: dcformer_nano, .*dcformer_large", sentence(error))
+
+
+def test_encoders_have_the_counted_parameters(run: Run) -> None:
+    code, output, error = run("encoders")
+    counts = {line.split()[0]: line.split()[1] for line in output.splitlines()}
+    assert (code, error) == (0, "")
+    assert len(counts) == 6 and (counts["dcformer_naive"], counts["dcformer_small"]) == ("5.852", "18.245")
+    assert run("encoders", "dcformer_naive")[1].split() == ["dcformer_naive", "5.852", "M", "parameters"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "a", "b", "--size", "1,2"], "three whole numbers"),
+        (["prepare", "a", "b", "--size", "64x64x64"], "three whole numbers"),
+        (["dance"], "invalid choice"),
+        (["ask", "model"], "required"),
+        ([], "required"),
+    ],
+)
+def test_a_command_line_that_does_not_fit(run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(*arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "SRC", "DST", "--recipe", "soup"], "Unknown recipe 'soup'; known are m3d"),
+        (["prepare", "SRC", "DST", "--size", "0,64,64"], "three whole numbers"),
+        (["prepare", "SRC", "DST", "--workers", "0"], "at least one process"),
+        (["prepare", "EMPTY", "DST"], "M3D_Cap.json is missing"),
+        (["phantom", "DST", "--studies", "3"], "at least 10 studies"),
+        (["phantom", "DST", "--workers", "-1"], "at least one process"),
+        (["merge", "EMPTY", "DST"], "adapter_config.json"),
+    ],
+)
+def test_settings_that_do_not_fit(run: Run, phantoms: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    places = {"SRC": phantoms, "DST": tmp_path / "result", "EMPTY": tmp_path}
+    code, _, error = run(*(places.get(argument, argument) for argument in arguments))
+    assert code == 2
+    assert message in sentence(error)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_inspect_prints_the_geometry_and_draws_a_picture(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scan: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    array = np.random.default_rng(0).integers(-900, 1200, (30, 20, 10)).astype(np.int16)
+    array[0, 0, 0] = -3024
+    path = write(tmp_path / "head.of.patient.nii.gz", array, (0.7, 0.8, 2.5))
+    code, output, error = run("inspect", path)
+    assert (code, error) == (0, "")
+    facts = dict(line.split(maxsplit=1) for line in output.splitlines())
+    assert facts["Scan"] == str(path)
+    assert facts["Size"].startswith("10 x 20 x 30 voxels")
+    assert facts["Spacing"] == "2.5 x 0.8 x 0.7 mm, covering 25 x 16 x 21 mm"
+    assert facts["Orientation"].startswith("SPL ") and "axial slices" in facts["Orientation"]
+    assert facts["Unit"].startswith("HU") and facts["Values"].startswith("-3024 to 1199")
+    assert "padding" in facts["Warning"]
+    assert facts["Picture"] == "head.of.patient_montage.png"
+    with Image.open(tmp_path / facts["Picture"]) as picture:
+        assert picture.format == "PNG" and min(picture.size) > 300
+
+    np.save(tmp_path / "bare.npy", array)
+    code, output, _ = run("inspect", tmp_path / "bare.npy", "--out", tmp_path / "new" / "folder" / "bare.png")
+    assert code == 0 and (tmp_path / "new" / "folder" / "bare.png").is_file()
+    assert output.count("Warning") == 3 and re.search(r"Spacing +unknown\nOrientation +unknown", output)
+
+
+def test_ask_and_report_from_a_shell(model: Path, scan: Path, tmp_path: Path) -> None:
+    """stdout has the model's words and nothing else."""
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    command = [sys.executable, "-m", "med3dvlm.cli", "report", str(model), str(scan)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (0, REPORTS[0] + "\n"), done.stderr
+    lines = done.stderr.splitlines()
+    assert re.fullmatch(r"\d+\.\d s, \d+ tokens, confidence 0\.\d\d|1\.00", lines[-2]), done.stderr
+    assert lines[-1] == RESEARCH_NOTICE
+    assert "Loading" not in done.stderr and "outside" not in done.stderr
+
+
+def test_an_unfamiliar_scan_is_named_so(run: Run, model: Path, scan: Path, tmp_path: Path) -> None:
+    code, output, error = run("ask", model, scan, "Which organ has a lesion?")
+    assert (code, output) == (0, "Liver\n")
+    assert "outside the data" not in error and RESEARCH_NOTICE in error
+    stripes = np.tile(np.float32([0, 1000, 300, 0, 50]), (24, 20, 6)).transpose()
+    code, output, error = run("ask", model, write(tmp_path / "stripes.nii", stripes), "Which organ has a lesion?")
+    assert code == 0 and output
+    assert re.search(
+        r"lies outside the data that the model was trained on \(distance .*, limit .*\): its answer is not to be relied on\.", error
+    )
+
+
+def test_a_model_that_cannot_tell_what_is_familiar(run: Run, model: Path, scan: Path, tmp_path: Path) -> None:
+    for file in model.iterdir():
+        if "familiarity" not in file.name:
+            (tmp_path / file.name).symlink_to(file)
+    code, output, error = run("ask", tmp_path, scan, "Plane?", "--max-new-tokens", "5")
+    assert (code, output) == (0, "Axial\n")
+    assert f"{tmp_path} holds no familiarity.safetensors" in error
+
+
+def test_phantoms_and_their_baselines(run: Run, phantoms: Path) -> None:
+    code, output, error = run("phantom", phantoms, "--studies", 12, "--detail", 0.3, "--workers", 1)  # again: nothing is drawn anew
+    assert code == 0 and "Traceback" not in error
+    assert re.search(r"12 studies of \d+ patients in .*phantoms: 9 train, 1 validation, 2 test\n", output)
+    assert set(re.findall(r"^  (\S+) +[01]\.\d{3}$", output, re.MULTILINE)) >= {"plane", "phase", "organ"}
+    assert len(list(phantoms.rglob("*.nii.gz"))) == 12
+
+
+def test_prepare_goes_on_after_bad_samples_and_names_them(run: Run, phantoms: Path, tmp_path: Path) -> None:
+    source, prepared = tmp_path / "source", tmp_path / "prepared"
+    subprocess.run(["cp", "-r", phantoms, source], check=True)
+    bad = sorted(source.rglob("*.nii.gz"))[:2]
+    bad[0].write_bytes(bad[0].read_bytes()[:500])
+    bad[1].unlink()
+    arguments = ("prepare", source, prepared, "--size", "16,32,24", "--workers", 1)
+    code, output, error = run(*arguments)
+    summary = json.loads(output)
+    assert code == 0
+    assert (summary["studies"], summary["failures"]) == (10, 2)
+    assert "Warning: 2 of 12 studies could not be prepared" in error and "Traceback" not in error
+    for path in bad:
+        assert str(path.relative_to(source / "M3D_Cap")).removesuffix(".nii.gz") in error
+    with pytest.raises(ValueError, match="could not be prepared"):
+        PreparedData(prepared)
+    assert json.loads(run(*arguments)[1]) == summary
+
+    for path in source.rglob("*.nii.gz"):
+        path.unlink()
+    code, _, error = run("prepare", source, tmp_path / "nothing", "--size", "16,32,24", "--workers", 1)
+    assert code == 2 and "none of the 12 studies" in sentence(error)
+
+
+@pytest.mark.parametrize("command", ["inspect", "phantom", "prepare", "merge"])
+def test_an_output_place_that_cannot_be_written(run: Run, phantoms: Path, scan: Path, tmp_path: Path, command: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for place, reasons in ((file / "below", "a file, not a folder|is a file"), (Path("/proc/below"), "no such file|not permitted|No such")):
+        arguments = {
+            "inspect": ["inspect", scan, "--out", place / "picture.png"],
+            "phantom": ["phantom", place, "--studies", 10],
+            "prepare": ["prepare", phantoms, place],
+            "merge": ["merge", tmp_path, place / "model"],
+        }[command]
+        code, _, error = run(*arguments)
+        assert code == 2
+        assert re.search(reasons, sentence(error)) and str(place) in sentence(error)
+    assert file.read_text() == "mine"
+
+
+def test_a_merge_overwrites_nothing(run: Run, model: Path, tmp_path: Path) -> None:
+    before = {file.name: file.stat().st_mtime_ns for file in model.iterdir()}
+    code, _, error = run("merge", tmp_path, model)
+    assert code == 2 and "exists and would be overwritten" in sentence(error)
+    assert before == {file.name: file.stat().st_mtime_ns for file in model.iterdir()}
+
+
+def adapter_of(model: Path, folder: Path) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    trained = Med3DChat.from_pretrained(model, device="cpu").model
+    trained.name_or_path = str(model)
+    adapted = get_peft_model(trained, LoraConfig(r=2, target_modules=r"language_model\..*_proj", init_lora_weights=False))
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def test_merge_writes_a_model_that_answers(run: Run, model: Path, scan: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(model, tmp_path / "adapter")
+    code, output, error = run("merge", adapter, tmp_path / "new" / "merged")
+    assert (code, output) == (0, f"{tmp_path / 'new' / 'merged'} holds the merged model\n"), error
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["merged"]
+    assert (tmp_path / "new" / "merged").stat().st_mode & 0o777 == tmp_path.joinpath("new").stat().st_mode & 0o777
+    assert run("ask", tmp_path / "new" / "merged", scan, "Plane?")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["inspect", "phantom", "prepare", "merge"])
+def test_a_full_disk_leaves_nothing_half_written(command: str, phantoms: Path, scan: Path, model: Path, tmp_path: Path) -> None:
+    """No file may grow beyond 2000 bytes: the same failure in the middle of writing, without filling a disk."""
+    adapter = adapter_of(model, tmp_path / "adapter") if command == "merge" else None
+    out = tmp_path / "out"
+    arguments, final = {
+        "inspect": (["inspect", scan, "--out", out / "picture.png"], "*.png"),
+        "phantom": (["phantom", out, "--studies", 10, "--detail", 0.3, "--workers", 1], "*.nii.gz"),
+        "prepare": (["prepare", phantoms, out, "--size", "16,32,24", "--workers", 1], "*.npy"),
+        "merge": (["merge", adapter, out / "model"], "*"),
+    }[command]
+    done = subprocess.run(
+        [sys.executable, "-m", "med3dvlm.cli", *map(str, arguments)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert sentence(done.stderr)
+    assert [path for path in out.rglob(final) if not path.name.startswith(("part-", "."))] == []
+
+
+def test_ctrl_c(run: Run, scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("med3dvlm.volume.read_volume", interrupted)
+    assert run("inspect", scan) == (130, "", "med3dvlm: interrupted\n")
+
+
+def test_the_place_of_an_error_can_be_shown(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        cli.main(["--traceback", "inspect", str(tmp_path / "missing.nii")])

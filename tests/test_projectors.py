@@ -1,0 +1,80 @@
+"""Projectors against the paper's equations and token counts. The released numbers are in test_published_layout."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from med3dvlm.encoders import build_encoder
+from med3dvlm.projectors import PROJECTORS, MixerLayer, MixerStack, build_projector
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+
+def test_mixer_layer_follows_the_equations_without_a_residual() -> None:
+    layer = MixerLayer((5, 3), (4, 6)).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    weights = layer.state_dict()
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(dim=-1, keepdim=True)
+        return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def mlp(x: Tensor, name: str) -> Tensor:
+        hidden = gelu(torch.einsum("...i,oi->...o", x, weights[f"{name}.0.weight"]) + weights[f"{name}.0.bias"])
+        return torch.einsum("...i,oi->...o", hidden, weights[f"{name}.2.weight"]) + weights[f"{name}.2.bias"]
+
+    rows = norm(x, "token_norm")
+    mixed = torch.stack([mlp(rows[:, :, channel], "token_mlp") for channel in range(4)], dim=2)  # (B, 3, 4)
+    expected = mlp(norm(mixed, "channel_norm"), "channel_mlp")
+    assert torch.allclose(layer(x), expected, atol=1e-12)
+
+
+def test_mixer_at_the_papers_size() -> None:
+    with torch.device("meta"):
+        projector = build_projector("mixer", (256, 32), (384, 768), 3584)
+    steps = [
+        [(layer.token_mlp[0].in_features, layer.token_mlp[2].out_features) for layer in stack] for stack in (projector.low, projector.high)
+    ]
+    assert steps == [[(256, 192), (192, 128)], [(32, 64), (64, 128)]]
+    widths = [[layer.channel_mlp[2].out_features for layer in stack] for stack in (projector.low, projector.high)]
+    assert widths == [[1792, 3584], [1792, 3584]]
+    assert projector.num_tokens == 256
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(128, 256, 256), (32, 80, 80), (40, 56, 72), (10, 20, 30), (8, 8, 8)])
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_token_counts_follow_from_the_grids(name: str, size: tuple[int, int, int], depth: int) -> None:
+    encoder = build_encoder("dcformer_nano")
+    low, high = (d * h * w for d, h, w in encoder.grids(size)[-2:])
+    projector = build_projector(name, (low, high), encoder.widths[-2:], 48, depth)
+    tokens = projector(torch.randn(2, low, 128), torch.randn(2, high, 256))
+    assert tokens.shape == (2, projector.num_tokens, 48)
+    expected = {"mlp": high, "low_high_mlp": low + high, "mixer": max(2, low // 2 * 2)}
+    assert projector.num_tokens == expected[name]
+
+
+def test_streams_do_not_mix_and_stand_low_first() -> None:
+    low, high = torch.randn(1, 16, 6, requires_grad=True), torch.randn(1, 4, 8, requires_grad=True)
+    for name, low_tokens in (("mixer", 8), ("low_high_mlp", 16)):
+        tokens = build_projector(name, (16, 4), (6, 8), 10)(low, high)
+        from_low, from_high = torch.autograd.grad(tokens[:, :low_tokens].sum(), (low, high), retain_graph=True, allow_unused=True, materialize_grads=True)
+        assert from_low.abs().sum() > 0 and from_high.abs().sum() == 0
+        from_low, from_high = torch.autograd.grad(tokens[:, low_tokens:].sum(), (low, high), allow_unused=True, materialize_grads=True)
+        assert from_low.abs().sum() == 0 and from_high.abs().sum() > 0
+
+
+def test_a_stack_makes_one_layer_a_step() -> None:
+    stack = MixerStack(tokens=(8, 6, 4), widths=(3, 5, 7))
+    assert stack(torch.randn(2, 8, 3)).shape == (2, 4, 7)
+    with pytest.raises(ValueError):
+        MixerStack(tokens=(8, 6, 4), widths=(3, 5))
+
+
+def test_an_unknown_projector_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="'qformer' is unknown; known: mlp, low_high_mlp, mixer"):
+        build_projector("qformer", (16, 4), (6, 8), 10)
