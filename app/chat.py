@@ -82,7 +82,8 @@ def build(chat: Any) -> gr.Blocks:
 
     def familiarity(volume: Volume | None) -> dict[str, Any]:
         try:
-            return bar("warning", (volume and chat.familiarity(volume).message) or "")
+            known = volume and chat.familiarity(volume)  # None where the model does not know what it was trained on
+            return bar("warning", (known and known.message) or "")
         except ValueError as error:  # a scan that the model cannot take
             return bar("warning", str(error))
 

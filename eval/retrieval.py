@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from med3dvlm import evaluation
-from med3dvlm.checkpoints import load_clip
+from med3dvlm.checkpoints import load_clip, model_type
 from med3dvlm.datasets.torch import PairCollator
 from med3dvlm.metrics.retrieval import partner_ranks, retrieval_scores
 from med3dvlm.preprocessing import dequantize
@@ -30,6 +30,8 @@ def main() -> None:
     growing = arguments.output / "embeddings.jsonl"  # line by line, so that a killed run continues
 
     if not arguments.score_only:
+        if (kind := model_type(arguments.model)) != "med3d_clip":
+            raise ValueError(f"{arguments.model} holds a {kind} model, which embeds nothing; name the output of stages/stage1_siglip.py")
         model, tokenizer, processor = load_clip(arguments.model)
         evaluation.same_preprocessing(processor, data)
         model.to(arguments.device)

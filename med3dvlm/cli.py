@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -213,12 +214,9 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 
 def _load(model: Path) -> "Med3DChat":
-    from transformers.utils import logging as transformers_logging
-
     from med3dvlm.inference import Med3DChat
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    _quiet_transformers()
     return Med3DChat.from_pretrained(model)
 
 
@@ -241,6 +239,7 @@ def _merge(arguments: argparse.Namespace) -> None:
         raise FileExistsError(f"{out} exists and would be overwritten; delete it or choose another name")
     _writable(out.parent)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    _quiet_transformers()
     try:
         merge_lora(arguments.adapter, aside)
         aside.chmod(0o777 & ~_umask())  # a temporary folder is closed to others
@@ -259,6 +258,14 @@ def _encoders(arguments: argparse.Namespace) -> None:
         found = {name: build_encoder(name) for name in arguments.names or list_encoders()}
     for name, encoder in found.items():
         print(f"{name:<20} {count_parameters(encoder)['trainable'] / 1e6:8.3f} M parameters")
+
+
+def _quiet_transformers() -> None:
+    """No bars for loading, no advice for developers."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def _workers(arguments: argparse.Namespace) -> None:
@@ -284,6 +291,9 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
         return place + REASONS.get(error.errno, error.strerror or str(error))
+    if isinstance(error, SafetensorError):
+        code = re.search(r"os error (\d+)", str(error))
+        return f"a weights file: {REASONS.get(int(code[1]) if code else 0, str(error))}"
     if isinstance(error, BrokenExecutor):
         return "a worker process was killed, perhaps for want of memory; run the command again with fewer --workers"
     return " ".join(str(error).split()) or type(error).__name__

@@ -96,7 +96,12 @@ class Med3DCLIP(PreTrainedModel):
         self.text_projection = nn.Linear(self.text_encoder.config.hidden_size, config.projection_dim)
         # One element each, not zero dimensions: DeepSpeed cannot broadcast a scalar parameter.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale)))
-        self.logit_bias = nn.Parameter(torch.full((1,), float(config.logit_bias)), requires_grad=config.loss == "siglip")
+        bias = torch.full((1,), float(config.logit_bias))
+        if config.loss == "siglip":
+            self.logit_bias: Tensor = nn.Parameter(bias)
+        else:
+            # CLIP has no bias, and several processes never finish averaging while a parameter waits for a gradient.
+            self.register_buffer("logit_bias", bias)
         self.post_init()
 
     @classmethod

@@ -207,11 +207,11 @@ def in_batches(cases: Sequence[Case], size: int) -> list[Sequence[Case]]:
 
 def _check_ids(path: Path, records: Sequence[dict[str, Any]], ids: Sequence[str]) -> None:
     found = [record.get("id") for record in records]
-    if len(found) > len(ids):
-        raise ValueError(f"{path} holds {len(found)} cases, but {len(ids)} are asked for; delete it or choose another --output")
     for number, (one, other) in enumerate(zip(found, ids, strict=False), start=1):
         if one != other:
             raise ValueError(f"{path} line {number} is about {one}, but {other} is expected there; delete it or choose another --output")
+    if len(found) > len(ids):
+        raise ValueError(f"{path} holds {len(found)} cases, but {len(ids)} are asked for; delete it or choose another --output")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -20,6 +20,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
@@ -155,16 +156,20 @@ class Med3DChat:
 
         Raises:
             FileNotFoundError: the directory or its weights are missing.
-            ValueError: it holds a model of another kind.
+            ValueError: it holds a model of another kind, or damaged weights.
         """
         if (kind := model_type(path)) != "med3dvlm":
             raise ValueError(f"{path} holds a {kind} model, which cannot answer; give one that stage 3 or `med3dvlm merge` wrote")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             dtype = torch.bfloat16
-        model, processor = load_vlm(path, dtype=dtype or "auto")
+        try:
+            model, processor = load_vlm(path, dtype=dtype or "auto")
+            familiarity_model = FamiliarityModel.load(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} holds a damaged or incomplete *.safetensors file ({error}); copy it again") from error
         model.to(device)  # type: ignore[arg-type]
-        return cls(model, processor, FamiliarityModel.load(path))
+        return cls(model, processor, familiarity_model)
 
     @torch.no_grad()
     def encode(self, scan: Scan | Features) -> Features:

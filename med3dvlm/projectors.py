@@ -82,6 +82,18 @@ class MixerProjector(nn.Module):
         self.high = MixerStack([high, *(round(high * (target / high) ** (layer / depth)) for layer in layers)], [widths[1], *doubling])
         self.num_tokens = 2 * target
 
+    @torch.no_grad()
+    def standardise(self, low: Tensor, high: Tensor) -> None:
+        """Set the first norms' weight and bias so that every channel of these features leaves them with mean 0 and deviation 1.
+
+        An encoder's channels differ in scale by orders of magnitude; what is weak in them is learned much sooner from there.
+        """
+        for stack, tokens in ((self.low, low), (self.high, high)):
+            norm = stack[0].token_norm
+            deviation, mean = torch.std_mean(nn.functional.layer_norm(tokens, norm.normalized_shape, eps=norm.eps), dim=(0, 1))
+            norm.weight.copy_(1 / (deviation + 1e-3))
+            norm.bias.copy_(-mean / (deviation + 1e-3))
+
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         return torch.cat([self.low(low), self.high(high)], dim=1)
 

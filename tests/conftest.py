@@ -4,6 +4,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,3 +40,71 @@ def shared_data() -> Path:
     if not folder:
         pytest.skip("MED3DVLM_SHARED_DATA does not name a folder of real scans")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 coarse phantom studies on disk, in the layout of M3D-Cap and M3D-VQA. Read it, do not write to it."""
+    from med3dvlm.datasets.phantom import write_phantoms
+
+    root = tmp_path_factory.mktemp("phantoms")
+    write_phantoms(root, studies=24, seed=0, detail=0.5, workers=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def prepared(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, prepared at 32 x 64 x 64: 19 studies to train on, 1 to validate, 4 to test."""
+    from med3dvlm import VolumeProcessor
+    from med3dvlm.datasets import m3d
+    from med3dvlm.datasets.store import prepare
+
+    splits = [m3d.read(phantoms, split) for split in m3d.SPLITS]
+    studies, questions = ([record for split in splits for record in split[part]] for part in (0, 1))
+    root = tmp_path_factory.mktemp("prepared")
+    prepare(phantoms, studies, questions, VolumeProcessor("m3d", size=(32, 64, 64)), root, workers=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_models(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Directories of models with random weights: text_encoder (DistilBERT, as the paper's is), language_model (Qwen2), clip, vlm."""
+    import torch
+    from transformers import DistilBertConfig, DistilBertModel, Qwen2Config, Qwen2ForCausalLM
+
+    from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMProcessor
+    from med3dvlm.datasets.store import PreparedData
+    from med3dvlm.datasets.torch import ConversationDataset
+    from stages.stage0_language_model import train_tokenizer
+
+    root = tmp_path_factory.mktemp("models")
+    paths = SimpleNamespace(**{name: root / name for name in ("text_encoder", "language_model", "clip", "vlm")})
+    data = PreparedData(prepared)
+    tokenizer = train_tokenizer(ConversationDataset(data, "train", yes_no=True, image=False), vocabulary=400)
+    torch.manual_seed(1)
+    text_encoder = DistilBertModel(
+        DistilBertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, dim=16, hidden_dim=24, n_layers=2, n_heads=2)
+    )
+    language_model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    for model, path in ((text_encoder, paths.text_encoder), (language_model, paths.language_model)):
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+    options = {"widths": [8, 8, 16, 24, 32], "stem_layers": 1, "layer_scale": 0.1}
+    config = Med3DCLIPConfig("dcformer_nano", options, data.processor.size, text_config=text_encoder.config, projection_dim=16)
+    clip = Med3DCLIP(config, text_encoder)
+    with torch.no_grad():  # batch norm sees the data once, so that a fresh encoder tells scans apart
+        clip.train().encode_image(torch.stack([data.volume(study) for study in data.studies("train")]) / 255)
+    for part in (clip.eval(), tokenizer, data.processor):
+        part.save_pretrained(paths.clip)
+    processor = Med3DVLMProcessor(data.processor, tokenizer)
+    vlm = Med3DVLM.from_parts(clip, language_model, processor.image_token_id)
+    processor.num_image_tokens = vlm.config.num_image_tokens
+    for part in (vlm, processor):
+        part.save_pretrained(paths.vlm)
+    return paths

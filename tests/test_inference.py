@@ -154,7 +154,7 @@ def test_a_batch_says_what_each_would_say_alone(chat: Med3DChat) -> None:
         together = chat.answers(*zip(*asked, strict=True), batch_size=batch_size)
         assert [answer.text for answer in together] == [answer.text for answer in alone]
         assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
-        # worst difference measured: 4e-7
+        # worst difference measured: 3.4e-7
         np.testing.assert_allclose([one.confidence for one in together], [one.confidence for one in alone], rtol=1e-5)
     prepared = [chat.processor.image_processor.transform(scan) for scan, _ in asked]
     features = [chat.encode(scan) for scan in prepared]
@@ -215,7 +215,7 @@ def test_an_error_within_the_model_reaches_the_caller_of_a_stream(chat: Med3DCha
     pieces = []
     with counted(chat.model.language_model.model, fail), pytest.raises(RuntimeError, match="the device was lost"):
         pieces.extend(chat.stream_report(volume(0)))
-    assert threading.active_count() == len([thread for thread in threading.enumerate() if "med3dvlm" not in thread.name])
+    assert not [thread for thread in threading.enumerate() if "med3dvlm" in thread.name]
 
 
 def test_settings_of_the_language_model_do_not_make_answers_random(chat: Med3DChat, recwarn: pytest.WarningsRecorder) -> None:
@@ -246,8 +246,14 @@ def test_the_oldest_turns_go_when_the_context_is_full(chat: Med3DChat) -> None:
 
 @pytest.mark.parametrize(
     ("question", "limit", "message"),
-    [("", 9, "question is empty"), (" \n", 9, "question is empty"), ("why " * 200, 9, "shorter question"), ("Plane?", 0, "at least 1"), ("<image>", 9, "must not contain")],
-)  # fmt: skip
+    [
+        ("", 9, "question is empty"),
+        (" \n", 9, "question is empty"),
+        ("why " * 200, 9, "shorter question"),
+        ("Plane?", 0, "at least 1"),
+        ("<image>", 9, "must not contain"),
+    ],
+)
 def test_questions_that_cannot_be_asked(chat: Med3DChat, question: str, limit: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         chat.ask(volume(0), question, max_new_tokens=limit)

@@ -78,3 +78,14 @@ def test_a_stack_makes_one_layer_a_step() -> None:
 def test_an_unknown_projector_lists_the_known() -> None:
     with pytest.raises(ValueError, match="'qformer' is unknown; known: mlp, low_high_mlp, mixer"):
         build_projector("qformer", (16, 4), (6, 8), 10)
+
+
+def test_standardise_evens_out_the_channels_of_both_streams() -> None:
+    low = torch.randn(5, 16, 6) * torch.tensor([50.0, 1, 1, 1, 1, 2]) + torch.tensor([0.0, 30, 0, -9, 0, 0])
+    high = torch.randn(5, 4, 8) * torch.arange(1, 9)
+    projector = build_projector("mixer", (16, 4), (6, 8), 10)
+    projector.standardise(low, high)
+    for stack, tokens in ((projector.low, low), (projector.high, high)):
+        normed = stack[0].token_norm(tokens).flatten(0, 1)
+        assert torch.allclose(normed.mean(dim=0), torch.zeros(()), atol=1e-4)
+        assert torch.allclose(normed.std(dim=0), torch.ones(()), atol=0.02)  # 1e-3 is added to deviations, the smallest here 0.06

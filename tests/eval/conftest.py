@@ -93,3 +93,13 @@ def run(repository: Path) -> Callable[..., None]:
 def run_whole(repository: Path) -> Callable[..., None]:
     """The same for fixtures that outlive a test."""
     return partial(call, repository)
+
+
+@pytest.fixture(scope="session")
+def evaluated(demo: SimpleNamespace, run_whole: Callable[..., None]) -> Path:
+    """The root with eval/retrieval (the training split: more studies), eval/vqa and eval/report in it, from runs that nothing disturbed."""
+    data, root = ("--data", demo.root / "prepared"), demo.root / "eval"
+    run_whole("retrieval", "--model", demo.clip, *data, "--output", root / "retrieval", "--batch_size", 4, "--split", "train")
+    run_whole("vqa", "--model", demo.model, *data, "--output", root / "vqa", "--batch_size", 2, "--max_new_tokens", 8)
+    run_whole("report_gen", "--model", demo.model, *data, "--output", root / "report", "--max_new_tokens", 20)
+    return demo.root

@@ -26,11 +26,9 @@ def arguments(demo: SimpleNamespace) -> list[object]:
     return ["--model", demo.model, "--data", demo.root / "prepared", "--max_new_tokens", 20]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, run_whole: Run, arguments: list[object]) -> Path:
-    output = tmp_path_factory.mktemp("report")
-    run_whole("report_gen", *arguments, "--output", output)
-    return output
+@pytest.fixture
+def whole(evaluated: Path) -> Path:
+    return evaluated / "eval" / "report"
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +111,7 @@ def test_fixed_reports(report_gen: ModuleType) -> None:
     studies = [
         study(i, text, gallstone=g, ascites=a, splenomegaly=s) for i, (text, (g, a, s)) in enumerate(zip(texts, labels, strict=True))
     ]
-    # All differ. Two sets occur twice; the one that is met first wins. The best: gallstone 2 * 0.6 / 1.6 + splenomegaly 2 * 0.2 / 1.2 = 1.08
+    # All differ. Two sets occur twice; the first one met wins. The best: gallstone 2 * 0.6 / 1.6 and splenomegaly 2 * 0.2 / 1.2
     assert report_gen.fixed_reports(studies) == {"modal": "Gallstone.", "best_fixed": "Gallstone and splenomegaly."}
     # A text that occurs twice is the commonest, whatever it states.
     assert report_gen.fixed_reports([*studies, study(9, "Ascites.", gallstone=0, ascites=1, splenomegaly=0)])["modal"] == "Ascites."

@@ -19,11 +19,9 @@ def arguments(demo: SimpleNamespace) -> list[object]:
     return ["--model", demo.clip, "--data", demo.root / "prepared", "--split", "train"]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, run_whole: Run, arguments: list[object]) -> Path:
-    output = tmp_path_factory.mktemp("retrieval")
-    run_whole("retrieval", *arguments, "--output", output, "--batch_size", 4)
-    return output
+@pytest.fixture
+def whole(evaluated: Path) -> Path:
+    return evaluated / "eval" / "retrieval"
 
 
 def test_ranks_and_recalls_in_plain_loops(demo: SimpleNamespace, whole: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +11,10 @@ Run = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def root(demo: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory, run_whole: Run) -> Path:
+def root(evaluated: Path, tmp_path_factory: pytest.TempPathFactory, run_whole: Run) -> Path:
     root = tmp_path_factory.mktemp("run")
-    for name in ("prepared", "phantoms"):
-        (root / name).symlink_to(demo.root / name)
-    run_whole("retrieval", "--model", demo.clip, "--data", root / "prepared", "--output", root / "eval/retrieval")
-    run_whole("vqa", "--model", demo.model, "--data", root / "prepared", "--output", root / "eval/vqa", "--max_new_tokens", 4)
-    run_whole("report_gen", "--model", demo.model, "--data", root / "prepared", "--output", root / "eval/report", "--max_new_tokens", 12)
+    for name in ("prepared", "phantoms", "eval"):
+        (root / name).symlink_to(evaluated / name)
     for folder, seconds in (("language_model", 10.0), ("stage1", 20.5), ("stage3", 30.0)):
         (root / folder).mkdir()
         record = {"seconds": seconds, "settings": {"seed": 7}, "parameters": {"trainable": 1, "frozen": 2}}
@@ -59,6 +55,8 @@ def test_targets(root: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> No
     summary = json.loads((root / "summary.json").read_text())
     for name, entry in summary["reached"].items():
         assert entry["value"] == figure(summary, name)
+        if entry["asked"] is None:
+            continue
         expected = entry["value"] >= entry["asked"] if entry["bound"] == "at least" else entry["value"] <= entry["asked"]
         assert entry["reached"] is expected
         assert any(name in line and ("NOT REACHED" in line) is not expected for line in printed.splitlines())

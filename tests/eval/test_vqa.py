@@ -29,18 +29,17 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def arguments(demo: SimpleNamespace) -> list[object]:
-    return ["--model", demo.model, "--data", demo.root / "prepared"]
+    return ["--model", demo.model, "--data", demo.root / "prepared", "--max_new_tokens", 8]
 
 
-@pytest.fixture(scope="module")
-def whole(demo: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory, run_whole: Run, arguments: list[object]) -> Path:
-    output = tmp_path_factory.mktemp("vqa")
-    run_whole("vqa", *arguments, "--output", output, "--batch_size", 2)
-    return output
+@pytest.fixture
+def whole(evaluated: Path) -> Path:
+    return evaluated / "eval" / "vqa"
 
 
 def test_every_question_is_there(demo: SimpleNamespace, whole: Path) -> None:
-    asked = demo.data.questions("test")
+    asked = [question for study in demo.data.studies("test") for question in demo.data.questions("test") if question.study == study.id]
+    assert len(asked) == len(demo.data.questions("test"))
     assert [(row["id"], row["question"], tuple(row["choices"])) for row in rows_of(whole)] == [(q.study, q.text, q.choices) for q in asked]
     assert {row["kind"] for row in rows_of(whole)} == {"plane", "phase", "organ", "abnormality", "location"}
 
@@ -71,7 +70,7 @@ def test_texts_are_the_plain_way(demo: SimpleNamespace, whole: Path) -> None:
     studies = {study.id: study for study in demo.data.studies("test")}
     row = next(row for row in rows_of(whole) if row["letter"] is not None)
     volume = demo.data.volume(studies[row["id"]])[None].float() / 255
-    for column, prompt, length in (("letter", closed_prompt(row["question"], row["choices"]), 8), ("open", row["question"], 32)):
+    for column, prompt, length in (("letter", closed_prompt(row["question"], row["choices"]), 8), ("open", row["question"], 8)):
         tokens = processor.encode([{"role": "user", "content": prompt}], generate=True)["input_ids"]
         start = len(tokens)
         while len(tokens) < start + length and tokens[-1] != processor.tokenizer.eos_token_id:
@@ -109,7 +108,7 @@ def test_a_killed_program_continues_to_the_same_bytes(
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     lines = tmp_path / "predictions.jsonl"
     while process.poll() is None and not (lines.is_file() and lines.stat().st_size):
-        time.sleep(0.002)
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     _, errors = process.communicate()
     assert lines.is_file(), errors.decode()
@@ -173,7 +172,10 @@ def test_scores_by_hand(vqa: ModuleType) -> None:
         row("b", "plane", False, False, "A", "y"),
         row("c", "plane", False, True, "", "z"),
         row("a", "phase", True, False, "B", "the y"),
-        {"id": "a", "kind": "abnormality", "choices": ["Yes", "No"], "answer": "No", "closed": [-1.0, -2.0], "blind": [-2.0, -1.0], "letter": None, "open": None},
+        {
+            "id": "a", "kind": "abnormality", "choices": ["Yes", "No"], "answer": "No",
+            "closed": [-1.0, -2.0], "blind": [-2.0, -1.0], "letter": None, "open": None,
+        },
     ]  # fmt: skip
     scores = vqa.score(rows, {"a": "p", "b": "q", "c": "q"})
     assert scores["closed"]["plane"] == pytest.approx(1 / 3) and scores["closed"]["phase"] == 1

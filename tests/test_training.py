@@ -1,0 +1,259 @@
+"""Arguments, what trains, and a trainer that is interrupted: checked on a model of four weights, whose every step can be followed."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from med3dvlm import Med3DVLM
+from med3dvlm.training import (
+    COMPLETE,
+    StageArguments,
+    StageTrainer,
+    environment,
+    finish,
+    launch,
+    lora_targets,
+    parse_arguments,
+    run_training,
+    train_only,
+)
+
+
+@dataclass
+class ToyArguments(StageArguments):
+    colour: str = field(default="red", metadata={"help": "of the toy, 100 % sure"})
+    speed: float | None = None
+
+
+def yaml_file(folder: Path, text: str) -> str:
+    path = folder / "toy.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
+    config = yaml_file(tmp_path, "data: there\ncolour: green\nspeed: 2\nlearning_rate: 1e-3\nmax_steps: 7\nuse_cpu: true\n")
+    assert parse_arguments(ToyArguments, ["--data", "here", "--use_cpu", "true"]).colour == "red"
+    arguments = parse_arguments(ToyArguments, ["--config", config])
+    assert (arguments.data, arguments.colour, arguments.speed, arguments.max_steps) == ("there", "green", 2, 7)
+    assert arguments.learning_rate == 1e-3  # YAML reads 1e-3 as a text
+    arguments = parse_arguments(ToyArguments, ["--max_steps", "9", f"--config={config}", "--colour", "blue"])
+    assert (arguments.data, arguments.colour, arguments.max_steps) == ("there", "blue", 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "sentence"),
+    [
+        ("data: x\ncolor: blue\n", [], "unknown keys color; did you mean colour?"),
+        ("data: x\nzzz: 1\n", [], "unknown keys zzz; see --help"),
+        ("data: x\n1: 2\n", [], "unknown keys 1;"),
+        ("data: x\n", ["--color", "blue"], "unknown: --color blue; did you mean colour?"),
+        ("data: x\n", ["--color=blue"], "unknown: --color=blue; did you mean colour?"),
+        ("data: x\n", ["--col", "blue"], "unknown: --col blue"),  # no guessing from the first letters
+        ("data: x\n", ["blue"], "unknown: blue; every setting is --name value"),
+        ("data: x\n", ["--max_steps", "many"], "invalid int value: 'many'"),
+        ("data: x\nmax_steps: many\n", [], "invalid int value: 'many'"),
+        ("data: x\nsave_total_limit: 1\n", [], "save_total_limit must be at least 2"),
+        ("colour: blue\n", [], "--data is missing"),
+        ("- data\n", [], "must hold lines of `name: value`, not a list"),
+        ("data: {\n", [], "toy.yaml is no YAML"),
+        ("data: x\n", ["--config"], "--config: expected one argument"),
+    ],
+)
+def test_a_wrong_setting_is_named_in_a_sentence(
+    text: str, flags: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(ToyArguments, ["--config", yaml_file(tmp_path, text), *flags])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert sentence in said and len(said.splitlines()) <= 2  # how it is called, and what is wrong
+
+
+def test_a_missing_config_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(ToyArguments, ["--config", "nowhere.yaml", "--data", "x"])
+    assert "nowhere.yaml is missing; the recipes are in stages/configs" in capsys.readouterr().err
+
+
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse_arguments(ToyArguments, ["--help"])
+    said = capsys.readouterr().out
+    for name in ("--config FILE", "--colour", "--data", "--learning_rate", "--exclude_failures"):
+        assert name in said
+
+
+def test_train_only_freezes_by_name() -> None:
+    model = nn.ModuleDict({"eye": nn.Linear(2, 2), "mouth": nn.Linear(2, 2)})
+    model["eye"].requires_grad_(False)
+    assert train_only(model, lambda name: name.startswith("eye.")) == ["eye.weight", "eye.bias"]
+    assert [parameter.requires_grad for parameter in model.parameters()] == [True, True, False, False]
+    with pytest.raises(ValueError, match="no parameter is left to train; the names begin with: eye, mouth"):
+        train_only(model, lambda name: name.startswith("nose."))
+
+
+def test_lora_goes_to_every_linear_layer_of_the_language_model(tiny_models: Any) -> None:
+    """Found here by looking at each module, not by its name."""
+    import re
+
+    model = Med3DVLM.from_pretrained(tiny_models.vlm)
+    pattern = re.compile(lora_targets(model))
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    expected = {name for name in linear if name.startswith("language_model.") and "lm_head" not in name}
+    assert {name for name, _ in model.named_modules() if pattern.fullmatch(name)} == expected
+    assert len(expected) == 7 * model.config.text_config.num_hidden_layers
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Any]]):
+    """13 rows, each of which says its number and the epoch that it was drawn for."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 13
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        value = torch.randn(4, generator=torch.Generator().manual_seed(100 * self.epoch + index))
+        return {"row": torch.tensor([self.epoch, index]), "x": value}
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.linear = nn.Linear(4, 1)
+        self.seen: list[list[list[int]]] = []  # by step: (epoch, number) of its rows
+
+    def forward(self, row: Tensor, x: Tensor) -> dict[str, Tensor]:
+        self.seen.append(row.tolist())
+        return {"loss": (self.linear(nn.functional.dropout(x, 0.3)) - 1).square().mean()}
+
+
+class StopAfter(TrainerCallback):
+    """Stops after the step as a signal would: without a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def train(folder: Path, stop_after: int | None = None, **settings: Any) -> Toy:
+    """Ten steps of four rows in epochs of four steps, a checkpoint every second, a constant rate of learning."""
+    values = {"max_steps": 10, "save_steps": 2, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant", **settings}
+    arguments = StageArguments(
+        str(folder), use_cpu=True, learning_rate=0.1, logging_steps=1, report_to="none", disable_tqdm=True, data="x", **values
+    )
+    model = Toy()
+    trainer = StageTrainer(model=model, args=arguments, train_dataset=Rows())
+    if stop_after is not None:
+        trainer.add_callback(StopAfter(stop_after))
+        with pytest.raises(KeyboardInterrupt):
+            run_training(trainer, arguments, "f1")
+    else:
+        run_training(trainer, arguments, "f1")
+    return model
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = (folder / "losses.jsonl").read_text().splitlines()
+    return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+
+
+def test_a_training_interrupted_inside_an_epoch_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """Rows, their order, their epoch, dropout, losses and weights, bit for bit; from checkpoint 6, the second step of the second epoch."""
+    whole = train(tmp_path / "whole")
+    assert [rows[0][0] for rows in whole.seen] == [0] * 4 + [1] * 4 + [2] * 2
+    first, second = ([index for rows in whole.seen[step : step + 4] for _, index in rows] for step in (0, 4))
+    assert sorted(first) == sorted(second) == list(range(13)) and first != second
+
+    train(tmp_path / "stopped", stop_after=7)
+    assert [step for step, _ in losses(tmp_path / "stopped")] == list(range(1, 7))
+    again = train(tmp_path / "stopped")
+    assert again.seen == whole.seen[6:]
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert torch.equal(again.linear.weight, whole.linear.weight)
+
+
+def test_losses_after_the_checkpoint_are_not_written_twice(tmp_path: Path) -> None:
+    train(tmp_path, stop_after=5)
+    with (tmp_path / "losses.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 99.0}\n')  # logged, then killed before checkpoint 6
+    train(tmp_path)
+    assert [step for step, _ in losses(tmp_path)] == list(range(1, 11))
+    assert all(loss < 99 for _, loss in losses(tmp_path))
+
+
+@pytest.mark.parametrize("unmarked", [[], ["checkpoint-6"], ["checkpoint-4", "checkpoint-6"]])
+def test_a_checkpoint_without_its_mark_is_not_used(unmarked: list[str], tmp_path: Path) -> None:
+    train(tmp_path, stop_after=7, save_total_limit=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    for name in unmarked:
+        (tmp_path / name / COMPLETE).unlink()
+    model = train(tmp_path, save_total_limit=2)
+    assert len(model.seen) == {0: 4, 1: 6, 2: 10}[len(unmarked)]
+    assert [step for step, _ in losses(tmp_path)] == list(range(1, 11))
+
+
+def test_a_finished_training_started_again_does_nothing(tmp_path: Path) -> None:
+    """Ten steps are two epochs and a half: the trainer by itself would take an eleventh."""
+    whole, before = train(tmp_path), losses(tmp_path)
+    again = train(tmp_path)
+    assert again.seen == [] and losses(tmp_path) == before
+    assert torch.equal(again.linear.weight, whole.linear.weight)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["steps"], record["settings"]["max_steps"]) == (10, 10)
+    assert len(train(tmp_path, max_steps=12).seen) == 2  # more steps may be asked for later
+
+
+def test_the_record_of_a_run(tmp_path: Path, repository: Path) -> None:
+    train(tmp_path, max_steps=2)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["settings"]["learning_rate"] == 0.1 and record["settings"]["data"] == "x"
+    assert (record["data_fingerprint"], record["processes"], record["steps"]) == ("f1", 1, 2)
+    assert record["parameters"] == {"trainable": 5, "frozen": 0}
+    assert record["versions"]["torch"] == torch.__version__.partition("+")[0] and record["seconds"] > 0
+    head = repository / ".git"
+    assert (record["commit"] is not None and len(record["commit"]) == 40) == head.exists()
+
+
+def test_the_record_does_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert environment()["commit"] is None
+
+
+def failing(error: Exception) -> Callable[[], None]:
+    def main() -> None:
+        raise error
+
+    return main
+
+
+def test_what_the_user_can_mend_ends_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        launch(failing(FileNotFoundError("scan.nii.gz is missing")))
+    with pytest.raises(SystemExit, match="2"):
+        launch(lambda: train_only(nn.Linear(1, 1), lambda name: False))  # a ValueError of ours
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].endswith("error: scan.nii.gz is missing") and "no parameter is left to train" in said[1] and len(said) == 2
+    with pytest.raises(ValueError, match="shapes"):  # not of ours: whoever looks into it needs the traceback
+        launch(failing(ValueError("shapes")))
+    with pytest.raises(SystemExit, match="130"):
+        launch(failing(KeyboardInterrupt()))  # type: ignore[arg-type]
+
+
+def test_finish_without_processes() -> None:
+    finish()
