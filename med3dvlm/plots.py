@@ -46,9 +46,7 @@ def loss_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: str |
     return _save(figure, path)
 
 
-def retrieval_curve(
-    curves: Mapping[str, Sequence[tuple[float, float]]], path: str | Path, chance: float | None = None
-) -> Path:
+def retrieval_curve(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | Path, chance: float | None = None) -> Path:
     """Recall against k, `{"image to text": [(k, recall), ...], ...}` (see `metrics.retrieval.recall_curve`).
 
     `chance` is recall@1 of a random ranking, 1 / pool; the dashed line is k times that.
@@ -264,9 +262,7 @@ def montage(
             fontsize=7,
             bbox=dark,
         )
-    lower = figure.add_gridspec(
-        1, 2, left=0.005, right=0.995, top=(foot + reformats_height) / total, bottom=foot / total, wspace=0.03
-    )
+    lower = figure.add_gridspec(1, 2, left=0.005, right=0.995, top=(foot + reformats_height) / total, bottom=foot / total, wspace=0.03)
     for plane in (1, 2):
         axes = figure.add_subplot(lower[0, plane - 1])
         _show(axes, volume, plane, volume.shape[plane] // 2, spacing, orientation, window, letters=True)
@@ -337,9 +333,7 @@ def _check_geometry(spacing: Any, orientation: str | None) -> None:
     if spacing is not None and (len(spacing) != 3 or not all(math.isfinite(step) and step > 0 for step in spacing)):
         raise ValueError(f"spacing={spacing}; give three positive millimetres (z, y, x), or None.")
     if orientation is not None and sorted(AXIS_OF.get(letter, "") for letter in orientation) != ["AP", "IS", "LR"]:
-        raise ValueError(
-            f'orientation={orientation!r}; give one letter each of R/L, A/P and S/I, such as "SPL", or None.'
-        )
+        raise ValueError(f'orientation={orientation!r}; give one letter each of R/L, A/P and S/I, such as "SPL", or None.')
 
 
 def _aspect(shape: Sequence[int], plane: int, spacing: Any, orientation: str | None) -> float:
@@ -367,9 +361,7 @@ def _show(
     picture = picture[:: -1 if flip_vertical else 1, :: -1 if flip_horizontal else 1]
     steps = (1.0, 1.0, 1.0) if spacing is None else spacing
     low, high = window if window[1] > window[0] else (window[0] - 0.5, window[0] + 0.5)  # a constant volume is mid-grey
-    axes.imshow(
-        picture, cmap="gray", vmin=low, vmax=high, aspect=steps[vertical] / steps[horizontal], interpolation="nearest"
-    )
+    axes.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=steps[vertical] / steps[horizontal], interpolation="nearest")
     axes.set_anchor(anchor)
     axes.axis("off")
     if letters and orientation is not None:
@@ -389,9 +381,7 @@ def _case_text(study: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[str]
     if heading:
         blocks.append(({"fontweight": "bold"}, textwrap.wrap(heading, 70)))
     for key, colour in (("reference", BLUE), ("prediction", "#A34700")):  # a darker orange: text needs contrast
-        lines = [line for paragraph in str(study[key]).splitlines() for line in textwrap.wrap(paragraph, 80)] or [
-            "(empty)"
-        ]
+        lines = [line for paragraph in str(study[key]).splitlines() for line in textwrap.wrap(paragraph, 80)] or ["(empty)"]
         if len(lines) > 34:
             lines = [*lines[:33], "[...]"]
         blocks.append(({"fontweight": "bold", "color": colour}, [key.capitalize()]))

@@ -199,8 +199,7 @@ class VolumeProcessor(BaseImageProcessor):
         """A tensor that went through `transform` before: checked, (1, D, H, W) float32."""
         if tuple(values.shape) not in (self.size, (1, *self.size)):
             raise ValueError(
-                f"A prepared tensor must be {self.size} or {(1, *self.size)} but is {tuple(values.shape)}; "
-                "give raw voxels as a Volume."
+                f"A prepared tensor must be {self.size} or {(1, *self.size)} but is {tuple(values.shape)}; give raw voxels as a Volume."
             )
         if values.dtype == torch.uint8:
             return dequantize(values).reshape(1, *self.size)

@@ -27,13 +27,18 @@ class Med3DVLMProcessor(ProcessorMixin):
     """
 
     def __init__(
-        self, image_processor: Any, tokenizer: Any, num_image_tokens: int = 256, image_token: str = "<image>", chat_template: str | None = None
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        num_image_tokens: int = 256,
+        image_token: str = "<image>",
+        chat_template: str | None = None,
     ) -> None:
         if tokenizer.chat_template is None and chat_template is None:
             raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model's, or set one")
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
         if image_token not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"additional_special_tokens": [image_token]})
+            tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -74,7 +79,9 @@ class Med3DVLMProcessor(ProcessorMixin):
             return self._encode(messages[: turns[-2] + 1], generate, inserted, max_length)
         answer = next(index for index, label in enumerate(labels) if label != IGNORED)
         if answer >= max_length:
-            raise ValueError(f"{max_length} tokens do not hold the image ({shared} tokens) and the question ({answer - shared} tokens); raise max_length")
+            raise ValueError(
+                f"{max_length} tokens do not hold the image ({shared} tokens) and the question ({answer - shared} tokens); raise max_length"
+            )
         return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}, shared
 
     def _tokenize(self, messages: Sequence[Message], generate: bool, image: bool) -> tuple[list[int], list[int]]:
@@ -109,7 +116,9 @@ class Med3DVLMProcessor(ProcessorMixin):
             if message["role"] == "assistant":
                 before, through = self._render(messages[:index], True), self._render(messages[: index + 1], False).rstrip()
                 if not (text.startswith(before) and text.startswith(through)):
-                    raise ValueError("the chat template rewrites earlier turns, so the assistant's words cannot be found; set a plainer chat_template")
+                    raise ValueError(
+                        "the chat template rewrites earlier turns, so the assistant's words cannot be found; set a plainer chat_template"
+                    )
                 spans.append((len(before), len(through)))
         return spans
 
@@ -139,7 +148,9 @@ class Med3DVLMProcessor(ProcessorMixin):
                 if context is not None:
                     row["labels"] = list(row["input_ids"])
             if row["input_ids"][:shared] != coded["input_ids"][:shared]:
-                raise ValueError("conversations about one volume must begin alike up to the image; give all of them the same system message")
+                raise ValueError(
+                    "conversations about one volume must begin alike up to the image; give all of them the same system message"
+                )
             rest = len(coded["input_ids"]) - shared
             row["input_ids"] += coded["input_ids"][shared:]
             row["labels"] += coded["labels"][shared:]
@@ -147,7 +158,7 @@ class Med3DVLMProcessor(ProcessorMixin):
             row["branches"] += [number] * rest
         return row
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         conversations: Sequence[Sequence[Message]],
         volumes: Any = None,

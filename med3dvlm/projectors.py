@@ -89,8 +89,8 @@ class MixerProjector(nn.Module):
         An encoder's channels differ in scale by orders of magnitude; what is weak in them is learned much sooner from there.
         """
         for stack, tokens in ((self.low, low), (self.high, high)):
-            norm = stack[0].token_norm
-            deviation, mean = torch.std_mean(nn.functional.layer_norm(tokens, norm.normalized_shape, eps=norm.eps), dim=(0, 1))
+            norm = next(module for module in stack.modules() if isinstance(module, nn.LayerNorm))
+            deviation, mean = torch.std_mean(nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=norm.eps), dim=(0, 1))
             norm.weight.copy_(1 / (deviation + 1e-3))
             norm.bias.copy_(-mean / (deviation + 1e-3))
 
@@ -98,7 +98,10 @@ class MixerProjector(nn.Module):
         return torch.cat([self.low(low), self.high(high)], dim=1)
 
 
-def build_projector(name: str, tokens: tuple[int, int], widths: tuple[int, int], dim: int, depth: int = 2) -> nn.Module:
+Projector = MLPProjector | LowHighMLPProjector | MixerProjector
+
+
+def build_projector(name: str, tokens: tuple[int, int], widths: tuple[int, int], dim: int, depth: int = 2) -> Projector:
     """The projector of that name; `num_tokens` of it says how many image tokens it makes.
 
     Args:

@@ -84,7 +84,9 @@ def _read(path: Path, kind: type[Record]) -> list[Record]:
             fields = json.loads(line)
             if set(fields) != known:
                 missing, unknown = sorted(known - set(fields)), sorted(set(fields) - known)
-                raise ValueError(f"{path} line {number}: missing fields {missing}, unknown fields {unknown}; a {kind.__name__} has {sorted(known)}")
+                raise ValueError(
+                    f"{path} line {number}: missing fields {missing}, unknown fields {unknown}; a {kind.__name__} has {sorted(known)}"
+                )
             if "choices" in fields:
                 fields["choices"] = tuple(fields["choices"])
             records.append(kind(**fields))

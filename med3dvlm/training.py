@@ -73,7 +73,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
 
     Ends the program with one sentence when a key is unknown or a value does not fit.
     """
-    parser = HfArgumentParser(kind, usage="%(prog)s --config FILE [--name value ...]", allow_abbrev=False)
+    parser = HfArgumentParser(kind, usage="%(prog)  # type: ignore[arg-type]s --config FILE [--name value ...]", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="settings as YAML; what the command line says goes before it")
     argv = list(sys.argv[1:] if argv is None else argv)
     config = parser.parse_known_args(argv)[0].config
@@ -172,11 +172,11 @@ class StageTrainer(Trainer):
         if self.args.parallel_mode.value == "distributed":
             torch.distributed.barrier()
         if self.args.should_save:
-            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
 
     def last_checkpoint(self) -> str | None:
         """The newest whole checkpoint; parts of others are deleted."""
-        root = Path(self.args.output_dir)
+        root = Path(str(self.args.output_dir))
         with self.args.main_process_first(local=False):
             for folder in root.glob("checkpoint-*"):
                 if not (folder / COMPLETE).is_file() and self.args.should_save:
@@ -202,17 +202,17 @@ class LossRecorder(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
-            with (Path(args.output_dir) / "losses.jsonl").open("a", encoding="utf-8") as file:
+            with (Path(str(args.output_dir)) / "losses.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
 def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerprint: str) -> None:
     """Train to the end, from the last whole checkpoint where there is one, and write run.json."""
     started = time.perf_counter()
-    output = Path(arguments.output_dir)
+    output = Path(str(arguments.output_dir))
     output.mkdir(parents=True, exist_ok=True)
     settings = arguments.to_dict()
-    parameters = count_parameters(trainer.model)
+    parameters = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
     trainer.add_callback(LossRecorder())
     trainer.add_callback(EpochSetter())
     checkpoint = trainer.last_checkpoint()
@@ -248,7 +248,7 @@ def _cut_losses(path: Path, last: int) -> None:
 
 def save_final(trainer: StageTrainer, *processors: Any) -> None:
     """Write model and processors to the output folder: aside first, then renamed file by file, config.json last."""
-    output = Path(trainer.args.output_dir)
+    output = Path(str(trainer.args.output_dir))
     aside = output / "saving"
     trainer.save_model(str(aside))
     if not trainer.is_world_process_zero():

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from med3dvlm.contrastive import Med3DCLIP
 from med3dvlm.encoders import Size, build_encoder
 from med3dvlm.processing import IGNORED
-from med3dvlm.projectors import build_projector
+from med3dvlm.projectors import Projector, build_projector
 
 IMAGE_SPLICES = ("mask", "published")
 
@@ -67,11 +67,18 @@ class Med3DVLMConfig(PretrainedConfig):
     def num_image_tokens(self) -> int:
         """Placeholders that one volume takes: the tokens of the projector on the encoder's grids."""
         with torch.device("meta"):
-            return int(self._build_projector(build_encoder(self.encoder, **self.encoder_options)).num_tokens)
+            return self._build_projector(build_encoder(self.encoder, **self.encoder_options)).num_tokens
 
-    def _build_projector(self, encoder: Any) -> nn.Module:
+    @property
+    def language_width(self) -> int:
+        """Width of the language model's embeddings."""
+        if self.text_config is None:
+            raise ValueError("text_config is missing: the configuration of a causal language model")
+        return int(self.text_config.hidden_size)
+
+    def _build_projector(self, encoder: Any) -> Projector:
         low, high = (depth * height * width for depth, height, width in encoder.grids(self.size)[-2:])
-        return build_projector(self.projector, (low, high), encoder.widths[-2:], self.text_config.hidden_size, self.projector_depth)
+        return build_projector(self.projector, (low, high), encoder.widths[-2:], self.language_width, self.projector_depth)
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()

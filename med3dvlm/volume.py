@@ -103,9 +103,7 @@ class Volume:
         return None if self.direction is None else _angle(np.abs(self.direction[:, 0]).max())
 
 
-def read_volume(
-    path: str | os.PathLike[str], *, spacing: Sequence[float] | None = None, unit: str | None = None
-) -> Volume:
+def read_volume(path: str | os.PathLike[str], *, spacing: Sequence[float] | None = None, unit: str | None = None) -> Volume:
     """Read a scan: a file with one of the endings in `READERS`, or a folder that holds one DICOM series.
 
     `spacing` (z, y, x) in mm and `unit` ("HU", "unit", "arbitrary") replace what the file says. An .npy file has
@@ -374,9 +372,7 @@ def _letters(direction: NDArray[np.float64] | None) -> str | None:
     return "".join(aff2axcodes(affine))
 
 
-def _slice_distance(
-    positions: NDArray[np.float64], normal: NDArray[np.float64], source: str, warnings: list[str]
-) -> float:
+def _slice_distance(positions: NDArray[np.float64], normal: NDArray[np.float64], source: str, warnings: list[str]) -> float:
     """The usual distance in mm between neighbouring slices at `positions` (slices, 3); oddities go into `warnings`."""
     heights = positions @ normal
     gaps = np.diff(heights)

@@ -52,6 +52,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     text_encoder = locate_model(arguments.text_encoder)
     tokenizer = AutoTokenizer.from_pretrained(text_encoder)
+    tokenizer.model_max_length = arguments.max_text_length  # saved with the model, so that evaluation cuts texts at the same place
     config = Med3DCLIPConfig(
         encoder=arguments.encoder,
         encoder_options=arguments.encoder_options,

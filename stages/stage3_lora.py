@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from med3dvlm import Med3DVLM
 from med3dvlm.checkpoints import load_vlm, merge_lora
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.inference import fit_familiarity, pool_features
+from med3dvlm.familiarity import fit_familiarity, pool_features
 from med3dvlm.preprocessing import dequantize
 from med3dvlm.training import (
     ConversationArguments,

@@ -2,7 +2,10 @@
 
 import os
 import random
+import socket
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +34,37 @@ def seeded() -> None:
 def repository() -> Path:
     """The root of the checkout, for tests that run its scripts and commands."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def shell(repository: Path, tmp_path: Path) -> Callable[..., str]:
+    """shell("python", "stages/x.py", "--flag"): a program of the environment, run in the repository on one core each; gives what it printed."""
+
+    def run(program: str, *arguments: object) -> str:
+        scripts = Path(sys.executable).parent
+        environment = os.environ | {
+            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(repository),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        log = tmp_path / "shell.log"
+        with log.open("w") as file:  # a file, since a pipe that a worker left open would never end
+            command = [str(scripts / program), *map(str, arguments)]
+            code = subprocess.run(command, cwd=repository, env=environment, stdout=file, stderr=file, timeout=600, check=False).returncode
+        said = log.read_text(errors="replace")
+        assert code == 0, f"{' '.join(command)} ended with {code}:\n{said[-5000:]}"
+        return said
+
+    return run
+
+
+@pytest.fixture
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """Med3DCLIP against the papers' formulas in plain loops, on one process and on four."""
 
 import math
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,7 +83,7 @@ def test_a_diagonal_of_twos_is_told_from_noise() -> None:
     assert model.contrast(pairs, pairs).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_four_processes_are_one_with_the_whole_batch(tmp_path: Path, repository: Path) -> None:
+def test_four_processes_are_one_with_the_whole_batch(tmp_path: Path, shell: Callable[..., str]) -> None:
     """Loss and every gradient, of the encoders too. Worst difference measured: 6e-17 of 2e-2."""
     batch, expected = batch_of_pairs(), {}
     torch.save(batch, tmp_path / "batch.pt")
@@ -95,16 +93,16 @@ def test_four_processes_are_one_with_the_whole_batch(tmp_path: Path, repository:
         expected[loss] = model(**batch).loss
         expected[loss].backward()
         expected[loss] = (expected[loss], {name: value.grad for name, value in model.named_parameters() if value.grad is not None})
-    environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "tests/drivers/contrastive_processes.py", str(tmp_path)]
-    subprocess.run(command, cwd=repository, env=environment, check=True, timeout=300)
+    shell("python", "tests/drivers/contrastive_processes.py", tmp_path)
     for loss, (value, gradients) in expected.items():
         result = torch.load(tmp_path / loss / "result.pt")
         torch.testing.assert_close(result["loss"], value.detach(), rtol=1e-12, atol=0)
         assert result["gradients"].keys() == gradients.keys()
         assert ("logit_bias" in gradients) == (loss == "siglip")
         for name, gradient in gradients.items():
-            torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                result["gradients"][name], gradient, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_text_may_be_encoded_before() -> None:

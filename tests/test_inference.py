@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from med3dvlm import Med3DChat, Med3DVLM, Med3DVLMConfig, Med3DVLMProcessor, Volume, VolumeProcessor
-from med3dvlm.inference import FamiliarityModel, fit_familiarity, pool_features
+from med3dvlm.familiarity import FamiliarityModel, fit_familiarity, pool_features
 from med3dvlm.prompts import REPORT_PROMPTS
 
 SIZE = (32, 64, 64)

@@ -188,6 +188,19 @@ def test_a_training_interrupted_inside_an_epoch_goes_on_as_if_it_had_not_been(tm
     assert torch.equal(again.linear.weight, whole.linear.weight)
 
 
+@pytest.mark.slow
+def test_so_does_one_on_two_processes(tmp_path: Path, shell: Callable[..., str], free_port: str) -> None:
+    shell("python", "tests/drivers/two_processes.py", tmp_path, free_port)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for rank in ranks:
+        assert [rows[0][0] for rows in rank["whole"]] == [0] * 4 + [1] * 4 + [2] * 2
+        assert rank["again"] == rank["whole"][6:]
+        assert rank["weights"] == [ranks[0]["weights"][0]] * 2
+    first, second = ([index for rank in ranks for rows in rank["whole"][step : step + 4] for _, index in rows] for step in (0, 4))
+    assert set(first) == set(second) == set(range(13)) and first != second
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
 def test_losses_after_the_checkpoint_are_not_written_twice(tmp_path: Path) -> None:
     train(tmp_path, stop_after=5)
     with (tmp_path / "losses.jsonl").open("a") as file:

@@ -178,8 +178,9 @@ def test_a_padded_batch_generates_what_each_prompt_does_alone(family: str) -> No
                 logits = model(so_far[None], pixel_values=pixels[row : row + 1]).logits
             assert logits[0, -1].argmax() == token
             so_far = torch.cat([so_far, token[None]])
-    other = model.generate(ids, mask, pixel_values=pixels.flip(0), **options)
-    assert not torch.equal(together, other)  # the image counts
+    with torch.no_grad():
+        change = model(ids, mask, pixel_values=pixels).logits[:, -1] - model(ids, mask, pixel_values=2 * pixels).logits[:, -1]
+    assert (change.abs().amax(dim=1) > 1e-2).all()  # the image counts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -216,14 +217,6 @@ def test_saved_and_loaded_model_is_the_same(family: str, tmp_path: Path) -> None
     tied = FAMILIES[family].get("tie_word_embeddings", False)
     assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
     assert loaded.config.num_image_tokens == model.config.num_image_tokens
-
-
-def test_a_loaded_model_generates_with_its_language_models_settings(tmp_path: Path) -> None:
-    model = build()
-    model.language_model.generation_config.update(eos_token_id=[2, 7], max_new_tokens=5)
-    model.save_pretrained(tmp_path)
-    loaded = Med3DVLM.from_pretrained(tmp_path)
-    assert loaded.language_model.generation_config.eos_token_id == [2, 7]
 
 
 def test_weights_in_half_precision(tmp_path: Path) -> None:
@@ -370,9 +363,6 @@ def test_smollm2_trains_merges_and_generates(tmp_path: Path) -> None:
     )
     base = Med3DVLM.from_parts(Med3DCLIP(clip_config), text_model, processor.image_token_id, projector="low_high_mlp")
     processor.num_image_tokens = base.config.num_image_tokens
-    base.save_pretrained(tmp_path / "base")
-    processor.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
 
     conversation = turn("Which organ has a lesion?", "The left kidney holds a stone of 12 mm.")
     row = processor.encode(conversation)

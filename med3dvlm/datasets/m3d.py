@@ -96,7 +96,10 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterable[dict[str, str]]:
 
 
 def write(root: str | Path, studies: Sequence[Study], questions: Sequence[Question]) -> None:
-    """Write reports, questions and labels in this layout; the volumes are the caller's. Study ids must be image paths less `M3D_Cap/` and extension."""
+    """Write reports, questions and labels in this layout; the volumes are the caller's.
+
+    A study's id must be its image path without `M3D_Cap/` and the extension.
+    """
     root = Path(root)
     listing: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
     texts = {}

@@ -48,7 +48,9 @@ def prepare(
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         jobs = pool.map(partial(_prepare_one, Path(source), destination, processor), studies, chunksize=4)
         results.extend(tqdm(jobs, total=len(studies), unit="volume", desc="preparing"))
-    failures = [{"study": study.id, "file": study.image, "reason": reason} for study, (_, reason) in zip(studies, results, strict=True) if reason]
+    failures = [
+        {"study": study.id, "file": study.image, "reason": reason} for study, (_, reason) in zip(studies, results, strict=True) if reason
+    ]
     failed = {failure["study"] for failure in failures}
     kept = [study for study in studies if study.id not in failed]
     asked = [question for question in questions if question.study not in failed]

@@ -1,4 +1,7 @@
-"""Vision encoders by name. One contract: `encoder(x)` with x (B, 1, D, H, W) gives the tokens (B, d*h*w, C) of every stage; `widths`, `grids(size)`, `stride`."""
+"""Vision encoders by name.
+
+One contract: `encoder(x)` with x (B, 1, D, H, W) gives the tokens (B, d*h*w, C) of every stage; `widths`, `grids(size)`, `stride`.
+"""
 
 from typing import Any
 

@@ -46,7 +46,9 @@ class AxisConv(nn.Module):
             image = x.flatten(2, 3)  # (B, d, h*w, C): convolve the rows
         else:
             image = x.flatten(0, 1)  # (B*d, h, w, C)
-        shape, stride, pad = ((1, kernel), (1, self.stride), (0, padding)) if self.axis == 2 else ((kernel, 1), (self.stride, 1), (padding, 0))
+        shape, stride, pad = (
+            ((1, kernel), (1, self.stride), (0, padding)) if self.axis == 2 else ((kernel, 1), (self.stride, 1), (padding, 0))
+        )
         weight = self.weight.view(*self.weight.shape[:2], *shape).contiguous(memory_format=torch.channels_last)
         y = nn.functional.conv2d(image.movedim(-1, 1), weight, self.bias, stride, pad, groups=self.groups)
         y = y.movedim(1, -1)  # (B, d', h*w, C') or (B*d, h', w', C')

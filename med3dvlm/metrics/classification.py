@@ -49,9 +49,7 @@ def accuracy(references: Sequence[Any] | NDArray[Any], predictions: Sequence[Any
     """Share of equal entries: of answers (N,) of any kind, or of all decisions (N, K)."""
     truth, stated = np.asarray(references), np.asarray(predictions)
     if truth.shape != stated.shape or not truth.size:
-        raise ValueError(
-            f"References are {truth.shape} and predictions {stated.shape}; pass equally many, at least one."
-        )
+        raise ValueError(f"References are {truth.shape} and predictions {stated.shape}; pass equally many, at least one.")
     return float(np.mean(truth == stated))
 
 
@@ -71,9 +69,7 @@ def auroc(labels: Any, scores: Any, names: Sequence[str] | None = None) -> dict[
     if truth.shape != belief.shape:
         raise ValueError(f"labels are {truth.shape} and scores {belief.shape}; both must be (studies, findings).")
     if np.isnan(belief).any():
-        raise ValueError(
-            f"{int(np.isnan(belief).sum())} of {belief.size} scores are NaN; AUROC needs numbers that can be ordered."
-        )
+        raise ValueError(f"{int(np.isnan(belief).sum())} of {belief.size} scores are NaN; AUROC needs numbers that can be ordered.")
     areas: dict[str, float | None] = {}
     for name, positive, score in zip(_class_names(names, truth.shape[1]), truth.T, belief.T, strict=True):
         positives, negatives = int(positive.sum()), int((~positive).sum())

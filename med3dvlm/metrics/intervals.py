@@ -55,8 +55,7 @@ def bootstrap_interval(
     defined = outcomes[~np.isnan(outcomes)]
     if 2 * len(defined) < samples:
         raise ValueError(
-            f"The statistic is undefined in {samples - len(defined)} of {samples} resamples; "
-            "there are too few studies for an interval."
+            f"The statistic is undefined in {samples - len(defined)} of {samples} resamples; there are too few studies for an interval."
         )
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

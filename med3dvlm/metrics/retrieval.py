@@ -68,9 +68,7 @@ def partner_ranks(queries: Any, candidates: Any) -> NDArray[np.int64]:
 def _both_ranks(images: Any, texts: Any, pool: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     images, texts = _normalised(images, "image_embeddings"), _normalised(texts, "text_embeddings")
     if images.shape != texts.shape:
-        raise ValueError(
-            f"image_embeddings are {images.shape} and text_embeddings {texts.shape}; they must be pairs of one width."
-        )
+        raise ValueError(f"image_embeddings are {images.shape} and text_embeddings {texts.shape}; they must be pairs of one width.")
     if pool is not None:
         if not 1 <= pool <= len(images):
             raise ValueError(f"pool={pool} with {len(images)} pairs; choose a pool between 1 and {len(images)}.")
@@ -86,9 +84,7 @@ def _normalised(embeddings: Any, name: str) -> NDArray[np.float64]:
         raise ValueError(f"{name} must have shape (N, d) with N and d at least 1, got {array.shape}.")
     if not np.isfinite(array).all():
         rows = np.flatnonzero(~np.isfinite(array).all(axis=1))
-        raise ValueError(
-            f"{name} holds NaN or infinite values in {len(rows)} of {len(array)} rows, the first is row {rows[0]}."
-        )
+        raise ValueError(f"{name} holds NaN or infinite values in {len(rows)} of {len(array)} rows, the first is row {rows[0]}.")
     # An all-zero embedding stays zero: it ties with everything and so ranks last.
     lengths = np.maximum(np.linalg.norm(array, axis=1, keepdims=True), np.finfo(np.float64).tiny)
     unit: NDArray[np.float64] = array / lengths

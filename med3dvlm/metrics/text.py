@@ -52,9 +52,7 @@ def text_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[s
 def bleu(predictions: Sequence[str], references: Sequence[str], order: int = 1) -> float:
     """BLEU of n-grams up to `order`, computed for each pair and averaged; the papers' tables print `order=1`."""
     _check_pairs(predictions, references)
-    return _mean(
-        _bleu([prediction], [reference], order) for prediction, reference in zip(predictions, references, strict=True)
-    )
+    return _mean(_bleu([prediction], [reference], order) for prediction, reference in zip(predictions, references, strict=True))
 
 
 def corpus_bleu(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -70,9 +68,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     _check_pairs(predictions, references)
     names = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(names, use_stemmer=False)
-    scores = [
-        scorer.score(reference, prediction) for prediction, reference in zip(predictions, references, strict=True)
-    ]
+    scores = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references, strict=True)]
     return {name: _mean(score[name].fmeasure for score in scores) for name in names}
 
 
@@ -113,9 +109,7 @@ def meteor(predictions: Sequence[str], references: Sequence[str]) -> float:
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Share of predictions equal to their reference once case, punctuation and white space are set aside."""
     _check_pairs(predictions, references)
-    return _mean(
-        _words(prediction) == _words(reference) for prediction, reference in zip(predictions, references, strict=True)
-    )
+    return _mean(_words(prediction) == _words(reference) for prediction, reference in zip(predictions, references, strict=True))
 
 
 def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -161,9 +155,7 @@ def _bleu(predictions: Sequence[str], references: Sequence[str], order: int) -> 
     if min(matches) == 0:
         return 0.0
     brevity = min(1.0, math.exp(1 - expected / written))
-    return brevity * math.exp(
-        sum(math.log(match / total) for match, total in zip(matches, totals, strict=True)) / order
-    )
+    return brevity * math.exp(sum(math.log(match / total) for match, total in zip(matches, totals, strict=True)) / order)
 
 
 def _ngrams(tokens: list[str], n: int) -> Iterator[tuple[str, ...]]:
@@ -237,8 +229,7 @@ def _check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
             raise ValueError(f"The {name} must be a list of strings, got one string; put it in a list.")
     if len(predictions) != len(references) or not predictions:
         raise ValueError(
-            f"Got {len(predictions)} predictions and {len(references)} references; "
-            "pass equally many, at least one, in the same order."
+            f"Got {len(predictions)} predictions and {len(references)} references; pass equally many, at least one, in the same order."
         )
 
 

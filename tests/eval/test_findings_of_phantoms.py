@@ -4,7 +4,7 @@ import numpy as np
 
 from med3dvlm.datasets.phantom import plan_phantoms
 from med3dvlm.metrics.classification import precision_recall_f1
-from med3dvlm.metrics.findings import findings_table
+from med3dvlm.metrics.findings import FINDINGS, findings_table
 
 
 def test_reports_are_read_as_their_labels() -> None:
@@ -21,7 +21,5 @@ def test_reports_are_read_as_their_labels() -> None:
 def test_nothing_is_read_that_a_phantom_cannot_have() -> None:
     """Findings outside the phantoms' own, such as a fracture's or a calcification's, must not be heard in their wording."""
     studies = [plan.study for plan in plan_phantoms(200, seed=4)]
-    from med3dvlm.metrics.findings import FINDINGS
-
     others = [name for name in FINDINGS if name not in studies[0].labels]
     assert findings_table([study.report for study in studies], others).sum() == 0

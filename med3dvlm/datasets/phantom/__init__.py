@@ -3,7 +3,9 @@
 A patient has one body and one or two series of it (plane, phase); patients are split, not series. No two studies share a report.
 """
 
+import json
 import logging
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -65,7 +67,7 @@ def plan_phantoms(studies: int, seed: int = 0, detail: float = 1.0) -> list[Plan
     return plans
 
 
-def _cycle(values, random):  # type: ignore[no-untyped-def]
+def _cycle(values: Sequence[str], random: np.random.Generator) -> Iterator[str]:
     """Each value equally often, in random order."""
     while True:
         yield from random.permutation(values).tolist()
@@ -87,9 +89,19 @@ def _body(random: np.random.Generator) -> Body:
 
 
 def write_phantoms(root: str | Path, studies: int = 800, seed: int = 0, detail: float = 1.0, workers: int = 2) -> list[Study]:
-    """Write volumes, reports, questions and labels under `root`; a volume that is there already is kept, so that a killed run continues."""
+    """Write volumes, reports, questions and labels under `root`; a volume that is there already is kept, so that a killed run continues.
+
+    Raises:
+        ValueError: `root` holds phantoms of other settings.
+    """
     root = Path(root)
     plans = plan_phantoms(studies, seed, detail)
+    settings = root / "phantoms.json"
+    wanted = {"studies": studies, "seed": seed, "detail": detail}
+    if settings.is_file() and json.loads(settings.read_text(encoding="utf-8")) != wanted:
+        raise ValueError(f"{root} holds phantoms of other settings ({settings}), not {wanted}; choose another folder or delete it")
+    root.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps(wanted), encoding="utf-8")
     with ProcessPoolExecutor(workers) as pool:
         jobs = pool.map(partial(_write_volume, root), plans, chunksize=8)
         for _ in tqdm(jobs, total=len(plans), unit="study", desc="phantoms"):

@@ -75,7 +75,7 @@ class Canvas:
     array: NDArray[np.float32]
     directions: NDArray[np.float64]
     corner: NDArray[np.float64]
-    inverse: NDArray[np.float64] = field(init=False)
+    inverse: NDArray[np.floating] = field(init=False)
 
     def __post_init__(self) -> None:
         self.inverse = np.linalg.inv(self.directions)
@@ -123,10 +123,10 @@ class Canvas:
         grids = (steps[0][:, None, None], steps[1][None, :, None], steps[2][None, None, :])
         points = []
         for axis in range(3):
-            coordinate = np.full((1, 1, 1), self.corner[axis], np.float32)
+            coordinate: NDArray[np.float32] = np.full((1, 1, 1), self.corner[axis], np.float32)
             for step, grid in zip(self.directions[axis], grids, strict=True):
                 if abs(step) > 1e-9:
-                    coordinate = coordinate + np.float32(step) * grid
+                    coordinate = (coordinate + np.float32(step) * grid).astype(np.float32)
             points.append(coordinate)
         return window, points
 
@@ -188,7 +188,9 @@ class _Build:
     random: np.random.Generator
     phase: str
 
-    def organ(self, canvas: Canvas, number: int, centre: tuple[float, float, float], radii: tuple[float, float, float], value: float) -> None:
+    def organ(
+        self, canvas: Canvas, number: int, centre: tuple[float, float, float], radii: tuple[float, float, float], value: float
+    ) -> None:
         """An ellipsoid with this patient's proportions and its own small shift."""
         x, y, z = self.place(centre, number)
         canvas.ellipsoid((x, y, z), tuple(np.asarray(radii) * self.size), value)

@@ -51,7 +51,7 @@ def write_report(body: Body, plane: str, phase: str, random: np.random.Generator
         for finding in present
     ]
     missing = [KINDS[kind]["name"] for kind in kinds if kind not in {finding.kind for finding in present}]
-    *listed, last = random.choice(missing, size=min(len(missing), random.integers(2, 5)), replace=False)
+    *listed, last = random.permutation(missing)[: random.integers(2, 5)]
     return " ".join([technique, *sentences, str(random.choice(ABSENT)).format(", ".join(listed), last)])
 
 

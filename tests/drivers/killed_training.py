@@ -1,0 +1,101 @@
+"""python tests/drivers/killed_training.py STAGE FOLDER FLAGS...: trains once in peace into FOLDER/whole, once into FOLDER/killed, killed six times.
+
+Every attempt is a process of its own that ends itself by SIGKILL, as the kernel does to one that takes too much memory. They are forked
+from a program that has imported everything and computed nothing, which saves the import. Prints the exit code of each attempt.
+"""
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch._dynamo  # noqa: F401  before the forks, so that it is imported once
+
+from med3dvlm import training
+from med3dvlm.training import LossRecorder, StageTrainer
+
+Kill = Callable[[], None]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def after_step(step: int) -> Kill:
+    """The loss of the step is on disk already, its checkpoint is not."""
+
+    def install() -> None:
+        log = LossRecorder.on_log
+
+        def on_log(self: LossRecorder, args: Any, state: Any, *rest: Any, **more: Any) -> None:
+            log(self, args, state, *rest, **more)
+            if state.global_step == step:
+                die()
+
+        LossRecorder.on_log = on_log  # type: ignore[method-assign]
+
+    return install
+
+
+def while_writing(step: int, method: str, before: bool) -> Kill:
+    """Before or after the trainer writes this part of the checkpoint of this step."""
+
+    def install() -> None:
+        write = getattr(StageTrainer.__mro__[1], method)
+
+        def killed(self: StageTrainer, *arguments: Any) -> None:
+            if before and self.state.global_step == step:
+                die()
+            write(self, *arguments)
+            if self.state.global_step == step:
+                die()
+
+        setattr(StageTrainer.__mro__[1], method, killed)
+
+    return install
+
+
+def while_writing_the_model() -> None:
+    write = StageTrainer.save_model
+
+    def save_model(self: StageTrainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        write(self, output_dir, _internal_call)
+        if Path(str(output_dir)).name == "saving":
+            die()
+
+    StageTrainer.save_model = save_model  # type: ignore[method-assign]
+
+
+# With five steps an epoch, eight steps and a checkpoint every three: before the first, inside an epoch, in the second epoch, at the end.
+KILLS: tuple[Kill, ...] = (
+    after_step(2),
+    while_writing(3, "_save_rng_state", before=True),
+    after_step(4),
+    while_writing(6, "_save_checkpoint", before=False),  # whole, but not yet marked so
+    after_step(7),
+    while_writing_the_model,
+)
+
+
+def attempt(stage: ModuleType, output: Path, flags: list[str], kill: Kill | None) -> int:
+    """Exit code of a training in a process of its own, negative for a signal."""
+    process = os.fork()
+    if process == 0:
+        torch.set_num_threads(1)
+        sys.argv = [str(stage.__file__), *flags, "--output_dir", str(output)]
+        if kill is not None:
+            kill()
+        training.launch(stage.main)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+if __name__ == "__main__":
+    stage, folder, flags = importlib.import_module(f"stages.{sys.argv[1]}"), Path(sys.argv[2]), sys.argv[3:]
+    print("whole", attempt(stage, folder / "whole", flags, None), flush=True)
+    for kill in (*KILLS, None):
+        print("killed", attempt(stage, folder / "killed", flags, kill), flush=True)

