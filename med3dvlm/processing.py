@@ -98,7 +98,7 @@ class Med3DVLMProcessor(ProcessorMixin):
         spans = self._assistant_spans(placed, text)
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         labels = [
-            token if any(begin <= start < stop <= end for begin, end in spans) else IGNORED
+            token if any(_within(start, stop, begin, end) for begin, end in spans) else IGNORED
             for token, (start, stop) in zip(coded["input_ids"], coded["offset_mapping"], strict=True)
         ]
         return list(coded["input_ids"]), labels
@@ -188,6 +188,11 @@ class Med3DVLMProcessor(ProcessorMixin):
                 filled = [fillers[key]] * missing
                 batch[key].append(filled + values if left else values + filled)
         return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+def _within(start: int, stop: int, begin: int, end: int) -> bool:
+    """Whether the characters of a token lie in a span. A tokenizer that trims its offsets gives a token of white space no characters."""
+    return begin <= start and stop <= end and start < end and (start < stop or begin < start)
 
 
 def branch_mask(branches: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 Rules = tuple[tuple[str, str], ...]  # (pattern, replacement) for re.sub, applied in turn
-
 LARGEST = 12  # blocks in a stage of dcformer_large
 ENCODER: Rules = (
     (r"^encoder\.s0\.0\.(\d+)\.", r"stem.\1."),
@@ -72,8 +71,7 @@ def from_published(state_dict: Mapping[str, Tensor], kind: str) -> dict[str, Ten
     if kind not in PUBLISHED_NAMES:
         raise ValueError(f"published layout {kind!r} is unknown; known: {', '.join(PUBLISHED_NAMES)}")
     renamed = {name: _rename(name, kind) for name in state_dict}
-    strangers = [name for name, new in renamed.items() if new is None]
-    if strangers:
+    if strangers := [name for name, new in renamed.items() if new is None]:
         raise ValueError(f"the weights are not in the published {kind} layout, which has no {_some(strangers)}")
     return {str(renamed[name]): _reshape(name, tensor) for name, tensor in state_dict.items()}
 

@@ -73,7 +73,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
 
     Ends the program with one sentence when a key is unknown or a value does not fit.
     """
-    parser = HfArgumentParser(kind, usage="%(prog)  # type: ignore[arg-type]s --config FILE [--name value ...]", allow_abbrev=False)
+    parser = HfArgumentParser(kind, usage="%(prog)s --config FILE [--name value ...]", allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", metavar="FILE", help="settings as YAML; what the command line says goes before it")
     argv = list(sys.argv[1:] if argv is None else argv)
     config = parser.parse_known_args(argv)[0].config

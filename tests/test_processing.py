@@ -33,7 +33,11 @@ def decode(words: PreTrainedTokenizerFast, ids: list[int]) -> str:
 
 def labelled_runs(row: dict[str, list[int]], words: PreTrainedTokenizerFast) -> list[str]:
     """The labelled stretches as text; a label is its own token."""
-    runs = [list(run) for labelled, run in groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != IGNORED) if labelled]
+    runs = [
+        list(run)
+        for labelled, run in groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != IGNORED)
+        if labelled
+    ]
     assert all(token == label for run in runs for token, label in run)
     return [decode(words, [label for _, label in run]) for run in runs]
 
@@ -124,7 +128,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
 def test_a_batch_to_generate_from_is_padded_on_the_left() -> None:
     subject = processor()
     conversations = [turn("Which organ has a lesion?", "")[:1], [*turn("Where?", "Left"), {"role": "user", "content": "Sure?"}]]
-    volumes = [Volume(np.random.default_rng(seed).normal(0, 20, (10, 20, 30)).astype(np.float32), (3.0, 1.0, 1.0), "SPL") for seed in (0, 1)]
+    volumes = [
+        Volume(np.random.default_rng(seed).normal(0, 20, (10, 20, 30)).astype(np.float32), (3.0, 1.0, 1.0), "SPL") for seed in (0, 1)
+    ]
     batch = subject(conversations, volumes)
     rows = [subject.encode(messages, generate=True)["input_ids"] for messages in conversations]
     length = max(map(len, rows))
@@ -234,7 +240,10 @@ def test_every_branch_has_the_logits_of_its_conversation_alone(
             if context is not None:
                 prefix = subject.tokenizer(context, add_special_tokens=False)["input_ids"]
                 begins = shared - len(prefix)  # the context stands where the image would
-                alone = {key: alone[key][:begins] + list(filler) + alone[key][begins:] for key, filler in (("input_ids", prefix), ("labels", [IGNORED] * len(prefix)))}
+                alone = {
+                    key: alone[key][:begins] + list(filler) + alone[key][begins:]
+                    for key, filler in (("input_ids", prefix), ("labels", [IGNORED] * len(prefix)))
+                }
             ids = torch.tensor([alone["input_ids"]])
             picture = {} if context is not None else {"pixel_values": pixels[number : number + 1]}
             with torch.no_grad():

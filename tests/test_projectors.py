@@ -62,7 +62,9 @@ def test_streams_do_not_mix_and_stand_low_first() -> None:
     low, high = torch.randn(1, 16, 6, requires_grad=True), torch.randn(1, 4, 8, requires_grad=True)
     for name, low_tokens in (("mixer", 8), ("low_high_mlp", 16)):
         tokens = build_projector(name, (16, 4), (6, 8), 10)(low, high)
-        from_low, from_high = torch.autograd.grad(tokens[:, :low_tokens].sum(), (low, high), retain_graph=True, allow_unused=True, materialize_grads=True)
+        from_low, from_high = torch.autograd.grad(
+            tokens[:, :low_tokens].sum(), (low, high), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         assert from_low.abs().sum() > 0 and from_high.abs().sum() == 0
         from_low, from_high = torch.autograd.grad(tokens[:, low_tokens:].sum(), (low, high), allow_unused=True, materialize_grads=True)
         assert from_low.abs().sum() == 0 and from_high.abs().sum() > 0

@@ -109,7 +109,9 @@ def test_vlm_gives_the_released_logits_and_words(published_vlm: Med3DVLM, image_
         logits = published_vlm(ids, image_features=image_features).logits
     assert difference(logits[0, -8:], golden()["vlm/logits_last8"]) < LOGITS_TOLERANCE
     assert difference(logits, golden()["vlm/logits_every997"], 997) < LOGITS_TOLERANCE
-    words = published_vlm.generate(ids, image_features=image_features, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    words = published_vlm.generate(
+        ids, image_features=image_features, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
     assert words.tolist() == golden()["vlm/greedy12"].tolist()
 
 
@@ -127,9 +129,7 @@ def test_published_splice_is_one_late_in_a_padded_batch_too(
     assert torch.equal(alone[0, 257:], table[ids[0, 257:]])  # the word at 256 is lost, the others stand
 
 
-def test_published_splice_needs_text_behind_the_image(
-    published_vlm: Med3DVLM, image_features: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def test_published_splice_needs_text_behind_the_image(published_vlm: Med3DVLM, image_features: tuple[torch.Tensor, torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="needs text after the image"):
         published_vlm.embed(torch.full((1, 256), IMAGE_TOKEN), image_features)
 
@@ -147,7 +147,13 @@ def test_mask_splice_differs_from_the_published(published_vlm: Med3DVLM, image_f
 
 def test_every_tensor_of_the_released_7b_model_has_its_place() -> None:
     text_config = AutoConfig.for_model(
-        "qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4
+        "qwen2",
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
     )
     config = Med3DVLMConfig(encoder_options=NO_ACTIVATION, text_config=text_config, image_splice="published")
     with torch.device("meta"):

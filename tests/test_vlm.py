@@ -23,9 +23,7 @@ IMAGE_TOKEN = 400  # beyond the language model's vocabulary
 
 def build(family: str = "qwen2", size: tuple[int, int, int] = SIZE, projector: str = "mixer", **settings: Any) -> Med3DVLM:
     text_model = language_model(family, **settings)
-    config = Med3DVLMConfig(
-        "dcformer_nano", ENCODER, size, projector=projector, text_config=text_model.config, image_token_id=IMAGE_TOKEN
-    )
+    config = Med3DVLMConfig("dcformer_nano", ENCODER, size, projector=projector, text_config=text_model.config, image_token_id=IMAGE_TOKEN)
     model = Med3DVLM(config, language_model=text_model)
     with torch.no_grad():
         for name, parameter in model.projector.named_parameters():
@@ -38,8 +36,8 @@ def batch_of(model: Med3DVLM, lengths: tuple[int, ...] = (9, 4), before: int = 3
     """Rows of random words, image tokens after the first few, padded on the right; the last words are labelled."""
     tokens = model.config.num_image_tokens
     total = before + tokens + max(lengths)
-    ids, mask, labels = torch.zeros(len(lengths), total, dtype=torch.long), torch.zeros(len(lengths), total, dtype=torch.long), None
-    labels = torch.full_like(ids, IGNORED)
+    ids = torch.zeros(len(lengths), total, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
     for row, length in enumerate(lengths):
         used = before + tokens + length
         ids[row, :used] = torch.randint(3, 400, (used,))
@@ -163,7 +161,9 @@ def test_a_padded_batch_generates_what_each_prompt_does_alone(family: str) -> No
     model = build(family)
     pixels = torch.rand(3, 1, *SIZE)
     image = torch.full((model.config.num_image_tokens,), IMAGE_TOKEN)
-    prompts = [torch.cat([torch.randint(3, 400, (before,)), image, torch.randint(3, 400, (after,))]) for before, after in ((2, 11), (2, 3), (5, 1))]
+    prompts = [
+        torch.cat([torch.randint(3, 400, (before,)), image, torch.randint(3, 400, (after,))]) for before, after in ((2, 11), (2, 3), (5, 1))
+    ]
     length = max(map(len, prompts))
     ids = torch.stack([torch.nn.functional.pad(prompt, (length - len(prompt), 0)) for prompt in prompts])
     mask = torch.stack([torch.arange(length) >= length - len(prompt) for prompt in prompts]).long()
@@ -192,11 +192,7 @@ def test_any_family_gives_a_loss_in_train_mode_and_names_its_linear_layers(famil
     linear = {name for name, module in model.language_model.named_modules() if hasattr(module, "lora_A")}
     assert len(adapted) == len(linear) > 0
     assert not any("vision_encoder" in name or "projector" in name or "head" in name or "embed_out" in name for name in adapted)
-    every = [
-        name
-        for name, module in build(family).language_model.get_decoder().named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
+    every = [name for name, module in build(family).language_model.get_decoder().named_modules() if isinstance(module, torch.nn.Linear)]
     assert len(every) == len(adapted)
 
 
@@ -277,7 +273,9 @@ def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.language_model.modules())
     model(**batch).loss.backward()
-    assert all(torch.allclose(gradient, dict(model.named_parameters())[name].grad, rtol=1e-4, atol=1e-6) for name, gradient in gradients.items())
+    assert all(
+        torch.allclose(gradient, dict(model.named_parameters())[name].grad, rtol=1e-4, atol=1e-6) for name, gradient in gradients.items()
+    )
 
 
 @pytest.fixture

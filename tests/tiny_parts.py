@@ -11,9 +11,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # As in Qwen2.5: a system message of its own where none is given, a newline after every end token.
-WITH_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}" + CHATML
-)
+WITH_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}" + CHATML
 # As in Llama 2 and Mistral: the answer follows a space, and its end token stands at once behind it.
 INSTRUCT = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] }}<|im_end|>"

@@ -100,9 +100,14 @@ def copy_literal(ours: nn.Module, literal: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("axis", "stride", "batch", "size", "depthwise"),
-    [*product(range(3), (1, 2, 4), (1, 3), (ODD, (3, 4, 2), (7, 5, 9)), (True, False)), *product(range(3), (1,), (2,), ((1, 1, 1),), (True,))],
+    [
+        *product(range(3), (1, 2, 4), (1, 3), (ODD, (3, 4, 2), (7, 5, 9)), (True, False)),
+        *product(range(3), (1,), (2,), ((1, 1, 1),), (True,)),
+    ],
 )
-def test_axis_conv_equals_conv3d_in_value_and_gradient(axis: int, stride: int, batch: int, size: tuple[int, int, int], depthwise: bool) -> None:
+def test_axis_conv_equals_conv3d_in_value_and_gradient(
+    axis: int, stride: int, batch: int, size: tuple[int, int, int], depthwise: bool
+) -> None:
     kernel, inputs, outputs = (9, 6, 6) if depthwise else (7, 2, 5)
     ours = AxisConv(inputs, outputs, kernel, axis, stride, groups=inputs if depthwise else 1)
     shape, padding = [1, 1, 1], [0, 0, 0]

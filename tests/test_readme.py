@@ -1,0 +1,72 @@
+"""Every command and every example of the README runs: on tiny models where it names the demo's, parsed alone where it would train for days."""
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_two_commands_are_targets(repository: Path) -> None:
+    for target in re.findall(r"^    make (\S+)$", README, re.M):
+        subprocess.run(["make", "--dry-run", target], cwd=repository, check=True, capture_output=True)
+    assert "    make demo\n    make test\n" in README
+
+
+@pytest.fixture
+def places(tiny_models: SimpleNamespace, phantoms: Path, prepared: Path, tmp_path: Path) -> dict[str, str]:
+    """What the README's paths are in this test."""
+    scan = next(phantoms.rglob("*.nii.gz"))
+    return {
+        "outputs/demo/model": str(tiny_models.vlm),
+        "outputs/paper/model": str(tiny_models.vlm),
+        "outputs/paper/stage1": str(tiny_models.clip),
+        "outputs/paper/eval": str(tmp_path / "eval"),
+        "outputs/demo/montage.png": str(tmp_path / "montage.png"),
+        "data/mine_128": str(prepared),
+        '"$scan"': str(scan),
+        "scan.nii.gz": str(scan),
+    }
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith(("med3dvlm", "python eval"))])
+def test_command_runs(line: str, places: dict[str, str], shell, phantoms: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    if line.startswith("med3dvlm prepare"):  # the data of the example, at a size that takes a second
+        line = line.replace("data/mine data/mine_128", f"{phantoms} {tmp_path}/prepared").replace("128,256,256", "16,32,32")
+    for name, place in places.items():
+        line = line.replace(name, place)
+    program, *arguments = shlex.split(line)
+    assert shell(program, *arguments)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("deepspeed")])
+def test_training_command_parses(line: str, repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from med3dvlm.training import parse_arguments
+
+    _, script, *arguments = shlex.split(line)
+    stage = import_module("stages." + Path(script).stem)
+    kind = next(value for name, value in vars(stage).items() if re.fullmatch(r"Stage\dArguments", name))
+    monkeypatch.chdir(repository)
+    parsed = parse_arguments(kind, [*arguments, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--deepspeed", ""])
+    assert parsed.data == "data/mine_128"
+
+
+def test_every_command_is_covered() -> None:
+    known = ("med3dvlm", "python eval", "deepspeed", "python app/chat.py", "scan=")  # the chat is started by tests/app
+    assert [line for line in COMMANDS if not line.startswith(known)] == []
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_example_runs(example: str, places: dict[str, str], tmp_path: Path) -> None:
+    for name, place in places.items():
+        example = example.replace(name, place)
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
