@@ -195,7 +195,9 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
         embeds = self.embed(input_ids, image_features)
         if attention_mask is not None and attention_mask.ndim == 4:
             # As numbers to add: eager attention would add True as 1.
-            attention_mask = torch.zeros_like(attention_mask, dtype=embeds.dtype).masked_fill(~attention_mask, torch.finfo(embeds.dtype).min)
+            attention_mask = torch.zeros_like(attention_mask, dtype=embeds.dtype).masked_fill(
+                ~attention_mask, torch.finfo(embeds.dtype).min
+            )
         decoder = self.language_model.get_decoder()
         hidden = decoder(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
         head = self.get_output_embeddings()

@@ -65,17 +65,13 @@ def test_montage_turns_slices_as_a_radiologist_expects(tmp_path: Path) -> None:
     }
     pictures = []
     for orientation, array in stored.items():
-        path = plots.montage(
-            array, (1, 1, 1), tmp_path / f"{orientation}.png", orientation=orientation, columns=1, rows=1, window=(0, 1)
-        )
+        path = plots.montage(array, (1, 1, 1), tmp_path / f"{orientation}.png", orientation=orientation, columns=1, rows=1, window=(0, 1))
         pictures.append(picture(path))
     first = pictures[0]
     slice_top = np.argmax((first < 10).all(axis=2).any(axis=1))
     corner = first[slice_top : slice_top + 60, 5:60]
     assert corner[:, :, 0].mean() > 150
-    height = int(
-        1.6 * plots.DOTS_PER_INCH * 21 / 31
-    )  # the slice alone: the reformats differ in what is the row and the column
+    height = int(1.6 * plots.DOTS_PER_INCH * 21 / 31)  # the slice alone: the reformats differ in what is the row and the column
     for other in pictures[1:]:
         assert np.array_equal(first[:height], other[:height])
 

@@ -104,10 +104,7 @@ def area_resize(array: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Each new voxel is the mean of the old ones it touches, in plain loops."""
     result = np.empty(size)
     for index in np.ndindex(*size):
-        box = tuple(
-            slice(i * old // new, -((i + 1) * old // -new))
-            for i, old, new in zip(index, array.shape, size, strict=True)
-        )
+        box = tuple(slice(i * old // new, -((i + 1) * old // -new)) for i, old, new in zip(index, array.shape, size, strict=True))
         result[index] = array[box].astype(np.float64).mean()
     return result
 

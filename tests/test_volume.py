@@ -193,9 +193,7 @@ def test_itk_formats_agree_with_nifti(tmp_path: Path, ending: str) -> None:
 
 def test_itk_headers_without_orientation(tmp_path: Path) -> None:
     raw = scan().tobytes()
-    nrrd = (
-        "NRRD0004\ntype: short\ndimension: 3\nsizes: 30 20 10\nspacings: 0.7 0.8 2.5\nendian: little\nencoding: raw\n\n"
-    )
+    nrrd = "NRRD0004\ntype: short\ndimension: 3\nsizes: 30 20 10\nspacings: 0.7 0.8 2.5\nendian: little\nencoding: raw\n\n"
     (tmp_path / "scan.nrrd").write_bytes(nrrd.encode() + raw)
     mha = "ObjectType = Image\nNDims = 3\nDimSize = 30 20 10\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
     (tmp_path / "scan.mha").write_bytes(mha.encode() + raw)

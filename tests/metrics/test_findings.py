@@ -125,9 +125,7 @@ def test_a_report_is_the_union_of_its_sentences() -> None:
 
 
 def test_one_present_mention_is_enough() -> None:
-    assert read_findings("No nodule in the left lung. Nodule in the right lung.", ["lung_nodule"]) == {
-        "lung_nodule": True
-    }
+    assert read_findings("No nodule in the left lung. Nodule in the right lung.", ["lung_nodule"]) == {"lung_nodule": True}
 
 
 def test_mentions_tell_why() -> None:

@@ -25,9 +25,7 @@ def shuffled_pairs() -> tuple[list[str], list[str]]:
         reference = generator.choice(REPORTS) + " " + generator.choice(REPORTS)
         words = reference.split()
         start = generator.randrange(len(words) - 6)
-        predictions.append(
-            " ".join(words[start : start + generator.randrange(5, 12)] + generator.choice(REPORTS).split()[:3])
-        )
+        predictions.append(" ".join(words[start : start + generator.randrange(5, 12)] + generator.choice(REPORTS).split()[:3]))
         references.append(reference)
     return predictions, references
 
@@ -146,7 +144,5 @@ def test_wrong_input() -> None:
 def test_import_is_light() -> None:
     import subprocess
 
-    code = (
-        "import sys, med3dvlm.metrics.text; print([m for m in ('nltk', 'rouge_score', 'evaluate') if m in sys.modules])"
-    )
+    code = "import sys, med3dvlm.metrics.text; print([m for m in ('nltk', 'rouge_score', 'evaluate') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() in ("[]", "")
