@@ -77,7 +77,7 @@ class Med3DVLMProcessor(ProcessorMixin):
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if len(turns) > 1:
             return self._encode(messages[: turns[-2] + 1], generate, inserted, max_length)
-        answer = next(index for index, label in enumerate(labels) if label != IGNORED)
+        answer = next((index for index, label in enumerate(labels) if label != IGNORED), len(labels))
         if answer >= max_length:
             raise ValueError(
                 f"{max_length} tokens do not hold the image ({shared} tokens) and the question ({answer - shared} tokens); raise max_length"

@@ -101,7 +101,6 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _supports_flash_attn = True
 
     def __init__(
         self, config: Med3DVLMConfig, vision_encoder: nn.Module | None = None, language_model: PreTrainedModel | None = None
@@ -206,7 +205,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
         wanted = labels[:, 1:] != IGNORED  # position i predicts token i + 1
         logits = head(hidden[:, :-1][wanted]).float()  # (labelled, V)
         total = nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum")
-        return Med3DVLMOutput(loss=total / (num_items_in_batch if num_items_in_batch is not None else wanted.sum()), logits=logits)
+        return Med3DVLMOutput(loss=total / (num_items_in_batch if num_items_in_batch is not None else wanted.sum().clamp_min(1)), logits=logits)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]

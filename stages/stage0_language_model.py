@@ -9,8 +9,7 @@ It is plain language modelling on text: reports, and questions asked about a rep
 from dataclasses import dataclass, field
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from med3dvlm import Med3DVLMProcessor
 from med3dvlm.datasets.store import PreparedData
@@ -36,19 +35,18 @@ class Stage0Arguments(StageArguments):
     follow_ups: float = field(default=0.15, metadata={"help": "share of rows with two questions in one conversation"})
 
 
-def train_tokenizer(dataset: ConversationDataset, vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on every text of the training split, with a chat template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+def train_tokenizer(dataset: ConversationDataset, vocabulary: int) -> Qwen2Tokenizer:
+    """Byte-level BPE on every text of the training split, with a chat template.
+
+    It is a Qwen2Tokenizer from the start, since that is what AutoTokenizer makes of it beside a Qwen2 model: another way to split
+    the text would give the later stages other tokens than this one learned.
+    """
     texts = (message["content"] for row in range(len(dataset)) for turns in dataset.conversations(row) for message in turns)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet)
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL_TOKENS[0], pad_token=SPECIAL_TOKENS[0])
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    end = SPECIAL_TOKENS[0]
+    untrained = Qwen2Tokenizer(unk_token=end, eos_token=end, pad_token=end)
+    tokenizer = untrained.train_new_from_iterator(texts, vocabulary, new_special_tokens=SPECIAL_TOKENS)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def main() -> None:

@@ -6,6 +6,7 @@
 Writes a PEFT adapter to the output folder and the merged Med3DVLM, ready to use, to `merged`.
 """
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,8 @@ from med3dvlm.training import (
     run_training,
     save_final,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,6 +76,10 @@ def main() -> None:
 
 def remember_training_data(model: Med3DVLM, data: PreparedData, folder: str) -> None:
     """Save beside the model where up to 500 training scans and the validation scans lie, so that it can tell of a scan unlike them."""
+    splits = data.summary["splits"]
+    if not isinstance(splits, dict) or splits.get("train", 0) < 20 or not splits.get("validation"):
+        logger.warning("fewer than 20 training scans or no validation scan: the model will not tell of scans unlike its training data")
+        return
     pooled = {}
     for split in ("train", "validation"):
         studies = data.studies(split)

@@ -38,7 +38,7 @@ def repository() -> Path:
 
 @pytest.fixture
 def shell(repository: Path, tmp_path: Path) -> Callable[..., str]:
-    """shell("python", "stages/x.py", "--flag"): a program of the environment, run in the repository on one core each; gives what it printed."""
+    """shell("python", "stages/x.py", "--flag"): a program of the environment, run in the repository; gives what it printed."""
 
     def run(program: str, *arguments: object) -> str:
         scripts = Path(sys.executable).parent
@@ -78,17 +78,17 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 coarse phantom studies on disk, in the layout of M3D-Cap and M3D-VQA. Read it, do not write to it."""
+    """28 coarse phantom studies on disk, in the layout of M3D-Cap and M3D-VQA. Read it, do not write to it."""
     from med3dvlm.datasets.phantom import write_phantoms
 
     root = tmp_path_factory.mktemp("phantoms")
-    write_phantoms(root, studies=24, seed=0, detail=0.5, workers=2)
+    write_phantoms(root, studies=28, seed=0, detail=0.5, workers=2)
     return root
 
 
 @pytest.fixture(scope="session")
 def prepared(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, prepared at 32 x 64 x 64: 19 studies to train on, 1 to validate, 4 to test."""
+    """The same, prepared at 32 x 64 x 64: 22 studies to train on, 1 to validate, 5 to test."""
     from med3dvlm import VolumeProcessor
     from med3dvlm.datasets import m3d
     from med3dvlm.datasets.store import prepare
@@ -121,8 +121,8 @@ def tiny_models(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Sim
     )
     language_model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
     for model, path in ((text_encoder, paths.text_encoder), (language_model, paths.language_model)):

@@ -16,7 +16,7 @@ PAIRS, SIZE = 8, (10, 20, 30)
 
 
 def siglip_by_loops(images: Tensor, texts: Tensor, log_temperature: Tensor, bias: Tensor) -> Tensor:
-    """-1/|B| sum_ij log sigmoid(z_ij (t x_i.y_j + b)) with z = 1 for a pair and -1 else (Med3DVLM paper, equation 3; SigLIP, section 3.2)."""
+    """-1/|B| sum_ij log sigmoid(z_ij (t x_i.y_j + b)) with z = 1 for a pair and -1 else (Med3DVLM paper, section 3.2; SigLIP)."""
     total = torch.zeros((), dtype=images.dtype)
     for i in range(len(images)):
         for j in range(len(texts)):

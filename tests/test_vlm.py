@@ -128,7 +128,7 @@ def test_labelled_logits_give_the_loss_and_gradients_of_all_logits(family: str) 
     assert output.loss.item() == pytest.approx(loss.item(), rel=1e-6)
     largest = max(parameter.grad.abs().max() for parameter in model.parameters())
     for name, parameter in model.named_parameters():
-        assert (gradients[name] - parameter.grad).abs().max() < 1e-5 * max(parameter.grad.abs().max(), 1e-3 * largest), name
+        assert (gradients[name] - parameter.grad).abs().max() < 1e-4 * max(parameter.grad.abs().max(), 1e-3 * largest), name
 
 
 def test_accumulated_batches_add_up_to_the_whole(model: Med3DVLM) -> None:
@@ -392,8 +392,8 @@ def test_smollm2_trains_merges_and_generates(tmp_path: Path) -> None:
     merged = model.merge_and_unload()
     with torch.no_grad():
         difference = (merged(**inputs).logits - trained).abs().max() / trained.std()
-    assert difference < 1e-4  # MEASURED
+    assert difference < 1e-4  # of the spread of the logits; 1.1e-5 measured
     prompt = processor([conversation[:1]], [scan])
     answer = words.decode(merged.generate(**prompt, max_new_tokens=12, do_sample=False)[0], skip_special_tokens=True)
-    assert answer.strip()
+    assert "kidney" in answer  # three steps suffice to learn one sentence by heart
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

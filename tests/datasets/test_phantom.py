@@ -151,7 +151,7 @@ def test_a_small_data_set_has_three_splits() -> None:
 
 def test_written_volumes_are_what_was_drawn(phantoms: Path) -> None:
     """In Hounsfield units, whole numbers, with the affine of the plan: the file's first axis is the last of (D, H, W)."""
-    plan = plan_phantoms(24, seed=0, detail=0.5)[0]
+    plan = plan_phantoms(28, seed=0, detail=0.5)[0]
     image = nib.load(phantoms / plan.study.image)
     canvas = draw(plan.body, plan.acquisition)
     assert np.array_equal(np.asarray(image.dataobj).transpose(2, 1, 0), canvas.array.astype(np.int16))

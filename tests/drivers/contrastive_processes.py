@@ -1,4 +1,4 @@
-"""python tests/drivers/contrastive_processes.py FOLDER: each model of FOLDER on its batch, spread over 4 processes; writes loss and gradients.
+"""python tests/drivers/contrastive_processes.py FOLDER: the models of FOLDER, the batch spread over 4 processes; loss and gradients.
 
 A program of its own, so that the processes can be forked before anything has started a thread.
 """

@@ -1,4 +1,4 @@
-"""python tests/drivers/killed_training.py STAGE FOLDER FLAGS...: trains once in peace into FOLDER/whole, once into FOLDER/killed, killed six times.
+"""python tests/drivers/killed_training.py STAGE FOLDER FLAGS...: trains in peace into FOLDER/whole, killed six times into FOLDER/killed.
 
 Every attempt is a process of its own that ends itself by SIGKILL, as the kernel does to one that takes too much memory. They are forked
 from a program that has imported everything and computed nothing, which saves the import. Prints the exit code of each attempt.
@@ -70,7 +70,7 @@ def while_writing_the_model() -> None:
     StageTrainer.save_model = save_model  # type: ignore[method-assign]
 
 
-# With five steps an epoch, eight steps and a checkpoint every three: before the first, inside an epoch, in the second epoch, at the end.
+# Of eight steps, six an epoch, with a checkpoint every third: before the first, inside an epoch, in the second epoch, at the end.
 KILLS: tuple[Kill, ...] = (
     after_step(2),
     while_writing(3, "_save_rng_state", before=True),

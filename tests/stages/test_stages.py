@@ -1,4 +1,4 @@
-"""The stage scripts on tiny models: what each trains, what it writes, and that it survives being killed, split over processes and launched."""
+"""The stage scripts on tiny models: what each trains and writes; killed, spread over processes and started by every launcher."""
 
 import json
 import shutil
