@@ -106,7 +106,7 @@ def test_other_settings_need_another_folder(prepared_from: Callable[..., dict[st
 def test_bad_samples_are_listed_and_the_others_prepared(
     prepared_from: Callable[..., dict[str, object]], scans: Path, tmp_path: Path
 ) -> None:
-    """Truncated, a text, absent, not a number: four of five, each with its own reason."""
+    """Truncated, a text, absent, not a number: four of five, each with its reason."""
     images = [scans / study.image for study in studies()]
     images[0].write_bytes(images[0].read_bytes()[:-2000])
     images[1].write_text("not a scan")
@@ -119,7 +119,7 @@ def test_bad_samples_are_listed_and_the_others_prepared(
     assert [failure["study"] for failure in failures] == [study.id for study in studies()[:4]]
     assert [failure["file"] for failure in failures] == [study.image for study in studies()[:4]]
     assert all(str(image) in failure["reason"] and "\n" not in failure["reason"] for image, failure in zip(images, failures, strict=False))
-    for failure, word in zip(failures, ("cut short", "cannot be read as NIfTI", "does not exist", "NaN"), strict=True):
+    for failure, word in zip(failures, ("cut short", "cannot be read as NIfTI", "no such file", "NaN"), strict=True):
         assert word in failure["reason"]
     assert len(list(root.rglob("*.npy"))) == 1 and not list(root.rglob("*.part"))
 

@@ -319,7 +319,8 @@ def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
     assert list(two.output.glob("checkpoint-4/global_step4/*optim_states.pt"))
     trained, _ = load_vlm(two.output)
     for name in one.trainable:
-        torch.testing.assert_close(trained.state_dict()[name], one.after[name], rtol=1e-2, atol=1e-4)
+        # Adam moves a parameter whose gradient is rounding noise by up to the rate at each of the 4 steps.
+        torch.testing.assert_close(trained.state_dict()[name], one.after[name], rtol=1e-2, atol=4 * 1e-2)
 
 
 @pytest.mark.slow
