@@ -188,9 +188,9 @@ def test_stage3_ends_in_an_adapter_and_a_merged_model_that_answer_alike(
     base, processor = load_vlm(tiny_models.vlm)
     merged, _ = load_vlm(tmp_path / "merged")
     data = PreparedData(prepared)
-    volumes = torch.stack([data.volume(study) for study in data.studies("test")]) / 255
+    volumes = [data.volume(study) for study in data.studies("test")]
     question = [{"role": "user", "content": "Which plane is this scan?"}]
-    batch = dict(processor([question] * 4, volumes))
+    batch = dict(processor([question] * len(volumes), volumes))
     with pytest.raises(ValueError, match="the models differ"):
         verify_equal(base, merged, batch)
     adapted = PeftModel.from_pretrained(base, result.output).eval()
