@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -52,6 +54,12 @@ class StageArguments(TrainingArguments):
             raise ValueError(
                 "save_total_limit must be at least 2: while a checkpoint is being written, the whole one before it has to stay"
             )
+        if self.deepspeed and "RANK" not in os.environ:
+            # Started by plain python. DeepSpeed would ask MPI who else there is.
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            os.environ.update(address, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         super().__post_init__()
 
 
@@ -102,10 +110,20 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
     values = {key: value for key, value in vars(namespace).items() if key in known}
     if not values["data"]:
         parser.error("--data is missing; make it with `med3dvlm prepare`")
+    if values.get("deepspeed") and "RANK" not in os.environ:
+        _alone()
     try:
         return kind(**values)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def _alone() -> None:
+    """Say that this is the only process: without a launcher's word DeepSpeed would ask MPI."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def _nearest(name: str, known: set[str]) -> str:

@@ -205,7 +205,9 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
         wanted = labels[:, 1:] != IGNORED  # position i predicts token i + 1
         logits = head(hidden[:, :-1][wanted]).float()  # (labelled, V)
         total = nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum")
-        return Med3DVLMOutput(loss=total / (num_items_in_batch if num_items_in_batch is not None else wanted.sum().clamp_min(1)), logits=logits)
+        return Med3DVLMOutput(
+            loss=total / (num_items_in_batch if num_items_in_batch is not None else wanted.sum().clamp_min(1)), logits=logits
+        )
 
     @torch.no_grad()
     def generate(  # type: ignore[override]

@@ -30,6 +30,13 @@ def seeded() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def alone() -> None:
+    """Forget what a run under DeepSpeed said about its process, before the next test starts one."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout, for tests that run its scripts and commands."""
