@@ -54,12 +54,6 @@ class StageArguments(TrainingArguments):
             raise ValueError(
                 "save_total_limit must be at least 2: while a checkpoint is being written, the whole one before it has to stay"
             )
-        if self.deepspeed and "RANK" not in os.environ:
-            # Started by plain python. DeepSpeed would ask MPI who else there is.
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-            os.environ.update(address, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         super().__post_init__()
 
 

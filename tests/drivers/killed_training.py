@@ -1,10 +1,11 @@
 """python tests/drivers/killed_training.py STAGE FOLDER FLAGS...: trains in peace into FOLDER/whole, killed six times into FOLDER/killed.
 
 Every attempt is a process of its own that ends itself by SIGKILL, as the kernel does to one that takes too much memory. They are forked
-from a program that has imported everything and computed nothing, which saves the import. Prints the exit code of each attempt.
+from a program that has imported everything and computed nothing, which saves the import. Writes their exit codes to FOLDER/codes.json.
 """
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -96,6 +97,6 @@ def attempt(stage: ModuleType, output: Path, flags: list[str], kill: Kill | None
 
 if __name__ == "__main__":
     stage, folder, flags = importlib.import_module(f"stages.{sys.argv[1]}"), Path(sys.argv[2]), sys.argv[3:]
-    print("whole", attempt(stage, folder / "whole", flags, None), flush=True)
-    for kill in (*KILLS, None):
-        print("killed", attempt(stage, folder / "killed", flags, kill), flush=True)
+    codes = [attempt(stage, folder / "whole", flags, None)]
+    codes += [attempt(stage, folder / "killed", flags, kill) for kill in (*KILLS, None)]
+    (folder / "codes.json").write_text(json.dumps(codes))

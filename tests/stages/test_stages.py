@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -285,9 +286,8 @@ def test_a_training_killed_again_and_again_ends_as_one_that_was_not(
 ) -> None:
     """Stage 3, whose dropout and conversations depend on step and epoch; weights and losses are equal bit for bit."""
     flags = smoke(stage3_lora, prepared, tmp_path / "unused", tiny_models)[1:]
-    said = shell("python", "tests/drivers/killed_training.py", "stage3_lora", tmp_path, *flags, "--max_steps", 8, "--save_steps", 3)
-    codes = [line.split() for line in said.splitlines() if line.startswith(("whole ", "killed "))]
-    assert codes[0] == ["whole", "0"] and codes[1] == ["killed", "-9"] and codes[-1] == ["killed", "0"]
+    shell("python", "tests/drivers/killed_training.py", "stage3_lora", tmp_path, *flags, "--max_steps", 8, "--save_steps", 3)
+    assert json.loads((tmp_path / "codes.json").read_text()) == [0, *[-signal.SIGKILL] * 6, 0]
     whole, killed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
     curves = [
@@ -317,10 +317,11 @@ def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
     assert two.losses == pytest.approx(one.losses, rel=1e-4) and len(two.losses) == 4
     assert abs(one.losses[0] - one.losses[-1]) > 0.01  # it learns: equal losses mean equal weights
     assert list(two.output.glob("checkpoint-4/global_step4/*optim_states.pt"))
-    trained, _ = load_vlm(two.output)
-    for name in one.trainable:
-        # Adam moves a parameter whose gradient is rounding noise by up to the rate at each of the 4 steps.
-        torch.testing.assert_close(trained.state_dict()[name], one.after[name], rtol=1e-2, atol=4 * 1e-2)
+    trained = load_vlm(two.output)[0].state_dict()
+    moved, apart = (
+        torch.cat([(values[name] - one.after[name]).flatten() for name in sorted(one.trainable)]).norm() for values in (one.before, trained)
+    )
+    assert apart < 0.02 * moved  # all parameters together: Adam makes much of rounding where one's gradient is nearly nothing
 
 
 @pytest.mark.slow
