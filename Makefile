@@ -17,7 +17,7 @@ PYTHON_CHECK = import sys; sys.version_info >= (3, 10) or \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-full test quick lint format types imports check clean clean-venv clean-outputs
+.PHONY: help install demo demo-full ablation test quick lint format types imports check clean clean-venv clean-outputs
 
 help: ## list these commands
 	@echo "make [target] [PYTHON=$(PYTHON)] [VENV=$(VENV)] [OUTPUTS=$(OUTPUTS)] [LM=$(LM)] [ARGS=...]"
@@ -36,6 +36,9 @@ demo: install ## from nothing to a trained assistant that answers about a scan (
 
 demo-full: install ## the same with more studies and steps (an hour); LM=smollm2 takes a real small language model
 	OUTPUTS='$(OUTPUTS)' LM='$(LM)' bash stages/demo.sh full
+
+ablation: install ## Tables 5 to 8 of the paper on phantoms, the paper's figures beside
+	OUTPUTS='$(OUTPUTS)' bash stages/ablation.sh demo
 
 test: install ## run every test; ARGS goes to pytest, as in ARGS='-k volume'
 	$(RUN) pytest $(ARGS)

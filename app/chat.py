@@ -66,6 +66,8 @@ def build(chat: Any) -> gr.Blocks:
     def read(upload: str) -> dict[Any, Any]:
         path = Path(upload)
         try:
+            if path.suffix.lower() == ".mhd":
+                raise VolumeError(f"{path.name}: an .mhd file has its voxels in another file; save the scan as one .mha file.")
             volume = volumes[upload] = volumes.get(upload) or without_folder(read_volume(path), path)
         except VolumeError as error:  # the scan that was open stays open
             return {loader: None, status: bar("error", str(error).replace(f"{path.parent}{os.sep}", ""))}
@@ -206,7 +208,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise FileNotFoundError(f"There is no model directory {arguments.model}; train one with `make demo`.")
         if not any(file.suffix in (".safetensors", ".bin") for file in arguments.model.iterdir()):
             raise FileNotFoundError(f"{arguments.model} holds no weights (*.safetensors); give a trained model.")
+        from med3dvlm.allocator import keep_freed_memory
         from med3dvlm.inference import Med3DChat
+
+        keep_freed_memory()
 
         chat = Med3DChat.from_pretrained(arguments.model)
         with tempfile.TemporaryDirectory(prefix="med3dvlm-chat-") as private:  # only this user can look into it

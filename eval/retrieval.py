@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from med3dvlm import evaluation
 from med3dvlm.checkpoints import load_clip, model_type
+from med3dvlm.datasets.store import same_preprocessing
 from med3dvlm.datasets.torch import PairCollator
+from med3dvlm.files import read_lines, write_lines
 from med3dvlm.metrics.retrieval import partner_ranks, retrieval_scores
 from med3dvlm.preprocessing import dequantize
 from med3dvlm.records import Study
@@ -33,7 +35,7 @@ def main() -> None:
         if (kind := model_type(arguments.model)) != "med3d_clip":
             raise ValueError(f"{arguments.model} holds a {kind} model, which embeds nothing; name the output of stages/stage1_siglip.py")
         model, tokenizer, processor = load_clip(arguments.model)
-        evaluation.same_preprocessing(processor, data)
+        same_preprocessing(processor, data)
         model.to(arguments.device)
         longest = min(tokenizer.model_max_length, getattr(model.text_encoder.config, "max_position_embeddings", tokenizer.model_max_length))
         collator = PairCollator(tokenizer, min(arguments.max_text_length or longest, longest))
@@ -49,7 +51,7 @@ def main() -> None:
 
         if not embedded.is_file():
             evaluation.predict(growing, evaluation.in_batches(studies, arguments.batch_size), embed, lambda study: study.id)
-            rows = evaluation.read_lines(growing)
+            rows = read_lines(growing)
             aside = embedded.with_suffix(".part")
             save_file({name: torch.tensor([row[name] for row in rows]) for name in ("image", "text")}, aside)
             aside.replace(embedded)
@@ -57,13 +59,13 @@ def main() -> None:
         stored = load_file(embedded)
         to_text, to_image = partner_ranks(stored["image"], stored["text"]), partner_ranks(stored["text"], stored["image"])
         ranks = zip(ids, to_text.tolist(), to_image.tolist(), strict=True)
-        evaluation.write_lines(predicted, [{"id": name, "image_to_text": text, "text_to_image": image} for name, text, image in ranks])
+        write_lines(predicted, [{"id": name, "image_to_text": text, "text_to_image": image} for name, text, image in ranks])
 
     evaluation.predictions(predicted, ids)  # makes sure that they are about these studies
     stored = load_file(embedded)  # (N, P) each
     pools = [pool for pool in POOLS if pool <= len(studies)] or [len(studies)]
     scores = {f"pool_{pool}": retrieval_scores(stored["image"], stored["text"], pool=pool) for pool in pools}
-    evaluation.write_json(arguments.output / "scores.json", scores)
+    evaluation.write_scores(arguments.output / "scores.json", scores)
     directions = ("image_to_text", "text_to_image")
     names = ("r1", "r5", "r10", "median_rank", "mrr")
     rows = [[pool, way.replace("_", " "), *(scores[pool][way][name] for name in names)] for pool in scores for way in directions]

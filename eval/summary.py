@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from med3dvlm import evaluation, plots
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.files import read_lines
 from med3dvlm.metrics.retrieval import recall_curve
 from med3dvlm.preprocessing import dequantize
 from med3dvlm.prompts import RESEARCH_NOTICE
@@ -25,6 +26,7 @@ from med3dvlm.training import environment
 from med3dvlm.volume import read_volume
 
 STAGES = {"stage0": "language_model", "stage1": "stage1", "stage2": "stage2", "stage3": "stage3"}  # step -> folder
+EVALUATIONS = {name: f"eval/{name}" for name in ("retrieval", "vqa", "report")}
 CASES = 5
 
 # figure: (least or most, {name of the run: the figure asked for}, what would be good)
@@ -56,9 +58,14 @@ def collect(root: Path) -> dict[str, Any]:
     """Every figure under its name in summary.json."""
     retrieval, vqa, report = (read(root / "eval" / name / "scores.json") for name in ("retrieval", "vqa", "report"))
     pool = next(iter(retrieval.values()))  # the smallest: 100 studies, or all of a smaller split
-    runs = {step: read(root / folder / "run.json") for step, folder in STAGES.items() if (root / folder / "run.json").is_file()}
-    timed = evaluation.read_lines(root / "seconds.jsonl")
-    seconds = {line["step"]: line["seconds"] for line in timed}
+    records = {step: root / folder / "run.json" for step, folder in (STAGES | EVALUATIONS).items()}
+    made = {step: read(record) for step, record in records.items() if record.is_file()}
+    runs = {step: run for step, run in made.items() if step in STAGES}
+    commits = {step: run.get("commit") for step, run in made.items()}
+    timed = read_lines(root / "seconds.jsonl")
+    seconds: dict[str, float] = {}
+    for line in timed:  # a step that was interrupted has several
+        seconds[line["step"]] = round(seconds.get(line["step"], 0.0) + line["seconds"], 1)
     seconds |= {step: run["seconds"] for step, run in runs.items() if step not in seconds}
     return {
         "retrieval": pool,
@@ -84,7 +91,9 @@ def collect(root: Path) -> dict[str, Any]:
         "peak_rss_gb": max((line["peak_rss_gb"] for line in timed), default=None),
         "parameters": {step: run["parameters"] for step, run in runs.items()},
         "seed": next((run["settings"]["seed"] for run in runs.values()), None),
-        **environment(),
+        "versions": environment()["versions"],
+        "commit": next(iter(commits.values())) if len(set(commits.values())) == 1 else None,
+        "commits": commits,
     }
 
 
@@ -118,9 +127,7 @@ def draw(root: Path, summary: dict[str, Any], data: PreparedData, scans: Path) -
     """Every picture, by heading."""
     folder = root / "pictures"
     folder.mkdir(exist_ok=True)
-    losses = {
-        step: {line["step"]: line["loss"] for line in evaluation.read_lines(root / path / "losses.jsonl")} for step, path in STAGES.items()
-    }
+    losses = {step: {line["step"]: line["loss"] for line in read_lines(root / path / "losses.jsonl")} for step, path in STAGES.items()}
     losses = {
         step: sorted(points.items()) for step, points in losses.items() if points
     }  # a step that was repeated after a break counts once
@@ -129,7 +136,7 @@ def draw(root: Path, summary: dict[str, Any], data: PreparedData, scans: Path) -
     vqa, report = read(root / "eval" / "vqa" / "scores.json")["closed"], read(root / "eval" / "report" / "scores.json")
     by_finding = {name: entry for name, entry in report["findings"]["per_class"].items() if entry["f1"] is not None}
     fixed = report["best_fixed"]["findings"]["per_class"]
-    answers = evaluation.read_lines(root / "eval" / "report" / "predictions.jsonl")
+    answers = read_lines(root / "eval" / "report" / "predictions.jsonl")
     chosen = [answers[index] for index in sorted({round(place) for place in np.linspace(0, len(answers) - 1, CASES)})]
     known = {study.id: study for split in data.summary["splits"] for study in data.studies(split)}
     pictures = {}
@@ -183,9 +190,13 @@ def write_report(path: Path, name: str, summary: dict[str, Any], targets: str, p
         parts += [f"## {heading}", *filter(None, [words.get(heading)]), f"![{heading}]({picture.relative_to(path.parent).as_posix()})"]
     minutes = [(step, f"{seconds / 60:.1f}") for step, seconds in summary["seconds"].items() if seconds is not None]
     versions = ", ".join(f"{package} {version}" for package, version in summary["versions"].items())
-    memory = f"Largest process {summary['peak_rss_gb']} GB; s" if summary["peak_rss_gb"] else "S"
+    memory = f"At most {summary['peak_rss_gb']} GB of memory at a time; s" if summary["peak_rss_gb"] else "S"
+    commits = [f"{step} {commit}" for step, commit in summary["commits"].items()]
+    commit = (
+        f"made by different commits: {', '.join(commits)}" if len(set(summary["commits"].values())) > 1 else f"commit {summary['commit']}"
+    )
     parts += ["## Time and versions", evaluation.markdown_table(("step", "minutes"), minutes)]
-    parts += [f"{memory}eed {summary['seed']}; commit {summary['commit']}; {versions}."]
+    parts += [f"{memory}eed {summary['seed']}; {commit}; {versions}."]
     aside = path.with_suffix(".part")
     aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     aside.replace(path)
@@ -214,7 +225,7 @@ def main() -> None:
     root = arguments.root
     summary = collect(root)
     summary["reached"] = compare(summary, arguments.name)
-    evaluation.write_json(root / "summary.json", summary)
+    evaluation.write_scores(root / "summary.json", summary)
     targets = table(summary["reached"], arguments.name)
     pictures = draw(root, summary, PreparedData(root / "prepared", exclude_failures=True), arguments.scans or root / "phantoms")
     write_report(root / "report.md", arguments.name, summary, targets, pictures)

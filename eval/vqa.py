@@ -132,7 +132,7 @@ def main() -> None:
 
     rows = evaluation.predictions(written, [question.study for question in questions])
     scores = score(rows, {study.id: study.patient for study in studies})
-    evaluation.write_json(arguments.output / "scores.json", scores)
+    evaluation.write_scores(arguments.output / "scores.json", scores)
     closed, letter, written_out, yes_no = (scores[name] for name in ("closed", "letter", "open", "yes_no"))
     table = [
         [kind, count, closed[kind], closed["blind"][kind], letter[kind], written_out[kind]["exact"]]

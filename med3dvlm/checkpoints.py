@@ -1,10 +1,12 @@
 """Model directories: find them, write them, load them, merge LoRA into them.
 
 A directory holds safetensors, config.json, the tokenizer and the VolumeProcessor; a LoRA run holds a PEFT adapter and the path of its base.
+A bare encoder or projector, converted from a released file, holds model.safetensors and a config.json with its name and arguments.
 """
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,31 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from med3dvlm.contrastive import Med3DCLIP
+from med3dvlm.encoders import Encoder, build_encoder
+from med3dvlm.files import install_model
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.processing import Med3DVLMProcessor
+from med3dvlm.projectors import Projector, build_projector
+from med3dvlm.published.conversion import Conversion, convert_published
+from med3dvlm.published.weights import Checkpoint, find_weights
 from med3dvlm.vlm import Med3DVLM
 
+__all__ = [
+    "Conversion",
+    "convert_published",
+    "load_clip",
+    "load_encoder",
+    "load_language_model",
+    "load_projector",
+    "load_vlm",
+    "locate_model",
+    "merge_lora",
+    "model_type",
+    "require_weights",
+    "verify_equal",
+]
+# What a directory holds, by the model_type in its config.json, and what loads it.
+LOADERS = {"med3d_clip": "load_clip", "med3dvlm": "load_vlm", "med3d_encoder": "load_encoder", "med3d_projector": "load_projector"}
 PACKAGE_PREFIX = "package:"
 
 
@@ -74,18 +97,38 @@ def require_weights(path: str | Path) -> Path:
 
 def load_clip(path: str | Path) -> tuple[Med3DCLIP, Any, VolumeProcessor]:
     """A stage-1 model with its tokenizer and VolumeProcessor, in evaluation mode."""
-    path = require_weights(path)
+    path = _require_type(path, "med3d_clip")
     return Med3DCLIP.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path), VolumeProcessor.from_pretrained(path)
 
 
 def load_vlm(path: str | Path, **options: Any) -> tuple[Med3DVLM, Med3DVLMProcessor]:
     """A Med3DVLM with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype, device_map)."""
-    path = require_weights(path)
+    path = _require_type(path, "med3dvlm")
     return Med3DVLM.from_pretrained(path, **options).eval(), Med3DVLMProcessor.from_pretrained(path)
 
 
+def load_encoder(path: str | Path) -> Encoder:
+    """A vision encoder, in evaluation mode: a converted one, or that of a stage-1 model or a Med3DVLM."""
+    kind = model_type(path)
+    if kind != "med3d_encoder":
+        model = load_vlm(path)[0] if kind == "med3dvlm" else load_clip(path)[0]
+        encoder: Encoder = model.vision_encoder
+        return encoder
+    settings = _settings(path)
+    return _loaded(build_encoder(settings["encoder"], settings["size"], **settings["encoder_options"]), path)
+
+
+def load_projector(path: str | Path) -> Projector:
+    """A converted projector, in evaluation mode."""
+    settings = _settings(_require_type(path, "med3d_projector"))
+    return _loaded(build_projector(*(settings[key] for key in ("projector", "grids", "widths", "dim", "depth"))), path)
+
+
 def merge_lora(adapter: str | Path, destination: str | Path) -> Med3DVLM:
-    """Merge a stage-3 adapter into its base and write the whole model to `destination`; the base is loaded once."""
+    """Merge a stage-3 adapter into its base and write the whole model to `destination`, in the place of one that is there.
+
+    A familiarity file that is there goes too: it belongs to the weights that it was fitted on.
+    """
     from peft import PeftConfig, PeftModel
 
     adapter = Path(adapter)
@@ -94,8 +137,15 @@ def merge_lora(adapter: str | Path, destination: str | Path) -> Med3DVLM:
     base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     model, processor = load_vlm(base)
     merged: Med3DVLM = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    merged.save_pretrained(destination)
-    processor.save_pretrained(destination)
+    destination = Path(destination).resolve()
+    aside = destination.with_name(f".{destination.name}-merging")
+    shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
+    try:
+        merged.save_pretrained(aside)
+        processor.save_pretrained(aside)
+        install_model(aside, destination)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return merged
 
 
@@ -115,4 +165,24 @@ def verify_equal(one: PreTrainedModel, other: PreTrainedModel, inputs: dict[str,
 
 def model_type(path: str | Path) -> str:
     """The `model_type` of a model directory's config.json."""
-    return str(json.loads((require_weights(path) / "config.json").read_text(encoding="utf-8"))["model_type"])
+    return str(_settings(require_weights(path)).get("model_type"))
+
+
+def _settings(path: str | Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    return settings
+
+
+def _require_type(path: str | Path, wanted: str) -> Path:
+    """The directory, if it holds that kind of model."""
+    found = model_type(path)
+    if found != wanted:
+        remedy = f"load it with {LOADERS[found]}" if found in LOADERS else "convert it first with `med3dvlm convert`"
+        raise ValueError(f"{path} holds a model of type {found}, not {wanted}; {remedy}")
+    return Path(path)
+
+
+def _loaded(module: Any, path: str | Path) -> Any:
+    stored = Checkpoint(find_weights(Path(path)))
+    module.load_state_dict({name: stored.read(name) for name in stored.tensors})
+    return module.eval()

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
+
+from med3dvlm.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     from med3dvlm.inference import Answer, Med3DChat
@@ -43,6 +44,7 @@ FAILURES_SHOWN = 10
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args(argv)
+    keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         arguments.run(arguments)
@@ -62,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="where something fails, show the place in the code")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    inspect = commands.add_parser("inspect", help="a scan's geometry, unit, intensities and warnings, and a picture of it")
+    inspect = commands.add_parser("inspect", help="a scan's geometry, unit, intensities and warnings")
     inspect.add_argument("scan", metavar="SCAN", help="a scan file or a folder with one DICOM series")
-    inspect.add_argument("--out", type=Path, help="the picture; by default <name of the scan>_montage.png in this folder")
+    inspect.add_argument("--out", type=Path, help="draw a picture of it into this file")
     inspect.set_defaults(run=_inspect)
 
     phantom = commands.add_parser("phantom", help="write a data set of CT phantoms with reports, questions and labels")
@@ -97,8 +99,20 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("out", metavar="OUT", type=Path, help="the folder of the whole model, which must not exist yet")
     merge.set_defaults(run=_merge)
 
-    encoders = commands.add_parser("encoders", help="the vision encoders and their numbers of parameters")
+    convert = commands.add_parser("convert", help="convert released weights to a folder that the other commands take")
+    convert.add_argument("source", metavar="SRC", help="a folder, a file, or the id of a model on the hub")
+    convert.add_argument("out", metavar="DST", type=Path, help="the folder of the converted model, which must not exist yet")
+    convert.add_argument("--base", metavar="MODEL", help="folder or hub id: the other weights, settings and tokenizer (LoRA files)")
+    convert.add_argument("--text-encoder", metavar="MODEL", help="folder or hub id: settings and tokenizer of a CLIP's text encoder")
+    convert.add_argument("--size", type=_size, metavar="D,H,W", help="voxels of the volumes (default: those of the released model)")
+    convert.add_argument("--lora-alpha", type=float, metavar="N", help="scale of LoRA times its rank (default: the file's, or 32)")
+    convert.add_argument("--verify", action="store_true", help="read the result back and compare it with the source, bit for bit")
+    convert.set_defaults(run=_convert)
+
+    encoders = commands.add_parser("encoders", help="the vision encoders: parameters and operations, counted, beside the paper's")
     encoders.add_argument("names", metavar="NAME", nargs="*", help="these only")
+    encoders.add_argument("--size", type=_size, metavar="D,H,W", help="voxels of a volume (default: 256,512,512 or the encoder's own)")
+    encoders.add_argument("--measure", action="store_true", help="time and memory here too, one encoder after the other")
     encoders.set_defaults(run=_encoders)
     return parser
 
@@ -119,22 +133,20 @@ def _inspect(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from med3dvlm.plots import montage
-    from med3dvlm.volume import READERS, read_volume
+    from med3dvlm.volume import read_volume
 
     volume = read_volume(arguments.scan)
-    name = Path(arguments.scan).resolve().name
     for label, value in _facts(volume, [float(value) for value in np.percentile(volume.array, (0, 1, 50, 99, 100))]):
         print(f"{label:<12} {value}")
-    ending = max((ending for ending in READERS if name.lower().endswith(ending)), key=len, default="")
-    path: Path = arguments.out or Path(f"{name[: len(name) - len(ending)]}_montage.png")
-    _writable(path.parent)
-    montage(volume.array, volume.spacing, path, name, orientation=volume.orientation)
-    print(f"{'Picture':<12} {path}")
+    if arguments.out:
+        _writable(arguments.out.parent)
+        montage(volume.array, volume.spacing, arguments.out, orientation=volume.orientation)
+        print(f"{'Picture':<12} {arguments.out}")
 
 
 def _facts(volume: "Volume", percentiles: Sequence[float]) -> Iterator[tuple[str, str]]:
     """What `inspect` prints: pairs of a label and a value."""
-    yield "Scan", volume.source
+    yield "Scan", Path(os.path.abspath(volume.source)).name
     yield "Size", " x ".join(map(str, volume.shape)) + " voxels (slices x rows x columns)"
     if volume.spacing is None:
         yield "Spacing", "unknown"
@@ -170,22 +182,25 @@ def _phantom(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from med3dvlm.datasets import m3d, store
+    from med3dvlm.files import read_lines
     from med3dvlm.preprocessing import VolumeProcessor
 
     _workers(arguments)
     processor = VolumeProcessor(arguments.recipe, size=arguments.size)
-    splits = [m3d.read(arguments.source, split) for split in m3d.SPLITS]
+    unread: list[dict[str, str]] = []
+    splits = [m3d.read(arguments.source, split, unread) for split in m3d.SPLITS]
     studies = [study for found, _ in splits for study in found]
     questions = [question for _, found in splits for question in found]
     _writable(arguments.destination)
-    summary = store.prepare(arguments.source, studies, questions, processor, arguments.destination, arguments.workers)
+    summary = store.prepare(arguments.source, studies, questions, processor, arguments.destination, arguments.workers, unread)
     print(json.dumps(summary, indent=1))
     listing = arguments.destination / "failures.jsonl"
-    failures = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
-    if len(failures) == len(studies):
-        raise ValueError(f"none of the {len(studies)} studies of {arguments.source} could be prepared; {listing} says why.")
+    failures = read_lines(listing)
+    total = len(studies) + len(unread)
+    if len(failures) == total:
+        raise ValueError(f"none of the {total} studies of {arguments.source} could be prepared; {listing} says why.")
     if failures:
-        print(f"Warning: {len(failures)} of {len(studies)} studies could not be prepared; {listing} lists them:", file=sys.stderr)
+        print(f"Warning: {len(failures)} of {total} studies could not be prepared; {listing} lists them:", file=sys.stderr)
         for failure in failures[:FAILURES_SHOWN]:
             print(f"  {failure['study']}: {failure['reason']}", file=sys.stderr)
         if len(failures) > FAILURES_SHOWN:
@@ -231,33 +246,30 @@ def _print_pieces(pieces: "Generator[str, None, Answer]") -> "Answer":
                 return answer
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    from med3dvlm.checkpoints import convert_published
+
+    _quiet_transformers()
+    options = {key: getattr(arguments, key) for key in ("base", "text_encoder", "size", "lora_alpha", "verify")}
+    print(convert_published(arguments.source, arguments.out, **options))
+
+
 def _merge(arguments: argparse.Namespace) -> None:
     from med3dvlm.checkpoints import merge_lora
+    from med3dvlm.published.weights import whole_folder
 
-    out: Path = arguments.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and would be overwritten; delete it or choose another name")
-    _writable(out.parent)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     _quiet_transformers()
-    try:
+    with whole_folder(arguments.out) as aside:
         merge_lora(arguments.adapter, aside)
-        aside.chmod(0o777 & ~_umask())  # a temporary folder is closed to others
-        aside.replace(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    print(f"{out} holds the merged model")
+    print(f"{arguments.out} holds the merged model")
 
 
 def _encoders(arguments: argparse.Namespace) -> None:
-    import torch
+    from med3dvlm.encoders import list_encoders
+    from med3dvlm.encoders.cost import table
 
-    from med3dvlm.encoders import build_encoder, count_parameters, list_encoders
-
-    with torch.device("meta"):
-        found = {name: build_encoder(name) for name in arguments.names or list_encoders()}
-    for name, encoder in found.items():
-        print(f"{name:<20} {count_parameters(encoder)['trainable'] / 1e6:8.3f} M parameters")
+    for line in table(arguments.names or list_encoders(), arguments.size, arguments.measure):
+        print(line.rstrip(), flush=True)
 
 
 def _quiet_transformers() -> None:
@@ -278,12 +290,6 @@ def _writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
 
 
 def _sentence(error: Exception) -> str:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from med3dvlm.encoders import Size, build_encoder
+from med3dvlm.encoders import Size, build_encoder, check_size
 
 LOSSES = ("siglip", "clip")
 POOLINGS = ("cls", "mean")
+IMAGE_POOLINGS = ("mean", "frames")
 
 
 class Med3DCLIPConfig(PretrainedConfig):
@@ -27,9 +28,11 @@ class Med3DCLIPConfig(PretrainedConfig):
         encoder: name of the vision encoder, see `list_encoders`; `encoder_options` override its constructor's arguments.
         size: (D, H, W) of the volumes.
         image_stages: how many of the last stages are mean-pooled and joined; the papers use 1.
+        image_pooling: "mean" over all tokens, or "frames": over the first axis of the grid alone, the rest laid end to end (CT-CLIP).
         text_config: configuration of the text encoder, any model type that AutoModel knows.
         text_pooling: "cls" (papers) or "mean" over the text's tokens (sentence encoders such as MiniLM).
         projection_dim: width of the common space.
+        projection_bias: whether the projections into it have one; CT-CLIP's have none.
         loss: "siglip" or "clip".
         logit_scale, logit_bias: initial log temperature and bias. None takes SigLIP's own, log 10 and -10; for "clip" log(1/0.07) and no bias.
     """
@@ -49,22 +52,30 @@ class Med3DCLIPConfig(PretrainedConfig):
         loss: str = "siglip",
         logit_scale: float | None = None,
         logit_bias: float | None = None,
+        image_pooling: str = "mean",
+        projection_bias: bool = True,
         **kwargs: Any,
     ) -> None:
         if loss not in LOSSES:
             raise ValueError(f"loss {loss!r} is unknown; known: {', '.join(LOSSES)}")
         if text_pooling not in POOLINGS:
             raise ValueError(f"text pooling {text_pooling!r} is unknown; known: {', '.join(POOLINGS)}")
+        if image_pooling not in IMAGE_POOLINGS:
+            raise ValueError(f"image pooling {image_pooling!r} is unknown; known: {', '.join(IMAGE_POOLINGS)}")
+        if image_pooling == "frames" and image_stages != 1:
+            raise ValueError(f"image pooling 'frames' takes the last stage alone, but image_stages is {image_stages}")
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         siglip = loss == "siglip"
         self.encoder = encoder
         self.encoder_options = encoder_options or {}
-        self.size = tuple(size)
+        self.size = check_size(size)
         self.image_stages = image_stages
+        self.image_pooling = image_pooling
         self.text_config = text_config
         self.text_pooling = text_pooling
         self.projection_dim = projection_dim
+        self.projection_bias = projection_bias
         self.loss = loss
         self.logit_scale = logit_scale if logit_scale is not None else (2.302585092994046 if siglip else 2.6592600369327779)
         self.logit_bias = logit_bias if logit_bias is not None else (-10.0 if siglip else 0.0)
@@ -89,11 +100,14 @@ class Med3DCLIP(PreTrainedModel):
 
     def __init__(self, config: Med3DCLIPConfig, text_encoder: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self.vision_encoder = build_encoder(config.encoder, **config.encoder_options)
+        self.vision_encoder = build_encoder(config.encoder, size=config.size, **config.encoder_options)
         self.text_encoder = text_encoder if text_encoder is not None else AutoModel.from_config(config.text_config)
         pooled = sum(self.vision_encoder.widths[-config.image_stages :])
-        self.image_projection = nn.Linear(pooled, config.projection_dim)
-        self.text_projection = nn.Linear(self.text_encoder.config.hidden_size, config.projection_dim)
+        if config.image_pooling == "frames":
+            _, height, width = self.vision_encoder.grids(config.size)[-1]
+            pooled *= height * width
+        self.image_projection = nn.Linear(pooled, config.projection_dim, bias=config.projection_bias)
+        self.text_projection = nn.Linear(self.text_encoder.config.hidden_size, config.projection_dim, bias=config.projection_bias)
         # One element each, not zero dimensions: DeepSpeed cannot broadcast a scalar parameter.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale)))
         bias = torch.full((1,), float(config.logit_bias))
@@ -117,7 +131,12 @@ class Med3DCLIP(PreTrainedModel):
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """(B, 1, D, H, W) -> (B, P), L2-normalised."""
         stages = self.vision_encoder(pixel_values)[-self.config.image_stages :]
-        pooled = torch.cat([tokens.mean(dim=1) for tokens in stages], dim=-1)  # (B, sum of C)
+        if self.config.image_pooling == "frames":
+            depth, height, width = pixel_values.shape[2:]
+            frames = self.vision_encoder.grids((depth, height, width))[-1][0]
+            pooled = stages[0].unflatten(1, (frames, -1)).mean(dim=1).flatten(1)  # (B, h*w*C)
+        else:
+            pooled = torch.cat([tokens.mean(dim=1) for tokens in stages], dim=-1)  # (B, sum of C)
         return nn.functional.normalize(self.image_projection(pooled), dim=-1)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

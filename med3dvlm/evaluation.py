@@ -21,11 +21,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.hf_argparser import string_to_bool
 
+from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.datasets.features import fingerprint
-from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.familiarity import Features
+from med3dvlm.files import read_lines, write_json
 from med3dvlm.inference import Med3DChat
-from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.processing import IGNORED, Med3DVLMProcessor, Message, branch_mask
 from med3dvlm.records import Study
 from med3dvlm.training import environment
@@ -36,6 +37,7 @@ Case = TypeVar("Case")
 
 def script(main: Callable[[], None]) -> None:
     """Run a script's main; what the user can mend ends it with one sentence and exit code 2."""
+    keep_freed_memory()
     try:
         main()
     except (OSError, ValueError, SafetensorError) as error:
@@ -76,23 +78,20 @@ def open_data(arguments: argparse.Namespace) -> tuple[PreparedData, list[Study]]
     """The prepared data and the studies to evaluate.
 
     Raises:
-        ValueError: --model is missing, or the split is unknown or smaller than --limit.
+        ValueError: --model is missing, the split is unknown or smaller than --limit, or the predictions to score are about other data.
     """
     if not arguments.model and not arguments.score_only:
         raise ValueError("--model is missing; name a model's directory, or score the predictions that are there with --score_only")
     data = PreparedData(arguments.data, arguments.exclude_failures)
     studies = data.studies(arguments.split)
+    if arguments.score_only:
+        path = arguments.output / "run.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}, the record of the predictions, is missing; run the same command without --score_only")
+        _check_identity(path, _about(arguments, data))
     if arguments.limit and arguments.limit > len(studies):
         raise ValueError(f"--limit {arguments.limit} exceeds the {len(studies)} studies of split {arguments.split!r} in {arguments.data}")
     return data, studies[: arguments.limit]
-
-
-def same_preprocessing(model: VolumeProcessor, data: PreparedData) -> None:
-    """Raises ValueError unless the data was prepared the way that the model was trained with."""
-    for name in ("recipe", "size", "hu_range", "resize"):
-        wanted, found = getattr(model, name), getattr(data.processor, name)
-        if wanted != found:
-            raise ValueError(f"the model takes volumes of {name} {wanted}, but {data.root} was prepared with {found}; prepare it anew")
 
 
 def begin(arguments: argparse.Namespace, model: PreTrainedModel, data: PreparedData, **settings: Any) -> None:
@@ -101,22 +100,10 @@ def begin(arguments: argparse.Namespace, model: PreTrainedModel, data: PreparedD
     Raises:
         ValueError: they did not.
     """
-    identity = {
-        "model": fingerprint(model),
-        "data": data.summary["fingerprint"],
-        "split": arguments.split,
-        "limit": arguments.limit,
-        **settings,
-    }
+    identity = {"model": fingerprint(model), **_about(arguments, data), "limit": arguments.limit, **settings}
     path = arguments.output / "run.json"
     if path.is_file():
-        before = _read_json(path).get("identity", {})
-        different = [name for name, value in identity.items() if before.get(name) != value]
-        if different:
-            others = " and ".join(different)
-            raise ValueError(
-                f"{arguments.output} holds predictions that were made with another {others}; delete it or choose another --output"
-            )
+        _check_identity(path, identity)
         return
     arguments.output.mkdir(parents=True, exist_ok=True)
     record = {
@@ -128,6 +115,17 @@ def begin(arguments: argparse.Namespace, model: PreTrainedModel, data: PreparedD
         **environment(),
     }
     write_json(path, record)
+
+
+def _about(arguments: argparse.Namespace, data: PreparedData) -> dict[str, Any]:
+    return {"data": data.summary["fingerprint"], "split": arguments.split}
+
+
+def _check_identity(path: Path, identity: dict[str, Any]) -> None:
+    before = _read_json(path).get("identity", {})
+    if different := [name for name, value in identity.items() if before.get(name) != value]:
+        others = " and ".join(different)
+        raise ValueError(f"{path.parent} holds predictions that were made with another {others}; delete it or choose another --output")
 
 
 def predict(
@@ -178,29 +176,6 @@ def predictions(path: Path, ids: Sequence[str]) -> list[dict[str, Any]]:
     return records
 
 
-def read_lines(path: Path, repair: bool = False) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file, none where there is no file; with `repair`, half a line at its end is cut off."""
-    content = path.read_bytes() if path.is_file() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if repair and len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    records = []
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path} line {number} is no JSON ({error}); delete the file and run again") from error
-    return records
-
-
-def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write records that are all known as JSON lines, whole or not at all."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    aside.replace(path)
-
-
 def in_batches(cases: Sequence[Case], size: int) -> list[Sequence[Case]]:
     """Consecutive runs of `size` cases; the last may be shorter."""
     return [cases[first : first + size] for first in range(0, len(cases), size)]
@@ -215,11 +190,9 @@ def _check_ids(path: Path, records: Sequence[dict[str, Any]], ids: Sequence[str]
         raise ValueError(f"{path} holds {len(found)} cases, but {len(ids)} are asked for; delete it or choose another --output")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write stable bytes (numbers to 6 decimals), whole or not at all."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(_rounded(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+def write_scores(path: Path, scores: dict[str, Any]) -> None:
+    """Write stable bytes: numbers to 6 decimals."""
+    write_json(path, _rounded(scores))
 
 
 def _read_json(path: Path) -> Any:

@@ -12,7 +12,7 @@ Shapes: B questions.
 import os
 import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,7 @@ class Med3DChat:
 
     def __init__(self, model: Med3DVLM, processor: Med3DVLMProcessor, familiarity_model: FamiliarityModel | None = None) -> None:
         self.model, self.processor, self.familiarity_model = model.eval(), processor, familiarity_model
+        self.encoder = model.vision_encoder.for_inference(model.dtype)
         self._encoded: OrderedDict[Hashable, Features] = OrderedDict()
         self._lock = Lock()
         self._ends = _end_tokens(processor, model)
@@ -98,7 +99,8 @@ class Med3DChat:
             features = self._encoded.get(key)
             if features is None:
                 pixels = self.processor.image_processor(scan)["pixel_values"]  # (1, 1, D, H, W)
-                features = self.model.encode_image(pixels.to(self.model.device, self.model.dtype))
+                low, high = self.encoder(pixels.to(self.model.device, self.model.dtype))[-2:]
+                features = low, high
             if key is not None:
                 self._encoded[key] = features
                 self._encoded.move_to_end(key)
@@ -161,14 +163,18 @@ class Med3DChat:
     def answers(
         self, scans: Sequence[Scan | Features], questions: Sequence[str], max_new_tokens: int = 128, batch_size: int = 16
     ) -> list[Answer]:
-        """One question about each scan, `batch_size` generated together: what `ask` would say, sooner."""
-        given: list[Answer] = []
+        """One question about each scan, up to `batch_size` generated together: what `ask` would say, sooner."""
         pairs = list(zip(scans, questions, strict=True))
+        given: dict[int, Answer] = {}
         for start in range(0, len(pairs), batch_size):
-            part = pairs[start : start + batch_size]
-            rows, rooms = zip(*(self._prompt(question, None, max_new_tokens) for _, question in part), strict=True)
-            given += self._generate(rows, [self.encode(scan) for scan, _ in part], min(rooms))
-        return given
+            by_room = defaultdict(list)  # a long question leaves its answer less room, not the others'
+            for place, (scan, question) in enumerate(pairs[start : start + batch_size], start):
+                row, room = self._prompt(question, None, max_new_tokens)
+                by_room[room].append((place, row, scan))
+            for room, group in by_room.items():
+                places, rows, part = zip(*group, strict=True)
+                given.update(zip(places, self._generate(rows, [self.encode(scan) for scan in part], room), strict=True))
+        return [given[place] for place in sorted(given)]
 
     def familiarity(self, scan: Scan | Features) -> Familiarity | None:
         """Whether the scan resembles the training data; None where the model directory has no familiarity file and so nobody can say.

@@ -1,4 +1,4 @@
-"""Words that the model is asked with, as data. Training draws a report prompt per study by its id; evaluation uses the first one only."""
+"""Words that the model is asked with, as data. Training draws one for a report, in every epoch anew; evaluation takes the first."""
 
 from collections.abc import Sequence
 

@@ -5,19 +5,30 @@ Both are written to and read from JSON lines, strictly: a missing or unknown fie
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
+
+from med3dvlm.files import read_lines, write_lines
 
 QUESTION_KINDS = ("plane", "phase", "organ", "abnormality", "location")
 LETTERS = "ABCDEFGH"
 
 
+def check_inside(path: str, name: str) -> None:
+    """Raises ValueError unless the path stays below whatever folder it is taken from."""
+    parts = PurePosixPath(path)
+    if parts.is_absolute() or ".." in parts.parts or not parts.parts:
+        raise ValueError(f"{name} is {path!r}, but it must be a path relative to the data's folder, without '..'")
+
+
 @dataclass(frozen=True)
 class Study:
-    """One volume with what is known about it. `labels` maps a finding's name to 0 or 1 and is empty where there are none."""
+    """One volume with what is known about it. `labels` maps a finding's name to 0 or 1; what nobody looked for is not in it.
+
+    `id` and `image` are relative paths: `image` below the root of the data set, `id` below the folder of prepared volumes.
+    """
 
     id: str
     patient: str
@@ -26,6 +37,10 @@ class Study:
     labels: dict[str, int]
     split: str
     source: str
+
+    def __post_init__(self) -> None:
+        for name in ("id", "image"):
+            check_inside(getattr(self, name), f"{name} of study {self.id!r}")
 
 
 @dataclass(frozen=True)
@@ -54,18 +69,22 @@ class Question:
         return LETTERS[self.choices.index(self.answer)]
 
 
+def check_ids(studies: Iterable[Study]) -> None:
+    """Raises ValueError where two studies have one id."""
+    seen: set[PurePosixPath] = set()
+    for study in studies:
+        place = PurePosixPath(study.id)
+        if place in seen:
+            raise ValueError(f"two studies have the id {study.id!r}; give each its own")
+        seen.add(place)
+
+
 Record = TypeVar("Record", Study, Question)
 
 
 def write_records(path: str | Path, records: Iterable[Study] | Iterable[Question]) -> None:
-    """Write one JSON object a line; the file appears under its name only when it is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
-    aside.replace(path)
+    """Write one JSON object a line."""
+    write_lines(Path(path), map(dataclasses.asdict, records))
 
 
 def read_studies(path: str | Path) -> list[Study]:
@@ -79,15 +98,16 @@ def read_questions(path: str | Path) -> list[Question]:
 def _read(path: Path, kind: type[Record]) -> list[Record]:
     known = {field.name for field in dataclasses.fields(kind)}
     records = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            fields = json.loads(line)
-            if set(fields) != known:
-                missing, unknown = sorted(known - set(fields)), sorted(set(fields) - known)
-                raise ValueError(
-                    f"{path} line {number}: missing fields {missing}, unknown fields {unknown}; a {kind.__name__} has {sorted(known)}"
-                )
-            if "choices" in fields:
-                fields["choices"] = tuple(fields["choices"])
+    for number, fields in enumerate(read_lines(path), start=1):
+        if set(fields) != known:
+            missing, unknown = sorted(known - set(fields)), sorted(set(fields) - known)
+            raise ValueError(
+                f"{path} line {number}: missing fields {missing}, unknown fields {unknown}; a {kind.__name__} has {sorted(known)}"
+            )
+        if "choices" in fields:
+            fields["choices"] = tuple(fields["choices"])
+        try:
             records.append(kind(**fields))
+        except ValueError as error:
+            raise ValueError(f"{path} line {number}: {error}") from error
     return records

@@ -24,10 +24,12 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerStat
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.datasets.features import fingerprint, frozen_features
-from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset
 from med3dvlm.encoders import count_parameters
+from med3dvlm.files import install_model, read_lines, write_json, write_lines
 from med3dvlm.preprocessing import dequantize
 from med3dvlm.processing import Med3DVLMProcessor
 from med3dvlm.vlm import Med3DVLM
@@ -35,6 +37,14 @@ from med3dvlm.vlm import Med3DVLM
 logger = logging.getLogger(__name__)
 
 COMPLETE = "complete"  # the file that says a checkpoint was written to its end
+IDENTITY = "identity.json"  # what a training was begun with: only its own checkpoints are continued
+# transformers' settings that shape what is learned. Of a stage's own all do, but for these, which say where to write and how to be quick.
+LEARNING = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "seed", "data_seed",
+    "dataloader_drop_last", "train_sampling_strategy",
+)  # fmt: skip
+FREE = {"merged", "cache_features", "exclude_failures"}
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "open_clip_torch", "monai", "numpy")
 
 
@@ -156,7 +166,14 @@ def lora_targets(model: Med3DVLM) -> str:
 def conversations(
     arguments: ConversationArguments, data: PreparedData, model: Med3DVLM, processor: Med3DVLMProcessor, yes_no: bool
 ) -> tuple[ConversationDataset, ConversationCollator]:
-    """Training data of stages 2 and 3; with `cache_features` the frozen encoder runs once over the training split."""
+    """Training data of stages 2 and 3; with `cache_features` the frozen encoder runs once over the training split.
+
+    Raises:
+        ValueError: the data was prepared in another way than the model takes it, or the encoder that is to run once is to be trained.
+    """
+    same_preprocessing(processor.image_processor, data)
+    if arguments.cache_features and any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
+        raise ValueError("with cache_features the vision encoder runs once and would not be trained; pass --cache_features false")
     dataset = ConversationDataset(
         data, "train", yes_no, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups, seed=arguments.seed
     )
@@ -186,15 +203,25 @@ class StageTrainer(Trainer):
         if self.args.should_save:
             (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
 
-    def last_checkpoint(self) -> str | None:
-        """The newest whole checkpoint; parts of others are deleted."""
+    def last_checkpoint(self, identity: dict[str, Any]) -> str | None:
+        """The newest whole checkpoint of the training of this identity; parts of others are deleted. Where there is none, it is begun.
+
+        Raises:
+            ValueError: the checkpoints are those of another training.
+        """
         root = Path(str(self.args.output_dir))
         with self.args.main_process_first(local=False):
-            for folder in root.glob("checkpoint-*"):
+            folders = [folder for folder in root.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
+            if folders:
+                _same_training(root, identity)
+            elif self.args.should_save:
+                (root / "run.json").unlink(missing_ok=True)  # it is about a training whose checkpoints are gone
+                write_json(root / IDENTITY, identity)
+            for folder in folders:
                 if not (folder / COMPLETE).is_file() and self.args.should_save:
                     logger.warning("deleting %s, which was not written to its end", folder)
                     shutil.rmtree(folder)
-        return get_last_checkpoint(str(root)) if root.is_dir() else None
+        return get_last_checkpoint(str(root))
 
 
 class EpochSetter(TrainerCallback):
@@ -218,8 +245,38 @@ class LossRecorder(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerprint: str) -> None:
-    """Train to the end, from the last whole checkpoint where there is one, and write run.json."""
+def identity_of(arguments: StageArguments, data_fingerprint: str, started_from: dict[str, str]) -> dict[str, Any]:
+    """What makes a training this one, as JSON holds it: settings that shape what is learned, with fingerprints in the place of paths.
+
+    The length of the training is no part of it, so that a finished one can be asked for more.
+    """
+    settings = arguments.to_dict()
+    ours = {field.name for field in fields(arguments) if field.init} - {field.name for field in fields(TrainingArguments)} - FREE
+    batch_size = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    identity = {name: settings[name] for name in (*LEARNING, *sorted(ours)) if name in settings}
+    identity |= {"batch_size": batch_size, "data": data_fingerprint, **started_from}
+    return dict(json.loads(json.dumps(identity)))
+
+
+def _same_training(root: Path, identity: dict[str, Any]) -> None:
+    path = root / IDENTITY
+    if not path.is_file():
+        raise ValueError(f"{root} holds checkpoints but no {IDENTITY} that says of what training; move them or choose another --output_dir")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    different = [name for name, value in identity.items() if before.get(name, value) != value]
+    if different:
+        raise ValueError(f"{root} holds a training with another {' and '.join(different)}; delete it or choose another --output_dir")
+
+
+def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerprint: str, **started_from: str) -> None:
+    """Train to the end, from the last whole checkpoint where there is one, and write run.json.
+
+    Args:
+        started_from: setting that names a model -> fingerprint of its weights.
+
+    Raises:
+        ValueError: the output folder holds checkpoints of a training on other data, from other weights or with other settings.
+    """
     started = time.perf_counter()
     output = Path(str(arguments.output_dir))
     output.mkdir(parents=True, exist_ok=True)
@@ -227,16 +284,22 @@ def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerpr
     parameters = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
     trainer.add_callback(LossRecorder())
     trainer.add_callback(EpochSetter())
-    checkpoint = trainer.last_checkpoint()
+    checkpoint = trainer.last_checkpoint(identity_of(arguments, data_fingerprint, started_from))
+    steps_before = 0
     if checkpoint is not None:
         logger.warning("continuing from %s", checkpoint)
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if 0 < arguments.max_steps <= state.global_step:
+        steps_before = state.global_step
+        if 0 < arguments.max_steps <= steps_before:
             # The trainer would take one step more; counted in epochs, none is left.
             arguments.max_steps, arguments.num_train_epochs = -1, int(state.epoch)
     if trainer.is_world_process_zero():
-        _cut_losses(output / "losses.jsonl", 0 if checkpoint is None else state.global_step)
+        losses = output / "losses.jsonl"  # of steps after the checkpoint a killed run may have logged some; they come again
+        write_lines(losses, [line for line in read_lines(losses) if line["step"] <= steps_before])
     trainer.train(resume_from_checkpoint=checkpoint)
+    path, steps = output / "run.json", trainer.state.global_step
+    if path.is_file() and steps == steps_before == json.loads(path.read_text(encoding="utf-8")).get("steps"):
+        return  # it was finished before, and its record is there
     if trainer.is_world_process_zero():
         record = {
             "command": " ".join(sys.argv),
@@ -244,22 +307,15 @@ def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerpr
             "data_fingerprint": data_fingerprint,
             "parameters": parameters,
             "processes": arguments.world_size,
-            "steps": trainer.state.global_step,
+            "steps": steps,
             "seconds": round(time.perf_counter() - started, 1),
             **environment(),
         }
-        (output / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-
-
-def _cut_losses(path: Path, last: int) -> None:
-    """Drop what a killed run logged after the checkpoint that is continued from; those steps come again."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= last), encoding="utf-8")
+        write_json(path, record)
 
 
 def save_final(trainer: StageTrainer, *processors: Any) -> None:
-    """Write model and processors to the output folder: aside first, then renamed file by file, config.json last."""
+    """Write model and processors to the output folder, whole or not at all."""
     output = Path(str(trainer.args.output_dir))
     aside = output / "saving"
     trainer.save_model(str(aside))
@@ -267,9 +323,7 @@ def save_final(trainer: StageTrainer, *processors: Any) -> None:
         return
     for processor in processors:
         processor.save_pretrained(aside)
-    for path in sorted(aside.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
-        path.replace(output / path.name)
-    aside.rmdir()
+    install_model(aside, output)
 
 
 def environment() -> dict[str, Any]:
@@ -291,6 +345,7 @@ def finish() -> None:
 def launch(main: Callable[[], None]) -> None:
     """Run a stage's `main`. What the user can mend, a file or a setting, ends it with one sentence; a defect with its traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    keep_freed_memory()
     try:
         main()
     except (OSError, SafetensorError, ValueError) as error:

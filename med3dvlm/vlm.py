@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 from transformers.utils import ModelOutput
 
 from med3dvlm.contrastive import Med3DCLIP
-from med3dvlm.encoders import Size, build_encoder
+from med3dvlm.encoders import Size, build_encoder, check_size
 from med3dvlm.processing import IGNORED
 from med3dvlm.projectors import Projector, build_projector
 
@@ -55,7 +55,7 @@ class Med3DVLMConfig(PretrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         self.encoder = encoder
         self.encoder_options = encoder_options or {}
-        self.size = tuple(size)
+        self.size = check_size(size)
         self.projector = projector
         self.projector_depth = projector_depth
         self.text_config = text_config
@@ -67,7 +67,7 @@ class Med3DVLMConfig(PretrainedConfig):
     def num_image_tokens(self) -> int:
         """Placeholders that one volume takes: the tokens of the projector on the encoder's grids."""
         with torch.device("meta"):
-            return self._build_projector(build_encoder(self.encoder, **self.encoder_options)).num_tokens
+            return self._build_projector(build_encoder(self.encoder, size=self.size, **self.encoder_options)).num_tokens
 
     @property
     def language_width(self) -> int:
@@ -77,7 +77,7 @@ class Med3DVLMConfig(PretrainedConfig):
         return int(self.text_config.hidden_size)
 
     def _build_projector(self, encoder: Any) -> Projector:
-        low, high = (depth * height * width for depth, height, width in encoder.grids(self.size)[-2:])
+        low, high = encoder.grids(self.size)[-2:]
         return build_projector(self.projector, (low, high), encoder.widths[-2:], self.language_width, self.projector_depth)
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +106,9 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
         self, config: Med3DVLMConfig, vision_encoder: nn.Module | None = None, language_model: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config)
-        self.vision_encoder: Any = vision_encoder if vision_encoder is not None else build_encoder(config.encoder, **config.encoder_options)
+        self.vision_encoder: Any = (
+            vision_encoder if vision_encoder is not None else build_encoder(config.encoder, size=config.size, **config.encoder_options)
+        )
         self.projector = config._build_projector(self.vision_encoder)
         self.language_model: Any = language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
         self._tied_weights_keys = {
@@ -130,6 +132,16 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
         if not any(parameter.requires_grad for parameter in self.vision_encoder.parameters()):
             self.vision_encoder.eval()
         return self
+
+    @property
+    def generation_config(self) -> Any:
+        """The language model's, which generates; saved and loaded with the whole model."""
+        return self.language_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, settings: Any) -> None:
+        if "language_model" in self._modules:  # else the base class is being initialised
+            self.language_model.generation_config = settings
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -21,6 +21,7 @@ Nothing that names a patient leaves this module: messages hold the path as the c
 import gzip
 import math
 import os
+import re
 import tokenize
 import zlib
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ from numpy.typing import NDArray
 UNITS = ("HU", "unit", "arbitrary")
 PLANES = {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal", "L": "sagittal", "R": "sagittal"}
 AIR, LOWEST_PADDING = -1100, -3100  # HU; below air, scanners write padding such as -2000 or -3024
+# What may follow ElementDataFile in a header. Of names only those in the same folder; LIST and % would stand for several files.
+HARMLESS_PLACES = {".mha": b"(?i:LOCAL)", ".mhd": rb"(?![ \t]|(?i:LIST))[^/\\:%\0\r\n]+"}
 OBLIQUE_DEGREES = 15.0  # beyond this tilt, calling a scan by its nearest plane is worth a warning
 
 
@@ -189,14 +192,13 @@ def _read_itk(path: Path, source: str) -> _Parts:
     """NRRD and MetaImage, through SimpleITK."""
     import SimpleITK as sitk
 
-    with path.open("rb") as file:
-        header = file.read(65536)
-    if path.suffix.lower() == ".nrrd" and not any(blank in header for blank in (b"\n\n", b"\r\n\r\n")):
-        raise _damaged(source, "NRRD")  # ITK crashes on a header without an end
+    ending = path.suffix.lower()
+    header = _checked_header(path, ending, source)
     try:
-        image = sitk.ReadImage(str(path))
+        # Named, as ITK would otherwise try every format that it knows.
+        image = sitk.ReadImage(str(path), imageIO="NrrdImageIO" if ending == ".nrrd" else "MetaImageIO")
     except RuntimeError as error:
-        raise _damaged(source, path.suffix[1:].upper()) from error
+        raise _damaged(source, ending[1:].upper()) from error
     if image.GetNumberOfComponentsPerPixel() > 1:
         raise _colour(source)
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
@@ -210,6 +212,30 @@ def _read_itk(path: Path, source: str) -> _Parts:
         return _Parts(array, _axes_from_itk(image))
     has_spacing = b"spacings:" in header or b"ElementS" in header  # ElementSpacing or ElementSize
     return _Parts(array, None, tuple(reversed(image.GetSpacing())) if has_spacing else None)
+
+
+def _checked_header(path: Path, ending: str, source: str) -> bytes:
+    """The first 64 KiB of a NRRD or MetaImage file, which must not name another place for its voxels.
+
+    ITK would open whatever file of this machine such a header names and show it as a scan.
+
+    Raises:
+        VolumeError: it does (but .mhd may name a file beside it), or a NRRD header has no end.
+    """
+    with path.open("rb") as file:
+        content = file.read(65536 if ending == ".nrrd" else -1)
+    header = content[:65536]
+    if ending == ".nrrd":
+        if not any(blank in header for blank in (b"\n\n", b"\r\n\r\n")):
+            raise _damaged(source, "NRRD")  # ITK crashes on a header without an end
+        elsewhere = re.search(rb"(?i)[\r\n]\s*data\s*file\s*:", header) is not None
+    else:  # said once in all the file: it is not for us to guess which of two lines ITK obeys
+        harmless = re.search(b"ElementDataFile[ \t]*[=:][ \t]*" + HARMLESS_PLACES[ending] + rb"[ \t]*(?:[\r\n]|\Z)", content)
+        elsewhere = content.count(b"ElementDataFile") > (1 if harmless else 0)
+    if elsewhere:
+        remedy = "save it as one .mha file" if ending == ".mhd" else "save header and voxels as one file"
+        raise VolumeError(f"{source}: the header names another place for the voxels, which is not opened; {remedy}.")
+    return header
 
 
 def _read_dicom_folder(folder: Path, source: str) -> _Parts:

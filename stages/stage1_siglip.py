@@ -80,7 +80,7 @@ def main() -> None:
             )
 
     trainer = StageTrainer(model=model, args=arguments, train_dataset=pairs, data_collator=collator, processing_class=tokenizer)
-    run_training(trainer, arguments, str(data.summary["fingerprint"]))
+    run_training(trainer, arguments, str(data.summary["fingerprint"]), text_encoder=fingerprint(model.text_encoder))
     save_final(trainer, data.processor)
     finish()
 

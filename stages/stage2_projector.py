@@ -12,6 +12,7 @@ import torch
 
 from med3dvlm import Med3DVLM, Med3DVLMProcessor
 from med3dvlm.checkpoints import load_clip, load_language_model
+from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.preprocessing import dequantize
 from med3dvlm.training import (
@@ -31,8 +32,8 @@ from med3dvlm.training import (
 class Stage2Arguments(ConversationArguments):
     clip: str = field(default="", metadata={"help": "output of stage 1"})
     language_model: str = field(default="Qwen/Qwen2.5-7B-Instruct", metadata={"help": "directory, hub id, or package:NAME"})
-    projector: str = field(default="mixer", metadata={"help": "mlp, low_high_mlp or mixer"})
-    standardise: bool = field(default=False, metadata={"help": "start the mixer from standardised features: sooner in short runs"})
+    projector: str = field(default="mixer", metadata={"help": "mlp, low_high_mlp, mixer or spatial_pooling"})
+    standardise: bool = field(default=False, metadata={"help": "start the projector from standardised features: sooner in short runs"})
     projector_depth: int = field(default=2, metadata={"help": "layers of the mixer"})
 
 
@@ -43,6 +44,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     clip, _, volumes = load_clip(arguments.clip)
     language_model, tokenizer = load_language_model(arguments.language_model)
+    started_from = {"clip": fingerprint(clip), "language_model": fingerprint(language_model)}
     processor = Med3DVLMProcessor(volumes, tokenizer)
     model = Med3DVLM.from_parts(
         clip, language_model, processor.image_token_id, projector=arguments.projector, projector_depth=arguments.projector_depth
@@ -56,7 +58,7 @@ def main() -> None:
         with torch.no_grad():
             model.projector.standardise(*model.eval().cpu().encode_image(dequantize(some)))
     trainer = StageTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor)
-    run_training(trainer, arguments, str(data.summary["fingerprint"]))
+    run_training(trainer, arguments, str(data.summary["fingerprint"]), **started_from)
     save_final(trainer)
     finish()
 

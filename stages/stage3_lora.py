@@ -3,7 +3,8 @@
     deepspeed stages/stage3_lora.py --config stages/configs/demo/stage3_lora.yaml
     python stages/stage3_lora.py --config stages/configs/smoke/stage3_lora.yaml --lora_rank 8
 
-Writes a PEFT adapter to the output folder and the merged Med3DVLM, ready to use, to `merged`.
+Writes a PEFT adapter to the output folder and the merged Med3DVLM, ready to use, to `merged`. Under ZeRO-3, whose processes share out every
+model that they load, it says how to merge afterwards.
 """
 
 import logging
@@ -11,9 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from med3dvlm import Med3DVLM
 from med3dvlm.checkpoints import load_vlm, merge_lora
+from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.familiarity import fit_familiarity, pool_features
 from med3dvlm.preprocessing import dequantize
@@ -63,30 +66,37 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     base, processor = load_vlm(arguments.model)
-    dataset, collator = conversations(arguments, data, base, processor, yes_no=True)
+    started_from = fingerprint(base)
     model = add_lora(base, arguments)
+    dataset, collator = conversations(arguments, data, base, processor, yes_no=True)
     trainer = StageTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor)
-    run_training(trainer, arguments, str(data.summary["fingerprint"]))
+    run_training(trainer, arguments, str(data.summary["fingerprint"]), model=started_from)
     save_final(trainer)
-    if trainer.is_world_process_zero() and arguments.merged:
+    first = trainer.is_world_process_zero()
+    finish()  # the other processes are done: none waits for the merge
+    if first and arguments.merged:
+        if is_deepspeed_zero3_enabled():
+            logger.warning("not merged, since this ran under ZeRO-3; run: med3dvlm merge %s %s", arguments.output_dir, arguments.merged)
+            return
         merged = merge_lora(arguments.output_dir, arguments.merged)
+        merged.vision_encoder.to(arguments.device)
         remember_training_data(merged, data, arguments.merged)
-    finish()
 
 
 def remember_training_data(model: Med3DVLM, data: PreparedData, folder: str) -> None:
-    """Save beside the model where up to 500 training scans and the validation scans lie, so that it can tell of a scan unlike them."""
+    """Save beside the model where up to 500 scans each of the training and validation splits lie, so that it can tell of a scan unlike them."""
     splits = data.summary["splits"]
     if not isinstance(splits, dict) or splits.get("train", 0) < 20 or not splits.get("validation"):
         logger.warning("fewer than 20 training scans or no validation scan: the model will not tell of scans unlike its training data")
         return
     pooled = {}
+    like = next(model.vision_encoder.parameters())
     for split in ("train", "validation"):
         studies = data.studies(split)
-        batches = torch.arange(0, len(studies), max(1, len(studies) // 500)).split(16)
+        batches = torch.linspace(0, len(studies) - 1, min(len(studies), 500)).round().int().split(16)
         with torch.no_grad():
             volumes = (dequantize(torch.stack([data.volume(studies[index]) for index in batch])) for batch in batches)
-            pooled[split] = torch.cat([pool_features(model.encode_image(batch.to(model.device))) for batch in volumes])
+            pooled[split] = torch.cat([pool_features(model.encode_image(batch.to(like))) for batch in volumes])
     fit_familiarity(pooled["train"], pooled["validation"]).save(folder)
 
 

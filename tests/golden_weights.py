@@ -48,7 +48,7 @@ def _tensor(name: str, shape: tuple[int, ...]) -> Tensor:
 
 def volume(key: str) -> Tensor:
     """(B, 1, D, H, W) float32 in [0, 1)."""
-    shape = {"volume-small": (2, 1, 32, 64, 64), "volume-full": (1, 1, 128, 256, 256)}[key]
+    shape = {"volume-small": (2, 1, 32, 64, 64), "volume-full": (1, 1, 128, 256, 256), "volume-ctvit": (1, 1, 40, 80, 80)}[key]
     return torch.from_numpy(generator(key).random(shape, dtype=np.float32))
 
 

@@ -165,14 +165,6 @@ def test_an_encoder_by_a_wrong_name(run: Run) -> None:
     assert re.search(r"'resnet' is unknown; known: dcformer_nano, .*dcformer_large", sentence(error))
 
 
-def test_encoders_have_the_counted_parameters(run: Run) -> None:
-    code, output, error = run("encoders")
-    counts = {line.split()[0]: line.split()[1] for line in output.splitlines()}
-    assert (code, error) == (0, "")
-    assert len(counts) == 6 and (counts["dcformer_naive"], counts["dcformer_small"]) == ("5.852", "18.245")
-    assert run("encoders", "dcformer_naive")[1].split() == ["dcformer_naive", "5.852", "M", "parameters"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -210,7 +202,7 @@ def test_settings_that_do_not_fit(run: Run, phantoms: Path, tmp_path: Path, argu
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
-def test_inspect_prints_the_geometry_and_draws_a_picture(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scan: Path) -> None:
+def test_inspect_prints_the_geometry_and_draws_a_picture_where_asked(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     array = np.random.default_rng(0).integers(-900, 1200, (30, 20, 10)).astype(np.int16)
     array[0, 0, 0] = -3024
@@ -218,15 +210,21 @@ def test_inspect_prints_the_geometry_and_draws_a_picture(run: Run, tmp_path: Pat
     code, output, error = run("inspect", path)
     assert (code, error) == (0, "")
     facts = dict(line.split(maxsplit=1) for line in output.splitlines())
-    assert facts["Scan"] == str(path)
+    assert facts["Scan"] == path.name and str(tmp_path) not in output
     assert facts["Size"].startswith("10 x 20 x 30 voxels")
     assert facts["Spacing"] == "2.5 x 0.8 x 0.7 mm, covering 25 x 16 x 21 mm"
     assert facts["Orientation"].startswith("SPL ") and "axial slices" in facts["Orientation"]
     assert facts["Unit"].startswith("HU") and facts["Values"].startswith("-3024 to 1199")
     assert "padding" in facts["Warning"]
-    assert facts["Picture"] == "head.of.patient_montage.png"
-    with Image.open(tmp_path / facts["Picture"]) as picture:
+    assert "Picture" not in facts and list(tmp_path.iterdir()) == [path]
+    code, output, _ = run("inspect", path, "--out", "picture.png")
+    assert output.splitlines()[-1].split() == ["Picture", "picture.png"]
+    with Image.open(tmp_path / "picture.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 300
+    other = tmp_path / "another.name.nii.gz"
+    path.rename(other)
+    run("inspect", other, "--out", "other.png")
+    assert (tmp_path / "other.png").read_bytes() == (tmp_path / "picture.png").read_bytes()  # no name is drawn
 
     np.save(tmp_path / "bare.npy", array)
     code, output, _ = run("inspect", tmp_path / "bare.npy", "--out", tmp_path / "new" / "folder" / "bare.png")
@@ -297,6 +295,20 @@ def test_prepare_goes_on_after_bad_samples_and_names_them(run: Run, phantoms: Pa
         path.unlink()
     code, _, error = run("prepare", source, tmp_path / "nothing", "--size", "16,32,24", "--workers", 1)
     assert code == 2 and "none of the 12 studies" in sentence(error)
+
+
+def test_prepare_goes_on_after_missing_reports(run: Run, phantoms: Path, tmp_path: Path) -> None:
+    source, prepared = tmp_path / "source", tmp_path / "prepared"
+    subprocess.run(["cp", "-r", phantoms, source], check=True)
+    lost, empty = sorted((source / "M3D_Cap" / "ct_case").rglob("*.txt"))[:2]
+    lost.unlink()
+    empty.write_text(" ")
+    code, output, error = run("prepare", source, prepared, "--size", "16,32,24", "--workers", 1)
+    summary = json.loads(output)
+    assert (code, summary["studies"], summary["failures"]) == (0, 10, 2)
+    assert "Warning: 2 of 12 studies could not be prepared" in error
+    assert f"{lost}, the report of" in error and "is missing" in error and f"{empty}, the report of" in error and "is empty" in error
+    assert len(PreparedData(prepared, exclude_failures=True).questions("train")) > 0
 
 
 @pytest.mark.parametrize("command", ["inspect", "phantom", "prepare", "merge"])

@@ -57,7 +57,7 @@ def batch_of_pairs() -> dict[str, Tensor]:
 @pytest.mark.parametrize("start", [None, 0.3])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_and_gradient_are_the_formula(loss: str, start: float | None) -> None:
-    """`start`: the papers' own temperature and bias, and others. Worst difference measured: 4e-15."""
+    """`start`: the papers' own temperature and bias, and others. Worst difference measured: 3e-15 of 7."""
     model = tiny_clip(loss=loss, logit_scale=start, logit_bias=start).double()
     sides = [torch.nn.functional.normalize(torch.randn(PAIRS, 6, dtype=torch.float64), dim=1).requires_grad_() for _ in range(2)]
     parameters = [*sides, model.logit_scale, *([model.logit_bias] if loss == "siglip" else [])]
@@ -84,7 +84,7 @@ def test_a_diagonal_of_twos_is_told_from_noise() -> None:
 
 
 def test_four_processes_are_one_with_the_whole_batch(tmp_path: Path, shell: Callable[..., str]) -> None:
-    """Loss and every gradient, of the encoders too. Worst difference measured: 6e-17 of 2e-2."""
+    """Loss and every gradient, of the encoders too. Worst difference measured: 2e-14 of 46."""
     batch, expected = batch_of_pairs(), {}
     torch.save(batch, tmp_path / "batch.pt")
     for loss in LOSSES:

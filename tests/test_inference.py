@@ -164,6 +164,20 @@ def test_a_batch_says_what_each_would_say_alone(chat: Med3DChat) -> None:
         assert [one.text for one in chat.answers(given, [question for _, question in asked])] == [one.text for one in alone]
 
 
+def test_a_long_question_beside_it_cuts_no_answer_short(chat: Med3DChat) -> None:
+    """The long one leaves room for a few tokens in the model's context; the report next to it needs more, whatever stands in the batch."""
+    long = "why"
+    while chat._prompt(long, None, 128)[1] > 7:
+        long += " why"
+    asked = [(volume(0), REPORT_PROMPTS[0]), (volume(1), long), (volume(1), REPORT_PROMPTS[0])]
+    alone = [chat.ask(scan, question) for scan, question in asked]
+    assert alone[0].text == REPORTS[0] and alone[1].tokens < 8 < alone[0].tokens
+    for order in ((0, 1, 2), (1, 2, 0)):
+        together = chat.answers(*zip(*(asked[place] for place in order), strict=True))
+        assert [answer.text for answer in together] == [alone[place].text for place in order]
+        assert [answer.tokens for answer in together] == [alone[place].tokens for place in order]
+
+
 def test_pieces_join_to_the_answer(chat: Med3DChat) -> None:
     for number in (0, 1):
         stream, pieces = chat.stream_report(volume(number)), []
@@ -272,7 +286,7 @@ def write(path: Path, scan: Volume) -> Path:
 
 def test_a_scan_is_encoded_once(chat: Med3DChat, tmp_path: Path) -> None:
     path = write(tmp_path / "scan.nii.gz", volume(0))
-    with counted(chat.model.vision_encoder) as calls:
+    with counted(chat.encoder) as calls:
         scan = volume(0)
         answers = [chat.ask(given, "Which organ has a lesion?").text for given in (scan, scan, path, str(path), path)]
         assert set(answers) == {"Liver"}

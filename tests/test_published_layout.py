@@ -1,34 +1,74 @@
-"""The released layouts: our models with the released names' weights give the released code's numbers (tests/golden)."""
+"""The released layouts: files with the released names, converted and loaded, give the released code's numbers (tests/golden)."""
 
-import json
+import argparse
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig
 
-from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMConfig
-from med3dvlm.encoders import build_encoder
-from med3dvlm.projectors import build_projector
-from med3dvlm.published import from_published, load_published
-from tests.golden_weights import GOLDEN, difference, generator, golden, manifest, published_weights, volume
+from med3dvlm import Med3DVLM, Med3DVLMConfig
+from med3dvlm.checkpoints import convert_published, load_clip, load_encoder, load_projector, load_vlm
+from med3dvlm.encoders import Encoder, build_encoder
+from med3dvlm.published.architecture import architecture
+from med3dvlm.published.names import LAYOUTS, Layout, recognise, reshaped, to_ours, to_published
+from tests import released
+from tests.golden_weights import difference, generator, golden, manifest, published_weights, volume
 
 TOLERANCE = 1e-4  # of the reference's spread; the worst measured is 3.3e-6 (projector_mixer)
 LOGITS_TOLERANCE = 5e-4  # through all of the model; 2.1e-4 measured
-NO_ACTIVATION = {"stem_activation": False}
-IMAGE_TOKEN = 511
+SMALL = (32, 64, 64)
+CT_VOLUME = (40, 80, 80)
+LAYOUT_OF = {  # reference model -> how it is recognised
+    **{f"dcformer_{name}": "dcformer" for name in ("nano", "naive", "tiny", "small")},
+    **{f"projector_{name}": f"projector_{name}" for name in ("mixer", "mlp", "low_high_mlp")},
+    "clip_siglip_tiny_text": "clip",
+    "vlm_tiny_qwen2": "vlm_mixer",
+    "vlm_qwen2.5_7b": "vlm_mixer",
+    "ctvit_small": "ctvit",
+    "ctvit_ct_clip": "ctvit",
+    "ct_clip_small": "ct_clip",
+    "dcformer_naive_ct_rate": "dcformer_ct_rate",
+}
 
 
-def encoder_with_published_weights(name: str) -> torch.nn.Module:
-    encoder = build_encoder(name, **NO_ACTIVATION)
-    load_published(encoder, published_weights(name), "encoder")
-    return encoder.eval()
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Encoder]:
+    """A released encoder by name, converted once."""
+    root = tmp_path_factory.mktemp("encoders")
+
+    @cache
+    def converted(name: str) -> Encoder:
+        file = released.write_pickle(root / name / "pretrained_ViT.bin", published_weights(name))
+        assert convert_published(file, root / "ours" / name, size=SMALL, verify=True).left_out == ()
+        return load_encoder(root / "ours" / name)
+
+    return converted
+
+
+@pytest.mark.parametrize("name", LAYOUT_OF)
+def test_every_released_name_goes_over_and_back(name: str) -> None:
+    layout = LAYOUTS[recognise(manifest()[name])]
+    assert layout is LAYOUTS[LAYOUT_OF[name]]
+    for there, shape in manifest()[name].items():
+        pair = to_ours(layout, there)
+        assert pair is not None, there
+        if pair.here is None:
+            continue
+        assert to_published(layout, pair.here) == pair
+        ours = reshaped(tuple(shape), pair.axes)
+        assert ours is not None
+        assert reshaped(ours, pair.axes, backwards=True) == tuple(shape)
+        assert reshaped((*shape, 1, 1), pair.axes) is None or not pair.axes
 
 
 @pytest.mark.parametrize("name", ["dcformer_nano", "dcformer_naive", "dcformer_tiny", "dcformer_small"])
-def test_encoder_gives_the_released_numbers_at_every_stage(name: str) -> None:
+def test_encoder_gives_the_released_numbers_at_every_stage(name: str, encoder: Callable[[str], Encoder]) -> None:
     with torch.no_grad():
-        stages = encoder_with_published_weights(name)(volume("volume-small"))
+        stages = encoder(name)(volume("volume-small"))
     assert len(stages) == 5
     for number, tokens in enumerate(stages):
         assert tokens.shape == tuple(golden()[f"{name}/stage{number}/shape"])
@@ -36,31 +76,75 @@ def test_encoder_gives_the_released_numbers_at_every_stage(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dcformer_naive", "dcformer_small"])
-def test_encoder_gives_the_released_numbers_at_full_size(name: str) -> None:
+def test_encoder_gives_the_released_numbers_at_full_size(name: str, encoder: Callable[[str], Encoder]) -> None:
     with torch.no_grad():
-        stages = encoder_with_published_weights(name)(volume("volume-full"))
+        stages = encoder(name)(volume("volume-full"))
     for number, tokens in enumerate(stages):
         assert tokens.shape == tuple(golden()[f"{name}/full/stage{number}/shape"])
         assert difference(tokens, golden()[f"{name}/full/stage{number}/every997"], 997) < TOLERANCE
 
 
-def test_the_comparison_notices_swapped_axes_and_an_activation() -> None:
-    encoder = encoder_with_published_weights("dcformer_nano")
+def test_the_comparison_notices_swapped_axes_and_an_activation(encoder: Callable[[str], Encoder]) -> None:
+    nano = encoder("dcformer_nano")
     activated = build_encoder("dcformer_nano", stem_activation=True).eval()
-    activated.stem[0].load_state_dict(encoder.stem[0].state_dict())
-    activated.stem[2].load_state_dict(encoder.stem[1].state_dict())
-    activated.stem[4].load_state_dict(encoder.stem[2].state_dict())
-    activated.stem[6].load_state_dict(encoder.stem[3].state_dict())
+    for layer in range(4):
+        activated.stem[2 * layer].load_state_dict(nano.stem[layer].state_dict())
     reference = golden()["dcformer_nano/stage0/every97"]
     with torch.no_grad():
-        assert difference(encoder(volume("volume-small").transpose(3, 4))[0], reference, 97) > 0.1
+        assert difference(nano(volume("volume-small").transpose(3, 4))[0], reference, 97) > 0.1
         assert difference(activated(volume("volume-small"))[0], reference, 97) > 0.1
 
 
+def test_older_dcformer_takes_one_of_its_doubled_norms_and_no_codebook(tmp_path: Path) -> None:
+    """As a training script stores it: weights under "model", its arguments beside them."""
+    weights = published_weights("dcformer_naive_ct_rate")
+    file = released.write_pickle(tmp_path / "checkpoint-14.pth", {"model": weights, "epoch": 14, "args": argparse.Namespace(lr=1e-4)})
+    done = convert_published(file, tmp_path / "ours", size=SMALL, verify=True)
+    assert len(done.left_out) == 183
+    assert all(name.startswith("vq.") or ".norm." in name for name in done.left_out)
+    assert "2x - 1" in str(done)
+    older = load_encoder(tmp_path / "ours")
+    depth, height, width = older.grids(SMALL)[-1]
+    with torch.no_grad():
+        last = older(volume("volume-small"))[-1].unflatten(1, (depth, height, width)).permute(0, 4, 2, 3, 1)  # (B, C, h, w, d)
+    assert last.shape == tuple(golden()["dcformer_naive_ct_rate/shape"])
+    assert difference(last, golden()["dcformer_naive_ct_rate/last_stage_bchwd/every7"], 7) < TOLERANCE
+
+
+def test_ctvit_gives_the_released_tokens_before_and_after_the_codebook(tmp_path: Path) -> None:
+    convert_published(
+        released.write_pickle(tmp_path / "ctvit.pt", published_weights("ctvit_small")), tmp_path / "ours", size=CT_VOLUME, verify=True
+    )
+    ctvit = load_encoder(tmp_path / "ours")
+    with torch.no_grad():
+        tokens, codes = ctvit(volume("volume-ctvit"))  # which the encoder itself brings to -1..1
+    assert (1, *ctvit.grids(CT_VOLUME)[0], 64) == tuple(golden()["ctvit_small/shape"])
+    assert difference(tokens, golden()["ctvit_small/tokens_before_vq/every17"], 17) < TOLERANCE
+    assert difference(codes, golden()["ctvit_small/tokens/every17"], 17) < TOLERANCE
+
+
+def test_ctvit_has_the_released_size_by_default() -> None:
+    layout, shapes = LAYOUTS["ctvit"], {name: tuple(shape) for name, shape in manifest()["ctvit_ct_clip"].items()}
+    plan = architecture(layout, _ours(layout, shapes), shapes, {}, None, None)
+    with torch.device("meta"):
+        found, default = plan.build(), build_encoder("ctvit")
+    assert {name: tuple(tensor.shape) for name, tensor in found.state_dict().items()} == _ours(layout, shapes)
+    assert [(name, tensor.shape) for name, tensor in found.state_dict().items()] == [
+        (name, tensor.shape) for name, tensor in default.state_dict().items()
+    ]
+    assert plan.size == (240, 480, 480)
+    assert default.patch == found.patch
+
+
 @pytest.mark.parametrize("name", ["mixer", "mlp", "low_high_mlp"])
-def test_projector_gives_the_released_numbers(name: str) -> None:
-    projector = build_projector(name, (256, 32), (384, 768), 256)
-    load_published(projector, published_weights(f"projector_{name}"), "projector")
+@pytest.mark.parametrize("prefix", ["", "model.mm_projector."])
+def test_projector_gives_the_released_numbers(name: str, prefix: str, tmp_path: Path) -> None:
+    """Alone, and as mm_projector.bin holds it, beside the embeddings."""
+    weights = {prefix + key: tensor for key, tensor in published_weights(f"projector_{name}").items()}
+    beside = {"model.embed_tokens.weight": torch.ones(5, 3)} if prefix else {}
+    done = convert_published(released.write_pickle(tmp_path / "mm_projector.bin", weights | beside), tmp_path / "ours", verify=True)
+    assert done.left_out == tuple(beside)
+    projector = load_projector(tmp_path / "ours")
     low = torch.from_numpy(generator("low").standard_normal((2, 256, 384), dtype=np.float32))
     high = torch.from_numpy(generator("high").standard_normal((2, 32, 768), dtype=np.float32))
     with torch.no_grad():
@@ -69,11 +153,11 @@ def test_projector_gives_the_released_numbers(name: str) -> None:
     assert difference(tokens, golden()[f"projector_{name}/every97"], 97) < TOLERANCE
 
 
-def test_clip_gives_the_released_embeddings_and_loss() -> None:
-    text_config = json.loads((GOLDEN / "clip_text_config.json").read_text(encoding="utf-8"))["distilbert"]
-    config = Med3DCLIPConfig(encoder="dcformer_small", encoder_options=NO_ACTIVATION, size=(32, 64, 64), text_config=text_config)
-    model = Med3DCLIP(config).eval()
-    load_published(model, published_weights("clip_siglip_tiny_text"), "clip")
+def test_clip_gives_the_released_embeddings_and_loss(tmp_path: Path) -> None:
+    texts = released.text_encoder(tmp_path / "text", "clip_text_config.json")
+    convert_published(released.clip(tmp_path / "released"), tmp_path / "ours", text_encoder=texts, verify=True)
+    model, tokenizer, volumes = load_clip(tmp_path / "ours")
+    assert (volumes.recipe, volumes.size, len(tokenizer) > 0) == ("m3d", SMALL, True)
     ids, mask = (torch.from_numpy(golden()[f"clip/{name}"]) for name in ("input_ids", "attention_mask"))
     with torch.no_grad():
         output = model(volume("volume-small"), ids, mask)
@@ -82,18 +166,30 @@ def test_clip_gives_the_released_embeddings_and_loss() -> None:
     assert output.loss.item() == pytest.approx(golden()["clip/siglip_loss"], rel=TOLERANCE)
 
 
+def test_ct_clip_gives_the_released_embeddings(tmp_path: Path) -> None:
+    file = released.write_pickle(tmp_path / "CT-CLIP_v2.pt", published_weights("ct_clip_small"))
+    texts = released.text_encoder(tmp_path / "text", "ct_clip_text_config.json")
+    convert_published(file, tmp_path / "ours", text_encoder=texts, size=CT_VOLUME, verify=True)
+    model, _, _ = load_clip(tmp_path / "ours")
+    assert (model.config.encoder, model.config.loss, model.config.image_pooling) == ("ctvit", "clip", "frames")
+    ids, mask = (torch.from_numpy(golden()[f"ct_clip_small/{name}"]) for name in ("input_ids", "attention_mask"))
+    with torch.no_grad():
+        assert difference(model.encode_image(volume("volume-ctvit")), golden()["ct_clip_small/image"]) < TOLERANCE
+        assert difference(model.encode_text(ids, mask), golden()["ct_clip_small/text"]) < TOLERANCE
+    assert model.logit_scale.item() == pytest.approx(published_weights("ct_clip_small")["temperature"].item())
+
+
 @pytest.fixture(scope="module")
-def published_vlm() -> Med3DVLM:
-    text_config = json.loads((GOLDEN / "vlm_tiny_config.json").read_text(encoding="utf-8"))
-    config = Med3DVLMConfig(
-        encoder="dcformer_small",
-        encoder_options=NO_ACTIVATION,
-        text_config=AutoConfig.for_model("qwen2", **text_config),
-        image_token_id=IMAGE_TOKEN,
-        image_splice="published",
-    )
-    model = Med3DVLM(config).eval()
-    load_published(model, published_weights("vlm_tiny_qwen2"), "vlm")
+def published_vlm(tmp_path_factory: pytest.TempPathFactory) -> Med3DVLM:
+    root = tmp_path_factory.mktemp("vlm")
+    convert_published(released.vlm(root / "released"), root / "ours", verify=True)
+    model, processor = load_vlm(root / "ours")
+    assert model.config.image_splice == "published"
+    assert (model.config.image_token_id, processor.num_image_tokens) == (released.IMAGE_TOKEN_ID, 256)
+    # The released prompt: the image, the question at once behind it, and no turns.
+    row = processor.encode([{"role": "user", "content": "Which organ?"}], generate=True)["input_ids"]
+    words = processor.tokenizer("Which organ?", add_special_tokens=False)["input_ids"]
+    assert row == [released.IMAGE_TOKEN_ID] * 256 + words
     return model
 
 
@@ -125,13 +221,13 @@ def test_published_splice_is_one_late_in_a_padded_batch_too(
         behind_padding = published_vlm.embed(padded, image_features)
     assert torch.equal(behind_padding[:, 5:], alone)
     table = published_vlm.get_input_embeddings().weight
-    assert torch.equal(alone[0, 0], table[IMAGE_TOKEN])  # the first placeholder keeps its embedding
+    assert torch.equal(alone[0, 0], table[released.IMAGE_TOKEN_ID])  # the first placeholder keeps its embedding
     assert torch.equal(alone[0, 257:], table[ids[0, 257:]])  # the word at 256 is lost, the others stand
 
 
 def test_published_splice_needs_text_behind_the_image(published_vlm: Med3DVLM, image_features: tuple[torch.Tensor, torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="needs text after the image"):
-        published_vlm.embed(torch.full((1, 256), IMAGE_TOKEN), image_features)
+        published_vlm.embed(torch.full((1, 256), released.IMAGE_TOKEN_ID), image_features)
 
 
 def test_mask_splice_differs_from_the_published(published_vlm: Med3DVLM, image_features: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -146,35 +242,26 @@ def test_mask_splice_differs_from_the_published(published_vlm: Med3DVLM, image_f
 
 
 def test_every_tensor_of_the_released_7b_model_has_its_place() -> None:
-    text_config = AutoConfig.for_model(
-        "qwen2",
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-    )
-    config = Med3DVLMConfig(encoder_options=NO_ACTIVATION, text_config=text_config, image_splice="published")
+    """With its settings as they are published, numbers of the rotary embedding included."""
+    layout, shapes = LAYOUTS["vlm_mixer"], {name: tuple(shape) for name, shape in manifest()["vlm_qwen2.5_7b"].items()}
+    settings = {
+        "model_type": "vlm_qwen", "vocab_size": 151666, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 1000000.0, "rms_norm_eps": 1e-06,
+        "tie_word_embeddings": False, "img_token_id": 151665, "input_size": [256, 256, 128], "mm_mlp_depth": 2,
+    }  # fmt: skip
+    plan = architecture(layout, _ours(layout, shapes), shapes, settings, None, None)
     with torch.device("meta"):
-        model = Med3DVLM(config)
-        released = {name: torch.empty(shape) for name, shape in manifest()["vlm_qwen2.5_7b"].items()}
-    ours = from_published(released, "vlm")
-    assert {name: tensor.shape for name, tensor in ours.items()} == {name: tensor.shape for name, tensor in model.state_dict().items()}
-    assert config.num_image_tokens == 256
+        model = plan.build()
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == _ours(layout, shapes)
+    config = plan.config
+    assert isinstance(config, Med3DVLMConfig)
+    assert (config.num_image_tokens, config.image_token_id, config.image_splice) == (256, 151665, "published")
+    expected = AutoConfig.for_model("qwen2", rope_theta=1000000.0)
+    assert (config.text_config.rope_parameters, config.text_config.vocab_size) == (expected.rope_parameters, 152064)
+    assert config.text_config.rope_parameters["rope_theta"] == 1000000.0
+    assert not hasattr(config.text_config, "img_token_id")
 
 
-def test_weights_that_do_not_fit_are_named() -> None:
-    encoder = build_encoder("dcformer_nano", **NO_ACTIVATION)
-    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    weights = published_weights("dcformer_nano")
-    del weights["encoder.s1.0.scale"]
-    weights["encoder.s4.1.scale"] = torch.ones(256)
-    weights["encoder.s2.0.scale"] = torch.ones(65)
-    with pytest.raises(ValueError, match=r"lack stages\.0\.1\.scale; they have besides stages\.3\.2\.scale; .* \(65,\) instead of \(64,\)"):
-        load_published(encoder, weights, "encoder")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
-    with pytest.raises(ValueError, match="has no vq.codebook"):
-        from_published({"vq.codebook": torch.ones(1)}, "encoder")
-    with pytest.raises(ValueError, match="'clap' is unknown; known: encoder, projector, clip, vlm"):
-        from_published({}, "clap")
+def _ours(layout: Layout, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    pairs = {name: to_ours(layout, name) for name in shapes}
+    return {pair.here: reshaped(shapes[name], pair.axes) for name, pair in pairs.items() if pair.here is not None}

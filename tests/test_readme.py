@@ -68,5 +68,12 @@ def test_every_command_is_covered() -> None:
 def test_example_runs(example: str, places: dict[str, str], tmp_path: Path) -> None:
     for name, place in places.items():
         example = example.replace(name, place)
+    if "m3d.write" in example:  # what it wrote is what it said, all of it
+        example += """
+from dataclasses import replace
+found = [m3d.read("data/mine", split) for split in m3d.SPLITS]
+assert [one for part, _ in found for one in part] == [replace(one, source="m3d") for one in studies]
+assert [one for _, part in found for one in part] == questions
+"""
     done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

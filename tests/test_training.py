@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from med3dvlm import Med3DVLM
 from med3dvlm.training import (
     COMPLETE,
+    IDENTITY,
     StageArguments,
     StageTrainer,
     environment,
@@ -151,20 +152,19 @@ class StopAfter(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def train(folder: Path, stop_after: int | None = None, **settings: Any) -> Toy:
+def train(folder: Path, stop_after: int | None = None, data: str = "f1", weights: str = "w1", **settings: Any) -> Toy:
     """Ten steps of four rows in epochs of four steps, a checkpoint every second, a constant rate of learning."""
-    values = {"max_steps": 10, "save_steps": 2, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant", **settings}
-    arguments = StageArguments(
-        str(folder), use_cpu=True, learning_rate=0.1, logging_steps=1, report_to="none", disable_tqdm=True, data="x", **values
-    )
+    values = {"max_steps": 10, "save_steps": 2, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant", "learning_rate": 0.1}
+    values |= settings
+    arguments = ToyArguments(str(folder), use_cpu=True, logging_steps=1, report_to="none", disable_tqdm=True, data="x", **values)
     model = Toy()
     trainer = StageTrainer(model=model, args=arguments, train_dataset=Rows())
     if stop_after is not None:
         trainer.add_callback(StopAfter(stop_after))
         with pytest.raises(KeyboardInterrupt):
-            run_training(trainer, arguments, "f1")
+            run_training(trainer, arguments, data, eye=weights)
     else:
-        run_training(trainer, arguments, "f1")
+        run_training(trainer, arguments, data, eye=weights)
     return model
 
 
@@ -204,7 +204,7 @@ def test_so_does_one_on_two_processes(tmp_path: Path, shell: Callable[..., str],
 def test_losses_after_the_checkpoint_are_not_written_twice(tmp_path: Path) -> None:
     train(tmp_path, stop_after=5)
     with (tmp_path / "losses.jsonl").open("a") as file:
-        file.write('{"step": 5, "loss": 99.0}\n')  # logged, then killed before checkpoint 6
+        file.write('{"step": 5, "loss": 99.0}\n{"step": 6, "lo')  # logged, then killed before checkpoint 6
     train(tmp_path)
     assert [step for step, _ in losses(tmp_path)] == list(range(1, 11))
     assert all(loss < 99 for _, loss in losses(tmp_path))
@@ -223,13 +223,63 @@ def test_a_checkpoint_without_its_mark_is_not_used(unmarked: list[str], tmp_path
 
 def test_a_finished_training_started_again_does_nothing(tmp_path: Path) -> None:
     """Ten steps are two epochs and a half: the trainer by itself would take an eleventh."""
-    whole, before = train(tmp_path), losses(tmp_path)
+    whole, before, said = train(tmp_path), losses(tmp_path), (tmp_path / "run.json").read_bytes()
     again = train(tmp_path)
-    assert again.seen == [] and losses(tmp_path) == before
+    assert again.seen == [] and losses(tmp_path) == before and (tmp_path / "run.json").read_bytes() == said
     assert torch.equal(again.linear.weight, whole.linear.weight)
     record = json.loads((tmp_path / "run.json").read_text())
     assert (record["steps"], record["settings"]["max_steps"]) == (10, 10)
+    (tmp_path / "run.json").unlink()  # killed before it was written
+    assert train(tmp_path).seen == [] and json.loads((tmp_path / "run.json").read_text())["steps"] == 10
     assert len(train(tmp_path, max_steps=12).seen) == 2  # more steps may be asked for later
+    assert json.loads((tmp_path / "run.json").read_text())["steps"] == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"data": "f2"}, "data"),
+        ({"weights": "w2"}, "eye"),
+        ({"learning_rate": 0.2, "seed": 7}, "learning_rate and seed"),
+        ({"colour": "blue"}, "colour"),
+        ({"per_device_train_batch_size": 2}, "batch_size"),
+        ({"data": "f2", "max_steps": 3}, "data"),  # though there is nothing left to do
+    ],
+)
+def test_a_checkpoint_of_another_training_is_not_continued(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    """Nor deleted: neither a whole one nor one that was not written to its end."""
+    train(tmp_path, max_steps=4)
+    (tmp_path / "checkpoint-4" / COMPLETE).unlink()
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    with pytest.raises(ValueError, match=f"holds a training with another {named}; delete it or choose another --output_dir"):
+        train(tmp_path, **{"max_steps": 4, **change})
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+def test_what_changes_nothing_that_is_learned_may_change(tmp_path: Path) -> None:
+    """Where and how often it is saved and logged, how long it goes on, and how a batch is made up."""
+    train(tmp_path / "one", stop_after=3)
+    (tmp_path / "one").rename(tmp_path / "two")
+    changes = {"save_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "cache_features": True}
+    train(tmp_path / "two", max_steps=5, **changes)
+    assert [step for step, _ in losses(tmp_path / "two")] == [1, 2, 3, 4, 5]
+
+
+def test_checkpoints_of_unknown_origin_are_neither_used_nor_deleted(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-8").mkdir()
+    (tmp_path / "checkpoint-8" / "model.safetensors").write_text("precious")
+    with pytest.raises(ValueError, match=f"holds checkpoints but no {IDENTITY}"):
+        train(tmp_path)
+    assert (tmp_path / "checkpoint-8" / "model.safetensors").read_text() == "precious"
+    (tmp_path / "checkpoint-8").rename(tmp_path / "checkpoint-best")  # no name of the trainer's
+    assert len(train(tmp_path, max_steps=2).seen) == 2 and (tmp_path / "checkpoint-best").is_dir()
+
+
+def test_settings_may_be_mended_before_the_first_checkpoint(tmp_path: Path) -> None:
+    train(tmp_path, stop_after=1)
+    (tmp_path / "run.json").write_text("{}")  # of a training whose checkpoints were deleted
+    train(tmp_path, stop_after=1, learning_rate=0.2)
+    assert json.loads((tmp_path / IDENTITY).read_text())["learning_rate"] == 0.2 and not (tmp_path / "run.json").exists()
 
 
 def test_the_record_of_a_run(tmp_path: Path, repository: Path) -> None:

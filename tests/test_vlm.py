@@ -53,12 +53,13 @@ def model() -> Med3DVLM:
     return build()
 
 
-@pytest.mark.parametrize("projector", ["mixer", "mlp", "low_high_mlp"])
+@pytest.mark.parametrize("projector", ["mixer", "mlp", "low_high_mlp", "spatial_pooling"])
 @pytest.mark.parametrize("size", [SIZE, (10, 20, 30), (32, 80, 80)])
 def test_any_size_works_and_gives_its_number_of_image_tokens(size: tuple[int, int, int], projector: str) -> None:
     model = build(size=size, projector=projector)
     low, high = (int(np.prod([-(-axis // stride) for axis in size])) for stride in (32, 64))
-    expected = {"mixer": max(2, low // 2 * 2), "mlp": high, "low_high_mlp": low + high}[projector]
+    halved = int(np.prod([-(-axis // 128) for axis in size]))
+    expected = {"mixer": max(2, low // 2 * 2), "mlp": high, "low_high_mlp": low + high, "spatial_pooling": halved}[projector]
     assert model.config.num_image_tokens == expected
     with torch.no_grad():
         assert torch.isfinite(model(**batch_of(model)).loss)

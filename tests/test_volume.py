@@ -384,6 +384,54 @@ def test_headers_that_crash_or_surprise_the_libraries(tmp_path: Path) -> None:
     assert read_volume(tmp_path / "unit.nii").spacing == pytest.approx((2.5, 0.8, 0.7))
 
 
+META_HEADER = "ObjectType = Image\nNDims = 3\nDimSize = 30 20 10\nElementType = MET_SHORT\n"
+NRRD_HEADER = "NRRD0004\ntype: short\ndimension: 3\nsizes: 30 20 10\nendian: little\nencoding: raw\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("scan.nrrd", NRRD_HEADER + "data file: {place}\n\n"),
+        ("scan.nrrd", NRRD_HEADER.replace("\n", "\r\n") + "DataFile: {place}\r\n\r\n"),
+        ("scan.NRRD", NRRD_HEADER[:-1] + "\rdata file: {place}\n\n"),  # a carriage return ends a line, too
+        ("scan.mha", META_HEADER + "ElementDataFile = {place}\n"),
+        ("scan.mha", META_HEADER + "ElementDataFile: {place}\n"),
+        ("scan.mha", META_HEADER + "ElementDataFile\n= {place}\n"),
+        ("scan.mha", "Comment = ElementDataFile = LOCAL\n" + META_HEADER + "ElementDataFile = {place}\n"),
+        ("scan.mha", META_HEADER + "ElementDataFile\nComment = {place}\n"),
+        ("scan.mha", "Comment = " + "x" * 70000 + "\n" + META_HEADER + "ElementDataFile = {place}\n"),
+        ("scan.mhd", META_HEADER + "ElementDataFile = {place}\n"),
+        ("scan.mhd", META_HEADER + "ElementDataFile = ../private.raw\n"),
+        ("scan.mhd", META_HEADER + "ElementDataFile = LIST 3D\n{place}\n"),
+        ("scan.mhd", META_HEADER + "ElementDataFile =  LIST\n" + 10 * "{place}\n"),
+        ("scan.mhd", META_HEADER + "ElementDataFile = ../private%d.raw 1 1 1\n"),
+        ("scan.mhd", (META_HEADER + "Comment = ").ljust(65516, "x") + "\nElementDataFile = ../private.raw\n"),  # cut after the first dot
+    ],
+    ids=lambda text: text if len(text) < 20 else "header",
+)
+def test_a_header_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: str, header: str) -> None:
+    """ITK would read it and we would show it: any file of the machine, in the chat by an upload."""
+    place = tmp_path / "private.raw"
+    place.write_bytes(scan().tobytes())
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / name
+    path.write_bytes(header.format(place=place).encode())
+    refused(path, "the header names another place for the voxels, which is not opened; save .* as one")
+
+
+def test_a_name_beside_the_header_is_none_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "the voxels.raw").write_bytes(scan().tobytes())
+    for end in ("", "\n", "\r\n"):
+        (tmp_path / "scan.mhd").write_bytes((META_HEADER + "ElementDataFile = the voxels.raw" + end).encode())
+        np.testing.assert_array_equal(read_volume(tmp_path / "scan.mhd").array, scan())
+    for place in (tmp_path / "scan.mha", tmp_path / "scan.MHA"):
+        place.write_bytes((META_HEADER + "ElementDataFile = Local\r\n").encode() + scan().tobytes())
+        np.testing.assert_array_equal(read_volume(place).array, scan())
+    nrrd = NRRD_HEADER + "# the data file: this one\n\n"
+    (tmp_path / "scan.nrrd").write_bytes(nrrd.encode() + scan().tobytes())
+    np.testing.assert_array_equal(read_volume(tmp_path / "scan.nrrd").array, scan())
+
+
 def test_2d_and_4d(tmp_path: Path) -> None:
     affine = np.diag([0.7, 0.8, 2.5, 1.0])
     nibabel.save(nibabel.Nifti1Image(scan()[0], affine), tmp_path / "flat.nii")

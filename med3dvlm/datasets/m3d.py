@@ -1,21 +1,27 @@
 """M3D-Cap and M3D-VQA on disk <-> records.
 
-    M3D_Cap/M3D_Cap.json              {"train": [{"image": path, "text": path}, ...], "validation": [...], "test": [...]}
+    M3D_Cap/M3D_Cap.json              {"train": [{"image": path, "text": path}, ...], "validation": [...], "test": [...]};
+                                      ours beside them: "id" and "patient", where they do not follow from the image's path
     M3D_Cap/ct_case/<case>/...        volumes (prepared .nii.gz) and reports (.txt)
     M3D_VQA/M3D_VQA_<split>.csv       open and closed questions: one row serves as both
     M3D_VQA/M3D_VQA_yn_<split>.csv    yes/no questions
-    labels.csv                        optional, ours: study and one column of 0/1 a finding
+    labels.csv                        optional, ours: study and one column a finding: 0, 1, or empty where nobody looked
 
 Paths in the files are relative to the root. Source: M3D (arXiv 2404.00578), section 3 and the published files.
 """
 
 import csv
 import json
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from med3dvlm.records import LETTERS, QUESTION_KINDS, Question, Study
+from med3dvlm.records import LETTERS, QUESTION_KINDS, Question, Study, check_ids, check_inside
+from med3dvlm.volume import READERS
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 CSV_SPLIT = {"train": "train", "validation": "val", "test": "test"}
@@ -23,27 +29,72 @@ COLUMNS = ("Image Path", "Text", "Question Type", "Question", "Choice A", "Choic
 YES_NO_COLUMNS = ("Image Path", "Text", "Question Type", "Question", "Answer")
 
 
-def read(root: str | Path, split: str) -> tuple[list[Study], list[Question]]:
-    """One split's studies and the questions about them (none where the VQA files are absent)."""
+def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = None) -> tuple[list[Study], list[Question]]:
+    """One split's studies and the questions about them (none where the VQA files are absent).
+
+    Args:
+        failures: takes {"study", "file", "reason"} of every study whose report is missing or empty; without it that is an error.
+
+    Raises:
+        FileNotFoundError, ValueError: a file or a row is missing or wrong; the message says where.
+    """
     root = Path(root)
     listing = root / "M3D_Cap" / "M3D_Cap.json"
     if not listing.is_file():
         raise FileNotFoundError(f"{listing} is missing; an M3D root holds M3D_Cap/M3D_Cap.json and M3D_VQA/*.csv")
-    splits = json.loads(listing.read_text(encoding="utf-8"))
+    try:
+        splits = json.loads(listing.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{listing} is no JSON: {error}") from error
     if split not in splits:
         raise ValueError(f"{listing} has no split {split!r}; it has: {', '.join(splits)}")
     labels = _read_labels(root / "labels.csv")
-    studies = []
-    for entry in splits[split]:
-        name = _study_id(entry["image"])
-        text = root / entry["text"]
-        if not text.is_file():
-            raise FileNotFoundError(f"{text}, the report of {entry['image']} by {listing}, is missing")
-        report = report_text(text.read_text(encoding="utf-8"))
-        studies.append(Study(name, PurePosixPath(name).parent.name, entry["image"], report, labels.get(name, {}), split, "m3d"))
+    studies: list[Study] = []
+    ids: dict[str, str] = {}  # image path, with and without ending -> study
+    for number, entry in enumerate(splits[split], start=1):
+        where = f"{listing}, entry {number} of {split!r}"
+        if missing := [name for name in ("image", "text") if not isinstance(entry.get(name), str)]:
+            raise ValueError(f"{where} lacks {' and '.join(missing)}")
+        image, text = entry["image"], entry["text"]
+        try:
+            for name, path in (("image", image), ("text", text)):
+                check_inside(path, name)
+            place = _study_id(image)
+            name, patient = entry.get("id", place), entry.get("patient", _patient(place))
+            study = Study(name, patient, image, "", labels.get(name, {}), split, "m3d")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        ids.setdefault(place, name)
+        ids[image] = name
+        try:
+            report = _read_report(root / text, f"{root / text}, the report of {image} by {listing},")
+        except (OSError, ValueError) as error:
+            if failures is None:
+                raise
+            failures.append({"study": name, "file": text, "reason": str(error)})
+        else:
+            studies.append(replace(study, report=report))
     known = {study.id for study in studies}
-    questions = [question for question in _read_questions(root / "M3D_VQA", split) if question.study in known]
+    csv_split = CSV_SPLIT.get(split, split)
+    questions = [
+        question
+        for kind, columns in (("", COLUMNS), ("yn_", YES_NO_COLUMNS))
+        for question in _read_questions(root / "M3D_VQA" / f"M3D_VQA_{kind}{csv_split}.csv", columns, ids)
+        if question.study in known
+    ]
     return studies, questions
+
+
+def _read_report(path: Path, name: str) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is missing")
+    try:
+        report = report_text(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no UTF-8 text; save it as such") from error
+    if not report:
+        raise ValueError(f"{name} is empty")
+    return report
 
 
 def report_text(text: str) -> str:
@@ -57,34 +108,63 @@ def report_text(text: str) -> str:
 
 
 def _study_id(image: str) -> str:
-    """`M3D_Cap/ct_case/000006/Axial_C.nii.gz` -> `ct_case/000006/Axial_C`, whichever extension the path carries."""
+    """`M3D_Cap/ct_case/000006/Axial_C.nii.gz` -> `ct_case/000006/Axial_C`, whichever of the scans' endings the path carries."""
     path = PurePosixPath(image)
     parts = path.parts[1:] if path.parts[0] == "M3D_Cap" else path.parts
-    return str(PurePosixPath(*parts[:-1], re.sub(r"(\.nii\.gz|\.nii|\.npy)$", "", parts[-1])))
+    ending = next((ending for ending in READERS if parts and parts[-1].lower().endswith(ending)), "")
+    return "/".join(parts)[: -len(ending) or None]
+
+
+def _patient(study_id: str) -> str:
+    """The name of the folder, or of the study itself where there is none."""
+    return PurePosixPath(study_id).parent.name or study_id
 
 
 def _read_labels(path: Path) -> dict[str, dict[str, int]]:
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row.pop("study"): {name: int(value) for name, value in row.items()} for row in csv.DictReader(file)}
+    labels = {}
+    for where, row in _rows(path, ("study",)):
+        study = row.pop("study")
+        stated = {name: value.strip() for name, value in row.items() if value and value.strip()}
+        if wrong := [name for name, value in stated.items() if value not in ("0", "1")]:
+            raise ValueError(f"{where}: {wrong[0]} is {stated[wrong[0]]!r} but must be 0, 1 or empty")
+        labels[study] = {name: int(value) for name, value in stated.items()}
+    return labels
 
 
-def _read_questions(folder: Path, split: str) -> Iterable[Question]:
-    name = CSV_SPLIT.get(split, split)
-    for row in _rows(folder / f"M3D_VQA_{name}.csv", COLUMNS):
-        choices = tuple(row[f"Choice {letter}"] for letter in LETTERS[:4])
-        yield Question(_study_id(row["Image Path"]), _kind(row), row["Question"], choices, row["Answer"])
-    for row in _rows(folder / f"M3D_VQA_yn_{name}.csv", YES_NO_COLUMNS):
-        yield Question(_study_id(row["Image Path"]), _kind(row), row["Question"], ("Yes", "No"), row["Answer"].capitalize())
+def _read_questions(path: Path, columns: Sequence[str], ids: Mapping[str, str]) -> list[Question]:
+    """The questions of a file about the studies `ids`, by image path with and without ending; the number of others is told."""
+    questions, others = [], 0
+    for where, row in _rows(path, columns):
+        image = row["Image Path"]
+        try:
+            check_inside(image, "Image Path")
+            study = ids.get(image, ids.get(_study_id(image)))
+            if study is None:
+                others += 1
+            else:
+                questions.append(_question(study, row))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if others and not questions:
+        raise ValueError(f"{path}: none of its {others} questions is about an image of this split in M3D_Cap.json; compare the image paths")
+    if others:
+        logger.warning("%s: left out %d of %d questions, whose images M3D_Cap.json does not list", path, others, others + len(questions))
+    return questions
 
 
-def _kind(row: dict[str, str]) -> str:
+def _question(study: str, row: Mapping[str, str]) -> Question:
     """Question types are the numbers 1 to 5: plane, phase, organ, abnormality, location."""
-    return QUESTION_KINDS[int(row["Question Type"]) - 1]
+    number, answer = row["Question Type"].strip(), row["Answer"]
+    if number not in map(str, range(1, len(QUESTION_KINDS) + 1)):
+        raise ValueError(f"Question Type is {number!r} but must be 1 to {len(QUESTION_KINDS)}")
+    kind = QUESTION_KINDS[int(number) - 1]
+    if "Choice A" not in row:
+        return Question(study, kind, row["Question"], ("Yes", "No"), answer.capitalize())
+    return Question(study, kind, row["Question"], tuple(row[f"Choice {letter}"] for letter in LETTERS[:4]), answer)
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Iterable[dict[str, str]]:
+def _rows(path: Path, columns: Sequence[str]) -> Iterable[tuple[str, dict[str, str]]]:
+    """Each row, if there is such a file, after the words that say where it stands."""
     if not path.is_file():
         return
     with path.open(newline="", encoding="utf-8") as file:
@@ -92,15 +172,34 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterable[dict[str, str]]:
         missing = [name for name in columns if name not in (reader.fieldnames or [])]
         if missing:
             raise ValueError(f"{path} lacks the columns {missing}; it has {reader.fieldnames}")
-        yield from reader
+        try:
+            for row in reader:
+                if empty := [name for name in columns if row[name] is None]:
+                    raise ValueError(f"the row ends before {empty[0]}")
+                if None in row:
+                    raise ValueError("the row has more values than there are columns")
+                yield f"{path} line {reader.line_num}", row
+        except (csv.Error, ValueError) as error:
+            raise ValueError(f"{path} line {reader.line_num}: {error}") from error
 
 
 def write(root: str | Path, studies: Sequence[Study], questions: Sequence[Question]) -> None:
     """Write reports, questions and labels in this layout; the volumes are the caller's.
 
-    A study's id must be its image path without `M3D_Cap/` and the extension.
+    Raises:
+        ValueError: two studies have one id, a split is none of `SPLITS`, or a question is about no study or has not two or four choices.
     """
     root = Path(root)
+    check_ids(studies)
+    ids = {study.id for study in studies}
+    if wrong := next((study for study in studies if study.split not in SPLITS), None):
+        raise ValueError(f"split {wrong.split!r} of study {wrong.id} is unknown; known: {', '.join(SPLITS)}")
+    for question in questions:
+        name, choices = f"{question.text!r} of study {question.study}", len(question.choices)
+        if question.study not in ids:
+            raise ValueError(f"{name} is about none of the studies that are written")
+        if not question.yes_no and choices != 4:
+            raise ValueError(f"{name} has {choices} choices; M3D-VQA takes four, or Yes and No")
     listing: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
     texts = {}
     for study in studies:
@@ -108,7 +207,10 @@ def write(root: str | Path, studies: Sequence[Study], questions: Sequence[Questi
         texts[study.id] = (study, text)
         (root / text).parent.mkdir(parents=True, exist_ok=True)
         (root / text).write_text(f"study_findings: {study.report}\n", encoding="utf-8")
-        listing[study.split].append({"image": study.image, "text": text})
+        place = _study_id(study.image)
+        stated = {"id": (study.id, place), "patient": (study.patient, _patient(place))}
+        extra = {name: value for name, (value, derived) in stated.items() if value != derived}
+        listing[study.split].append({"image": study.image, "text": text, **extra})
     (root / "M3D_VQA").mkdir(parents=True, exist_ok=True)
     for split, name in CSV_SPLIT.items():
         closed = [question for question in questions if texts[question.study][0].split == split and not question.yes_no]
@@ -130,7 +232,7 @@ def write(root: str | Path, studies: Sequence[Study], questions: Sequence[Questi
     with (root / "labels.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["study", *names])
-        writer.writerows([study.id, *(study.labels[name] for name in names)] for study in studies)
+        writer.writerows([study.id, *(study.labels.get(name, "") for name in names)] for study in studies)
     aside = root / "M3D_Cap" / "M3D_Cap.json.part"  # last: its presence says that the rest is whole
     aside.write_text(json.dumps(listing, indent=1), encoding="utf-8")
     aside.replace(root / "M3D_Cap" / "M3D_Cap.json")

@@ -1,6 +1,6 @@
 """Prepared data -> what a trainer draws batches from: pairs for the contrastive stage, conversations for the language stages.
 
-Everything is a function of (seed, epoch, study): the order of workers and processes changes nothing.
+Everything is a function of (seed, epoch, the study's place in its split): the order of workers and processes changes nothing.
 """
 
 from collections import defaultdict

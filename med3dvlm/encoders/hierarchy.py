@@ -1,16 +1,35 @@
 """The skeleton that the convolutional encoders share: a stem, then stages that halve the grid, each a stack of blocks.
 
-What differs between the families is the block's token mixer (MetaFormer, arXiv 2111.11418; DCFormer paper, section 3).
+The families are MetaFormers (arXiv 2111.11418; DCFormer paper, section "Formulation of the DCFormer block"): their blocks mix the cells of a
+grid, then the channels of each cell, and what tells the families apart is the mixer of the cells.
+
+    block                                                     mixer                               family
+    MetaNeXtBlock    x + s MLP(Norm(Mixer(x)))                three 1D convolutions, normed       DCFormer
+                                                              depthwise 7x7x7 convolution         ConvNeXt3D
+    MetaFormerBlock  y = x + s Mixer(Norm(x))                 average pooling                     PoolFormer3D
+                     y + s MLP(Norm(y))                       self-attention                      ViT3D, last stage of TransUNet3D
 
 Shapes: B batch; D, H, W voxels of the volume; d, h, w cells of a grid; C channels. Inside an encoder channels come last, (B, d, h, w, C):
 then a linear layer over the channels, a batch norm and the tokens (B, d*h*w, C) need no copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
-Size = tuple[int, int, int]
+from med3dvlm.encoders.base import Encoder, Size, check_size, written
+
+
+class ConvStem(nn.Module):
+    """One strided convolution of the volume: (B, D, H, W, 1) -> (B, d, h, w, C), each axis divided by `stride`, rounded up."""
+
+    def __init__(self, channels: int, stride: int, kernel_size: int = 7) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(1, channels, kernel_size, stride, padding=kernel_size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.movedim(-1, 1)).movedim(1, -1)
 
 
 class Downsample(nn.Module):
@@ -26,6 +45,13 @@ class Downsample(nn.Module):
         return self.project(pooled)
 
 
+class ChannelsLastBatchNorm(nn.BatchNorm1d):
+    """Batch norm over every axis but the last: (B, d, h, w, C) -> the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
 class ChannelMLP(nn.Module):
     """Two linear layers over the channels of every cell, GELU between: (..., C) -> (..., C)."""
 
@@ -38,8 +64,79 @@ class ChannelMLP(nn.Module):
         return self.reduce(nn.functional.gelu(self.expand(x)))
 
 
-class HierarchicalEncoder(nn.Module):
-    """A stem and its stages. `forward` gives the tokens of the stem and of every stage, finest first.
+class MetaNeXtBlock(nn.Module):
+    """Mix cells, then channels, in one residual: (..., C) -> the same.
+
+    Args:
+        mixer: (..., C) -> the same.
+        layer_scale: initial value of the per-channel factor of what is added.
+        norm: after the mixer; none where the mixer ends with its own.
+    """
+
+    def __init__(self, channels: int, mixer: nn.Module, layer_scale: float, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.norm = nn.Identity() if norm is None else norm
+        self.mlp = ChannelMLP(channels)
+        self.scale = nn.Parameter(torch.full((channels,), layer_scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.mlp(self.norm(self.mixer(x)))
+
+
+class MetaFormerBlock(nn.Module):
+    """Mix cells, then channels, each in a residual of its own (DCFormer paper, equations 2 and 3): (..., C) -> the same.
+
+    Args:
+        mixer: (..., C) -> the same.
+        norm: makes the norm before each of the two, given the channels.
+        layer_scale: initial value of the per-channel factors of what is added; None leaves them out.
+    """
+
+    def __init__(self, channels: int, mixer: nn.Module, norm: Callable[[int], nn.Module], layer_scale: float | None = None) -> None:
+        super().__init__()
+        self.norm1, self.mixer = norm(channels), mixer
+        self.norm2, self.mlp = norm(channels), ChannelMLP(channels)
+        self.scale1, self.scale2 = (nn.Identity() if layer_scale is None else LayerScale(channels, layer_scale) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.scale1(self.mixer(self.norm1(x)))
+        return x + self.scale2(self.mlp(self.norm2(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor for every channel: (..., C) -> the same."""
+
+    def __init__(self, channels: int, value: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def build_stages(block: Callable[[int, int], nn.Module], blocks: Sequence[int], widths: Sequence[int]) -> list[nn.Module]:
+    """Stages of a `Downsample` and blocks.
+
+    Args:
+        block: makes one block, given the number of its stage (from 0) and the channels.
+        blocks: how many a stage.
+        widths: channels of the stem and of every stage.
+
+    Raises:
+        ValueError: the numbers of stages differ.
+    """
+    if len(widths) != len(blocks) + 1:
+        raise ValueError(f"{len(blocks)} stages have widths {tuple(widths)}; give one width more than stages, the stem's first")
+    steps = zip(widths[:-1], widths[1:], blocks, strict=True)
+    return [
+        nn.Sequential(Downsample(narrow, wide), *(block(stage, wide) for _ in range(number)))
+        for stage, (narrow, wide, number) in enumerate(steps)
+    ]
+
+
+class HierarchicalEncoder(Encoder):
+    """A stem and its stages; the outputs are the tokens of the stem and of every stage.
 
     Args:
         stem: (B, D, H, W, 1) -> (B, d, h, w, widths[0]), each axis divided by `stem_stride`, rounded up.
@@ -64,30 +161,20 @@ class HierarchicalEncoder(nn.Module):
         Raises:
             ValueError: an axis is shorter than two cells of the stem.
         """
-        if len(size) != 3 or min(size) < 2 * self.stem_stride:
+        depth, height, width = check_size(size)
+        if min(size) < 2 * self.stem_stride:
             raise ValueError(
-                f"a volume of {'x'.join(map(str, size))} voxels is too small for this encoder: "
+                f"a volume of {written(size)} voxels is too small for this encoder: "
                 f"every axis needs at least {2 * self.stem_stride}; resize it with a VolumeProcessor"
             )
-        depth, height, width = size
         spans = [self.stem_stride * 2**stage for stage in range(len(self.stages) + 1)]
         return [(-(-depth // span), -(-height // span), -(-width // span)) for span in spans]
 
-    def forward(self, volume: Tensor) -> list[Tensor]:
+    def encode(self, volume: Tensor) -> list[Tensor]:
         """(B, 1, D, H, W) -> [(B, d*h*w, C) for stem and stages], d outermost."""
-        if volume.ndim != 5 or volume.shape[1] != 1:
-            raise ValueError(f"the encoder takes volumes of shape (B, 1, D, H, W), not {tuple(volume.shape)}")
-        _, _, depth, height, width = volume.shape
-        self.grids((depth, height, width))
-        x = self.stem(volume.movedim(1, -1))  # (B, d, h, w, C)
-        outputs = [x]
-        for stage in self.stages:
-            x = stage(x)
-            outputs.append(x)
-        return [output.flatten(1, 3) for output in outputs]
-
-
-def count_parameters(module: nn.Module) -> dict[str, int]:
-    """Numbers of trainable and frozen parameters, a shared one counted once."""
-    trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    return {"trainable": trainable, "frozen": sum(parameter.numel() for parameter in module.parameters()) - trainable}
+        x = volume.movedim(1, -1)  # (B, D, H, W, 1)
+        outputs = []
+        for stage in (self.stem, *self.stages):
+            x = self.run_stage([stage], x)  # (B, d, h, w, C)
+            outputs.append(x.flatten(1, 3))
+        return outputs

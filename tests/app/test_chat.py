@@ -122,7 +122,7 @@ def test_a_scan_is_described_shown_and_not_kept(server, client, scan) -> None:
     assert size_and_mean(bone)[1] != size_and_mean(answer["axial"])[1]
 
 
-@pytest.mark.parametrize("name", ["<img src=x>notes.txt", "text.nii.gz", "empty.nii.gz", "cut.nii.gz", "flat.nii"])
+@pytest.mark.parametrize("name", ["<img src=x>notes.txt", "text.nii.gz", "empty.nii.gz", "cut.nii.gz", "flat.nii", "header.MHD"])
 def test_a_wrong_file_gets_a_sentence_and_the_open_scan_stays(server, client, scan, tmp_path, name) -> None:
     session, wrong = client(), tmp_path / name
     read(session, scan())
@@ -133,12 +133,22 @@ def test_a_wrong_file_gets_a_sentence_and_the_open_scan_stays(server, client, sc
     answer = session.predict(handle_file(wrong), api_name="/read")
 
     raw = answer[0]["value"]
+    assert name != "header.MHD" or "save the scan as one .mha file" in html.unescape(raw)
     sentence = re.sub("<[^>]+>", "", raw)
     assert 'class="bar error"' in raw and "<img" not in raw
     assert html.unescape(sentence).count(".") >= 1 and "Traceback" not in sentence
     assert str(server.uploads) not in html.unescape(raw)
     assert files_with_content(server.uploads) == []
     assert "10 slices." in conversation(session.predict("still there?", api_name="/ask"))[-1][1]
+
+
+def test_an_upload_cannot_name_another_file_of_the_machine(server, client, tmp_path) -> None:
+    private, wrong = tmp_path / "private.raw", tmp_path / "scan.mha"
+    private.write_bytes(np.arange(6000, dtype=np.int16).tobytes())
+    header = "ObjectType = Image\nNDims = 3\nDimSize = 30 20 10\nElementType = MET_SHORT\n"
+    wrong.write_text(f"{header}ElementDataFile = {private}\n")
+    answer = client().predict(handle_file(wrong), api_name="/read")
+    assert "names another place for the voxels" in html.unescape(answer[0]["value"]) and "data:image" not in str(answer)
 
 
 def test_an_answer_streams_is_escaped_and_remembered(server, client, scan) -> None:

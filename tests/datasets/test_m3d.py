@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from med3dvlm.datasets import m3d
 from med3dvlm.datasets.phantom import plan_phantoms
 from med3dvlm.records import Question, Study
+from med3dvlm.volume import READERS
 
 
 def study(number: int, split: str = "train", **changes: object) -> Study:
@@ -105,4 +107,137 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     assert m3d.read(tmp_path, "train")[1] == []
     (tmp_path / "M3D_Cap" / f"{one.id}.txt").unlink()
     with pytest.raises(FileNotFoundError, match=f"{one.id}.txt, the report of {one.image}.*is missing"):
+        m3d.read(tmp_path, "train")
+
+
+OWN = [
+    Study("case/0001/chest", "P1", "scans/0001.mha", "An effusion.", {"effusion": 1}, "train", "m3d"),
+    Study("b", "P1", "scans/0002.NRRD", "A mass.", {"mass": 0, "effusion": 0}, "train", "m3d"),
+    Study("series", "series", "series", "A stone.", {}, "train", "m3d"),  # a DICOM folder at the root
+    Study("x.y", "P3", "scans/0001.nii.gz", "A cyst.", {}, "train", "m3d"),  # the first one's path but for the ending
+]
+
+
+def test_own_ids_patients_and_labels_come_back(tmp_path: Path) -> None:
+    """Images in any folder and format; what does not follow from their paths stands in the listing."""
+    questions = [Question(one.id, "plane", "Plane?", ("Axial", "Coronal", "Sagittal", "Oblique"), "Axial") for one in OWN]
+    m3d.write(tmp_path, OWN, questions)
+    assert m3d.read(tmp_path, "train") == (OWN, questions)
+    listing = json.loads((tmp_path / "M3D_Cap/M3D_Cap.json").read_text())["train"]
+    assert listing[0]["id"] == "case/0001/chest" and listing[0]["patient"] == "P1"
+    assert listing[2] == {"image": "series", "text": "M3D_Cap/series.txt"}
+
+
+@pytest.mark.parametrize("ending", list(READERS))
+def test_a_path_with_any_ending_gives_the_same_id(ending: str, tmp_path: Path) -> None:
+    one = dataclasses.replace(study(1), image=f"M3D_Cap/{study(1).id}{ending.upper()}", report="A mass.")
+    m3d.write(tmp_path, [one], [])
+    assert set(json.loads((tmp_path / "M3D_Cap/M3D_Cap.json").read_text())["train"][0]) == {"image", "text"}
+    assert m3d.read(tmp_path, "train") == ([one], [])
+
+
+def test_an_unknown_label_is_an_empty_cell(tmp_path: Path) -> None:
+    m3d.write(tmp_path, OWN, [])
+    with (tmp_path / "labels.csv").open(newline="") as file:
+        rows = {row["study"]: row for row in csv.DictReader(file)}
+    assert rows["case/0001/chest"] == {"study": "case/0001/chest", "effusion": "1", "mass": ""}
+    assert rows["x.y"] == {"study": "x.y", "effusion": "", "mass": ""}
+
+
+@pytest.mark.parametrize("path", ["/etc/scan", "../scan", "scans/../../scan", "", "."])
+def test_a_path_that_leaves_the_data_is_refused(path: str, tmp_path: Path) -> None:
+    for name in ("id", "image"):
+        with pytest.raises(ValueError, match=f"{name} of study .* is '{re.escape(path)}', but it must be a path relative to"):
+            dataclasses.replace(OWN[0], **{name: path})
+    m3d.write(tmp_path, OWN[:1], [])
+    listing = tmp_path / "M3D_Cap" / "M3D_Cap.json"
+    for name in ("image", "text", "id"):
+        (entry,) = json.loads(listing.read_text())["train"]
+        (tmp_path / "bad.json").write_text(json.dumps({"train": [entry, {**entry, name: path}]}))
+        content = listing.read_text()
+        (tmp_path / "bad.json").replace(listing)
+        with pytest.raises(ValueError, match=f"M3D_Cap.json, entry 2 of 'train': {name}.* is '{re.escape(path)}', but it must be a path"):
+            m3d.read(tmp_path, "train")
+        listing.write_text(content)
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="two studies have the id './b'"):
+        m3d.write(tmp_path, [OWN[1], dataclasses.replace(OWN[0], id="./b")], [])
+    with pytest.raises(ValueError, match="split 'val' of study b is unknown; known: train, validation, test"):
+        m3d.write(tmp_path, [dataclasses.replace(OWN[1], split="val")], [])
+    with pytest.raises(ValueError, match="of study c is about none of the studies"):
+        m3d.write(tmp_path, OWN, [Question("c", "plane", "Plane?", ("Yes", "No"), "Yes")])
+    with pytest.raises(ValueError, match="of study b has 0 choices; M3D-VQA takes four"):
+        m3d.write(tmp_path, OWN, [Question("b", "plane", "Plane?", (), "Axial")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "message"),
+    [
+        ("M3D_VQA_train.csv", "M3D_Cap/{one}.npy,,6,Q?,a,b,c,d,a,A", "Question Type is '6' but must be 1 to 5"),
+        ("M3D_VQA_train.csv", "M3D_Cap/{one}.npy,,organ,Q?,a,b,c,d,a,A", "Question Type is 'organ' but must be 1 to 5"),
+        ("M3D_VQA_train.csv", "M3D_Cap/{one}.npy,,1,Q?,a,b,c,d,e,A", "answer 'e' of study .* is not among its choices"),
+        ("M3D_VQA_train.csv", "M3D_Cap/{one}.npy,,1,Q?,a,b,c", "the row ends before Choice D"),
+        ("M3D_VQA_train.csv", "M3D_Cap/{one}.npy,,1,Where, please?,a,b,c,d,a,A", "the row has more values than there are columns"),
+        ("labels.csv", "{one},1,0,1", "the row has more values than there are columns"),
+        ("M3D_VQA_train.csv", ",,1,Q?,a,b,c,d,a,A", "Image Path is '', but it must be a path"),
+        ("M3D_VQA_yn_train.csv", "M3D_Cap/{one}.npy,,4,Q?,maybe", "answer 'Maybe' of study .* is not among its choices"),
+        ("labels.csv", "{one},perhaps,0", "mass is 'perhaps' but must be 0, 1 or empty"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(file: str, row: str, message: str, tmp_path: Path) -> None:
+    one = study(1)
+    questions = [
+        Question(one.id, "plane", "Plane?", ("Axial", "Coronal", "Sagittal", "Oblique"), "Axial"),
+        Question(one.id, "abnormality", "Is there a mass?", ("Yes", "No"), "Yes"),
+    ]
+    m3d.write(tmp_path, [one], questions)
+    path = next(tmp_path.rglob(file))
+    path.write_text(path.read_text() + row.format(one=one.id) + "\n")
+    with pytest.raises(ValueError, match=f"{file} line 3: {message}"):
+        m3d.read(tmp_path, "train")
+
+
+def test_a_bad_listing_is_named(tmp_path: Path) -> None:
+    m3d.write(tmp_path, OWN, [])
+    listing = tmp_path / "M3D_Cap" / "M3D_Cap.json"
+    whole = json.loads(listing.read_text())
+    del whole["train"][1]["text"]
+    listing.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=r"M3D_Cap\.json, entry 2 of 'train' lacks text"):
+        m3d.read(tmp_path, "train")
+    listing.write_text('{"train": [')
+    with pytest.raises(ValueError, match=r"M3D_Cap\.json is no JSON: .*line 1 column"):
+        m3d.read(tmp_path, "train")
+
+
+def test_questions_about_unknown_images_are_counted_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = study(1)
+    m3d.write(tmp_path, [one], [Question(one.id, "plane", "Plane?", ("Axial", "Coronal", "Sagittal", "Oblique"), "Axial")])
+    path = tmp_path / "M3D_VQA" / "M3D_VQA_train.csv"
+    header, row = path.read_text().splitlines()
+    path.write_text("\n".join([header, row, *[row.replace(one.image, f"elsewhere/{number}.npy") for number in range(3)], ""]))
+    assert len(m3d.read(tmp_path, "train")[1]) == 1
+    assert "M3D_VQA_train.csv: left out 3 of 4 questions" in caplog.text
+    path.write_text("\n".join([header, row.replace(one.image, "elsewhere/0.npy"), ""]))
+    with pytest.raises(ValueError, match=r"M3D_VQA_train\.csv: none of its 1 questions is about an image of this split"):
+        m3d.read(tmp_path, "train")
+
+
+def test_a_report_that_cannot_be_read_is_one_studys_failure(tmp_path: Path) -> None:
+    questions = [Question(one.id, "plane", "Plane?", ("Axial", "Coronal", "Sagittal", "Oblique"), "Axial") for one in OWN]
+    m3d.write(tmp_path, OWN, questions)
+    texts = [tmp_path / "M3D_Cap" / f"{one.id}.txt" for one in OWN]
+    texts[0].unlink()
+    texts[1].write_text("title: x study_findings: \n")
+    texts[2].write_bytes(b"study_findings: M\xfcller\n")
+    failures: list[dict[str, str]] = []
+    assert m3d.read(tmp_path, "train", failures) == (OWN[3:], questions[3:])
+    assert [failure["study"] for failure in failures] == [one.id for one in OWN[:3]]
+    for failure, text, reason in zip(failures, texts, ("is missing", "is empty", "is no UTF-8 text"), strict=False):
+        assert str(text) in failure["reason"] and reason in failure["reason"]
+    with pytest.raises(ValueError, match="b.txt, the report of scans/0002.NRRD by .* is empty"):
+        texts[0].write_text("A cyst.")
         m3d.read(tmp_path, "train")

@@ -149,6 +149,15 @@ def test_a_small_data_set_has_three_splits() -> None:
         plan_phantoms(9)
 
 
+def test_another_plan_needs_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a later version may make of the same settings: its reports must not stand beside the volumes that are there."""
+    write_phantoms(tmp_path, studies=10, detail=0.2, workers=1)
+    write_phantoms(tmp_path, studies=10, detail=0.2, workers=1)
+    monkeypatch.setattr("med3dvlm.datasets.phantom.PLANE_SHARES", {"axial": 1.0})
+    with pytest.raises(ValueError, match="phantoms of other settings or of another version .*; choose another folder or delete it"):
+        write_phantoms(tmp_path, studies=10, detail=0.2, workers=1)
+
+
 def test_written_volumes_are_what_was_drawn(phantoms: Path) -> None:
     """In Hounsfield units, whole numbers, with the affine of the plan: the file's first axis is the last of (D, H, W)."""
     plan = plan_phantoms(28, seed=0, detail=0.5)[0]

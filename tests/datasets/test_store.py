@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -15,7 +16,7 @@ from med3dvlm.datasets import m3d
 from med3dvlm.datasets.features import fingerprint, frozen_features
 from med3dvlm.datasets.store import PreparedData, prepare, volume_path
 from med3dvlm.preprocessing import dequantize
-from med3dvlm.records import Question, Study
+from med3dvlm.records import Question, Study, read_questions, write_records
 
 SIZE = (8, 16, 24)
 
@@ -94,6 +95,110 @@ def test_the_fingerprint_follows_the_data(prepared_from: Callable[..., dict[str,
     array[10, 10, 5] += 500
     nib.save(nib.Nifti1Image(array, np.diag([1.0, 1.2, 3.0, 1.0])), scans / studies()[0].image)
     assert prepared_from()["fingerprint"] != first["fingerprint"]
+
+
+def resave(path: Path, change: int = 500) -> None:
+    """Brighten one voxel within the body."""
+    image = nib.load(path)
+    array = np.asarray(image.dataobj).copy()
+    array[10, 10, 5] += change
+    nib.save(nib.Nifti1Image(array, image.affine), path)
+
+
+def test_a_changed_scan_is_prepared_anew(prepared_from: Callable[..., dict[str, object]], scans: Path, tmp_path: Path) -> None:
+    first, root = prepared_from(), tmp_path / "prepared"
+    before = {study.id: volume_path(root, study).stat().st_mtime_ns for study in studies()}
+    changed = studies()[2]
+    resave(scans / changed.image)
+    second = prepared_from()
+    assert second["fingerprint"] != first["fingerprint"] and second["studies"] == first["studies"]
+    after = {study.id: volume_path(root, study).stat().st_mtime_ns for study in studies()}
+    assert [name for name in before if before[name] != after[name]] == [changed.id]
+    data = PreparedData(root)
+    assert torch.equal(dequantize(data.volume(changed)), data.processor(scans / changed.image)["pixel_values"][0])
+    assert prepared_from() == second
+
+
+def test_another_data_set_with_the_same_names_is_prepared_anew(scans: Path, tmp_path: Path) -> None:
+    processor = VolumeProcessor("m3d", size=SIZE)
+    first = prepare(scans, studies(), questions(), processor, tmp_path / "prepared", workers=1)
+    shutil.copytree(scans, tmp_path / "other")
+    for study in studies():
+        resave(tmp_path / "other" / study.image)
+    second = prepare(tmp_path / "other", studies(), questions(), processor, tmp_path / "prepared", workers=1)
+    alone = prepare(tmp_path / "other", studies(), questions(), processor, tmp_path / "alone", workers=1)
+    assert first["fingerprint"] != second["fingerprint"] == alone["fingerprint"]
+
+
+def test_a_slice_added_to_a_folder_is_a_change(tmp_path: Path) -> None:
+    from med3dvlm.datasets.store import _line
+
+    study = Study("a", "a", "series", "Report.", {}, "train", "test")
+    (tmp_path / "series").mkdir()
+    for name in ("1.dcm", "2.dcm"):
+        (tmp_path / "series" / name).write_bytes(b"slice")
+    before = _line(tmp_path, study, 7)
+    assert before == _line(tmp_path, study, 7)
+    (tmp_path / "series" / "2.dcm").write_bytes(b"longer slice")
+    changed = _line(tmp_path, study, 7)
+    (tmp_path / "series" / "3.dcm").write_bytes(b"slice")
+    assert before["size"] != changed["size"] != _line(tmp_path, study, 7)["size"]
+
+
+def test_a_killed_renewal_leaves_no_summary(
+    prepared_from: Callable[..., dict[str, object]], scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, root = prepared_from(), tmp_path / "prepared"
+    resave(scans / studies()[0].image)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("med3dvlm.datasets.store.write_records", killed)
+        prepared_from()
+    with pytest.raises(FileNotFoundError, match="no finished preparation"):
+        PreparedData(root)
+    assert prepared_from()["fingerprint"] != first["fingerprint"]
+
+
+def test_ids_and_places_that_collide_are_refused(scans: Path, tmp_path: Path) -> None:
+    processor = VolumeProcessor("m3d", size=SIZE)
+    twice = [studies()[0], replace(studies()[1], id=f"./{studies()[0].id}")]
+    with pytest.raises(ValueError, match="two studies have the id './case/0/Axial'; give each its own"):
+        prepare(scans, twice, [], processor, tmp_path / "prepared")
+    (scans / "volumes").mkdir()
+    raw = scans / "volumes" / "a.npy"
+    np.save(raw, np.random.default_rng(0).integers(0, 99, (10, 20, 30)))
+    content = raw.read_bytes()
+    with pytest.raises(ValueError, match="a.npy would be replaced by its own preparation; prepare into another folder"):
+        prepare(scans, [Study("a", "a", "volumes/a.npy", "Report.", {}, "train", "test")], [], processor, scans / "volumes" / "..")
+    assert raw.read_bytes() == content and not (tmp_path / "prepared").exists()
+
+
+def test_lost_records_are_noticed(prepared_from: Callable[..., dict[str, object]], tmp_path: Path) -> None:
+    prepared_from()
+    path = tmp_path / "prepared" / "studies.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="counts other studies than there are"):
+        PreparedData(tmp_path / "prepared")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "colour"}, "question kind 'colour' .* is unknown"),
+        ({"answer": "Up"}, "answer 'Up' .* is not among"),
+        ({"kind": None}, "None"),
+    ],
+)
+def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    write_records(tmp_path / "questions.jsonl", questions())
+    lines = (tmp_path / "questions.jsonl").read_text().splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | change)
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=f"questions.jsonl line 3: .*{message}"):
+        read_questions(tmp_path / "questions.jsonl")
 
 
 def test_other_settings_need_another_folder(prepared_from: Callable[..., dict[str, object]], tmp_path: Path) -> None:

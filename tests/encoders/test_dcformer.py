@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from med3dvlm.encoders import build_encoder, count_parameters, list_encoders
-from med3dvlm.encoders.dcformer import SIZES, AxisConv, ChannelsLastBatchNorm, DCFormer
-from med3dvlm.encoders.hierarchy import Downsample
+from med3dvlm.encoders.dcformer import SIZES, DCFormer
+from med3dvlm.encoders.decomposed import AxisConv
+from med3dvlm.encoders.hierarchy import ChannelsLastBatchNorm, Downsample
+from med3dvlm.encoders.literal import LiteralDownsample, literal
 
 ODD = (10, 20, 30)
 TOLERANCE = 1e-5  # of the reference's spread
@@ -18,66 +20,6 @@ def relative(ours: Tensor, reference: Tensor) -> float:
     """The largest difference relative to the reference's spread."""
     assert ours.shape == reference.shape
     return float((ours - reference).detach().abs().max() / reference.detach().std())
-
-
-class LiteralConv(nn.Module):
-    """Three Conv3d branches, each with its BatchNorm3d, as in the paper's equations: (B, C, D, H, W)."""
-
-    def __init__(self, inputs: int, outputs: int, k: int, stride: int = 1, groups: int = 1) -> None:
-        super().__init__()
-        branches = []
-        for axis in range(3):
-            kernel = [k if other == axis else 1 for other in range(3)]
-            padding = [k // 2 if other == axis else 0 for other in range(3)]
-            branches.append(nn.Sequential(nn.Conv3d(inputs, outputs, kernel, stride, padding, groups=groups), nn.BatchNorm3d(outputs)))
-        self.depth, self.height, self.width = branches
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.depth(x) + self.height(x) + self.width(x)
-
-
-class LiteralBlock(nn.Module):
-    def __init__(self, channels: int, k: int) -> None:
-        super().__init__()
-        self.mixer = LiteralConv(channels, channels, k, groups=channels)
-        self.mlp = nn.ModuleDict({"expand": nn.Conv3d(channels, 4 * channels, 1), "reduce": nn.Conv3d(4 * channels, channels, 1)})
-        self.scale = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale.view(1, -1, 1, 1, 1) * self.mlp["reduce"](nn.functional.gelu(self.mlp["expand"](self.mixer(x))))
-
-
-class LiteralDownsample(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.pool, self.project = nn.MaxPool3d(3, 2, 1), nn.Conv3d(inputs, outputs, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.pool(x))
-
-
-class LiteralDCFormer(nn.Module):
-    """The paper's definition, with the names of ours."""
-
-    def __init__(self, blocks: tuple[int, ...], widths: tuple[int, ...], stem_stride: int, stem_activation: bool) -> None:
-        super().__init__()
-        stem: list[nn.Module] = []
-        for layer in range(4):
-            stem.append(LiteralConv(1 if layer == 0 else widths[0], widths[0], 7 if layer == 0 else 3, stem_stride if layer == 0 else 1))
-            stem += [nn.GELU()] if stem_activation else []
-        self.stem = nn.Sequential(*stem)
-        self.stages = nn.ModuleList(
-            nn.Sequential(LiteralDownsample(widths[i], widths[i + 1]), *(LiteralBlock(widths[i + 1], k) for _ in range(blocks[i])))
-            for i, k in enumerate((13, 11, 9, 7))
-        )
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.stem(x)
-        outputs = [x]
-        for stage in self.stages:
-            x = stage(x)
-            outputs.append(x)
-        return [output.flatten(2).transpose(1, 2) for output in outputs]
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -160,10 +102,10 @@ def test_channels_last_batch_norm_equals_batchnorm3d() -> None:
 
 
 def test_downsample_equals_maxpool_and_pointwise_convolution() -> None:
-    ours, literal = Downsample(5, 7), LiteralDownsample(5, 7)
-    copy_literal(ours, literal)
+    ours, expected = Downsample(5, 7), LiteralDownsample(5, 7)
+    copy_literal(ours, expected)
     x = torch.randn(2, 5, 9, 4, 5)
-    assert torch.allclose(ours(x).movedim(-1, 1), literal(x.movedim(-1, 1)), atol=1e-6)
+    assert torch.allclose(ours(x).movedim(-1, 1), expected(x.movedim(-1, 1)), atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -173,12 +115,11 @@ def test_dcformer_equals_its_literal_form_in_value_and_gradient(
 ) -> None:
     blocks, widths = (1, 2, 1, 1), (6, 8, 10, 12, 14)
     ours = randomised(DCFormer(blocks, widths, stem_stride=stem_stride, stem_activation=activation)).train(training)
-    literal = LiteralDCFormer(blocks, widths, stem_stride, activation).train(training)
-    copy_literal(ours, literal)
     if training:  # double precision: the last grid has so few cells that their variance, which divides, is small
-        ours, literal = ours.double(), literal.double()
+        ours = ours.double()
+    reference_model = literal(ours)
     x = torch.randn(3, 1, *size, dtype=torch.float64 if training else torch.float32)
-    outputs, expected = ours(x), literal(x)
+    outputs, expected = ours(x), reference_model(x)
     for output, reference in zip(outputs, expected, strict=True):
         assert relative(output, reference) < TOLERANCE
     directions = [torch.randn_like(output) for output in outputs]
@@ -186,7 +127,7 @@ def test_dcformer_equals_its_literal_form_in_value_and_gradient(
     sum((output * direction).sum() for output, direction in zip(expected, directions, strict=True)).backward()
     parameters = dict(ours.named_parameters())
     largest = max(parameter.grad.abs().max() for parameter in parameters.values())
-    for name, reference in literal.named_parameters():
+    for name, reference in reference_model.named_parameters():
         difference = (parameters[name].grad - reference.grad.reshape(parameters[name].shape)).abs().max()
         assert difference < TOLERANCE * max(reference.grad.abs().max(), 1e-3 * largest), name
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 
 from med3dvlm import Med3DChat
 from med3dvlm.prompts import REPORT_PROMPTS
-from med3dvlm.records import Study
+from med3dvlm.records import Study, read_questions, read_studies, write_records
 
 Run = Callable[..., None]
 
@@ -103,6 +104,47 @@ def test_without_labels_the_reference_is_read(report_gen: ModuleType) -> None:
     assert scores["findings"]["against"] == "reference reports"
     assert scores["findings"]["per_class"]["ascites"]["f1"] == 1
     assert scores["findings_f1"] == pytest.approx((1 + 0) / 2)
+
+
+def test_what_has_no_label_counts_for_nothing(report_gen: ModuleType) -> None:
+    """A study without labels, and one whose ascites nobody looked for: stating it there is neither right nor wrong."""
+    studies = [
+        study(0, "Ascites.", ascites=1, gallstone=0),
+        study(1, "Normal.", gallstone=1),
+        study(2, "Ascites and a gallstone."),
+        study(3, "Normal.", ascites=0, gallstone=0),
+    ]
+    texts = ["Ascites.", "Ascites. Gallstone.", "Ascites.", "Gallstone."]
+    scores = report_gen.score(texts, studies)
+    assert (scores["findings"]["against"], scores["findings"]["studies"]) == ("labels", 3)
+    ascites, gallstone = (scores["findings"]["per_class"][name] for name in ("ascites", "gallstone"))
+    assert (ascites["support"], ascites["predicted"], ascites["f1"]) == (1, 1, 1)
+    assert (gallstone["support"], gallstone["predicted"], gallstone["f1"]) == (1, 2, pytest.approx(2 / 3))
+    assert scores["findings_f1"] == pytest.approx((1 + 2 / 3) / 2)
+    without = report_gen.score(
+        [text for text, one in zip(texts, studies, strict=True) if one.labels], [one for one in studies if one.labels]
+    )
+    assert without["findings"] == scores["findings"] and without["findings_f1_interval"] == scores["findings_f1_interval"]
+    # Ascites is known of two studies and true of one, 2 * 0.5 / 1.5; gallstone of three and one, 2 * 0.33 / 1.33.
+    assert report_gen.fixed_reports([study(0, "Gallstone."), *studies[:2], studies[3]])["best_fixed"] == "Ascites."
+
+
+def test_without_a_training_split_there_are_no_baselines(demo: SimpleNamespace, whole: Path, run: Run, tmp_path: Path) -> None:
+    data = tmp_path / "prepared"
+    shutil.copytree(demo.root / "prepared", data)
+    kept = [study for study in read_studies(data / "studies.jsonl") if study.split == "test"]
+    names = {study.id for study in kept}
+    asked = [question for question in read_questions(data / "questions.jsonl") if question.study in names]
+    write_records(data / "studies.jsonl", kept)
+    write_records(data / "questions.jsonl", asked)
+    summary = json.loads((data / "summary.json").read_text())
+    summary |= {"studies": len(kept), "questions": len(asked), "splits": {"test": len(kept)}}
+    (data / "summary.json").write_text(json.dumps(summary))
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    run("report_gen", "--data", data, "--output", out, "--score_only")
+    scores, before = (json.loads((folder / "scores.json").read_text()) for folder in (out, whole))
+    assert scores == before | {"modal": None, "best_fixed": None}
 
 
 def test_fixed_reports(report_gen: ModuleType) -> None:

@@ -87,9 +87,12 @@ def test_scoring_again_gives_the_same_bytes(demo: SimpleNamespace, whole: Path, 
     assert (whole / "scores.json").read_bytes() == before
 
 
-def test_other_studies_are_refused(demo: SimpleNamespace, whole: Path, run: Run) -> None:
+def test_other_studies_are_refused(demo: SimpleNamespace, whole: Path, run: Run, tmp_path: Path) -> None:
+    first, *others = (whole / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run.json").write_bytes((whole / "run.json").read_bytes())
+    (tmp_path / "predictions.jsonl").write_text("".join([*others, first]))
     with pytest.raises(ValueError, match="line 1 is about .* is expected there"):
-        run("retrieval", "--data", demo.root / "prepared", "--split", "validation", "--output", whole, "--score_only", "--limit", 1)
+        run("retrieval", "--data", demo.root / "prepared", "--split", "train", "--output", tmp_path, "--score_only")
 
 
 def test_pools_as_far_as_the_split_has_that_many(whole: Path, run: Run, arguments: list[object], repository: Path, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 Run = Callable[..., None]
+COMMIT = "c" * 40
+TIMED = (("stage1", 20.0, 1.0), ("stage1", 5.0, 1.5), ("vqa", 5.0, 2.5))
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +19,12 @@ def root(evaluated: Path, tmp_path_factory: pytest.TempPathFactory, run_whole: R
         (root / name).symlink_to(evaluated / name)
     for folder, seconds in (("language_model", 10.0), ("stage1", 20.5), ("stage3", 30.0)):
         (root / folder).mkdir()
-        record = {"seconds": seconds, "settings": {"seed": 7}, "parameters": {"trainable": 1, "frozen": 2}}
+        record = {"seconds": seconds, "settings": {"seed": 7}, "parameters": {"trainable": 1, "frozen": 2}, "commit": COMMIT}
         (root / folder / "run.json").write_text(json.dumps(record))
         losses = [{"step": step, "loss": 4 / step} for step in (10, 20, 30, 20, 30, 40)]  # repeated after a break
         (root / folder / "losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in losses))
-    timed = [{"step": "stage1", "seconds": 25.0, "peak_rss_gb": 1.5}, {"step": "vqa", "seconds": 5.0, "peak_rss_gb": 2.5}]
+    # stage 1 was interrupted once
+    timed = [{"step": step, "seconds": seconds, "peak_rss_gb": peak} for step, seconds, peak in TIMED]
     (root / "seconds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timed))
     run_whole("summary", "--root", root)
     return root
@@ -46,7 +49,17 @@ def test_every_key_is_there(root: Path) -> None:
     # What the shell measured counts before what a stage noted about itself.
     assert summary["seconds"] == {"stage0": 10.0, "stage1": 25.0, "stage3": 30.0, "vqa": 5.0, "total": 70.0}
     assert summary["peak_rss_gb"] == 2.5 and summary["seed"] == 7
-    assert summary["versions"]["torch"] and "commit" in summary
+    assert summary["versions"]["torch"]
+
+
+def test_the_commit_is_that_of_what_was_run(root: Path) -> None:
+    """Not of the checkout at the time of writing. The stages here were made by one commit and the evaluations by another, or by none."""
+    summary = json.loads((root / "summary.json").read_text())
+    made = json.loads((root / "eval/vqa/run.json").read_text())["commit"]
+    stages, evaluations = ("stage0", "stage1", "stage3"), ("retrieval", "vqa", "report")
+    assert summary["commits"] == dict.fromkeys(stages, COMMIT) | dict.fromkeys(evaluations, made)
+    assert summary["commit"] is None
+    assert f"made by different commits: stage0 {COMMIT}, stage1 {COMMIT}" in (root / "report.md").read_text()
 
 
 def test_targets(root: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +93,7 @@ def test_without_stages_and_scans(root: Path, run: Run, tmp_path: Path) -> None:
     run("summary", "--root", tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["seconds"] == {"total": None} and summary["peak_rss_gb"] is None and summary["seed"] is None
+    assert summary["commit"] == json.loads((root / "eval/vqa/run.json").read_text())["commit"]
     assert not summary["reached"]["peak_rss_gb"]["reached"]
     assert not (tmp_path / "pictures/losses.png").exists() and (tmp_path / "pictures/cases.png").exists()
 

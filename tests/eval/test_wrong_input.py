@@ -1,14 +1,15 @@
 """Wrong input: one sentence on stderr, exit code 2, nothing half-written."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from med3dvlm import VolumeProcessor
-from med3dvlm.evaluation import same_preprocessing
+from med3dvlm import VolumeProcessor, evaluation
+from med3dvlm.datasets.store import same_preprocessing
 
 Fails = Callable[..., str]
 SCRIPTS = ("retrieval", "report_gen", "vqa")
@@ -75,7 +76,39 @@ def test_predictions_of_another_run_are_not_continued(
     assert "another model" in fails("report_gen", *arguments, "--limit", 2)
 
 
-def test_a_line_that_is_no_json(fails: Fails, demo: SimpleNamespace, tmp_path: Path) -> None:
+def test_scores_are_those_of_the_data_that_was_predicted(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
+    """The same ids and questions, but another report or volume since; another split; nothing that says what was predicted."""
+    for name, script in (("vqa", "vqa"), ("report", "report_gen"), ("retrieval", "retrieval")):
+        out, data = tmp_path / name, tmp_path / f"{name}_data"
+        shutil.copytree(evaluated / "eval" / name, out)
+        shutil.copytree(evaluated / "prepared", data)
+        split = "train" if script == "retrieval" else "test"
+        arguments = ("--data", data, "--output", out, "--score_only", "--split")
+        other = "validation" if split == "train" else "train"
+        assert "made with another split; delete it or choose another --output" in fails(script, *arguments, other)
+        summary = json.loads((data / "summary.json").read_text())
+        (data / "summary.json").write_text(json.dumps(summary | {"fingerprint": "0" * 16}))
+        before = (out / "scores.json").read_bytes()
+        assert "made with another data; delete it or choose another --output" in fails(script, *arguments, split)
+        (out / "run.json").unlink()
+        assert "run.json, the record of the predictions, is missing" in fails(script, *arguments, split)
+        assert (out / "scores.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_a_text_may_hold_any_character(character: str, evaluated: Path, run: Callable[..., None], tmp_path: Path) -> None:
+    """Characters at which Python's splitlines cuts, in what a model wrote: the lines of the file are still one a case."""
+    shutil.copytree(evaluated / "eval" / "report", tmp_path / "out")
+    path = tmp_path / "out" / "predictions.jsonl"
+    first, *others = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    first["prediction"] = f"Ascites.{character}A gallstone."
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (first, *others)), encoding="utf-8", newline="\n")
+    run("report_gen", "--data", evaluated / "prepared", "--output", tmp_path / "out", "--score_only")
+    assert evaluation.predictions(path, [row["id"] for row in (first, *others)]) == [first, *others]
+
+
+def test_a_line_that_is_no_json(fails: Fails, demo: SimpleNamespace, evaluated: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes((evaluated / "eval" / "vqa" / "run.json").read_bytes())
     (tmp_path / "predictions.jsonl").write_text("{broken\n")
     assert "line 1 is no JSON" in fails("vqa", "--data", demo.root / "prepared", "--output", tmp_path, "--score_only")
 

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from med3dvlm import Med3DChat
-from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm, verify_equal
+from med3dvlm import Med3DChat, Med3DVLMProcessor, VolumeProcessor
+from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm, merge_lora, verify_equal
 from med3dvlm.datasets import m3d
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.familiarity import FAMILIARITY_FILE
 from med3dvlm.training import COMPLETE, launch
 from stages import stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
 
@@ -74,11 +75,11 @@ def run(
         monkeypatch.setattr(sys, "argv", [f"{name_of(stage)}.py", *map(str, flags)])
         result = Run(output, {}, {}, set(), set())
 
-        def watched(trainer: Any, *rest: Any) -> None:
+        def watched(trainer: Any, *rest: Any, **more: Any) -> None:
             result.before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
             result.parameters = {name for name, _ in trainer.model.named_parameters()}
             result.trainable = {name for name, value in trainer.model.named_parameters() if value.requires_grad}
-            run_training(trainer, *rest)
+            run_training(trainer, *rest, **more)
             result.after = {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
         run_training = stage.run_training
@@ -98,8 +99,10 @@ def test_stage1_trains_everything_or_all_but_the_text_encoder(train_text: bool, 
     result = run(stage1_siglip, *TWO_STEPS, "--train_text", train_text)
     text = {name for name in result.before if name.startswith("text_encoder.")}
     statistics = {name for name in result.before if "running_" in name or "num_batches" in name}
-    assert text and statistics and not statistics & text
-    assert result.changed == set(result.before) - (set() if train_text else text)
+    # Batch norm takes away what the biases before it add: they have no gradient, though rounding may give them one.
+    idle = {name for name in result.before if name.endswith((".depth.0.bias", ".height.0.bias", ".width.0.bias"))}
+    assert text and statistics and idle and not statistics & text
+    assert result.changed | idle == set(result.before) - (set() if train_text else text)
     assert result.trainable == result.parameters - (set() if train_text else text)
 
 
@@ -127,14 +130,14 @@ def test_stage3_trains_more_where_asked(run: Callable[..., Run]) -> None:
 
 @pytest.mark.parametrize("stage", [stage2_projector, stage3_lora], ids=name_of)
 def test_accumulated_gradients_are_those_of_the_whole_batch(stage: ModuleType, run: Callable[..., Run]) -> None:
-    """Rows have from 100 to 300 labelled tokens, so a mean of means would differ by 1e-2. Worst difference measured: 2e-7."""
+    """Rows have from 100 to 300 labelled tokens, so a mean of means differs. Worst difference measured: 1.5e-8; a step moves 2e-3."""
     flags = (*PLAIN, "--max_steps", 2, *(("--lora_dropout", 0) if stage is stage3_lora else ()))
     whole = run(stage, *flags, "--per_device_train_batch_size", 4)
     parts = run(stage, *flags, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4)
     assert whole.losses == pytest.approx(parts.losses, rel=1e-5)
     assert any(not torch.equal(whole.before[name], whole.after[name]) for name in whole.trainable)
     for name in whole.trainable:
-        torch.testing.assert_close(parts.after[name], whole.after[name], rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(parts.after[name], whole.after[name], rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +146,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(stage: ModuleType, r
 def test_features_computed_before_change_nothing(stage: ModuleType, flags: tuple[object, ...], run: Callable[..., Run]) -> None:
     cached, computed = (run(stage, *PLAIN, *flags, "--max_steps", 3, "--cache_features", choice) for choice in (True, False))
     assert cached.losses == pytest.approx(computed.losses, rel=1e-5)
+
+
+def test_any_projector_may_start_from_standardised_features(run: Callable[..., Run]) -> None:
+    assert run(stage2_projector, *TWO_STEPS, "--projector", "mlp", "--standardise", True).losses
 
 
 def test_the_clip_loss_and_options_as_json(run: Callable[..., Run]) -> None:
@@ -200,6 +207,82 @@ def test_stage3_ends_in_an_adapter_and_a_merged_model_that_answer_alike(
     assert Med3DChat.from_pretrained(tmp_path / "merged").ask(phantoms / studies[0].image, "Which plane?", max_new_tokens=3).tokens > 0
 
 
+def test_a_merge_replaces_a_model_whole_or_not_at_all(
+    run: Callable[..., Run], tiny_models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, merged = run(stage3_lora, *TWO_STEPS).output, tmp_path / "merged"
+    shutil.copytree(tiny_models.vlm, merged)
+    (merged / FAMILIARITY_FILE).write_text("of other weights")
+    before = {path.name: path.read_bytes() for path in merged.iterdir()}
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Med3DVLMProcessor, "save_pretrained", interrupted)
+        merge_lora(adapter, merged)
+    assert {path.name: path.read_bytes() for path in merged.iterdir()} == before
+    model = merge_lora(adapter, merged)
+    assert not (merged / FAMILIARITY_FILE).exists() and not list(tmp_path.glob(".merged*"))
+    for name, value in load_vlm(merged)[0].state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert (merged / "model.safetensors").read_bytes() != before["model.safetensors"]
+
+
+def test_under_zero3_it_says_how_to_merge(
+    run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stage3_lora, "is_deepspeed_zero3_enabled", lambda: True)
+    result = run(stage3_lora, *TWO_STEPS, "--merged", tmp_path / "merged")
+    assert (result.output / "adapter_config.json").is_file() and not (tmp_path / "merged").exists()
+    assert f"run: med3dvlm merge {result.output} {tmp_path / 'merged'}" in caplog.text
+
+
+@pytest.mark.parametrize(("count", "expected"), [(999, 500), (501, 500), (20, 20)])
+def test_familiarity_rests_on_500_scans_evenly_spread(count: int, expected: int, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def volume(study: int) -> Tensor:
+        seen.append(study)
+        return torch.randint(255, (1, 2, 3, 4), dtype=torch.uint8)
+
+    splits = {"train": count, "validation": 1}
+    data: Any = SimpleNamespace(summary={"splits": splits}, studies=lambda split: list(range(splits[split])), volume=volume)
+    model: Any = SimpleNamespace(vision_encoder=nn.Linear(1, 1), encode_image=lambda batch: (batch.flatten(2), batch.flatten(2)))
+    stage3_lora.remember_training_data(model, data, str(tmp_path))
+    *train, _ = seen
+    assert (tmp_path / FAMILIARITY_FILE).is_file()
+    assert len(set(train)) == len(train) == expected and (train[0], train[-1]) == (0, count - 1)
+    gaps = [after - before for before, after in zip(train, train[1:], strict=False)]
+    assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting"),
+    [(stage1_siglip, "text_encoder"), (stage2_projector, "clip"), (stage2_projector, "language_model"), (stage3_lora, "vlm")],
+)
+def test_a_stage_is_not_continued_from_other_weights(
+    stage: ModuleType,
+    setting: str,
+    run: Callable[..., Run],
+    tiny_models: SimpleNamespace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What the stage before wrote was trained anew, into the same folder."""
+    source, name = tmp_path / "source", "model" if setting == "vlm" else setting
+    shutil.copytree(getattr(tiny_models, setting), source)
+    flags = (stage, "--max_steps", 2, f"--{name}", source)
+    first = run(*flags)
+    assert run(*flags, output=first.output).record == first.record  # nothing to do
+    weights = load_file(source / "model.safetensors")
+    weights[min(weights)] += 1
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit):
+        run(*flags, output=first.output)
+    assert f"holds a training with another {name}; delete it or choose another --output_dir" in capsys.readouterr().err
+
+
 def test_the_smoke_recipes_in_a_row(run: Callable[..., Run], tmp_path: Path) -> None:
     """As their comments say, with the real MiniLM; each stage takes what the one before wrote."""
     run(stage0_language_model, output=tmp_path / "language_model")
@@ -237,7 +320,10 @@ def spoilt(prepared: Path, destination: Path) -> Path:
         (stage2_projector, ("--clip", "{tmp}/nothing"), "nothing is no directory"),
         (stage2_projector, ("--projector", "perceiver"), "known: mlp, low_high_mlp, mixer"),
         (stage2_projector, ("--max_length", 8, "--cache_features", "false"), "raise max_length"),
+        (stage2_projector, ("--data", "{other}"), "the model takes volumes of size (32, 64, 64), but"),
+        (stage3_lora, ("--data", "{other}"), "was prepared with (32, 64, 96); prepare it anew"),
         (stage3_lora, ("--model", "{tmp}/empty"), "empty holds no model"),
+        (stage3_lora, ("--also_train", "vision_encoder"), "would not be trained; pass --cache_features false"),
     ],
 )
 def test_wrong_input_ends_with_a_sentence(
@@ -253,7 +339,12 @@ def test_wrong_input_ends_with_a_sentence(
     (tmp_path / "file").touch()
     if "{spoilt}" in flags:
         spoilt(prepared, tmp_path / "spoilt")
-    flags = tuple(str(flag).replace("{tmp}", str(tmp_path)).replace("{spoilt}", str(tmp_path / "spoilt")) for flag in flags)
+    if "{other}" in flags:
+        shutil.copytree(prepared, tmp_path / "other", ignore=shutil.ignore_patterns("features"))
+        VolumeProcessor("m3d", size=(32, 64, 96)).save_pretrained(tmp_path / "other")
+    places = {"{tmp}": tmp_path, "{spoilt}": tmp_path / "spoilt", "{other}": tmp_path / "other"}
+    for word, place in places.items():
+        flags = tuple(str(flag).replace(word, str(place)) for flag in flags)
     with pytest.raises(SystemExit) as stop:
         run(stage, *flags)
     said = capsys.readouterr().err
@@ -304,7 +395,7 @@ def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
 ) -> None:
     """Stage 2, where no batch norm follows the part of the batch that a process has. Started twice: the second continues the first.
 
-    Worst difference measured: 3e-6 in the losses.
+    Worst difference measured: 2e-7 of the losses, 2e-3 of the way that the weights went.
     """
     rate = ("--learning_rate", 0.01, "--lr_scheduler_type", "constant")
     one = run(stage2_projector, *rate, "--per_device_train_batch_size", 4)
@@ -314,7 +405,7 @@ def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
         shell("deepspeed", *launcher, *command, "--max_steps", steps, "--deepspeed", "ds_configs/zero2.json", "--use_cpu", "true")
     two = Run(tmp_path / "two", {}, {}, set(), set())
     assert two.record["processes"] == 2 and two.record["settings"]["deepspeed"] == "ds_configs/zero2.json"
-    assert two.losses == pytest.approx(one.losses, rel=1e-4) and len(two.losses) == 4
+    assert two.losses == pytest.approx(one.losses, rel=1e-5) and len(two.losses) == 4
     assert abs(one.losses[0] - one.losses[-1]) > 0.01  # it learns: equal losses mean equal weights
     assert list(two.output.glob("checkpoint-4/global_step4/*optim_states.pt"))
     trained = load_vlm(two.output)[0].state_dict()

@@ -3,11 +3,11 @@
 A patient has one body and one or two series of it (plane, phase); patients are split, not series. No two studies share a report.
 """
 
+import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +17,10 @@ from tqdm import tqdm
 from med3dvlm.datasets import m3d
 from med3dvlm.datasets.phantom.anatomy import PHASES, REGIONS, Acquisition, Body, Finding, draw
 from med3dvlm.datasets.phantom.wording import KINDS, Questioner, kinds_of, text_only_baselines, write_report
+from med3dvlm.files import write_json
 from med3dvlm.records import Question, Study
 
 __all__ = ["Acquisition", "Body", "Finding", "draw", "plan_phantoms", "text_only_baselines", "write_phantoms"]
-
-logger = logging.getLogger(__name__)
 
 FINDING_COUNTS = (0.04, 0.30, 0.34, 0.22, 0.10)  # probability of 0, 1, 2, ... findings
 PLANE_SHARES = {"axial": 0.34, "coronal": 0.22, "sagittal": 0.22, "oblique": 0.22}
@@ -92,16 +91,18 @@ def write_phantoms(root: str | Path, studies: int = 800, seed: int = 0, detail: 
     """Write volumes, reports, questions and labels under `root`; a volume that is there already is kept, so that a killed run continues.
 
     Raises:
-        ValueError: `root` holds phantoms of other settings.
+        ValueError: `root` holds phantoms of other settings, or planned by another version.
     """
     root = Path(root)
     plans = plan_phantoms(studies, seed, detail)
     settings = root / "phantoms.json"
-    wanted = {"studies": studies, "seed": seed, "detail": detail}
+    content = json.dumps([asdict(plan) for plan in plans], default=str)
+    wanted = {"studies": studies, "seed": seed, "detail": detail, "plan": hashlib.sha256(content.encode()).hexdigest()[:16]}
     if settings.is_file() and json.loads(settings.read_text(encoding="utf-8")) != wanted:
-        raise ValueError(f"{root} holds phantoms of other settings ({settings}), not {wanted}; choose another folder or delete it")
-    root.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps(wanted), encoding="utf-8")
+        raise ValueError(
+            f"{root} holds phantoms of other settings or of another version ({settings}), not {wanted}; choose another folder or delete it"
+        )
+    write_json(settings, wanted)
     with ProcessPoolExecutor(workers) as pool:
         jobs = pool.map(partial(_write_volume, root), plans, chunksize=8)
         for _ in tqdm(jobs, total=len(plans), unit="study", desc="phantoms"):

@@ -1,0 +1,58 @@
+"""What bfloat16 changes: the embeddings of a Med3DCLIP against those in float32, and the ranks of each scan's report.
+
+    python eval/precision.py --model outputs/demo/stage1 --data outputs/demo/prepared --limit 50 --output outputs/demo/eval/precision
+
+Writes scores.json: the least and the mean cosine between a volume's two embeddings, recall in both types, and how far ranks move.
+"""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from med3dvlm import evaluation
+from med3dvlm.checkpoints import load_clip
+from med3dvlm.datasets.store import same_preprocessing
+from med3dvlm.datasets.torch import PairCollator
+from med3dvlm.metrics.retrieval import partner_ranks, retrieval_scores
+from med3dvlm.preprocessing import dequantize
+
+
+def main() -> None:
+    parser = evaluation.evaluation_parser(__doc__)
+    arguments = parser.parse_args()
+    data, studies = evaluation.open_data(arguments)
+    model, tokenizer, processor = load_clip(arguments.model)
+    same_preprocessing(processor, data)
+    model.to(arguments.device)
+    longest = min(tokenizer.model_max_length, getattr(model.text_encoder.config, "max_position_embeddings", tokenizer.model_max_length))
+    texts = PairCollator(tokenizer, longest).tokenize([study.report for study in studies])
+
+    @torch.no_grad()
+    def embed(dtype: torch.dtype) -> Tensor:
+        model.to(dtype)
+        batches = tqdm(evaluation.in_batches(studies, arguments.batch_size), desc=str(dtype).removeprefix("torch."), unit="batch")
+        volumes = (dequantize(torch.stack([data.volume(study) for study in batch])).to(model.device, dtype) for batch in batches)
+        return torch.cat([model.encode_image(volume).float().cpu() for volume in volumes])  # (N, P)
+
+    with torch.no_grad():
+        reports = model.encode_text(**{name: value.to(model.device) for name, value in texts.items()}).cpu()
+    full, half = embed(torch.float32), embed(torch.bfloat16)
+    cosines = torch.nn.functional.cosine_similarity(full, half)
+    moved = abs(partner_ranks(full, reports) - partner_ranks(half, reports))
+    scores = {
+        "studies": len(studies),
+        "cosine": {"least": float(cosines.min()), "mean": float(cosines.mean())},
+        "float32": retrieval_scores(full, reports),
+        "bfloat16": retrieval_scores(half, reports),
+        "ranks": {"unchanged": float((moved == 0).mean()), "largest_move": int(moved.max())},
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    evaluation.write_scores(arguments.output / "scores.json", scores)
+    print(f"{len(studies)} scans: cosine at least {scores['cosine']['least']:.5f}, mean {scores['cosine']['mean']:.5f};", end=" ")
+    print(f"{scores['ranks']['unchanged']:.0%} of the ranks unchanged, the largest move {scores['ranks']['largest_move']}")
+    rows = [[dtype, *(scores[dtype]["image_to_text"][name] for name in ("r1", "r5", "r10", "mrr"))] for dtype in ("float32", "bfloat16")]
+    print(evaluation.markdown_table(("image to text", "r1", "r5", "r10", "mrr"), rows))
+
+
+if __name__ == "__main__":
+    evaluation.script(main)

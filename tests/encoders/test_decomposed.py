@@ -1,0 +1,88 @@
+"""The decomposed convolution in training against Conv3d, BatchNorm3d and autograd: values, gradients, statistics, and what it keeps in memory."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from med3dvlm.encoders import build_encoder
+from med3dvlm.encoders.decomposed import DecomposedConv
+from med3dvlm.encoders.literal import LiteralConv, literal
+from tests.encoders.test_dcformer import randomised
+
+
+def pair(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> tuple[DecomposedConv, LiteralConv]:
+    ours, reference = (
+        randomised(DecomposedConv(inputs, outputs, kernel, stride, groups)),
+        LiteralConv(inputs, outputs, kernel, stride, groups),
+    )
+    weights = ours.state_dict()
+    reference.load_state_dict({name: weights[name].reshape(tensor.shape) for name, tensor in reference.state_dict().items()})
+    return ours.double().train(), reference.double().train()
+
+
+@pytest.mark.parametrize("size", [(10, 20, 30), (3, 4, 2), (1, 5, 9)])
+@pytest.mark.parametrize("arguments", [(1, 5, 7, 4), (1, 5, 7, 2), (4, 5, 3), (2, 3, 5), (6, 6, 9, 1, 6)], ids=str)
+def test_training_equals_autograd_through_the_literal_form(arguments: tuple[int, ...], size: tuple[int, int, int]) -> None:
+    ours, reference = pair(*arguments)
+    x = torch.randn(3, *size, arguments[0], dtype=torch.float64, requires_grad=True)
+    x_reference = x.detach().movedim(-1, 1).clone().requires_grad_()
+    y, expected = ours(x), reference(x_reference)
+    torch.testing.assert_close(y.movedim(-1, 1), expected)
+    direction = torch.randn_like(expected)
+    y.movedim(-1, 1).backward(direction)
+    expected.backward(direction)
+    torch.testing.assert_close(x.grad.movedim(-1, 1), x_reference.grad)
+    gradients = dict(ours.named_parameters())
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(gradients[name].grad.reshape(parameter.shape), parameter.grad, rtol=1e-6, atol=1e-9)
+    statistics = ours.state_dict()
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(statistics[name].reshape(tensor.shape), tensor, rtol=1e-6, atol=1e-9)
+
+
+def test_it_keeps_its_input_alone_for_the_backward_pass() -> None:
+    """Autograd through the literal form keeps the three outputs of the convolutions besides."""
+
+    def kept(module: nn.Module, x: Tensor) -> int:
+        seen: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            seen[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(x)
+        return sum(seen.values())
+
+    ours, reference = pair(8, 8, 3)
+    x = torch.randn(2, 8, 16, 16, 8, dtype=torch.float64)
+    weights = sum(parameter.nbytes for parameter in ours.parameters())
+    assert kept(ours, x.requires_grad_()) < 1.01 * x.nbytes + 2 * weights
+    assert kept(reference, x.detach().movedim(-1, 1).contiguous().requires_grad_()) > 3.9 * x.nbytes
+
+
+def test_a_single_cell_is_refused_as_torch_does() -> None:
+    with pytest.raises(ValueError, match="a single cell; train with larger volumes"):
+        DecomposedConv(1, 4, 3).train()(torch.rand(1, 1, 1, 1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("size", "batch"), [((128, 256, 256), 1), ((64, 128, 128), 2), ((32, 64, 64), 5), ((40, 72, 88), 2)], ids=lambda value: str(value)
+)
+def test_gradients_at_the_sizes_where_torchs_own_kernels_fail(size: tuple[int, int, int], batch: int, autocast: bool) -> None:
+    """Channels-last Conv3d in torch 2.14 crashes in the stem or gives garbage weight gradients in bfloat16 in the last stages."""
+    torch.manual_seed(0)
+    encoder = build_encoder("dcformer_small", layer_scale=0.1).train()
+    reference = literal(encoder)
+    volumes = torch.rand(batch, 1, *size)
+    expected, found = {}, {}
+    for module, gradients, low in ((reference, expected, False), (encoder, found, autocast)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            outputs = module(volumes)
+        sum(tokens.float().square().mean() for tokens in outputs).backward()
+        gradients.update({name: parameter.grad.flatten() for name, parameter in module.named_parameters()})
+    floor = 1e-3 * max(float(gradient.norm()) for gradient in expected.values())  # a bias before a batch norm has none but rounding
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm()) < 0.02 * max(float(gradient.norm()), floor), name

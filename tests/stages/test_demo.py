@@ -1,0 +1,50 @@
+"""stages/demo.sh with programs that do nothing: which steps it runs when it is started again."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.stand_ins import run_script
+
+STEPS = ("phantom", "prepare", "stage0", "stage1", "stage2", "stage3", "retrieval", "vqa", "report_gen")
+Demo = Callable[..., list[str]]
+
+
+@pytest.fixture
+def demo(repository: Path, tmp_path: Path) -> Demo:
+    """demo(): the steps that ran, by a word of their command; `FAILS` names one that fails."""
+
+    def run(**environment: str) -> list[str]:
+        done, commands = run_script(repository, tmp_path, "stages/demo.sh", "demo", **environment)
+        assert (done.returncode != 0) == ("FAILS" in environment), done.stderr
+        commands = [command for command in commands if command[1] not in ("ask", "eval/summary.py")]
+        return [next(word for word in STEPS if word in command[1]) for command in commands]
+
+    return run
+
+
+def test_every_step_once(demo: Demo) -> None:
+    assert demo() == list(STEPS)
+    assert demo() == []
+
+
+@pytest.mark.parametrize(
+    ("step", "product"),
+    [("phantom", "phantoms"), ("prepare", "prepared"), ("stage1", "stage1"), ("stage3", "model"), ("vqa", "eval/vqa/scores.json")],
+)
+def test_a_step_whose_product_is_gone_runs_with_all_after_it(step: str, product: str, demo: Demo, tmp_path: Path) -> None:
+    demo()
+    path = tmp_path / "outputs" / "demo" / product
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert demo() == list(STEPS[STEPS.index(step) :])
+    assert demo() == []
+
+
+def test_a_step_that_failed_is_not_taken_for_finished_later(demo: Demo, tmp_path: Path) -> None:
+    """Nor are those after it, though they were finished once."""
+    demo()
+    (tmp_path / "outputs" / "demo" / "done" / "stage1").unlink()
+    assert demo(FAILS="stage2") == ["stage1", "stage2"]
+    assert demo() == list(STEPS[STEPS.index("stage2") :])

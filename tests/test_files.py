@@ -1,0 +1,82 @@
+"""Files that are there whole or not at all, and lines that end at a newline alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from med3dvlm.files import install_model, read_lines, write_json, write_lines
+
+LINE_ENDS = ["one\u2028two\u2029three\u0085four", "\x0b\x0c\x1c\r\n"]  # as str.splitlines sees it
+
+
+def test_lines_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lines.jsonl"
+    records = [{"text": text, "number": 1e-7} for text in LINE_ENDS]
+    write_lines(path, iter(records))
+    assert read_lines(path) == records and len(path.read_bytes().split(b"\n")) == 3
+    assert read_lines(tmp_path / "none.jsonl") == []
+    write_lines(path, [])
+    assert read_lines(path) == []
+
+
+def test_half_a_line_is_left_out_and_cut_off_where_asked(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    whole = '{"a": "\u2028é"}\n'.encode()
+    path.write_bytes(whole + whole[:-4])  # inside a character
+    assert read_lines(path) == [{"a": "\u2028é"}] and path.stat().st_size > len(whole)
+    assert read_lines(path, repair=True) == [{"a": "\u2028é"}] and path.read_bytes() == whole
+    path.write_bytes(b"{}\nno\n")
+    with pytest.raises(ValueError, match="lines.jsonl line 2 is no JSON"):
+        read_lines(path)
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, {"rate": 1e-8, "name": "é"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"rate": 1e-8, "name": "é"}
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_json(path, {"rate": object()})
+    with pytest.raises(TypeError):
+        write_lines(path, [{"fine": 1}, {"not": object()}])
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["value.json"]
+
+
+def model(folder: Path, *names: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_text(folder.name)
+    return folder
+
+
+def test_a_model_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped anywhere on the way, the folder holds no model: it has no configuration."""
+    old = ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "familiarity.safetensors", "notes.txt")
+    new = ("config.json", "model.safetensors", "tokenizer.json")
+    replace = Path.replace
+    for stop in range(len(new)):
+        folder, aside = model(tmp_path / f"old{stop}", *old), model(tmp_path / f"new{stop}", *new)
+        left = iter([True] * stop)
+
+        def stopping(self: Path, target: Path, left: object = left) -> Path:
+            if not next(left, False):  # type: ignore[call-overload]
+                raise KeyboardInterrupt
+            return replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            install_model(aside, folder)
+        monkeypatch.setattr(Path, "replace", replace)
+        assert not (folder / "config.json").exists()
+        install_model(model(aside, *new), folder)  # saved again by who continues
+        assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(new, f"new{stop}") | {"notes.txt": f"old{stop}"}
+        assert not aside.exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_model_goes_to_an_empty_folder_at_once(there: bool, tmp_path: Path) -> None:
+    if there:
+        (tmp_path / "folder").mkdir()
+    install_model(model(tmp_path / "aside", "config.json"), tmp_path / "folder")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["folder", "folder/config.json"]
