@@ -120,7 +120,7 @@ def table(compared: dict[str, dict[str, Any]], name: str) -> str:
     for figure, entry in compared.items():
         asked = None if entry["asked"] is None else f"{entry['bound']} {entry['asked']:g}"
         rows.append([figure, entry["value"], asked, entry["aim"], words[entry["reached"]]])
-    return evaluation.markdown_table(("figure", name, "asked", "aim", ""), rows)
+    return evaluation.markdown_table(("figure", name, "asked", "aim", "what is asked is"), rows)
 
 
 def draw(root: Path, summary: dict[str, Any], data: PreparedData, scans: Path) -> dict[str, Path]:

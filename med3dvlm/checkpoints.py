@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from med3dvlm.contrastive import Med3DCLIP
 from med3dvlm.encoders import Encoder, build_encoder
+from med3dvlm.familiarity import FAMILIARITY_FILE
 from med3dvlm.files import install_model
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.processing import Med3DVLMProcessor
@@ -127,7 +128,7 @@ def load_projector(path: str | Path) -> Projector:
 def merge_lora(adapter: str | Path, destination: str | Path) -> Med3DVLM:
     """Merge a stage-3 adapter into its base and write the whole model to `destination`, in the place of one that is there.
 
-    A familiarity file that is there goes too: it belongs to the weights that it was fitted on.
+    What the stage found of its training data (familiarity.safetensors) goes with it; an older one that is there goes away.
     """
     from peft import PeftConfig, PeftModel
 
@@ -143,6 +144,8 @@ def merge_lora(adapter: str | Path, destination: str | Path) -> Med3DVLM:
     try:
         merged.save_pretrained(aside)
         processor.save_pretrained(aside)
+        if (familiarity := adapter / FAMILIARITY_FILE).is_file():
+            shutil.copy(familiarity, aside)
         install_model(aside, destination)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from med3dvlm.allocator import keep_freed_memory
-
 if TYPE_CHECKING:
     from med3dvlm.inference import Answer, Med3DChat
     from med3dvlm.volume import Volume
@@ -44,7 +42,6 @@ FAILURES_SHOWN = 10
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         arguments.run(arguments)
@@ -229,8 +226,10 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 
 def _load(model: Path) -> "Med3DChat":
+    from med3dvlm.allocator import keep_freed_memory
     from med3dvlm.inference import Med3DChat
 
+    keep_freed_memory()
     _quiet_transformers()
     return Med3DChat.from_pretrained(model)
 
@@ -256,7 +255,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _merge(arguments: argparse.Namespace) -> None:
     from med3dvlm.checkpoints import merge_lora
-    from med3dvlm.published.weights import whole_folder
+    from med3dvlm.files import whole_folder
 
     _quiet_transformers()
     with whole_folder(arguments.out) as aside:

@@ -4,7 +4,11 @@ JSON and JSON lines are UTF-8. A line ends at "\\n" alone: a text may hold the o
 """
 
 import json
-from collections.abc import Iterable
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,27 @@ def read_lines(path: Path, repair: bool = False) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path} line {number} is no JSON ({error}); delete the file and run again") from error
     return records
+
+
+@contextmanager
+def whole_folder(destination: Path) -> Iterator[Path]:
+    """A folder beside `destination` to write to, which takes its name when all is written, and is deleted when something fails.
+
+    Raises:
+        FileExistsError: `destination` exists and is not empty.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(f"{destination} exists and would be overwritten; delete it or choose another name")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        yield aside
+        umask = os.umask(0o022)
+        os.umask(umask)
+        aside.chmod(0o777 & ~umask)  # a temporary folder is closed to others
+        aside.replace(destination)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def install_model(aside: Path, folder: Path) -> None:

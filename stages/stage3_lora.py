@@ -74,17 +74,18 @@ def main() -> None:
     save_final(trainer)
     first = trainer.is_world_process_zero()
     finish()  # the other processes are done: none waits for the merge
-    if first and arguments.merged:
-        if is_deepspeed_zero3_enabled():
-            logger.warning("not merged, since this ran under ZeRO-3; run: med3dvlm merge %s %s", arguments.output_dir, arguments.merged)
-            return
-        merged = merge_lora(arguments.output_dir, arguments.merged)
-        merged.vision_encoder.to(arguments.device)
-        remember_training_data(merged, data, arguments.merged)
+    if not first:
+        return
+    if is_deepspeed_zero3_enabled():
+        logger.warning("not merged, since this ran under ZeRO-3; run: med3dvlm merge %s %s", arguments.output_dir, arguments.merged or "MODEL")
+        return
+    remember_training_data(base.eval(), data, str(arguments.output_dir))
+    if arguments.merged:
+        merge_lora(arguments.output_dir, arguments.merged)
 
 
 def remember_training_data(model: Med3DVLM, data: PreparedData, folder: str) -> None:
-    """Save beside the model where up to 500 scans each of the training and validation splits lie, so that it can tell of a scan unlike them."""
+    """Save in the folder where up to 500 scans each of the training and validation splits lie, so that it can tell of a scan unlike them."""
     splits = data.summary["splits"]
     if not isinstance(splits, dict) or splits.get("train", 0) < 20 or not splits.get("validation"):
         logger.warning("fewer than 20 training scans or no validation scan: the model will not tell of scans unlike its training data")

@@ -65,10 +65,13 @@ class LiteralDCFormer(nn.Module):
         self.stem, self.stages = stem, stages
 
     def forward(self, volume: Tensor) -> list[Tensor]:
-        x = self.stem(volume)
-        outputs = [x]
-        for stage in self.stages:
+        x = volume
+        outputs = []
+        for stage in (self.stem, *self.stages):
             x = stage(x)
+            if x.requires_grad:
+                # In torch 2.14 on CPUs the gradients of one volume are wrong where they come with channels last, as the transposed tokens' do.
+                x.register_hook(lambda gradient: gradient.contiguous())
             outputs.append(x)
         return [output.flatten(2).transpose(1, 2) for output in outputs]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, PretrainedConfig
 
 from med3dvlm.encoders import Size
+from med3dvlm.files import whole_folder
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.processing import Med3DVLMProcessor
 from med3dvlm.published.architecture import TEXT_ENCODERS, Architecture, architecture
@@ -31,7 +32,6 @@ from med3dvlm.published.weights import (
     digest,
     find_weights,
     lacks_matrices,
-    whole_folder,
     write_safetensors,
 )
 from med3dvlm.vlm import Med3DVLMConfig

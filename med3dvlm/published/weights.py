@@ -9,14 +9,10 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,27 +138,6 @@ def lacks_matrices(checkpoint: Checkpoint) -> bool:
     """Whether LoRA factors stand there without the matrices they belong to, as in an adapter."""
     names = checkpoint.tensors
     return any(FACTOR.fullmatch(name) for name in names) and not any(name.endswith(".base_layer.weight") for name in names)
-
-
-@contextmanager
-def whole_folder(destination: Path) -> Iterator[Path]:
-    """A folder beside `destination` to write to, which takes its name when all is written, and is deleted when something fails.
-
-    Raises:
-        FileExistsError: `destination` exists and is not empty.
-    """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} exists and would be overwritten; delete it or choose another name")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
-        yield aside
-        umask = os.umask(0o022)
-        os.umask(umask)
-        aside.chmod(0o777 & ~umask)  # a temporary folder is closed to others
-        aside.replace(destination)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def find_weights(folder: Path) -> list[Path]:

@@ -61,6 +61,19 @@ def test_it_keeps_its_input_alone_for_the_backward_pass() -> None:
     assert kept(reference, x.detach().movedim(-1, 1).contiguous().requires_grad_()) > 3.9 * x.nbytes
 
 
+@pytest.mark.parametrize("layout", ["channels first", "spread"])
+def test_a_gradient_with_gaps_in_memory(layout: str) -> None:
+    ours, reference = pair(4, 5, 3)
+    ours, reference = ours.float(), reference.float()
+    x = torch.randn(1, 6, 7, 8, 4)
+    direction = torch.randn(1, 5, 6, 7, 8).movedim(1, -1) if layout == "channels first" else torch.randn(5).expand(1, 6, 7, 8, 5)
+    (ours(x) ** 3).backward(direction)
+    (reference(x.movedim(-1, 1)) ** 3).backward(direction.movedim(-1, 1))
+    gradients = dict(ours.named_parameters())
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(gradients[name].grad.reshape(parameter.shape), parameter.grad, rtol=1e-3, atol=1e-3)
+
+
 def test_a_single_cell_is_refused_as_torch_does() -> None:
     with pytest.raises(ValueError, match="a single cell; train with larger volumes"):
         DecomposedConv(1, 4, 3).train()(torch.rand(1, 1, 1, 1, 1))
@@ -84,5 +97,6 @@ def test_gradients_at_the_sizes_where_torchs_own_kernels_fail(size: tuple[int, i
         sum(tokens.float().square().mean() for tokens in outputs).backward()
         gradients.update({name: parameter.grad.flatten() for name, parameter in module.named_parameters()})
     floor = 1e-3 * max(float(gradient.norm()) for gradient in expected.values())  # a bias before a batch norm has none but rounding
+    tolerance = 0.02 if autocast else 0.002  # 5e-4 measured in float32, most of it rounding of the literal form
     for name, gradient in expected.items():
-        assert float((found[name] - gradient).norm()) < 0.02 * max(float(gradient.norm()), floor), name
+        assert float((found[name] - gradient).norm()) < tolerance * max(float(gradient.norm()), floor), name
