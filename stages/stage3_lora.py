@@ -77,7 +77,9 @@ def main() -> None:
     if not first:
         return
     if is_deepspeed_zero3_enabled():
-        logger.warning("not merged, since this ran under ZeRO-3; run: med3dvlm merge %s %s", arguments.output_dir, arguments.merged or "MODEL")
+        logger.warning(
+            "not merged, since this ran under ZeRO-3; run: med3dvlm merge %s %s", arguments.output_dir, arguments.merged or "MODEL"
+        )
         return
     remember_training_data(base.eval(), data, str(arguments.output_dir))
     if arguments.merged:
