@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from med3dvlm.encoders.hierarchy import ChannelsLastBatchNorm
 
 aten = torch.ops.aten
+LARGE_VOLUME = 2**20  # numbers in a volume's features from which the products of `_weight_gradient` pay
 
 
 class AxisConv(nn.Module):
@@ -44,7 +45,7 @@ class AxisConv(nn.Module):
         """Of the input (if wanted) and of the weight, given that of the output."""
         thinned = self._thinned(x)
         image, stride, padding = self._geometry(weight)
-        by_products = x.device.type == "cpu" and self.groups == self.stride == 1
+        by_products = x.device.type == "cpu" and self.groups == self.stride == 1 and x[0].numel() >= LARGE_VOLUME
         arguments = (self._folded(dy), self._folded(thinned), image)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.groups > 1:
             # In torch 2.14 the weight's gradient of a depthwise convolution in bfloat16 is garbage on CPUs where the kernel is longer than the axis.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from med3dvlm.encoders import build_encoder
+from med3dvlm.encoders import build_encoder, decomposed
 from med3dvlm.encoders.decomposed import DecomposedConv
 from med3dvlm.encoders.literal import LiteralConv, literal
 from tests.encoders.test_dcformer import randomised
@@ -22,7 +22,11 @@ def pair(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 
 
 @pytest.mark.parametrize("size", [(10, 20, 30), (3, 4, 2), (1, 5, 9)])
 @pytest.mark.parametrize("arguments", [(1, 5, 7, 4), (1, 5, 7, 2), (4, 5, 3), (2, 3, 5), (6, 6, 9, 1, 6)], ids=str)
-def test_training_equals_autograd_through_the_literal_form(arguments: tuple[int, ...], size: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("large", [0, 2**20], ids=["products", "convolutions"])
+def test_training_equals_autograd_through_the_literal_form(
+    arguments: tuple[int, ...], size: tuple[int, int, int], large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decomposed, "LARGE_VOLUME", large)
     ours, reference = pair(*arguments)
     x = torch.randn(3, *size, arguments[0], dtype=torch.float64, requires_grad=True)
     x_reference = x.detach().movedim(-1, 1).clone().requires_grad_()
