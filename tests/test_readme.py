@@ -37,10 +37,24 @@ def places(tiny_models: SimpleNamespace, phantoms: Path, prepared: Path, tmp_pat
     }
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith(("med3dvlm", "python eval"))])
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("med3dvlm convert")])
+def test_conversion_command_parses(line: str) -> None:
+    """Released files are not at hand; tests/test_conversion.py converts files like them."""
+    from med3dvlm.cli import _parser
+
+    assert _parser().parse_args(shlex.split(line)[1:]).run.__name__ == "_convert"
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in COMMANDS if line.startswith(("med3dvlm", "python eval")) and not line.startswith("med3dvlm convert")]
+)
 def test_command_runs(line: str, places: dict[str, str], shell, phantoms: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     if line.startswith("med3dvlm prepare"):  # the data of the example, at a size that takes a second
         line = line.replace("data/mine data/mine_128", f"{phantoms} {tmp_path}/prepared").replace("128,256,256", "16,32,32")
+    if line.startswith("python eval/speed.py"):
+        line += f" --encoder dcformer_nano --size 32,64,64 --runs 1 --output {tmp_path}"
+    if line.startswith("med3dvlm encoders"):
+        line = line.replace("128,256,256", "32,64,64")
     for name, place in places.items():
         line = line.replace(name, place)
     program, *arguments = shlex.split(line)
