@@ -135,7 +135,7 @@ class _NormalisedSum(torch.autograd.Function):
             cells = y.reshape(-1, y.shape[-1])  # (cells, C)
             if len(cells) == 1:
                 raise ValueError("batch norm learns nothing from a single cell; train with larger volumes or more of them in a batch")
-            # Not torch's own: for channels-last data it sums so roughly that max pooling picks other cells, and gradients are 2 % off.
+            # Not torch's own, which sums channels-last data so roughly that gradients of the whole encoder are up to 2 % off.
             mean = cells.mean(dim=0, dtype=norm.weight.dtype)
             variance = (cells - mean).square_().mean(dim=0)
             norm.running_mean.lerp_(mean, norm.momentum)

@@ -11,6 +11,7 @@ from med3dvlm.encoders.dcformer import SIZES, DCFormer
 from med3dvlm.encoders.decomposed import AxisConv
 from med3dvlm.encoders.hierarchy import ChannelsLastBatchNorm, Downsample
 from med3dvlm.encoders.literal import LiteralDownsample, literal
+from tests.encoders.small import randomised
 
 ODD = (10, 20, 30)
 TOLERANCE = 1e-5  # of the reference's spread
@@ -20,17 +21,6 @@ def relative(ours: Tensor, reference: Tensor) -> float:
     """The largest difference relative to the reference's spread."""
     assert ours.shape == reference.shape
     return float((ours - reference).detach().abs().max() / reference.detach().std())
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Every parameter and running statistic away from its neutral initial value, so that a forgotten one shows."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("running_var"):
-                tensor.uniform_(0.5, 1.5)
-            elif tensor.is_floating_point() and tensor.ndim == 1:
-                tensor.normal_(0.5, 0.2)
-    return model
 
 
 def copy_literal(ours: nn.Module, literal: nn.Module) -> None:

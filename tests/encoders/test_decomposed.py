@@ -8,7 +8,7 @@ from med3dvlm.encoders import build_encoder, decomposed
 from med3dvlm.encoders.base import bfloat16_is_native
 from med3dvlm.encoders.decomposed import DecomposedConv
 from med3dvlm.encoders.literal import LiteralConv, literal
-from tests.encoders.test_dcformer import randomised
+from tests.encoders.small import randomised
 
 
 def pair(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> tuple[DecomposedConv, LiteralConv]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from med3dvlm.encoders import build_encoder
-from tests.encoders.test_dcformer import randomised, relative
+from tests.encoders.small import randomised
+from tests.encoders.test_dcformer import relative
 
 SMALL = {"blocks": (1, 2, 1, 1), "widths": (6, 8, 10, 12, 14)}
 TOLERANCE = 1e-4  # of a stage's spread; 2e-5 measured, at 128x256x256 as well
