@@ -6,6 +6,7 @@ VENV    ?= .venv
 OUTPUTS ?= outputs
 LM      ?= tiny
 ARGS    ?=
+WORKERS ?= 2
 
 # The stages start programs of the environment by name (deepspeed, ninja).
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -20,7 +21,7 @@ PYTHON_CHECK = import sys; sys.version_info >= (3, 10) or \
 .PHONY: help install demo demo-full ablation test quick lint format types imports check clean clean-venv clean-outputs
 
 help: ## list these commands
-	@echo "make [target] [PYTHON=$(PYTHON)] [VENV=$(VENV)] [OUTPUTS=$(OUTPUTS)] [LM=$(LM)] [ARGS=...]"
+	@echo "make [target] [PYTHON=$(PYTHON)] [VENV=$(VENV)] [OUTPUTS=$(OUTPUTS)] [LM=$(LM)] [ARGS=...] [WORKERS=$(WORKERS)]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## create the environment in VENV and install the tested versions
@@ -40,11 +41,11 @@ demo-full: install ## the same with more studies and steps (an hour); LM=smollm2
 ablation: install ## Tables 5 to 8 of the paper on phantoms, the paper's figures beside
 	OUTPUTS='$(OUTPUTS)' bash stages/ablation.sh demo
 
-test: install ## run every test; ARGS goes to pytest, as in ARGS='-k volume'
-	$(RUN) pytest $(ARGS)
+test: install ## run every test in WORKERS processes; ARGS goes to pytest, as in ARGS='-k volume'
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 quick: install ## run the tests that take seconds
-	$(RUN) pytest -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(ARGS)
 
 lint: install ## check the style and the formatting
 	$(RUN) ruff check .

@@ -1,7 +1,7 @@
 """The decomposed convolution: three 1D convolutions along D, H and W, each with its own batch norm, summed (DCFormer paper, Algorithm 1).
 
-In training its backward pass keeps the input alone and convolves again: the stem's grid is so large that the three outputs, which batch norm would
-otherwise keep, are most of a training step's memory.
+In training the backward pass of a large volume keeps the input alone and convolves again: the stem's grid is so large that the three outputs, which
+batch norm would otherwise keep, are most of a training step's memory.
 
 Shapes as in `hierarchy`; channels come last.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from med3dvlm.encoders.hierarchy import ChannelsLastBatchNorm
 
 aten = torch.ops.aten
-LARGE_VOLUME = 2**20  # numbers in a volume's features from which the products of `_weight_gradient` pay
+LARGE_VOLUME = 2**20  # numbers in a volume's features from which the products of `_weight_gradient` and convolving again pay
 
 
 class AxisConv(nn.Module):
@@ -128,7 +128,7 @@ class _NormalisedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, branches: list[Any], *parameters: Tensor) -> Tensor:
         total: Any = None
-        statistics = []
+        statistics, outputs = [], []
         for number, (conv, norm) in enumerate(branches):
             weight, bias, gain, shift = parameters[4 * number : 4 * number + 4]
             y = conv.convolve(x, weight, bias)
@@ -146,20 +146,22 @@ class _NormalisedSum(torch.autograd.Function):
             offset = shift - mean * factor
             total = torch.addcmul(offset, cells, factor) if total is None else total.addcmul_(cells, factor).add_(offset)
             statistics += [mean, inverse]
-        ctx.save_for_backward(x, *parameters, *statistics)
+            if x[0].numel() < LARGE_VOLUME:
+                outputs.append(y)
+        ctx.save_for_backward(x, *parameters, *statistics, *outputs)
         ctx.branches = branches
         return total.view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, *rest = ctx.saved_tensors
-        count = 4 * len(ctx.branches)
-        parameters, statistics = rest[:count], rest[count:]
+        count = len(ctx.branches)
+        parameters, statistics, outputs = rest[: 4 * count], rest[4 * count : 6 * count], rest[6 * count :]
         dx, of_parameters = None, []
         for number, (conv, norm) in enumerate(ctx.branches):
             weight, bias, gain, _ = parameters[4 * number : 4 * number + 4]
             mean, inverse = statistics[2 * number : 2 * number + 2]
-            y = conv.convolve(x, weight, bias)
+            y = outputs[number] if outputs else conv.convolve(x, weight, bias)
             dcells, dgain, dshift = aten.native_batch_norm_backward(
                 dy.reshape(-1, dy.shape[-1]), y.reshape(-1, y.shape[-1]), gain, None, None, mean, inverse, True, norm.eps, [True] * 3
             )
