@@ -106,6 +106,8 @@ def test_gradients_at_the_sizes_where_torchs_own_kernels_fail(size: tuple[int, i
         sum(tokens.float().square().mean() for tokens in outputs).backward()
         gradients.update({name: parameter.grad.flatten() for name, parameter in module.named_parameters()})
     floor = 1e-3 * max(float(gradient.norm()) for gradient in expected.values())  # a bias before a batch norm has none but rounding
-    tolerance = 0.02 if autocast else 0.002  # 5e-4 measured in float32, most of it rounding of the literal form
+    # Where rounding makes max pooling pick the other of two nearly equal cells, all gradients before it move by up to 2 %, in either form;
+    # where a kernel fails they are off by 70 % and more. Exactness is tested above in double precision.
+    tolerance = 0.05
     for name, gradient in expected.items():
         assert float((found[name] - gradient).norm()) < tolerance * max(float(gradient.norm()), floor), name
