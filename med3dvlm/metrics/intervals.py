@@ -1,9 +1,26 @@
-"""Confidence intervals by resampling patients."""
+"""How certain a figure is: bootstrap intervals and a paired randomisation test, both by patient.
 
-from collections.abc import Callable, Sequence
-from typing import Any
+Scans of one patient resemble each other, so whole patients are drawn, or swapped between two runs. A resample is a row
+of weights, how often each study was drawn, and a figure is a `Statistic`, a function of such weights, so that a
+thousand resamples are a few matrix products:
+
+    table = {"BLEU-1": mean_of(values["bleu1"]), "macro F1": macro_f1_of(labels, stated), "AUROC": auroc_of(labels, scores)}
+    table["macro AUROC"] = mean_over(table["AUROC"])
+    intervals(table, patients)                                            # {"BLEU-1": (low, high), ...}
+    paired_test(macro_f1, stated_by_a, stated_by_b, patients)             # see its docstring
+
+Shapes: N = studies, G = patients, S = resamples, K = findings or any number of figures of one kind.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+
+Weights = NDArray[np.float64]  # (S, N), how often each study counts
+Statistic = Callable[[Weights], NDArray[np.float64]]  # -> (S,) or (S, K); NaN where undefined
+CELLS = 2**22  # weights at a time: 32 MB, and a few times that within a statistic
 
 
 def bootstrap_interval(
@@ -14,10 +31,7 @@ def bootstrap_interval(
     seed: int = 0,
     statistic: Callable[[Any], float] = np.mean,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic (Efron 1979).
-
-    Scans of one patient resemble each other, so whole groups are drawn with replacement; with every value alone the
-    interval would be too narrow.
+    """Percentile bootstrap interval of any statistic of rows (Efron 1979), a resample at a time; `intervals` is faster.
 
     Args:
         values: (N, ...), one row a study. For a statistic of several arrays pass `np.arange(N)` and index them in
@@ -25,7 +39,7 @@ def bootstrap_interval(
         groups: N patient identifiers; None treats each row as its own patient.
         samples: how many resamples.
         level: the share of resamples inside the interval, between 0 and 1.
-        seed: of the resampling; the same seed gives the same interval.
+        seed: of the resampling; the same seed gives the same resamples here and in `intervals`.
         statistic: maps the drawn rows to a number, by default their mean. A resample where it is NaN (an AUROC without
             positives) is left out.
 
@@ -38,24 +52,286 @@ def bootstrap_interval(
     rows = np.asarray(values)
     if not rows.ndim or not len(rows):
         raise ValueError(f"bootstrap_interval needs at least one value, got shape {rows.shape}.")
-    if not 0 < level < 1 or samples < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1 and samples={samples} be 1 or more.")
-    keys = np.arange(len(rows)) if groups is None else np.asarray(groups)
-    if keys.shape != (len(rows),):
-        raise ValueError(f"Got {len(rows)} values but groups of shape {keys.shape}; give one patient for each value.")
-
-    _, group_of_row = np.unique(keys, return_inverse=True)
+    group_of_row = _groups(groups, len(rows))
     by_group = np.argsort(group_of_row, kind="stable")
     members = np.split(by_group, np.cumsum(np.bincount(group_of_row))[:-1])  # the row indices of each group
-    generator = np.random.default_rng(seed)
-    outcomes = np.empty(samples)
-    for sample in range(samples):
-        drawn = generator.integers(len(members), size=len(members))
-        outcomes[sample] = statistic(rows[np.concatenate([members[group] for group in drawn])])
-    defined = outcomes[~np.isnan(outcomes)]
-    if 2 * len(defined) < samples:
-        raise ValueError(
-            f"The statistic is undefined in {samples - len(defined)} of {samples} resamples; there are too few studies for an interval."
-        )
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    _check_sampling(samples, level)
+    outcomes = [
+        statistic(rows[np.concatenate([members[group] for group in drawn])])
+        for chunk in _draws(len(members), samples, seed, len(rows))
+        for drawn in chunk
+    ]
+    low, high = _percentiles(np.array(outcomes, dtype=np.float64), level, "The statistic")
     return float(low), float(high)
+
+
+def intervals(
+    statistics: Mapping[str, Statistic],
+    groups: Sequence[Any],
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Percentile bootstrap intervals of all figures of a table, from the same resamples of patients.
+
+    Args:
+        statistics: figures by name.
+        groups: N patient identifiers (`range(N)` where every study is its own patient).
+        samples, level, seed: as for `bootstrap_interval`.
+
+    Returns:
+        (low, high) of a figure that is one number, a list of K such pairs of a figure that is K. A pair is None where
+        the figure is undefined in more than half of the resamples: too few studies for an interval.
+
+    Raises:
+        ValueError: if arguments do not fit.
+    """
+    group_of_row = _groups(groups, len(groups))
+    _check_sampling(samples, level)
+    patients = int(group_of_row.max()) + 1
+    outcomes: dict[str, list[NDArray[np.float64]]] = {name: [] for name in statistics}
+    for drawn in _draws(patients, samples, seed, len(groups)):  # (s, G)
+        cells = np.arange(len(drawn))[:, None] * patients + drawn
+        times = np.bincount(cells.ravel(), minlength=len(drawn) * patients).reshape(len(drawn), patients)
+        weights = times.astype(np.float64)[:, group_of_row]  # (s, N)
+        for name, statistic in statistics.items():
+            outcomes[name].append(statistic(weights))
+    result: dict[str, Any] = {}
+    for name, chunks in outcomes.items():
+        values = np.concatenate(chunks)  # (S,) or (S, K)
+        pairs = [_interval(column, level) for column in values.reshape(samples, -1).T]
+        result[name] = pairs if values.ndim == 2 else pairs[0]
+    return result
+
+
+class PairedTest(NamedTuple):
+    """`difference` is the first run's figure less the second's, `p_value` two-sided, `exact` if all swaps were tried."""
+
+    difference: float
+    p_value: float
+    exact: bool
+
+
+def paired_test(
+    figure: Callable[[Any], Statistic],
+    first: Any,
+    second: Any,
+    groups: Sequence[Any],
+    samples: int = 9999,
+    seed: int = 0,
+) -> PairedTest:
+    """Randomisation test of two runs over the same studies (Fisher 1935; Noreen 1989).
+
+    If it does not matter which run wrote what, a patient's two outcomes may be swapped, all studies of the patient at
+    once. The p-value is the share of swaps after which the runs differ at least as much as they do; with few patients
+    (2^G of `samples` or less) all swaps are tried, otherwise random ones, and what was observed counts as one of them.
+
+    Args:
+        figure: makes the statistic from the rows of both runs, the second's under the first's: (2N, ...). `mean_of`
+            does; of what needs labels too: `lambda stated: macro_f1_of(np.concatenate([labels, labels]), stated)`. It
+            must give one number. Scores that are ranked together (AUROC) must be on the same scale.
+        first, second: (N, ...), what the runs gave, row i of both about the same study.
+        groups: N patient identifiers.
+        samples: how many swaps.
+        seed: of the swaps; the same seed gives the same p-value.
+
+    Raises:
+        ValueError: if arguments do not fit, or the figure is undefined for one of the runs.
+    """
+    ours, theirs = np.asarray(first), np.asarray(second)
+    if ours.shape != theirs.shape or not ours.ndim:
+        raise ValueError(f"The runs are {ours.shape} and {theirs.shape}; compare runs over the same studies, one row a study.")
+    group_of_row = _groups(groups, len(ours))
+    _check_sampling(samples, 0.5)
+    statistic = figure(np.concatenate([ours, theirs]))
+
+    def difference(swapped: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """(s, G) -> (s,)"""
+        other = swapped[:, group_of_row].astype(np.float64)  # (s, N), 1 where the run takes the other's row
+        return statistic(np.hstack([1 - other, other])) - statistic(np.hstack([other, 1 - other]))
+
+    patients = int(group_of_row.max()) + 1
+    observed = float(difference(np.zeros((1, patients), dtype=bool))[0])
+    if np.isnan(observed):
+        raise ValueError("The figure is undefined for one of the runs, so they cannot be compared by it.")
+    exact = patients <= 30 and 2**patients <= samples
+    count = 2**patients if exact else samples
+    generator = np.random.default_rng(seed)
+    as_far = 0
+    for start in range(0, count, _height(2 * len(ours))):
+        size = min(_height(2 * len(ours)), count - start)
+        if exact:
+            swapped = (np.arange(start, start + size)[:, None] >> np.arange(patients) & 1).astype(bool)
+        else:
+            swapped = generator.random((size, patients)) < 0.5
+        as_far += int((np.abs(difference(swapped)) >= abs(observed) - 1e-12).sum())  # rounding must not tell equals apart
+    return PairedTest(observed, as_far / count if exact else (as_far + 1) / (count + 1), exact)
+
+
+def mean_of(values: Any) -> Statistic:
+    """The mean of (N,), or of each column of (N, K); NaN marks studies without a value, which do not count."""
+    table = np.asarray(values, dtype=np.float64)
+    known = ~np.isnan(table)
+    filled = np.where(known, table, 0)
+    return lambda weights: _ratio(weights @ filled, weights @ known.astype(np.float64))
+
+
+def median_of(values: Any) -> Statistic:
+    """The median of (N,)."""
+    array = np.asarray(values, dtype=np.float64)
+    order = np.argsort(array, kind="stable")
+    ranked = array[order]
+
+    def statistic(weights: Weights) -> NDArray[np.float64]:
+        reached = np.cumsum(weights[:, order], axis=1)  # (S, N), how many values up to here
+        total = reached[:, -1:]
+        middle = [(reached > place).argmax(axis=1) for place in ((total - 1) // 2, total // 2)]
+        medians: NDArray[np.float64] = (ranked[middle[0]] + ranked[middle[1]]) / 2
+        return medians
+
+    return statistic
+
+
+def ratio_of(numerators: Any, denominators: Any) -> Statistic:
+    """A sum over studies by another, (N,) each, or K of them, (N, K): precision is hits by stated, recall hits by present."""
+    above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    if above.shape != below.shape:
+        raise ValueError(f"The numerators are {above.shape} and the denominators {below.shape}; give one of each for each study.")
+    return lambda weights: _ratio(weights @ above, weights @ below)
+
+
+def f1_of(labels: Any, predictions: Any) -> Statistic:
+    """F1 of each of K findings, labels and predictions (N, K) of 0 and 1; NaN where a finding is neither present nor stated."""
+    truth, stated = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
+    return ratio_of(2 * truth * stated, truth + stated)
+
+
+def macro_f1_of(labels: Any, predictions: Any) -> Statistic:
+    """The mean of `f1_of` over the findings that are present or stated in a resample, as in `classification.precision_recall_f1`."""
+    return mean_over(f1_of(labels, predictions))
+
+
+def micro_f1_of(labels: Any, predictions: Any) -> Statistic:
+    """F1 of all decisions together, labels and predictions (N, K) of 0 and 1."""
+    truth, stated = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
+    return ratio_of(2 * (truth * stated).sum(axis=1), (truth + stated).sum(axis=1))
+
+
+def crg_of(labels: Any, predictions: Any) -> Statistic:
+    """CRG of the VLM3D challenge, labels and predictions (N, K) of 0 and 1; NaN without a label that is 1.
+
+    With X decisions of which A should be 1: r = (X - A) / (2 A), U = (X - A) / 2, s = r TP - r FN - FP and CRG = U / (2 U - s), so that
+    stating nothing gives 1/3, everything right 1, and a rare finding weighs more. Where all labels and predictions are 1 it is 0.
+    """
+    truth, stated = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
+    present, hits, wrong = truth.sum(axis=1), (truth * stated).sum(axis=1), ((1 - truth) * stated).sum(axis=1)
+    decisions = truth.shape[1]
+
+    def statistic(weights: Weights) -> NDArray[np.float64]:
+        every, positive, hit, false = decisions * weights.sum(axis=1), weights @ present, weights @ hits, weights @ wrong
+        utmost = (every - positive) / 2
+        score = _ratio(utmost, positive) * (2 * hit - positive) - false  # FN = A - TP
+        below = 2 * utmost - score
+        return np.where(below == 0, 0.0, utmost / np.where(below == 0, 1, below))
+
+    return statistic
+
+
+def auroc_of(labels: Any, scores: Any) -> Statistic:
+    """Area under the ROC curve of each of K findings, labels and scores (N, K), a tie counting one half."""
+    return _by_finding(labels, scores, _auroc)
+
+
+def average_precision_of(labels: Any, scores: Any) -> Statistic:
+    """Average precision (AUPRC) of each of K findings, labels and scores (N, K), as scikit-learn defines it."""
+    return _by_finding(labels, scores, _average_precision)
+
+
+def mean_over(statistic: Statistic) -> Statistic:
+    """The mean over its K figures of a statistic, of those that are defined."""
+
+    def mean(weights: Weights) -> NDArray[np.float64]:
+        values = statistic(weights)  # (S, K)
+        return _ratio(np.nansum(values, axis=1), (~np.isnan(values)).sum(axis=1))
+
+    return mean
+
+
+def _by_finding(labels: Any, scores: Any, area: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]) -> Statistic:
+    """`area(positives, negatives)` of each finding; both (S, T), what the T different scores hold, the highest first."""
+    truth, belief = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
+    if truth.shape != belief.shape or truth.ndim != 2:
+        raise ValueError(f"labels are {truth.shape} and scores {belief.shape}; both must be (studies, findings).")
+    prepared = []
+    for positive, score in zip(truth.T, belief.T, strict=True):
+        order = np.argsort(-score, kind="stable")
+        first = np.flatnonzero(np.diff(score[order], prepend=np.inf))  # where another score begins
+        prepared.append((order, first, positive[order]))
+
+    def statistic(weights: Weights) -> NDArray[np.float64]:
+        areas = np.empty((len(weights), len(prepared)))
+        for finding, (order, first, positive) in enumerate(prepared):
+            ranked = weights[:, order]
+            positives, everything = np.add.reduceat(ranked * positive, first, axis=1), np.add.reduceat(ranked, first, axis=1)
+            areas[:, finding] = area(positives, everything - positives)
+        return areas
+
+    return statistic
+
+
+def _auroc(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> NDArray[np.float64]:
+    above = np.cumsum(positives, axis=1) - positives / 2  # positives that stand above each score, half of those beside it
+    return _ratio(np.einsum("st,st->s", above, negatives), positives.sum(axis=1) * negatives.sum(axis=1))
+
+
+def _average_precision(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> NDArray[np.float64]:
+    hits = np.cumsum(positives, axis=1)
+    precision = hits / np.maximum(hits + np.cumsum(negatives, axis=1), 1)
+    return _ratio(np.einsum("st,st->s", precision, positives), positives.sum(axis=1))
+
+
+def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
+    """NaN where the denominator is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        quotient: NDArray[np.float64] = np.where(denominator == 0, np.nan, numerator / denominator)
+    return quotient
+
+
+def _draws(patients: int, samples: int, seed: int, studies: int) -> Iterator[NDArray[np.int64]]:
+    """(s, G) drawn patients at a time, S rows in all; how they are cut does not change them."""
+    generator = np.random.default_rng(seed)
+    for start in range(0, samples, _height(studies)):
+        yield generator.integers(patients, size=(min(_height(studies), samples - start), patients))
+
+
+def _height(width: int) -> int:
+    return max(CELLS // width, 1)
+
+
+def _interval(outcomes: NDArray[np.float64], level: float) -> tuple[float, float] | None:
+    if 2 * np.isnan(outcomes).sum() > len(outcomes):
+        return None
+    low, high = _percentiles(outcomes, level, "The figure")
+    return float(low), float(high)
+
+
+def _percentiles(outcomes: NDArray[np.float64], level: float, name: str) -> NDArray[np.float64]:
+    defined = outcomes[~np.isnan(outcomes)]
+    if 2 * len(defined) < len(outcomes):
+        missing = len(outcomes) - len(defined)
+        raise ValueError(f"{name} is undefined in {missing} of {len(outcomes)} resamples; there are too few studies for an interval.")
+    bounds: NDArray[np.float64] = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return bounds
+
+
+def _groups(groups: Sequence[Any] | None, count: int) -> NDArray[np.int64]:
+    """(count,) numbers from 0, equal for rows of one patient."""
+    keys = np.arange(count) if groups is None else np.asarray(groups)
+    if keys.shape != (count,) or not count:
+        raise ValueError(f"Got {count} values but groups of shape {keys.shape}; give one patient for each value, at least one.")
+    return np.unique(keys, return_inverse=True)[1]
+
+
+def _check_sampling(samples: int, level: float) -> None:
+    if not 0 < level < 1 or samples < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1 and samples={samples} be 1 or more.")

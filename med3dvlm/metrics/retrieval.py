@@ -1,6 +1,6 @@
 """Retrieval between paired images and texts: row i of the one belongs to row i of the other.
 
-Shapes: N = pairs in the pool, d = width of the shared space.
+Shapes: N = pairs in the pool, d = width of the shared space. The N x N similarities are never held at once, see `BLOCK`.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Similarities closer than this count as tied: equal embeddings must tie in spite of the rounding of a matrix product
-# in float64.
+# in float64. In float32, where rounding reaches 1e-6, pairs that merely resemble each other would tie too.
 TIE = 1e-12
+BLOCK = 2**25  # similarities at a time: 256 MB of float64, whatever the size of the pool
+
+Ranks = dict[str, NDArray[np.int64]]
 
 
 def retrieval_scores(
-    image_embeddings: Any, text_embeddings: Any, ks: Sequence[int] = (1, 5, 10), pool: int | None = None
+    image_embeddings: Any,
+    text_embeddings: Any,
+    ks: Sequence[int] = (1, 5, 10),
+    pool: int | None = None,
+    groups: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
     """Recall@k, median rank and mean reciprocal rank of each one's partner, in both directions.
 
@@ -24,23 +31,53 @@ def retrieval_scores(
             normalised here.
         ks: the k of recall@k; k of the pool or more is always found.
         pool: take the first `pool` pairs only, as the papers do with 100, 500, 1000 and 2000; None takes all.
+        groups: N identifiers, equal for studies of equal content (the same report word for word, the same scan twice).
 
     Returns:
         `{"image_to_text": {"r1", "r5", "r10", "median_rank", "mrr"}, "text_to_image": {...}, "pool": N}`.
         "image_to_text" asks with an image and ranks the texts. Ranks start at 1 and ties count against the partner, so
         a model that embeds everything alike scores 0 at every k below N.
+        With `groups` also `"any_of_equal": {"image_to_text": {...}, "text_to_image": {...}, "duplicated": M}`, where
+        each of the M studies that have an equal one in the pool is found as soon as one of them is.
 
     Raises:
         ValueError: if the shapes do not fit, the pool is larger than the data, a k is below 1, or an embedding is not
             finite.
     """
-    image_ranks, text_ranks = _both_ranks(image_embeddings, text_embeddings, pool)
     _check_ks(ks)
-    return {
-        "image_to_text": _summary(image_ranks, ks),
-        "text_to_image": _summary(text_ranks, ks),
-        "pool": len(image_ranks),
-    }
+    ranks = retrieval_ranks(image_embeddings, text_embeddings, pool)
+    scores: dict[str, Any] = {direction: _summary(values, ks) for direction, values in ranks.items()}
+    scores["pool"] = len(ranks["image_to_text"])
+    if groups is not None:
+        forgiving = retrieval_ranks(image_embeddings, text_embeddings, pool, groups)
+        _, group, sizes = np.unique(np.asarray(groups)[: scores["pool"]], return_inverse=True, return_counts=True)
+        scores["any_of_equal"] = {direction: _summary(values, ks) for direction, values in forgiving.items()}
+        scores["any_of_equal"]["duplicated"] = int((sizes[group] > 1).sum())
+    return scores
+
+
+def retrieval_ranks(image_embeddings: Any, text_embeddings: Any, pool: int | None = None, groups: Sequence[Any] | None = None) -> Ranks:
+    """`{"image_to_text": (N,), "text_to_image": (N,)}`: the rank of each query's partner, from 1, or with `groups` of its best equal.
+
+    Arguments and errors as for `retrieval_scores`.
+    """
+    images, texts = _normalised(image_embeddings, "image_embeddings"), _normalised(text_embeddings, "text_embeddings")
+    if images.shape != texts.shape:
+        raise ValueError(f"image_embeddings are {images.shape} and text_embeddings {texts.shape}; they must be pairs of one width.")
+    if groups is not None and len(groups) != len(images):
+        raise ValueError(f"Got {len(images)} pairs but {len(groups)} groups; give one group for each pair.")
+    if pool is not None:
+        if not 1 <= pool <= len(images):
+            raise ValueError(f"pool={pool} with {len(images)} pairs; choose a pool between 1 and {len(images)}.")
+        images, texts = images[:pool], texts[:pool]
+    equal = None if groups is None else np.unique(np.asarray(groups)[:pool], return_inverse=True)[1]
+    return {"image_to_text": _ranks(images, texts, equal), "text_to_image": _ranks(texts, images, equal)}
+
+
+def rank_values(ranks: NDArray[np.int64], ks: Sequence[int] = (1, 5, 10)) -> dict[str, NDArray[np.float64]]:
+    """`{"r1": (N,), ..., "mrr": (N,)}`, one value a query, whose means are the scores: for intervals and tests of pairs."""
+    _check_ks(ks)
+    return {f"r{k}": (ranks <= k).astype(np.float64) for k in ks} | {"mrr": 1 / ranks}
 
 
 def recall_curve(
@@ -50,30 +87,38 @@ def recall_curve(
 
     Arguments and errors as for `retrieval_scores`; `ks` is by default every k from 1 to N.
     """
-    image_ranks, text_ranks = _both_ranks(image_embeddings, text_embeddings, pool)
-    ks = range(1, len(image_ranks) + 1) if ks is None else ks
+    ranks = retrieval_ranks(image_embeddings, text_embeddings, pool)
+    size = len(ranks["image_to_text"])
+    ks = range(1, size + 1) if ks is None else ks
     _check_ks(ks)
-    ranks = {"image to text": image_ranks, "text to image": text_ranks}
-    return {direction: [(int(k), float(np.mean(values <= k))) for k in ks] for direction, values in ranks.items()}
+    curves = {}
+    for direction, values in ranks.items():
+        found = np.cumsum(np.bincount(values, minlength=size + 1)) / size  # by k, from 0
+        curves[direction.replace("_", " ")] = [(int(k), float(found[min(k, size)])) for k in ks]
+    return curves
 
 
 def partner_ranks(queries: Any, candidates: Any) -> NDArray[np.int64]:
     """(N,) ranks, from 1, of candidate i among all candidates for query i, by cosine similarity, ties against it."""
-    similarity = _normalised(queries, "queries") @ _normalised(candidates, "candidates").T  # (N, N)
-    partner = np.diagonal(similarity)[:, None]
-    ranks: NDArray[np.int64] = np.sum(similarity >= partner - TIE, axis=1)  # counts the partner itself, hence from 1
+    return _ranks(_normalised(queries, "queries"), _normalised(candidates, "candidates"), None)
+
+
+def _ranks(queries: NDArray[np.float64], candidates: NDArray[np.float64], equal: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """(N,): one more than the wrong candidates that come as near as the right one, or, with `equal` (N,), as the best of the right ones."""
+    ranks = np.empty(len(queries), dtype=np.int64)
+    height = max(BLOCK // len(candidates), 1)
+    for start in range(0, len(queries), height):
+        rows = np.arange(start, min(start + height, len(queries)))
+        similarity = queries[rows] @ candidates.T  # (rows, N)
+        if equal is None:
+            best = similarity[rows - start, rows]
+            similarity[rows - start, rows] = -np.inf
+        else:
+            right = equal[rows, None] == equal
+            best = np.max(similarity, axis=1, where=right, initial=-np.inf)
+            similarity[right] = -np.inf
+        ranks[rows] = 1 + np.count_nonzero(similarity >= best[:, None] - TIE, axis=1)
     return ranks
-
-
-def _both_ranks(images: Any, texts: Any, pool: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    images, texts = _normalised(images, "image_embeddings"), _normalised(texts, "text_embeddings")
-    if images.shape != texts.shape:
-        raise ValueError(f"image_embeddings are {images.shape} and text_embeddings {texts.shape}; they must be pairs of one width.")
-    if pool is not None:
-        if not 1 <= pool <= len(images):
-            raise ValueError(f"pool={pool} with {len(images)} pairs; choose a pool between 1 and {len(images)}.")
-        images, texts = images[:pool], texts[:pool]
-    return partner_ranks(images, texts), partner_ranks(texts, images)
 
 
 def _normalised(embeddings: Any, name: str) -> NDArray[np.float64]:
@@ -92,8 +137,9 @@ def _normalised(embeddings: Any, name: str) -> NDArray[np.float64]:
 
 
 def _summary(ranks: NDArray[np.int64], ks: Sequence[int]) -> dict[str, float]:
-    recalls = {f"r{k}": float(np.mean(ranks <= k)) for k in ks}
-    return recalls | {"median_rank": float(np.median(ranks)), "mrr": float(np.mean(1 / ranks))}
+    means = {name: float(np.mean(values)) for name, values in rank_values(ranks, ks).items()}
+    recalls = {name: value for name, value in means.items() if name != "mrr"}
+    return recalls | {"median_rank": float(np.median(ranks)), "mrr": means["mrr"]}
 
 
 def _check_ks(ks: Sequence[int]) -> None:

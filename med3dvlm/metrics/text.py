@@ -1,133 +1,202 @@
 """Scores of generated text against reference text.
 
-Predictions and references are equally long lists of strings, one reference a prediction; every score lies in 0..1.
-Nothing is fetched from a hub: `evaluate.load("bleu")` downloads code, so BLEU is computed here as that code does it
-(13a tokenisation, no smoothing), ROUGE comes from rouge-score and METEOR from nltk. METEOR needs WordNet on the
-machine; `meteor_available` says what is missing.
+Predictions and references are equally long lists of N strings, one reference a prediction; every score lies in 0..1 and
+grows with agreement. `text_values` gives one figure a pair, for intervals and galleries, `text_scores` their means.
+Each equals the module of the same name of `evaluate`, which would be fetched from a hub; `metrics.modules` has them as
+`evaluate.Metric`. Where those modules divide by zero, at a lone empty text, the score here is 0.
 """
 
 import math
-import os
 import re
 import string
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from io import StringIO
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-WORDNET_DIRECTORIES = ("/usr/share/wordnet",)  # where Debian's wordnet-base puts the WordNet 3.0 files
-WORDNET_MISSING = (
-    "METEOR needs WordNet, which is neither in nltk's data nor in /usr/share/wordnet nor in $WNSEARCHDIR: "
-    "run `python -m nltk.downloader wordnet` or `apt-get install wordnet-base`."
-)
+import numpy as np
+from numpy.typing import NDArray
+
+from med3dvlm.metrics.meteor import meteor_available, meteor_values, punkt_model
+
+if TYPE_CHECKING:
+    from med3dvlm.metrics.bertscore import BertScorer
+
+__all__ = [
+    "bleu",
+    "bleu_counts",
+    "bleu_of_counts",
+    "bleu_values",
+    "collapse",
+    "corpus_bleu",
+    "exact_match",
+    "exact_match_values",
+    "meteor",
+    "meteor_available",
+    "rouge",
+    "rouge_values",
+    "text_scores",
+    "text_values",
+    "token_f1",
+    "token_f1_values",
+    "tokenize_13a",
+]
+ORDERS = (1, 2, 3, 4)
 
 
-def text_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    """Every score of this module by name, over all pairs.
+def text_values(
+    predictions: Sequence[str], references: Sequence[str], bert_scorer: "BertScorer | None" = None
+) -> dict[str, NDArray[np.float64]]:
+    """Each score of each pair, (N,) by name: bleu1..4, rouge1, rouge2, rougeL, meteor, exact_match, token_f1.
 
-    `bleu1` and `rouge1` are the "BLEU" and "ROUGE" of the Med3DVLM and M3D papers; `corpus_bleu1`..`4` pool the
-    n-grams of all pairs, as machine translation does. A score that cannot be computed here has no entry and its reason
-    stands in `unavailable`.
+    `meteor` is missing where `meteor_available` says why; with a `bert_scorer` (see `metrics.bertscore`) there are
+    bertscore_precision, bertscore_recall and bertscore_f1 too.
 
     Raises:
-        ValueError: if there are no pairs or the lists differ in length.
+        ValueError: if there are no pairs, the lists differ in length, or an entry is no text.
     """
     _check_pairs(predictions, references)
-    scores: dict[str, Any] = {"bleu1": bleu(predictions, references), **corpus_bleu(predictions, references)}
-    scores |= rouge(predictions, references)
-    unavailable: dict[str, str] = {}
+    values = bleu_values(predictions, references) | rouge_values(predictions, references)
+    if meteor_available() is None:
+        values["meteor"] = meteor_values(predictions, references)
+    values["exact_match"] = exact_match_values(predictions, references)
+    values["token_f1"] = token_f1_values(predictions, references)
+    return values if bert_scorer is None else values | bert_scorer.values(predictions, references)
+
+
+def text_scores(predictions: Sequence[str], references: Sequence[str], bert_scorer: "BertScorer | None" = None) -> dict[str, Any]:
+    """The mean of each of `text_values` by name, and what pools the pairs or says how a figure came about.
+
+    `bleu1` and `rouge1` are the "BLEU" and "ROUGE" of the Med3DVLM and M3D papers; `corpus_bleu1`..`4` pool the
+    n-grams of all pairs, as machine translation does. `bertscore_model` names the model of the BERTScore: figures of
+    two models must not be compared. `punkt_model` is "trained" where METEOR equals the published module. A score that
+    cannot be computed here has no entry and its reason stands in `unavailable`.
+
+    Raises:
+        ValueError: as `text_values`.
+    """
+    scores: dict[str, Any] = {name: _mean(values) for name, values in text_values(predictions, references, bert_scorer).items()}
+    scores |= corpus_bleu(predictions, references)
+    if bert_scorer is not None:
+        scores["bertscore_model"] = bert_scorer.name
     reason = meteor_available()
     if reason is None:
-        scores["meteor"] = meteor(predictions, references)
-    else:
-        unavailable["meteor"] = reason
-    scores["exact_match"] = exact_match(predictions, references)
-    scores["token_f1"] = token_f1(predictions, references)
-    return scores | {"samples": len(predictions), "unavailable": unavailable}
+        scores["punkt_model"] = punkt_model()
+    return scores | {"samples": len(predictions), "unavailable": {} if reason is None else {"meteor": reason}}
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str], order: int = 1) -> float:
     """BLEU of n-grams up to `order`, computed for each pair and averaged; the papers' tables print `order=1`."""
-    _check_pairs(predictions, references)
-    return _mean(_bleu([prediction], [reference], order) for prediction, reference in zip(predictions, references, strict=True))
+    return _mean(bleu_values(predictions, references)[f"bleu{order}"])
+
+
+def bleu_values(predictions: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """`bleu1` .. `bleu4`, (N,) each: of each pair alone, without smoothing, so that a short one has often no BLEU-4."""
+    values = bleu_of_counts(bleu_counts(predictions, references))
+    return {f"bleu{order}": values[:, order - 1] for order in ORDERS}
 
 
 def corpus_bleu(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """`corpus_bleu1` .. `corpus_bleu4`: n-gram matches and lengths summed over all pairs (Papineni et al. 2002)."""
+    values = bleu_of_counts(bleu_counts(predictions, references).sum(axis=0))
+    return {f"corpus_bleu{order}": float(values[order - 1]) for order in ORDERS}
+
+
+def bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
+    """(N, 10), what BLEU is made of: matching n-grams and all n-grams of the prediction for n = 1..4, then both lengths.
+
+    The sum over pairs is the count of the corpus; any weighted sum is that of a resample.
+    """
     _check_pairs(predictions, references)
-    return {f"corpus_bleu{order}": _bleu(predictions, references, order) for order in (1, 2, 3, 4)}
+    rows = []
+    for prediction, reference in zip(predictions, references, strict=True):
+        ours, theirs = tokenize_13a(prediction), tokenize_13a(reference)
+        matches = [(Counter(_ngrams(ours, n)) & Counter(_ngrams(theirs, n))).total() for n in ORDERS]
+        rows.append([*matches, *(max(len(ours) - n + 1, 0) for n in ORDERS), len(ours), len(theirs)])
+    return np.array(rows, dtype=np.float64)
+
+
+def bleu_of_counts(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(..., 4), BLEU-1 to BLEU-4 of (..., 10) `bleu_counts`: 0 where an n-gram order has no match."""
+    matches, totals, written, expected = counts[..., :4], counts[..., 4:8], counts[..., 8:9], counts[..., 9:]
+    with np.errstate(divide="ignore"):
+        logarithms = np.log(matches / np.maximum(totals, 1))  # minus infinity where nothing matches
+    geometric_means = np.exp(np.cumsum(logarithms, axis=-1) / np.arange(1, 5))
+    brevity = np.exp(np.minimum(0, 1 - expected / np.maximum(written, 1)))  # nothing written: nothing matches either
+    result: NDArray[np.float64] = geometric_means * brevity
+    return result
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """F-measures of `rouge1`, `rouge2` and `rougeL` by rouge-score without stemming, averaged over the pairs."""
-    from rouge_score.rouge_scorer import RougeScorer
+    """F-measures of `rouge1`, `rouge2` and `rougeL`, averaged over the pairs."""
+    return {name: _mean(values) for name, values in rouge_values(predictions, references).items()}
+
+
+def rouge_values(predictions: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """`rouge1`, `rouge2` and `rougeL`, (N,) each: F-measures on rouge-score's lower-case ASCII words, without stemming.
+
+    rouge-score fills a table of words times words in Python for ROUGE-L, seconds for two long reports; the same length
+    comes here from a row of bits (Hyyrö 2004).
+    """
+    from rouge_score.tokenize import tokenize
 
     _check_pairs(predictions, references)
-    names = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(names, use_stemmer=False)
-    scores = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references, strict=True)]
-    return {name: _mean(score[name].fmeasure for score in scores) for name in names}
-
-
-def meteor_available() -> str | None:
-    """None where METEOR can be computed, else one sentence that says what to install."""
-    return None if _find_wordnet() is not None else WORDNET_MISSING
+    rows = []
+    for prediction, reference in zip(predictions, references, strict=True):
+        ours, theirs = tokenize(prediction, None), tokenize(reference, None)
+        shared = [(Counter(_ngrams(ours, n)) & Counter(_ngrams(theirs, n))).total() for n in (1, 2)]
+        common = _longest_common_subsequence(ours, theirs)
+        rows.append([_f1(shared[0], ours, theirs), _f1(shared[1], ours[1:], theirs[1:]), _f1(common, ours, theirs)])
+    return dict(zip(("rouge1", "rouge2", "rougeL"), np.array(rows).T, strict=True))
 
 
 def meteor(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """METEOR (nltk; alpha 0.9, beta 3, gamma 0.5, as `evaluate` uses it), averaged over the pairs.
-
-    Words are split by nltk's word tokenizer after an untrained Punkt sentence splitter; the trained one that
-    `evaluate` uses is a download and differs only at abbreviations.
+    """METEOR (see `metrics.meteor`), averaged over the pairs.
 
     Raises:
         RuntimeError: if WordNet is not on this machine.
     """
-    from nltk.tokenize import NLTKWordTokenizer
-    from nltk.tokenize.punkt import PunktSentenceTokenizer
-    from nltk.translate.meteor_score import single_meteor_score
-
     _check_pairs(predictions, references)
-    find = _find_wordnet()
-    if find is None:
-        raise RuntimeError(WORDNET_MISSING)
-    wordnet = find()
-    sentences, words = PunktSentenceTokenizer(), NLTKWordTokenizer()
-
-    def tokens(text: str) -> list[str]:
-        return [word for sentence in sentences.tokenize(text) for word in words.tokenize(sentence)]
-
-    return _mean(
-        single_meteor_score(tokens(reference), tokens(prediction), wordnet=wordnet)
-        for prediction, reference in zip(predictions, references, strict=True)
-    )
+    return _mean(meteor_values(predictions, references))
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Share of predictions equal to their reference once case, punctuation and white space are set aside."""
+    return _mean(exact_match_values(predictions, references))
+
+
+def exact_match_values(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
+    """(N,) of 0 and 1, see `exact_match`."""
     _check_pairs(predictions, references)
-    return _mean(_words(prediction) == _words(reference) for prediction, reference in zip(predictions, references, strict=True))
+    return np.array([float(_words(p) == _words(r)) for p, r in zip(predictions, references, strict=True)])
 
 
 def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     """F1 of the words shared by prediction and reference, in any order, articles kept, averaged over the pairs."""
+    return _mean(token_f1_values(predictions, references))
+
+
+def token_f1_values(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
+    """(N,), see `token_f1`; of two texts without words 1, of one 0."""
     _check_pairs(predictions, references)
-    return _mean(_token_f1(_words(p), _words(r)) for p, r in zip(predictions, references, strict=True))
+    return np.array([_token_f1(_words(p), _words(r)) for p, r in zip(predictions, references, strict=True)])
 
 
 def collapse(predictions: Sequence[str]) -> dict[str, float]:
     """How far a model writes the same for every scan: `distinct`, the share of different texts, `commonest`, the share
-    of the most frequent.
+    of the most frequent, and `similarity`, the mean over all pairs of predictions of the share of words that they have in common.
 
-    Texts that differ only in case, punctuation or white space count as the same.
+    Texts that differ only in case, punctuation or white space count as the same. The share of common words is Dice's,
+    2 |A and B| / (|A| + |B|) of the sets of words; of a single prediction it is 1.
     """
     if not predictions:
         raise ValueError("collapse needs at least one prediction, got none.")
-    counts = Counter(tuple(_words(prediction)) for prediction in predictions)
-    return {"distinct": len(counts) / len(predictions), "commonest": max(counts.values()) / len(predictions)}
+    texts = [tuple(_words(prediction)) for prediction in predictions]
+    counts = Counter(texts)
+    return {
+        "distinct": len(counts) / len(predictions),
+        "commonest": max(counts.values()) / len(predictions),
+        "similarity": _mean_dice(counts),
+    }
 
 
 def tokenize_13a(text: str) -> list[str]:
@@ -142,24 +211,25 @@ def tokenize_13a(text: str) -> list[str]:
     return text.split()
 
 
-def _bleu(predictions: Sequence[str], references: Sequence[str], order: int) -> float:
-    matches, totals = [0] * order, [0] * order
-    written = expected = 0
-    for prediction, reference in zip(predictions, references, strict=True):
-        ours, theirs = tokenize_13a(prediction), tokenize_13a(reference)
-        written, expected = written + len(ours), expected + len(theirs)
-        for n in range(1, order + 1):
-            grams = Counter(_ngrams(ours, n))
-            matches[n - 1] += (grams & Counter(_ngrams(theirs, n))).total()
-            totals[n - 1] += grams.total()
-    if min(matches) == 0:
-        return 0.0
-    brevity = min(1.0, math.exp(1 - expected / written))
-    return brevity * math.exp(sum(math.log(match / total) for match, total in zip(matches, totals, strict=True)) / order)
-
-
 def _ngrams(tokens: list[str], n: int) -> Iterator[tuple[str, ...]]:
     return zip(*(tokens[start:] for start in range(n)), strict=False)
+
+
+def _f1(shared: int, ours: list[str], theirs: list[str]) -> float:
+    return 2 * shared / (len(ours) + len(theirs)) if shared else 0.0
+
+
+def _longest_common_subsequence(first: list[str], second: list[str]) -> int:
+    """Its length. Bit i of `row` is 0 where the subsequence grows at word i of `first`."""
+    places: dict[str, int] = {}
+    for index, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << index
+    everything = (1 << len(first)) - 1
+    row = everything
+    for word in second:
+        found = row & places.get(word, 0)
+        row = (row + found | row - found) & everything
+    return len(first) - row.bit_count()
 
 
 def _words(text: str) -> list[str]:
@@ -171,68 +241,42 @@ def _words(text: str) -> list[str]:
 def _token_f1(ours: list[str], theirs: list[str]) -> float:
     if not ours or not theirs:
         return float(ours == theirs)
-    shared = (Counter(ours) & Counter(theirs)).total()
-    return 2 * shared / (len(ours) + len(theirs))
+    return _f1((Counter(ours) & Counter(theirs)).total(), ours, theirs)
 
 
-def _find_wordnet() -> Callable[[], Any] | None:
-    """The function that opens this machine's WordNet, or None. Finding is quick, opening takes two seconds."""
-    import nltk
+def _mean_dice(counts: Counter[tuple[str, ...]]) -> float:
+    from scipy.sparse import csr_array
 
-    for name in ("corpora/wordnet", "corpora/wordnet.zip"):
-        try:
-            nltk.data.find(name)
-        except LookupError:
-            continue
-        return _nltk_wordnet
-    directories = [*filter(None, [os.environ.get("WNSEARCHDIR")]), *WORDNET_DIRECTORIES]
-    for directory in directories:
-        if (Path(directory) / "data.noun").is_file():
-            return lambda: _wordnet_in(directory)
-    return None
-
-
-def _nltk_wordnet() -> Any:
-    from nltk.corpus import wordnet
-
-    return wordnet
-
-
-@lru_cache(maxsize=1)
-def _wordnet_in(directory: str) -> Any:
-    """nltk's WordNet reader over the plain WordNet files in `directory`."""
-    import nltk
-    from nltk.corpus.reader import WordNetCorpusReader
-
-    if directory not in nltk.data.path:  # nltk reads only below the folders registered there
-        nltk.data.path.append(directory)
-
-    class PlainWordNet(WordNetCorpusReader):  # type: ignore[misc]
-        def open(self, file: str) -> Any:
-            # Debian leaves this file out. Its 45 category names are looked up when a synset is read but never used by
-            # METEOR.
-            if file == "lexnames" and not (Path(directory) / file).is_file():
-                return StringIO("".join(f"{number:02d}\tcategory{number}\t0\n" for number in range(45)))
-            return super().open(file)
-
-        def map_wn(self, version: str = "wordnet") -> None:
-            """No map to nltk's own copy of WordNet: it serves other languages and wants that copy's data."""
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The multilingual functions")  # English only
-        return PlainWordNet(directory, None)
+    times = np.array(list(counts.values()), dtype=np.float64)  # (T,) of T different texts
+    total = times.sum()
+    if total == 1:
+        return 1.0
+    vocabulary: dict[str, int] = {}
+    columns = [[vocabulary.setdefault(word, len(vocabulary)) for word in sorted(set(text))] for text in counts]
+    sizes = np.array([len(row) for row in columns])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    holds = csr_array((np.ones(starts[-1]), np.concatenate([*columns, []]).astype(int), starts), shape=(len(counts), len(vocabulary)))
+    likeness = 0.0
+    for row in range(len(counts)):  # a row at a time: all pairs of 50,000 reports would not fit
+        shared = (holds @ holds[[row]].toarray()[0]) if vocabulary else np.zeros(len(counts))
+        union = np.maximum(sizes + sizes[row], 1)
+        dice = np.where(sizes + sizes[row] == 0, 1.0, 2 * shared / union)
+        likeness += times[row] * float(dice @ times)
+    return float((likeness - total) / (total * (total - 1)))  # without the pairs of a prediction and itself
 
 
 def _check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
     for name, texts in (("predictions", predictions), ("references", references)):
         if isinstance(texts, str):
             raise ValueError(f"The {name} must be a list of strings, got one string; put it in a list.")
+        if wrong := [index for index, text in enumerate(texts) if not isinstance(text, str)]:
+            kind = type(texts[wrong[0]]).__name__
+            raise ValueError(f"{len(wrong)} of the {name} are no text, the first is number {wrong[0]}, of type {kind}; pass strings.")
     if len(predictions) != len(references) or not predictions:
         raise ValueError(
             f"Got {len(predictions)} predictions and {len(references)} references; pass equally many, at least one, in the same order."
         )
 
 
-def _mean(values: Iterator[Any]) -> float:
-    collected = [float(value) for value in values]
-    return math.fsum(collected) / len(collected)
+def _mean(values: Any) -> float:
+    return math.fsum(values) / len(values)

@@ -1,10 +1,23 @@
 """Precision, recall, F1, accuracy and AUROC against loops over studies and pairs."""
 
+import math
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from med3dvlm.metrics.classification import accuracy, auroc, precision_recall_f1
+from med3dvlm.metrics.classification import (
+    accuracy,
+    auprc,
+    auroc,
+    choose_thresholds,
+    crg,
+    ct_clip_scores,
+    dcformer_scores,
+    detection_scores,
+    precision_recall_f1,
+    vlm3d_scores,
+)
 
 
 @pytest.fixture
@@ -74,6 +87,114 @@ def test_auroc_is_the_chance_of_the_right_order() -> None:
     assert result["macro"] == pytest.approx(sum(expected) / 2)
 
 
+@pytest.fixture
+def believed() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """53 studies, 6 findings, probabilities of one decimal, so that many tie; the last finding is rare."""
+    generator = np.random.default_rng(3)
+    labels = (generator.random((53, 6)) < (0.5, 0.4, 0.3, 0.2, 0.1, 0.04)).astype(int)
+    labels[0, 5] = 1
+    return labels, np.round(np.clip(0.3 * labels + 0.7 * generator.random((53, 6)), 0, 1), 1)
+
+
+def test_areas_equal_scikit_learn(believed: tuple[NDArray[np.int64], NDArray[np.float64]]) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    labels, scores = believed
+    assert list(auroc(labels, scores)["per_class"].values()) == pytest.approx(
+        metrics.roc_auc_score(labels, scores, average=None), abs=1e-12
+    )
+    expected = metrics.average_precision_score(labels, scores, average=None)
+    assert list(auprc(labels, scores)["per_class"].values()) == pytest.approx(expected, abs=1e-12)
+    assert auprc(labels, scores)["macro"] == pytest.approx(expected.mean())
+
+
+def test_auprc_by_hand() -> None:
+    # From the top: hit (precision 1), miss, hit (2/3); each hit brings half of the recall. A tie of hit and miss: 1/2 for it.
+    assert auprc([[1], [0], [1], [0]], [[4], [3], [2], [1]])["macro"] == pytest.approx((1 + 2 / 3) / 2)
+    assert auprc([[1], [0]], [[1], [1]])["macro"] == pytest.approx(1 / 2)
+    assert auprc([[0, 1], [0, 1]], [[1, 1], [2, 2]])["per_class"] == {"0": None, "1": 1}
+
+
+@pytest.mark.parametrize("rule", ["youden", "nearest", "f1"])
+def test_thresholds_are_the_best_of_all(rule: str, believed: tuple[NDArray[np.int64], NDArray[np.float64]]) -> None:
+    labels, scores = believed
+    for positive, score, threshold in zip(labels.T, scores.T, choose_thresholds(labels, scores, rule), strict=True):
+        merits = {}
+        for cut in sorted(set(score.tolist())):
+            hits = sum(p and s >= cut for p, s in zip(positive, score, strict=True))
+            alarms = sum(not p and s >= cut for p, s in zip(positive, score, strict=True))
+            recall, fallout = hits / positive.sum(), alarms / (1 - positive).sum()
+            merits[cut] = {
+                "youden": recall - fallout,
+                "nearest": -math.sqrt((1 - recall) ** 2 + fallout**2),
+                "f1": 2 * hits / (hits + alarms + positive.sum()),
+            }[rule]
+        assert threshold == max(cut for cut, merit in merits.items() if merit > max(merits.values()) - 1e-12)
+
+
+def test_a_finding_without_both_kinds_has_no_threshold() -> None:
+    thresholds = choose_thresholds([[1, 0, 1], [0, 0, 1]], [[0.7, 0.1, 0.2], [0.2, 0.9, 0.3]])
+    assert thresholds[0] == 0.7 and np.isnan(thresholds[1:]).all()
+    scores = detection_scores([[1, 1, 0], [0, 0, 1]], [[0.9, 0.1, 0.2], [0.2, 0.9, 0.3]], thresholds, names="abc")
+    assert scores["undecided"] == ["b", "c"]
+    assert scores["per_class"]["a"]["f1"] == 1 and scores["macro"]["f1"] == 1 and scores["macro"]["accuracy"] == 1
+    assert scores["per_class"]["b"]["f1"] is None and scores["per_class"]["b"]["threshold"] is None
+    assert scores["per_class"]["b"]["auroc"] == 0 and scores["macro"]["auroc"] == pytest.approx(2 / 3)  # needs no threshold
+    assert scores["published"]["ct_clip"]["findings"] == 1
+
+
+def test_published_definitions_equal_scikit_learn(believed: tuple[NDArray[np.int64], NDArray[np.float64]]) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    labels, scores = believed
+    rounded = np.rint(scores).astype(int)  # 0.5 becomes 0
+    result = detection_scores(labels, scores, choose_thresholds(labels, scores, "nearest"))
+    assert (
+        result["published"]["dcformer"]
+        == dcformer_scores(labels, scores)
+        == pytest.approx(
+            {
+                "accuracy": metrics.accuracy_score(labels.ravel(), rounded.ravel()),
+                "f1": metrics.f1_score(labels, rounded, average="weighted", zero_division=0),
+                "precision": metrics.precision_score(labels, rounded, average="micro"),
+                "recall": metrics.recall_score(labels, rounded, average="micro"),
+            }
+        )
+    )
+    stated = (scores >= choose_thresholds(labels, scores, "nearest")).astype(int)
+    columns = list(zip(labels.T, stated.T, scores.T, strict=True))
+    assert result["published"]["ct_clip"] == pytest.approx(
+        {
+            "auroc": np.mean([metrics.roc_auc_score(label, score) for label, _, score in columns]),
+            "accuracy": np.mean([metrics.accuracy_score(label, said) for label, said, _ in columns]),
+            "f1": np.mean([metrics.f1_score(label, said, average="weighted") for label, said, _ in columns]),
+            "precision": np.mean([metrics.precision_score(label, said) for label, said, _ in columns]),
+            "findings": 6,
+        }
+    )
+    vlm3d = result["published"]["vlm3d"]
+    assert vlm3d["f1"] == pytest.approx(metrics.f1_score(labels, stated, average="macro"))
+    assert vlm3d["recall"] == pytest.approx(metrics.recall_score(labels, stated, average="macro"))
+    assert vlm3d["auroc"] == pytest.approx(metrics.roc_auc_score(labels, scores, average="macro"))
+    assert result["macro"]["auprc"] == pytest.approx(metrics.average_precision_score(labels, scores, average="macro"))
+    assert len({round(result["published"][name]["f1"], 6) for name in ("dcformer", "ct_clip", "vlm3d")}) == 3  # hence the names
+
+
+def test_vlm3d_counts_what_is_nowhere_as_zero() -> None:
+    labels, stated = np.array([[1, 0], [0, 0]]), np.array([[1, 0], [0, 0]])
+    assert vlm3d_scores(labels, stated)["f1"] == 0.5
+    assert precision_recall_f1(labels, stated)["macro"]["f1"] == 1
+
+
+def test_crg_by_hand() -> None:
+    """4 studies of 2 findings: X 8, A 2, so r = 6/4 = 1.5 and U = 3."""
+    labels = np.array([[1, 0], [0, 1], [0, 0], [0, 0]])
+    assert crg(labels, labels) == pytest.approx(3 / (6 - 3))  # s = 1.5 * 2
+    assert crg(labels, np.zeros((4, 2))) == pytest.approx(3 / (6 + 3))  # s = - 1.5 * 2
+    assert crg(labels, np.ones((4, 2))) == pytest.approx(3 / (6 + 3))  # s = 1.5 * 2 - 6
+    assert crg(labels, np.array([[1, 1], [0, 0], [0, 0], [0, 0]])) == pytest.approx(3 / (6 + 1))  # s = 1.5 - 1.5 - 1
+    assert crg(np.zeros((3, 2)), np.ones((3, 2))) is None
+    assert crg(np.ones((3, 2)), np.ones((3, 2))) == 0  # 0/0, by the challenge's definition
+
+
 def test_wrong_input() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3\) and predictions \(3, 3\)"):
         precision_recall_f1(np.zeros((2, 3)), np.zeros((3, 3)))
@@ -83,3 +204,12 @@ def test_wrong_input() -> None:
         precision_recall_f1([[1, 0]], [[1, 0]], names=["one"])
     with pytest.raises(ValueError, match="NaN"):
         auroc([[1, 0]], [[np.nan, 0]])
+    with pytest.raises(ValueError, match="known are youden, nearest, f1"):
+        choose_thresholds([[1], [0]], [[1], [0]], "best")
+    with pytest.raises(ValueError, match="for 2 findings"):
+        detection_scores([[1, 0], [0, 1]], [[1, 0], [0, 1]], [0.5, 0.5, 0.5])
+    with pytest.raises(ValueError, match="No finding has a threshold"):
+        ct_clip_scores([[1], [0]], [[1], [0]], [np.nan])
+    with pytest.raises(ValueError, match="0..1, got -2 to 3"):
+        dcformer_scores([[1], [0]], [[3], [-2]])
+    assert detection_scores([[1], [0]], [[3], [-2]], 0.0)["published"]["dcformer"] is None

@@ -8,7 +8,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from med3dvlm.metrics.retrieval import partner_ranks, recall_curve, retrieval_scores
+from med3dvlm.metrics import retrieval
+from med3dvlm.metrics.retrieval import partner_ranks, rank_values, recall_curve, retrieval_ranks, retrieval_scores
 
 
 def looped_ranks(queries: NDArray[np.float64], candidates: NDArray[np.float64]) -> list[int]:
@@ -61,6 +62,54 @@ def test_ties_count_against_us() -> None:
     assert partner_ranks(np.zeros((4, 2)), np.eye(4, 2)).tolist() == [4] * 4  # an all-zero embedding finds nothing
 
 
+def test_blocks_change_nothing(pairs: tuple[NDArray[np.float64], NDArray[np.float64]], monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [index // 2 for index in range(37)]
+    whole = retrieval_scores(*pairs, groups=groups)
+    for cells in (1, 37 * 5, 37 * 36):  # one row, five rows, all but one at a time
+        monkeypatch.setattr(retrieval, "BLOCK", cells)
+        assert retrieval_scores(*pairs, groups=groups) == whole
+
+
+def test_any_of_equal_equals_plain_loops(pairs: tuple[NDArray[np.float64], NDArray[np.float64]]) -> None:
+    images, texts = pairs
+    groups = ["same" if index in (3, 4, 30) else "pair" if index in (7, 9) else f"study {index}" for index in range(37)]
+    for name, queries, candidates in (("image_to_text", images, texts), ("text_to_image", texts, images)):
+        expected = []
+        for i, query in enumerate(queries):
+            likeness = [float(query @ other / np.linalg.norm(other)) for other in candidates]
+            best = max(likeness[j] for j in range(37) if groups[j] == groups[i])
+            expected.append(1 + sum(likeness[j] >= best - 1e-9 for j in range(37) if groups[j] != groups[i]))
+        assert retrieval_ranks(images, texts, groups=groups)[name].tolist() == expected
+    scores = retrieval_scores(images, texts, groups=groups)
+    assert scores["any_of_equal"]["duplicated"] == 5
+    for direction in ("image_to_text", "text_to_image"):
+        assert scores[direction] == retrieval_scores(images, texts)[direction]  # the single-answer figure stands beside it
+        assert scores["any_of_equal"][direction]["mrr"] >= scores[direction]["mrr"]
+    # The three texts are one: as single answers they tie and come third at best, as equal ones they are one answer.
+    assert retrieval_ranks(images, texts)["image_to_text"][[3, 4, 30]].min() >= 3
+
+
+def test_equal_studies_outside_the_pool_do_not_help(pairs: tuple[NDArray[np.float64], NDArray[np.float64]]) -> None:
+    groups = np.arange(37) % 11
+    scores = retrieval_scores(*pairs, pool=11, groups=groups)
+    assert scores["any_of_equal"]["duplicated"] == 0
+    assert scores["any_of_equal"]["image_to_text"] == scores["image_to_text"]
+
+
+def test_one_group_is_always_found() -> None:
+    same = np.full((5, 3), 0.1)
+    assert retrieval_scores(same, same, groups=[0] * 5)["any_of_equal"]["image_to_text"]["r1"] == 1
+    assert retrieval_scores(same, same, groups=range(5))["any_of_equal"]["image_to_text"]["r1"] == 0
+
+
+def test_values_of_the_queries_average_to_the_scores(pairs: tuple[NDArray[np.float64], NDArray[np.float64]]) -> None:
+    ranks, scores = retrieval_ranks(*pairs), retrieval_scores(*pairs, ks=(1, 5, 50))
+    for direction, values in ranks.items():
+        means = {name: float(array.mean()) for name, array in rank_values(values, ks=(1, 5, 50)).items()}
+        assert means == {name: value for name, value in scores[direction].items() if name != "median_rank"}
+        assert means["r50"] == 1
+
+
 def test_torch_in_any_precision_equals_numpy() -> None:
     images = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     texts = images.flip(1).requires_grad_()
@@ -86,6 +135,8 @@ def test_wrong_input() -> None:
         retrieval_scores(np.eye(3), np.eye(3), pool=5)
     with pytest.raises(ValueError, match="the first is row 1"):
         retrieval_scores(np.array([[1.0, 0], [np.nan, 1]]), np.eye(2))
+    with pytest.raises(ValueError, match="3 pairs but 2 groups"):
+        retrieval_scores(np.eye(3), np.eye(3), groups=[1, 2])
     with pytest.raises(ValueError, match=r"shape \(N, d\)"):
         retrieval_scores(np.ones(3), np.ones(3))
     with pytest.raises(ValueError, match="1 or more"):

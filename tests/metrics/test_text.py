@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from med3dvlm.metrics import text
+from med3dvlm.metrics import meteor, text
 
 REPORTS = [
     "There is a 22 mm nodule in the right upper lobe.",
@@ -71,6 +71,71 @@ def test_bleu_equals_sacrebleu() -> None:
     assert text.corpus_bleu(predictions, references)["corpus_bleu4"] == pytest.approx(expected, abs=1e-12)
 
 
+def test_bleu_of_each_pair_equals_nltk() -> None:
+    from nltk.translate.bleu_score import sentence_bleu
+
+    predictions, references = shuffled_pairs()
+    values = text.bleu_values(predictions, references)
+    for order in (1, 2, 3, 4):
+        for value, prediction, reference in zip(values[f"bleu{order}"], predictions, references, strict=True):
+            words = text.tokenize_13a(prediction), text.tokenize_13a(reference)
+            expected = sentence_bleu([words[1]], words[0], (1 / order,) * order)
+            assert value == pytest.approx(expected if expected > 1e-9 else 0, abs=1e-12)  # nltk puts 1e-308 for no match
+    assert values["bleu1"].mean() == pytest.approx(text.bleu(predictions, references))
+
+
+def test_bleu_of_empty_texts() -> None:
+    """The published code divides by a length of 0 where all predictions, or all references, are empty; elsewhere it counts them."""
+    for pair in (("", "a b"), ("a b", ""), ("", ""), (" \n", "a")):
+        assert all(text.bleu_values([pair[0]], [pair[1]])[f"bleu{order}"] == 0 for order in (1, 2, 3, 4))
+    # "a b" / "a b" and nothing / "c d e": both words written match, 2 written where 5 are expected.
+    assert text.corpus_bleu(["a b", ""], ["a b", "c d e"])["corpus_bleu2"] == pytest.approx(math.exp(1 - 5 / 2))
+    assert text.corpus_bleu(["a b", "c d e"], ["a b", ""])["corpus_bleu1"] == pytest.approx(2 / 5)  # longer than expected: no penalty
+    # Three words have no 4-gram, so even a perfect copy has no BLEU-4 ...
+    assert text.bleu_values(["a b c"], ["a b c"])["bleu4"] == 0 and text.bleu_values(["a b c"], ["a b c"])["bleu3"] == 1
+    # ... but does not take that of a corpus away.
+    assert text.corpus_bleu(["a b c", "d e f g"], ["a b c", "d e f g"])["corpus_bleu4"] == 1
+
+
+def test_counts_add_up_to_the_corpus() -> None:
+    predictions, references = shuffled_pairs()
+    counts = text.bleu_counts(predictions, references)
+    twice = text.bleu_of_counts(counts[:3].sum(axis=0) + counts[0])
+    expected = text.corpus_bleu(predictions[:3] + predictions[:1], references[:3] + references[:1])
+    assert twice.tolist() == pytest.approx(list(expected.values()))
+
+
+ODD_TEXTS = ["", " ", "...", "a", "A a, a!", "Ödem und Erguß", "結節 5 mm", "nodule\n\nnodule - 5.5mm", "l'aorte e\u0301largie", "\u200b"]
+
+
+def test_rouge_equals_rouge_score() -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    predictions, references = shuffled_pairs()
+    predictions += [prediction for prediction in ODD_TEXTS for _ in ODD_TEXTS]
+    references += ODD_TEXTS * len(ODD_TEXTS)
+    generator = random.Random(1)
+    predictions.append(" ".join(generator.choices("abcdefg", k=300)))
+    references.append(" ".join(generator.choices("abcdefg", k=200)))
+    scorer = RougeScorer(("rouge1", "rouge2", "rougeL"))
+    values = text.rouge_values(predictions, references)
+    for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+        expected = scorer.score(reference, prediction)
+        assert {name: array[index] for name, array in values.items()} == pytest.approx(
+            {name: score.fmeasure for name, score in expected.items()}, abs=1e-12
+        )
+
+
+def test_values_are_finite_and_their_means_are_the_scores() -> None:
+    predictions = [prediction for prediction in ODD_TEXTS for _ in ODD_TEXTS] + ["nodule " * 4000, "a"]
+    references = ODD_TEXTS * len(ODD_TEXTS) + ["a nodule of 4 mm. " * 1000, "word " * 4000]
+    values, scores = text.text_values(predictions, references), text.text_scores(predictions, references)
+    for name, array in values.items():
+        assert array.shape == (len(predictions),) and array.min() >= 0 and array.max() <= 1, name
+        assert scores[name] == pytest.approx(array.mean())
+    assert values["token_f1"][0] == 1 and values["rouge1"][0] == 0  # two empty texts: token F1 calls them equal, ROUGE does not
+
+
 def test_rouge_by_hand() -> None:
     # Prediction: a nodule is in the lung (6 words); reference: the lung has a nodule (5 words).
     scores = text.rouge(["A nodule is in the lung."], ["The lung has a nodule"])
@@ -87,13 +152,18 @@ def test_exact_match_and_token_f1_set_case_and_punctuation_aside() -> None:
 
 
 def test_collapse() -> None:
-    assert text.collapse(["Same.", "same", "Same!", "other"]) == {"distinct": 0.5, "commonest": 0.75}
+    # Of the 6 pairs the 3 among the equal ones share all words, the others none.
+    assert text.collapse(["Same.", "same", "Same!", "other"]) == {"distinct": 0.5, "commonest": 0.75, "similarity": 0.5}
+    # {a, b} and {b, c}: 2 * 1 / 4; with {}: 0, twice.
+    assert text.collapse(["a b", "b c b", ""])["similarity"] == pytest.approx(0.5 / 3)
+    assert text.collapse(["a"])["similarity"] == 1
+    assert text.collapse(["", "."]) == {"distinct": 0.5, "commonest": 1, "similarity": 1}
     with pytest.raises(ValueError, match="at least one"):
         text.collapse([])
 
 
 def test_text_scores_without_wordnet_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "_find_wordnet", lambda: None)
+    monkeypatch.setattr(meteor, "_find_wordnet", lambda: None)
     scores = text.text_scores(REPORTS, REPORTS)
     assert "meteor" not in scores and "wordnet-base" in scores["unavailable"]["meteor"]
     assert all(scores[name] == 1 for name in ("bleu1", "corpus_bleu4", "rouge1", "rougeL", "exact_match", "token_f1"))
@@ -111,6 +181,47 @@ def test_meteor_with_this_machines_wordnet() -> None:
     assert text.meteor(["tumour mass"], ["tumor mass"]) == pytest.approx(1 - 0.5 / 8)
     assert text.meteor(["word"], ["other"]) == 0
     assert text.text_scores(["a b"], ["a b"])["unavailable"] == {}
+
+
+def test_meteor_as_published() -> None:
+    """The example in the documentation of nltk's METEOR and of the `meteor` module of `evaluate`."""
+    if reason := text.meteor_available():
+        pytest.skip(reason)
+    prediction = "It is a guide to action which ensures that the military always obeys the commands of the party"
+    reference = "It is a guide to action that ensures that the military will forever heed Party commands"
+    assert text.meteor([prediction], [reference]) == pytest.approx(0.6944, abs=5e-5)
+    values = meteor.meteor_values(["", "a", "", prediction], ["a", "", "", reference])
+    assert values[:3].tolist() == [0, 0, 0]
+
+
+def test_meteor_equals_plain_nltk() -> None:
+    """What is kept between pairs changes nothing."""
+    if reason := text.meteor_available():
+        pytest.skip(reason)
+    from nltk.tokenize import NLTKWordTokenizer
+    from nltk.translate.meteor_score import single_meteor_score
+
+    predictions, references = shuffled_pairs()
+    predictions += ["Big tumors were seen; the heart was huge", "lesions enlarged lungs"]
+    references += ["A large tumour is visible. The heart is big", "The lesion enlarges. Both lung"]
+    wordnet, (_, sentences), words = meteor._find_wordnet()(), meteor._punkt(), NLTKWordTokenizer()
+
+    def tokens(report: str) -> list[str]:
+        return [word for sentence in sentences.tokenize(report) for word in words.tokenize(sentence)]
+
+    expected = [single_meteor_score(tokens(r), tokens(p), wordnet=wordnet) for p, r in zip(predictions, references, strict=True)]
+    assert meteor.meteor_values(predictions, references).tolist() == expected
+    assert min(expected[-2:]) > 0.3  # by synonyms and stems
+
+
+def test_trained_punkt_keeps_abbreviations() -> None:
+    if meteor.punkt_model() == "untrained":
+        pytest.skip("nltk's punkt_tab is not on this machine")
+    if reason := text.meteor_available():
+        pytest.skip(reason)
+    # "Dr." stays one word for the trained model: 2 of 2 words match, in one chunk; untrained, a lone period would be a third.
+    assert meteor._punkt()[1].tokenize("Dr. Smith reads.") == ["Dr. Smith reads."]
+    assert text.meteor(["Dr. Smith"], ["Dr. Smith"]) == pytest.approx(1 - 0.5 / 8)
 
 
 def test_meteor_reads_plain_wordnet_files_without_lexnames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +248,8 @@ def test_wrong_input() -> None:
         text.bleu(["a"], ["a", "b"])
     with pytest.raises(ValueError, match="0 predictions"):
         text.text_scores([], [])
+    with pytest.raises(ValueError, match="1 of the predictions are no text, the first is number 1, of type NoneType"):
+        text.text_scores(["a", None], ["a", "b"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="put it in a list"):
         text.rouge("abc", ["a", "b", "c"])
 
