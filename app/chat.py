@@ -110,7 +110,7 @@ def build(chat: Any) -> gr.Blocks:
         gr.HTML(f'<div id="title"><b>Med3DVLM</b><span>{NOTICE}</span></div>')
         with gr.Row():
             with gr.Column(scale=5, min_width=560):
-                loader = gr.File(label="Open a scan: NIfTI, NRRD, MHA or NumPy", height=140)
+                loader = gr.File(label="Open a scan: NIfTI, a zip of DICOM or of pictures, NRRD, MHA or NumPy", height=140)
                 status, notice = gr.HTML(visible=False), gr.HTML(visible=False)
                 pictures, sliders = [], []
                 with gr.Row():

@@ -1,0 +1,74 @@
+"""NumPy's .npy and .npz: bare arrays (D, H, W), or (1, D, H, W) as M3D stores them. Nothing is unpickled."""
+
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from med3dvlm.formats.base import Parts, VolumeError, check_size, damaged
+
+SPACING = "spacing"  # the name in an .npz file of three numbers (z, y, x) in mm
+UNREADABLE = (ValueError, EOFError, OSError, MemoryError, SyntaxError, tokenize.TokenError)
+
+
+def read_npy(path: Path, source: str) -> Parts:
+    """One array without geometry.
+
+    Raises:
+        VolumeError: the file is damaged or holds Python objects.
+    """
+    try:
+        # Mapped first, as that compares the size in the header with the file's.
+        array = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    except UNREADABLE as error:
+        raise damaged(source, "a NumPy array") from error
+    return Parts(_without_channel(array))
+
+
+def read_npz(path: Path, source: str) -> Parts:
+    """One array under any name and, where the file has it, "spacing".
+
+    Raises:
+        VolumeError: the file is damaged, holds Python objects, none or several arrays, or a spacing of another form.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
+            scans = [name for name in members if name != SPACING]
+            if len(scans) != 1:
+                held = f"{len(scans)} arrays ({', '.join(map(repr, scans[:10]))})" if scans else "no array"
+                raise VolumeError(
+                    f"{source}: the file holds {held} but one scan is needed, and 'spacing' at most beside it; save it by itself."
+                )
+            array = _member(archive, members[scans[0]], source)
+            spacing = _member(archive, members[SPACING], source) if SPACING in members else None
+    except VolumeError:
+        raise
+    except (*UNREADABLE, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:  # RuntimeError: encrypted
+        raise damaged(source, "NumPy arrays (.npz)") from error
+    if spacing is None:
+        return Parts(_without_channel(array))
+    if spacing.shape != (3,) or spacing.dtype.kind not in "iuf":
+        raise VolumeError(f"{source}: its 'spacing' must be three numbers (z, y, x) in mm; save it so or leave it out.")
+    return Parts(_without_channel(array), spacing=tuple(float(mm) for mm in spacing))
+
+
+def _member(archive: zipfile.ZipFile, name: str, source: str) -> NDArray[Any]:
+    """One array of the archive, its announced size compared with the member's first."""
+    member = archive.getinfo(name)
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+    check_size(shape, dtype.itemsize, member.compress_size + 1, source, "NumPy arrays (.npz)")
+    with archive.open(member) as file:
+        array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+    return array
+
+
+def _without_channel(array: NDArray[Any]) -> NDArray[Any]:
+    return array[0] if array.ndim == 4 and array.shape[0] == 1 else array

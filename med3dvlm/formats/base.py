@@ -1,0 +1,65 @@
+"""What every format's reader returns and raises."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+MOST_VOXELS = 2**31  # 1024 slices of 1448 x 1448; a header that claims more is damaged or hostile
+DEFLATE = 1032  # no file that zlib packed grows more than so many times
+
+
+class VolumeError(ValueError):
+    """A scan that cannot be used; the message is one sentence: what, where, and what to do."""
+
+
+class Parts(NamedTuple):
+    """What a reader finds: array (D, H, W) of any type; the rest is None or empty where the file does not say.
+
+    - `array`: the values that the file's own slope and intercept define, applied once.
+    - `axes` is 3x3: its columns lead, in RAS mm, from one voxel to the next along x, y, z (W, H, D), as in an affine.
+    - `spacing`: (z, y, x) in mm, for a file that states it without axes.
+    - `modality`: DICOM's, such as "CT"; "unknown" where DICOM leaves it out, None in a format that names none.
+    - `warnings`: sentences about what was assumed or left out, without the path, ending in a full stop.
+    - `rescale`: the (slope, intercept) that the header stated and that is in `array`; None for none and for (1, 0),
+      NaN where they differ from slice to slice.
+    - `hu`: the header itself says that `array` is in Hounsfield units.
+    - `series`: for DICOM, a line of words for each series found, first the one read. A line begins with the number by
+      which `series=` picks it (1 for the largest): "2: 40 slices of 512 x 512, CT". `read_volume` warns of several.
+    """
+
+    array: NDArray[Any]
+    axes: NDArray[np.float64] | None = None
+    spacing: tuple[float, ...] | None = None
+    modality: str | None = None
+    warnings: tuple[str, ...] = ()
+    rescale: tuple[float, float] | None = None
+    hu: bool = False
+    series: tuple[str, ...] = ()
+
+
+def damaged(source: str, kind: str) -> VolumeError:
+    """The error for a file that is not what its name says."""
+    reason = "it is damaged, cut short or something else under this name"
+    return VolumeError(f"{source}: this cannot be read as {kind}; {reason}, so copy or export it again.")
+
+
+def colour(source: str) -> VolumeError:
+    """The error for several values a voxel."""
+    return VolumeError(f"{source}: this is a colour image (several values a voxel); export it in grey.")
+
+
+def check_size(shape: Sequence[int], voxel_bytes: int, file_bytes: int, source: str, kind: str) -> None:
+    """Before any memory is taken: could `file_bytes`, packed or not, hold so many voxels, and is it a scan's number?
+
+    Raises:
+        VolumeError: it could not, or the scan is larger than 2^31 voxels.
+    """
+    voxels = math.prod(int(length) for length in shape)
+    if voxels * voxel_bytes > DEFLATE * file_bytes:
+        raise damaged(source, kind)
+    if voxels > MOST_VOXELS:
+        size = "x".join(str(length) for length in shape)
+        raise VolumeError(f"{source}: {size} voxels are more than the {MOST_VOXELS} that are read; crop the scan or resample it.")

@@ -1,0 +1,26 @@
+"""A folder goes by its content: DICOM files, else numbered pictures."""
+
+from pathlib import Path
+
+from med3dvlm.formats import dicom, pictures
+from med3dvlm.formats.base import Parts, VolumeError
+
+
+def read(folder: Path, source: str, series: int | None = None) -> Parts:
+    """The DICOM series (the largest, or number `series`) in a folder and those below it, or the pictures that lie in it.
+
+    Raises:
+        VolumeError: there is neither, or what there is, is no single sound scan.
+    """
+    found = pictures.pictures(folder)
+    others = {path for path in folder.iterdir() if path.is_file()} - set(found)
+    if found and not any(dicom.is_dicom(path) for path in others):  # beside DICOM, a picture is a preview
+        no_series(series, source)
+        return pictures.read(folder, source)
+    return dicom.read(folder, source, series)
+
+
+def no_series(series: int | None, source: str) -> None:
+    """Raises VolumeError where a DICOM series was picked but there are none."""
+    if series is not None:
+        raise VolumeError(f"{source}: this is no DICOM, so there are no series to pick from; leave series={series} out.")

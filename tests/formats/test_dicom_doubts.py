@@ -1,0 +1,273 @@
+"""DICOM that is doubtful, no scan or damaged: one warning or one sentence each."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom import uid
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate, generate_frames
+
+from tests.formats.dicom_files import (
+    COMPRESSORS,
+    LOSSLESS,
+    PYDICOM_FILES,
+    SAGITTAL,
+    read,
+    refused,
+    same_as_nifti,
+    save,
+    scan,
+    turned,
+    write_enhanced,
+    write_plain_multiframe,
+    write_series,
+)
+
+# Geometry that is doubtful
+
+
+def test_missing_slices_are_counted_and_placed(tmp_path: Path) -> None:
+    parts = read(write_series(tmp_path / "scan", scan(), only=[0, 1, 2, 3, 5, 6, 9]))
+    np.testing.assert_array_equal(parts.array, scan()[[0, 1, 2, 3, 5, 6, 9]])
+    np.testing.assert_allclose(np.linalg.norm(parts.axes, axis=0), (0.7, 0.8, 2.5))
+    (warning,) = parts.warnings
+    assert "vary from 2.50 to 7.50 mm, as 3 of 10 slices seem to be missing (1 after slice 4, 2 after slice 6)" in warning
+
+
+def move(*places: float | tuple[float, float, float]) -> Callable[[Dataset, int], None]:
+    """Slices at these heights, or positions, in mm."""
+
+    def edit(item: Dataset, index: int) -> None:
+        place = places[index]
+        item.ImagePositionPatient = list(place) if isinstance(place, tuple) else [0.0, 0.0, place]
+
+    return edit
+
+
+def test_uneven_spacing(tmp_path: Path) -> None:
+    parts = read(write_series(tmp_path / "scan", scan(), edit=move(0, 2, 4, 6, 8, 10, 12.7, 14.7, 16.7, 18.7)))
+    assert parts.warnings == ("slice distances vary from 2.00 to 2.70 mm; 2.00 mm is used for all and nothing is filled in.",)
+
+
+def test_gantry_tilt_and_shifted_slices(tmp_path: Path) -> None:
+    tilted = read(write_series(tmp_path / "tilt", scan(), edit=move(*[(0.0, 0.5 * i, 2.0 * i) for i in range(10)])))
+    np.testing.assert_array_equal(tilted.array, scan())
+    np.testing.assert_allclose(tilted.axes[:, 2], (0, 0, 2))
+    assert tilted.warnings == ("the gantry was tilted by 14 degrees; slices are stacked without correcting that.",)
+    shifted = read(write_series(tmp_path / "shift", scan(), edit=move(*[(8.0 * (i == 4), 0.0, 2.0 * i) for i in range(10)])))
+    assert shifted.warnings == ("slices are shifted within their plane by up to 8.0 mm against each other, which is not corrected.",)
+
+
+def test_without_positions_the_instance_numbers_order(tmp_path: Path) -> None:
+    def blind(item: Dataset, index: int) -> None:
+        del item.ImagePositionPatient
+        item.InstanceNumber, item.SpacingBetweenSlices = 100 - 3 * index, 2.5
+
+    parts = read(write_series(tmp_path / "scan", scan(), edit=blind))
+    np.testing.assert_array_equal(parts.array, scan()[::-1])
+    assert parts.axes is None and parts.spacing == (2.5, 0.8, 0.7)
+    assert parts.warnings == (
+        "the DICOM files state no slice positions; the order of the slices is that of their instance and frame numbers.",
+    )
+
+
+def test_without_pixel_spacing(tmp_path: Path) -> None:
+    def detector(item: Dataset, index: int) -> None:
+        item.ImagerPixelSpacing = item.PixelSpacing
+        del item.PixelSpacing
+
+    parts = read(write_series(tmp_path / "scan", scan(), edit=detector))
+    np.testing.assert_array_equal(parts.array, scan())
+    assert (parts.axes, parts.spacing) == (None, None)
+    assert len(parts.warnings) == 1 and "no PixelSpacing (ImagerPixelSpacing would be that of the detector" in parts.warnings[0]
+
+
+# Several series, and what is no scan
+
+
+def test_the_largest_series_is_read_and_the_others_can_be_picked(tmp_path: Path) -> None:
+    write_series(tmp_path, scan()[:4] + 1, turned(15), prefix="AA")
+    write_series(tmp_path, scan())
+    parts = read(tmp_path)
+    np.testing.assert_array_equal(parts.array, scan())
+    assert parts.series == ("1: 10 slices of 20 x 30, CT", "2: 4 slices of 20 x 30, CT")
+    parts = read(tmp_path, series=2)
+    same_as_nifti(parts, scan()[:4] + 1, turned(15), tmp_path)
+    assert parts.series == ("2: 4 slices of 20 x 30, CT", "1: 10 slices of 20 x 30, CT")
+    refused(tmp_path, "there is no series 3; choose one of 1: 10 slices of 20 x 30, CT; 2: 4 slices", series=3)
+    refused(tmp_path, "there is no series 0", series=0)
+
+
+def test_scans_of_two_patients_never_mix(tmp_path: Path) -> None:
+    """As anonymisers leave them that write the same UID everywhere."""
+    write_series(tmp_path, scan(), prefix="A", edit=lambda item, _: item.update({"SeriesInstanceUID": "1.2.3", "PatientID": "1"}))
+    write_series(tmp_path, scan()[:3] + 5, prefix="BB", edit=lambda item, _: item.update({"SeriesInstanceUID": "1.2.3", "PatientID": "2"}))
+    parts = read(tmp_path)
+    np.testing.assert_array_equal(parts.array, scan())
+    assert "the scans found are of 2 patients." in parts.warnings
+
+
+def test_what_is_no_scan_is_left_out_and_told(tmp_path: Path) -> None:
+    write_series(tmp_path, scan())
+    scout = np.ones((2, 40, 50), np.int16)
+    write_series(
+        tmp_path, scout, SAGITTAL, prefix="scout", edit=lambda item, _: setattr(item, "ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    )
+    write_series(tmp_path, scan()[:1], turned(40), prefix="lone")
+    write_series(tmp_path, np.arange(1200).reshape(2, 20, 30) % 200, prefix="capture", edit=secondary)
+    for name in ("SC_rgb_jpeg.dcm", "rtdose.dcm", "liver_1frame.dcm"):
+        (tmp_path / name).write_bytes((PYDICOM_FILES / name).read_bytes())
+    parts = read(tmp_path)
+    np.testing.assert_array_equal(parts.array, scan())
+    assert len(parts.series) == 1 and len(parts.warnings) == 1
+    for told in (
+        "2 x scout",
+        "2 x secondary capture",
+        "1 x colour image",
+        "1 x radiotherapy object (RTDOSE)",
+        "1 x segmentation (SEG)",
+        "1 x single image of another series",
+    ):
+        assert told in parts.warnings[0]
+
+
+def secondary(item: Dataset, index: int) -> None:
+    item.SOPClassUID = item.file_meta.MediaStorageSOPClassUID = uid.SecondaryCaptureImageStorage
+
+
+def test_a_scan_of_secondary_captures_alone_is_read(tmp_path: Path) -> None:
+    parts = read(write_series(tmp_path, scan(), edit=secondary))
+    np.testing.assert_array_equal(parts.array, scan())
+    assert parts.series == ("1: 10 slices of 20 x 30, CT, secondary capture",)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("SC_rgb_rle_2frame.dcm", "colour image"),
+        ("examples_palette.dcm", "colour image"),
+        ("liver_1frame.dcm", r"no scan here but 1 x segmentation \(SEG\)"),
+        ("rtdose.dcm", r"no scan here but 1 x radiotherapy object \(RTDOSE\)"),
+        ("rtstruct.dcm", "no DICOM image"),
+        ("test-SR.dcm", "no DICOM image"),
+        ("dicomdirtests/DICOMDIR", "no DICOM image"),
+        ("CT_small.dcm", r"2D image \(128x128\); give the folder"),
+        ("JPGExtended.dcm", "1 x secondary capture"),
+    ],
+)
+def test_files_that_are_no_scan(name: str, match: str) -> None:
+    refused(PYDICOM_FILES / name, match)
+
+
+def test_four_dimensions_and_duplicates(tmp_path: Path) -> None:
+    phases = np.concatenate([scan()[:5], scan()[:5] + 100])
+    heights = [2.0 * (index % 5) for index in range(10)]
+    refused(
+        write_series(tmp_path / "phases", phases, edit=move(*heights)), "10 slices at 5 places are no single stack but a 4D series, 2 times"
+    )
+    heights = [0.0, 2.0, 4.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0]
+    refused(write_series(tmp_path / "twice", scan(), edit=move(*heights)), "10 slices at 9 places are no single stack but duplicates")
+    refused(write_enhanced(tmp_path / "time.dcm", scan(), order=[0, 1, 2, 0, 1, 2]), "6 slices at 3 places are no single stack but a 4D")
+    film = write_plain_multiframe(tmp_path / "film.dcm", scan().astype(int) + 1024)
+    item = pydicom.dcmread(film)
+    item.FrameIncrementPointer, item.FrameTime = 0x00181063, 40
+    save(item)
+    refused(film, "1 x film")
+
+
+def test_mixed_orientations(tmp_path: Path) -> None:
+    def fan(item: Dataset, index: int) -> None:
+        angle = np.deg2rad(18 * index)
+        item.ImageOrientationPatient = [round(float(x), 6) for x in (np.cos(angle), np.sin(angle), 0, 0, 0, -1)]
+
+    refused(write_series(tmp_path / "fan", scan(), edit=fan), "these are 10 single 2D images")
+
+    def three(item: Dataset, index: int) -> None:
+        item.ImageOrientationPatient = [[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1], [0, 1, 0, 0, 0, -1]][index % 3]
+        item.ImagePositionPatient = [float(index)] * 3
+
+    folder = write_series(tmp_path / "planes", scan(), edit=three)
+    refused(folder, "one series mixes 3 orientations or sizes; choose one with series=, of 1: 4 slices")
+    np.testing.assert_array_equal(read(folder, series=1).array, scan()[::3])
+
+
+@pytest.mark.parametrize("syntax", LOSSLESS, ids=lambda syntax: syntax.keyword)
+def test_damaged_slices_are_counted(tmp_path: Path, syntax: uid.UID) -> None:
+    values = np.random.default_rng(0).integers(-1000, 1900, (4, 70, 50)).astype(np.int16)
+    path = sorted(write_series(tmp_path, values, syntax=syntax).iterdir())[2]
+    whole = path.read_bytes()
+    for length in (132, 300, 600, len(whole) // 2, len(whole) - 300):
+        path.write_bytes(whole[:length])
+        refused(tmp_path, "1 of the DICOM slices are damaged")
+
+
+@pytest.mark.parametrize("syntax", list(COMPRESSORS), ids=lambda syntax: syntax.keyword)
+def test_a_packed_picture_that_was_cut_short(tmp_path: Path, syntax: uid.UID) -> None:
+    """In a file that is whole: libraries for JPEG fill up the rest with grey."""
+    values = np.random.default_rng(0).integers(0, 250, (4, 70, 50)).astype(np.int16)
+
+    def narrow(item: Dataset, index: int) -> None:
+        if syntax == uid.JPEGBaseline8Bit:
+            item.BitsAllocated = item.BitsStored = 8
+            item.HighBit, item.PixelData = 7, values[index].astype(np.uint8).tobytes()
+
+    path = sorted(write_series(tmp_path, values, rescale=(1, 0), syntax=syntax, edit=narrow).iterdir())[2]
+    assert read(tmp_path).array.shape == (4, 70, 50)
+    item = pydicom.dcmread(path)
+    picture = next(generate_frames(item.PixelData, number_of_frames=1))
+    for share in (0.3, 0.7, 0.95):
+        item.PixelData = encapsulate([picture[: int(share * len(picture))]])
+        item.save_as(path)
+        refused(tmp_path, "1 of the DICOM slices are damaged")
+
+
+def test_a_multiframe_file_that_was_cut_short(tmp_path: Path) -> None:
+    for syntax in (uid.ExplicitVRLittleEndian, uid.JPEGLSLossless):
+        path = write_enhanced(tmp_path / "scan.dcm", scan(), syntax=syntax)
+        path.write_bytes(path.read_bytes()[:-300])
+        refused(path, "[1-9]0? of the DICOM slices are damaged")
+    (tmp_path / "nothing").mkdir()
+    refused(tmp_path / "nothing", "no DICOM images")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"Rows": 60000, "Columns": 60000},
+        {"NumberOfFrames": 2_000_000_000},
+        {"NumberOfFrames": 15_000},
+        {"RescaleSlope": 0},
+        {"Rows": 0},
+        {"BitsAllocated": 7},
+    ],
+    ids=str,
+)
+def test_headers_that_lie(tmp_path: Path, change: dict[str, object]) -> None:
+    folder = write_series(tmp_path, scan()[:2], edit=lambda item, _: item.update(change))
+    start = time.process_time()
+    refused(folder, "of the DICOM slices are damaged|voxels that are read")
+    assert time.process_time() - start < 3
+
+
+def test_an_orientation_that_is_none(tmp_path: Path) -> None:
+    folder = write_series(tmp_path, scan(), edit=lambda item, _: item.update({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}))
+    parts = read(folder)
+    assert parts.axes is None and "no slice positions" in parts.warnings[0]
+
+
+def test_a_packed_picture_of_another_size_than_the_header(tmp_path: Path) -> None:
+    def shrink(item: Dataset, index: int) -> None:
+        if index == 1:
+            item.Rows, item.PixelData = 10, item.PixelData[:600]
+
+    for syntax in (uid.JPEGLSLossless, uid.JPEGLosslessSV1):
+        folder = write_series(tmp_path / syntax.keyword, scan(), syntax=syntax, edit=shrink)
+        odd = next(path for path in folder.iterdir() if pydicom.dcmread(path).Rows == 10)
+        item = pydicom.dcmread(odd)
+        item.Rows = 20
+        item.save_as(odd)
+        refused(folder, "1 of the DICOM slices are damaged")

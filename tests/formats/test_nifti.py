@@ -1,0 +1,149 @@
+"""NIfTI: axes, spacing, orientation, slope and intercept, and damaged files."""
+
+import gzip
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from med3dvlm.volume import read_volume
+from tests.formats.scans import SHAPE, refused, scan, write_nifti
+
+
+def test_nifti_axes_spacing_orientation_and_values(tmp_path: Path) -> None:
+    volume = read_volume(write_nifti(tmp_path / "scan.nii.gz", scan()))
+    assert volume.array.dtype == np.int16
+    np.testing.assert_array_equal(volume.array, scan())
+    assert volume.spacing == pytest.approx((2.5, 0.8, 0.7))
+    assert (volume.shape, volume.orientation, volume.plane, volume.unit) == (SHAPE, "SAR", "axial", "HU")
+    np.testing.assert_allclose(volume.direction, np.eye(3)[:, ::-1])
+    assert volume.oblique == pytest.approx(0.0)
+    assert volume.source == str(tmp_path / "scan.nii.gz")
+    assert volume.warnings == ()
+
+
+@pytest.mark.parametrize("letters", ["SAR", "IPL", "SRA", "PIL", "ARS", "LIP", "RSA"])
+def test_orientation_letters_agree_with_nibabel(tmp_path: Path, letters: str) -> None:
+    towards = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
+    affine = np.eye(4)
+    affine[:3, :3] = 1.5 * np.array([towards[letter] for letter in reversed(letters)]).T  # NIfTI's axes are W, H, D
+    assert "".join(reversed(nibabel.aff2axcodes(affine))) == letters
+    volume = read_volume(write_nifti(tmp_path / "scan.nii", scan(), affine))
+    assert volume.orientation == letters
+    assert volume.plane == {"S": "axial", "I": "axial", "P": "coronal", "A": "coronal"}.get(letters[0], "sagittal")
+    # the direction matrix predicts where a step along D leads in the patient
+    step = affine @ [0, 0, 1, 0]
+    np.testing.assert_allclose(volume.direction[:, 0], step[:3] / 1.5)
+
+
+def test_oblique_scan_reports_its_angle(tmp_path: Path) -> None:
+    angle = np.deg2rad(25)
+    turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([0.7, 0.8, 2.5])
+    volume = read_volume(write_nifti(tmp_path / "scan.nii", scan(), affine))
+    assert volume.oblique == pytest.approx(25, abs=0.01)
+    assert (volume.plane, volume.orientation) == ("axial", "SAR")
+    assert volume.spacing == pytest.approx((2.5, 0.8, 0.7))
+    assert any("tilted by 25 degrees" in warning for warning in volume.warnings)
+
+
+def test_nifti_slope_and_intercept_are_applied_once(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image((scan() + 1024).astype(np.int16).transpose(), np.diag([0.7, 0.8, 2.5, 1]))
+    image.header.set_slope_inter(1, -1024)
+    nibabel.save(image, tmp_path / "whole.nii.gz")
+    image.header.set_slope_inter(0.5, -1024)
+    nibabel.save(image, tmp_path / "half.nii.gz")
+
+    stored = nibabel.load(tmp_path / "whole.nii.gz").get_fdata().transpose()
+    whole, half = read_volume(tmp_path / "whole.nii.gz"), read_volume(tmp_path / "half.nii.gz")
+    np.testing.assert_array_equal(whole.array, stored)
+    assert whole.array.dtype == np.int16
+    np.testing.assert_allclose(half.array, nibabel.load(tmp_path / "half.nii.gz").get_fdata().transpose(), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32, np.float64])
+def test_whole_numbers_become_int16_whatever_the_file_stores(tmp_path: Path, dtype: type) -> None:
+    values = np.arange(6000).reshape(SHAPE) % 251
+    volume = read_volume(write_nifti(tmp_path / "scan.nii.gz", values.astype(dtype)))
+    assert volume.array.dtype == np.int16
+    np.testing.assert_array_equal(volume.array, values)
+
+
+def test_other_numbers_become_float32(tmp_path: Path) -> None:
+    large = read_volume(write_nifti(tmp_path / "large.nii.gz", np.arange(6000, dtype=np.int32).reshape(SHAPE) * 10))
+    assert large.array.dtype == np.float32 and large.array.max() == 59990
+    half = read_volume(write_nifti(tmp_path / "half.nii.gz", scan(np.float32) + 0.5))
+    assert half.array.dtype == np.float32 and half.unit == "HU"
+
+
+def test_nifti2_big_endian_one_time_point_and_metres(tmp_path: Path) -> None:
+    affine = np.diag([0.0007, 0.0008, 0.0025, 1.0])
+    image = nibabel.Nifti2Image(scan().astype(">i2").transpose()[..., None], affine)
+    image = nibabel.Nifti2Image(image.get_fdata().astype(">i2"), affine, image.header.as_byteswapped(">"))
+    image.header.set_xyzt_units("meter")
+    nibabel.save(image, tmp_path / "scan.nii.gz")
+    volume = read_volume(tmp_path / "scan.nii.gz")
+    np.testing.assert_array_equal(volume.array, scan())
+    assert volume.spacing == pytest.approx((2.5, 0.8, 0.7))
+
+
+def test_nifti_without_geometry_says_so(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(scan().transpose(), None)
+    image.header.set_zooms((0.7, 0.8, 2.5))
+    nibabel.save(image, tmp_path / "scan.nii")
+    volume = read_volume(tmp_path / "scan.nii")
+    assert (volume.orientation, volume.direction, volume.plane, volume.oblique) == (None, None, None, None)
+    assert volume.spacing == pytest.approx((2.5, 0.8, 0.7))
+    assert any("no qform and no sform" in warning for warning in volume.warnings)
+    assert any("orientation is unknown" in warning for warning in volume.warnings)
+
+
+def test_contradicting_qform_and_default_geometry_are_reported(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(scan().transpose(), np.diag([0.7, 0.8, 2.5, 1]))
+    image.set_qform(np.diag([-0.7, 0.8, 2.5, 1]), code=1)
+    image.set_sform(np.diag([0.7, 0.8, 2.5, 1]), code=1)
+    nibabel.save(image, tmp_path / "conflict.nii")
+    volume = read_volume(tmp_path / "conflict.nii")
+    assert volume.orientation == "SAR" and "contradict" in volume.warnings[0]
+    default = read_volume(write_nifti(tmp_path / "default.nii", scan(), np.eye(4)))
+    assert "1 mm identity" in default.warnings[0]
+
+
+def test_damaged_bytes_in_a_compressed_file_are_noticed(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "scan.nii.gz", np.random.default_rng(0).integers(-1000, 1000, SHAPE).astype(np.int16))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 8] = b"\0" * 8
+    path.write_bytes(content)
+    refused(path, "cannot be read as NIfTI")
+
+
+def test_nifti_header_of_nonsense(tmp_path: Path) -> None:
+    content = bytearray(gzip.decompress(write_nifti(tmp_path / "scan.nii.gz", scan()).read_bytes()))
+    content[70:72] = b"\xff\x7f"  # no such data type
+    (tmp_path / "scan.nii").write_bytes(content)
+    refused(tmp_path / "scan.nii", "cannot be read as NIfTI")
+
+
+def test_an_unknown_unit_of_length_counts_as_millimetres(tmp_path: Path) -> None:
+    content = bytearray(write_nifti(tmp_path / "scan.nii", scan()).read_bytes())
+    content[123] = 7  # no such unit; nibabel knows no way on
+    (tmp_path / "unit.nii").write_bytes(content)
+    assert read_volume(tmp_path / "unit.nii").spacing == pytest.approx((2.5, 0.8, 0.7))
+
+
+def test_a_compressed_file_that_grows_beyond_its_header_is_not_unpacked(tmp_path: Path) -> None:
+    content = write_nifti(tmp_path / "scan.nii", scan()).read_bytes()
+    (tmp_path / "bomb.nii.gz").write_bytes(gzip.compress(content + b"\0" * 2**25))
+    refused(tmp_path / "bomb.nii.gz", "cannot be read as NIfTI")
+    (tmp_path / "padded.nii.gz").write_bytes(gzip.compress(content + b"\0" * 1000))
+    np.testing.assert_array_equal(read_volume(tmp_path / "padded.nii.gz").array, scan())
+
+
+def test_a_header_that_announces_more_than_the_file_can_hold(tmp_path: Path) -> None:
+    content = bytearray(write_nifti(tmp_path / "scan.nii", scan()).read_bytes())
+    content[42:48] = np.array([32767] * 3, "<i2").tobytes()
+    for name, packed in (("huge.nii", bytes(content)), ("huge.nii.gz", gzip.compress(bytes(content)))):
+        (tmp_path / name).write_bytes(packed)
+        refused(tmp_path / name, "cannot be read as NIfTI")
