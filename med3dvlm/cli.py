@@ -12,11 +12,11 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -57,13 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from med3dvlm.report_labels import command as report_labels
+
     parser = argparse.ArgumentParser(prog="med3dvlm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traceback", action="store_true", help="where something fails, show the place in the code")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    inspect = commands.add_parser("inspect", help="a scan's geometry, unit, intensities and warnings")
-    inspect.add_argument("scan", metavar="SCAN", help="a scan file or a folder with one DICOM series")
-    inspect.add_argument("--out", type=Path, help="draw a picture of it into this file")
+    inspect = commands.add_parser("inspect", help="a scan's geometry, unit, intensities, what was assumed, and warnings")
+    _add_scan(inspect)
+    inspect.add_argument("--out", type=Path, metavar="PICTURE", help="draw a picture of it into this .png file")
     inspect.set_defaults(run=_inspect)
 
     phantom = commands.add_parser("phantom", help="write a data set of CT phantoms with reports, questions and labels")
@@ -75,17 +77,31 @@ def _parser() -> argparse.ArgumentParser:
     phantom.set_defaults(run=_phantom)
 
     prepare = commands.add_parser("prepare", help="run every volume of a data set through the preprocessing, once")
-    prepare.add_argument("source", metavar="SRC", type=Path, help="a folder in the layout of M3D-Cap and M3D-VQA")
+    prepare.add_argument("dataset", metavar="DATASET", help="layout of SRC: m3d, ct_rate, or table (a CSV or JSONL of your own)")
+    prepare.add_argument("source", metavar="SRC", type=Path, help="the folder of the data set")
     prepare.add_argument("destination", metavar="DST", type=Path, help="the prepared data; an interrupted preparation continues")
     prepare.add_argument("--recipe", default="m3d", help="name of the preprocessing (default: %(default)s)")
-    prepare.add_argument("--size", type=_size, default=(128, 256, 256), metavar="D,H,W", help="voxels of the result (default: 128,256,256)")
+    prepare.add_argument("--size", type=_size, metavar="D,H,W", help="voxels of the result (default: the recipe's; 128,256,256 for m3d)")
+    prepare.add_argument("--shard", type=_shard, metavar="I/N", help="the I-th of N parts; once all are done, run without this to finish")
+    prepare.add_argument("--verify", action="store_true", help="read all volumes that are there and make the damaged ones anew")
     _add_workers(prepare)
     prepare.set_defaults(run=_prepare)
+
+    audit = commands.add_parser("audit", help="look in prepared data for duplicates, leaks between splits and questions that tell their answer")
+    audit.add_argument("data", metavar="DST", type=Path, help="the prepared data; an interrupted audit continues")
+    audit.add_argument("--out", type=Path, metavar="DIR", help="folder of audit.md, audit.json, deduplicated.json (default: DST/audit)")
+    audit.add_argument("--reports", action="store_true", help="leave out of deduplicated.json what only has its report in an earlier split, too")
+    _add_workers(audit)
+    audit.set_defaults(run=_audit)
+
+    findings = commands.add_parser("findings", help="read findings in reports: train a reader on labelled reports, or score one")
+    report_labels.add_arguments(findings)
+    findings.set_defaults(run=_findings)
 
     for name, help_text in (("ask", "ask a model about a scan"), ("report", "let a model write the report of a scan")):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("model", metavar="MODEL", type=Path, help="the folder of a trained model")
-        command.add_argument("scan", metavar="SCAN", help="a scan file or a folder with one DICOM series")
+        _add_scan(command)
         if name == "ask":
             command.add_argument("question", metavar="QUESTION")
         command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length at most (default: %(default)s)")
@@ -114,6 +130,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_scan(parser: argparse.ArgumentParser) -> None:
+    """A scan and what `read_volume` may be told about it."""
+    from med3dvlm.volume import HU_POLICIES, UNITS
+
+    add = parser.add_argument
+    add("scan", metavar="SCAN", help="a scan file, a zip, or a folder with a DICOM series or numbered PNG or JPEG slices")
+    add("--spacing", type=_numbers("Z,Y,X"), metavar="Z,Y,X", help="mm between slices, rows and columns (default: the file's)")
+    add("--unit", choices=UNITS, help="of the values (default: by the header and the values)")
+    add("--hu", choices=HU_POLICIES, default="auto", help="whose slope and intercept make the values HU (default: %(default)s)")
+    add("--rescale", type=_numbers("S,I"), metavar="S,I", help="slope and intercept from a table beside the file, as in 1,-1024")
+    add("--series", type=int, metavar="N", help="number of a DICOM series in the list that inspect shows (default: the largest)")
+
+
+def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `read_volume` that `_add_scan` took."""
+    return {name: getattr(arguments, name) for name in ("spacing", "unit", "hu", "rescale", "series")}
+
+
+def _numbers(form: str) -> Callable[[str], tuple[float, ...]]:
+    """For argparse: as many numbers as `form` has letters, with commas between them."""
+
+    def parse(text: str) -> tuple[float, ...]:
+        try:
+            numbers = tuple(float(number) for number in text.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != len(form.split(",")):
+            raise argparse.ArgumentTypeError(f"{text!r} must be numbers {form} with commas between them")
+        return numbers
+
+    return parse
+
+
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
 
@@ -126,13 +175,23 @@ def _size(text: str) -> tuple[int, ...]:
     return depth, height, width
 
 
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        part, parts = (int(number) for number in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be I/N, as in 1/8 to 8/8") from None
+    return part, parts
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from med3dvlm.plots import montage
     from med3dvlm.volume import read_volume
 
-    volume = read_volume(arguments.scan)
+    if arguments.out and arguments.out.suffix.lower() != ".png":
+        raise ValueError(f"{arguments.out}: the picture is written as PNG; give it a name that ends in .png")
+    volume = read_volume(arguments.scan, **_reading(arguments))
     for label, value in _facts(volume, [float(value) for value in np.percentile(volume.array, (0, 1, 50, 99, 100))]):
         print(f"{label:<12} {value}")
     if arguments.out:
@@ -158,13 +217,16 @@ def _facts(volume: "Volume", percentiles: Sequence[float]) -> Iterator[tuple[str
     yield "Unit", {"HU": "HU (Hounsfield units)", "unit": "within 0..1"}.get(volume.unit, volume.unit)
     low, first, median, last, high = percentiles
     yield "Values", f"{low:g} to {high:g}; 1 % below {first:g}, half below {median:g}, 99 % below {last:g}"
+    for note in volume.notes:
+        yield "Note", note
     for warning in volume.warnings:
         yield "Warning", warning
 
 
 def _phantom(arguments: argparse.Namespace) -> None:
     from med3dvlm.datasets import m3d
-    from med3dvlm.datasets.phantom import text_only_baselines, write_phantoms
+    from med3dvlm.datasets.audit import text_only_baselines
+    from med3dvlm.datasets.phantom import write_phantoms
 
     _workers(arguments)
     _writable(arguments.out)
@@ -178,30 +240,53 @@ def _phantom(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from med3dvlm.datasets import m3d, store
+    from med3dvlm.datasets import DATASETS
+    from med3dvlm.datasets.preparation import prepare
     from med3dvlm.files import read_lines
     from med3dvlm.preprocessing import VolumeProcessor
 
     _workers(arguments)
+    if arguments.dataset not in DATASETS:
+        raise ValueError(f"data set {arguments.dataset!r} is unknown; known: {', '.join(DATASETS)}")
+    dataset, source, destination = DATASETS[arguments.dataset], arguments.source, arguments.destination
     processor = VolumeProcessor(arguments.recipe, size=arguments.size)
     unread: list[dict[str, str]] = []
-    splits = [m3d.read(arguments.source, split, unread) for split in m3d.SPLITS]
+    splits = [dataset.read(source, split, unread) for split in dataset.splits(source)]
     studies = [study for found, _ in splits for study in found]
     questions = [question for _, found in splits for question in found]
-    _writable(arguments.destination)
-    summary = store.prepare(arguments.source, studies, questions, processor, arguments.destination, arguments.workers, unread)
+    _writable(destination)
+    shard, options = arguments.shard, {"shard": arguments.shard, "verify": arguments.verify}
+    summary = prepare(source, studies, questions, processor, destination, arguments.workers, unread, **options)
+    listing = destination / "failures.jsonl"
+    failures = summary.pop("failures") if shard else read_lines(listing)
+    total = len(failures) + summary["studies"]
     print(json.dumps(summary, indent=1))
-    listing = arguments.destination / "failures.jsonl"
-    failures = read_lines(listing)
-    total = len(studies) + len(unread)
-    if len(failures) == total:
-        raise ValueError(f"none of the {total} studies of {arguments.source} could be prepared; {listing} says why.")
+    if shard:
+        print(f"When all {shard[1]} shards are done, run the command without --shard to finish {destination}.", file=sys.stderr)
+    if failures and len(failures) == total and not shard:
+        raise ValueError(f"none of the {total} studies of {source} could be prepared; {listing} says why.")
     if failures:
-        print(f"Warning: {len(failures)} of {total} studies could not be prepared; {listing} lists them:", file=sys.stderr)
+        where = "the run that finishes tries them again" if shard else f"{listing} lists them"
+        print(f"Warning: {len(failures)} of {total} studies could not be prepared; {where}:", file=sys.stderr)
         for failure in failures[:FAILURES_SHOWN]:
             print(f"  {failure['study']}: {failure['reason']}", file=sys.stderr)
         if len(failures) > FAILURES_SHOWN:
             print(f"  and {len(failures) - FAILURES_SHOWN} more", file=sys.stderr)
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    from med3dvlm.datasets.audit import audit
+
+    _workers(arguments)
+    out = arguments.out or arguments.data / "audit"
+    if arguments.data.is_dir():  # else reading it says what is wrong
+        _writable(out)
+    result = audit(arguments.data, out, arguments.workers, arguments.reports)
+    for name, facts in result["duplicates"].items():
+        print(f"{name}: {facts['groups']} groups of {facts['studies']} studies, {facts['across_splits']} of them across splits")
+    for split, facts in result["deduplicated"].items():
+        print(f"{split}: {facts['kept']} kept, {sum(facts['left_out'].values())} left out of {out / 'deduplicated.json'}")
+    print(f"Tables and examples: {out / 'audit.md'}")
 
 
 def _ask(arguments: argparse.Namespace) -> None:
@@ -209,7 +294,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     from med3dvlm.volume import read_volume
 
     question = REPORT_PROMPTS[0] if arguments.question is None else arguments.question
-    volume = read_volume(arguments.scan)  # before the model, so that a wrong file is told at once
+    volume = read_volume(arguments.scan, **_reading(arguments))  # before the model, so that a wrong file is told at once
     for warning in volume.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
     chat = _load(arguments.model)
@@ -223,6 +308,12 @@ def _ask(arguments: argparse.Namespace) -> None:
     elif familiarity.message:
         notices.append(familiarity.message)
     print(*notices, RESEARCH_NOTICE, sep="\n", file=sys.stderr)
+
+
+def _findings(arguments: argparse.Namespace) -> None:
+    from med3dvlm.report_labels import command
+
+    print(command.run(arguments))
 
 
 def _load(model: Path) -> "Med3DChat":

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: each is written aside and renamed.
+"""Files that are there whole or not at all: each is written aside, put on the disk and renamed.
 
 JSON and JSON lines are UTF-8. A line ends at "\\n" alone: a text may hold the other characters that Python's splitlines cuts at.
 """
@@ -7,22 +7,35 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PART = ".part"  # ends the name of a file that is being written
 MODEL_CONFIGS = ("config.json", "adapter_config.json")  # by one of them transformers or PEFT knows a folder as a model
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON."""
-    _write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write records that are all known as JSON lines."""
-    _write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(path, json_lines(records))
+
+
+def json_lines(records: Iterable[dict[str, Any]]) -> str:
+    """The text of a JSON-lines file."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8."""
+    with whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline="")
 
 
 def read_lines(path: Path, repair: bool = False) -> list[dict[str, Any]]:
@@ -43,6 +56,23 @@ def read_lines(path: Path, repair: bool = False) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path} line {number} is no JSON ({error}); delete the file and run again") from error
     return records
+
+
+@contextmanager
+def whole_file(destination: Path) -> Iterator[Path]:
+    """A path beside `destination` to write to; the file takes that name when it is on the disk, and is deleted when something fails.
+
+    Its own name is hidden, ends in PART and is nobody else's, so that processes, of several machines even, may write one destination.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    aside = destination.with_name(f".{uuid.uuid4().hex}{PART}")
+    try:
+        yield aside
+        with aside.open("r+b") as file:
+            os.fsync(file.fileno())  # or a machine that loses power might keep the new name of an empty file
+        aside.replace(destination)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -80,10 +110,3 @@ def install_model(aside: Path, folder: Path) -> None:
     for path in sorted(aside.iterdir(), key=lambda path: path.name in MODEL_CONFIGS):
         path.replace(folder / path.name)
     aside.rmdir()
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

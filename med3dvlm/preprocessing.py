@@ -1,10 +1,13 @@
 """From a Volume to the tensor that a model sees: the only preprocessing there is.
 
-A *recipe* is a short list of steps. The first takes the Volume, the rest are MONAI transforms on a tensor
-(1, D, H, W). A :class:`VolumeProcessor` holds the recipe's name and numbers, is saved beside the weights as
-preprocessor_config.json, and is what preparation, training, evaluation, the command line and the app all call.
+A *recipe* is a short list of steps. The first take the Volume, the rest are MONAI transforms on a tensor (1, D, H, W).
+A :class:`VolumeProcessor` holds the recipe's name and numbers, is saved beside the weights as preprocessor_config.json,
+and is what preparation, training, evaluation, the command line and the app all call.
 
-Recipes bring a volume to how its own acquisition plane is displayed, by flips and by swapping rows with columns, never
+    m3d, hu_window     0..1: the volume as its own plane is displayed, cropped to what is above the lowest value, resized
+    ct_rate, ct_clip   -1..1: a CT in one canonical orientation, resampled to one spacing, cropped or padded about its middle
+
+The first two go by how the volume's own acquisition plane is displayed, by flips and by swapping rows with columns, never
 by resampling: questions about plane and side depend on exactly that. An oblique scan goes by its nearest axes, and a
 volume without orientation is taken to be displayed that way already.
 
@@ -12,53 +15,136 @@ volume without orientation is taken to be displayed that way already.
     coronal     D anterior -> posterior   rows superior -> inferior     columns patient's right -> left    "PIL"
     sagittal    D right -> left           rows superior -> inferior     columns anterior -> posterior      "LIP"
 
-Every recipe ends on the grid of 8-bit grey values: `transform` returns k/255 with whole k. A prepared store therefore
-keeps uint8 (`quantize`), and reading it back (`dequantize`) gives the same bits as the direct way from the scan file.
+The other two bring every volume to "SLP", an axial picture with rows and columns swapped. The public code of CT-CLIP and
+DCFormer takes the NIfTI axes (x, y, z) as stored, in CT-RATE L, P, S, and feeds the network (z, x, y): so the released
+weights saw the patient.
+
+Every recipe ends on a :class:`Grid` of whole numbers, which a prepared store keeps (`quantize`): 8-bit grey values, or HU
+in int16. Reading them back (`dequantize`) gives the same bits as the direct way from the scan file, on any device.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from med3dvlm.volume import Volume, VolumeError, read_volume
 
-DISPLAYED = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
+DISPLAYED, CANONICAL = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}, "SLP"
+AIR, BONE = -1000, 1000  # HU; what lies beyond is clipped by the CT recipes
 RESIZE_MODES = ("area", "trilinear")
-SMALLEST = 4  # voxels along any axis; below that there is nothing to recognise
+SMALLEST, LARGEST = 4, 2**30  # voxels along any axis, and of a resampled volume in all (4 GiB; a whole body has 1 to 2)
 
 Scan = Volume | str | os.PathLike[str] | torch.Tensor | NDArray[Any]
 Step = Callable[[Any], Any]
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Whole numbers `low`..`high`, kept as `dtype`; k stands for (k - zero) / scale."""
+
+    low: int
+    high: int
+    zero: float
+    scale: float
+    dtype: torch.dtype
+
+    @property
+    def values(self) -> tuple[float, float]:
+        """The lowest and the highest value that a model sees."""
+        return (self.low - self.zero) / self.scale, (self.high - self.zero) / self.scale
+
+    def quantize(self, values: Tensor) -> Tensor:
+        """The nearest whole numbers. Raises ValueError for values outside of the grid."""
+        low, high = self.values
+        if values.numel() and not (values.min() >= low - 1e-4 and values.max() <= high + 1e-4):
+            raise ValueError(f"Only values in {low:g}..{high:g} can be quantised, not {values.min():g} to {values.max():g}.")
+        return torch.mul(values, self.scale).add_(self.zero).round_().clamp_(self.low, self.high).to(self.dtype)
+
+    def dequantize(self, whole: Tensor) -> Tensor:
+        """What they stand for, as float32."""
+        values = whole.to(torch.float32, copy=True)
+        if self.zero:
+            values.sub_(self.zero)
+        # Dividing by a number, CUDA multiplies by its reciprocal, which differs in the last bit; by a tensor it divides.
+        return values.div_(torch.full((), self.scale, device=whole.device))
+
+
+GREY = Grid(0, 255, 0, 255, torch.uint8)
+
+
 def as_displayed(volume: Volume) -> torch.Tensor:
     """The voxels (1, D, H, W) as float32, flipped and H/W-swapped to the standard display of the volume's plane."""
+    return oriented(volume, volume.orientation if volume.plane is None else DISPLAYED[volume.plane])[0]
+
+
+def oriented(volume: Volume, wanted: str | None) -> tuple[torch.Tensor, list[Any]]:
+    """The voxels (1, D, H, W) as float32, with axes flipped and swapped to go where the letters `wanted` say, and their spacing.
+
+    A volume without orientation is taken to be axial and as displayed on a screen; `wanted` None leaves it as it is.
+    """
     from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 
     array: NDArray[Any] = volume.array
-    if volume.orientation is not None and volume.plane is not None:
-        wanted = DISPLAYED[volume.plane]
-        array = apply_orientation(array, ornt_transform(axcodes2ornt(volume.orientation), axcodes2ornt(wanted)))
-    return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))[None]
+    spacing = list(volume.spacing or [None] * 3)
+    if wanted is not None:
+        moves = ornt_transform(axcodes2ornt(volume.orientation or DISPLAYED["axial"]), axcodes2ornt(wanted))
+        array = apply_orientation(array, moves)
+        spacing = [spacing[int(np.flatnonzero(moves[:, 0] == axis)[0])] for axis in range(3)]
+    return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))[None], spacing
 
 
-def require_hu(volume: Volume) -> Volume:
+def require_hu(volume: Volume, recipe: str) -> Volume:
     """The volume itself, if it is in Hounsfield units."""
     if volume.unit != "HU":
         raise VolumeError(
-            f"{volume.source}: recipe 'hu_window' needs Hounsfield units but the unit is {volume.unit!r}; "
+            f"{volume.source}: recipe {recipe!r} needs Hounsfield units but the unit is {volume.unit!r}; "
             "state unit='HU' in read_volume if it is a CT, or use recipe 'm3d'."
         )
     return volume
 
 
+def resample(volume: Volume, processor: "VolumeProcessor") -> Tensor:
+    """The voxels (1, D, H, W) in the canonical orientation and of the processor's spacing, clipped to AIR..BONE.
+
+    Clipped first, so that padding of -3024 and metal do not bleed into their neighbours. Like the public code, this stretches
+    the grid to a whole number of voxels, rounded down.
+    """
+    from monai.transforms.spatial.array import Resize
+
+    recipe, wanted = processor.recipe, processor.spacing or ()
+    if volume.spacing is None:
+        raise VolumeError(
+            f"{volume.source}: recipe {recipe!r} resamples to {' x '.join(f'{mm:g}' for mm in wanted)} mm but the spacing is unknown; "
+            "state spacing=(z, y, x) in read_volume, or use recipe 'm3d'."
+        )
+    data, spacing = oriented(volume, CANONICAL)
+    # A little more, since 0.75 may be read as 0.7499999.
+    size = [int(length * mm / new + 1e-3) for length, mm, new in zip(data.shape[1:], spacing, wanted, strict=True)]
+    if min(size) < SMALLEST or math.prod(size) > LARGEST:
+        stated, voxels = " x ".join(f"{mm:.3g}" for mm in volume.spacing), "x".join(map(str, size))
+        raise VolumeError(
+            f"{volume.source}: recipe {recipe!r} makes {voxels} voxels of a scan with this spacing of {stated} mm, which is too "
+            f"{'few' if min(size) < SMALLEST else 'many'}; state its true spacing=(z, y, x) in read_volume."
+        )
+    data.clamp_(AIR, BONE)
+    return Resize(tuple(size), mode="trilinear")(data) if tuple(size) != tuple(data.shape[1:]) else data
+
+
 def m3d(processor: "VolumeProcessor") -> list[Step]:
-    """M3D-Cap's preparation: min-max to 0..1, crop to what is above 0 (so above the minimum), resize."""
+    """M3D-Cap's preparation: min-max to 0..1, crop to what is above 0 (so above the minimum), resize.
+
+    Source: M3D (arXiv 2404.00578) and its released preparation script; Med3DVLM (arXiv 2503.20047) at 128 x 256 x 256.
+    """
     from monai.transforms.croppad.array import CropForeground
     from monai.transforms.intensity.array import ScaleIntensity
     from monai.transforms.spatial.array import Resize
@@ -67,55 +153,78 @@ def m3d(processor: "VolumeProcessor") -> list[Step]:
 
 
 def hu_window(processor: "VolumeProcessor") -> list[Step]:
-    """The same with a fixed window: clip to `hu_range`, scale to 0..1, crop to what is above its low end, resize."""
+    """The same with a fixed window, for new training: clip to `hu_range`, scale to 0..1, crop to what is above its low end, resize."""
     from monai.transforms.croppad.array import CropForeground
     from monai.transforms.intensity.array import ScaleIntensityRange
     from monai.transforms.spatial.array import Resize
 
     low, high = processor.hu_range
     window = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)
-    return [require_hu, as_displayed, window, CropForeground(), Resize(processor.size, mode=processor.resize)]
+    in_hu = partial(require_hu, recipe=processor.recipe)
+    return [in_hu, as_displayed, window, CropForeground(), Resize(processor.size, mode=processor.resize)]
 
 
-RECIPES: dict[str, Callable[["VolumeProcessor"], list[Step]]] = {"m3d": m3d, "hu_window": hu_window}
+def ct_rate(processor: "VolumeProcessor") -> list[Step]:
+    """CT-RATE: canonical orientation, clip, 0.75 x 0.75 x 1.5 mm, centre crop or pad with air to 512 x 512 x 256, scale to -1..1.
+
+    Source: DCFormer (arXiv 2502.05091), implementation details; CT-CLIP (arXiv 2403.17834) has the same at 480 x 480 x 240.
+    DCFormer's released code scales -1000..200 HU instead of -1000..1000: `hu_range=(-1000, 200)`, as converted weights have it.
+    The paper clips last; the public preparation of CT-RATE clips before it resamples, and so does this (see `resample`).
+    """
+    from monai.transforms.croppad.array import ResizeWithPadOrCrop
+    from monai.transforms.intensity.array import ScaleIntensityRange
+
+    low, high = processor.hu_range
+    return [
+        partial(require_hu, recipe=processor.recipe),
+        partial(resample, processor=processor),
+        ResizeWithPadOrCrop(processor.size, mode="constant", constant_values=AIR),
+        ScaleIntensityRange(low, high, -1.0, 1.0, clip=True),
+    ]
 
 
-def quantize(values: torch.Tensor) -> torch.Tensor:
-    """Values in 0..1 as uint8: round(255 x)."""
-    if values.numel() and not (values.min() >= -1e-4 and values.max() <= 1 + 1e-4):
-        raise ValueError(f"Only values in 0..1 can be quantised, not {values.min():g} to {values.max():g}.")
-    return torch.round(values * 255).clamp(0, 255).to(torch.uint8)
+@dataclass(frozen=True)
+class Recipe:
+    """The steps and the settings that they have by default; `spacing` is None where nothing is resampled to one."""
+
+    steps: Callable[["VolumeProcessor"], list[Step]]
+    size: tuple[int, int, int]
+    spacing: tuple[float, float, float] | None = None
+    resize: str = "area"
 
 
-def dequantize(grey: torch.Tensor) -> torch.Tensor:
-    """uint8 as float32 in 0..1: grey / 255."""
-    # Dividing by a number, CUDA multiplies by its reciprocal, which differs in the last bit; by a tensor it divides.
-    return grey.to(torch.float32) / torch.full((), 255.0, device=grey.device)
+RECIPES: dict[str, Recipe] = {
+    "m3d": Recipe(m3d, (128, 256, 256)),
+    "hu_window": Recipe(hu_window, (128, 256, 256)),
+    "ct_rate": Recipe(ct_rate, (256, 512, 512), (1.5, 0.75, 0.75), "trilinear"),
+    "ct_clip": Recipe(ct_rate, (240, 480, 480), (1.5, 0.75, 0.75), "trilinear"),
+}
+SETTINGS = ("recipe", "size", "spacing", "hu_range", "resize")
 
 
 class VolumeKwargs(TypedDict, total=False):
     """What transformers may hand on to VolumeProcessor, by from_pretrained or from a ProcessorMixin."""
 
     recipe: str
-    size: Sequence[int]
+    size: Sequence[int] | None
+    spacing: Sequence[float] | None
     hu_range: Sequence[float]
-    resize: str
+    resize: str | None
     return_tensors: str | None
 
 
 class VolumeProcessor(BaseImageProcessor):
     """Turns scans into a model's input.
 
-    - `recipe`: a name in RECIPES.
+    - `recipe`: a name in RECIPES. What follows has the recipe's default where it is not given.
     - `size`: (D, H, W) of the result in voxels.
-    - `hu_range`: the window of recipe "hu_window", in HU; "m3d" does not use it.
+    - `spacing`: (z, y, x) in mm of "ct_rate" and "ct_clip", along the result's D, H and W; the others have none.
+    - `hu_range`: the window in HU of all but "m3d", which does not use it; for the CT recipes whole numbers in -1000..1000.
     - `resize`: "area", MONAI's default, averages whatever falls into a new voxel, so that small lesions leave a trace;
-      "trilinear" samples between the eight nearest voxels, as the released M3D preparation script does.
+      "trilinear" samples between the eight nearest voxels, as the released M3D preparation script and the CT recipes do.
 
         processor = VolumeProcessor("m3d", size=(128, 256, 256))
         processor("scan.nii.gz")["pixel_values"]  # (1, 1, 128, 256, 256) float32 in 0..1
-
-    The result depends on nothing but the scan and these settings: same file, same bits.
     """
 
     model_input_names = ["pixel_values"]
@@ -124,54 +233,86 @@ class VolumeProcessor(BaseImageProcessor):
     def __init__(
         self,
         recipe: str = "m3d",
-        size: Sequence[int] = (128, 256, 256),
+        size: Sequence[int] | None = None,
         hu_range: Sequence[float] = (-1000.0, 1000.0),
-        resize: str = "area",
+        resize: str | None = None,
+        spacing: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Raises ValueError for an unknown recipe or resize mode and for impossible numbers."""
+        """Raises ValueError for an unknown recipe or resize mode, for impossible numbers, and for settings that the recipe does not have."""
         # from_pretrained passes on everything in the saved file, such as the class's name.
-        unknown = set(kwargs) - {"image_processor_type", "processor_class", "auto_map"}
-        if unknown:
-            raise TypeError(f"VolumeProcessor has no setting {sorted(unknown)}; it has recipe, size, hu_range, resize.")
+        if unknown := set(kwargs) - {"image_processor_type", "processor_class", "auto_map"}:
+            raise TypeError(f"VolumeProcessor has no setting {sorted(unknown)}; it has {', '.join(SETTINGS)}.")
         super().__init__(**kwargs)
         if recipe not in RECIPES:
             raise ValueError(f"Unknown recipe {recipe!r}; known are {', '.join(RECIPES)}.")
+        defaults = RECIPES[recipe]
+        size = defaults.size if size is None else size
+        resize = defaults.resize if resize is None else resize
         if resize not in RESIZE_MODES:
             raise ValueError(f"Unknown resize {resize!r}; known are {', '.join(RESIZE_MODES)}.")
         if len(size) != 3 or any(int(length) != length or length < 1 for length in size):
             raise ValueError(f"size is {size} but must be three whole numbers (D, H, W), as (128, 256, 256).")
         if len(hu_range) != 2 or not hu_range[0] < hu_range[1]:
             raise ValueError(f"hu_range is {hu_range} but must be (low, high) with low < high, as (-1000, 1000).")
+        if defaults.spacing is None and spacing is not None:
+            raise ValueError(f"Recipe {recipe!r} has no spacing but {spacing} is given; leave it out, or use recipe 'ct_rate'.")
+        if defaults.spacing is not None:
+            spacing = defaults.spacing if spacing is None else spacing
+            if len(spacing) != 3 or not all(0 < mm < 100 for mm in spacing):
+                raise ValueError(f"spacing is {spacing} but must be three positive numbers (z, y, x) in mm, as {defaults.spacing}.")
+            if resize != defaults.resize:
+                raise ValueError(f"Recipe {recipe!r} resamples {defaults.resize!r} but resize is {resize!r}; leave it out.")
+            if not AIR <= hu_range[0] < hu_range[1] <= BONE or any(int(limit) != limit for limit in hu_range):
+                raise ValueError(f"Recipe {recipe!r} takes a hu_range of whole numbers within {AIR}..{BONE}, not {hu_range}.")
         self.recipe = recipe
         self.size = tuple(int(length) for length in size)
+        self.spacing = None if spacing is None else tuple(float(mm) for mm in spacing)
         self.hu_range = tuple(float(limit) for limit in hu_range)
         self.resize = resize
 
-    def transform(self, volume: Volume) -> torch.Tensor:
-        """The recipe on one volume: (1, D, H, W) float32 in 0..1, on the uint8 grid (see the module's text).
+    @property
+    def grid(self) -> Grid:
+        """The whole numbers on which the recipe ends."""
+        if self.spacing is None:
+            return GREY
+        low, high = (int(limit) for limit in self.hu_range)
+        return Grid(low, high, (low + high) / 2, (high - low) / 2, torch.int16)
 
-        Raises VolumeError when the volume, or its foreground, has fewer than 4 voxels along an axis, and when the
-        recipe needs Hounsfield units that the volume does not have.
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """uint8 for grey values, int16 for HU."""
+        return self.grid.dtype
+
+    def quantize(self, values: Tensor) -> Tensor:
+        """What `transform` returns, as whole numbers of `stored_dtype`: grey values 0..255, or HU. ValueError for anything else."""
+        return self.grid.quantize(values)
+
+    def dequantize(self, whole: Tensor) -> Tensor:
+        """The same numbers as float32: k / 255, or of HU k / 1000 (in the middle of another `hu_range` 0, at its ends -1 and 1)."""
+        return self.grid.dequantize(whole)
+
+    def transform(self, volume: Volume) -> torch.Tensor:
+        """The recipe on one volume: (1, D, H, W) float32 in 0..1 or -1..1, on the recipe's grid (see the module's text).
+
+        Raises VolumeError when the volume, or its foreground, has fewer than 4 voxels along an axis, and when it lacks the
+        Hounsfield units or the spacing that the recipe needs.
         """
         data: Any = volume
-        for step in RECIPES[self.recipe](self):
+        for step in RECIPES[self.recipe].steps(self):
             depth, height, width = data.shape[-3:]
             if min(depth, height, width) < SMALLEST:
                 what = "the volume has" if data is volume else "its foreground has"
-                raise VolumeError(
-                    f"{volume.source}: {what} only {depth}x{height}x{width} voxels but at least {SMALLEST} are needed "
-                    "along each axis; give a larger scan."
-                )
+                few = f"only {depth}x{height}x{width} voxels but at least {SMALLEST} are needed along each axis"
+                raise VolumeError(f"{volume.source}: {what} {few}; give a larger scan.")
             data = step(data)
-        plain = torch.as_tensor(data).as_subclass(torch.Tensor)
-        return dequantize(quantize(plain))
+        return self.dequantize(self.quantize(torch.as_tensor(data).as_subclass(torch.Tensor)))
 
     def preprocess(self, images: Scan | Sequence[Scan], return_tensors: str | None = "pt") -> BatchFeature:
         """One scan or a list of them to {"pixel_values": (B, 1, D, H, W) float32}.
 
-        A scan is a Volume, a path, or an array that `transform` and perhaps `quantize` made before: (1, D, H, W) or
-        (D, H, W) of exactly `size`, uint8 or floating point in 0..1. Raises ValueError for an array of another kind.
+        A scan is a Volume, a path, or an array that `transform` and perhaps `quantize` made before: (1, D, H, W) or (D, H, W)
+        of exactly `size`, of `stored_dtype` or floating point in the recipe's range. Raises ValueError for another array.
         """
         if return_tensors not in ("pt", None):
             raise ValueError(f"return_tensors is {return_tensors!r} but PyTorch tensors ('pt') are returned.")
@@ -180,9 +321,7 @@ class VolumeProcessor(BaseImageProcessor):
             raise ValueError("VolumeProcessor got an empty list; give at least one scan.")
         return BatchFeature({"pixel_values": torch.stack([self._one(scan) for scan in scans])})
 
-    def __call__(  # type: ignore[override]
-        self, images: Scan | Sequence[Scan], return_tensors: str | None = "pt"
-    ) -> BatchFeature:
+    def __call__(self, images: Scan | Sequence[Scan], return_tensors: str | None = "pt") -> BatchFeature:  # type: ignore[override]
         """The same as `preprocess`."""
         return self.preprocess(images, return_tensors)
 
@@ -201,11 +340,13 @@ class VolumeProcessor(BaseImageProcessor):
             raise ValueError(
                 f"A prepared tensor must be {self.size} or {(1, *self.size)} but is {tuple(values.shape)}; give raw voxels as a Volume."
             )
-        if values.dtype == torch.uint8:
-            return dequantize(values).reshape(1, *self.size)
-        if not values.is_floating_point() or not (values.min() >= 0 and values.max() <= 1):
+        grid = self.grid
+        stored = values.dtype == grid.dtype
+        low, high = (grid.low, grid.high) if stored else grid.values
+        if not (stored or values.is_floating_point()) or not (values.min() >= low and values.max() <= high):
+            bounds = "{:g}..{:g}".format(*grid.values)
             raise ValueError(
-                f"A prepared tensor must be uint8 or floating point within 0..1, not {values.dtype} from "
+                f"A prepared tensor must be {str(grid.dtype)[6:]} or floating point within {bounds}, not {values.dtype} from "
                 f"{values.min():g} to {values.max():g}; give raw voxels as a Volume."
             )
-        return values.to(torch.float32).reshape(1, *self.size)
+        return (grid.dequantize(values) if stored else values.to(torch.float32)).reshape(1, *self.size)

@@ -6,13 +6,14 @@ Both are written to and read from JSON lines, strictly: a missing or unknown fie
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from med3dvlm.files import read_lines, write_lines
 
-QUESTION_KINDS = ("plane", "phase", "organ", "abnormality", "location")
+QUESTION_KINDS = ("plane", "phase", "organ", "abnormality", "location")  # M3D-VQA's types 1 to 5
+ALL_KINDS = (*QUESTION_KINDS, "other")  # a question of one's own may be none of those
 LETTERS = "ABCDEFGH"
 
 
@@ -28,6 +29,7 @@ class Study:
     """One volume with what is known about it. `labels` maps a finding's name to 0 or 1; what nobody looked for is not in it.
 
     `id` and `image` are relative paths: `image` below the root of the data set, `id` below the folder of prepared volumes.
+    `reading` holds what the data set knows of the scan and its file does not say: keyword arguments of `read_volume`, as JSON values.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Study:
     labels: dict[str, int]
     split: str
     source: str
+    reading: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("id", "image"):
@@ -54,8 +57,8 @@ class Question:
     answer: str
 
     def __post_init__(self) -> None:
-        if self.kind not in QUESTION_KINDS:
-            raise ValueError(f"question kind {self.kind!r} of study {self.study} is unknown; known: {', '.join(QUESTION_KINDS)}")
+        if self.kind not in ALL_KINDS:
+            raise ValueError(f"question kind {self.kind!r} of study {self.study} is unknown; known: {', '.join(ALL_KINDS)}")
         if self.choices and self.answer not in self.choices:
             raise ValueError(f"answer {self.answer!r} of study {self.study} is not among its choices {list(self.choices)}")
 

@@ -1,36 +1,33 @@
-"""What the stage scripts share: arguments, what trains, a trainer that survives being killed, and the record of a run."""
+"""What the stage scripts share: what trains, a trainer that survives being killed, and the record of a run."""
 
 import json
 import logging
-import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from med3dvlm.allocator import keep_freed_memory
+from med3dvlm.arguments import ConversationArguments, StageArguments, identity_of
+from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.features import fingerprint, frozen_features
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
-from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset
+from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset, load_volumes
 from med3dvlm.encoders import count_parameters
 from med3dvlm.files import install_model, read_lines, write_json, write_lines
-from med3dvlm.preprocessing import dequantize
 from med3dvlm.processing import Med3DVLMProcessor
 from med3dvlm.vlm import Med3DVLM
 
@@ -38,103 +35,7 @@ logger = logging.getLogger(__name__)
 
 COMPLETE = "complete"  # the file that says a checkpoint was written to its end
 IDENTITY = "identity.json"  # what a training was begun with: only its own checkpoints are continued
-# transformers' settings that shape what is learned. Of a stage's own all do, but for these, which say where to write and how to be quick.
-LEARNING = (
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "seed", "data_seed",
-    "dataloader_drop_last", "train_sampling_strategy",
-)  # fmt: skip
-FREE = {"merged", "cache_features", "exclude_failures"}
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "open_clip_torch", "monai", "numpy")
-
-
-@dataclass
-class StageArguments(TrainingArguments):
-    """transformers' TrainingArguments and what every stage needs besides. Every field is a key of the YAML and a flag."""
-
-    remove_unused_columns: bool = field(default=False, metadata={"help": "the collators take what they need from a row"})
-    data: str = field(default="", metadata={"help": "prepared data, see `med3dvlm prepare`"})
-    exclude_failures: bool = field(default=False, metadata={"help": "train without the studies that could not be prepared"})
-    cache_features: bool = field(
-        default=False, metadata={"help": "compute a frozen tower's output once a study and keep it in <data>/features"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.save_total_limit == 1:
-            raise ValueError(
-                "save_total_limit must be at least 2: while a checkpoint is being written, the whole one before it has to stay"
-            )
-        super().__post_init__()
-
-
-@dataclass
-class ConversationArguments(StageArguments):
-    """What the stages of the language model need besides."""
-
-    max_length: int = field(default=1024, metadata={"help": "tokens of a conversation, image tokens included"})
-    reports: float = field(default=1.0, metadata={"help": "share of rows with the report as an answer"})
-    closed: float = field(default=0.5, metadata={"help": "share of rows with a question whose choices are spelled out"})
-    follow_ups: float = field(default=0.25, metadata={"help": "share of rows with two questions in one conversation"})
-
-
-Arguments = TypeVar("Arguments", bound=StageArguments)
-
-
-def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
-    """Arguments of a stage: defaults, then the YAML named by --config, then the command line.
-
-    Ends the program with one sentence when a key is unknown or a value does not fit.
-    """
-    parser = HfArgumentParser(kind, usage="%(prog)s --config FILE [--name value ...]", allow_abbrev=False)  # type: ignore[arg-type]
-    parser.add_argument("--config", metavar="FILE", help="settings as YAML; what the command line says goes before it")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    config = parser.parse_known_args(argv)[0].config
-    known = {name.name for name in fields(kind) if name.init}
-    if config is not None:
-        path = Path(config)
-        if not path.is_file():
-            parser.error(f"{path} is missing; the recipes are in stages/configs")
-        try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            parser.error(f"{path} is no YAML: {' '.join(str(error).split())}")
-        if not isinstance(settings, dict):
-            parser.error(f"{path} must hold lines of `name: value`, not a {type(settings).__name__}")
-        unknown = sorted(map(str, set(settings) - known))
-        if unknown:
-            parser.error(f"{path} has the unknown keys {', '.join(unknown)}; {_nearest(unknown[0], known)}")
-        parser.set_defaults(**settings)
-        for action in parser._actions:  # a value from the file counts as given
-            if action.dest in settings:
-                action.required = False
-    namespace, rest = parser.parse_known_args(argv)
-    flags = [flag.split("=")[0].lstrip("-") for flag in rest if flag.startswith("--")]
-    if rest:
-        parser.error(f"unknown: {' '.join(rest)}; {_nearest(flags[0], known) if flags else 'every setting is --name value'}")
-    values = {key: value for key, value in vars(namespace).items() if key in known}
-    if not values["data"]:
-        parser.error("--data is missing; make it with `med3dvlm prepare`")
-    if values.get("deepspeed") and "RANK" not in os.environ:
-        _alone()
-    try:
-        return kind(**values)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-def _alone() -> None:
-    """Say that this is the only process: without a launcher's word DeepSpeed would ask MPI."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def _nearest(name: str, known: set[str]) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else "see --help for the known ones"
 
 
 def train_only(model: nn.Module, chosen: Callable[[str], bool]) -> list[str]:
@@ -174,16 +75,19 @@ def conversations(
     same_preprocessing(processor.image_processor, data)
     if arguments.cache_features and any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
         raise ValueError("with cache_features the vision encoder runs once and would not be trained; pass --cache_features false")
+    augmentation = Augmentation.read(arguments.augmentation)
+    if arguments.cache_features and augmentation is not None:
+        raise ValueError("with cache_features every volume is seen once, unchanged; pass --cache_features false or --augmentation none")
     dataset = ConversationDataset(
-        data, "train", yes_no, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups, seed=arguments.seed
-    )
+        data, "train", yes_no, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups, seed=arguments.seed,
+        augmentation=augmentation,
+    )  # fmt: skip
     if arguments.cache_features:
         name = fingerprint(model.vision_encoder, str(data.summary["fingerprint"]))
         places = {study.id: index for index, study in enumerate(dataset.studies)}
 
         def compute(rows: range) -> tuple[Tensor, Tensor]:
-            volumes = torch.stack([data.volume(dataset.studies[row]) for row in rows])
-            return model.encode_image(dequantize(volumes).to(arguments.device))
+            return model.encode_image(load_volumes(data, [dataset.studies[row] for row in rows], arguments.device))
 
         with arguments.main_process_first(local=False):
             model.eval().to(arguments.device)
@@ -194,7 +98,22 @@ def conversations(
 
 
 class StageTrainer(Trainer):
-    """A Trainer whose checkpoints count only when they are whole, and which continues from the last whole one."""
+    """A Trainer whose checkpoints count only when they are whole, and which continues from the last whole one.
+
+    Volumes reach the device as they are stored; there they become the model's float32 and, where rows have keys, are augmented.
+    """
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        batch: dict[str, Any] = super()._prepare_inputs(inputs)
+        keys = batch.pop("augmentation_keys", None)
+        if "pixel_values" in batch:
+            dataset: Any = self.train_dataset
+            grid = dataset.data.processor.grid
+            volumes = grid.dequantize(batch["pixel_values"])
+            if keys is not None:
+                volumes = dataset.augmentation(volumes, keys, grid.values)
+            batch["pixel_values"] = self._prepare_input(volumes)  # in the type of numbers that DeepSpeed computes with
+        return batch
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -243,19 +162,6 @@ class LossRecorder(TrainerCallback):
         if state.is_world_process_zero and logs and "loss" in logs:
             with (Path(str(args.output_dir)) / "losses.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-def identity_of(arguments: StageArguments, data_fingerprint: str, started_from: dict[str, str]) -> dict[str, Any]:
-    """What makes a training this one, as JSON holds it: settings that shape what is learned, with fingerprints in the place of paths.
-
-    The length of the training is no part of it, so that a finished one can be asked for more.
-    """
-    settings = arguments.to_dict()
-    ours = {field.name for field in fields(arguments) if field.init} - {field.name for field in fields(TrainingArguments)} - FREE
-    batch_size = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    identity = {name: settings[name] for name in (*LEARNING, *sorted(ours)) if name in settings}
-    identity |= {"batch_size": batch_size, "data": data_fingerprint, **started_from}
-    return dict(json.loads(json.dumps(identity)))
 
 
 def _same_training(root: Path, identity: dict[str, Any]) -> None:

@@ -12,9 +12,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from med3dvlm import Med3DVLMProcessor
-from med3dvlm.datasets.store import PreparedData
+from med3dvlm.arguments import StageArguments, parse_arguments
 from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset
-from med3dvlm.training import StageArguments, StageTrainer, finish, launch, parse_arguments, run_training, save_final
+from med3dvlm.training import StageTrainer, finish, launch, run_training, save_final
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -51,7 +51,7 @@ def train_tokenizer(dataset: ConversationDataset, vocabulary: int) -> Qwen2Token
 
 def main() -> None:
     arguments = parse_arguments(Stage0Arguments)
-    data = PreparedData(arguments.data, arguments.exclude_failures)
+    data = arguments.open_data()
     texts = ConversationDataset(
         data, "train", yes_no=True, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups,
         seed=arguments.seed, image=False,

@@ -14,15 +14,16 @@ import torch
 from transformers import AutoTokenizer
 
 from med3dvlm import Med3DCLIP, Med3DCLIPConfig
+from med3dvlm.arguments import ImageArguments, parse_arguments
 from med3dvlm.checkpoints import locate_model
+from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.features import fingerprint, frozen_features
-from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import PairCollator, PairDataset
-from med3dvlm.training import StageArguments, StageTrainer, finish, launch, parse_arguments, run_training, save_final, train_only
+from med3dvlm.training import StageTrainer, finish, launch, run_training, save_final, train_only
 
 
 @dataclass
-class Stage1Arguments(StageArguments):
+class Stage1Arguments(ImageArguments):
     encoder: str = field(default="dcformer_small", metadata={"help": "see `med3dvlm encoders`"})
     encoder_options: dict | str | None = field(default=None, metadata={"help": "overrides of the encoder's arguments, as JSON"})
     image_stages: int = field(default=1, metadata={"help": "last stages of the encoder that are pooled"})
@@ -46,8 +47,8 @@ class Stage1Arguments(StageArguments):
 
 def main() -> None:
     arguments = parse_arguments(Stage1Arguments)
-    data = PreparedData(arguments.data, arguments.exclude_failures)
-    pairs = PairDataset(data, "train")
+    data = arguments.open_data()
+    pairs = PairDataset(data, "train", arguments.seed, Augmentation.read(arguments.augmentation))
 
     torch.manual_seed(arguments.seed)
     text_encoder = locate_model(arguments.text_encoder)

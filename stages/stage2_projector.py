@@ -11,21 +11,11 @@ from dataclasses import dataclass, field
 import torch
 
 from med3dvlm import Med3DVLM, Med3DVLMProcessor
+from med3dvlm.arguments import ConversationArguments, parse_arguments
 from med3dvlm.checkpoints import load_clip, load_language_model
 from med3dvlm.datasets.features import fingerprint
-from med3dvlm.datasets.store import PreparedData
-from med3dvlm.preprocessing import dequantize
-from med3dvlm.training import (
-    ConversationArguments,
-    StageTrainer,
-    conversations,
-    finish,
-    launch,
-    parse_arguments,
-    run_training,
-    save_final,
-    train_only,
-)
+from med3dvlm.datasets.torch import load_volumes
+from med3dvlm.training import StageTrainer, conversations, finish, launch, run_training, save_final, train_only
 
 
 @dataclass
@@ -39,7 +29,7 @@ class Stage2Arguments(ConversationArguments):
 
 def main() -> None:
     arguments = parse_arguments(Stage2Arguments)
-    data = PreparedData(arguments.data, arguments.exclude_failures)
+    data = arguments.open_data()
 
     torch.manual_seed(arguments.seed)
     clip, _, volumes = load_clip(arguments.clip)
@@ -54,9 +44,8 @@ def main() -> None:
 
     dataset, collator = conversations(arguments, data, model, processor, yes_no=False)
     if arguments.standardise:
-        some = torch.stack([data.volume(study) for study in dataset.studies[:64]])
         with torch.no_grad():
-            model.projector.standardise(*model.eval().cpu().encode_image(dequantize(some)))
+            model.projector.standardise(*model.eval().cpu().encode_image(load_volumes(data, dataset.studies[:64])))
     trainer = StageTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor)
     run_training(trainer, arguments, str(data.summary["fingerprint"]), **started_from)
     save_final(trainer)

@@ -15,22 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from med3dvlm import Med3DVLM
+from med3dvlm.arguments import ConversationArguments, parse_arguments
 from med3dvlm.checkpoints import load_vlm, merge_lora
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.familiarity import fit_familiarity, pool_features
-from med3dvlm.preprocessing import dequantize
-from med3dvlm.training import (
-    ConversationArguments,
-    StageTrainer,
-    conversations,
-    finish,
-    launch,
-    lora_targets,
-    parse_arguments,
-    run_training,
-    save_final,
-)
+from med3dvlm.training import StageTrainer, conversations, finish, launch, lora_targets, run_training, save_final
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +53,7 @@ def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
 
 def main() -> None:
     arguments = parse_arguments(Stage3Arguments)
-    data = PreparedData(arguments.data, arguments.exclude_failures)
+    data = arguments.open_data()
 
     torch.manual_seed(arguments.seed)
     base, processor = load_vlm(arguments.model)
@@ -98,7 +89,7 @@ def remember_training_data(model: Med3DVLM, data: PreparedData, folder: str) -> 
         studies = data.studies(split)
         batches = torch.linspace(0, len(studies) - 1, min(len(studies), 500)).round().int().split(16)
         with torch.no_grad():
-            volumes = (dequantize(torch.stack([data.volume(studies[index]) for index in batch])) for batch in batches)
+            volumes = (load_volumes(data, [studies[index] for index in batch], like.device) for batch in batches)
             pooled[split] = torch.cat([pool_features(model.encode_image(batch.to(like))) for batch in volumes])
     fit_familiarity(pooled["train"], pooled["validation"]).save(folder)
 

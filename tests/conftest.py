@@ -98,7 +98,7 @@ def prepared(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, prepared at 32 x 64 x 64: 22 studies to train on, 1 to validate, 5 to test."""
     from med3dvlm import VolumeProcessor
     from med3dvlm.datasets import m3d
-    from med3dvlm.datasets.store import prepare
+    from med3dvlm.datasets.preparation import prepare
 
     splits = [m3d.read(phantoms, split) for split in m3d.SPLITS]
     studies, questions = ([record for split in splits for record in split[part]] for part in (0, 1))

@@ -168,8 +168,11 @@ def test_an_encoder_by_a_wrong_name(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prepare", "a", "b", "--size", "1,2"], "three whole numbers"),
-        (["prepare", "a", "b", "--size", "64x64x64"], "three whole numbers"),
+        (["prepare", "m3d", "a", "b", "--size", "1,2"], "three whole numbers"),
+        (["prepare", "m3d", "a", "b", "--shard", "3"], "'3' must be I/N, as in 1/8 to 8/8"),
+        (["prepare", "m3d", "a", "b", "--size", "64x64x64"], "three whole numbers"),
+        (["inspect", "scan.npy", "--spacing", "1,2"], "must be numbers Z,Y,X with commas"),
+        (["inspect", "scan.npy", "--hu", "mine"], "invalid choice"),
         (["dance"], "invalid choice"),
         (["ask", "model"], "required"),
         ([], "required"),
@@ -185,10 +188,11 @@ def test_a_command_line_that_does_not_fit(run: Run, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prepare", "SRC", "DST", "--recipe", "soup"], "Unknown recipe 'soup'; known are m3d"),
-        (["prepare", "SRC", "DST", "--size", "0,64,64"], "three whole numbers"),
-        (["prepare", "SRC", "DST", "--workers", "0"], "at least one process"),
-        (["prepare", "EMPTY", "DST"], "M3D_Cap.json is missing"),
+        (["prepare", "soup", "SRC", "DST"], "data set 'soup' is unknown; known: m3d, ct_rate, table"),
+        (["prepare", "m3d", "SRC", "DST", "--recipe", "soup"], "Unknown recipe 'soup'; known are m3d"),
+        (["prepare", "m3d", "SRC", "DST", "--size", "0,64,64"], "three whole numbers"),
+        (["prepare", "m3d", "SRC", "DST", "--workers", "0"], "at least one process"),
+        (["prepare", "m3d", "EMPTY", "DST"], "M3D_Cap.json is missing"),
         (["phantom", "DST", "--studies", "3"], "at least 10 studies"),
         (["phantom", "DST", "--workers", "-1"], "at least one process"),
         (["merge", "EMPTY", "DST"], "adapter_config.json"),
@@ -230,6 +234,21 @@ def test_inspect_prints_the_geometry_and_draws_a_picture_where_asked(run: Run, t
     code, output, _ = run("inspect", tmp_path / "bare.npy", "--out", tmp_path / "new" / "folder" / "bare.png")
     assert code == 0 and (tmp_path / "new" / "folder" / "bare.png").is_file()
     assert output.count("Warning") == 3 and re.search(r"Spacing +unknown\nOrientation +unknown", output)
+
+
+def test_inspect_is_told_what_the_file_does_not_say(run: Run, tmp_path: Path) -> None:
+    stored = np.random.default_rng(0).integers(24, 1100, (10, 20, 30)).astype(np.int16)
+    np.save(tmp_path / "bare.npy", stored)
+    code, output, _ = run("inspect", tmp_path / "bare.npy", "--spacing", "2.5,0.8,0.7", "--hu", "csv", "--rescale", "1,-1024")
+    facts = dict(line.split(maxsplit=1) for line in output.splitlines())
+    assert code == 0 and facts["Spacing"].startswith("2.5 x 0.8 x 0.7 mm") and facts["Values"].startswith("-1000 to 75")
+    assert facts["Unit"].startswith("HU") and facts["Note"] == "the stated slope 1 and intercept -1024 are applied, as hu='csv' says."
+    code, output, error = run("inspect", tmp_path / "bare.npy", "--hu", "csv")
+    assert (code, output) == (2, "") and "hu='csv' needs the slope and intercept" in sentence(error)
+    code, output, error = run("inspect", tmp_path / "bare.npy", "--out", tmp_path / "picture.txt")
+    assert (code, output) == (2, "") and "picture.txt: the picture is written as PNG" in sentence(error)
+    code, output, error = run("inspect", tmp_path / "bare.npy", "--series", 2)
+    assert (code, output) == (2, "") and "no DICOM" in sentence(error)
 
 
 def test_ask_and_report_from_a_shell(model: Path, scan: Path, tmp_path: Path) -> None:
@@ -279,7 +298,7 @@ def test_prepare_goes_on_after_bad_samples_and_names_them(run: Run, phantoms: Pa
     bad = sorted(source.rglob("*.nii.gz"))[:2]
     bad[0].write_bytes(bad[0].read_bytes()[:500])
     bad[1].unlink()
-    arguments = ("prepare", source, prepared, "--size", "16,32,24", "--workers", 1)
+    arguments = ("prepare", "m3d", source, prepared, "--size", "16,32,24", "--workers", 1)
     code, output, error = run(*arguments)
     summary = json.loads(output)
     assert code == 0
@@ -293,8 +312,19 @@ def test_prepare_goes_on_after_bad_samples_and_names_them(run: Run, phantoms: Pa
 
     for path in source.rglob("*.nii.gz"):
         path.unlink()
-    code, _, error = run("prepare", source, tmp_path / "nothing", "--size", "16,32,24", "--workers", 1)
+    code, _, error = run("prepare", "m3d", source, tmp_path / "nothing", "--size", "16,32,24", "--workers", 1)
     assert code == 2 and "none of the 12 studies" in sentence(error)
+
+
+def test_shards_are_finished_by_a_run_without(run: Run, phantoms: Path, tmp_path: Path) -> None:
+    arguments = ("prepare", "m3d", phantoms, tmp_path / "prepared", "--size", "16,32,24", "--workers", 1)
+    for part in (1, 2):
+        code, output, error = run(*arguments, "--shard", f"{part}/2")
+        assert code == 0 and json.loads(output) == {"shard": f"{part}/2", "studies": 6, "made": 6}
+        assert f"When all 2 shards are done, run the command without --shard to finish {tmp_path / 'prepared'}." in error
+    assert json.loads(run(*arguments)[1])["studies"] == 12
+    assert len(PreparedData(tmp_path / "prepared").studies("train")) == 9
+    assert "no shard 3/2" in sentence(run(*arguments, "--shard", "3/2")[2])
 
 
 def test_prepare_goes_on_after_missing_reports(run: Run, phantoms: Path, tmp_path: Path) -> None:
@@ -303,7 +333,7 @@ def test_prepare_goes_on_after_missing_reports(run: Run, phantoms: Path, tmp_pat
     lost, empty = sorted((source / "M3D_Cap" / "ct_case").rglob("*.txt"))[:2]
     lost.unlink()
     empty.write_text(" ")
-    code, output, error = run("prepare", source, prepared, "--size", "16,32,24", "--workers", 1)
+    code, output, error = run("prepare", "m3d", source, prepared, "--size", "16,32,24", "--workers", 1)
     summary = json.loads(output)
     assert (code, summary["studies"], summary["failures"]) == (0, 10, 2)
     assert "Warning: 2 of 12 studies could not be prepared" in error
@@ -320,7 +350,7 @@ def test_an_output_place_that_cannot_be_written(run: Run, phantoms: Path, scan: 
         arguments = {
             "inspect": ["inspect", scan, "--out", place / "picture.png"],
             "phantom": ["phantom", place, "--studies", 10],
-            "prepare": ["prepare", phantoms, place],
+            "prepare": ["prepare", "m3d", phantoms, place],
             "merge": ["merge", tmp_path, place / "model"],
         }[command]
         code, _, error = run(*arguments)
@@ -363,7 +393,7 @@ def test_a_full_disk_leaves_nothing_half_written(run: Run, command: str, phantom
     arguments, final = {
         "inspect": (["inspect", scan, "--out", out / "picture.png"], "*.png"),
         "phantom": (["phantom", out, "--studies", 10, "--detail", 0.3, "--workers", 1], "*.nii.gz"),
-        "prepare": (["prepare", phantoms, out, "--size", "16,32,24", "--workers", 1], "*.npy"),
+        "prepare": (["prepare", "m3d", phantoms, out, "--size", "16,32,24", "--workers", 1], "*.safetensors"),
         "merge": (["merge", adapter, out / "model"], "*"),
     }[command]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

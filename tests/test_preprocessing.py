@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, PreTrainedConfig, ProcessorMixin
 
-from med3dvlm.preprocessing import RECIPES, VolumeProcessor, as_displayed, dequantize, quantize
+from med3dvlm.preprocessing import RECIPES, VolumeProcessor, as_displayed
 from med3dvlm.volume import Volume, VolumeError, read_volume
 
 SHAPE = (10, 20, 30)  # D, H, W: all different, so that swapped axes fail
 SIZE = (8, 16, 12)
+SPACING = (1.5, 0.9, 0.7)  # z, y, x in mm, none of them the CT recipes'
 AXIS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}  # RAS axis and sign
 
 
@@ -148,7 +149,8 @@ def test_m3d_ignores_unit_and_type_of_the_same_picture() -> None:
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_same_bits_whatever_the_number_of_threads(recipe: str) -> None:
-    processor, volume, threads = VolumeProcessor(recipe, SIZE), Volume(phantom(), unit="HU"), torch.get_num_threads()
+    processor, threads = VolumeProcessor(recipe, SIZE), torch.get_num_threads()
+    volume = Volume(phantom(), spacing=SPACING, unit="HU")
     try:
         results = []
         for count in (1, 2, 4):
@@ -165,35 +167,162 @@ def test_transform_leaves_the_volume_alone() -> None:
     np.testing.assert_array_equal(volume.array, phantom())
 
 
-# The uint8 grid
+# The CT recipes
 
 
-def test_quantize_and_dequantize_are_inverse() -> None:
-    grey = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(quantize(dequantize(grey)), grey)
-    np.testing.assert_array_equal(dequantize(grey).numpy(), np.arange(256, dtype=np.float32) / np.float32(255))
-    assert quantize(torch.tensor([0.0, 0.0019, 0.0020, 0.5, 0.999, 1.0])).tolist() == [0, 0, 1, 128, 255, 255]
-    with pytest.raises(ValueError, match="Only values in 0..1"):
-        quantize(torch.tensor([-1000.0, 40.0]))
+def trilinear(array: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Each new voxel's centre, looked up between its eight neighbours, in plain loops; the border is continued."""
+    result = np.empty(size)
+    for index in np.ndindex(*size):
+        value = 0.0
+        corners = []
+        for place, old, new in zip(index, array.shape, size, strict=True):
+            centre = min(max((place + 0.5) * old / new - 0.5, 0), old - 1)
+            low = min(int(centre), old - 2)
+            corners.append(((low, 1 - (centre - low)), (low + 1, centre - low)))
+        for (z, a), (y, b), (x, c) in itertools.product(*corners):
+            value += a * b * c * array[z, y, x]
+        result[index] = value
+    return result
+
+
+def crop_or_pad(array: np.ndarray, size: tuple[int, ...], value: float) -> np.ndarray:
+    """About the middle: where the size is even, as the public code of CT-CLIP places it."""
+    for axis, (old, new) in enumerate(zip(array.shape, size, strict=True)):
+        start, before = max(old // 2 - new // 2, 0), max((new - old) // 2, 0)
+        array = np.take(array, range(start, start + min(old, new)), axis)
+        pads = [(0, 0)] * 3
+        pads[axis] = (before, max(new - old, 0) - before)
+        array = np.pad(array, pads, constant_values=value)
+    return array
+
+
+def by_hand(array: np.ndarray, spacing: tuple[float, ...], size: tuple[int, ...], low: float = -1000, high: float = 1000) -> np.ndarray:
+    """Recipe ct_rate of a scan stored "SPL", in plain loops: (D, W, H), since rows of the result run to the patient's left."""
+    clipped = np.clip(array.astype(np.float64), -1000, 1000).transpose(0, 2, 1)
+    along = (spacing[0] / 1.5, spacing[2] / 0.75, spacing[1] / 0.75)
+    grid = tuple(int(round(length * factor, 6)) for length, factor in zip(clipped.shape, along, strict=True))
+    placed = crop_or_pad(trilinear(clipped, grid), size, -1000)
+    return (np.clip(placed, low, high) - low) / (high - low) * 2 - 1
+
+
+@pytest.mark.parametrize("recipe", ["ct_rate", "ct_clip"])
+@pytest.mark.parametrize("size", [(8, 24, 20), (16, 30, 31), (15, 25, 24), (4, 64, 6)])
+def test_ct_recipes_against_plain_loops(recipe: str, size: tuple[int, int, int]) -> None:
+    """Cropped along some axes and padded along others, by even and by odd numbers."""
+    array = phantom()
+    array[0] = -3024  # padding and metal beside the patient
+    array[5, 9, 9] = 3071
+    result = VolumeProcessor(recipe, size).transform(Volume(array, spacing=(2.0, 0.9, 0.7), orientation="SPL", unit="HU"))
+    assert result.shape == (1, *size) and result.dtype == torch.float32 and type(result) is torch.Tensor
+    # half a step of 1 HU, and a little for float32
+    assert np.abs(result[0].numpy() - by_hand(array, (2.0, 0.9, 0.7), size)).max() <= 0.5 / 1000 + 1e-6
+
+
+def test_ct_rate_with_the_window_of_the_released_code() -> None:
+    processor = VolumeProcessor("ct_rate", (8, 25, 20), hu_range=(-1000, 200))
+    result = processor.transform(Volume(phantom(), spacing=SPACING, unit="HU"))
+    assert np.abs(result[0].numpy() - by_hand(phantom(), SPACING, (8, 25, 20), -1000, 200)).max() <= 0.5 / 600 + 1e-6
+    assert torch.equal(processor.dequantize(torch.tensor([-1000, -400, 200], dtype=torch.int16)), torch.tensor([-1.0, 0.0, 1.0]))
+
+
+def test_what_needs_no_resampling_stays_as_it_is() -> None:
+    """Also where the affine's arithmetic left 0.7499999."""
+    size = (10, 30, 20)
+    for spacing in ((1.5, 0.75, 0.75), (1.4999999, 0.7499999, 0.7500001)):
+        result = VolumeProcessor("ct_rate", size).transform(Volume(phantom(), spacing=spacing, unit="HU"))
+        np.testing.assert_array_equal(result[0].numpy(), phantom().transpose(0, 2, 1).astype(np.float32) / np.float32(1000))
+
+
+def test_ct_recipes_bring_every_orientation_to_one(tmp_path: Path) -> None:
+    """All 48 ways of storing one patient, with a spacing of its own along each anatomical axis: equal bit for bit."""
+    mm = {"x": 0.7, "y": 0.9, "z": 2.0}
+    names = "xyz"
+    results = {}
+    processor = VolumeProcessor("ct_rate", (14, 20, 17))
+    for letters in ("".join(way) for way in itertools.product("RLAPSI", repeat=3) if len({AXIS[x][0] for x in way}) == 3):
+        spacing = tuple(mm[names[AXIS[letter][0]]] for letter in letters)
+        volume = Volume(stored(letters), spacing=spacing, orientation=letters, unit="HU")
+        results[letters] = processor.transform(volume)
+    assert len(results) == 48 and all(torch.equal(result, results["SPL"]) for result in results.values())
+    assert results["SPL"].std() > 0.1
+    np.testing.assert_allclose(results["SPL"][0].numpy(), by_hand(stored("SPL"), (2.0, 0.9, 0.7), (14, 20, 17)), atol=0.5 / 1000 + 1e-6)
+
+
+def test_in_a_ct_recipe_rows_run_to_the_left_and_columns_to_the_back() -> None:
+    body = np.full((10, 20, 30), -1000, np.int16)
+    body[8, 2, 27] = 500  # stored SPL: upper, front, left
+    place = np.argwhere(
+        VolumeProcessor("ct_rate", (10, 30, 20)).transform(Volume(body, (1.5, 0.75, 0.75), "SPL", unit="HU"))[0].numpy() > 0
+    )
+    assert place.tolist() == [[8, 27, 2]]
+
+
+def test_a_scan_that_a_ct_recipe_cannot_place_is_refused() -> None:
+    processor = VolumeProcessor("ct_clip", SIZE)
+    with pytest.raises(VolumeError, match="a.nii: recipe 'ct_clip' needs Hounsfield units but the unit is 'arbitrary'"):
+        processor.transform(Volume(phantom(), spacing=SPACING, source="a.nii"))
+    with pytest.raises(VolumeError, match="b.nii: recipe 'ct_clip' resamples to 1.5 x 0.75 x 0.75 mm but the spacing is unknown; state"):
+        processor.transform(Volume(phantom(), unit="HU", source="b.nii"))
+    with pytest.raises(
+        VolumeError, match="makes 4666x40000x18 voxels of a scan with this spacing of 700 x 0.7 x 1e.03 mm, which is too many; state"
+    ):
+        processor.transform(Volume(phantom(), spacing=(700.0, 0.7, 1000.0), unit="HU"))
+    with pytest.raises(
+        VolumeError, match="makes 0x28x18 voxels of a scan with this spacing of 0.1 x 0.7 x 0.7 mm, which is too few; state"
+    ):
+        processor.transform(Volume(phantom(), spacing=(0.1, 0.7, 0.7), unit="HU"))
+
+
+def test_sizes_of_the_papers() -> None:
+    sizes = {"m3d": (128, 256, 256), "hu_window": (128, 256, 256), "ct_rate": (256, 512, 512), "ct_clip": (240, 480, 480)}
+    assert {name: VolumeProcessor(name).size for name in RECIPES} == sizes
+    assert {VolumeProcessor(name).spacing for name in ("ct_rate", "ct_clip")} == {(1.5, 0.75, 0.75)}
+
+
+# The grid of whole numbers
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype", "low", "high", "scale"),
+    [("m3d", torch.uint8, 0, 255, 255), ("hu_window", torch.uint8, 0, 255, 255), ("ct_rate", torch.int16, -1000, 1000, 1000)],
+)
+def test_quantize_and_dequantize_are_inverse(recipe: str, dtype: torch.dtype, low: int, high: int, scale: int) -> None:
+    processor = VolumeProcessor(recipe)
+    whole = torch.arange(low, high + 1).to(dtype)
+    assert processor.stored_dtype == dtype
+    assert (
+        torch.equal(processor.quantize(processor.dequantize(whole)), whole)
+        and processor.quantize(processor.dequantize(whole)).dtype == dtype
+    )
+    np.testing.assert_array_equal(processor.dequantize(whole).numpy(), np.arange(low, high + 1, dtype=np.float32) / np.float32(scale))
+    with pytest.raises(ValueError, match=rf"Only values in {low // scale}..1 can be quantised, not -1000 to 40"):
+        processor.quantize(torch.tensor([-1000.0, 40.0]))
+
+
+def test_values_go_to_the_nearest_grey() -> None:
+    values = torch.tensor([0.0, 0.0019, 0.0020, 0.5, 0.999, 1.0])
+    assert VolumeProcessor("m3d").quantize(values).tolist() == [0, 0, 1, 128, 255, 255]
+    assert values.tolist()[3] == 0.5  # and are not changed themselves
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
-@pytest.mark.parametrize("resize", ["area", "trilinear"])
-def test_prepared_store_and_direct_path_give_the_same_bits(tmp_path: Path, recipe: str, resize: str) -> None:
-    processor = VolumeProcessor(recipe, SIZE, resize=resize)
-    affine = np.diag([0.7, 0.8, 2.5, 1.0])
-    nibabel.save(nibabel.Nifti1Image(phantom().transpose(), affine), tmp_path / "scan.nii.gz")
-    direct = processor(tmp_path / "scan.nii.gz")["pixel_values"]
+def test_prepared_store_and_direct_path_give_the_same_bits(tmp_path: Path, recipe: str) -> None:
+    for resize in ("area", "trilinear") if recipe in ("m3d", "hu_window") else ("trilinear",):
+        processor = VolumeProcessor(recipe, SIZE, resize=resize)
+        affine = np.diag([0.7, 0.8, 2.5, 1.0])
+        nibabel.save(nibabel.Nifti1Image(phantom().transpose(), affine), tmp_path / "scan.nii.gz")
+        direct = processor(tmp_path / "scan.nii.gz")["pixel_values"]
 
-    prepared = quantize(processor.transform(read_volume(tmp_path / "scan.nii.gz")))
-    assert prepared.dtype == torch.uint8
-    np.save(tmp_path / "prepared.npy", prepared.numpy())
-    stored_array = np.load(tmp_path / "prepared.npy")
+        prepared = processor.quantize(processor.transform(read_volume(tmp_path / "scan.nii.gz")))
+        assert prepared.dtype == processor.stored_dtype
+        np.save(tmp_path / "prepared.npy", prepared.numpy())
+        stored_array = np.load(tmp_path / "prepared.npy")
 
-    assert torch.equal(processor(stored_array)["pixel_values"], direct)
-    assert torch.equal(processor(torch.from_numpy(stored_array)[0])["pixel_values"], direct)
-    assert torch.equal(processor(direct[0])["pixel_values"], direct)
-    assert torch.equal(dequantize(prepared)[None], direct)
+        assert torch.equal(processor(stored_array)["pixel_values"], direct)
+        assert torch.equal(processor(torch.from_numpy(stored_array)[0])["pixel_values"], direct)
+        assert torch.equal(processor(direct[0])["pixel_values"], direct)
+        assert torch.equal(processor.dequantize(prepared)[None], direct)
 
 
 # Calling it
@@ -217,6 +346,9 @@ def test_prepared_tensors_of_another_kind_are_refused() -> None:
     for wrong in (torch.full(SIZE, 40.0), torch.full(SIZE, torch.nan), torch.zeros(SIZE, dtype=torch.int16)):
         with pytest.raises(ValueError, match="uint8 or floating point within 0..1"):
             processor(wrong)
+    for wrong in (torch.full(SIZE, -1024, dtype=torch.int16), torch.full(SIZE, 1.5), torch.zeros(SIZE, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"int16 or floating point within -1\.\.1"):
+            VolumeProcessor("ct_rate", SIZE)(wrong)
     with pytest.raises(ValueError, match="empty list"):
         processor([])
     with pytest.raises(ValueError, match="'tf'"):
@@ -249,6 +381,16 @@ def test_impossible_settings_are_refused() -> None:
             VolumeProcessor(size=size)
     with pytest.raises(ValueError, match="low < high"):
         VolumeProcessor(hu_range=(100, -100))
+    for recipe, settings, message in (
+        ("m3d", {"spacing": (1, 1, 1)}, "Recipe 'm3d' has no spacing but .* is given"),
+        ("ct_rate", {"spacing": (1, 1)}, "spacing is .* but must be three positive numbers"),
+        ("ct_rate", {"spacing": (1, 0, 1)}, "spacing is .* but must be three positive numbers"),
+        ("ct_rate", {"resize": "area"}, "Recipe 'ct_rate' resamples 'trilinear' but resize is 'area'"),
+        ("ct_clip", {"hu_range": (-1024, 600)}, "Recipe 'ct_clip' takes a hu_range of whole numbers within -1000..1000"),
+        ("ct_clip", {"hu_range": (-160.5, 240)}, "Recipe 'ct_clip' takes a hu_range of whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            VolumeProcessor(recipe, **settings)
     with pytest.raises(TypeError, match="no setting .'sise'.; it has recipe, size"):
         VolumeProcessor(sise=(8, 8, 8))
 
@@ -273,6 +415,19 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert torch.equal(loaded.transform(volume), processor.transform(volume))
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "preprocessor_config.json").read_text()) == saved
+
+
+def test_a_ct_recipe_comes_back_with_its_spacing(tmp_path: Path) -> None:
+    processor = VolumeProcessor("ct_clip", SIZE, spacing=(3, 1.5, 1.5), hu_range=(-1000, 200))
+    processor.save_pretrained(tmp_path)
+    loaded = VolumeProcessor.from_pretrained(tmp_path)
+    assert loaded.to_dict() == processor.to_dict() and loaded.spacing == (3.0, 1.5, 1.5) and loaded.resize == "trilinear"
+
+
+def test_settings_saved_before_there_was_a_spacing_still_load(tmp_path: Path) -> None:
+    old = {"hu_range": [-1000.0, 1000.0], "image_processor_type": "VolumeProcessor", "recipe": "m3d", "resize": "area", "size": [8, 16, 12]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
+    assert VolumeProcessor.from_pretrained(tmp_path).to_dict() == VolumeProcessor("m3d", SIZE).to_dict()
 
 
 def test_settings_can_be_replaced_when_loading_and_are_checked(tmp_path: Path) -> None:
@@ -320,5 +475,7 @@ def test_real_head_ct() -> None:
     # stored with rows towards Anterior: displayed, they are flipped, columns stay
     np.testing.assert_array_equal(as_displayed(volume)[0].numpy(), volume.array[:, ::-1])
     for recipe in RECIPES:
-        result = VolumeProcessor(recipe, (32, 64, 64))(volume)["pixel_values"]
-        assert result.shape == (1, 1, 32, 64, 64) and 0 <= result.min() and result.max() <= 1 and result.std() > 0.05
+        processor = VolumeProcessor(recipe, (32, 64, 64))
+        result = processor(volume)["pixel_values"]
+        low, high = processor.grid.values
+        assert result.shape == (1, 1, 32, 64, 64) and low <= result.min() and result.max() <= high and result.std() > 0.05

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from med3dvlm import Med3DVLM, Med3DVLMConfig
+from med3dvlm import Med3DVLM, Med3DVLMConfig, VolumeProcessor
 from med3dvlm.checkpoints import convert_published, load_clip, load_encoder, load_projector, load_vlm
 from med3dvlm.encoders import Encoder, build_encoder
 from med3dvlm.published.architecture import architecture
@@ -102,7 +102,9 @@ def test_older_dcformer_takes_one_of_its_doubled_norms_and_no_codebook(tmp_path:
     done = convert_published(file, tmp_path / "ours", size=SMALL, verify=True)
     assert len(done.left_out) == 183
     assert all(name.startswith("vq.") or ".norm." in name for name in done.left_out)
-    assert "2x - 1" in str(done)
+    assert "-1000..200 HU" in str(done)
+    volumes = VolumeProcessor.from_pretrained(tmp_path / "ours")
+    assert (volumes.recipe, volumes.size, volumes.hu_range) == ("ct_rate", SMALL, (-1000, 200))
     older = load_encoder(tmp_path / "ours")
     depth, height, width = older.grids(SMALL)[-1]
     with torch.no_grad():
@@ -116,8 +118,10 @@ def test_ctvit_gives_the_released_tokens_before_and_after_the_codebook(tmp_path:
         released.write_pickle(tmp_path / "ctvit.pt", published_weights("ctvit_small")), tmp_path / "ours", size=CT_VOLUME, verify=True
     )
     ctvit = load_encoder(tmp_path / "ours")
+    volumes = VolumeProcessor.from_pretrained(tmp_path / "ours")
+    assert (volumes.recipe, volumes.size, volumes.hu_range) == ("ct_clip", CT_VOLUME, (-1000, 1000))
     with torch.no_grad():
-        tokens, codes = ctvit(volume("volume-ctvit"))  # which the encoder itself brings to -1..1
+        tokens, codes = ctvit(2 * volume("volume-ctvit") - 1)  # recipe ct_clip gives -1..1
     assert (1, *ctvit.grids(CT_VOLUME)[0], 64) == tuple(golden()["ctvit_small/shape"])
     assert difference(tokens, golden()["ctvit_small/tokens_before_vq/every17"], 17) < TOLERANCE
     assert difference(codes, golden()["ctvit_small/tokens/every17"], 17) < TOLERANCE
@@ -174,7 +178,7 @@ def test_ct_clip_gives_the_released_embeddings(tmp_path: Path) -> None:
     assert (model.config.encoder, model.config.loss, model.config.image_pooling) == ("ctvit", "clip", "frames")
     ids, mask = (torch.from_numpy(golden()[f"ct_clip_small/{name}"]) for name in ("input_ids", "attention_mask"))
     with torch.no_grad():
-        assert difference(model.encode_image(volume("volume-ctvit")), golden()["ct_clip_small/image"]) < TOLERANCE
+        assert difference(model.encode_image(2 * volume("volume-ctvit") - 1), golden()["ct_clip_small/image"]) < TOLERANCE
         assert difference(model.encode_text(ids, mask), golden()["ct_clip_small/text"]) < TOLERANCE
     assert model.logit_scale.item() == pytest.approx(published_weights("ct_clip_small")["temperature"].item())
 

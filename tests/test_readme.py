@@ -63,7 +63,7 @@ def test_command_runs(line: str, places: dict[str, str], shell, phantoms: Path, 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("deepspeed")])
 def test_training_command_parses(line: str, repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from med3dvlm.training import parse_arguments
+    from med3dvlm.arguments import parse_arguments
 
     _, script, *arguments = shlex.split(line)
     stage = import_module("stages." + Path(script).stem)

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from med3dvlm import Med3DVLM
+from med3dvlm.arguments import StageArguments, parse_arguments
 from med3dvlm.training import (
     COMPLETE,
     IDENTITY,
-    StageArguments,
     StageTrainer,
     environment,
     finish,
     launch,
     lora_targets,
-    parse_arguments,
     run_training,
     train_only,
 )

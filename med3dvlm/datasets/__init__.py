@@ -1,1 +1,11 @@
-"""Data sets on disk, read into the records of `med3dvlm.records`."""
+"""Data sets on disk, read into the records of `med3dvlm.records`.
+
+Each module of `DATASETS` has `splits(root) -> list[str]`, the names of the splits that lie there, and
+`read(root, split, failures=None) -> (studies, questions)`, where `failures` takes {"study", "file", "reason"} of each study that is left out.
+"""
+
+from types import ModuleType
+
+from med3dvlm.datasets import ct_rate, m3d, table
+
+DATASETS: dict[str, ModuleType] = {"m3d": m3d, "ct_rate": ct_rate, "table": table}

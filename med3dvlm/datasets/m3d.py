@@ -1,32 +1,42 @@
 """M3D-Cap and M3D-VQA on disk <-> records.
 
-    M3D_Cap/M3D_Cap.json              {"train": [{"image": path, "text": path}, ...], "validation": [...], "test": [...]};
-                                      ours beside them: "id" and "patient", where they do not follow from the image's path
-    M3D_Cap/ct_case/<case>/...        volumes (prepared .nii.gz) and reports (.txt)
+    M3D_Cap/M3D_Cap.json              {"train": [{"image": path, "text": path}, ...], "validation": [...], "test": [...], perhaps
+                                      more, such as "test1k"}; ours beside them: "id" and "patient", where they do not follow from
+                                      the image's path
+    M3D_Cap/ct_case/<case>/...        reports (text.txt) and a series each as released, a folder of numbered pictures, or prepared:
+                                      a volume .npy or .nii.gz under that name
     M3D_VQA/M3D_VQA_<split>.csv       open and closed questions: one row serves as both
     M3D_VQA/M3D_VQA_yn_<split>.csv    yes/no questions
     labels.csv                        optional, ours: study and one column a finding: 0, 1, or empty where nobody looked
 
-Paths in the files are relative to the root. Source: M3D (arXiv 2404.00578), section 3 and the published files.
+Paths in the files are relative to the root and differ between releases (M3D_Cap, M3D_Cap_npy, M3D_Cap_nii; .npy, .nii.gz): an
+image is found under any of these folders and endings, and a question belongs to the study whose path it names but for them.
+Source: M3D (arXiv 2404.00578), section 3 and the published files.
 """
 
 import csv
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from med3dvlm.datasets.csv_files import csv_rows, label_value
 from med3dvlm.records import LETTERS, QUESTION_KINDS, Question, Study, check_ids, check_inside
 from med3dvlm.volume import READERS
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")  # those that `write` writes
 CSV_SPLIT = {"train": "train", "validation": "val", "test": "test"}
 COLUMNS = ("Image Path", "Text", "Question Type", "Question", "Choice A", "Choice B", "Choice C", "Choice D", "Answer", "Answer Choice")
 YES_NO_COLUMNS = ("Image Path", "Text", "Question Type", "Question", "Answer")
+
+
+def splits(root: str | Path) -> list[str]:
+    """The splits that M3D_Cap.json lists. Raises FileNotFoundError or ValueError where it is missing or none."""
+    return list(_listing(Path(root))[1])
 
 
 def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = None) -> tuple[list[Study], list[Question]]:
@@ -39,19 +49,14 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
         FileNotFoundError, ValueError: a file or a row is missing or wrong; the message says where.
     """
     root = Path(root)
-    listing = root / "M3D_Cap" / "M3D_Cap.json"
-    if not listing.is_file():
-        raise FileNotFoundError(f"{listing} is missing; an M3D root holds M3D_Cap/M3D_Cap.json and M3D_VQA/*.csv")
-    try:
-        splits = json.loads(listing.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{listing} is no JSON: {error}") from error
-    if split not in splits:
-        raise ValueError(f"{listing} has no split {split!r}; it has: {', '.join(splits)}")
+    listing, entries = _listing(root)
+    if split not in entries:
+        raise ValueError(f"{listing} has no split {split!r}; it has: {', '.join(entries)}")
+    tops = [folder.name for folder in sorted(root.glob("M3D_Cap*")) if folder.is_dir()]
     labels = _read_labels(root / "labels.csv")
     studies: list[Study] = []
     ids: dict[str, str] = {}  # image path, with and without ending -> study
-    for number, entry in enumerate(splits[split], start=1):
+    for number, entry in enumerate(entries[split], start=1):
         where = f"{listing}, entry {number} of {split!r}"
         if missing := [name for name in ("image", "text") if not isinstance(entry.get(name), str)]:
             raise ValueError(f"{where} lacks {' and '.join(missing)}")
@@ -61,13 +66,14 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
                 check_inside(path, name)
             place = _study_id(image)
             name, patient = entry.get("id", place), entry.get("patient", _patient(place))
-            study = Study(name, patient, image, "", labels.get(name, {}), split, "m3d")
+            study = Study(name, patient, _found(root, tops, image, ("", *READERS)), "", labels.get(name, {}), split, "m3d")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         ids.setdefault(place, name)
         ids[image] = name
         try:
-            report = _read_report(root / text, f"{root / text}, the report of {image} by {listing},")
+            place_of_text = root / _found(root, tops, text, (".txt",))
+            report = _read_report(place_of_text, f"{place_of_text}, the report of {image} by {listing},")
         except (OSError, ValueError) as error:
             if failures is None:
                 raise
@@ -75,14 +81,45 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
         else:
             studies.append(replace(study, report=report))
     known = {study.id for study in studies}
-    csv_split = CSV_SPLIT.get(split, split)
     questions = [
         question
         for kind, columns in (("", COLUMNS), ("yn_", YES_NO_COLUMNS))
-        for question in _read_questions(root / "M3D_VQA" / f"M3D_VQA_{kind}{csv_split}.csv", columns, ids)
+        for question in _read_questions(_questions_file(root / "M3D_VQA", kind, split), columns, ids)
         if question.study in known
     ]
     return studies, questions
+
+
+def _listing(root: Path) -> tuple[Path, dict[str, list[dict[str, str]]]]:
+    """M3D_Cap.json, wherever it lies, and what it holds."""
+    places = [root / "M3D_Cap" / "M3D_Cap.json", *sorted(root.glob("M3D_Cap*/M3D_Cap.json"))]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{places[0]} is missing; an M3D root holds M3D_Cap/M3D_Cap.json and M3D_VQA/*.csv")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(entries, dict) or not all(isinstance(listed, list) for listed in entries.values()):
+        raise ValueError(f'{path} must be {{"train": [{{"image": path, "text": path}}, ...], ...}} but is something else')
+    return path, entries
+
+
+def _found(root: Path, tops: Sequence[str], path: str, endings: Sequence[str]) -> str:
+    """The path under which a file or folder lies: as it is said, else in a sister folder or with another ending, else as it is said."""
+    place, top = _study_id(path).removesuffix(".txt"), PurePosixPath(path).parts[0]
+    if (root / path).exists():
+        return path
+    candidates = (f"{folder}/{place}{ending}" for folder in dict.fromkeys([top, *tops]) for ending in endings)
+    return next((candidate for candidate in candidates if (root / candidate).exists()), path)
+
+
+def _questions_file(folder: Path, kind: str, split: str) -> Path:
+    """The file of a split's questions: its own; for a part such as "test1k" else the whole's; for "test" else that of a part."""
+    whole = re.sub(r"\d+k$", "", split)
+    own, other = (folder / f"M3D_VQA_{kind}{CSV_SPLIT.get(name, name)}.csv" for name in (split, whole))
+    parts = sorted(folder.glob(f"{other.stem}[0-9]*k.csv"))
+    return next((path for path in (own, other, *parts) if path.is_file()), own)
 
 
 def _read_report(path: Path, name: str) -> str:
@@ -108,9 +145,9 @@ def report_text(text: str) -> str:
 
 
 def _study_id(image: str) -> str:
-    """`M3D_Cap/ct_case/000006/Axial_C.nii.gz` -> `ct_case/000006/Axial_C`, whichever of the scans' endings the path carries."""
+    """`M3D_Cap/ct_case/000006/Axial_C.nii.gz` -> `ct_case/000006/Axial_C`, whichever of the scans' endings and folders the path has."""
     path = PurePosixPath(image)
-    parts = path.parts[1:] if path.parts[0] == "M3D_Cap" else path.parts
+    parts = path.parts[1:] if path.parts[0].startswith("M3D_Cap") else path.parts
     ending = next((ending for ending in READERS if parts and parts[-1].lower().endswith(ending)), "")
     return "/".join(parts)[: -len(ending) or None]
 
@@ -122,19 +159,20 @@ def _patient(study_id: str) -> str:
 
 def _read_labels(path: Path) -> dict[str, dict[str, int]]:
     labels = {}
-    for where, row in _rows(path, ("study",)):
+    for where, row in csv_rows(path, ("study",)):
         study = row.pop("study")
-        stated = {name: value.strip() for name, value in row.items() if value and value.strip()}
-        if wrong := [name for name, value in stated.items() if value not in ("0", "1")]:
-            raise ValueError(f"{where}: {wrong[0]} is {stated[wrong[0]]!r} but must be 0, 1 or empty")
-        labels[study] = {name: int(value) for name, value in stated.items()}
+        try:
+            values = {name: label_value(name, text) for name, text in row.items()}
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        labels[study] = {name: value for name, value in values.items() if value is not None}
     return labels
 
 
 def _read_questions(path: Path, columns: Sequence[str], ids: Mapping[str, str]) -> list[Question]:
     """The questions of a file about the studies `ids`, by image path with and without ending; the number of others is told."""
     questions, others = [], 0
-    for where, row in _rows(path, columns):
+    for where, row in csv_rows(path, columns):
         image = row["Image Path"]
         try:
             check_inside(image, "Image Path")
@@ -163,26 +201,6 @@ def _question(study: str, row: Mapping[str, str]) -> Question:
     return Question(study, kind, row["Question"], tuple(row[f"Choice {letter}"] for letter in LETTERS[:4]), answer)
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Iterable[tuple[str, dict[str, str]]]:
-    """Each row, if there is such a file, after the words that say where it stands."""
-    if not path.is_file():
-        return
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(f"{path} lacks the columns {missing}; it has {reader.fieldnames}")
-        try:
-            for row in reader:
-                if empty := [name for name in columns if row[name] is None]:
-                    raise ValueError(f"the row ends before {empty[0]}")
-                if None in row:
-                    raise ValueError("the row has more values than there are columns")
-                yield f"{path} line {reader.line_num}", row
-        except (csv.Error, ValueError) as error:
-            raise ValueError(f"{path} line {reader.line_num}: {error}") from error
-
-
 def write(root: str | Path, studies: Sequence[Study], questions: Sequence[Question]) -> None:
     """Write reports, questions and labels in this layout; the volumes are the caller's.
 
@@ -200,6 +218,8 @@ def write(root: str | Path, studies: Sequence[Study], questions: Sequence[Questi
             raise ValueError(f"{name} is about none of the studies that are written")
         if not question.yes_no and choices != 4:
             raise ValueError(f"{name} has {choices} choices; M3D-VQA takes four, or Yes and No")
+        if question.kind not in QUESTION_KINDS:
+            raise ValueError(f"{name} is of kind {question.kind!r}; M3D-VQA knows {', '.join(QUESTION_KINDS)}")
     listing: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
     texts = {}
     for study in studies:

@@ -115,7 +115,7 @@ class CTViTBlock(nn.Module):
 class CTViT(Encoder):
     """The encoder of CT-CLIP. Its outputs are the tokens before and after the codebook.
 
-    The released model saw values in -1..1, the volumes of this package lie in 0..1: the encoder begins with 2x - 1.
+    The released model saw values in -1..1, those of the recipe "ct_clip".
     The codebook is not learned here: it is what the weights bring, or random; gradients pass it as if it were not there.
 
     Args:
@@ -173,12 +173,12 @@ class CTViT(Encoder):
         return [(depth, height, width)] * 2
 
     def encode(self, volume: Tensor) -> list[Tensor]:
-        """(B, 1, D, H, W) in 0..1 -> [tokens, their codes], each (B, t*h*w, C), t outermost."""
+        """(B, 1, D, H, W) -> [tokens, their codes], each (B, t*h*w, C), t outermost."""
         batch = volume.shape[0]
         time, height, width = (voxels // step for voxels, step in zip(volume.shape[2:], self.patch, strict=True))
         grid = (batch, time, height, width)
         cut = volume.reshape(batch, time, self.patch[0], height, self.patch[1], width, self.patch[2])
-        x = self.patch_embedding(2 * cut.permute(0, 1, 3, 5, 2, 4, 6).flatten(4) - 1)  # (B, t, h, w, C)
+        x = self.patch_embedding(cut.permute(0, 1, 3, 5, 2, 4, 6).flatten(4))  # (B, t, h, w, C)
 
         bias = self.position_bias(height, width)
         x = x.flatten(0, 1).flatten(1, 2)  # (B*t, h*w, C)

@@ -223,7 +223,7 @@ def _write_settings(
     home: Path,
 ) -> None:
     """config.json, the preprocessing and, for models with text, the tokenizer."""
-    volumes = VolumeProcessor(layout.recipe, size=plan.size, resize="trilinear")
+    volumes = VolumeProcessor(layout.recipe, size=plan.size, hu_range=layout.hu_range, resize="trilinear")
     tokenizer = None if tokens is None else _tokenizer(tokens)
     config = plan.config
     if isinstance(config, Med3DVLMConfig):

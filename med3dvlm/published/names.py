@@ -36,6 +36,7 @@ class Layout:
         names: the first pair that fits a name counts.
         size: (D, H, W) of the volumes, unless the checkpoint or the user says otherwise.
         recipe: of the VolumeProcessor; the one that the weights were trained with unless the note says otherwise.
+        hu_range: its window in HU.
         note: what a user of the weights has to know.
     """
 
@@ -47,6 +48,7 @@ class Layout:
     size: tuple[int, int, int] = (128, 256, 256)
     recipe: str = "m3d"
     note: str = ""
+    hu_range: tuple[int, int] = (-1000, 1000)
 
 
 def _under(there: str, here: str, pairs: Iterable[Pair]) -> tuple[Pair, ...]:
@@ -187,12 +189,9 @@ _SCALE, _GAMMA = "encoder.s{s}.{b}.scale", "encoder.s{s}.{b}.gamma"
 _SPATIAL = "enc_spatial_transformer.layers.0.1.to_q.weight"
 _BLOCK = "blocks.0.attn.qkv.weight"
 
-_CT_CLIP_NOTE = (
-    "The weights were trained on volumes resampled to 0.75 x 0.75 x 1.5 mm and cropped or padded to 480 x 480 x 240; "
-    "the recipe saved with them, hu_window, resizes instead."
-)
 _CT_RATE_NOTE = (
-    "The weights were trained on values in -1..1, resampled to 0.75 x 0.75 x 1.5 mm: give the encoder 2x - 1 of a volume in 0..1."
+    "The weights were trained on a window of -1000..200 HU, as the code released with them has it and the recipe saved with them does; "
+    "the paper says -1000..1000 HU."
 )
 _M3D_NOTE = "The weights were trained on volumes of 32 x 256 x 256 voxels, scaled to their minimum and maximum."
 
@@ -215,12 +214,13 @@ LAYOUTS: dict[str, Layout] = {
         ("temperature", "visual_transformer." + _SPATIAL),
         CT_CLIP,
         (240, 480, 480),
-        "hu_window",
-        _CT_CLIP_NOTE,
+        "ct_clip",
     ),
     "dcformer": Layout("DCFormer (pretrained_ViT.bin)", "encoder", "dcformer", (_STEM, _SCALE), DCFORMER),
     **{
-        key: Layout(title, "encoder", "dcformer", (prefix + _STEM, prefix + _GAMMA), names, (256, 512, 512), "hu_window", _CT_RATE_NOTE)
+        key: Layout(
+            title, "encoder", "dcformer", (prefix + _STEM, prefix + _GAMMA), names, (256, 512, 512), "ct_rate", _CT_RATE_NOTE, (-1000, 200)
+        )
         for key, title, prefix, names in (
             ("dcformer_ct_rate", "DCFormer for CT-RATE", "", CT_RATE_DCFORMER),
             (
@@ -231,7 +231,7 @@ LAYOUTS: dict[str, Layout] = {
             ),
         )
     },
-    "ctvit": Layout("CT-ViT", "encoder", "ctvit", (_SPATIAL,), CTVIT, (240, 480, 480), "hu_window", _CT_CLIP_NOTE),
+    "ctvit": Layout("CT-ViT", "encoder", "ctvit", (_SPATIAL,), CTVIT, (240, 480, 480), "ct_clip"),
     **{
         key: Layout(title, "encoder", "vit3d_m3d", (prefix + "cls_token", prefix + _BLOCK), names, (32, 256, 256), "m3d", _M3D_NOTE)
         for key, title, prefix, names in (

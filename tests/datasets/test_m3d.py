@@ -4,10 +4,13 @@ import csv
 import dataclasses
 import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from med3dvlm import read_volume
 from med3dvlm.datasets import m3d
 from med3dvlm.datasets.phantom import plan_phantoms
 from med3dvlm.records import Question, Study
@@ -241,3 +244,69 @@ def test_a_report_that_cannot_be_read_is_one_studys_failure(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="b.txt, the report of scans/0002.NRRD by .* is empty"):
         texts[0].write_text("A cyst.")
         m3d.read(tmp_path, "train")
+
+
+PICTURES = "M3D_Cap/ct_case/000006/Axial_C__portal_venous_phase"
+
+
+def released(root: Path, image: str, split: str = "train") -> None:
+    """One case as released: a report beside a folder of numbered slices, while list and questions name a prepared file."""
+    (root / PICTURES).mkdir(parents=True)
+    (root / "M3D_Cap/ct_case/000006/text.txt").write_text("Title: x\nstudy_findings: A cyst.\n")
+    for number, seed in enumerate((0, 10, 20, 30)):
+        grey = (np.arange(20 * 30).reshape(20, 30) + seed).astype(np.uint8)
+        Image.fromarray(grey).save(root / PICTURES / f"{number * 4}.png")  # 0, 4, 8, 12: by name 12 comes before 4
+    top = PurePosixPath(image).parts[0]
+    (root / top).mkdir(exist_ok=True)
+    entry = {"image": image, "text": f"{top}/ct_case/000006/text.txt"}
+    (root / top / "M3D_Cap.json").write_text(json.dumps({"train": [], split: [entry]}))
+    (root / "M3D_VQA").mkdir()
+
+
+@pytest.mark.parametrize("top", ["M3D_Cap", "M3D_Cap_npy", "./M3D_Cap_nii"])
+@pytest.mark.parametrize("ending", [".npy", ".nii.gz", ""])
+def test_slices_as_released_stand_for_what_is_not_prepared_yet(tmp_path: Path, top: str, ending: str) -> None:
+    image = PICTURES.replace("M3D_Cap", top, 1) + ending
+    released(tmp_path, image)
+    with (tmp_path / "M3D_VQA/M3D_VQA_train.csv").open("w", newline="") as file:
+        csv.writer(file).writerow(m3d.COLUMNS)
+        csv.writer(file).writerow([f"M3D_Cap_npy/{PICTURES[8:]}.npy", "", 2, "Phase?", "Arterial", "Portal", "Late", "None", "Portal", "B"])
+    with (tmp_path / "M3D_VQA/M3D_VQA_yn_train.csv").open("w", newline="") as file:
+        csv.writer(file).writerow(m3d.YES_NO_COLUMNS)
+        csv.writer(file).writerow([f"M3D_Cap_nii/{PICTURES[8:]}.nii.gz", "", 4, "Is there a cyst?", "yes"])
+    (one,), questions = m3d.read(tmp_path, "train")
+    assert (one.id, one.patient, one.image, one.report) == (PICTURES[8:], "000006", PICTURES, "A cyst.")
+    assert [(question.study, question.kind, question.answer) for question in questions] == [
+        (one.id, "phase", "Portal"), (one.id, "abnormality", "Yes"),
+    ]  # fmt: skip
+    volume = read_volume(tmp_path / one.image, **one.reading)
+    assert volume.shape == (4, 20, 30) and volume.array[:, 0, 0].tolist() == [0, 10, 20, 30]
+
+
+def test_a_prepared_file_comes_before_the_slices(tmp_path: Path) -> None:
+    released(tmp_path, f"{PICTURES.replace('M3D_Cap', 'M3D_Cap_npy')}.npy")
+    prepared = tmp_path / f"{PICTURES.replace('M3D_Cap', 'M3D_Cap_npy')}.nii.gz"
+    prepared.parent.mkdir(parents=True)
+    prepared.write_bytes(b"")
+    assert m3d.read(tmp_path, "train")[0][0].image == prepared.relative_to(tmp_path).as_posix()
+    prepared.with_name("Axial_C__portal_venous_phase.npy").write_bytes(b"")  # what the list names
+    assert m3d.read(tmp_path, "train")[0][0].image.endswith("_npy/ct_case/000006/Axial_C__portal_venous_phase.npy")
+
+
+def test_an_image_that_lies_nowhere_keeps_its_path(tmp_path: Path) -> None:
+    one = study(1)
+    m3d.write(tmp_path, [one], [])
+    assert m3d.read(tmp_path, "train")[0][0].image == one.image
+
+
+@pytest.mark.parametrize(("split", "files", "chosen"), [
+    ("test1k", ["test"], "test"), ("test1k", ["test", "test1k"], "test1k"), ("test", ["test5k"], "test5k"), ("train", ["train"], "train"),
+])  # fmt: skip
+def test_all_splits_are_listed_and_find_their_questions(tmp_path: Path, split: str, files: list[str], chosen: str) -> None:
+    released(tmp_path, PICTURES, split)
+    for name in files:
+        with (tmp_path / f"M3D_VQA/M3D_VQA_{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerow(m3d.COLUMNS)
+            csv.writer(file).writerow([f"{PICTURES}.npy", "", 1, name, "Axial", "Coronal", "Sagittal", "Oblique", "Axial", "A"])
+    assert m3d.splits(tmp_path) == list(dict.fromkeys(["train", split]))
+    assert [question.text for question in m3d.read(tmp_path, split)[1]] == [chosen]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from med3dvlm.datasets import m3d
-from med3dvlm.datasets.phantom import Plan, draw, plan_phantoms, text_only_baselines, write_phantoms
+from med3dvlm.datasets.audit import text_only_baselines
+from med3dvlm.datasets.phantom import Plan, draw, plan_phantoms, write_phantoms
 from med3dvlm.datasets.phantom.anatomy import PHASES
 from med3dvlm.datasets.phantom.wording import KINDS, kinds_of
 from med3dvlm.records import LETTERS, QUESTION_KINDS, Question

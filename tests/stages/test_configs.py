@@ -11,8 +11,10 @@ from torch import nn
 from transformers import DistilBertConfig, Qwen2Config
 
 from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMConfig
+from med3dvlm.arguments import StageArguments, parse_arguments
+from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.encoders import build_encoder, count_parameters
-from med3dvlm.training import StageArguments, lora_targets, parse_arguments, train_only
+from med3dvlm.training import lora_targets, train_only
 from stages import stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,6 +51,8 @@ def test_every_recipe_parses_and_its_values_arrive(path: Path) -> None:
     arguments = parse(path, "--data", "x")
     for name, value in settings.items():
         if name not in ("data", "deepspeed", "use_cpu", "report_to"):
+            if name == "augmentation":
+                value = Augmentation.read(value).to_dict()  # every amount stands in the record of a run
             arrived = getattr(arguments, name)
             assert arrived == value or str(getattr(arrived, "value", arrived)) == str(value), name
     assert arguments.report_to == []  # nothing goes to a service unless asked for

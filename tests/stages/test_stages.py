@@ -247,7 +247,10 @@ def test_familiarity_rests_on_500_scans_evenly_spread(count: int, expected: int,
         return torch.randint(255, (1, 2, 3, 4), dtype=torch.uint8)
 
     splits = {"train": count, "validation": 1}
-    data: Any = SimpleNamespace(summary={"splits": splits}, studies=lambda split: list(range(splits[split])), volume=volume)
+    processor = VolumeProcessor("m3d", size=(2, 3, 4))
+    data: Any = SimpleNamespace(
+        summary={"splits": splits}, studies=lambda split: list(range(splits[split])), volume=volume, processor=processor
+    )
     model: Any = SimpleNamespace(vision_encoder=nn.Linear(1, 1), encode_image=lambda batch: (batch.flatten(2), batch.flatten(2)))
     stage3_lora.remember_training_data(model, data, str(tmp_path))
     *train, _ = seen

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from med3dvlm.datasets import m3d
 from med3dvlm.datasets.phantom.anatomy import PHASES, REGIONS, Acquisition, Body, Finding, draw
-from med3dvlm.datasets.phantom.wording import KINDS, Questioner, kinds_of, text_only_baselines, write_report
+from med3dvlm.datasets.phantom.wording import KINDS, Questioner, kinds_of, write_report
 from med3dvlm.files import write_json
 from med3dvlm.records import Question, Study
 
-__all__ = ["Acquisition", "Body", "Finding", "draw", "plan_phantoms", "text_only_baselines", "write_phantoms"]
+__all__ = ["Acquisition", "Body", "Finding", "draw", "plan_phantoms", "write_phantoms"]
 
 FINDING_COUNTS = (0.04, 0.30, 0.34, 0.22, 0.10)  # probability of 0, 1, 2, ... findings
 PLANE_SHARES = {"axial": 0.34, "coronal": 0.22, "sagittal": 0.22, "oblique": 0.22}

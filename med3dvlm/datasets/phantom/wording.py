@@ -1,7 +1,7 @@
-"""What is said about a phantom: its report, its questions, and how well those can be answered from the text alone."""
+"""What is said about a phantom: its report and its questions."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 
 import numpy as np
@@ -106,15 +106,3 @@ class Questioner:
 
 ORGANS = sorted({facts["organ"] for facts in KINDS.values()})
 NAMES = sorted(facts["name"] for facts in KINDS.values())
-
-
-def text_only_baselines(train: Iterable[Question], test: Iterable[Question]) -> dict[str, float]:
-    """Accuracy by kind of the best guess without the volume: the choice that answered this very question most often in training."""
-    seen: dict[str, Counter[str]] = defaultdict(Counter)
-    for question in train:
-        seen[question.text][question.answer] += 1
-    hits: dict[str, list[bool]] = defaultdict(list)
-    for question in test:
-        guess = max(question.choices, key=lambda choice: seen[question.text][choice])
-        hits["yes/no" if question.yes_no else question.kind].append(guess == question.answer)
-    return {kind: sum(values) / len(values) for kind, values in sorted(hits.items())}

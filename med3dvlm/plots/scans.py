@@ -1,13 +1,6 @@
-"""Every picture that evaluation, the demo and the command line write, each a PNG.
-
-matplotlib is imported inside the functions and used through `Figure` objects, so no global figure or backend changes.
-A picture is written under a temporary name and then renamed: an interrupted run leaves the old picture or the new one,
-never half of one. Colours are Okabe and Ito's, told apart by colour-blind readers. Volumes are arrays (D, H, W),
-spacings (z, y, x) in mm.
-"""
+"""Scans: a montage of one, and cases with what was written about them. Volumes are arrays (D, H, W), spacings (z, y, x) in mm."""
 
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,137 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from med3dvlm.plots.canvas import BLUE, LABEL_BACKGROUND, new_page, save
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-FOOTER = "Research software, not a medical device"
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"
-DOTS_PER_INCH = 120
-# Behind a number, keeps it readable where a line crosses it.
-LABEL_BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 # Patient directions that a picture shows towards its bottom and its right edge, as a radiologist expects: feet and
 # back below, the patient's left and back to the right.
 DOWNWARD, RIGHTWARD = "IP", "LP"
 OPPOSITE = dict(zip("RLAPIS", "LRPASI", strict=True))
 AXIS_OF = dict(zip("RLAPIS", ("LR", "LR", "AP", "AP", "IS", "IS"), strict=True))
-
-
-def loss_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | Path) -> Path:
-    """One panel a training stage, `{"stage 1": [(step, loss), ...], ...}`: the logged losses and their running mean."""
-    _check_any(curves, "loss_curves", "stage")
-    figure = _figure(3.6 * len(curves) + 0.6, 3.4)
-    for index, (name, points) in enumerate(curves.items()):
-        axes = figure.add_subplot(1, len(curves), index + 1)
-        steps, losses = np.array([point[0] for point in points]), np.array([point[1] for point in points], dtype=float)
-        axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1)
-        axes.plot(steps, _running_mean(losses), color=BLUE, linewidth=1.8, marker="o" if len(points) == 1 else None)
-        axes.set(title=name, xlabel="step", ylabel="loss" if index == 0 else "")
-        _plain(axes)
-    return _save(figure, path)
-
-
-def retrieval_curve(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | Path, chance: float | None = None) -> Path:
-    """Recall against k, `{"image to text": [(k, recall), ...], ...}` (see `metrics.retrieval.recall_curve`).
-
-    `chance` is recall@1 of a random ranking, 1 / pool; the dashed line is k times that.
-    """
-    _check_any(curves, "retrieval_curve", "direction")
-    figure = _figure(5.2, 3.8)
-    axes = figure.add_subplot()
-    styles = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (GREY, ":"))
-    for (name, points), (colour, line) in zip(curves.items(), styles * len(curves), strict=False):
-        marker = "o" if len(points) < 20 else None
-        axes.plot(
-            [k for k, _ in points],
-            [recall for _, recall in points],
-            line,
-            color=colour,
-            label=name,
-            marker=marker,
-            linewidth=1.8,
-        )
-    largest = max(k for points in curves.values() for k, _ in points)
-    if chance is not None:
-        ks = np.geomspace(1, max(largest, 1.001), 100)
-        axes.plot(ks, np.minimum(1, ks * chance), color=GREY, linestyle=":", linewidth=1.2, label="chance")
-    axes.set_xscale("log")
-    ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if k <= largest]
-    axes.set_xticks(ticks, [str(k) for k in ticks])
-    axes.minorticks_off()
-    axes.set(xlabel="k", ylabel="recall@k", ylim=(0, 1.03), title="Partner among the first k")
-    axes.legend(frameon=False, loc="best")
-    _plain(axes)
-    return _save(figure, path)
-
-
-def vqa_bars(accuracy: Mapping[str, float], blind: Mapping[str, float], path: str | Path, chance: float = 0.25) -> Path:
-    """Accuracy by question kind beside the same model's on an empty volume (`blind`, kinds may be missing)."""
-    _check_any(accuracy, "vqa_bars", "question kind")
-    figure = _figure(max(4.5, 1.15 * len(accuracy) + 1.2), 3.6)
-    axes = figure.add_subplot()
-    positions = np.arange(len(accuracy))
-    series = [("with the scan", accuracy, BLUE, -0.2), ("blind (empty volume)", blind, ORANGE, 0.2)]
-    for label, scores, colour, offset in series if blind else series[:1]:
-        values = [scores.get(kind, math.nan) for kind in accuracy]
-        bars = axes.bar(positions + offset * bool(blind), values, width=0.38, color=colour, label=label)
-        axes.bar_label(
-            bars,
-            ["" if math.isnan(value) else f"{value:.2f}" for value in values],
-            fontsize=8,
-            padding=2,
-            bbox=LABEL_BACKGROUND,
-        )
-    axes.axhline(chance, color=GREY, linestyle="--", linewidth=1.2, label=f"chance ({chance:.2f})")
-    axes.set_xticks(positions, [_readable(kind) for kind in accuracy])
-    axes.set(ylabel="accuracy", ylim=(0, 1.08))
-    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8)
-    _plain(axes)
-    return _save(figure, path)
-
-
-def findings_bars(
-    scores: Mapping[str, float | None],
-    path: str | Path,
-    baseline: Mapping[str, float | None] | None = None,
-    label: str = "F1",
-    support: Mapping[str, int] | None = None,
-) -> Path:
-    """One horizontal bar a finding, best first; None (nothing to score) reads "none".
-
-    `baseline` adds a mark to each bar, `support` the number of positives to each name.
-    """
-    _check_any(scores, "findings_bars", "finding")
-    order = sorted(scores, key=lambda name: -1.0 if scores[name] is None else float(scores[name] or 0), reverse=True)
-    figure = _figure(6.4, 0.27 * len(order) + 1.3)
-    axes = figure.add_subplot()
-    rows = np.arange(len(order))
-    axes.barh(rows, [scores[name] or 0 for name in order], color=BLUE, height=0.7, label=label)
-    for row, name in enumerate(order):
-        value = scores[name]
-        axes.text(1.02, row, "none" if value is None else f"{value:.2f}", va="center", fontsize=8)
-    if baseline is not None:
-        values = [math.nan if baseline.get(name) is None else float(baseline[name] or 0) for name in order]
-        axes.scatter(
-            values,
-            rows,
-            color=ORANGE,
-            edgecolor="black",
-            linewidth=0.5,
-            marker="D",
-            s=22,
-            zorder=3,
-            label="baseline",
-            clip_on=False,
-        )
-    names = [_readable(name) + (f" ({support.get(name, 0)})" if support is not None else "") for name in order]
-    axes.set_yticks(rows, names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 1), xlabel=label, ylim=(len(order) - 0.4, -0.6))
-    if baseline is not None:
-        axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8)
-    _plain(axes, grid="x")
-    return _save(figure, path)
 
 
 def cases(studies: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
@@ -160,17 +32,17 @@ def cases(studies: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     texts = [_case_text(study) for study in studies]
     line, width = 0.145, 11.0  # inches
     heights = [max(1.9, line * sum(len(lines) for _, lines in text) + 0.35) for text in texts]
-    figure = _figure(width, sum(heights) + 0.4, layout="none")
-    footer = 0.3 / figure.get_figheight()
-    grid = figure.add_gridspec(
+    page = new_page(width, sum(heights) + 0.4, layout="none")
+    footer = 0.3 / page.get_figheight()
+    grid = page.add_gridspec(
         len(studies), 4, width_ratios=(1, 1, 1, 3.1), height_ratios=heights, left=0.01, right=0.99, bottom=footer,
-        top=1 - 0.1 / figure.get_figheight(), wspace=0.04, hspace=0.04,
+        top=1 - 0.1 / page.get_figheight(), wspace=0.04, hspace=0.04,
     )  # fmt: skip
     for row, (study, text) in enumerate(zip(studies, texts, strict=True)):
         array = _volume(study["array"])
         _check_geometry(study.get("spacing"), study.get("orientation"))
         for column, plane in enumerate(range(3)):
-            axes = figure.add_subplot(grid[row, column])
+            axes = page.add_subplot(grid[row, column])
             _show(
                 axes,
                 array,
@@ -181,7 +53,7 @@ def cases(studies: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
                 (0.0, 1.0),
                 anchor="N",
             )
-        axes = figure.add_subplot(grid[row, 3])
+        axes = page.add_subplot(grid[row, 3])
         axes.axis("off")
         top = 0.04
         for style, lines in text:
@@ -197,7 +69,7 @@ def cases(studies: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
                     **style,
                 )
                 top += line
-    return _save(figure, path)
+    return save(page, path)
 
 
 def montage(
@@ -240,16 +112,16 @@ def montage(
     heading = "\n".join(filter(None, [title, note]))
     head, foot = 0.1 + 0.22 * len(heading.splitlines()), 0.3
     total = head + slices_height + 0.3 + reformats_height + foot
-    figure = _figure(cell * columns + 0.1, total, layout="none")
+    page = new_page(cell * columns + 0.1, total, layout="none")
     if heading:
-        figure.text(0.5, 1 - 0.08 / total, heading, ha="center", va="top", fontsize=10)
-    upper = figure.add_gridspec(
+        page.text(0.5, 1 - 0.08 / total, heading, ha="center", va="top", fontsize=10)
+    upper = page.add_gridspec(
         grid_rows, columns, left=0.005, right=0.995, wspace=0.03, hspace=0.03,
         top=1 - head / total, bottom=(foot + reformats_height + 0.3) / total,
     )  # fmt: skip
     dark = LABEL_BACKGROUND | {"facecolor": "black"}
     for cell_index, index in enumerate(indices):
-        axes = figure.add_subplot(upper[cell_index // columns, cell_index % columns])
+        axes = page.add_subplot(upper[cell_index // columns, cell_index % columns])
         _show(axes, volume, 0, int(index), spacing, orientation, window, letters=cell_index == 0)
         axes.text(
             0.98,
@@ -262,51 +134,12 @@ def montage(
             fontsize=7,
             bbox=dark,
         )
-    lower = figure.add_gridspec(1, 2, left=0.005, right=0.995, top=(foot + reformats_height) / total, bottom=foot / total, wspace=0.03)
+    lower = page.add_gridspec(1, 2, left=0.005, right=0.995, top=(foot + reformats_height) / total, bottom=foot / total, wspace=0.03)
     for plane in (1, 2):
-        axes = figure.add_subplot(lower[0, plane - 1])
+        axes = page.add_subplot(lower[0, plane - 1])
         _show(axes, volume, plane, volume.shape[plane] // 2, spacing, orientation, window, letters=True)
         axes.set_title(f"reformat at {'row' if plane == 1 else 'column'} {volume.shape[plane] // 2}", fontsize=8, pad=3)
-    return _save(figure, path)
-
-
-def _figure(width: float, height: float, layout: Any = "constrained") -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
-    if layout == "constrained":  # keep the footer's strip free
-        strip = 0.25 / height
-        figure.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))  # type: ignore[union-attr, call-arg]
-    return figure
-
-
-def _save(figure: "Figure", path: str | Path) -> Path:
-    path = Path(path)
-    figure.text(0.5, 0.06 / figure.get_figheight(), FOOTER, ha="center", va="bottom", fontsize=7, color=GREY)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def _plain(axes: "Axes", grid: Any = "y") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color="#DDDDDD", linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
-def _readable(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Centred mean over about a twentieth of the points; NaN stays a gap."""
-    reach = len(values) // 40
-    means = [values[max(0, index - reach) : index + reach + 1].mean() for index in range(len(values))]
-    return np.array(means)
+    return save(page, path)
 
 
 def _volume(array: Any) -> NDArray[np.float32]:
@@ -387,11 +220,3 @@ def _case_text(study: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[str]
         blocks.append(({"fontweight": "bold", "color": colour}, [key.capitalize()]))
         blocks.append(({}, lines))
     return blocks
-
-
-def _check_any(values: Mapping[str, Any], picture: str, kind: str) -> None:
-    if not values:
-        raise ValueError(f"{picture} needs at least one {kind}, got none.")
-    for name, points in values.items():
-        if isinstance(points, Sequence) and not len(points):
-            raise ValueError(f"{picture} has no points for {name!r}.")

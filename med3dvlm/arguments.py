@@ -1,0 +1,147 @@
+"""The settings of a training: defaults, a YAML, the command line, and which of them make a training this one."""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from med3dvlm.datasets.augmentation import Augmentation
+from med3dvlm.datasets.store import PreparedData
+
+# transformers' settings that shape what is learned. Of a stage's own all do, but for these, which say where to write and how to be quick.
+LEARNING = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "seed", "data_seed",
+    "dataloader_drop_last", "train_sampling_strategy",
+)  # fmt: skip
+FREE = {"merged", "cache_features", "exclude_failures", "split_file"}  # the split file is in the fingerprint of the data
+
+
+@dataclass
+class StageArguments(TrainingArguments):
+    """transformers' TrainingArguments and what every stage needs besides. Every field is a key of the YAML and a flag."""
+
+    remove_unused_columns: bool = field(default=False, metadata={"help": "the collators take what they need from a row"})
+    data: str = field(default="", metadata={"help": "prepared data, see `med3dvlm prepare`"})
+    exclude_failures: bool = field(default=False, metadata={"help": "train without the studies that could not be prepared"})
+    split_file: str = field(default="", metadata={"help": "JSON of the studies of each split, as `med3dvlm audit` writes it"})
+    cache_features: bool = field(
+        default=False, metadata={"help": "compute a frozen tower's output once a study and keep it in <data>/features"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.save_total_limit == 1:
+            raise ValueError(
+                "save_total_limit must be at least 2: while a checkpoint is being written, the whole one before it has to stay"
+            )
+        if self.dataloader_persistent_workers:
+            raise ValueError("dataloader_persistent_workers must be false: workers that stay do not hear that an epoch is another one")
+        super().__post_init__()
+
+    def open_data(self) -> PreparedData:
+        """The prepared data that these settings name."""
+        return PreparedData(self.data, self.exclude_failures, self.split_file or None)
+
+
+@dataclass
+class ImageArguments(StageArguments):
+    """What the stages that see volumes need besides."""
+
+    augmentation: dict | str | None = field(  # type: ignore[type-arg]
+        default=None, metadata={"help": "of training volumes: none, intensity, default, or settings as JSON (see datasets/augmentation.py)"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        chosen = Augmentation.read(self.augmentation)
+        self.augmentation = None if chosen is None else chosen.to_dict()  # every amount stands in the record of the run
+
+
+@dataclass
+class ConversationArguments(ImageArguments):
+    """What the stages of the language model need besides."""
+
+    max_length: int = field(default=1024, metadata={"help": "tokens of a conversation, image tokens included"})
+    reports: float = field(default=1.0, metadata={"help": "share of rows with the report as an answer"})
+    closed: float = field(default=0.5, metadata={"help": "share of rows with a question whose choices are spelled out"})
+    follow_ups: float = field(default=0.25, metadata={"help": "share of rows with two questions in one conversation"})
+
+
+Arguments = TypeVar("Arguments", bound=StageArguments)
+
+
+def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
+    """Arguments of a stage: defaults, then the YAML named by --config, then the command line.
+
+    Ends the program with one sentence when a key is unknown or a value does not fit.
+    """
+    parser = HfArgumentParser(kind, usage="%(prog)s --config FILE [--name value ...]", allow_abbrev=False)  # type: ignore[arg-type]
+    parser.add_argument("--config", metavar="FILE", help="settings as YAML; what the command line says goes before it")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config = parser.parse_known_args(argv)[0].config
+    known = {name.name for name in fields(kind) if name.init}
+    if config is not None:
+        path = Path(config)
+        if not path.is_file():
+            parser.error(f"{path} is missing; the recipes are in stages/configs")
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            parser.error(f"{path} is no YAML: {' '.join(str(error).split())}")
+        if not isinstance(settings, dict):
+            parser.error(f"{path} must hold lines of `name: value`, not a {type(settings).__name__}")
+        unknown = sorted(map(str, set(settings) - known))
+        if unknown:
+            parser.error(f"{path} has the unknown keys {', '.join(unknown)}; {_nearest(unknown[0], known)}")
+        parser.set_defaults(**settings)
+        for action in parser._actions:  # a value from the file counts as given
+            if action.dest in settings:
+                action.required = False
+    namespace, rest = parser.parse_known_args(argv)
+    flags = [flag.split("=")[0].lstrip("-") for flag in rest if flag.startswith("--")]
+    if rest:
+        parser.error(f"unknown: {' '.join(rest)}; {_nearest(flags[0], known) if flags else 'every setting is --name value'}")
+    values = {key: value for key, value in vars(namespace).items() if key in known}
+    if not values["data"]:
+        parser.error("--data is missing; make it with `med3dvlm prepare`")
+    if values.get("deepspeed") and "RANK" not in os.environ:
+        _alone()
+    try:
+        return kind(**values)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _alone() -> None:
+    """Say that this is the only process: without a launcher's word DeepSpeed would ask MPI."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else "see --help for the known ones"
+
+
+def identity_of(arguments: StageArguments, data_fingerprint: str, started_from: dict[str, str]) -> dict[str, Any]:
+    """What makes a training this one, as JSON holds it: settings that shape what is learned, with fingerprints in the place of paths.
+
+    The length of the training is no part of it, so that a finished one can be asked for more.
+    """
+    settings = arguments.to_dict()
+    ours = {field.name for field in fields(arguments) if field.init} - {field.name for field in fields(TrainingArguments)} - FREE
+    batch_size = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    identity = {name: settings[name] for name in (*LEARNING, *sorted(ours)) if name in settings}
+    identity |= {"batch_size": batch_size, "data": data_fingerprint, **started_from}
+    return dict(json.loads(json.dumps(identity)))

@@ -1,0 +1,258 @@
+"""`prepare`: a data set's volumes through the VolumeProcessor into a store (`med3dvlm.datasets.store` says what lies there).
+
+Any number of processes, of several machines with one file system, may work on a store without a lock, because
+
+- a volume's file carries what it was made from and how, is written aside, put on the disk and renamed; whoever comes later reads in its
+  header that it need not be made. So a process killed at any time costs the volume that it was making, and nothing else;
+- a shard (i of n: every n-th study) writes volumes only. Records, index and summary are written by a run without `shard`, once the shards
+  have ended; it makes what they left out, so it also mends a shard that was killed, and takes seconds where there is nothing to mend;
+- summary.json is written last and taken away before a volume that it counts is replaced, so that nobody reads what does not belong
+  together. While it is there the index is true, and a run reads that instead of the headers.
+
+A run makes those volumes anew whose scan, way of reading or settings changed, and tries again what failed. Where nothing changed it
+writes nothing.
+"""
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from med3dvlm.datasets.statistics import BINS, statistics
+from med3dvlm.datasets.store import CHECKED, checksum, read_voxels, volume_path
+from med3dvlm.files import PART, json_lines, read_lines, whole_file, write_json, write_text
+from med3dvlm.preprocessing import RECIPES, VolumeProcessor
+from med3dvlm.records import Question, Study, check_ids
+from med3dvlm.volume import Volume, read_volume
+
+Line = dict[str, Any]  # of the index
+Failure = dict[str, str]  # "study", "file", "reason"
+
+
+def prepare(
+    source: str | Path,
+    studies: Sequence[Study],
+    questions: Sequence[Question],
+    processor: VolumeProcessor,
+    destination: str | Path,
+    workers: int = 2,
+    failures: Sequence[Failure] = (),
+    shard: tuple[int, int] | None = None,
+    verify: bool = False,
+) -> dict[str, Any]:
+    """Prepare the volumes of `studies`, whose image paths are relative to `source`; returns the summary that is also written.
+
+    Args:
+        failures: {"study", "file", "reason"} of studies that could not be read, for failures.jsonl.
+        shard: (i, n), the i-th of n parts, counted from 1: its volumes only. Returns {"shard", "studies", "made", "failures"}, the last a list.
+        verify: read every volume that is there, and make those anew that are damaged.
+
+    Raises:
+        ValueError: two studies have one id, a volume would replace its own scan, there is no such shard, or the folder was prepared
+            with other settings.
+    """
+    source, destination = Path(source), Path(destination)
+    _check(source, destination, studies, shard)
+    settings = _settle(processor, destination)
+    mine = studies if shard is None else studies[shard[0] - 1 :: shard[1]]
+    indexed = _index(destination)
+    lines = {study.id: indexed.get(study.id) or _header(volume_path(destination, study)) for study in mine}
+    stale = [study for study in mine if not _is_current(source, destination, settings, study, lines[study.id])]
+    reasons: dict[str, str] = {}
+    if stale:
+        RECIPES[processor.recipe].steps(processor)  # imports what it needs, once for all forked processes
+    with _processes(workers) as run:
+        if verify:
+            outdated = {study.id for study in stale}
+            there = [study for study in mine if study.id not in outdated]
+            sums = [line["checksum"] for study in there if (line := lines[study.id])]
+            whole = tqdm(run(partial(_is_whole, destination), there, sums), total=len(there), unit="volume", desc="verifying")
+            stale += [study for study, good in zip(there, whole, strict=True) if not good]
+        if any(study.id in indexed for study in stale):
+            (destination / "summary.json").unlink(missing_ok=True)
+        jobs = run(partial(prepare_one, source, destination, processor, settings), stale) if stale else ()
+        results = tqdm(jobs, total=len(mine), initial=len(mine) - len(stale), unit="volume", desc="preparing", smoothing=0.05)
+        for study, (line, reason) in zip(stale, results, strict=True):
+            lines[study.id] = line
+            if reason is not None:
+                reasons[study.id] = reason
+    failed = [{"study": study.id, "file": study.image, "reason": reasons[study.id]} for study in mine if study.id in reasons]
+    if shard is not None:
+        made = len(stale) - len(failed)
+        return {"shard": f"{shard[0]}/{shard[1]}", "studies": len(mine) - len(failed), "made": made, "failures": failed}
+    return finish(destination, processor, studies, questions, lines, [*failures, *failed])
+
+
+def _check(source: Path, destination: Path, studies: Sequence[Study], shard: tuple[int, int] | None) -> None:
+    check_ids(studies)
+    here, there = source.resolve(), destination.resolve()
+    for study in studies:
+        if here / study.image == volume_path(there, study):
+            raise ValueError(f"{source / study.image} would be replaced by its own preparation; prepare into another folder")
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
+        raise ValueError(f"there is no shard {shard[0]}/{shard[1]}; they count from 1/{shard[1]} to {shard[1]}/{shard[1]}")
+
+
+def _settle(processor: VolumeProcessor, destination: Path) -> str:
+    """Write the processor if there is none, refuse another one. 16 hexadecimal digits of its settings, which each volume keeps:
+    two runs that start at the same time with different settings do not see each other here."""
+    path = destination / "preprocessor_config.json"
+    if not path.is_file():
+        write_text(path, processor.to_json_string())
+    elif VolumeProcessor.from_pretrained(destination).to_dict() != processor.to_dict():
+        raise ValueError(f"{destination} was prepared with other settings ({path}); choose another folder or delete it")
+    return hashlib.sha256(json.dumps(processor.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _index(destination: Path) -> dict[str, Line]:
+    """The lines of index.jsonl by study, none while it may not be true."""
+    if not (destination / "summary.json").is_file():
+        return {}
+    return {line["study"]: line for line in read_lines(destination / "index.jsonl")}
+
+
+def _header(path: Path) -> Line | None:
+    """A volume's line as its own file has it; None where there is no such file or none of ours."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(json.loads(file.metadata()["line"]))
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _is_current(source: Path, destination: Path, settings: str, study: Study, line: Line | None) -> bool:
+    """Whether the prepared volume is there and was made from the scan as it is now, in this way."""
+    if line is None or not volume_path(destination, study).is_file():
+        return False
+    try:
+        return _stamp(source, settings, study).items() <= line.items()
+    except OSError:  # the scan is gone, which preparing it says better
+        return False
+
+
+def _stamp(source: Path, settings: str, study: Study) -> Line:
+    """From what and how a volume is made: scan, its size in bytes and when it was last changed (ns), what the data set says, settings."""
+    path = source / study.image
+    states = [place.stat() for place in ([path, *path.iterdir()] if path.is_dir() else [path])]
+    size, changed = sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)
+    reading = json.loads(json.dumps(study.reading))
+    return {"study": study.id, "image": study.image, "reading": reading, "size": size, "changed": changed, "settings": settings}
+
+
+def _is_whole(destination: Path, study: Study, expected: str) -> bool:
+    try:
+        read_voxels(volume_path(destination, study), expected)
+    except ValueError:
+        return False
+    return True
+
+
+def prepare_one(source: Path, destination: Path, processor: VolumeProcessor, settings: str, study: Study) -> tuple[Line | None, str | None]:
+    """The volume's line, or the reason why there is none."""
+    scan, path = source / study.image, volume_path(destination, study)
+    try:
+        stamp = _stamp(source, settings, study) if scan.exists() else {}  # before it is read
+        volume = read_volume(scan, **study.reading)
+        voxels = processor.quantize(processor.transform(volume))[0].contiguous()
+    except (OSError, ValueError) as error:  # VolumeError is a ValueError; anything else is a defect and stops the run
+        return None, str(error)
+    line = stamp | {"checksum": checksum(voxels.numpy())} | _found(volume, voxels, processor)
+    content = save({"voxels": voxels}, {"line": json.dumps(line)})
+    with whole_file(path) as aside:
+        aside.write_bytes(content)
+    return line, None
+
+
+def _found(volume: Volume, voxels: torch.Tensor, processor: VolumeProcessor) -> Line:
+    """What the summary counts. The histogram is of every second voxel along each axis, in parts per 10,000."""
+    sample = voxels[::2, ::2, ::2].numpy()
+    counts, _ = np.histogram(sample, BINS, (processor.grid.low, processor.grid.high))
+    return {
+        "shape": list(volume.shape),
+        "spacing": None if volume.spacing is None else [round(mm, 4) for mm in volume.spacing],
+        "orientation": volume.orientation,
+        "unit": volume.unit,
+        "warnings": list(volume.warnings),
+        "histogram": np.rint(counts * 1e4 / sample.size).astype(int).tolist(),
+    }
+
+
+def finish(
+    destination: Path,
+    processor: VolumeProcessor,
+    studies: Sequence[Study],
+    questions: Sequence[Question],
+    lines: dict[str, Line | None],
+    failed: Sequence[Failure],
+) -> dict[str, Any]:
+    """Write records, index, summary and picture, unless they are there as they should be."""
+    from med3dvlm.plots import prepared_volumes
+
+    without = {failure["study"] for failure in failed}
+    kept = [study for study in studies if study.id not in without]
+    index = [line for study in kept if (line := lines[study.id]) is not None]
+    asked = [question for question in questions if question.study not in without]
+    records = (map(dataclasses.asdict, kept), map(dataclasses.asdict, asked), index, failed)
+    texts = {name: json_lines(rows) for name, rows in zip(CHECKED, records, strict=True)}
+    sums = {name: checksum(text.encode()) for name, text in texts.items()}
+    voxels = [line["checksum"] for line in index]
+    parts = (json.dumps(processor.to_dict(), sort_keys=True), texts["studies.jsonl"], texts["questions.jsonl"], str(voxels))
+    summary: dict[str, Any] = {
+        "studies": len(kept),
+        "questions": len(asked),
+        "failures": len(failed),
+        "splits": {split: sum(study.split == split for study in kept) for split in sorted({study.split for study in kept})},
+        **statistics(index, processor),
+        "checksums": sums,
+        "fingerprint": hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16],
+    }
+    place, picture = destination / "summary.json", destination / "summary.png"
+    there = place.is_file() and picture.is_file() and json.loads(place.read_text(encoding="utf-8")) == summary
+    if there and all((destination / name).is_file() and checksum((destination / name).read_bytes()) == sums[name] for name in CHECKED):
+        return summary
+    place.unlink(missing_ok=True)  # until the files below belong together
+    for name, text in texts.items():
+        write_text(destination / name, text)
+    if index:
+        prepared_volumes(index, {study.id: study.split for study in kept}, processor.grid.values, picture)
+    for leftover in (destination / "volumes").rglob(f".*{PART}"):  # of killed processes
+        leftover.unlink(missing_ok=True)
+    write_json(place, summary)
+    return summary
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[Any]:
+    """A `map` over processes."""
+    with ProcessPoolExecutor(count, initializer=_start_process) as pool:
+        yield pool.map
+
+
+def _start_process() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Where the program that started this process is killed, it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,46 @@
+"""What a preparation found, counted: the numbers of summary.json."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from med3dvlm.preprocessing import VolumeProcessor
+
+BINS = 50  # of a volume's histogram
+NUMBERS = re.compile(r"-?\d[\d.]*(?:(?:, | x )-?\d[\d.]*)*")
+
+
+def statistics(index: Sequence[dict[str, Any]], processor: VolumeProcessor) -> dict[str, Any]:
+    """Shapes (D, H, W) and spacings (z, y, x) of the scans as least, median and greatest, the commonest shapes, orientations, units,
+    kinds of warnings and disk used."""
+    spacings = [line["spacing"] for line in index if line["spacing"] is not None]
+    return {
+        "recipe": processor.recipe,
+        "size": list(processor.size),
+        "dtype": str(processor.stored_dtype).removeprefix("torch."),
+        "disk_gb": round(len(index) * int(np.prod(processor.size)) * processor.stored_dtype.itemsize / 1e9, 3),
+        "shapes": _spread([line["shape"] for line in index]),
+        "spacings": _spread(spacings) | {"unknown": len(index) - len(spacings)},
+        "orientations": _counted(line["orientation"] or "unknown" for line in index),
+        "units": _counted(line["unit"] for line in index),
+        "warnings": _counted(kind for line in index for kind in {kind_of(warning) for warning in line["warnings"]}),
+    }
+
+
+def kind_of(warning: str) -> str:
+    """The warning with its numbers left out: "slices are tilted by # degrees; they count as the nearest anatomical plane."."""
+    return NUMBERS.sub("#", warning)
+
+
+def _spread(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
+    if not rows:
+        return {}
+    quantiles = np.percentile(np.asarray(rows), (0, 5, 50, 95, 100), axis=0).round(4).tolist()
+    return dict(zip(("least", "5 %", "median", "95 %", "greatest"), quantiles, strict=True))
+
+
+def _counted(values: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(values).items(), key=lambda item: (-item[1], item[0])))

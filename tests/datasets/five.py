@@ -1,0 +1,37 @@
+"""Five scans of odd size with studies and questions about them."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from med3dvlm.records import Question, Study
+
+SIZE = (8, 16, 24)
+
+
+def studies(count: int = 5) -> list[Study]:
+    return [Study(f"case/{n}/Axial", str(n), f"case/{n}/Axial.nii.gz", f"Report {n}.", {}, "train", "test") for n in range(count)]
+
+
+def questions(count: int = 5) -> list[Question]:
+    return [Question(study.id, "plane", "Plane?", ("Axial", "Coronal", "Sagittal", "Oblique"), "Axial") for study in studies(count)]
+
+
+def write_scans(root: Path) -> Path:
+    """Each with a body of its own in it, 10 slices of 20 rows and 30 columns, 3 x 1.2 x 1 mm."""
+    for number, study in enumerate(studies()):
+        array = np.full((30, 20, 10), -1000, np.int16)  # a NIfTI counts columns first
+        array[3 : 20 + number, 2:18, 1:9] = np.random.default_rng(number).integers(-100, 400, (17 + number, 16, 8))
+        path = root / study.image
+        path.parent.mkdir(parents=True)
+        nib.save(nib.Nifti1Image(array, np.diag([1.0, 1.2, 3.0, 1.0])), path)
+    return root
+
+
+def resave(path: Path, change: int = 500) -> None:
+    """Brighten one voxel within the body."""
+    image = nib.load(path)
+    array = np.asarray(image.dataobj).copy()
+    array[10, 10, 5] += change
+    nib.save(nib.Nifti1Image(array, image.affine), path)

@@ -1,0 +1,351 @@
+"""The preparation: every volume made once, whatever is killed; a bad sample named instead of replaced; nothing written twice."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from med3dvlm import VolumeProcessor
+from med3dvlm.datasets import m3d
+from med3dvlm.datasets.preparation import prepare
+from med3dvlm.datasets.statistics import kind_of
+from med3dvlm.datasets.store import PreparedData, volume_path
+from med3dvlm.files import read_lines
+from med3dvlm.records import Study
+from tests.datasets.five import SIZE, questions, resave, studies, write_scans
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    return write_scans(tmp_path / "scans")
+
+
+@pytest.fixture
+def prepared_from(scans: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """prepared_from(): the five scans, or other records about them, into tmp_path / "prepared"."""
+
+    def run(records: list[Study] | None = None, count: int = 5, size: tuple[int, int, int] = SIZE, **options: Any) -> dict[str, Any]:
+        records = records or studies(count)
+        return prepare(scans, records, questions(count), VolumeProcessor("m3d", size=size), tmp_path / "prepared", workers=1, **options)
+
+    return run
+
+
+def test_what_is_there_is_not_made_again(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
+    """As a killed preparation leaves it: some volumes, one of them half written, no summary."""
+    first = prepared_from()
+    root = tmp_path / "prepared"
+    (root / "summary.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no finished preparation.*med3dvlm prepare"):
+        PreparedData(root)
+    lost, *kept = (volume_path(root, study) for study in studies())
+    whole = lost.read_bytes()
+    lost.with_name(".0123.part").write_bytes(whole[:50])
+    lost.unlink()
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    assert prepared_from() == first
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    assert lost.read_bytes() == whole and not list(root.rglob("*.part"))
+
+
+def test_the_fingerprint_follows_the_data(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
+    first = prepared_from()
+    assert prepared_from()["fingerprint"] == first["fingerprint"]
+    assert prepared_from(count=4)["fingerprint"] != first["fingerprint"]
+    shutil.rmtree(tmp_path / "prepared")
+    array = np.asarray(nib.load(scans / studies()[0].image).dataobj).copy()
+    array[10, 10, 5] += 500
+    nib.save(nib.Nifti1Image(array, np.diag([1.0, 1.2, 3.0, 1.0])), scans / studies()[0].image)
+    assert prepared_from()["fingerprint"] != first["fingerprint"]
+
+
+def test_a_changed_scan_is_prepared_anew(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
+    first, root = prepared_from(), tmp_path / "prepared"
+    before = {study.id: volume_path(root, study).stat().st_mtime_ns for study in studies()}
+    changed = studies()[2]
+    resave(scans / changed.image)
+    second = prepared_from()
+    assert second["fingerprint"] != first["fingerprint"] and second["studies"] == first["studies"]
+    after = {study.id: volume_path(root, study).stat().st_mtime_ns for study in studies()}
+    assert [name for name in before if before[name] != after[name]] == [changed.id]
+    data = PreparedData(root)
+    assert torch.equal(data.processor.dequantize(data.volume(changed)), data.processor(scans / changed.image)["pixel_values"][0])
+    assert prepared_from() == second
+
+
+def test_another_data_set_with_the_same_names_is_prepared_anew(scans: Path, tmp_path: Path) -> None:
+    processor = VolumeProcessor("m3d", size=SIZE)
+    first = prepare(scans, studies(), questions(), processor, tmp_path / "prepared", workers=1)
+    shutil.copytree(scans, tmp_path / "other")
+    for study in studies():
+        resave(tmp_path / "other" / study.image)
+    second = prepare(tmp_path / "other", studies(), questions(), processor, tmp_path / "prepared", workers=1)
+    alone = prepare(tmp_path / "other", studies(), questions(), processor, tmp_path / "alone", workers=1)
+    assert first["fingerprint"] != second["fingerprint"] == alone["fingerprint"]
+
+
+def test_a_slice_added_to_a_folder_is_a_change(tmp_path: Path) -> None:
+    """Slices as pictures, then one more, then one of another size."""
+    study = Study("a", "a", "series", "Report.", {}, "train", "test")
+    (tmp_path / "series").mkdir()
+    random = np.random.default_rng(0)
+
+    def slice_(number: int, **options: Any) -> None:
+        Image.fromarray(random.integers(0, 255, (20, 30), np.uint8)).save(tmp_path / "series" / f"{number}.png", **options)
+
+    def run() -> int:
+        prepare(tmp_path, [study], [], VolumeProcessor("m3d", size=SIZE), tmp_path / "store", workers=1)
+        return volume_path(tmp_path / "store", study).stat().st_mtime_ns
+
+    for number in range(1, 7):
+        slice_(number)
+    first = run()
+    assert run() == first
+    slice_(7)
+    second = run()
+    assert first < second == run()
+    slice_(3, compress_level=0)
+    assert run() > second
+
+
+def test_a_killed_renewal_leaves_no_summary(
+    prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, root = prepared_from(), tmp_path / "prepared"
+    resave(scans / studies()[0].image)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("med3dvlm.datasets.preparation.write_text", killed)
+        prepared_from()
+    with pytest.raises(FileNotFoundError, match="no finished preparation"):
+        PreparedData(root)
+    assert prepared_from()["fingerprint"] != first["fingerprint"]
+
+
+def test_ids_and_places_that_collide_are_refused(scans: Path, tmp_path: Path) -> None:
+    processor = VolumeProcessor("m3d", size=SIZE)
+    twice = [studies()[0], replace(studies()[1], id=f"./{studies()[0].id}")]
+    with pytest.raises(ValueError, match="two studies have the id './case/0/Axial'; give each its own"):
+        prepare(scans, twice, [], processor, tmp_path / "prepared")
+    (scans / "volumes").mkdir()
+    raw = scans / "volumes" / "a.safetensors"
+    raw.write_bytes(b"a scan")
+    content = raw.read_bytes()
+    with pytest.raises(ValueError, match="a.safetensors would be replaced by its own preparation; prepare into another folder"):
+        prepare(scans, [Study("a", "a", "volumes/a.safetensors", "Report.", {}, "train", "test")], [], processor, scans / "volumes" / "..")
+    assert raw.read_bytes() == content and not (tmp_path / "prepared").exists()
+
+
+def test_other_settings_need_another_folder(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    first = prepared_from()
+    with pytest.raises(ValueError, match="prepared was prepared with other settings .*; choose another folder or delete it"):
+        prepared_from(size=(8, 16, 16))
+    assert PreparedData(tmp_path / "prepared").summary == first
+
+
+def test_bad_samples_are_listed_and_the_others_prepared(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
+    """Truncated, a text, absent, not a number: four of five, each with its reason."""
+    images = [scans / study.image for study in studies()]
+    images[0].write_bytes(images[0].read_bytes()[:-2000])
+    images[1].write_text("not a scan")
+    images[2].unlink()
+    nib.save(nib.Nifti1Image(np.full((30, 20, 10), np.nan, np.float32), np.eye(4)), images[3])
+    summary = prepared_from()
+    assert (summary["studies"], summary["questions"], summary["failures"]) == (1, 1, 4)
+    root = tmp_path / "prepared"
+    failures = [json.loads(line) for line in (root / "failures.jsonl").read_text().splitlines()]
+    assert [failure["study"] for failure in failures] == [study.id for study in studies()[:4]]
+    assert [failure["file"] for failure in failures] == [study.image for study in studies()[:4]]
+    assert all(str(image) in failure["reason"] and "\n" not in failure["reason"] for image, failure in zip(images, failures, strict=False))
+    for failure, word in zip(failures, ("cut short", "cannot be read as NIfTI", "no such file", "NaN"), strict=True):
+        assert word in failure["reason"]
+    assert len(list(root.rglob("*.safetensors"))) == 1 and not list(root.rglob("*.part"))
+
+    with pytest.raises(ValueError, match=r"4 studies of .* the first is case/0/Axial: .*prepare again, or pass --exclude_failures true"):
+        PreparedData(root)
+    data = PreparedData(root, exclude_failures=True)
+    assert [study.id for study in data.studies("train")] == ["case/4/Axial"]
+    assert [question.study for question in data.questions("train")] == ["case/4/Axial"]
+
+    for image in images[:4]:
+        shutil.copy(images[4], image)
+    assert prepared_from()["failures"] == 0 and len(PreparedData(root).studies("train")) == 5
+
+
+def test_a_folder_that_cannot_be_written_stops_the_preparation(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Like a full disk it is no fault of the samples: none of them is listed."""
+    root = tmp_path / "prepared"
+    root.mkdir()
+    (root / "volumes").touch()
+    with pytest.raises(OSError, match="volumes"):
+        prepared_from()
+    assert not (root / "summary.json").exists() and not (root / "failures.jsonl").exists()
+    (root / "volumes").unlink()
+    assert prepared_from()["failures"] == 0
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def times(root: Path, pattern: str = "*") -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in root.rglob(pattern) if path.is_file()}
+
+
+def prepare_phantoms(phantoms: Path, destination: Path, workers: int = 2, **options: Any) -> dict[str, Any]:
+    splits = [m3d.read(phantoms, split) for split in m3d.splits(phantoms)]
+    records = ([record for split in splits for record in split[part]] for part in (0, 1))
+    return prepare(phantoms, *records, VolumeProcessor("m3d", size=(48, 64, 56)), destination, workers, **options)
+
+
+@pytest.fixture(scope="module")
+def in_peace(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    destination = tmp_path_factory.mktemp("in_peace") / "store"
+    prepare_phantoms(phantoms, destination)
+    return destination
+
+
+@pytest.mark.parametrize("victim", ["all", "the program", "a worker"])
+def test_a_killed_preparation_continues(phantoms: Path, in_peace: Path, tmp_path: Path, victim: str) -> None:
+    """Killed after the third of 28 volumes: no process stays, those three are not made again, and the result is that of a run in peace."""
+    root = tmp_path / "store"
+
+    def run() -> None:
+        os.setsid()
+        prepare_phantoms(phantoms, root)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    deadline = time.monotonic() + 120
+    while len(times(root, "*.safetensors")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    if victim == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        os.kill(process.pid if victim == "the program" else workers[0].pid, signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode not in (0, None)
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    assert not (root / "summary.json").exists()
+    (root / "volumes" / ".0123.part").write_bytes(b"half a volume")
+    done = times(root, "*.safetensors")
+    assert 3 <= len(done) < 28
+    prepare_phantoms(phantoms, root)
+    assert tree(root) == tree(in_peace)
+    assert done.items() <= times(root).items()
+
+
+def test_shards_at_the_same_time_are_one_run(phantoms: Path, in_peace: Path, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as pool:
+        parts = [pool.submit(prepare_phantoms, phantoms, root, 1, shard=(part, 3)) for part in (1, 2, 3)]
+        results = [part.result() for part in parts]
+    assert [result["shard"] for result in results] == ["1/3", "2/3", "3/3"] and [result["made"] for result in results] == [10, 9, 9]
+    assert [result["failures"] for result in results] == [[], [], []]
+    with pytest.raises(FileNotFoundError, match="no finished preparation"):
+        PreparedData(root)
+    done = times(root, "*.safetensors")
+    assert len(done) == 28
+    prepare_phantoms(phantoms, root)
+    assert tree(root) == tree(in_peace) and done.items() <= times(root).items()
+
+
+def test_what_a_shard_left_out_is_made_in_the_end(phantoms: Path, in_peace: Path, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    assert prepare_phantoms(phantoms, root, shard=(2, 4))["made"] == 7
+    assert prepare_phantoms(phantoms, root, shard=(2, 4))["made"] == 0
+    prepare_phantoms(phantoms, root)
+    assert tree(root) == tree(in_peace)
+    for wrong in ((0, 4), (5, 4)):
+        with pytest.raises(ValueError, match=f"no shard {wrong[0]}/4; they count from 1/4 to 4/4"):
+            prepare_phantoms(phantoms, root, shard=wrong)
+
+
+def test_the_result_depends_on_no_number_of_workers(phantoms: Path, in_peace: Path, tmp_path: Path) -> None:
+    prepare_phantoms(phantoms, tmp_path / "store", workers=1)
+    assert tree(tmp_path / "store") == tree(in_peace)
+
+
+def test_a_second_run_writes_nothing(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
+    """Not even where a study fails again."""
+    (scans / studies()[1].image).unlink()
+    first, before = prepared_from(), times(tmp_path / "prepared")
+    assert first["failures"] == 1 and {path.name for path in before} >= {"summary.png", "summary.json", "index.jsonl", "failures.jsonl"}
+    assert prepared_from() == first and times(tmp_path / "prepared") == before
+
+
+def test_damaged_volumes_are_made_anew_where_asked(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    first, root = prepared_from(), tmp_path / "prepared"
+    whole, path = tree(root), volume_path(root, studies()[3])
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    before = times(root, "*.safetensors")
+    assert prepared_from() == first and times(root, "*.safetensors") == before
+    assert prepared_from(verify=True) == first and tree(root) == whole
+    after = times(root, "*.safetensors")
+    assert [place for place in before if before[place] != after[place]] == [path]
+
+
+def test_another_way_of_reading_is_a_change(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    prepared_from()
+    before = times(tmp_path / "prepared", "*.safetensors")
+    other = [replace(studies()[0], reading={"spacing": [5.0, 1.2, 1.0]}), *studies()[1:]]
+    summary = prepared_from(other)
+    after = times(tmp_path / "prepared", "*.safetensors")
+    assert [path.parent.name for path in before if before[path] != after[path]] == ["0"]
+    assert summary["spacings"]["greatest"] == [5.0, 1.2, 1.0] and summary["spacings"]["median"] == [3.0, 1.2, 1.0]
+    assert prepared_from(other) == summary
+
+
+def test_volumes_of_other_settings_are_made_anew(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """As two shards leave them that were started at the same moment with different settings."""
+    expected, root = prepared_from(), tmp_path / "prepared"
+    whole = tree(root)
+    shutil.rmtree(root)
+    prepared_from(size=(8, 16, 16), shard=(1, 2))
+    (root / "preprocessor_config.json").unlink()
+    assert prepared_from() == expected and tree(root) == whole
+
+
+def test_the_summary_counts(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    summary = prepared_from()
+    assert (summary["recipe"], summary["size"], summary["dtype"]) == ("m3d", list(SIZE), "uint8")
+    assert summary["shapes"] == dict.fromkeys(("least", "5 %", "median", "95 %", "greatest"), [10, 20, 30])
+    assert summary["spacings"] == dict.fromkeys(("least", "5 %", "median", "95 %", "greatest"), [3.0, 1.2, 1.0]) | {"unknown": 0}
+    assert (summary["orientations"], summary["units"], summary["warnings"]) == ({"SAR": 5}, {"HU": 5}, {})
+    lines = read_lines(tmp_path / "prepared" / "index.jsonl")
+    data = PreparedData(tmp_path / "prepared")
+    for line, study in zip(lines, data.studies("train"), strict=True):
+        values = [int(value) for value in data.volume(study)[0, ::2, ::2, ::2].flatten()]
+        counts = [0] * 50
+        for value in values:
+            counts[min(49, value * 50 // 255)] += 1
+        assert line["histogram"] == [round(1e4 * count / len(values)) for count in counts]
+    with Image.open(tmp_path / "prepared" / "summary.png") as picture:
+        assert picture.format == "PNG" and np.asarray(picture).std() > 1
+
+
+def test_warnings_are_counted_by_kind() -> None:
+    first, second = "slices are tilted by 20 degrees; so.", "slices are tilted by 7.5 degrees; so."
+    assert kind_of(first) == kind_of(second) == "slices are tilted by # degrees; so."
+    assert kind_of("2 series with 30, 20, 4 slices of 1.5 x 2 mm") == kind_of("5 series with 3, 2 slices of 9 x 2 x 1 mm")

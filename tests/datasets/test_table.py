@@ -1,0 +1,173 @@
+"""A folder of one's own: the example of the module's text runs, columns are checked, and nobody's scan changes its split."""
+
+import json
+import re
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from med3dvlm import read_volume
+from med3dvlm.datasets import DATASETS, m3d, table
+from med3dvlm.records import Question, Study
+
+
+def write(root: Path, text: str, name: str = "table.csv") -> Path:
+    root.mkdir(exist_ok=True)
+    (root / name).write_text(text, encoding="utf-8")
+    return root
+
+
+def test_the_example_of_the_text_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in "ab":
+        scan = np.random.default_rng(0).integers(-1000, 400, (30, 20, 10)).astype(np.int16)
+        nib.save(nib.Nifti1Image(scan, np.diag([0.8, 0.8, 2.5, 1])), tmp_path / "mine" / f"{name}.nii.gz")
+    assert table.__doc__ is not None
+    (example,) = re.findall(r"\n((?:    .*\n|\n)*    from pathlib.*(?:\n    .*|\n)*)", table.__doc__)
+    code = textwrap.dedent(example).strip()
+    assert len([line for line in code.splitlines() if line]) <= 10
+    exec(code, {})
+    assert capsys.readouterr().out == "Right pleural effusion. ['Yes', 'Right']\n"
+
+    assert table.splits("mine") == ["train", "test"] and DATASETS["table"] is table
+    assert table.read("mine", "train") == (
+        [Study("a", "p1", "a.nii.gz", "Right pleural effusion.", {"effusion": 1}, "train", "table")],
+        [
+            Question("a", "other", "Is there an effusion?", ("Yes", "No"), "Yes"),
+            Question("a", "other", "Where is the effusion?", ("Right", "Left", "Both sides", "Nowhere"), "Right"),
+        ],
+    )
+    (study,), _ = table.read("mine", "test")
+    assert read_volume(Path("mine") / study.image, **study.reading).shape == (10, 20, 30)
+
+
+def test_image_and_report_are_enough(tmp_path: Path) -> None:
+    root = write(tmp_path / "mine", "\ufeffimage,report\nscans/1.NRRD,A mass.\nscans/2,No mass.\n")
+    studies = [study for split in table.splits(root) for study in table.read(root, split)[0]]
+    assert {(study.id, study.patient, study.image, study.report) for study in studies} == {
+        ("scans/1", "scans/1", "scans/1.NRRD", "A mass."),
+        ("scans/2", "scans/2", "scans/2", "No mass."),
+    }
+    assert all(study.labels == {} and study.reading == {} for study in studies)
+
+
+def test_json_lines_say_the_same_as_csv(tmp_path: Path) -> None:
+    csv = "image,report,id,patient,split,question,answer,choices,kind,label:mass,label:stone\n"
+    csv += 'a.mha,"Mass, 3 cm",s1,7,train,Plane?,Axial,Axial|Coronal|Sagittal|Oblique,plane,1,\nb.mha,Stone,s2,8,val,,,,,,1\n'
+    rows = [
+        {"image": "a.mha", "report": "Mass, 3 cm", "id": "s1", "patient": 7, "split": "train", "question": "Plane?", "answer": "Axial"},
+        {"image": "b.mha", "report": "Stone", "id": "s2", "patient": "8", "split": "val", "label:stone": 1, "label:mass": None},
+    ]
+    rows[0] |= {"choices": ["Axial", "Coronal", "Sagittal", "Oblique"], "kind": "plane", "label:mass": 1}
+    first = write(tmp_path / "csv", csv)
+    second = write(tmp_path / "json", "\n\n".join(map(json.dumps, rows)), "scans.jsonl")  # no line end at the end
+    assert table.splits(first) == table.splits(second) == ["train", "val"]
+    for split in ("train", "val"):
+        assert table.read(first, split) == table.read(second, split)
+    (study,), (question,) = table.read(first, "train")
+    assert (study.patient, study.labels, question.kind, question.letter) == ("7", {"mass": 1}, "plane", "A")
+
+
+def test_patients_are_dealt_out_by_their_names(tmp_path: Path) -> None:
+    """The shares are right, all scans of a patient stay together, and nobody moves when others come."""
+    lines = [f"{patient}_{scan}.nii.gz,Report.,p{patient}\n" for patient in range(400) for scan in range(2)]
+    small, large = (write(tmp_path / name, "image,report,patient\n" + "".join(part)) for name, part in (("s", lines[:200]), ("l", lines)))
+    where = {}
+    for root in (small, large):
+        found = {study.image: (study.patient, split) for split in table.splits(root) for study in table.read(root, split)[0]}
+        assert where.items() <= found.items()
+        where = found
+    assert len(where) == 800 and len(set(where.values())) == 400
+    counts = Counter(split for _, split in set(where.values()))
+    assert 290 <= counts["train"] <= 350 and 22 <= counts["validation"] <= 60 and 22 <= counts["test"] <= 60
+    # written down once: whoever prepares the same table next year gets the same split
+    assert [table.dealt(name) for name in ("p1", "p2", "p11", "p26")] == ["validation", "train", "test", "train"]
+
+
+def test_a_study_without_report_is_a_failure(tmp_path: Path) -> None:
+    root = write(tmp_path / "mine", "image,report,split,question,answer\na.nii,,train,What?,That\nb.nii,Stone,train,What?,This\n")
+    with pytest.raises(ValueError, match=r"table.csv line 2: the report of a.nii is empty"):
+        table.read(root, "train")
+    failures: list[dict[str, str]] = []
+    studies, questions = table.read(root, "train", failures)
+    assert [study.id for study in studies] == ["b"] and [question.answer for question in questions] == ["This"]
+    assert [failure["study"] for failure in failures] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,text\na.nii,x\n", r"table.csv lacks the columns \['report'\]; it has \['image', 'text'\]"),
+        ("image,report,age,mass\na.nii,x,4,1\n", r"table.csv has the unknown columns \['age', 'mass'\]; known are image, report, .*label:"),
+        ("image,report,label:\na.nii,x,1\n", r"unknown columns \['label:'\]"),
+        ("image,report,report\na.nii,x,y\n", r"table.csv has the columns \['report'\] twice"),
+        ("image,report\n", "table.csv has no rows"),
+        ("image,report\na.nii\n", "table.csv line 2: the row ends before report"),
+        ("image,report\na.nii,A mass, 3 cm\n", "table.csv line 2: the row has more values than there are columns"),
+        ("image,report\n../a.nii,x\n", "table.csv line 2: image is '../a.nii', but it must be a path relative to"),
+        ("image,report\n,x\n", "table.csv line 2: image is '', but it must be a path"),
+        ("image,report,id\na.nii,x,/etc\n", "table.csv line 2: id of study '/etc' is '/etc'"),
+        ("image,report\na.nii,x\na.nii,y\n", "table.csv line 3: report is 'y' but table.csv line 2 says 'x' of the same image"),
+        ("image,report,label:mass\na.nii,x,1\na.nii,,0\n", "line 3: label:mass is 0 but .*line 2 says 1 of the same image"),
+        ("image,report,label:mass\na.nii,x,yes\n", "line 2: label:mass is 'yes' but must be 0, 1 or empty"),
+        ("image,report\na.nii,x\na.mha,y\n", "table.csv: two studies have the id 'a'; give each its own"),
+        ("image,report,split\na.nii,x,\n", "line 2: split is empty; name one, or delete the column"),
+        ("image,report,question,answer\na.nii,x,What?,\n", "line 2: answer is empty but other columns of a question are not"),
+        (
+            "image,report,question,answer,choices\na.nii,x,What?,c,a|b\n",
+            r"line 2: answer 'c' of study a is not among its choices \['a', 'b'\]",
+        ),
+        (
+            "image,report,question,answer,kind\na.nii,x,What?,c,organs\n",
+            "line 2: question kind 'organs' of study a is unknown; known: .* other",
+        ),
+    ],
+)
+def test_a_wrong_table_is_named_by_file_and_line(tmp_path: Path, text: str, message: str) -> None:
+    message = message.replace("but table.csv", "but .*table.csv")
+    with pytest.raises(ValueError, match=message):
+        table.read(write(tmp_path / "mine", text), "train")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"image": "a.nii"}', r"table.jsonl line 2 lacks the columns \['report'\]"),
+        ('{"image": "a.nii", "report": "x", "age": 4}', r"table.jsonl line 2 has the unknown columns \['age'\]"),
+        ('{"image": "a.nii", "report": ["x"]}', r"table.jsonl line 2: report is \['x'\] but must be a text or a number"),
+        ('{"image": "a.nii", ', "table.jsonl line 2 is no JSON: "),
+        ("[1]", "table.jsonl line 2 is no JSON object but list"),
+    ],
+)
+def test_a_wrong_json_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    root = write(tmp_path / "mine", '{"image": "b.nii", "report": "x", "split": "train"}\n' + line, "table.jsonl")
+    with pytest.raises(ValueError, match=message):
+        table.read(root, "train")
+
+
+def test_which_table_is_read(tmp_path: Path) -> None:
+    root = write(tmp_path / "mine", "image,report,split\na.nii,x,train\n", "scans.csv")
+    assert table.splits(root) == ["train"]
+    with pytest.raises(ValueError, match="scans.csv has no split 'test'; it has: train"):
+        table.read(root, "test")
+    write(root, "anything\n", "notes.csv")
+    with pytest.raises(ValueError, match=r"has several tables \(notes.csv, scans.csv\); name the one"):
+        table.splits(root)
+    (root / "scans.csv").rename(root / "table.csv")
+    assert table.splits(root) == ["train"]
+    with pytest.raises(FileNotFoundError, match="has no table; put one there, say table.csv with the columns image and report"):
+        table.splits(tmp_path)
+    (root / "table.csv").write_bytes(b"image,report\na.nii,M\xfcller\n")
+    with pytest.raises(ValueError, match="table.csv is no UTF-8 text"):
+        table.splits(root)
+
+
+def test_a_question_of_another_kind_is_no_question_of_m3d(tmp_path: Path) -> None:
+    study = Study("a", "a", "a.nii", "x", {}, "train", "table")
+    with pytest.raises(ValueError, match="is of kind 'other'; M3D-VQA knows plane, phase"):
+        m3d.write(tmp_path, [study], [Question("a", "other", "Why?", ("Yes", "No"), "Yes")])

@@ -1,0 +1,35 @@
+"""Records on disk: what is written is read back, and a wrong field is named by file and line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from med3dvlm.records import ALL_KINDS, QUESTION_KINDS, Question, Study, read_questions, read_studies, write_records
+
+READING = {"hu": "auto", "rescale": [1.0, -8192.0], "spacing": [1.5, 0.8, 0.8], "orientation": "SPL"}
+
+
+def test_what_the_data_set_knows_of_a_scan_comes_back(tmp_path: Path) -> None:
+    studies = [
+        Study("a", "p", "a.nii", "A mass.", {"mass": 1}, "train", "ct_rate", READING),
+        Study("b", "p", "b.nii", "", {}, "test", "m3d"),
+    ]
+    write_records(tmp_path / "studies.jsonl", studies)
+    assert read_studies(tmp_path / "studies.jsonl") == studies
+    assert studies[1].reading == {} and studies[1].reading is not Study("c", "p", "c.nii", "", {}, "test", "m3d").reading
+    line = json.loads((tmp_path / "studies.jsonl").read_text().splitlines()[0])
+    for change in ({"reading": None}, {"age": 4}):
+        wrong = {name: value for name, value in (line | change).items() if value is not None}
+        (tmp_path / "studies.jsonl").write_text(json.dumps(wrong) + "\n")
+        with pytest.raises(ValueError, match="studies.jsonl line 1: missing fields .*, unknown fields .*; a Study has"):
+            read_studies(tmp_path / "studies.jsonl")
+
+
+def test_a_question_may_be_of_no_kind_of_m3d(tmp_path: Path) -> None:
+    questions = [Question("a", kind, "What?", (), "That") for kind in ALL_KINDS]
+    write_records(tmp_path / "questions.jsonl", questions)
+    assert read_questions(tmp_path / "questions.jsonl") == questions
+    assert QUESTION_KINDS == ("plane", "phase", "organ", "abnormality", "location") and ALL_KINDS[5:] == ("other",)
+    with pytest.raises(ValueError, match="question kind 'colour' of study a is unknown; known: plane, .*, other"):
+        Question("a", "colour", "What?", (), "That")
