@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
+
 from med3dvlm import evaluation
 from med3dvlm.files import read_lines
 from med3dvlm.metrics.text import bleu, meteor, meteor_available, rouge
@@ -38,84 +40,29 @@ PROJECTORS = {
 PAPER = "paper"
 M3D_LAMED = "paper, M3D-LaMed"  # the one published model with this projector; its encoder and language model are others too
 
-# As printed, arXiv 2503.20047. Table 5: lines R@1, R@5, R@10 of image retrieval, then of text retrieval; columns by POOLS.
+PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))["tables"]
+
+
+def figures(table: str, method: str) -> list[tuple[float, ...]]:
+    """What a method has in a table of published.yaml, a tuple a row."""
+    width = len(PUBLISHED[table]["columns"])
+    return [tuple(row[-width:]) for row in PUBLISHED[table]["rows"] if row[0].removesuffix(" (Ours)") == method]
+
+
+# As printed. Table 5: lines R@1, R@5, R@10 of image retrieval, then of text retrieval; columns by POOLS.
 POOLS = (100, 500, 1000, 2000)
 RECALLS = tuple((direction, recall) for direction in ("text_to_image", "image_to_text") for recall in ("r1", "r5", "r10"))
-TABLE_5 = {
-    "vit3d_clip": (
-        (63.00, 33.40, 25.90, 19.10),
-        (89.00, 67.80, 57.20, 44.70),
-        (95.00, 81.00, 71.60, 59.35),
-        (57.00, 32.00, 25.50, 19.40),
-        (90.00, 67.40, 56.90, 45.35),
-        (94.00, 81.80, 70.70, 59.10),
-    ),
-    "dcformer_clip": (
-        (84.00, 52.00, 41.10, 31.20),
-        (95.00, 85.40, 77.20, 67.15),
-        (97.00, 90.80, 85.90, 78.35),
-        (81.00, 53.20, 41.10, 30.35),
-        (95.00, 84.80, 76.40, 64.70),
-        (98.00, 91.80, 86.00, 78.20),
-    ),
-    "dcformer_siglip": (
-        (92.00, 77.20, 69.30, 61.00),
-        (95.00, 92.80, 91.40, 87.20),
-        (96.00, 95.20, 93.90, 91.25),
-        (90.00, 78.40, 71.30, 63.90),
-        (95.00, 93.40, 91.40, 88.05),
-        (95.00, 95.60, 94.10, 91.90),
-    ),
-}
-# The row of spatial pooling is M3D-LaMed's of Tables 2 (with the MLP), 3 and 4.
 TEXT_SCORES = {"bleu1": "BLEU", "rouge1": "ROUGE", "meteor": "METEOR", "bertscore": "BERTScore"}
-TABLE_6 = {
-    "mlp": (15.63, 19.86, 15.10, 84.24),
-    "low_high_mlp": (15.99, 20.25, 15.68, 84.31),
-    "mixer_1": (23.93, 27.70, 23.25, 85.73),
-    "mixer_2": (36.88, 40.25, 36.42, 88.11),
-    "spatial_pooling": (15.15, 19.55, 14.38, 88.46),
-}
 KINDS = (*QUESTION_KINDS, "mean")
-TABLE_7 = {  # lines by TEXT_SCORES, columns by KINDS
-    "mlp": (
-        (98.67, 74.23, 33.95, 16.92, 23.79, 49.51),
-        (98.72, 80.72, 38.46, 20.97, 28.04, 53.38),
-        (49.35, 64.69, 24.30, 14.63, 18.97, 34.39),
-        (99.80, 95.75, 89.50, 85.88, 87.64, 91.71),
-    ),
-    "low_high_mlp": (
-        (98.86, 74.46, 34.37, 16.96, 24.49, 49.83),
-        (98.91, 80.87, 38.55, 20.82, 28.81, 53.59),
-        (49.48, 64.88, 24.42, 14.36, 19.29, 34.49),
-        (99.83, 95.75, 89.50, 85.88, 87.80, 91.75),
-    ),
-    "mixer_1": (
-        (98.85, 76.37, 38.87, 17.47, 24.62, 51.24),
-        (98.93, 82.69, 42.93, 21.46, 28.94, 54.99),
-        (49.51, 67.00, 26.86, 15.19, 19.63, 35.64),
-        (99.83, 96.16, 90.29, 85.99, 87.80, 92.01),
-    ),
-    "mixer_2": (
-        (98.85, 78.17, 40.22, 18.99, 25.66, 52.38),
-        (98.89, 84.20, 45.22, 23.27, 29.99, 56.31),
-        (49.43, 68.50, 29.32, 16.21, 20.32, 36.76),
-        (99.83, 96.47, 90.47, 86.27, 87.88, 92.18),
-    ),
-    "spatial_pooling": (
-        (98.37, 74.41, 34.20, 15.91, 24.00, 49.38),
-        (98.42, 78.63, 37.87, 19.27, 27.74, 52.39),
-        (49.20, 63.58, 23.78, 12.83, 18.50, 33.58),
-        (99.47, 95.55, 88.97, 86.08, 87.60, 91.53),
-    ),
-}
-TABLE_8 = {  # columns by KINDS
-    "mlp": (98.75, 84.35, 75.90, 69.55, 64.70, 78.65),
-    "low_high_mlp": (98.75, 86.40, 75.05, 69.90, 62.67, 78.55),
-    "mixer_1": (99.30, 86.10, 77.05, 70.19, 63.92, 79.31),
-    "mixer_2": (99.15, 87.50, 77.45, 70.17, 64.49, 79.75),
-    "spatial_pooling": (98.80, 79.75, 74.75, 66.65, 58.94, 75.78),
-}
+ABLATED = {row: method for row, method in PROJECTORS.items() if row != "spatial_pooling"}
+TABLE_5 = {row: tuple(zip(*rows, strict=True)) for row, method in ENCODERS.items() if (rows := figures("med3dvlm_5", method))}
+TABLE_6 = {row: figures("med3dvlm_6", method)[0] for row, method in ABLATED.items()}
+TABLE_7 = {row: tuple(figures("med3dvlm_7", method)) for row, method in ABLATED.items()}  # lines by TEXT_SCORES, columns by KINDS
+TABLE_8 = {row: figures("med3dvlm_8", method)[0] for row, method in ABLATED.items()}  # columns by KINDS
+# The row of spatial pooling is M3D-LaMed's of Tables 2 (with the MLP), 3 and 4.
+TABLE_6["spatial_pooling"] = figures("med3dvlm_2", "M3D-LaMed (MLP)")[0]
+TABLE_7["spatial_pooling"] = tuple(figures("med3dvlm_3", "M3D-LaMed"))
+TABLE_8["spatial_pooling"] = figures("med3dvlm_4", "M3D-LaMed")[0]
 
 
 def collect(root: Path) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""All figures of one run in summary.json, and report.md with pictures, from what the stages and evaluations left under one folder.
+"""All figures of one run in summary.json, report.md with pictures and report.html, from what the stages and evaluations left under a folder.
 
     python eval/summary.py --root outputs/demo --name demo
     python eval/summary.py --root outputs/demo-full --name demo-full --scans outputs/demo-full/phantoms
@@ -9,6 +9,7 @@ It compares with the figures that are asked of the run of that name and says whi
 
 import argparse
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from med3dvlm import evaluation, plots
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.files import read_lines
 from med3dvlm.metrics.retrieval import recall_curve
-from med3dvlm.preprocessing import dequantize
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS, Study
 from med3dvlm.training import environment
@@ -158,7 +158,7 @@ def draw(root: Path, summary: dict[str, Any], data: PreparedData, scans: Path) -
 def show(study: Study, data: PreparedData, scans: Path) -> dict[str, Any]:
     """What `plots.cases` draws: the scan in its true proportions if its file is there, else the prepared volume."""
     if not (scans / study.image).is_file():
-        return {"name": study.id, "array": dequantize(data.volume(study))[0]}
+        return {"name": study.id, "array": data.processor.dequantize(data.volume(study))[0]}
     volume = read_volume(scans / study.image)
     low, high = np.percentile(volume.array, (0.5, 99.5))
     array = np.clip((volume.array.astype(np.float32) - low) / max(high - low, 1e-6), 0, 1)
@@ -229,6 +229,7 @@ def main() -> None:
     targets = table(summary["reached"], arguments.name)
     pictures = draw(root, summary, PreparedData(root / "prepared", exclude_failures=True), arguments.scans or root / "phantoms")
     write_report(root / "report.md", arguments.name, summary, targets, pictures)
+    runpy.run_path(str(Path(__file__).with_name("page.py")))["write_page"](root, arguments.name)
     print(targets)
 
 

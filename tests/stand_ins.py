@@ -15,7 +15,7 @@ if step == os.environ.get("FAILS", ""):
     sys.exit(1)
 products = {{
     "--output_dir": "config.json", "--merged": "config.json", "--output": "scores.json",
-    "phantom": "M3D_Cap/M3D_Cap.json", "prepare": "../prepared/summary.json",
+    "phantom": "M3D_Cap/M3D_Cap.json", "m3d": "../prepared/summary.json",
 }}
 for flag, folder in zip(command, command[1:]):
     if flag in products:

@@ -153,8 +153,9 @@ def _study_id(image: str) -> str:
 
 
 def _patient(study_id: str) -> str:
-    """The name of the folder, or of the study itself where there is none."""
-    return PurePosixPath(study_id).parent.name or study_id
+    """The folder, as `ct_case` and `ct_quizze` number their own, or the study itself where there is none."""
+    folder = PurePosixPath(study_id).parent.as_posix()
+    return study_id if folder == "." else folder
 
 
 def _read_labels(path: Path) -> dict[str, dict[str, int]]:

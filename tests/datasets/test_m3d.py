@@ -20,7 +20,7 @@ from med3dvlm.volume import READERS
 def study(number: int, split: str = "train", **changes: object) -> Study:
     name = f"ct_case/{number:06d}/Axial_C__portal_venous_phase"
     values = {"report": f"Scan {number}: a mass,\n  of 3 cm.", "labels": {"mass": 1, "stone": 0}, **changes}
-    return Study(name, f"{number:06d}", f"M3D_Cap/{name}.nii.gz", split=split, source="m3d", **values)
+    return Study(name, f"ct_case/{number:06d}", f"M3D_Cap/{name}.nii.gz", split=split, source="m3d", **values)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_published_quirks(tmp_path: Path) -> None:
         writer.writerow(["M3D_Cap/ct_case/9/Axial.npy", "", 1, "Which plane?", "Axial", "Coronal", "Sagittal", "Oblique", "Axial", "A"])
     (tmp_path / "labels.csv").unlink()
     studies, questions = m3d.read(tmp_path, "test1k")
-    assert [(found.id, found.patient, found.labels, found.split) for found in studies] == [(one.id, "000001", {}, "test1k")]
+    assert [(found.id, found.patient, found.labels, found.split) for found in studies] == [(one.id, "ct_case/000001", {}, "test1k")]
     assert [(question.study, question.kind, question.letter) for question in questions] == [(one.id, "plane", "A")]
 
 
@@ -275,7 +275,7 @@ def test_slices_as_released_stand_for_what_is_not_prepared_yet(tmp_path: Path, t
         csv.writer(file).writerow(m3d.YES_NO_COLUMNS)
         csv.writer(file).writerow([f"M3D_Cap_nii/{PICTURES[8:]}.nii.gz", "", 4, "Is there a cyst?", "yes"])
     (one,), questions = m3d.read(tmp_path, "train")
-    assert (one.id, one.patient, one.image, one.report) == (PICTURES[8:], "000006", PICTURES, "A cyst.")
+    assert (one.id, one.patient, one.image, one.report) == (PICTURES[8:], "ct_case/000006", PICTURES, "A cyst.")
     assert [(question.study, question.kind, question.answer) for question in questions] == [
         (one.id, "phase", "Portal"), (one.id, "abnormality", "Yes"),
     ]  # fmt: skip

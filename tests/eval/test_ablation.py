@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 
+from med3dvlm.arguments import parse_arguments
 from med3dvlm.encoders import build_encoder, count_parameters
 from med3dvlm.metrics.text import meteor_available
 from med3dvlm.records import QUESTION_KINDS
-from med3dvlm.training import parse_arguments
 from stages import stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
 from tests.stand_ins import run_script
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from med3dvlm import Med3DChat, Med3DVLMProcessor, VolumeProcessor
 from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm, merge_lora, verify_equal
 from med3dvlm.datasets import m3d
-from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.store import PreparedData, checksum
 from med3dvlm.familiarity import FAMILIARITY_FILE
 from med3dvlm.training import COMPLETE, launch
 from stages import stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
@@ -301,7 +301,11 @@ def spoilt(prepared: Path, destination: Path) -> Path:
     """The prepared data with a study that could not be prepared."""
     shutil.copytree(prepared, destination, ignore=shutil.ignore_patterns("features"))
     failure = {"study": "ct_case/9/Axial", "file": "x.nii.gz", "reason": "x.nii.gz is truncated."}
-    (destination / "failures.jsonl").write_text(json.dumps(failure) + "\n")
+    content = json.dumps(failure) + "\n"
+    (destination / "failures.jsonl").write_text(content)
+    summary = json.loads((destination / "summary.json").read_text())
+    summary["checksums"]["failures.jsonl"] = checksum(content.encode())
+    (destination / "summary.json").write_text(json.dumps(summary))
     return destination
 
 

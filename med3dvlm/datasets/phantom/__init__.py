@@ -48,7 +48,7 @@ def plan_phantoms(studies: int, seed: int = 0, detail: float = 1.0) -> list[Plan
     for split, size in sizes.items():
         questioner, reports, done, phases = Questioner(random), set(), 0, _cycle(PHASES, random)
         while done < size:
-            patient = f"{len(plans):06d}"
+            patient = f"ct_case/{len(plans):06d}"
             body = _body(random)
             for series in range(min(1 + (random.random() < 0.35), size - done)):
                 plane, phase = str(random.choice(list(PLANE_SHARES), p=list(PLANE_SHARES.values()))), next(phases)
@@ -58,7 +58,7 @@ def plan_phantoms(studies: int, seed: int = 0, detail: float = 1.0) -> list[Plan
                 reports.add(report)
                 name = f"{plane.capitalize()}_{phase.replace(' ', '_').replace('-', '_')}_{series}"
                 labels = {kind: int(any(finding.kind == kind for finding in body.findings)) for kind in KINDS}
-                name = f"ct_case/{patient}/{name}"
+                name = f"{patient}/{name}"
                 study = Study(name, patient, f"M3D_Cap/{name}.nii.gz", report, labels, split, "phantom")
                 questions = tuple(questioner.ask(study.id, body, plane, phase))
                 plans.append(Plan(study, questions, body, Acquisition(plane, phase, int(random.integers(2**31)), detail)))

@@ -1,0 +1,295 @@
+"""One page to look at: report.html with the figures of a run, what could be had without looking, and its cases, in one file.
+
+    python eval/page.py --root outputs/demo --name demo
+    python eval/page.py --root outputs/paper --cases 200 --megabytes 10
+
+Reads what eval/retrieval.py, vqa.py and report_gen.py left below ROOT/eval, as far as it is there, and the volumes of ROOT/prepared. The page
+needs neither network nor server; it follows the system's light or dark mode and prints. Cases are spread evenly over the split, not selected:
+three slices, reference and prediction with their findings marked as agreed, missed or invented by med3dvlm.metrics.findings, and the answers.
+"""
+
+import argparse
+import json
+import runpy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from med3dvlm import evaluation
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.files import read_lines, write_text
+from med3dvlm.metrics.intervals import f1_of, intervals, mean_of
+from med3dvlm.metrics.retrieval import rank_values, retrieval_ranks
+from med3dvlm.prompts import RESEARCH_NOTICE
+from med3dvlm.records import ALL_KINDS, Study
+
+HERE = Path(__file__).parent
+COMPARE = runpy.run_path(str(HERE / "compare.py"))  # reads runs and knows their figures
+CASES = runpy.run_path(str(HERE / "page_cases.py"))  # makes the gallery
+STAGES = {"language model": "language_model", "stage 1": "stage1", "stage 2": "stage2", "stage 3": "stage3"}
+TEXT_SCORES = {
+    "bleu1": "BLEU-1",
+    "bleu4": "BLEU-4",
+    "rouge1": "ROUGE-1",
+    "rougeL": "ROUGE-L",
+    "meteor": "METEOR",
+    "bertscore_f1": "BERTScore",
+}
+COLLAPSE = {"distinct": "different reports", "commonest": "share of the commonest", "similarity": "words two reports share"}
+CLASSES = 12  # rows and columns of a confusion matrix; rarer answers are one more
+KS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+Row = dict[str, Any]
+
+
+def write_page(root: Path, name: str, cases: int | None = None, megabytes: float = 20) -> Path:
+    """Write ROOT/report.html.
+
+    Args:
+        cases: how many to show, all by default.
+        megabytes: how large the page may become; cases are left out beyond, and the page says so.
+
+    Raises:
+        FileNotFoundError: there is no evaluation below the root.
+        ValueError: an evaluation is about other data.
+    """
+    import jinja2
+
+    runs = {
+        task: COMPARE["open_run"](root / "eval" / task) for task in COMPARE["FIELDS"] if (root / "eval" / task / "scores.json").is_file()
+    }
+    if not runs:
+        raise FileNotFoundError(f"{root}/eval holds no scores.json; run eval/retrieval.py, eval/vqa.py or eval/report_gen.py first")
+    data = PreparedData(root / "prepared", exclude_failures=True)
+    for run in runs.values():
+        studies = COMPARE["studies_of"](run, data.root)
+    scores = {task: json.loads((root / "eval" / task / "scores.json").read_text(encoding="utf-8")) for task in runs}
+    sections = {"retrieval": retrieval, "vqa": questions, "report": reports}
+    found = {task: sections[task](run, scores[task], studies) for task, run in runs.items()}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "span": span, "words": lambda text: text.replace("_", " ")}
+    everything = CASES["gallery"](runs, studies)
+    shown = spread(everything, cases)
+    CASES["draw"](shown, data, studies)
+
+    def render() -> str:
+        return environment.get_template("page.html").render(
+            name=name,
+            notice=RESEARCH_NOTICE,
+            found=found,
+            losses=losses(root),
+            cases=shown,
+            total=len(everything),
+            findings=sorted({finding for case in shown for finding, _ in case["findings"]}),
+            record=[(task, run.record) for task, run in runs.items()],
+            data=data,
+            about=next(iter(runs.values())).record["identity"]["split"],
+        )
+
+    text = render()
+    while len(text.encode()) > megabytes * 1e6 and len(shown) > 1:
+        shown = spread(shown, max(1, int(0.95 * len(shown) * megabytes * 1e6 / len(text.encode()))))
+        text = render()
+    path = root / "report.html"
+    write_text(path, text)
+    return path
+
+
+def number(value: float | None, places: int = 2) -> str:
+    return "–" if value is None else f"{value:.{places}f}".replace("-", "−")
+
+
+def span(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{number(interval[0])}–{number(interval[1])}"
+
+
+def spread(values: Sequence[Any], count: int | None) -> list[Any]:
+    """At most `count` of them, evenly."""
+    places = np.linspace(0, len(values) - 1, min(count or len(values), len(values)))
+    return [values[place] for place in sorted({round(place) for place in places})]
+
+
+def patients_of(rows: Sequence[Row], studies: Mapping[str, Study]) -> list[str]:
+    return [studies[row["id"]].patient for row in rows]
+
+
+def retrieval(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
+    """A table line for each pool and direction, and the curve of the largest pool."""
+    stored = load_file(run.folder / "embeddings.safetensors")
+    lines, curve = [], {}
+    for entry in scores.values():
+        ranks = retrieval_ranks(stored["image"], stored["text"], entry["pool"])
+        patients = patients_of(run.rows[: entry["pool"]], studies)
+        for way in COMPARE["WAYS"]:
+            spans = intervals({name: mean_of(values) for name, values in rank_values(ranks[way]).items()}, patients)
+            lines.append({"pool": entry["pool"], "way": way.replace("_", " "), **entry[way], "spans": spans})
+            ks = [k for k in KS if k < entry["pool"]] + [entry["pool"]]
+            hits = np.stack([ranks[way] <= k for k in ks], axis=1).astype(float)  # (N, K)
+            bands = intervals({"hits": mean_of(hits)}, patients)["hits"]
+            curve[lines[-1]["way"]] = [(k, value, *band) for k, value, band in zip(ks, hits.mean(axis=0).tolist(), bands, strict=True)]
+        pool = entry["pool"]
+    chance = [(k, k / pool, None, None) for k in (*(k for k in KS if k < pool), pool)]
+    return {"lines": lines, "pool": pool, "chart": chart(curve | {"chance": chance}, logarithmic=True, highest=1.0)}
+
+
+def questions(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
+    """A line for each kind of question, with what every way of answering reached; confusions of the answers that were chosen."""
+    rows = run.rows
+    right = np.array([COMPARE["likeliest_is_right"](row) for row in rows], dtype=float)
+    yes_no = np.array([row["choices"] == ["Yes", "No"] for row in rows])
+    closed = np.array([bool(row["choices"]) for row in rows]) & ~yes_no
+    masks = {kind: closed & np.array([row["kind"] == kind for row in rows]) for kind in ALL_KINDS} | {"yes/no": yes_no}
+    masks = {kind: mask for kind, mask in masks.items() if mask.any()}
+    table = np.stack([np.where(mask, right, np.nan) for mask in masks.values()], axis=1)
+    spans = dict(zip(masks, intervals({"all": mean_of(table)}, patients_of(rows, studies))["all"], strict=True))
+    without = [name for name, entry in scores["closed"].items() if isinstance(entry, dict) and "accuracy" in entry]
+
+    def line(kind: str, key: str, part: str) -> Row:
+        return {
+            "kind": kind,
+            "count": int(masks[kind].sum()) if kind in masks else int(closed.sum()),
+            "closed": scores[part].get(key),
+            "span": spans.get(kind) or scores[part].get("accuracy_interval"),
+            "without": [(scores[part].get(name) or {}).get(key) for name in without],
+            "letter": scores["letter"].get(key) if part == "closed" else None,
+            "open": exact(scores["open"], key) if part == "closed" else None,
+        }
+
+    lines = [line(kind, "accuracy" if kind == "yes/no" else kind, "yes_no" if kind == "yes/no" else "closed") for kind in masks]
+    lines.insert(len(lines) - int(yes_no.any()), line("mean of the kinds", "accuracy", "closed"))
+    confusions = {kind: confusion([row for row, chosen in zip(rows, mask, strict=True) if chosen]) for kind, mask in masks.items()}
+    return {
+        "lines": lines,
+        "without": without,
+        "confusions": confusions,
+        "chance": {kind: chance_of(rows, mask) for kind, mask in masks.items()},
+    }
+
+
+def exact(scores: Row, key: str) -> float | None:
+    entry = scores.get("exact" if key == "accuracy" else key)
+    return entry.get("exact") if isinstance(entry, dict) else entry
+
+
+def chance_of(rows: Sequence[Row], mask: NDArray[np.bool_]) -> float:
+    return float(np.mean([1 / len(row["choices"]) for row, chosen in zip(rows, mask, strict=True) if chosen]))
+
+
+def confusion(rows: Sequence[Row]) -> Row:
+    """How often an answer was expected (rows) and which was chosen (columns); answers beyond CLASSES are "other"."""
+    pairs = [(row["answer"], row["choices"][int(np.argmax(row["closed"]))]) for row in rows if row.get("closed")]
+    counted = Counter(answer for pair in pairs for answer in pair)
+    names = sorted(sorted(counted), key=lambda name: -counted[name])[:CLASSES]
+    names = sorted(names) + (["other"] if len(counted) > CLASSES else [])
+    counts = np.zeros((len(names), len(names)), dtype=int)
+    for pair in pairs:
+        one, other = (names.index(answer) if answer in names else len(names) - 1 for answer in pair)
+        counts[one, other] += 1
+    return {"names": names, "counts": counts.tolist(), "shares": (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).tolist()}
+
+
+def reports(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
+    """The model beside what needs no scan, and a line for each finding."""
+    columns = {"model": scores} | {name: entry for name, entry in scores.items() if isinstance(entry, dict) and "findings_f1" in entry}
+
+    def line(label: str, *keys: str, interval: str | None = None) -> Row:
+        values: list[Any] = list(columns.values())
+        for key in keys:
+            values = [value.get(key) if isinstance(value, dict) else None for value in values]
+        return {"label": label, "values": values, "spans": [entry.get(interval) if interval else None for entry in columns.values()]}
+
+    lines = [
+        line("findings F1, macro", "findings_f1", interval="findings_f1_interval"),
+        line("findings F1, micro", "findings", "micro", "f1"),
+    ]
+    lines += [line("findings CRG", "findings", "crg")]
+    model = scores["text"].get("bertscore_model")
+    lines += [line(f"{label} ({model})" if key.startswith("bert") else label, "text", key) for key, label in TEXT_SCORES.items()]
+    lines += [line(label, "collapse", key) for key, label in COLLAPSE.items()]
+    lines = [each for each in lines if each["values"][0] is not None]
+    by_finding = scores["findings"]["per_class"]
+    asked = [studies[row["id"]] for row in run.rows]
+    stated = COMPARE["findings_table"]([row["prediction"] for row in run.rows], list(by_finding))
+    if scores["findings"]["against"] == "labels":
+        known = np.array([[name in study.labels for name in by_finding] for study in asked])
+        labels = np.array([[study.labels.get(name, 0) for name in by_finding] for study in asked])
+    else:
+        known = np.ones_like(stated)
+        labels = COMPARE["findings_table"]([study.report for study in asked], list(by_finding))
+    spans = intervals({"f1": f1_of(labels, stated * known)}, [study.patient for study in asked])["f1"]
+    fixed = (scores.get("best_fixed") or {}).get("findings", {}).get("per_class", {})
+    findings = [
+        {"name": name, **entry, "span": interval, "fixed": fixed.get(name, {}).get("f1")}
+        for (name, entry), interval in zip(by_finding.items(), spans, strict=True)
+        if entry["f1"] is not None
+    ]
+    fixed_texts = {name: entry["report"] for name, entry in columns.items() if "report" in entry}
+    return {"columns": list(columns), "lines": lines, "findings": findings, "against": scores["findings"]["against"], "fixed": fixed_texts}
+
+
+def losses(root: Path) -> dict[str, Row]:
+    """The chart of each stage's logged losses; a step that was repeated after a break counts once."""
+    curves = {
+        stage: {line["step"]: line["loss"] for line in read_lines(root / folder / "losses.jsonl")} for stage, folder in STAGES.items()
+    }
+    return {
+        stage: chart({"loss": [(step, loss, None, None) for step, loss in sorted(points.items())]})
+        for stage, points in curves.items()
+        if points
+    }
+
+
+def chart(curves: Mapping[str, Sequence[tuple[Any, ...]]], logarithmic: bool = False, highest: float | None = None) -> Row:
+    """Where a chart's lines, bands and ticks lie; curves of (x, y, low, high), a band where low and high are numbers."""
+    width, height, left, top, right, bottom = 380, 250, 34, 20, 16, 34
+    xs = [point[0] for points in curves.values() for point in points]
+    first, last = min(xs), max(xs)
+    most = highest or 1.05 * max(point[1] for points in curves.values() for point in points)
+
+    def across(value: float) -> float:
+        share = np.log(value / first) / max(np.log(last / first), 1e-9) if logarithmic else (value - first) / max(last - first, 1e-9)
+        return float(round(left + share * (width - left - right), 1))
+
+    def up(value: float) -> float:
+        return round(height - bottom - min(value, most) / most * (height - top - bottom), 1)
+
+    lines = []
+    for name, points in curves.items():
+        band = [point for point in points if point[2] is not None]
+        edge = [(x, high) for x, _, _, high in band] + [(x, low) for x, _, low, _ in reversed(band)]
+        path = " ".join(f"{across(x)},{up(y)}" for x, y, _, _ in points)
+        lines.append({"name": name, "path": path, "band": " ".join(f"{across(x)},{up(y)}" for x, y in edge)})
+    ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if first <= k <= last] if logarithmic else nice(first, last)
+    return {
+        "size": (width, height, left, top, width - right, height - bottom),
+        "lines": lines,
+        "x": [(across(tick), f"{tick:g}") for tick in ticks],
+        "y": [(up(tick), f"{tick:g}") for tick in (nice(0, most) if highest is None else (0, 0.25, 0.5, 0.75, 1))],
+    }
+
+
+def nice(low: float, high: float) -> list[float]:
+    """Three to six round numbers between two."""
+    steps = [factor * 10.0**power for power in range(-6, 9) for factor in (1, 2, 5)]
+    step = next(step for step in steps if (high - low) / step <= 5 or step == steps[-1])
+    return [round(step * place, 9) for place in range(int(np.ceil(low / step)), int(high / step) + 1)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, type=Path, help="folder of the run, with eval/ and prepared/ in it")
+    parser.add_argument("--name", default="demo", help="what the page is called (default: %(default)s)")
+    parser.add_argument("--cases", type=evaluation.positive, help="how many cases to show (default: all)")
+    parser.add_argument("--megabytes", type=float, default=20, help="size of the page, at most (default: %(default)s)")
+    arguments = parser.parse_args()
+    print(write_page(arguments.root, arguments.name, arguments.cases, arguments.megabytes))
+
+
+if __name__ == "__main__":
+    evaluation.script(main)

@@ -1,0 +1,153 @@
+"""The tables of the papers (eval/published.yaml), with what runs of retrieval.py, report_gen.py or vqa.py reached below their rows.
+
+    python eval/compare.py --published outputs/demo
+    python eval/compare.py --published outputs/paper/eval/report --data_name M3D-Cap --output outputs/paper/published
+
+Takes folders with a scores.json, or the folder above eval/. Only tables that some run has figures for are printed, in the papers' units; a
+figure that the run lacks is a dash. At the end stands what each name means, there and here. With --output, published.md and published.json.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from med3dvlm import evaluation
+from med3dvlm.files import read_lines, write_json, write_text
+from med3dvlm.metrics.text import text_values
+from med3dvlm.prompts import RESEARCH_NOTICE
+from med3dvlm.records import QUESTION_KINDS
+
+TABLES = Path(__file__).with_name("published.yaml")
+BERTSCORE_MODEL = "roberta-large"  # the papers'
+
+
+def beside_papers(runs: Sequence[Path], data_name: str) -> tuple[str, dict[str, Any]]:
+    """The papers' tables that some run has figures for, and our rows by table."""
+    published = yaml.safe_load(TABLES.read_text(encoding="utf-8"))
+    measures = published["measures"]
+    parts, ours, used = [], {}, dict[str, None]()
+    for name, table in published["tables"].items():
+        rows = [row for folder in runs for row in our_rows(table, folder, data_name, measures)]
+        if not rows:
+            continue
+        paper, width = published["papers"][table["paper"]], len(table["columns"])
+        decimals = [max(len(str(row[column - width]).partition(".")[2]) for row in table["rows"]) for column in range(width)]
+        pool = f", pool of {table['pool']}" if isinstance(table.get("pool"), int) else ""
+        parts += [
+            f"## {paper['title'].split(':')[0]}, Table {table['number']}: {table['title']}",
+            f"arXiv {paper['arxiv']}. {table['data']}, split {table['split']}{pool}; in {table['unit']}. {'. '.join(table['remarks'])}.",
+            evaluation.markdown_table(
+                (*table["by"], *table["columns"]), [[*row[:-width], *shown(row[-width:], decimals)] for row in (*table["rows"], *rows)]
+            ),
+            apart(table["data"], data_name),
+        ]
+        used |= dict.fromkeys(measured(table))
+        ours[name] = rows
+    if not parts:
+        raise ValueError(f"no table of the papers has a figure of {' or '.join(map(str, runs))}; name folders that an evaluation wrote")
+    meanings = [f"- {label}: {meaning(measures[label])}" for label in used if measures[label]["key"]]
+    return "\n\n".join([*parts, "## What the names mean", "\n".join(meanings)]), ours
+
+
+def measured(table: dict[str, Any]) -> list[str]:
+    """The measures of a table."""
+    if table["measure"] == "by row":
+        return [row[table["by"].index("metric")] for row in table["rows"]]
+    return [table["measure"]] if isinstance(table["measure"], str) else list(table["measure"])
+
+
+def apart(theirs: str, ours: str) -> str:
+    if theirs != ours:
+        return f"The last rows are about {ours}, those above about {theirs}: no figure of the ones compares with one of the others."
+    return f"All rows are about {theirs} by name; they compare where split, pool and preparation are the paper's, too."
+
+
+def meaning(measure: dict[str, Any]) -> str:
+    return measure["definition"] + (f". Here: {measure['differs']}" if measure["differs"] else "") + "."
+
+
+def shown(values: Sequence[Any], decimals: Sequence[int]) -> list[str | None]:
+    return [None if value is None else f"{value:.{places}f}" for value, places in zip(values, decimals, strict=True)]
+
+
+def our_rows(table: dict[str, Any], folder: Path, data_name: str, measures: dict[str, Any]) -> list[list[Any]]:
+    """What a run has for a table, in the table's unit, None where it has nothing; no rows if it did another task."""
+    scores, label = read(folder / "scores.json"), f"this run, {data_name}"
+    unit = 100 if table["unit"] == "%" else 1
+
+    def of(scores: dict[str, Any], key: str | None) -> float | None:
+        value: Any = scores
+        for part in (key or "-").split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return None if value is None else unit * value
+
+    pools = [entry for entry in scores.values() if isinstance(entry, dict) and "pool" in entry]
+    if table["task"] == "retrieval" and pools:
+        key = "{}" if table["by"][1] == "samples" else "pool of {}"
+        figures = [[of(entry, measures[column]["key"]) for column in table["columns"]] for entry in pools]
+        return [[label, key.format(entry["pool"]), *row] for entry, row in zip(pools, figures, strict=True)]
+    if table["task"] == "report" and "text" in scores:
+        return [[label, *(of(written(scores["text"]), measures[column]["key"]) for column in table["columns"])]]
+    if table["task"] == "detection" and "published" in scores:
+        return [[label, "-", *(of(scores, measures[column]["key"]) for column in table["columns"])]]
+    if table["task"] == "vqa" and "letter" in scores:
+        if table["measure"] != "by row":
+            letter = scores["letter"] | {"mean": scores["letter"]["accuracy"]}
+            return [[label, *(of(letter, column.lower()) for column in table["columns"])]]
+        by_kind = open_answers(read_lines(folder / "predictions.jsonl"))
+        names = dict.fromkeys(row[1] for row in table["rows"])
+        return [[label, name, *(of(by_kind, f"{column.lower()}.{measures[name]['key']}") for column in table["columns"])] for name in names]
+    return []
+
+
+def written(text: dict[str, Any]) -> dict[str, Any]:
+    """The text's scores without a BERTScore of another model than the papers', which has another scale."""
+    other = text.get("bertscore_model", BERTSCORE_MODEL) != BERTSCORE_MODEL
+    return {name: value for name, value in text.items() if not (other and name.startswith("bertscore"))}
+
+
+def open_answers(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Kind -> score -> its mean over the answers written freely, and "mean" of the kinds."""
+    kinds: dict[str, dict[str, float]] = {}
+    for kind in QUESTION_KINDS:
+        if asked := [row for row in rows if row["kind"] == kind and row["choices"] != ["Yes", "No"] and row.get("open") is not None]:
+            values = text_values([row["open"] for row in asked], [row["answer"] for row in asked])
+            kinds[kind] = {name: float(value.mean()) for name, value in values.items()}
+    names = next(iter(kinds.values()), {})
+    return kinds | {"mean": {name: float(np.mean([scores[name] for scores in kinds.values()])) for name in names}}
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The folder, or those of a demo's evaluations."""
+    found = [folder] if (folder / "scores.json").is_file() else sorted(path.parent for path in folder.glob("eval/*/scores.json"))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds neither a scores.json nor eval/*/scores.json; name the output of an evaluation")
+    return found
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of scores, or one above eval/")
+    parser.add_argument("--data_name", default="phantoms", help="what the runs are about, as the tables call it (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder of published.md and published.json")
+    arguments = parser.parse_args()
+    runs = [run for folder in arguments.runs for run in runs_below(folder)]
+    text, rows = beside_papers(runs, arguments.data_name)
+    text = f"*{RESEARCH_NOTICE}*\n\n{text}\n"
+    if arguments.output:
+        write_text(arguments.output / "published.md", text)
+        write_json(arguments.output / "published.json", {"runs": [str(run) for run in runs], "data": arguments.data_name, "rows": rows})
+    print(text)
+
+
+if __name__ == "__main__":
+    evaluation.script(main)
