@@ -140,7 +140,9 @@ def read_volume(
         number = parts.series[0].partition(":")[0]
         listed = "; ".join(sorted(parts.series, key=lambda line: int(line.partition(":")[0])))
         warnings.append(f"there are {len(parts.series)} series ({listed}); number {number} is read, and series= picks another.")
-    found, direction = _split(parts.axes, warnings) if parts.axes is not None else (parts.spacing, None)
+    found, direction = parts.spacing, None if parts.direction is None else parts.direction[:, ::-1]
+    if parts.axes is not None:
+        found, direction = _split(parts.axes, warnings)
 
     millimetres: Any = found if spacing is None else tuple(float(mm) for mm in spacing)  # Volume checks the length
     if spacing is not None and found is not None and _mm(found) != _mm(millimetres):

@@ -70,6 +70,10 @@ def test_a_folder_goes_by_its_content(tmp_path: Path) -> None:
         for path in folder.iterdir():
             archive.write(path, f"DICOM/{path.name}")
     np.testing.assert_array_equal(read_volume(tmp_path / "series.zip").array, scan())
+    write_series(tmp_path / "study" / "series", scan())
+    for number in (1, 2):
+        Image.fromarray(np.full((20, 30), 9 * number, np.uint8)).save(tmp_path / "study" / f"preview{number}.png")
+    np.testing.assert_array_equal(read_volume(tmp_path / "study").array, scan())
     (tmp_path / "nothing").mkdir()
     refused(tmp_path / "nothing", "no DICOM images")
     (tmp_path / "text").mkdir()

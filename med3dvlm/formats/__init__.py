@@ -7,7 +7,9 @@ from med3dvlm.formats import archive, arrays, dicom, folders, itk, nifti
 from med3dvlm.formats.base import Parts, VolumeError
 from med3dvlm.formats.hu import HU_POLICIES
 
-__all__ = ["HU_POLICIES", "READERS", "Parts", "VolumeError", "read"]
+__all__ = ["HU_POLICIES", "READERS", "VERSION", "Parts", "VolumeError", "read"]
+
+VERSION = 1  # raised when a file is read otherwise than before: prepared volumes are then made anew
 
 WITH_SERIES: dict[str, Callable[[Path, str, int | None], Parts]] = {
     ".dcm": dicom.read,

@@ -50,7 +50,7 @@ def _unpacked(path: Path, source: str) -> Iterator[Path]:
     """A folder with the archive's files, without junk and archives within; it is gone afterwards, whatever happened."""
     with tempfile.TemporaryDirectory(prefix="med3dvlm-", ignore_cleanup_errors=True) as folder:
         try:
-            with _Bounded(path, source) as file, zipfile.ZipFile(file) as archive:
+            with Bounded(path, source) as file, zipfile.ZipFile(file) as archive:
                 entries = _checked(archive.infolist(), source)
                 if not entries:
                     raise VolumeError(f"{source}: the archive holds no files other than archives; unpack these and give one scan.")
@@ -64,7 +64,7 @@ def _unpacked(path: Path, source: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-class _Bounded(io.BufferedReader):
+class Bounded(io.BufferedReader):
     """A file of which no more is read at once than a list of names may have.
 
     zipfile reads that list in one go and makes an object of each entry: a million take seconds and a gigabyte.
@@ -76,11 +76,12 @@ class _Bounded(io.BufferedReader):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > MOST_LISTING:
-            raise _too_many(self.source)
+            raise too_many(self.source)
         return super().read(size)
 
 
-def _too_many(source: str) -> VolumeError:
+def too_many(source: str) -> VolumeError:
+    """The error for an archive of more entries than a scan has."""
     return VolumeError(f"{source}: the archive has more than {MOST_ENTRIES} entries; zip the folder of one scan.")
 
 
@@ -91,7 +92,7 @@ def _checked(entries: list[zipfile.ZipInfo], source: str) -> list[zipfile.ZipInf
         VolumeError: there are too many or too large ones, or one that is encrypted, leads outside, is a link or packed in a rare way.
     """
     if len(entries) > MOST_ENTRIES:
-        raise _too_many(source)
+        raise too_many(source)
     chosen = []
     for entry in entries:
         name = _name(entry)

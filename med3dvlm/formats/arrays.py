@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from med3dvlm.formats.archive import MOST_ENTRIES, Bounded, too_many
 from med3dvlm.formats.base import Parts, VolumeError, check_size, damaged
 
 SPACING = "spacing"  # the name in an .npz file of three numbers (z, y, x) in mm
@@ -36,11 +37,13 @@ def read_npz(path: Path, source: str) -> Parts:
         VolumeError: the file is damaged, holds Python objects, none or several arrays, or a spacing of another form.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with Bounded(path, source) as file, zipfile.ZipFile(file) as archive:
+            if len(archive.namelist()) > MOST_ENTRIES:
+                raise too_many(source)
             members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
             scans = [name for name in members if name != SPACING]
             if len(scans) != 1:
-                held = f"{len(scans)} arrays ({', '.join(map(repr, scans[:10]))})" if scans else "no array"
+                held = f"{len(scans)} arrays" if scans else "no array"  # their names may be a patient's
                 raise VolumeError(
                     f"{source}: the file holds {held} but one scan is needed, and 'spacing' at most beside it; save it by itself."
                 )

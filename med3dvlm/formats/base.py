@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_VOXELS = 2**31  # 1024 slices of 1448 x 1448; a header that claims more is damaged or hostile
+MOST_BYTES = 4 * MOST_VOXELS  # as the file stores them
 DEFLATE = 1032  # no file that zlib packed grows more than so many times
 
 
@@ -21,6 +22,7 @@ class Parts(NamedTuple):
     - `array`: the values that the file's own slope and intercept define, applied once.
     - `axes` is 3x3: its columns lead, in RAS mm, from one voxel to the next along x, y, z (W, H, D), as in an affine.
     - `spacing`: (z, y, x) in mm, for a file that states it without axes.
+    - `direction`: as `axes` but of length 1, for a file that states where the axes lead and not the spacing.
     - `modality`: DICOM's, such as "CT"; "unknown" where DICOM leaves it out, None in a format that names none.
     - `warnings`: sentences about what was assumed or left out, without the path, ending in a full stop.
     - `rescale`: the (slope, intercept) that the header stated and that is in `array`; None for none and for (1, 0),
@@ -38,6 +40,7 @@ class Parts(NamedTuple):
     rescale: tuple[float, float] | None = None
     hu: bool = False
     series: tuple[str, ...] = ()
+    direction: NDArray[np.float64] | None = None
 
 
 def damaged(source: str, kind: str) -> VolumeError:
@@ -55,11 +58,13 @@ def check_size(shape: Sequence[int], voxel_bytes: int, file_bytes: int, source: 
     """Before any memory is taken: could `file_bytes`, packed or not, hold so many voxels, and is it a scan's number?
 
     Raises:
-        VolumeError: it could not, or the scan is larger than 2^31 voxels.
+        VolumeError: it could not, or the scan is larger than 2^31 voxels or 2^33 bytes.
     """
     voxels = math.prod(int(length) for length in shape)
     if voxels * voxel_bytes > DEFLATE * file_bytes:
         raise damaged(source, kind)
-    if voxels > MOST_VOXELS:
-        size = "x".join(str(length) for length in shape)
-        raise VolumeError(f"{source}: {size} voxels are more than the {MOST_VOXELS} that are read; crop the scan or resample it.")
+    if voxels > MOST_VOXELS or voxels * voxel_bytes > MOST_BYTES:
+        size, limits = "x".join(str(length) for length in shape), f"{MOST_VOXELS} voxels or {MOST_BYTES // 2**30} GiB"
+        raise VolumeError(
+            f"{source}: {size} voxels of {voxel_bytes} bytes are more than the {limits} that are read; crop or resample the scan."
+        )

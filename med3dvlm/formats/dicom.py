@@ -45,7 +45,7 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
         slices, warnings = read_headers(path, source)
         stacks = _stacks(slices, source, warnings)
         stack = _chosen(stacks, series, source)
-        stack, axes, spacing = _geometry(stack, source, warnings)
+        stack, geometry = _geometry(stack, source, warnings)
         stored = _decoded(stack, source)
     array = _values(stored, stack, warnings)
     warnings += sorted({note for each in stack for note in each.notes})
@@ -55,7 +55,8 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
     rescale = None if first.rescale == (1, 0) else first.rescale
     if len({each.rescale for each in stack}) > 1:
         rescale = (math.nan, math.nan)
-    return Parts(array, axes, spacing, first.modality, tuple(warnings), rescale, all(each.hu for each in stack), tuple(lines))
+    hu = all(each.hu for each in stack)
+    return Parts(array, modality=first.modality, warnings=tuple(warnings), rescale=rescale, hu=hu, series=tuple(lines), **geometry)
 
 
 # Which slices
@@ -138,8 +139,8 @@ def _described(stack: Stack) -> str:
 # Where they lie
 
 
-def _geometry(stack: Stack, source: str, warnings: list[str]) -> tuple[Stack, NDArray[np.float64] | None, tuple[float, ...] | None]:
-    """The stack in order, its axes as in `Parts`, or, where these are unknown, its spacing (z, y, x) if that is stated."""
+def _geometry(stack: Stack, source: str, warnings: list[str]) -> tuple[Stack, dict[str, Any]]:
+    """The stack in order, and what is known of the fields axes, spacing and direction of `Parts`."""
     first = stack[0]
     if first.spacing is None:
         warnings.append("the DICOM files state no PixelSpacing (ImagerPixelSpacing would be that of the detector, not of the patient).")
@@ -148,17 +149,17 @@ def _geometry(stack: Stack, source: str, warnings: list[str]) -> tuple[Stack, ND
         order = "instance and frame numbers" if distinct else "file names"
         warnings.append(f"the DICOM files state no slice positions; the order of the slices is that of their {order}.")
         stack = sorted(stack, key=lambda each: (each.number or 0, _natural(each.path), each.frame))
-        return stack, None, (first.distance, *first.spacing) if first.distance and first.spacing else None
+        return stack, {"spacing": (first.distance, *first.spacing)} if first.distance and first.spacing else {}
 
     row, column = np.reshape(first.orientation, (2, 3))
     normal = np.cross(row, column)
     normal /= np.linalg.norm(normal)
     stack = sorted(stack, key=lambda each: float(np.dot(each.position or (), normal)))
     distance = _distance(np.array([each.position for each in stack]), normal, source, warnings)
+    direction = np.diag([-1.0, -1.0, 1.0]) @ np.stack([row, column, normal], axis=1)  # from LPS to RAS
     if first.spacing is None:
-        return stack, None, None
-    axes = np.stack([row * first.spacing[1], column * first.spacing[0], normal * distance], axis=1)
-    return stack, np.diag([-1.0, -1.0, 1.0]) @ axes, None  # from LPS to RAS
+        return stack, {"direction": direction}
+    return stack, {"axes": direction * (first.spacing[1], first.spacing[0], distance)}
 
 
 def _natural(path: Path) -> list[Any]:

@@ -6,9 +6,11 @@ UIDs are kept to be compared; nothing here or after shows them.
 
 import math
 import os
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -16,6 +18,9 @@ from med3dvlm.formats.base import VolumeError
 
 MOST_FILES = 50_000  # in a folder and its subfolders; more is an archive of many studies
 MOST_FRAMES = 20_000  # in one file
+MOST_SLICES = 50_000  # in all files
+MOST_INFLATED = 2**30  # bytes of a file that is packed as a whole
+NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")  # transfer syntaxes of pixels that are not packed
 COLOUR, SECONDARY, SCOUT = "colour image", "secondary capture", "scout (localizer)"
 SECONDARY_CAPTURES, SEGMENTATIONS = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.66."  # where their SOP classes begin
 # FrameIncrementPointer to FrameTime, FrameTimeVector, TimeSlotVector, PhaseVector, AngularViewVector: frames that are no slices
@@ -51,7 +56,8 @@ def is_dicom(path: Path) -> bool:
     """Whether a file begins as DICOM does, with or without the 128 bytes and "DICM" before its first element."""
     with path.open("rb") as file:
         start = file.read(132)
-    return start[128:] == b"DICM" or (start[:2] == b"\x08\0" and start[3:4] == b"\0") or start[:3] == b"\0\x08\0"
+    little = start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0"
+    return start[128:] == b"DICM" or little or start[:3] == b"\0\x08\0"
 
 
 def read_headers(path: Path, source: str) -> tuple[list[Slice], list[str]]:
@@ -62,8 +68,9 @@ def read_headers(path: Path, source: str) -> tuple[list[Slice], list[str]]:
     """
     slices: list[Slice] = []
     seen: dict[str, Path] = {}  # by SOPInstanceUID
-    copies = damaged = 0
-    for file in _files(path, source):
+    copies = 0
+    files, damaged = dicom_files(path, source)
+    for file in files:
         try:
             header = _header(file)
             if header is None:
@@ -75,6 +82,8 @@ def read_headers(path: Path, source: str) -> tuple[list[Slice], list[str]]:
                 slices += _slices(file, header)
         except Exception:  # pydicom raises nearly anything on damaged bytes; they are counted and refused
             damaged += 1
+        if len(slices) > MOST_SLICES:
+            raise VolumeError(f"{source}: there are more than {MOST_SLICES} slices; give the folder of one study.")
     if damaged:
         raise damaged_slices(damaged, source)
     if not slices and path.is_file():
@@ -89,21 +98,39 @@ def damaged_slices(count: int, source: str) -> VolumeError:
     return VolumeError(f"{source}: {count} of the DICOM slices are damaged or cut short; copy them again.")
 
 
-def _files(path: Path, source: str) -> Iterator[Path]:
-    """The DICOM files at or below a path, in the order of their names; links to folders are not followed."""
+def dicom_files(path: Path, source: str) -> tuple[list[Path], int]:
+    """The DICOM files at or below a path, in the order of their names, and how many others have a DICOM slice's name.
+
+    Those are empty, zeroed or dangling links, as an interrupted copy leaves them. Links to folders are not followed.
+
+    Raises:
+        VolumeError: something below cannot be read, or there are too many files.
+    """
     if path.is_file():
-        yield path
-        return
-    count = 0
-    for folder, folders, names in os.walk(path):
+        return [path], 0
+
+    def unreadable(error: OSError) -> NoReturn:  # its own text would name what lies below
+        raise VolumeError(f"{source}: something below cannot be read ({error.strerror}); ask for access or copy it again.") from error
+
+    found: list[Path] = []
+    others: list[Path] = []
+    for folder, folders, names in os.walk(path, onerror=unreadable):
         folders.sort()
-        for name in sorted(names):
-            count += 1
-            if count > MOST_FILES:
-                raise VolumeError(f"{source}: there are more than {MOST_FILES} files below; give the folder of one study.")
-            file = Path(folder, name)
-            if file.is_file() and is_dicom(file):
-                yield file
+        for file in (Path(folder, name) for name in sorted(names)):
+            try:
+                (found if file.is_file() and is_dicom(file) else others).append(file)
+            except OSError as error:
+                unreadable(error)
+        if len(found) + len(others) > MOST_FILES:
+            raise VolumeError(f"{source}: there are more than {MOST_FILES} files below; give the folder of one study.")
+    forms = {_form(file) for file in found}
+    visible = [file for file in others if not file.name.startswith(".")]
+    return found, sum(file.suffix.lower() in (".dcm", ".ima") or _form(file) in forms for file in visible)
+
+
+def _form(file: Path) -> str:
+    """A file's name without its numbers, which the slices of a series have in common."""
+    return re.sub(r"\d+", "0", file.name.lower())
 
 
 def _header(file: Path) -> Any:
@@ -117,6 +144,7 @@ def _header(file: Path) -> Any:
     with file.open("rb") as stream:
         certain = stream.read(132)[128:] == b"DICM"
     try:
+        _check_inflated(file)
         header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*KEYWORDS], force=True)
         stored = pydicom.uid.UID(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
     except Exception:
@@ -128,6 +156,24 @@ def _header(file: Path) -> Any:
     if certain and (not stored or "Image Storage" in stored.name):
         raise ValueError("an image that was cut short")
     return None
+
+
+def _check_inflated(file: Path) -> None:
+    """Raises an Exception where a file that is packed as a whole unpacks to too much; pydicom would unpack it into memory."""
+    from pydicom.filereader import read_dataset, read_preamble
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    with file.open("rb") as stream:
+        read_preamble(stream, True)
+        meta = read_dataset(stream, False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != 2)
+        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return
+        inflater, size, packed = zlib.decompressobj(-zlib.MAX_WBITS), 0, stream.read()
+    while packed and not inflater.eof:
+        size += len(inflater.decompress(packed, 2**20))
+        packed = inflater.unconsumed_tail
+        if size > MOST_INFLATED:
+            raise ValueError("too much to unpack")
 
 
 def _slices(file: Path, header: Any) -> Iterator[Slice]:
@@ -151,6 +197,8 @@ def _slices(file: Path, header: Any) -> Iterator[Slice]:
     shared, groups = header.get("SharedFunctionalGroupsSequence") or [{}], header.get("PerFrameFunctionalGroupsSequence")
     if not 1 <= frames <= MOST_FRAMES or (groups and len(groups) != frames) or min(size) < 1:
         raise ValueError("no such number of frames, rows or columns")
+    if constant.syntax in NATIVE and frames * math.prod(size) * int(header.BitsAllocated) > 8 * file.stat().st_size:
+        raise ValueError("more pixels than the file can hold")
     number = header.get("InstanceNumber")
     constant = constant._replace(number=None if number is None else int(number), padding=_padding(header))
     for frame in range(frames):

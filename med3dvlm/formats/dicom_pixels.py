@@ -69,5 +69,9 @@ def decode(packed: bytes, runner: Any) -> bytes:
         except ValueError:
             continue
         runner.set_option("bits_allocated", 8 * picture.itemsize)
+        if runner.pixel_representation == 1 and (unused := 8 * picture.itemsize - runner.bits_stored) > 0:
+            signed = picture.view(f"i{picture.itemsize}")  # JPEG-LS knows no sign: that of the stored bits goes into those above
+            signed <<= unused
+            signed >>= unused
         return picture.tobytes()
     raise ValueError("the picture is not of the size or kind that the header says")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from med3dvlm.formats import dicom, pictures
 from med3dvlm.formats.base import Parts, VolumeError
+from med3dvlm.formats.dicom_header import dicom_files
 
 
 def read(folder: Path, source: str, series: int | None = None) -> Parts:
@@ -13,8 +14,7 @@ def read(folder: Path, source: str, series: int | None = None) -> Parts:
         VolumeError: there is neither, or what there is, is no single sound scan.
     """
     found = pictures.pictures(folder)
-    others = {path for path in folder.iterdir() if path.is_file()} - set(found)
-    if found and not any(dicom.is_dicom(path) for path in others):  # beside DICOM, a picture is a preview
+    if found and not dicom_files(folder, source)[0]:  # beside or above DICOM, a picture is a preview
         no_series(series, source)
         return pictures.read(folder, source)
     return dicom.read(folder, source, series)

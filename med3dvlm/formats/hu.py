@@ -21,6 +21,8 @@ from med3dvlm.formats.base import Parts, VolumeError
 
 HU_POLICIES = ("auto", "header", "csv", "already_hu")
 AIR, DENSEST = -1100, 4000  # HU; nearly all of a CT lies between
+LIGHTEST = -900  # HU; air lies between AIR and this
+AIRLESS = 1e-4  # a smaller share of air is none
 LOWEST_PADDING = -3100  # HU; below air, scanners write padding such as -2000 or -3024
 TISSUE = -200  # HU; only fat's edges, lung and air lie below
 UNRESCALED = (700, 1300)  # where soft tissue lies before 1024 is subtracted, and in HU nothing but bone
@@ -39,15 +41,18 @@ class Meaning(NamedTuple):
 def interpret(parts: Parts, source: str, policy: str = "auto", rescale: Sequence[float] | None = None, unit: str | None = None) -> Meaning:
     """The values of `parts` by a policy (see the module's text), finite and not empty; a stated `unit` other than HU wins.
 
-    "auto" with `rescale`: the file's values *look like HU* if they reach down to -200 or below, at least 99 % lie within
-    -1100..4000 or are the lowest value (padding), and they do not *look un-rescaled*: that is, at most 0.1 % between -1100
-    and -200 and more than 10 % within 700..1300, where soft tissue lies before the intercept -1024 (the lowest value not
-    counted in either). If they do, or the header rescaled them to that, they are left alone; else if they do after slope
-    and intercept, these are applied; else it is an error, as nobody knows. "csv" on values that look like HU, or that the
-    header rescaled, is an error: it would be done twice.
+    "auto" with `rescale`: the file's values *look like HU* if at least 99 % lie within -1100..4000 or are the lowest value
+    (padding), at least 0.01 % within -1100..-900 as air does, or else 1 % are the lowest value and that is below -200 (cut
+    off there), and they do not *look un-rescaled*: that is, at most 0.1 % between -1100 and -200 and more than 10 % within
+    700..1300, where soft tissue lies before the intercept -1024 (the lowest value not counted in either). If they do, or the
+    header rescaled them to that, they are left alone, unless those above the lowest show air only after slope and intercept;
+    else if they do after slope and intercept, these are applied; else it is an error, as nobody knows. "csv" on values that
+    look like HU, or that the header rescaled, is an error: it would be done twice. So it is, in both, where soft tissue near
+    0 would become air.
 
     "auto" without `rescale`: HU if the header says so (DICOM) and there are negative values, or, unless the header names a
-    modality other than CT, if the values look like HU and the lowest is not below -3100; else "unit" within 0..1, else "arbitrary".
+    modality other than CT, if the values look like HU and the lowest is not below -3100, with a warning where there is no
+    air; else "unit" within 0..1, else "arbitrary".
 
     Raises:
         VolumeError: contradicting wishes, slope and intercept applied twice, or values that cannot be the stated HU.
@@ -70,11 +75,18 @@ def interpret(parts: Parts, source: str, policy: str = "auto", rescale: Sequence
             )
         if (slope, intercept) != (1, 0) and _looks_like_hu(array):
             raise VolumeError(f"{source}: {_spread(array)}, so they are HU already and hu='csv' would rescale twice; use hu='already_hu'.")
+        if _sinks(array, slope, intercept):
+            raise VolumeError(
+                f"{source}: soft tissue seems to lie near 0 ({_spread(array)}) and the stated {_named((slope, intercept))} would "
+                "make air of it, so the values are HU already and hu='csv' would rescale twice; use hu='already_hu'."
+            )
         array = _rescaled(array, slope, intercept)
     elif policy == "already_hu":
         reason = "the stored values are HU, as hu='already_hu' says; no slope and intercept are applied."
         if parts.rescale is not None and np.isnan(parts.rescale).any():
-            raise VolumeError(f"{source}: slope and intercept differ from slice to slice, so hu='already_hu' cannot be meant; use 'header'.")
+            raise VolumeError(
+                f"{source}: slope and intercept differ from slice to slice, so hu='already_hu' cannot be meant; use 'header'."
+            )
         if parts.rescale is not None:
             array = _stored(array, *parts.rescale)
     elif policy == "header":
@@ -105,16 +117,20 @@ def _checked_wishes(source: str, policy: str, rescale: Sequence[float] | None, u
 def _decided(parts: Parts, source: str, slope: float, intercept: float) -> tuple[NDArray[Any], str]:
     """Policy "auto" with a stated slope and intercept: the array in HU and the reason."""
     array, stated = parts.array, _named((slope, intercept))
-    if _looks_like_hu(array):
-        return array, f"the values are HU already ({_spread(array)}); the stated {stated} are not applied."
+    already = f"the values are HU already ({_spread(array)}); the stated {stated} are not applied."
+    looks = _looks_like_hu(array)
+    if looks and (parts.rescale is not None or _airy(array) > 0.001):
+        return array, already
     if parts.rescale is not None:
         raise VolumeError(
             f"{source}: the header's {_named(parts.rescale)} are applied, yet the values do not look like HU ({_spread(array)}), and "
             f"others are stated ({stated}); say which are right with hu='header' or hu='already_hu'."
         )
     rescaled = _rescaled(array, slope, intercept)
-    if _looks_like_hu(rescaled):
+    if _looks_like_hu(rescaled) and not _sinks(array, slope, intercept) and (not looks or _airy(rescaled) > 0.001):
         return rescaled, f"the values as stored are no HU ({_spread(array)}) and are after the stated {stated}, which are applied."
+    if looks:
+        return array, already
     raise VolumeError(
         f"{source}: neither as stored ({_spread(array)}) nor after the stated {stated} do the values look like HU; "
         "say which they are with hu='csv' or hu='already_hu'."
@@ -132,8 +148,11 @@ def _guess(parts: Parts, notes: tuple[str, ...]) -> Meaning:
         doubt = f"the header says CT but the values look un-rescaled or changed: {problem}."
         return Meaning(array, "arbitrary", notes, (doubt,))
     if modality in (None, "CT") and low >= LOWEST_PADDING and _looks_like_hu(array):
-        return Meaning(array, "HU", (*notes, f"the unit is HU by the values: {_spread(array)}, as in a CT."), _padding(array))
+        doubts = () if _has_air(array) else ("the unit is taken to be HU, yet no values lie near -1000 as air does; state it with unit=.",)
+        return Meaning(array, "HU", (*notes, f"the unit is HU by the values: {_spread(array)}, as in a CT."), (*_padding(array), *doubts))
     warnings = []
+    if modality in (None, "CT") and LOWEST_PADDING <= low <= TISSUE and not _has_air(array) and _within(array) >= 0.99:
+        warnings.append("no values lie near -1000 as air does, so they are not taken as HU; if they are, state unit='HU'.")
     unrescaled = _looks_unrescaled(array) if low < 0 else 1500 <= high <= 4200
     if modality in (None, "CT") and unrescaled and (array == np.rint(array)).all():
         warnings.append(f"values are whole numbers from {low:g} to {high:g}; if this is a CT, it looks un-rescaled.")
@@ -144,15 +163,37 @@ def _guess(parts: Parts, notes: tuple[str, ...]) -> Meaning:
 
 
 def _looks_like_hu(array: NDArray[Any]) -> bool:
-    return bool(array.min() <= TISSUE and _within(array) >= 0.99 and not _looks_unrescaled(array))
+    cut_off = AIR <= array.min() <= TISSUE and (_sample(array) == array.min()).mean() >= 0.01  # as by a window, below it
+    return bool((_has_air(array) or cut_off) and _within(array) >= 0.99 and not _looks_unrescaled(array))
+
+
+def _has_air(array: NDArray[Any]) -> bool:
+    sample = _sample(array)
+    return bool(((sample >= AIR) & (sample <= LIGHTEST)).mean() >= AIRLESS)
 
 
 def _looks_unrescaled(array: NDArray[Any]) -> bool:
-    sample = _sample(array)
-    above = sample[sample > array.min()]
-    airy = ((above >= AIR) & (above <= TISSUE)).mean()
-    tissue = ((above >= UNRESCALED[0]) & (above <= UNRESCALED[1])).mean()
-    return bool(airy <= 0.001 and tissue > 0.1)
+    above = _above_lowest(array)
+    return bool(_airy(array) <= 0.001 and ((above >= UNRESCALED[0]) & (above <= UNRESCALED[1])).mean() > 0.1)
+
+
+def _airy(array: NDArray[Any]) -> float:
+    """The share of air, lung and their edges in what is not the lowest value."""
+    above = _above_lowest(array)
+    return float(((above >= AIR) & (above <= TISSUE)).mean())
+
+
+def _sinks(stored: NDArray[Any], slope: float, intercept: float) -> bool:
+    """Whether rescaling would make air of soft tissue: of a body in HU alone, on 0 or cut off, which does not show that it is HU."""
+    above = _above_lowest(stored)
+    return bool((slope * above + intercept < TISSUE).mean() > 0.99 and (np.abs(above) <= -TISSUE).mean() > 0.5)
+
+
+def _above_lowest(array: NDArray[Any]) -> NDArray[Any]:
+    """What is neither padding nor cut off: those of the sample above the lowest value, which is itself the answer where there are none."""
+    sample = _sample(array).astype(np.float64)
+    above: NDArray[Any] = sample[sample > array.min()]
+    return above if above.size else sample
 
 
 def _impossible(array: NDArray[Any]) -> str | None:

@@ -13,6 +13,10 @@ from med3dvlm.formats.base import Parts, VolumeError, check_size, colour, damage
 # What may follow ElementDataFile in a header. Of names only those in the same folder; LIST and % would stand for several files.
 HARMLESS_PLACES = {".mha": b"(?i:LOCAL)", ".mhd": rb"(?![ \t]|(?i:LIST))[^/\\:%\0\r\n]+"}
 
+# The spaces of a NRRD header that lead through a patient; in others, such as a scanner's, nobody knows where left is.
+ANATOMICAL = rb"(?im)^space:\s*(?:(?:right-anterior|left-anterior|left-posterior)-superior(?:-time)?|(?:RAS|LAS|LPS)T?)\s*$"
+MILLIMETRES = {b"mm": 1.0, b"millimeter": 1.0, b"millimeters": 1.0, b"cm": 10.0, b"m": 1000.0, b"um": 0.001}
+
 
 def read(path: Path, source: str) -> Parts:
     """A .nrrd, .mha or .mhd file, whose voxels are in it (.mhd: or in a file beside it).
@@ -44,11 +48,26 @@ def read(path: Path, source: str) -> Parts:
     if image.GetDimension() != 3:
         return Parts(array)  # Volume says what is wrong
 
+    scale = _millimetres(header, source) if ending == ".nrrd" else 1.0
+    spacing = tuple(scale * length for length in reversed(image.GetSpacing()))
+    if b"space directions:" in header and not re.search(ANATOMICAL, header):
+        return Parts(array, None, spacing, warnings=("the header does not name the space that its directions lead in.",))
     # SimpleITK does not tell a stated orientation from an assumed one.
     if any(word in header for word in (b"space directions:", b"TransformMatrix", b"\nRotation", b"\nOrientation")):
-        return Parts(array, axes_from_itk(image))
+        return Parts(array, scale * axes_from_itk(image))
     has_spacing = b"spacings:" in header or b"ElementS" in header  # ElementSpacing or ElementSize
-    return Parts(array, None, tuple(reversed(image.GetSpacing())) if has_spacing else None)
+    return Parts(array, None, spacing if has_spacing else None)
+
+
+def _millimetres(header: bytes, source: str) -> float:
+    """The length of a NRRD header's unit."""
+    stated = re.search(rb"(?im)^(?:space )?units:(.*)$", header)
+    units = set(re.findall(rb'"(.+?)"', stated[1])) if stated else set()
+    if not units:
+        return 1.0
+    if len(units) > 1 or not units <= MILLIMETRES.keys():
+        raise VolumeError(f"{source}: lengths are in other units than mm, cm, m or um, or in several; save the scan in mm.")
+    return MILLIMETRES[units.pop()]
 
 
 def axes_from_itk(image: Any) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ from med3dvlm.formats.base import Parts, VolumeError, check_size, damaged
 
 GZIP = b"\x1f\x8b"
 AFTER_THE_VOXELS = 2**20  # bytes; more than that behind the last voxel is not NIfTI
+BEFORE_THE_VOXELS = 2**20  # bytes of header and extensions
 
 
 def read(path: Path, source: str) -> Parts:
@@ -59,8 +60,12 @@ def read(path: Path, source: str) -> Parts:
         return Parts(array.T, None, spacing, warnings=("the file has no qform and no sform.",), rescale=rescale)
     affine = qform if sform is None else sform
     conflict = sform is not None and qform is not None and nibabel.aff2axcodes(qform) != nibabel.aff2axcodes(sform)
-    warnings = ("qform and sform contradict each other; the sform is used.",) if conflict else ()
-    return Parts(array.T, to_mm * affine[:3, :3], warnings=warnings, rescale=rescale)
+    warnings = ["qform and sform contradict each other; the sform is used."] if conflict else []
+    pixdim, lengths = np.array(header.get_zooms()[:3]), np.linalg.norm(affine[:3, :3], axis=0)[: array.ndim]
+    if pixdim.min() > 0 and not np.allclose(pixdim, lengths, rtol=0.01, atol=0):  # pixdim, which is the qform's voxel size, too
+        stated, used = (" x ".join(f"{to_mm * mm:.3g}" for mm in reversed(size)) for size in (pixdim, lengths))
+        warnings.append(f"the header says spacing {stated} mm (pixdim) and {used} mm (sform); the sform is used.")
+    return Parts(array.T, to_mm * affine[:3, :3], warnings=tuple(warnings), rescale=rescale)
 
 
 def _content(path: Path, source: str) -> bytes:
@@ -83,6 +88,10 @@ def _announced(start: bytes, file_bytes: int, source: str) -> int:
     header = _image_type(start).header_class.from_fileobj(io.BytesIO(start), check=False)
     shape, voxel_bytes = header.get_data_shape(), header.get_data_dtype().itemsize
     check_size(shape, voxel_bytes, file_bytes, source, "NIfTI")
+    if header.get_data_dtype().kind == "c":
+        raise VolumeError(f"{source}: values are complex numbers but real ones are needed; save magnitude or phase by itself.")
+    if header["vox_offset"] > BEFORE_THE_VOXELS:
+        raise ValueError("the voxels begin too far behind the header")
     return int(header["vox_offset"]) + int(np.prod(shape, dtype=np.int64)) * voxel_bytes
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from med3dvlm.formats import archive, arrays
 from med3dvlm.volume import read_volume
 from tests.formats.scans import SHAPE, refused, scan
 
@@ -37,14 +38,24 @@ def test_npz_and_its_own_spacing(tmp_path: Path) -> None:
 
 
 def test_npz_that_is_no_single_scan(tmp_path: Path) -> None:
-    np.savez(tmp_path / "two.npz", image=scan(), mask=scan() > 0, spacing=[1, 1, 1])
-    refused(tmp_path / "two.npz", r"2 arrays \('image', 'mask'\) but one scan is needed")
+    np.savez(tmp_path / "two.npz", Secret_Name=scan(), mask=scan() > 0, spacing=[1, 1, 1])
+    refused(tmp_path / "two.npz", "holds 2 arrays but one scan is needed")  # and not their names
     np.savez(tmp_path / "none.npz", spacing=[1, 1, 1])
     refused(tmp_path / "none.npz", "holds no array")
     np.savez(tmp_path / "spacing.npz", image=scan(), spacing=[1, 1])
     refused(tmp_path / "spacing.npz", "'spacing' must be three numbers")
     np.savez(tmp_path / "negative.npz", image=scan(), spacing=[1, -1, 1])
     refused(tmp_path / "negative.npz", "three positive numbers")
+
+
+def test_npz_of_too_many_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "many.npz", "w") as file:
+        for number in range(20_001):
+            file.writestr(f"{number}.npy", b"")
+    refused(tmp_path / "many.npz", "more than 20000 entries")
+    monkeypatch.setattr(archive, "MOST_LISTING", 50 * 20_000)  # their list is not even read
+    monkeypatch.setattr(arrays, "MOST_ENTRIES", 30_000)
+    refused(tmp_path / "many.npz", "more than 20000 entries")
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
@@ -63,8 +74,8 @@ def test_headers_that_announce_more_than_there_is(tmp_path: Path) -> None:
     assert len(huge) == len(content) and huge != content
     (tmp_path / "huge.npy").write_bytes(huge)
     refused(tmp_path / "huge.npy", "cannot be read as a NumPy array")
-    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
-        archive.writestr("image.npy", huge)
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as file:
+        file.writestr("image.npy", huge)
     refused(tmp_path / "huge.npz", "cannot be read as NumPy arrays")
 
 

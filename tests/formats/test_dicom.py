@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import imagecodecs
 import nibabel
 import numpy as np
 import pydicom
@@ -9,6 +10,7 @@ import pytest
 import SimpleITK as sitk
 from pydicom import uid
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
 
 from med3dvlm.volume import VolumeError, read_volume
 from tests.formats.dicom_files import (
@@ -77,6 +79,17 @@ def test_signed_values_of_twelve_bits(tmp_path: Path) -> None:
         item.PixelData = (bits | 0x5000).tobytes()
 
     np.testing.assert_array_equal(read(write_series(tmp_path / "scan", scan(), rescale=(1, 0), signed=True, edit=dirty)).array, scan())
+
+
+def test_signed_values_of_twelve_bits_in_jpeg_ls(tmp_path: Path) -> None:
+    """Whose own numbers have no sign, so that -1000 is 3096 in it."""
+    folder = write_series(tmp_path / "scan", scan(), rescale=(1, 0), signed=True, syntax=uid.JPEGLSLossless)
+    for path in folder.iterdir():
+        item = pydicom.dcmread(path)
+        item.BitsStored, item.HighBit = 12, 11
+        item.PixelData = encapsulate([imagecodecs.jpegls_encode((item.pixel_array & 0x0FFF).astype(np.uint16))])
+        item.save_as(path)
+    np.testing.assert_array_equal(read(folder).array, scan())
 
 
 def test_nested_folders_and_files_that_are_no_images(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """DICOM that is doubtful, no scan or damaged: one warning or one sentence each."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
 
+from med3dvlm.formats import dicom_header
+from med3dvlm.volume import VolumeError, read_volume
 from tests.formats.dicom_files import (
     COMPRESSORS,
     LOSSLESS,
@@ -83,7 +86,21 @@ def test_without_pixel_spacing(tmp_path: Path) -> None:
     parts = read(write_series(tmp_path / "scan", scan(), edit=detector))
     np.testing.assert_array_equal(parts.array, scan())
     assert (parts.axes, parts.spacing) == (None, None)
+    np.testing.assert_allclose(parts.direction, np.diag([-1, -1, 1]))  # AFFINE's without its lengths
     assert len(parts.warnings) == 1 and "no PixelSpacing (ImagerPixelSpacing would be that of the detector" in parts.warnings[0]
+
+
+def test_the_orientation_counts_without_pixel_spacing(tmp_path: Path) -> None:
+    def forget(item: Dataset, index: int) -> None:
+        del item.PixelSpacing
+
+    whole = read_volume(write_series(tmp_path / "whole", scan(), SAGITTAL))
+    path = write_series(tmp_path / "scan", scan(), SAGITTAL, edit=forget)
+    volume = read_volume(path, spacing=whole.spacing)
+    assert volume.orientation == whole.orientation and volume.plane == "sagittal"
+    np.testing.assert_allclose(volume.direction, whole.direction, atol=1e-6)
+    np.testing.assert_array_equal(volume.array, whole.array)
+    assert read_volume(path).spacing is None
 
 
 # Several series, and what is no scan
@@ -203,6 +220,64 @@ def test_damaged_slices_are_counted(tmp_path: Path, syntax: uid.UID) -> None:
     for length in (132, 300, 600, len(whole) // 2, len(whole) - 300):
         path.write_bytes(whole[:length])
         refused(tmp_path, "1 of the DICOM slices are damaged")
+
+
+@pytest.mark.parametrize("left", ["empty", "zeros", "dangling"])
+@pytest.mark.parametrize("names", ["shuffled", "nested"])
+def test_slices_that_an_interrupted_copy_left_are_counted(tmp_path: Path, left: str, names: str) -> None:
+    folder = write_series(tmp_path / "scan", scan(), names=names)
+    (folder / "report.txt").touch()
+    (folder / "._IM0003.dcm").write_bytes(b"a system's own")
+    (folder / "latest").symlink_to("nowhere")
+    np.testing.assert_array_equal(read(folder).array, scan())
+    for path in sorted(path for path in folder.rglob("IM*") if path.is_file())[-3:]:
+        content = {"empty": b"", "zeros": bytes(path.stat().st_size), "dangling": None}[left]
+        path.unlink()
+        if content is None:
+            path.symlink_to(tmp_path / "gone")
+        else:
+            path.write_bytes(content)
+    refused(folder, "3 of the DICOM slices are damaged or cut short")
+
+
+def test_slices_without_a_preamble(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "scan", scan())
+    for path in sorted(folder.iterdir())[::2]:
+        path.write_bytes(path.read_bytes()[132:])  # begins with the file's meta information
+    np.testing.assert_array_equal(read(folder).array, scan())
+
+
+def test_a_subfolder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_series(tmp_path / "scan", scan(), names="nested")
+    scandir = os.scandir
+
+    def forbidden(path: str) -> object:
+        if os.fspath(path).endswith("2"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    refused(folder, r"something below cannot be read \(Permission denied\)")
+
+
+def test_too_many_frames_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_series(tmp_path / "scan", scan())
+    monkeypatch.setattr(dicom_header, "MOST_SLICES", 9)
+    refused(folder, "more than 9 slices")
+
+
+def test_native_frames_beyond_the_files_size(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "scan", scan(), edit=lambda item, _: item.update({"NumberOfFrames": 3}))
+    with pytest.raises(VolumeError, match="10 of the DICOM slices are damaged"):
+        dicom_header.read_headers(folder, "scan")  # before any pixel is decoded
+
+
+def test_a_deflated_file_is_not_unpacked_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_enhanced(tmp_path / "scan.dcm", scan(), syntax=uid.DeflatedExplicitVRLittleEndian)
+    np.testing.assert_array_equal(read(path).array, scan())
+    monkeypatch.setattr(dicom_header, "MOST_INFLATED", 2 * scan().size - 1)
+    monkeypatch.setattr(pydicom, "dcmread", lambda *_, **__: pytest.fail("unpacked"))
+    refused(path, "1 of the DICOM slices are damaged")
 
 
 @pytest.mark.parametrize("syntax", list(COMPRESSORS), ids=lambda syntax: syntax.keyword)

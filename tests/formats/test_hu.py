@@ -70,6 +70,22 @@ def test_raw_padding_of_minus_2000_is_no_air(tmp_path: Path) -> None:
     assert applied.unit == "HU"
 
 
+@pytest.mark.parametrize("padding", [-2000, -976])  # -976 is -2000 in HU, and as stored looks like air
+def test_a_small_body_before_rescaling(tmp_path: Path, padding: int) -> None:
+    """A limb: air around it lies near 24, tissue near 1064 is less than a tenth."""
+    stored = np.random.default_rng(0).normal(24, 8, (20, 40, 60)).astype(np.int16)
+    stored[:, 18:24, 20:32] = np.random.default_rng(1).normal(1064, 20, (20, 6, 12)).astype(np.int16)
+    stored[:, :, :8] = padding
+    path = write_nifti(tmp_path / "limb.nii", stored)
+    np.testing.assert_array_equal(read_volume(path, rescale=CT_RATE).array, stored - 1024)
+    if padding == -2000:
+        volume = read_volume(path)
+        assert volume.unit == "arbitrary" and "no values lie near -1000" in volume.warnings[0]
+    again = read_volume(write_nifti(tmp_path / "hu.nii", (stored - 1024).astype(np.int16)), rescale=CT_RATE)
+    np.testing.assert_array_equal(again.array, stored - 1024)
+    assert again.unit == "HU" and "HU already" in again.notes[0]
+
+
 def test_a_slope_other_than_one(tmp_path: Path) -> None:
     stored = np.rint((truth() + 1000) / 0.5).astype(np.int16)
     volume = read_volume(write_nifti(tmp_path / "scan.nii", stored), rescale=(0.5, -1000))
@@ -109,6 +125,15 @@ def test_twice_is_an_error(tmp_path: Path) -> None:
     assert read_volume(tmp_path / "stale.nii").unit == "arbitrary"
     once = read_volume(tmp_path / "hu.nii", hu="csv", rescale=(1, 0))  # changes nothing
     np.testing.assert_array_equal(once.array, truth())
+
+
+@pytest.mark.parametrize("body", [np.clip(truth(), -150, 250), np.where((truth() > 0) & (truth() < 90), truth(), 0)])
+def test_soft_tissue_is_not_made_air(tmp_path: Path, body: np.ndarray) -> None:
+    """HU windowed, or a brain alone on 0: they do not reach down to air, and rescaled again look like air and lung."""
+    path = write_nifti(tmp_path / "body.nii", body.astype(np.int16))
+    refused(path, "would make air of it", hu="csv", rescale=CT_RATE)
+    refused(path, "neither as stored .* nor after the stated", rescale=CT_RATE)
+    np.testing.assert_array_equal(read_volume(path, hu="already_hu", rescale=CT_RATE).array, body)
 
 
 def test_nobody_knows(tmp_path: Path) -> None:
@@ -157,7 +182,7 @@ def test_what_cannot_be_hu(tmp_path: Path, values: np.ndarray, reason: str | Non
     ("low", "high", "unit", "warning"),
     [
         (-1000, 1000, "HU", None),
-        (-200, 300, "HU", None),
+        (-200, 300, "arbitrary", "no values lie near -1000"),
         (-199, 300, "arbitrary", None),
         (-3024, 3071, "HU", "probably padding"),
         (-4096, 4095, "arbitrary", None),
@@ -170,10 +195,20 @@ def test_what_cannot_be_hu(tmp_path: Path, values: np.ndarray, reason: str | Non
 def test_unit_rule(tmp_path: Path, low: int, high: int, unit: str, warning: str | None) -> None:
     array = np.full(SHAPE, (low + high) // 2, dtype=np.int16)
     array[0, 0, 0], array[MARKER] = low, high
+    if low < -1000:
+        array[1] = -1000
     volume = read_volume(write_nifti(tmp_path / "scan.nii", array))
     assert volume.unit == unit
     assert [warning in text if warning else text for text in volume.warnings] == ([True] if warning else [])
     assert len(volume.notes) == 1
+
+
+def test_windowed_hu_are_taken_for_hu_with_a_doubt(tmp_path: Path) -> None:
+    volume = read_volume(write_nifti(tmp_path / "scan.nii", np.clip(truth(), -500, 300)))
+    assert volume.unit == "HU" and any("no values lie near -1000" in text for text in volume.warnings)
+    assert read_volume(write_nifti(tmp_path / "air.nii", truth())).warnings == ()
+    difference = np.random.default_rng(0).normal(0, 150, SHAPE).astype(np.int16)
+    assert read_volume(write_nifti(tmp_path / "map.nii", difference)).unit == "arbitrary"
 
 
 def test_large_scans_are_judged_by_a_sample(tmp_path: Path) -> None:

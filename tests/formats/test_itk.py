@@ -41,6 +41,37 @@ def test_itk_headers_without_orientation(tmp_path: Path) -> None:
     assert stated.spacing == pytest.approx((2.5, 0.8, 0.7)) and silent.spacing is None
 
 
+DIRECTIONS = "space directions: (0.7,0,0) (0,0.8,0) (0,0,2.5)\n"
+
+
+@pytest.mark.parametrize(
+    ("space", "orientation"),
+    [
+        ("space: left-posterior-superior", "SPL"),
+        ("space: RAS", "SAR"),
+        ("space: left-anterior-superior", "SAL"),
+        ("space: scanner-xyz", None),
+        ("space: 3D-right-handed", None),
+        ("space dimension: 3", None),
+    ],
+)
+def test_a_nrrd_space_that_is_no_patients_leaves_the_orientation_unknown(tmp_path: Path, space: str, orientation: str | None) -> None:
+    (tmp_path / "scan.nrrd").write_bytes(f"{NRRD_HEADER}{space}\n{DIRECTIONS}\n".encode() + scan().tobytes())
+    volume = read_volume(tmp_path / "scan.nrrd")
+    assert volume.orientation == orientation and volume.spacing == pytest.approx((2.5, 0.8, 0.7))
+    np.testing.assert_array_equal(volume.array, scan())
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("mm", 1), ("cm", 10), ("um", 0.001), ("furlong", None)])
+def test_nrrd_units_of_length(tmp_path: Path, unit: str, factor: float | None) -> None:
+    space = "space: left-posterior-superior\nspace units: " + " ".join([f'"{unit}"'] * 3)
+    (tmp_path / "scan.nrrd").write_bytes(f"{NRRD_HEADER}{space}\n{DIRECTIONS}\n".encode() + scan().tobytes())
+    if factor is None:
+        refused(tmp_path / "scan.nrrd", "other units than mm, cm, m or um")
+    else:
+        assert read_volume(tmp_path / "scan.nrrd").spacing == pytest.approx((2.5 * factor, 0.8 * factor, 0.7 * factor))
+
+
 def test_a_nrrd_header_without_an_end(tmp_path: Path) -> None:
     sitk.WriteImage(sitk.GetImageFromArray(scan()), tmp_path / "scan.nrrd")
     content = (tmp_path / "scan.nrrd").read_bytes()

@@ -7,7 +7,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from med3dvlm.volume import read_volume
+from med3dvlm.formats.base import check_size
+from med3dvlm.volume import VolumeError, read_volume
 from tests.formats.scans import SHAPE, refused, scan, write_nifti
 
 
@@ -109,6 +110,32 @@ def test_contradicting_qform_and_default_geometry_are_reported(tmp_path: Path) -
     assert volume.orientation == "SAR" and "contradict" in volume.warnings[0]
     default = read_volume(write_nifti(tmp_path / "default.nii", scan(), np.eye(4)))
     assert "1 mm identity" in default.warnings[0]
+
+
+@pytest.mark.parametrize(("factor", "warned"), [(1.005, False), (1.02, True)])
+def test_voxel_sizes_that_disagree(tmp_path: Path, factor: float, warned: bool) -> None:
+    image = nibabel.Nifti1Image(scan().transpose(), None)
+    image.header.set_zooms((0.7, 0.8, 2.5))
+    image.header.set_sform(np.diag([0.7, 0.8, 2.5 * factor, 1]), code=1)
+    nibabel.save(image, tmp_path / "scan.nii")
+    volume = read_volume(tmp_path / "scan.nii")
+    assert volume.spacing == pytest.approx((2.5 * factor, 0.8, 0.7))
+    assert any("spacing 2.5 x 0.8 x 0.7 mm (pixdim) and 2.55 x 0.8 x 0.7 mm (sform)" in text for text in volume.warnings) is warned
+
+
+def test_complex_values_and_far_voxels_are_refused_unread(tmp_path: Path) -> None:
+    nibabel.save(nibabel.Nifti1Image(scan().transpose().astype(np.complex64), np.eye(4)), tmp_path / "complex.nii.gz")
+    refused(tmp_path / "complex.nii.gz", "complex numbers but real ones are needed")
+    content = bytearray(gzip.decompress(write_nifti(tmp_path / "scan.nii.gz", scan()).read_bytes()))
+    content[108:112] = np.float32(2**21).tobytes()  # vox_offset
+    (tmp_path / "far.nii.gz").write_bytes(gzip.compress(bytes(content[:352]) + bytes(2**21) + bytes(content[352:])))
+    refused(tmp_path / "far.nii.gz", "cannot be read as NIfTI")
+
+
+def test_bytes_are_bounded_as_well_as_voxels() -> None:
+    check_size((1024, 1024, 1024), 8, 2**30, "scan", "NIfTI")
+    with pytest.raises(VolumeError, match="2147483648 voxels or 8 GiB"):
+        check_size((1024, 1024, 1025), 8, 2**30, "scan", "NIfTI")
 
 
 def test_damaged_bytes_in_a_compressed_file_are_noticed(tmp_path: Path) -> None:
