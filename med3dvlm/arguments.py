@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -100,6 +102,10 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
         unknown = sorted(map(str, set(settings) - known))
         if unknown:
             parser.error(f"{path} has the unknown keys {', '.join(unknown)}; {_nearest(unknown[0], known)}")
+        for name, hint in get_type_hints(kind).items():
+            if name in settings and not _fits(settings[name], hint):
+                wanted = hint.__name__ if isinstance(hint, type) else re.sub(r"\w+\.", "", str(hint))
+                parser.error(f"{path}: {name} is {settings[name]!r} but must be {wanted}")
         parser.set_defaults(**settings)
         for action in parser._actions:  # a value from the file counts as given
             if action.dest in settings:
@@ -117,6 +123,18 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
         return kind(**values)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value is of a field's type. Texts pass: the parser converts them like a flag's, or says what is wrong."""
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if kind is Literal:
+        return value in get_args(hint)
+    if isinstance(value, bool):
+        return kind is bool
+    return kind is float if isinstance(value, int) and kind is not int else isinstance(value, (str, kind))
 
 
 def _alone() -> None:

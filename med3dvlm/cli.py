@@ -87,10 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_workers(prepare)
     prepare.set_defaults(run=_prepare)
 
-    audit = commands.add_parser("audit", help="look in prepared data for duplicates, leaks between splits and questions that tell their answer")
+    audit = commands.add_parser(
+        "audit", help="look in prepared data for duplicates, leaks between splits and questions that tell their answer"
+    )
     audit.add_argument("data", metavar="DST", type=Path, help="the prepared data; an interrupted audit continues")
     audit.add_argument("--out", type=Path, metavar="DIR", help="folder of audit.md, audit.json, deduplicated.json (default: DST/audit)")
-    audit.add_argument("--reports", action="store_true", help="leave out of deduplicated.json what only has its report in an earlier split, too")
+    audit.add_argument(
+        "--reports", action="store_true", help="leave out of deduplicated.json what only has its report in an earlier split, too"
+    )
     _add_workers(audit)
     audit.set_defaults(run=_audit)
 
@@ -241,8 +245,8 @@ def _phantom(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from med3dvlm.datasets import DATASETS
-    from med3dvlm.datasets.preparation import prepare
-    from med3dvlm.files import read_lines
+    from med3dvlm.datasets.preparation import parts_of_splits, prepare
+    from med3dvlm.files import read_lines, write_json
     from med3dvlm.preprocessing import VolumeProcessor
 
     _workers(arguments)
@@ -250,21 +254,33 @@ def _prepare(arguments: argparse.Namespace) -> None:
         raise ValueError(f"data set {arguments.dataset!r} is unknown; known: {', '.join(DATASETS)}")
     dataset, source, destination = DATASETS[arguments.dataset], arguments.source, arguments.destination
     processor = VolumeProcessor(arguments.recipe, size=arguments.size)
-    unread: list[dict[str, str]] = []
-    splits = [dataset.read(source, split, unread) for split in dataset.splits(source)]
-    studies = [study for found, _ in splits for study in found]
-    questions = [question for _, found in splits for question in found]
+    missed: dict[str, list[dict[str, str]]] = {split: [] for split in dataset.splits(source)}
+    splits = {split: dataset.read(source, split, missed[split]) for split in missed}
+    parts = parts_of_splits({split: found for split, (found, _) in splits.items()})
+    wholes = [split for split in splits if split not in parts]
+    studies, questions = ([record for split in wholes for record in splits[split][kind]] for kind in (0, 1))
+    unread = [failure for split in wholes for failure in missed[split]]
     _writable(destination)
     shard, options = arguments.shard, {"shard": arguments.shard, "verify": arguments.verify}
     summary = prepare(source, studies, questions, processor, destination, arguments.workers, unread, **options)
     listing = destination / "failures.jsonl"
     failures = summary.pop("failures") if shard else read_lines(listing)
     total = len(failures) + summary["studies"]
-    print(json.dumps(summary, indent=1))
     if shard:
+        print(json.dumps(summary))
         print(f"When all {shard[1]} shards are done, run the command without --shard to finish {destination}.", file=sys.stderr)
+    else:
+        for name, value in (("Splits", summary["splits"]), ("Units", summary["units"]), ("Warnings", summary["warnings"])):
+            print(f"{name:<12} " + (", ".join(f"{key} {count}" for key, count in value.items()) or "none"))
+        print(f"{'Prepared':<12} {summary['studies']} studies, {summary['questions']} questions, fingerprint {summary['fingerprint']}")
+        print(f"{'Details':<12} {destination / 'summary.json'}, {destination / 'summary.png'}")
     if failures and len(failures) == total and not shard:
         raise ValueError(f"none of the {total} studies of {source} could be prepared; {listing} says why.")
+    for part, listed in parts.items() if not shard else ():
+        without = {failure["study"] for failure in failures}
+        path = destination / f"split_{part.replace('/', '_')}.json"
+        write_json(path, {split: [study for study in ids if study not in without] for split, ids in listed.items()})
+        print(f"All studies of split {part!r} are in another split, too; to use it, pass --split_file {path}", file=sys.stderr)
     if failures:
         where = "the run that finishes tries them again" if shard else f"{listing} lists them"
         print(f"Warning: {len(failures)} of {total} studies could not be prepared; {where}:", file=sys.stderr)

@@ -300,7 +300,7 @@ def test_prepare_goes_on_after_bad_samples_and_names_them(run: Run, phantoms: Pa
     bad[1].unlink()
     arguments = ("prepare", "m3d", source, prepared, "--size", "16,32,24", "--workers", 1)
     code, output, error = run(*arguments)
-    summary = json.loads(output)
+    summary = json.loads((prepared / "summary.json").read_text())
     assert code == 0
     assert (summary["studies"], summary["failures"]) == (10, 2)
     assert "Warning: 2 of 12 studies could not be prepared" in error and "Traceback" not in error
@@ -308,12 +308,30 @@ def test_prepare_goes_on_after_bad_samples_and_names_them(run: Run, phantoms: Pa
         assert str(path.relative_to(source / "M3D_Cap")).removesuffix(".nii.gz") in error
     with pytest.raises(ValueError, match="could not be prepared"):
         PreparedData(prepared)
-    assert json.loads(run(*arguments)[1]) == summary
+    assert f"Prepared     10 studies, {summary['questions']} questions, fingerprint {summary['fingerprint']}" in output
+    assert run(*arguments)[1] == output
 
     for path in source.rglob("*.nii.gz"):
         path.unlink()
     code, _, error = run("prepare", "m3d", source, tmp_path / "nothing", "--size", "16,32,24", "--workers", 1)
     assert code == 2 and "none of the 12 studies" in sentence(error)
+
+
+def test_a_split_within_another_is_prepared_once(run: Run, phantoms: Path, tmp_path: Path) -> None:
+    """As M3D's test1k; one of its scans is lost."""
+    source, prepared = tmp_path / "source", tmp_path / "prepared"
+    subprocess.run(["cp", "-r", phantoms, source], check=True)
+    path = source / "M3D_Cap" / "M3D_Cap.json"
+    listing = json.loads(path.read_text())
+    path.write_text(json.dumps({"part": listing["train"][:3], **listing}))
+    (source / listing["train"][0]["image"]).unlink()
+    code, _, error = run("prepare", "m3d", source, prepared, "--size", "16,32,24", "--workers", 1)
+    summary, split_file = json.loads((prepared / "summary.json").read_text()), prepared / "split_part.json"
+    assert (code, summary["studies"], summary["failures"]) == (0, 11, 1) and "part" not in summary["splits"]
+    assert f"pass --split_file {split_file}" in error
+    whole, part = PreparedData(prepared, True), PreparedData(prepared, True, split_file)
+    assert [study.id for study in part.studies("part")] == [study.id for study in whole.studies("train")[:2]]
+    assert {q.study for q in part.questions("part")} == {study.id for study in part.studies("part")}
 
 
 def test_shards_are_finished_by_a_run_without(run: Run, phantoms: Path, tmp_path: Path) -> None:
@@ -322,7 +340,7 @@ def test_shards_are_finished_by_a_run_without(run: Run, phantoms: Path, tmp_path
         code, output, error = run(*arguments, "--shard", f"{part}/2")
         assert code == 0 and json.loads(output) == {"shard": f"{part}/2", "studies": 6, "made": 6}
         assert f"When all 2 shards are done, run the command without --shard to finish {tmp_path / 'prepared'}." in error
-    assert json.loads(run(*arguments)[1])["studies"] == 12
+    assert "Prepared     12 studies" in run(*arguments)[1]
     assert len(PreparedData(tmp_path / "prepared").studies("train")) == 9
     assert "no shard 3/2" in sentence(run(*arguments, "--shard", "3/2")[2])
 
@@ -333,8 +351,8 @@ def test_prepare_goes_on_after_missing_reports(run: Run, phantoms: Path, tmp_pat
     lost, empty = sorted((source / "M3D_Cap" / "ct_case").rglob("*.txt"))[:2]
     lost.unlink()
     empty.write_text(" ")
-    code, output, error = run("prepare", "m3d", source, prepared, "--size", "16,32,24", "--workers", 1)
-    summary = json.loads(output)
+    code, _, error = run("prepare", "m3d", source, prepared, "--size", "16,32,24", "--workers", 1)
+    summary = json.loads((prepared / "summary.json").read_text())
     assert (code, summary["studies"], summary["failures"]) == (0, 10, 2)
     assert "Warning: 2 of 12 studies could not be prepared" in error
     assert f"{lost}, the report of" in error and "is missing" in error and f"{empty}, the report of" in error and "is empty" in error
@@ -408,7 +426,7 @@ def test_a_full_disk_leaves_nothing_half_written(run: Run, command: str, phantom
 
 
 def test_ctrl_c(run: Run, scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("med3dvlm.volume.read_volume", interrupted)

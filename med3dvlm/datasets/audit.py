@@ -11,6 +11,7 @@ the whole split already. In order, test before validation, a split loses the stu
 asked for: of 800 real CT-RATE reports 18 % have another patient's beside them that is as alike as SAME_REPORT, mostly normal findings.
 """
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from med3dvlm.datasets.store import PreparedData
 from med3dvlm.files import write_json, write_text
 from med3dvlm.records import LETTERS, Question, Study
 from med3dvlm.tables import markdown_table
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = 10
 FREQUENT = 20  # answers that are listed
@@ -86,8 +89,11 @@ def audit(root: str | Path, out: str | Path | None = None, workers: int = 2, by_
 
 
 def split_order(splits: Iterable[str]) -> list[str]:
-    """The training split first, then the others by name: test before validation."""
-    return sorted(splits, key=lambda split: (not split.startswith("train"), split))
+    """The training split first, then the others by name: test before validation. Where none begins with "train", which is first is told."""
+    ordered = sorted(splits, key=lambda split: (not split.startswith("train"), split))
+    if ordered and not ordered[0].startswith("train"):
+        logger.warning("no split begins with 'train'; %r counts as the training split, which is kept whole", ordered[0])
+    return ordered
 
 
 def deduplicate(

@@ -37,7 +37,8 @@ class Augmentation:
     - `share`: of the volumes whose intensities change, and independently of those that are moved; the rest stays as evaluation sees it.
     - `scale`, `shift`: times 1 +- scale, plus +- shift; `gamma`: to the power of exp(+- gamma); `noise`: normal, of a standard deviation
       up to it. All are shares of the recipe's range, air at 0; what leaves the range is clipped.
-    - `rotation`: degrees, in the plane of the slices, where voxels are as wide as high; out of it they seldom are.
+    - `rotation`: degrees, in the plane of the slices. Of voxels: where they are wider than high, as m3d and hu_window make them when they
+      stretch an oblong crop to their size, the turn shears the body a little. Out of the plane it would shear it much.
     - `zoom`: 1 +- zoom along all axes; `translation`: +- this share of each axis; `crop`: up to this share of each axis is cut off, at
       either end, and what remains fills the volume.
     - `flips`: axes ("depth", "height", "width") along which half of the volumes are mirrored.

@@ -29,7 +29,7 @@ def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str
                     raise ValueError("the row has more values than there are columns")
                 yield f"{path} line {reader.line_num}", row
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no UTF-8 text after line {reader.line_num}; save it as such") from error
+            raise ValueError(f"{path} is no UTF-8 text; save it as UTF-8 (spreadsheets call it CSV UTF-8)") from error
         except csv.Error as error:
             raise ValueError(f"{path} line {reader.line_num}: {error}") from error
         except ValueError as error:
@@ -55,7 +55,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                         raise ValueError(f"{path} line {number} is no JSON object but {type(row).__name__}")
                     yield f"{path} line {number}", row
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no UTF-8 text; save it as such") from error
+            raise ValueError(f"{path} is no UTF-8 text; save it as UTF-8") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is no JSON: {error}") from error
 

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from med3dvlm.files import whole_file
+
 
 def fingerprint(module: nn.Module, *also: str) -> str:
     """16 hexadecimal digits that change with the module's weights or with `also` (the data's fingerprint, say)."""
@@ -34,9 +36,7 @@ def frozen_features(
             for start in tqdm(range(0, count, batch_size), desc=description, unit="batch"):
                 parts.append([part.cpu() for part in compute(range(start, min(start + batch_size, count)))])
         levels = {str(level): torch.cat(batches).contiguous() for level, batches in enumerate(zip(*parts, strict=True))}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        save_file(levels, aside)
-        aside.replace(path)
+        with whole_file(path) as aside:
+            save_file(levels, aside)
     stored = load_file(path)
     return [stored[str(level)] for level in range(len(stored))]

@@ -11,6 +11,8 @@
 
 Paths in the files are relative to the root and differ between releases (M3D_Cap, M3D_Cap_npy, M3D_Cap_nii; .npy, .nii.gz): an
 image is found under any of these folders and endings, and a question belongs to the study whose path it names but for them.
+Where all of a split is in another one too, as "test1k" in "test", `med3dvlm prepare` prepares the whole and writes split_test1k.json
+for --split_file; questions are then those of the whole. Splits that share a part of their images only are refused.
 Source: M3D (arXiv 2404.00578), section 3 and the published files.
 """
 
@@ -23,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from med3dvlm.datasets.csv_files import csv_rows, label_value
+from med3dvlm.files import write_json
 from med3dvlm.records import LETTERS, QUESTION_KINDS, Question, Study, check_ids, check_inside
 from med3dvlm.volume import READERS
 
@@ -58,8 +61,12 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
     ids: dict[str, str] = {}  # image path, with and without ending -> study
     for number, entry in enumerate(entries[split], start=1):
         where = f"{listing}, entry {number} of {split!r}"
+        if not isinstance(entry, dict):
+            raise ValueError(f'{where} must be {{"image": path, "text": path}} but is a {type(entry).__name__}')
         if missing := [name for name in ("image", "text") if not isinstance(entry.get(name), str)]:
             raise ValueError(f"{where} lacks {' and '.join(missing)}")
+        if wrong := [name for name in ("id", "patient") if not isinstance(entry.get(name, ""), str)]:
+            raise ValueError(f"{where}: {' and '.join(wrong)} must be a text")
         image, text = entry["image"], entry["text"]
         try:
             for name, path in (("image", image), ("text", text)):
@@ -254,6 +261,4 @@ def write(root: str | Path, studies: Sequence[Study], questions: Sequence[Questi
         writer = csv.writer(file)
         writer.writerow(["study", *names])
         writer.writerows([study.id, *(study.labels.get(name, "") for name in names)] for study in studies)
-    aside = root / "M3D_Cap" / "M3D_Cap.json.part"  # last: its presence says that the rest is whole
-    aside.write_text(json.dumps(listing, indent=1), encoding="utf-8")
-    aside.replace(root / "M3D_Cap" / "M3D_Cap.json")
+    write_json(root / "M3D_Cap" / "M3D_Cap.json", listing)  # last: its presence says that the rest is whole

@@ -10,18 +10,22 @@ Any number of processes, of several machines with one file system, may work on a
   together. While it is there the index is true, and a run reads that instead of the headers.
 
 A run makes those volumes anew whose scan, way of reading or settings changed, and tries again what failed. Where nothing changed it
-writes nothing.
+writes nothing. Volumes of studies that the data set no longer lists stay, as a shorter table may be an experiment and a volume costs
+seconds to make; the summary counts them, and nobody reads them.
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -36,9 +40,14 @@ from tqdm import tqdm
 from med3dvlm.datasets.statistics import BINS, statistics
 from med3dvlm.datasets.store import CHECKED, checksum, read_voxels, volume_path
 from med3dvlm.files import PART, json_lines, read_lines, whole_file, write_json, write_text
+from med3dvlm.formats import VERSION
 from med3dvlm.preprocessing import RECIPES, VolumeProcessor
 from med3dvlm.records import Question, Study, check_ids
 from med3dvlm.volume import Volume, read_volume
+
+logger = logging.getLogger(__name__)
+
+ABANDONED = 3600  # seconds after which a file that is being written is a killed process's
 
 Line = dict[str, Any]  # of the index
 Failure = dict[str, str]  # "study", "file", "reason"
@@ -98,6 +107,27 @@ def prepare(
     return finish(destination, processor, studies, questions, lines, [*failures, *failed])
 
 
+def parts_of_splits(splits: Mapping[str, Sequence[Study]]) -> dict[str, dict[str, list[str]]]:
+    """Splits whose studies all lie in another one too, as M3D's "test1k" in "test"; of equal ones the first counts as the whole.
+
+    A study belongs to one split, so such parts are not prepared again; each gets what a split file holds, {split: [study ids]}, in
+    which it stands in the place of its whole.
+    """
+    ids = {split: dict.fromkeys((study.id, study.image) for study in studies) for split, studies in splits.items()}
+    wholes: list[str] = []
+    found: dict[str, str] = {}
+    for split in sorted(splits, key=lambda split: -len(ids[split])):
+        whole = next((whole for whole in wholes if ids[split] and ids[split].keys() <= ids[whole].keys()), None)
+        if whole is None:
+            wholes.append(split)
+        else:
+            found[split] = whole
+    return {
+        part: {(part if split == whole else split): [name for name, _ in ids[part if split == whole else split]] for split in wholes}
+        for part, whole in found.items()
+    }
+
+
 def _check(source: Path, destination: Path, studies: Sequence[Study], shard: tuple[int, int] | None) -> None:
     check_ids(studies)
     here, there = source.resolve(), destination.resolve()
@@ -148,12 +178,20 @@ def _is_current(source: Path, destination: Path, settings: str, study: Study, li
 
 
 def _stamp(source: Path, settings: str, study: Study) -> Line:
-    """From what and how a volume is made: scan, its size in bytes and when it was last changed (ns), what the data set says, settings."""
-    path = source / study.image
-    states = [place.stat() for place in ([path, *path.iterdir()] if path.is_dir() else [path])]
-    size, changed = sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)
-    reading = json.loads(json.dumps(study.reading))
-    return {"study": study.id, "image": study.image, "reading": reading, "size": size, "changed": changed, "settings": settings}
+    """From what and how a volume is made: scan, the state of its files, what the data set says, settings, the readers' version."""
+    reading, files = json.loads(json.dumps(study.reading)), _state(source / study.image)
+    return {"study": study.id, "image": study.image, "reading": reading, "files": files, "settings": settings, "readers": VERSION}
+
+
+def _state(scan: Path) -> str:
+    """16 hexadecimal digits of names, sizes and times of change (ns) of what a scan is read from: its file, for .mhd those beside it that
+    are called the same but for the ending, of a folder all files below. Links to nothing are left out; whether they matter, reading says."""
+    if scan.is_dir():
+        places = scan.rglob("*")
+    else:
+        places = scan.parent.glob(f"{glob.escape(scan.stem)}.*" if scan.suffix.lower() == ".mhd" else glob.escape(scan.name))
+    states = ((place.relative_to(scan.parent).as_posix(), place.stat()) for place in places if place.is_file())
+    return checksum(json.dumps(sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)).encode())
 
 
 def _is_whole(destination: Path, study: Study, expected: str) -> bool:
@@ -171,8 +209,12 @@ def prepare_one(source: Path, destination: Path, processor: VolumeProcessor, set
         stamp = _stamp(source, settings, study) if scan.exists() else {}  # before it is read
         volume = read_volume(scan, **study.reading)
         voxels = processor.quantize(processor.transform(volume))[0].contiguous()
-    except (OSError, ValueError) as error:  # VolumeError is a ValueError; anything else is a defect and stops the run
+    except (OSError, ValueError) as error:  # VolumeError is a ValueError
         return None, str(error)
+    except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError; anything else is a defect and stops the run
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        return None, f"{scan}: memory does not suffice for this scan; prepare with fewer workers or on a larger machine"
     line = stamp | {"checksum": checksum(voxels.numpy())} | _found(volume, voxels, processor)
     content = save({"voxels": voxels}, {"line": json.dumps(line)})
     with whole_file(path) as aside:
@@ -209,6 +251,10 @@ def finish(
     kept = [study for study in studies if study.id not in without]
     index = [line for study in kept if (line := lines[study.id]) is not None]
     asked = [question for question in questions if question.study not in without]
+    volumes = list((destination / "volumes").rglob("*.safetensors"))
+    others = set(volumes) - {volume_path(destination, study) for study in kept}
+    if others:
+        logger.warning("%s: kept %d volumes of studies that are not, or no longer, among those prepared", destination, len(others))
     records = (map(dataclasses.asdict, kept), map(dataclasses.asdict, asked), index, failed)
     texts = {name: json_lines(rows) for name, rows in zip(CHECKED, records, strict=True)}
     sums = {name: checksum(text.encode()) for name, text in texts.items()}
@@ -220,6 +266,8 @@ def finish(
         "failures": len(failed),
         "splits": {split: sum(study.split == split for study in kept) for split in sorted({study.split for study in kept})},
         **statistics(index, processor),
+        "disk_gb": round(sum(path.stat().st_size for path in volumes) / 1e9, 3),
+        "volumes_of_no_study": len(others),
         "checksums": sums,
         "fingerprint": hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16],
     }
@@ -232,8 +280,10 @@ def finish(
         write_text(destination / name, text)
     if index:
         prepared_volumes(index, {study.id: study.split for study in kept}, processor.grid.values, picture)
-    for leftover in (destination / "volumes").rglob(f".*{PART}"):  # of killed processes
-        leftover.unlink(missing_ok=True)
+    for leftover in (destination / "volumes").rglob(f".*{PART}"):
+        with suppress(FileNotFoundError):  # another process has ended writing it
+            if time.time() - leftover.stat().st_mtime > ABANDONED:
+                leftover.unlink()
     write_json(place, summary)
     return summary
 

@@ -14,14 +14,13 @@ NUMBERS = re.compile(r"-?\d[\d.]*(?:(?:, | x )-?\d[\d.]*)*")
 
 
 def statistics(index: Sequence[dict[str, Any]], processor: VolumeProcessor) -> dict[str, Any]:
-    """Shapes (D, H, W) and spacings (z, y, x) of the scans as least, median and greatest, the commonest shapes, orientations, units,
-    kinds of warnings and disk used."""
+    """Shapes (D, H, W) and spacings (z, y, x) of the scans as least, median and greatest, the commonest shapes, orientations, units
+    and kinds of warnings."""
     spacings = [line["spacing"] for line in index if line["spacing"] is not None]
     return {
         "recipe": processor.recipe,
         "size": list(processor.size),
         "dtype": str(processor.stored_dtype).removeprefix("torch."),
-        "disk_gb": round(len(index) * int(np.prod(processor.size)) * processor.stored_dtype.itemsize / 1e9, 3),
         "shapes": _spread([line["shape"] for line in index]),
         "spacings": _spread(spacings) | {"unknown": len(index) - len(spacings)},
         "orientations": _counted(line["orientation"] or "unknown" for line in index),

@@ -2,8 +2,9 @@
 
     <root>/preprocessor_config.json           how the volumes were made
     <root>/studies.jsonl  questions.jsonl     the records
+    <root>/split_<part>.json                  split file of a split within another one, as M3D's test1k within test
     <root>/volumes/<study id>.safetensors     "voxels" (D, H, W) uint8 or int16, and in the header the volume's line of the index
-    <root>/index.jsonl                        a line a volume: from which scan, of what size and date, read how; checksum; what was found
+    <root>/index.jsonl                        a line a volume: from which scan, in which state, read how; checksum; what was found
     <root>/failures.jsonl                     studies that could not be prepared: study, file, reason
     <root>/summary.json  summary.png          counts, distributions and a fingerprint of records, settings and volumes
 

@@ -134,7 +134,10 @@ class _NormalisedSum(torch.autograd.Function):
             y = conv.convolve(x, weight, bias)
             cells = y.reshape(-1, y.shape[-1])  # (cells, C)
             if len(cells) == 1:
-                raise ValueError("batch norm learns nothing from a single cell; train with larger volumes or more of them in a batch")
+                raise ValueError(
+                    "a batch of one volume has a single cell left here, from which batch norm learns nothing; train with larger volumes, or "
+                    "with batches of several (--dataloader_drop_last true leaves out a smaller last one)"
+                )
             # Not torch's own, which sums channels-last data so roughly that gradients of the whole encoder are up to 2 % off.
             mean = cells.mean(dim=0, dtype=norm.weight.dtype)
             variance = (cells - mean).square_().mean(dim=0)

@@ -206,6 +206,12 @@ def question(text: str, answer: str, choices: tuple[str, ...] = (), kind: str = 
     return Question(study, kind, text, choices, answer)
 
 
+def test_the_split_in_the_place_of_training_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert split_order(["test", "train_fixed"]) == ["train_fixed", "test"] and not caplog.messages
+    assert split_order(["valid", "test"]) == ["test", "valid"]
+    assert "no split begins with 'train'; 'test' counts as the training split" in caplog.text
+
+
 def test_questions_that_tell_their_answer() -> None:
     assert tells_answer(question("Is this axial CT axial or not?", "Axial", CHOICES))
     assert not tells_answer(question("Axial or coronal?", "Axial", CHOICES))  # another choice stands there too

@@ -216,6 +216,18 @@ def test_a_bad_listing_is_named(tmp_path: Path) -> None:
         m3d.read(tmp_path, "train")
 
 
+@pytest.mark.parametrize(("entry", "sentence"), [
+    ("M3D_Cap/a.npy", 'must be {"image": path, "text": path} but is a str'),
+    ({"image": "M3D_Cap/a.npy", "text": "M3D_Cap/a.txt", "id": 5}, "id must be a text"),
+    ({"image": "M3D_Cap/a.npy", "text": "M3D_Cap/a.txt", "id": "a", "patient": ["b"]}, "patient must be a text"),
+])  # fmt: skip
+def test_an_entry_of_a_wrong_type_is_named(tmp_path: Path, entry: object, sentence: str) -> None:
+    (tmp_path / "M3D_Cap").mkdir()
+    (tmp_path / "M3D_Cap/M3D_Cap.json").write_text(json.dumps({"train": [entry]}))
+    with pytest.raises(ValueError, match=r"M3D_Cap\.json, entry 1 of 'train'.*" + re.escape(sentence)):
+        m3d.read(tmp_path, "train")
+
+
 def test_questions_about_unknown_images_are_counted_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     one = study(1)
     m3d.write(tmp_path, [one], [Question(one.id, "plane", "Plane?", ("Axial", "Coronal", "Sagittal", "Oblique"), "Axial")])

@@ -19,9 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from med3dvlm import VolumeProcessor
+from med3dvlm import VolumeProcessor, read_volume
 from med3dvlm.datasets import m3d
-from med3dvlm.datasets.preparation import prepare
+from med3dvlm.datasets.preparation import _state, parts_of_splits, prepare
 from med3dvlm.datasets.statistics import kind_of
 from med3dvlm.datasets.store import PreparedData, volume_path
 from med3dvlm.files import read_lines
@@ -55,6 +55,7 @@ def test_what_is_there_is_not_made_again(prepared_from: Callable[..., dict[str, 
     lost, *kept = (volume_path(root, study) for study in studies())
     whole = lost.read_bytes()
     lost.with_name(".0123.part").write_bytes(whole[:50])
+    abandon(root)
     lost.unlink()
     before = {path: path.stat().st_mtime_ns for path in kept}
     assert prepared_from() == first
@@ -120,6 +121,105 @@ def test_a_slice_added_to_a_folder_is_a_change(tmp_path: Path) -> None:
     assert first < second == run()
     slice_(3, compress_level=0)
     assert run() > second
+
+
+def rewrite(scan: Path, names: list[str]) -> None:
+    """Other bytes, of the same number and as old as before the last change."""
+    for name in names:
+        path = scan / name
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        os.utime(path, (1e9, 1e9))
+
+
+def test_every_file_of_a_scan_counts(tmp_path: Path) -> None:
+    """Voxels beside an .mhd, slices in a subfolder, older slices of the same size copied over a folder; a link to nothing does not."""
+    import SimpleITK as sitk
+
+    array = np.random.default_rng(0).integers(-1000, 1000, (10, 20, 30), np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "a[1].mhd"))
+    deep = tmp_path / "b" / "deep"
+    deep.mkdir(parents=True)
+    for number in range(4):
+        (deep / f"{number}.dcm").write_bytes(bytes(100))
+    states = {name: _state(tmp_path / name) for name in ("a[1].mhd", "b")}
+    (tmp_path / "b" / ".#lock").symlink_to("nowhere")
+    assert {name: _state(tmp_path / name) for name in states} == states
+    rewrite(tmp_path, ["a[1].raw"])
+    rewrite(deep, ["2.dcm"])
+    after = {name: _state(tmp_path / name) for name in states}
+    assert after["a[1].mhd"] != states["a[1].mhd"] and after["b"] != states["b"]
+    (deep / "2.dcm").rename(deep / "9.dcm")
+    assert _state(tmp_path / "b") != after["b"]
+
+
+def test_another_reader_is_a_change(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared_from()
+    before = times(tmp_path / "prepared", "*.safetensors")
+    monkeypatch.setattr("med3dvlm.datasets.preparation.VERSION", 99)
+    prepared_from()
+    after = times(tmp_path / "prepared", "*.safetensors")
+    assert len(before) == 5 and all(after[path] > before[path] for path in before)
+
+
+def test_a_scan_too_large_for_the_memory_is_a_failure(
+    prepared_from: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NumPy and torch say it; any other RuntimeError is a defect."""
+
+    def read(path: Path, **options: Any) -> Any:
+        if "/1/" in str(path):
+            np.empty(1 << 50)
+        if "/2/" in str(path):
+            torch.empty(1 << 50)
+        if "/3/" in str(path) and defect:
+            raise RuntimeError("a defect")
+        return read_volume(path, **options)
+
+    defect = False
+    monkeypatch.setattr("med3dvlm.datasets.preparation.read_volume", read)
+    assert prepared_from()["failures"] == 2
+    failures = read_lines(tmp_path / "prepared" / "failures.jsonl")
+    assert [failure["study"] for failure in failures] == ["case/1/Axial", "case/2/Axial"]
+    assert all("Axial.nii.gz: memory does not suffice for this scan; prepare with fewer workers" in line["reason"] for line in failures)
+    defect = True
+    shutil.rmtree(tmp_path / "prepared")
+    with pytest.raises(RuntimeError, match="a defect"):
+        prepared_from()
+
+
+def test_what_another_process_writes_is_left(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    volumes = tmp_path / "prepared" / "volumes"
+    volumes.mkdir(parents=True)
+    young, old = volumes / ".1.part", volumes / ".2.part"
+    old.touch()
+    abandon(volumes)
+    young.touch()
+    prepared_from()
+    assert young.exists() and not old.exists()
+
+
+def test_volumes_of_no_study_stay_and_are_counted(
+    prepared_from: Callable[..., dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert prepared_from()["volumes_of_no_study"] == 0 and not caplog.messages
+    summary = prepared_from(count=3)
+    assert summary["studies"] == 3 and summary["volumes_of_no_study"] == 2
+    assert "kept 2 volumes of studies that are not, or no longer, among those prepared" in caplog.text
+    before = times(tmp_path / "prepared", "*.safetensors")
+    assert len(before) == 5 and prepared_from()["volumes_of_no_study"] == 0
+    assert times(tmp_path / "prepared", "*.safetensors") == before
+
+
+def test_parts_of_splits_by_hand() -> None:
+    a, b, c, d = studies(4)
+    splits = {"small": [c], "test1k": [b], "train": [a], "test": [b, c], "again": [b, c], "none": [], "other": [c, d]}
+    assert parts_of_splits(splits) == {
+        "small": {"train": [a.id], "small": [c.id], "other": [c.id, d.id], "none": []},
+        "test1k": {"train": [a.id], "test1k": [b.id], "other": [c.id, d.id], "none": []},
+        "again": {"train": [a.id], "again": [b.id, c.id], "other": [c.id, d.id], "none": []},
+    }
 
 
 def test_a_killed_renewal_leaves_no_summary(
@@ -209,6 +309,12 @@ def times(root: Path, pattern: str = "*") -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in root.rglob(pattern) if path.is_file()}
 
 
+def abandon(root: Path) -> None:
+    """Make what is half written two hours old."""
+    for path in root.rglob("*.part"):
+        os.utime(path, (time.time() - 7200,) * 2)
+
+
 def prepare_phantoms(phantoms: Path, destination: Path, workers: int = 2, **options: Any) -> dict[str, Any]:
     splits = [m3d.read(phantoms, split) for split in m3d.splits(phantoms)]
     records = ([record for split in splits for record in split[part]] for part in (0, 1))
@@ -247,6 +353,7 @@ def test_a_killed_preparation_continues(phantoms: Path, in_peace: Path, tmp_path
     assert psutil.wait_procs(workers, timeout=60)[1] == []
     assert not (root / "summary.json").exists()
     (root / "volumes" / ".0123.part").write_bytes(b"half a volume")
+    abandon(root)
     done = times(root, "*.safetensors")
     assert 3 <= len(done) < 28
     prepare_phantoms(phantoms, root)
