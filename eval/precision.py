@@ -12,9 +12,8 @@ from tqdm import tqdm
 from med3dvlm import evaluation
 from med3dvlm.checkpoints import load_clip
 from med3dvlm.datasets.store import same_preprocessing
-from med3dvlm.datasets.torch import PairCollator
+from med3dvlm.datasets.torch import PairCollator, load_volumes
 from med3dvlm.metrics.retrieval import partner_ranks, retrieval_scores
-from med3dvlm.preprocessing import dequantize
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
     def embed(dtype: torch.dtype) -> Tensor:
         model.to(dtype)
         batches = tqdm(evaluation.in_batches(studies, arguments.batch_size), desc=str(dtype).removeprefix("torch."), unit="batch")
-        volumes = (dequantize(torch.stack([data.volume(study) for study in batch])).to(model.device, dtype) for batch in batches)
+        volumes = (load_volumes(data, batch, model.device).to(dtype) for batch in batches)
         return torch.cat([model.encode_image(volume).float().cpu() for volume in volumes])  # (N, P)
 
     with torch.no_grad():

@@ -1,75 +1,138 @@
 """Retrieval of a Med3DCLIP: which report belongs to a volume, and which volume to a report.
 
     python eval/retrieval.py --model outputs/demo/stage1 --data outputs/demo/prepared --output outputs/demo/eval/retrieval
-    python eval/retrieval.py --data outputs/demo/prepared --output outputs/demo/eval/retrieval --score_only
+    python eval/retrieval.py --data outputs/demo/prepared --output outputs/demo/eval/retrieval --score_only --pools 50,100
 
 Every study is embedded once, to embeddings.safetensors. A pool is the first 100, 500, 1000 or 2000 studies of the split, as far as it has
-that many, or all of a smaller split. predictions.jsonl has the rank of each one's partner among the whole split, from 1.
+that many, or all of a smaller split. predictions.jsonl has the rank of each one's partner among the whole split, from 1; a tie counts
+against the partner. An interval is a 95 % bootstrap over patients, who are drawn as queries: the pool stays as it is.
+
+    any_of_equal   the same where the report of another study counts as right if it has the same words, or its volume the same voxels
+    shuffled       the same with the next patient's volume in the place of each
+    chance         what is expected of a random order
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from med3dvlm import evaluation
-from med3dvlm.checkpoints import load_clip, model_type
-from med3dvlm.datasets.store import same_preprocessing
-from med3dvlm.datasets.torch import PairCollator
-from med3dvlm.files import read_lines, write_lines
-from med3dvlm.metrics.retrieval import partner_ranks, retrieval_scores
-from med3dvlm.preprocessing import dequantize
+from med3dvlm.datasets.duplicates import equal, groups, words
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.files import read_lines, whole_file, write_lines
+from med3dvlm.metrics.intervals import intervals, mean_of, median_of
+from med3dvlm.metrics.retrieval import rank_values, retrieval_ranks, retrieval_scores
 from med3dvlm.records import Study
 
 POOLS = (100, 500, 1000, 2000)
+KS = (1, 5, 10, 50)
+WAYS = ("image_to_text", "text_to_image")
+
+
+def numbers(text: str) -> list[int]:
+    """ "100,500" -> [100, 500], for argparse."""
+    return sorted({evaluation.positive(part.strip()) for part in text.split(",")})
+
+
+def equal_studies(data: PreparedData, studies: Sequence[Study]) -> list[int]:
+    """Equal numbers for studies that say the same or show the same, directly or through others."""
+    checksums = {line["study"]: line["checksum"] for line in read_lines(data.root / "index.jsonl")}
+    same = [*equal(" ".join(words(study.report)) for study in studies), *equal(checksums[study.id] for study in studies)]
+    return groups(len(studies), [(group[0], other) for group in same for other in group[1:]])
+
+
+def score(images: torch.Tensor, texts: torch.Tensor, pool: int, studies: Sequence[Study], alike: Sequence[int]) -> dict[str, Any]:
+    """The figures of one pool: embeddings (N, P) of the whole split, its studies, and for each a number that equal ones share."""
+    scores = retrieval_scores(images, texts, KS, pool, alike)
+    for forgiving, entry in ((None, scores), (alike, scores["any_of_equal"])):
+        for way, ranks in retrieval_ranks(images, texts, pool, forgiving).items():
+            statistics = {name: mean_of(values) for name, values in rank_values(ranks, KS).items()}
+            spans = intervals(statistics | {"median_rank": median_of(ranks)}, [study.patient for study in studies[:pool]])
+            entry[way]["intervals"] = spans
+    if others := evaluation.strangers(studies):
+        scores["shuffled"] = {way: retrieval_scores(images[others], texts, KS, pool)[way] for way in WAYS}
+    harmonic = float((1 / np.arange(1, pool + 1)).mean())
+    scores["chance"] = {f"r{k}": min(k / pool, 1.0) for k in KS} | {"median_rank": (pool + 1) / 2, "mrr": harmonic}
+    return scores
+
+
+def table(scores: dict[str, Any]) -> str:
+    """A line a pool, direction and way of counting."""
+    names = [*(f"r{k}" for k in KS), "median_rank", "mrr"]
+    rows = []
+    for entry in scores.values():
+        for way in WAYS:
+            parts = {
+                "": entry,
+                "any of equal": entry["any_of_equal"],
+                "shuffled": entry.get("shuffled", {}),
+                "chance": {way: entry["chance"]},
+            }
+            if not entry["any_of_equal"]["duplicated"]:
+                del parts["any of equal"]
+            for part, figures in parts.items():
+                if cells := figures.get(way):
+                    spans = cells.get("intervals", {})
+                    rows.append(
+                        [entry["pool"], way.replace("_", " "), part, *(evaluation.with_interval(cells[n], spans.get(n)) for n in names)]
+                    )
+    header = ("pool", "direction", "counted", *(f"R@{k}" for k in KS), "median rank", "MRR")
+    last = list(scores.values())[-1]
+    return f"{evaluation.markdown_table(header, rows)}\n\n{last['any_of_equal']['duplicated']} of {last['pool']} studies have an equal one."
 
 
 def main() -> None:
     parser = evaluation.evaluation_parser(__doc__)
     parser.add_argument("--max_text_length", type=evaluation.positive, help="tokens of a report (default: what the text encoder takes)")
+    parser.add_argument("--pools", type=numbers, help="sizes of pools, as 100,500 (default: those of the papers that the split fills)")
     arguments = parser.parse_args()
     data, studies = evaluation.open_data(arguments)
-    ids = [study.id for study in studies]
+    pools = arguments.pools or [pool for pool in POOLS if pool <= len(studies)] or [len(studies)]
+    if pools[-1] > len(studies):
+        raise ValueError(f"--pools asks for {pools[-1]} studies, but there are {len(studies)} to rank")
+    if untold := [study.id for study in studies if not study.report.strip()]:
+        raise ValueError(f"{len(untold)} studies have no report to be found by, the first is {untold[0]}; leave them out with --split_file")
     predicted, embedded = arguments.output / "predictions.jsonl", arguments.output / "embeddings.safetensors"
     growing = arguments.output / "embeddings.jsonl"  # line by line, so that a killed run continues
 
+    def about(study: Study) -> dict:
+        return {"id": study.id}
+
     if not arguments.score_only:
-        if (kind := model_type(arguments.model)) != "med3d_clip":
-            raise ValueError(f"{arguments.model} holds a {kind} model, which embeds nothing; name the output of stages/stage1_siglip.py")
-        model, tokenizer, processor = load_clip(arguments.model)
-        same_preprocessing(processor, data)
-        model.to(arguments.device)
-        longest = min(tokenizer.model_max_length, getattr(model.text_encoder.config, "max_position_embeddings", tokenizer.model_max_length))
-        collator = PairCollator(tokenizer, min(arguments.max_text_length or longest, longest))
-        evaluation.begin(arguments, model, data, max_text_length=collator.max_length)
+        embedder = evaluation.Embedder(arguments.model, data, arguments.device, arguments.max_text_length)
+        evaluation.begin(arguments, embedder.model, data, max_text_length=embedder.max_text_length)
 
-        @torch.no_grad()
-        def embed(batch: list[Study]) -> list[dict]:
-            volumes = dequantize(torch.stack([data.volume(study) for study in batch])).to(model.device, model.dtype)
-            texts = collator.tokenize([study.report for study in batch]).items()
-            images = model.encode_image(volumes).float().tolist()
-            reports = model.encode_text(**{name: value.to(model.device) for name, value in texts}).float().tolist()
-            return [{"id": study.id, "image": image, "text": text} for study, image, text in zip(batch, images, reports, strict=True)]
+        def embed(batch: Sequence[Study]) -> list[dict]:
+            images, texts = embedder.images(batch).tolist(), embedder.texts([study.report for study in batch]).tolist()
+            return [about(study) | {"image": image, "text": text} for study, image, text in zip(batch, images, texts, strict=True)]
 
-        if not embedded.is_file():
-            evaluation.predict(growing, evaluation.in_batches(studies, arguments.batch_size), embed, lambda study: study.id)
+        batches = evaluation.in_batches(studies, arguments.batch_size)
+        there = embedded.is_file()
+        if not (evaluation.is_first() if there else evaluation.predict(growing, batches, embed, about)):
+            return
+        if not there:
             rows = read_lines(growing)
-            aside = embedded.with_suffix(".part")
-            save_file({name: torch.tensor([row[name] for row in rows]) for name in ("image", "text")}, aside)
-            aside.replace(embedded)
+            with whole_file(embedded) as aside:
+                save_file({name: torch.tensor([row[name] for row in rows]) for name in ("image", "text")}, aside)
         growing.unlink(missing_ok=True)
         stored = load_file(embedded)
-        to_text, to_image = partner_ranks(stored["image"], stored["text"]), partner_ranks(stored["text"], stored["image"])
-        ranks = zip(ids, to_text.tolist(), to_image.tolist(), strict=True)
-        write_lines(predicted, [{"id": name, "image_to_text": text, "text_to_image": image} for name, text, image in ranks])
+        ranks = retrieval_ranks(stored["image"], stored["text"])
+        columns = zip(studies, *(ranks[way].tolist() for way in WAYS), strict=True)
+        write_lines(predicted, [about(study) | dict(zip(WAYS, places, strict=True)) for study, *places in columns])
 
-    evaluation.predictions(predicted, ids)  # makes sure that they are about these studies
+    evaluation.predictions(predicted, [about(study) for study in studies])  # makes sure that they are about these studies
+    if not embedded.is_file():
+        raise FileNotFoundError(f"{embedded} is missing; run the same command without --score_only")
     stored = load_file(embedded)  # (N, P) each
-    pools = [pool for pool in POOLS if pool <= len(studies)] or [len(studies)]
-    scores = {f"pool_{pool}": retrieval_scores(stored["image"], stored["text"], pool=pool) for pool in pools}
-    evaluation.write_scores(arguments.output / "scores.json", scores)
-    directions = ("image_to_text", "text_to_image")
-    names = ("r1", "r5", "r10", "median_rank", "mrr")
-    rows = [[pool, way.replace("_", " "), *(scores[pool][way][name] for name in names)] for pool in scores for way in directions]
-    print(evaluation.markdown_table(("pool", "direction", *names), rows))
+    if len(stored["image"]) != len(studies):
+        raise ValueError(f"{embedded} holds {len(stored['image'])} studies, not {len(studies)}; delete it or choose another --output")
+    alike = equal_studies(data, studies)
+    scores = {f"pool_{pool}": score(stored["image"], stored["text"], pool, studies, alike) for pool in pools}
+    evaluation.write_scores(arguments.output / "scores.json", scores, table(scores))
+    print(table(scores))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ train() {
   step "$name" "$model/config.json" ${LAUNCHER:-deepspeed} "stages/$stage.py" --config "$config/$stage.yaml" --data "$data" --output_dir "$output" --max_steps "$count" "$@" $cpu
 }
 
-# evaluate STEP SCRIPT MODEL FOLDER: a script of eval/ on a model and $data; model and output below the root
+# evaluate STEP SCRIPT MODEL FOLDER OPTIONS...: a script of eval/ on a model and $data; model and output below the root
 evaluate() {
-  step "$1" "$root/$4/scores.json" python "eval/$2.py" --model "$root/$3" --data "$data" --output "$root/$4"
+  step "$1" "$root/$4/scores.json" python "eval/$2.py" --model "$root/$3" --data "$data" --output "$root/$4" "${@:5}"
 }
 
 # foundation STUDIES STEPS: phantoms in $root, prepared in $data, and a language model of so many steps, none for 0

@@ -10,7 +10,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,7 +63,12 @@ def text_values(
     return values if bert_scorer is None else values | bert_scorer.values(predictions, references)
 
 
-def text_scores(predictions: Sequence[str], references: Sequence[str], bert_scorer: "BertScorer | None" = None) -> dict[str, Any]:
+def text_scores(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    bert_scorer: "BertScorer | None" = None,
+    values: Mapping[str, NDArray[np.float64]] | None = None,
+) -> dict[str, Any]:
     """The mean of each of `text_values` by name, and what pools the pairs or says how a figure came about.
 
     `bleu1` and `rouge1` are the "BLEU" and "ROUGE" of the Med3DVLM and M3D papers; `corpus_bleu1`..`4` pool the
@@ -71,10 +76,14 @@ def text_scores(predictions: Sequence[str], references: Sequence[str], bert_scor
     two models must not be compared. `punkt_model` is "trained" where METEOR equals the published module. A score that
     cannot be computed here has no entry and its reason stands in `unavailable`.
 
+    Args:
+        values: what `text_values` gave for the same texts, where that is known already.
+
     Raises:
         ValueError: as `text_values`.
     """
-    scores: dict[str, Any] = {name: _mean(values) for name, values in text_values(predictions, references, bert_scorer).items()}
+    values = text_values(predictions, references, bert_scorer) if values is None else values
+    scores: dict[str, Any] = {name: _mean(column) for name, column in values.items()}
     scores |= corpus_bleu(predictions, references)
     if bert_scorer is not None:
         scores["bertscore_model"] = bert_scorer.name

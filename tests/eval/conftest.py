@@ -15,7 +15,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen2Co
 from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMProcessor, VolumeProcessor, evaluation
 from med3dvlm.datasets import m3d
 from med3dvlm.datasets.phantom import write_phantoms
-from med3dvlm.datasets.store import PreparedData, prepare
+from med3dvlm.datasets.preparation import prepare
+from med3dvlm.datasets.store import PreparedData
 
 SIZE = (32, 64, 64)
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<image>"]

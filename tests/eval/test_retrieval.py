@@ -1,7 +1,9 @@
 """Retrieval: embeddings one by one as in batches, ranks in plain loops, pools, continuing."""
 
 import json
+import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from med3dvlm.checkpoints import load_clip
+from med3dvlm.files import read_lines
 
 Run = Callable[..., None]
 
@@ -40,7 +43,7 @@ def test_ranks_and_recalls_in_plain_loops(demo: SimpleNamespace, whole: Path) ->
     scores = json.loads((whole / "scores.json").read_text())
     assert list(scores) == ["pool_15"] and scores["pool_15"]["pool"] == 15  # fewer than 100: all there are
     for way in ("image_to_text", "text_to_image"):
-        for k in (1, 5, 10):
+        for k in (1, 5, 10, 50):
             assert scores["pool_15"][way][f"r{k}"] == pytest.approx(sum(row[way] <= k for row in rows) / 15, abs=1e-6)
     stored = load_file(whole / "embeddings.safetensors")
     assert stored["image"].shape == stored["text"].shape == (15, 24)
@@ -78,7 +81,8 @@ def test_what_was_cut_short_continues_to_the_same_bytes(
     run("retrieval", *arguments, "--output", tmp_path, "--batch_size", 4)
     for name in ("predictions.jsonl", "scores.json", "embeddings.safetensors"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["embeddings.safetensors", "predictions.jsonl", "run.json", "scores.json"]
+    left = ["embeddings.safetensors", "predictions.jsonl", "run.json", "scores.json", "scores.md", "timings.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_scoring_again_gives_the_same_bytes(demo: SimpleNamespace, whole: Path, run: Run) -> None:
@@ -95,13 +99,70 @@ def test_other_studies_are_refused(demo: SimpleNamespace, whole: Path, run: Run,
         run("retrieval", "--data", demo.root / "prepared", "--split", "train", "--output", tmp_path, "--score_only")
 
 
-def test_pools_as_far_as_the_split_has_that_many(whole: Path, run: Run, arguments: list[object], repository: Path, tmp_path: Path) -> None:
-    """The script's pools, scaled down: 15 studies fill the pools of 3 and 10, not that of 50."""
-    source = (repository / "eval" / "retrieval.py").read_text()
-    assert source.count("POOLS = (100, 500, 1000, 2000)") == 1
-    small = tmp_path / "retrieval.py"
-    small.write_text(source.replace("POOLS = (100, 500, 1000, 2000)", "POOLS = (3, 10, 50)"))
-    run(small, *arguments[2:], "--output", whole, "--score_only")
+def test_pools(whole: Path, run: Run, arguments: list[object]) -> None:
+    """Any sizes, from the same embeddings; a pool of 3 by hand; more studies than there are is refused."""
+    run("retrieval", *arguments[2:], "--output", whole, "--score_only", "--pools", "10,3")
     scores = json.loads((whole / "scores.json").read_text())
     assert {name: entry["pool"] for name, entry in scores.items()} == {"pool_3": 3, "pool_10": 10}
+    stored = load_file(whole / "embeddings.safetensors")
+    similar = (stored["image"][:3].double() @ stored["text"][:3].double().T).tolist()
+    ranks = [1 + sum(similar[i][j] > similar[i][i] for j in range(3)) for i in range(3)]
+    assert scores["pool_3"]["image_to_text"]["r1"] == pytest.approx(ranks.count(1) / 3, abs=1e-6)
+    assert scores["pool_3"]["image_to_text"]["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / 3, abs=1e-6)
+    assert scores["pool_3"]["chance"] == {"r1": 0.333333, "r5": 1.0, "r10": 1.0, "r50": 1.0, "median_rank": 2.0, "mrr": 0.611111}
+    low, high = scores["pool_10"]["text_to_image"]["intervals"]["mrr"]
+    assert low <= scores["pool_10"]["text_to_image"]["mrr"] <= high
+    with pytest.raises(ValueError, match="--pools asks for 16 studies, but there are 15"):
+        run("retrieval", *arguments[2:], "--output", whole, "--score_only", "--pools", "3,16")
     run("retrieval", *arguments[2:], "--output", whole, "--score_only")
+
+
+def test_equal_studies(repository: Path, demo: SimpleNamespace) -> None:
+    """The same words, or the same voxels, or both through a third."""
+    functions = runpy.run_path(str(repository / "eval" / "retrieval.py"))
+    first, second, third, *_ = demo.data.studies("train")
+    copy = replace(first, id="copy", report="Other words altogether.")  # the same volume
+    twin = replace(second, id="twin", report=f" {copy.report.upper()} ")  # the same report as the copy's
+    data = SimpleNamespace(root=demo.data.root)
+    lines = read_lines(demo.data.root / "index.jsonl")
+    checksums = {line["study"]: line["checksum"] for line in lines}
+    with pytest.MonkeyPatch.context() as patch:
+        added = [{"study": "copy", "checksum": checksums[first.id]}, {"study": "twin", "checksum": "another"}]
+        patch.setitem(functions["equal_studies"].__globals__, "read_lines", lambda path: lines + added)
+        assert functions["equal_studies"](data, [first, second, third, copy, twin]) == [0, 1, 2, 0, 0]
+
+
+def test_equal_reports_are_right_answers(whole: Path, repository: Path, demo: SimpleNamespace) -> None:
+    score = runpy.run_path(str(repository / "eval" / "retrieval.py"))["score"]
+    studies = demo.data.studies("train")[:3]
+    images = torch.eye(3)
+    texts = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])  # those of the first two are exchanged
+    scores = score(images, texts, 3, studies, [0, 0, 2])
+    assert scores["image_to_text"]["r1"] == pytest.approx(1 / 3)
+    assert scores["any_of_equal"]["image_to_text"]["r1"] == 1 and scores["any_of_equal"]["duplicated"] == 2
+
+
+def test_volumes_are_encoded_once_for_all_pools(demo: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path) -> None:
+    from med3dvlm import Med3DCLIP
+
+    seen: list[int] = []
+    encode = Med3DCLIP.encode_image
+
+    def counted(self: Med3DCLIP, volumes: torch.Tensor) -> torch.Tensor:
+        seen.append(len(volumes))
+        return encode(self, volumes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Med3DCLIP, "encode_image", counted)
+        run("retrieval", *arguments, "--output", tmp_path, "--pools", "2,5,10,15")
+    assert sum(seen) == 15
+
+
+def test_what_has_no_report_cannot_be_found(demo: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path) -> None:
+    from med3dvlm.datasets.store import PreparedData
+
+    studies = PreparedData.studies
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreparedData, "studies", lambda self, split: [replace(one, report=" ") for one in studies(self, split)])
+        with pytest.raises(ValueError, match="15 studies have no report to be found by"):
+            run("retrieval", *arguments, "--output", tmp_path / "out")

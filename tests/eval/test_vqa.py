@@ -1,6 +1,5 @@
 """Ranking against one conversation at a time with all logits; independence of batch size; continuing; scores by hand."""
 
-import importlib.util
 import json
 import math
 import os
@@ -10,14 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from med3dvlm.checkpoints import load_vlm
-from med3dvlm.evaluation import turn
+from med3dvlm.datasets.audit import text_only_baselines
+from med3dvlm.encoders.base import Encoder
+from med3dvlm.evaluation import strangers, turn
+from med3dvlm.evaluation.questions import question_scores, question_tables
 from med3dvlm.prompts import closed_prompt
 
 Run = Callable[..., None]
@@ -47,12 +49,15 @@ def test_every_question_is_there(demo: SimpleNamespace, whole: Path) -> None:
 def test_ranking_is_the_plain_way(demo: SimpleNamespace, whole: Path) -> None:
     """Each choice by itself, no branches, no padding, logits everywhere, a loop over the answer's tokens."""
     model, processor = load_vlm(demo.model)
-    studies = {study.id: study for study in demo.data.studies("test")}
+    listed = demo.data.studies("test")
+    studies = {study.id: study for study in listed}
+    stranger = {study.id: listed[place] for study, place in zip(listed, strangers(listed), strict=True)}
     worst = 0.0
     rows = rows_of(whole)
     for row in rows:
         volume = demo.data.volume(studies[row["id"]])[None].float() / 255
-        for column, pixels in (("closed", volume), ("blind", torch.zeros_like(volume))):
+        other = demo.data.volume(stranger[row["id"]])[None].float() / 255
+        for column, pixels in (("closed", volume), ("blind", torch.zeros_like(volume)), ("shuffled", other)):
             for choice, found in zip(row["choices"], row[column], strict=True):
                 coded = processor.encode(turn(row["question"], choice))
                 with torch.no_grad():
@@ -61,7 +66,7 @@ def test_ranking_is_the_plain_way(demo: SimpleNamespace, whole: Path) -> None:
                 assert len(terms) > 1  # at least a word and the end of the turn
                 worst = max(worst, abs(math.fsum(terms) / len(terms) - found))
     assert worst < 1.5e-4  # they are written with four decimals; 5e-5 measured
-    assert any(row["closed"] != row["blind"] for row in rows)
+    assert any(row["closed"] != row["blind"] for row in rows) and any(row["closed"] != row["shuffled"] for row in rows)
 
 
 def test_texts_are_the_plain_way(demo: SimpleNamespace, whole: Path) -> None:
@@ -84,7 +89,7 @@ def test_batch_size_does_not_matter(whole: Path, run: Run, arguments: list[objec
     run("vqa", *arguments, "--output", tmp_path, "--batch_size", batch_size)
     assert (tmp_path / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
     for one, other in zip(rows_of(tmp_path), rows_of(whole), strict=True):
-        for column in ("closed", "blind"):
+        for column in ("closed", "blind", "shuffled"):
             assert one.pop(column) == pytest.approx(other.pop(column), abs=1.01e-4)  # rounded to four decimals
         assert one == other
 
@@ -124,46 +129,16 @@ def test_scoring_again_needs_no_model_and_gives_the_same_bytes(
     (whole / "scores.json").unlink()
     run("vqa", "--data", demo.root / "prepared", "--output", whole, "--score_only")
     assert (whole / "scores.json").read_bytes() == before
-    assert "| kind " in capsys.readouterr().out
+    assert capsys.readouterr().out == (whole / "scores.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def vqa(repository: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("eval_vqa", repository / "eval" / "vqa.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("B. Right lung", "B"),
-        ("The answer is C", "C"),
-        ("(D)", "D"),
-        ("Axial", None),
-        ("", None),
-        ("E. Other", None),
-        ("b.", None),
-        ("C or A", "C"),
-    ],
-)
-def test_first_letter(vqa: ModuleType, text: str, letter: str | None) -> None:
-    assert vqa.first_letter(text, 4) == letter
-
-
-def test_first_letter_knows_how_many_choices_there_are(vqa: ModuleType) -> None:
-    assert vqa.first_letter("C. B.", 2) == "B"
-
-
-def test_scores_by_hand(vqa: ModuleType) -> None:
+def test_scores_by_hand() -> None:
     """Three plane questions, one right; one phase question, right: the mean of the kinds is (1/3 + 1) / 2, not 2/4."""
 
     def row(study: str, kind: str, right: bool, blind: bool, letter: str, written: str) -> dict[str, Any]:
         likelihoods = {True: [-3.0, -1.0, -2.0], False: [-1.0, -3.0, -2.0]}
         return {
-            "id": study, "kind": kind, "choices": ["x", "the y", "z"], "answer": "the y",
+            "id": study, "kind": kind, "question": kind, "choices": ["x", "the y", "z"], "answer": "the y",
             "closed": likelihoods[right], "blind": likelihoods[blind], "letter": letter, "open": written,
         }  # fmt: skip
 
@@ -173,13 +148,13 @@ def test_scores_by_hand(vqa: ModuleType) -> None:
         row("c", "plane", False, True, "", "z"),
         row("a", "phase", True, False, "B", "the y"),
         {
-            "id": "a", "kind": "abnormality", "choices": ["Yes", "No"], "answer": "No",
+            "id": "a", "kind": "abnormality", "question": "?", "choices": ["Yes", "No"], "answer": "No",
             "closed": [-1.0, -2.0], "blind": [-2.0, -1.0], "letter": None, "open": None,
         },
     ]  # fmt: skip
-    scores = vqa.score(rows, {"a": "p", "b": "q", "c": "q"})
+    scores = question_scores(rows, {"a": "p", "b": "q", "c": "q"})
     assert scores["closed"]["plane"] == pytest.approx(1 / 3) and scores["closed"]["phase"] == 1
-    assert scores["closed"]["accuracy"] == pytest.approx(2 / 3)
+    assert scores["closed"]["accuracy"] == pytest.approx(2 / 3) and scores["closed"]["of_questions"] == 2 / 4
     assert "organ" not in scores["closed"]
     assert scores["closed"]["blind"]["accuracy"] == pytest.approx((1 / 3 + 0) / 2)
     assert scores["letter"]["accuracy"] == pytest.approx((1 / 3 + 1) / 2)
@@ -187,7 +162,84 @@ def test_scores_by_hand(vqa: ModuleType) -> None:
     assert scores["open"]["plane"]["token_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert scores["open"]["exact"] == pytest.approx((1 / 3 + 1) / 2)
     assert scores["yes_no"]["accuracy"] == 0 and scores["yes_no"]["blind"]["accuracy"] == 1
+    assert "shuffled" not in scores["closed"] and "modal" not in scores["closed"]
+    # "B." and "B" name the right choice alone; "A" the wrong one, and nothing is said to the third.
+    assert scores["strict"]["plane"] == pytest.approx(1 / 3) and scores["strict"]["phase"] == 1
+    assert scores["closed"]["confusion"]["plane"] == {"right": ["the y"], "chosen": ["the y", "x"], "counts": [[1, 2]]}
+    assert scores["letter"]["confusion"]["plane"] == {"right": ["B"], "chosen": ["A", "B", "none"], "counts": [[1, 1, 1]]}
     assert scores["questions"] == {"plane": 3, "phase": 1, "organ": 0, "abnormality": 0, "location": 0, "yes_no": 1}
     low, high = scores["closed"]["accuracy_interval"]
     assert low == 0 and high == 1  # patient p alone has both right, patient q alone none
-    assert vqa.score(rows[:4], {"a": "p", "b": "q", "c": "q"})["yes_no"]["accuracy"] is None
+    assert question_scores(rows[:4], {"a": "p", "b": "q", "c": "q"})["yes_no"]["accuracy"] is None
+
+
+def test_questions_of_one_s_own_kind_are_scored_beside_the_others() -> None:
+    """The mean is over the kinds that occur, the sixth included."""
+    row = {
+        "id": "a",
+        "question": "?",
+        "choices": ["Left", "Right"],
+        "answer": "Left",
+        "closed": [1, 0],
+        "blind": [0, 1],
+        "letter": "A",
+        "open": "Left",
+    }
+    scores = question_scores([{**row, "kind": "plane"}, {**row, "kind": "other", "closed": [0, 1]}, {**row, "kind": "other"}], {"a": "p"})
+    assert (scores["closed"]["plane"], scores["closed"]["other"], scores["closed"]["accuracy"]) == (1.0, 0.5, 0.75)
+    assert scores["questions"] == {"plane": 1, "phase": 0, "organ": 0, "abnormality": 0, "location": 0, "other": 2, "yes_no": 0}
+
+
+def test_balanced_accuracy_by_hand() -> None:
+    """Always "Yes": right in three of four, and in one answer of two."""
+    row = {"id": "a", "kind": "abnormality", "question": "?", "choices": ["Yes", "No"], "closed": [0.0, -1.0], "letter": None, "open": None}
+    scores = question_scores([{**row, "answer": answer} for answer in ("Yes", "Yes", "Yes", "No")], {"a": "p"})["yes_no"]
+    assert (scores["of_questions"], scores["balanced_accuracy"], scores["sensitivity"], scores["specificity"]) == (0.75, 0.5, 1.0, 0.0)
+
+
+def test_the_usual_answer_is_the_audit_s(demo: SimpleNamespace, whole: Path) -> None:
+    """The accuracy of the audit, which counts it by itself."""
+    scores = json.loads((whole / "scores.json").read_text())
+    expected = text_only_baselines(demo.data.questions("train"), demo.data.questions("test"))
+    for kind in ("plane", "phase", "organ", "abnormality", "location"):
+        assert scores["closed"]["modal"][kind] == pytest.approx(expected[kind], abs=1e-6)
+    if scores["questions"]["yes_no"]:
+        assert scores["yes_no"]["modal"]["of_questions"] == pytest.approx(expected["yes/no"], abs=1e-6)
+
+
+def test_an_answer_that_is_no_text_is_refused(demo: SimpleNamespace, whole: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes((whole / "run.json").read_bytes())
+    rows = rows_of(whole)
+    rows[1]["letter"] = None
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="line 2, about .*, has no text as 'letter'"):
+        run("vqa", "--data", demo.root / "prepared", "--output", tmp_path, "--score_only")
+    rows[1] |= {"letter": "A", "answer": next(choice for choice in rows[1]["choices"] if choice != rows[1]["answer"])}
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="line 2, about .*, has another answer than the data"):
+        run("vqa", "--data", demo.root / "prepared", "--output", tmp_path, "--score_only")
+
+
+def test_each_volume_is_encoded_once(demo: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path) -> None:
+    """However many questions there are about it, and although it stands in for another one; and the empty one."""
+    seen: list[int] = []
+    forward = Encoder.forward
+
+    def counted(self: Encoder, volume: torch.Tensor, *others: Any) -> Any:
+        seen.append(len(volume))
+        return forward(self, volume, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "forward", counted)
+        run("vqa", *arguments, "--output", tmp_path, "--batch_size", 1)
+    assert sum(seen) == len(demo.data.studies("test")) + 1
+
+
+def test_tables_name_every_figure(whole: Path) -> None:
+    scores = json.loads((whole / "scores.json").read_text())
+    text = question_tables(scores)
+    assert (whole / "scores.md").read_text() == text + "\n"
+    for label in ("likeliest choice, blind", "likeliest choice, shuffled", "usual answer in training", "right choice named, no other"):
+        assert f"| {label} " in text
+    low, high = scores["closed"]["accuracy_interval"]
+    assert f"{scores['closed']['accuracy']:.3f} ({low:.3f} to {high:.3f})" in text

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from med3dvlm import VolumeProcessor, evaluation
 from med3dvlm.datasets.store import same_preprocessing
@@ -104,7 +105,7 @@ def test_a_text_may_hold_any_character(character: str, evaluated: Path, run: Cal
     first["prediction"] = f"Ascites.{character}A gallstone."
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (first, *others)), encoding="utf-8", newline="\n")
     run("report_gen", "--data", evaluated / "prepared", "--output", tmp_path / "out", "--score_only")
-    assert evaluation.predictions(path, [row["id"] for row in (first, *others)]) == [first, *others]
+    assert evaluation.predictions(path, [{"id": row["id"]} for row in (first, *others)]) == [first, *others]
 
 
 def test_a_line_that_is_no_json(fails: Fails, demo: SimpleNamespace, evaluated: Path, tmp_path: Path) -> None:
@@ -119,3 +120,76 @@ def test_other_preprocessing(demo: SimpleNamespace) -> None:
         same_preprocessing(VolumeProcessor("m3d", size=(64, 64, 64)), demo.data)
     with pytest.raises(ValueError, match="resize"):
         same_preprocessing(VolumeProcessor("m3d", size=(32, 64, 64), resize="trilinear"), demo.data)
+
+
+def rewritten(evaluated: Path, out: Path, *texts: str | None) -> Path:
+    """A copy of the evaluation of reports in which the first predictions are others."""
+    shutil.copytree(evaluated / "eval" / "report", out)
+    path = out / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    for row, text in zip(rows, texts, strict=False):
+        row["prediction"] = text
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    return out
+
+
+def test_empty_and_foreign_predictions_are_scored(evaluated: Path, run: Callable[..., None], tmp_path: Path) -> None:
+    """An empty one scores 0 and states nothing; letters of any script are words."""
+    out = rewritten(evaluated, tmp_path / "out", "", "Sağ akciğerde nodül. 右肺結節 ☤", "", "")
+    run("report_gen", "--data", evaluated / "prepared", "--output", out, "--score_only")
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["samples"] == scores["text"]["samples"] == 4 and scores["collapse"]["commonest"] == 0.75
+    assert scores["findings_f1"] == 0 and scores["text"]["corpus_bleu4"] == 0
+    assert all(0 <= value <= 1 for name, value in scores["text"].items() if isinstance(value, float))
+
+
+def test_a_prediction_that_is_no_text(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
+    out = rewritten(evaluated, tmp_path / "out", "Ascites.", None)
+    before = (out / "scores.json").read_bytes()
+    said = fails("report_gen", "--data", evaluated / "prepared", "--output", out, "--score_only")
+    assert "line 2, about" in said and "has no text as 'prediction'" in said
+    assert (out / "scores.json").read_bytes() == before
+
+
+def test_another_reference_than_the_data_s(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
+    """The same ids of another data set, or of this one before its reports were corrected."""
+    out = rewritten(evaluated, tmp_path / "out")
+    text = (out / "predictions.jsonl").read_text(encoding="utf-8")
+    reference = json.loads(text.split("\n")[0])["reference"]
+    (out / "predictions.jsonl").write_text(text.replace(json.dumps(reference), '"Something else."', 1), encoding="utf-8")
+    said = fails("report_gen", "--data", evaluated / "prepared", "--output", out, "--score_only")
+    assert "line 1, about" in said and "has another reference than the data" in said
+
+
+def test_predictions_of_another_task(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
+    shutil.copytree(evaluated / "eval" / "vqa", tmp_path / "out")
+    data = ("--data", evaluated / "prepared", "--output", tmp_path / "out", "--score_only")
+    assert "than the data" in fails("report_gen", *data) or "is expected there" in fails("report_gen", *data)
+
+
+def test_half_a_line_is_no_case(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
+    out = rewritten(evaluated, tmp_path / "out")
+    content = (out / "predictions.jsonl").read_bytes()
+    (out / "predictions.jsonl").write_bytes(content[:-9])
+    said = fails("report_gen", "--data", evaluated / "prepared", "--output", out, "--score_only")
+    assert "holds 3 of 4 cases" in said and "it continues" in said
+
+
+def test_a_reference_of_4000_words() -> None:
+    from med3dvlm.evaluation.reports import report_scores
+    from med3dvlm.records import Study
+
+    words = " ".join(f"Nodule of {number} mm." for number in range(1000))
+    studies = [Study("a", "p", "x", words, {}, "test", "hand"), Study("b", "q", "x", "A gallstone.", {}, "test", "hand")]
+    scores = report_scores([words, "Gallstone."], studies)
+    assert scores["text"]["rougeL"] == pytest.approx((1 + 2 / 3) / 2) and scores["text"]["bleu1"] > 0.5
+
+
+def test_embeddings_of_other_studies(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
+    shutil.copytree(evaluated / "eval" / "retrieval", tmp_path / "out")
+    data = ("--data", evaluated / "prepared", "--output", tmp_path / "out", "--score_only", "--split", "train")
+    stored = load_file(tmp_path / "out" / "embeddings.safetensors")
+    save_file({name: value[:9].clone() for name, value in stored.items()}, tmp_path / "out" / "embeddings.safetensors")
+    assert "holds 9 studies, not 15" in fails("retrieval", *data)
+    (tmp_path / "out" / "embeddings.safetensors").unlink()
+    assert "embeddings.safetensors is missing" in fails("retrieval", *data)

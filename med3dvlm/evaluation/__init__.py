@@ -1,0 +1,27 @@
+"""What the scripts of eval/ share: arguments and records of a run, predictions on disk, models at work, and scores of answers and reports."""
+
+from med3dvlm.evaluation.cases import in_batches, is_first, predict, predictions
+from med3dvlm.evaluation.models import Embedder, answer_likelihoods, load_chat, turn
+from med3dvlm.evaluation.runs import add_flag, begin, evaluation_parser, open_data, positive, script, strangers, write_scores
+from med3dvlm.tables import markdown_table, with_interval
+
+__all__ = [
+    "Embedder",
+    "add_flag",
+    "answer_likelihoods",
+    "begin",
+    "evaluation_parser",
+    "in_batches",
+    "is_first",
+    "load_chat",
+    "markdown_table",
+    "open_data",
+    "positive",
+    "predict",
+    "predictions",
+    "script",
+    "strangers",
+    "turn",
+    "with_interval",
+    "write_scores",
+]

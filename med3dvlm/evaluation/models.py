@@ -1,0 +1,95 @@
+"""Models at work on prepared data.
+
+Shapes: B volumes, L tokens, n image tokens of C channels, P the width of the space that images and texts share, V words of the vocabulary.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from med3dvlm.checkpoints import load_clip, model_type
+from med3dvlm.datasets.store import PreparedData, same_preprocessing
+from med3dvlm.datasets.torch import PairCollator, load_volumes
+from med3dvlm.familiarity import Features
+from med3dvlm.inference import Med3DChat
+from med3dvlm.processing import IGNORED, Med3DVLMProcessor, Message, branch_mask
+from med3dvlm.records import Study
+from med3dvlm.vlm import Med3DVLM
+
+
+def turn(question: str, answer: str) -> list[Message]:
+    """A conversation of one question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def load_chat(arguments: argparse.Namespace, data: PreparedData) -> Med3DChat:
+    """The model as app and command line use it, if it takes volumes prepared as these are."""
+    chat = Med3DChat.from_pretrained(arguments.model, arguments.device)
+    same_preprocessing(chat.processor.image_processor, data)
+    return chat
+
+
+class Embedder:
+    """A Med3DCLIP at work on prepared data.
+
+    Args:
+        max_text_length: tokens of a report, at most what the text encoder takes.
+
+    Raises:
+        ValueError: the directory holds another kind of model, or one for data that was prepared otherwise.
+    """
+
+    def __init__(self, path: str, data: PreparedData, device: str, max_text_length: int | None = None) -> None:
+        if (kind := model_type(path)) != "med3d_clip":
+            raise ValueError(f"{path} holds a {kind} model, which embeds nothing; name the output of stages/stage1_siglip.py")
+        self.model, tokenizer, processor = load_clip(path)
+        same_preprocessing(processor, data)
+        self.model.to(device)  # type: ignore[arg-type]
+        self.data = data
+        longest = getattr(self.model.text_encoder.config, "max_position_embeddings", tokenizer.model_max_length)
+        longest = min(tokenizer.model_max_length, longest)
+        self.max_text_length = min(max_text_length or longest, longest)
+        self._collator = PairCollator(tokenizer, self.max_text_length)
+
+    @torch.no_grad()
+    def images(self, studies: Sequence[Study]) -> Tensor:
+        """(B, P) float32 on the CPU, of length 1."""
+        return self.model.encode_image(load_volumes(self.data, studies, self.model.device).to(self.model.dtype)).float().cpu()
+
+    @torch.no_grad()
+    def texts(self, reports: Sequence[str]) -> Tensor:
+        """(B, P) float32 on the CPU, of length 1."""
+        coded = self._collator.tokenize(reports)
+        return self.model.encode_text(**{name: value.to(self.model.device) for name, value in coded.items()}).float().cpu()
+
+
+@torch.no_grad()
+def answer_likelihoods(
+    model: Med3DVLM, processor: Med3DVLMProcessor, conversations: Sequence[Sequence[Sequence[Message]]], features: Sequence[Features]
+) -> list[list[float]]:
+    """Mean log-probability of the assistant's words and turn end, for each of several conversations about each of B volumes.
+
+    All conversations about a volume are one row, so that what stands before the question is computed once (see Med3DVLMProcessor.branch).
+    The mean, not the sum: a long answer must not lose for its length.
+
+    Args:
+        conversations: for each volume one or more.
+        features: for each volume what `Med3DVLM.encode_image` gives.
+    """
+    padded = processor.pad([processor.branch(row) for row in conversations], left=False)
+    batch = {name: value.to(model.device) for name, value in padded.items()}
+    low, high = (torch.cat(level) for level in zip(*features, strict=True))  # (B, n, C)
+    branches, labels = batch["branches"], batch["labels"]  # (B, L)
+    output = model(batch["input_ids"], branch_mask(branches), image_features=(low, high), labels=labels, position_ids=batch["position_ids"])
+    labelled = labels[:, 1:] != IGNORED
+    targets = labels[:, 1:][labelled].unsqueeze(1)
+    log_probabilities = output.logits.log_softmax(dim=-1).gather(1, targets).squeeze(1).double()  # (labelled, V) -> (labelled)
+    places = (labelled.nonzero()[:, 0], branches[:, 1:][labelled] - 1)
+    sums = log_probabilities.new_zeros(len(conversations), max(map(len, conversations)))
+    counts = torch.zeros_like(sums)
+    sums.index_put_(places, log_probabilities, accumulate=True)
+    counts.index_put_(places, torch.ones_like(log_probabilities), accumulate=True)
+    means = (sums / counts).tolist()
+    return [values[: len(row)] for values, row in zip(means, conversations, strict=True)]

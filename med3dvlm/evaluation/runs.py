@@ -1,0 +1,162 @@
+"""What the evaluation scripts share: their arguments, the data and settings that a run is about, and its record.
+
+<output>/predictions.jsonl   one line a case, see `cases.py`
+<output>/run.json            which model on which data with which settings and versions, and the seconds it took
+<output>/scores.json, .md    from predictions and records alone, without timing: the same predictions give the same bytes
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.hf_argparser import string_to_bool
+
+from med3dvlm.allocator import keep_freed_memory
+from med3dvlm.datasets.features import fingerprint
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.evaluation.cases import ELSEWHERE, is_first, wait_for_all
+from med3dvlm.files import write_json, write_text
+from med3dvlm.records import Study
+from med3dvlm.training import environment
+
+
+def script(main: Callable[[], None]) -> None:
+    """Run a script's main; what the user can mend ends it with one sentence and exit code 2."""
+    keep_freed_memory()
+    try:
+        main()
+    except (OSError, ValueError, SafetensorError) as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command continues here\n")
+        sys.exit(130)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def evaluation_parser(documentation: str, batch_size: int = 16) -> argparse.ArgumentParser:
+    """The arguments that every evaluation has; its help begins with the script's own documentation."""
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="directory of the model; not needed with --score_only")
+    parser.add_argument("--data", required=True, help="prepared data, see `med3dvlm prepare`")
+    parser.add_argument("--output", required=True, type=Path, help="folder of predictions and scores")
+    parser.add_argument("--split", default="test", help="split of the data (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=positive, default=batch_size, help="studies at a time: speed, not results (default: %(default)s)"
+    )
+    parser.add_argument("--split_file", help="JSON of the studies of each split, as `med3dvlm audit` writes it (default: the data's own)")
+    parser.add_argument("--limit", type=positive, help="take the first LIMIT studies only")
+    add_flag(parser, "exclude_failures", False, "leave out unprepared studies")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="default: %(default)s")
+    parser.add_argument("--score_only", action="store_true", help="score the predictions that are there, without a model")
+    return parser
+
+
+def add_flag(parser: argparse.ArgumentParser, name: str, default: bool, explanation: str) -> None:
+    """`--name`, `--name true` or `--name false`."""
+    text = f"{explanation} (default: {str(default).lower()})"
+    parser.add_argument(f"--{name}", type=string_to_bool, nargs="?", const=True, default=default, metavar="BOOL", help=text)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def open_data(arguments: argparse.Namespace) -> tuple[PreparedData, list[Study]]:
+    """The prepared data and the studies to evaluate.
+
+    Raises:
+        ValueError: --model is missing, the split is unknown or smaller than --limit, or the predictions to score are about other data.
+    """
+    if not arguments.model and not arguments.score_only:
+        raise ValueError("--model is missing; name a model's directory, or score the predictions that are there with --score_only")
+    data = PreparedData(arguments.data, arguments.exclude_failures, arguments.split_file)
+    studies = data.studies(arguments.split)
+    if arguments.score_only:
+        path = arguments.output / "run.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}, the record of the predictions, is missing; run the same command without --score_only")
+        _check_identity(path, _about(arguments, data))
+    if arguments.limit and arguments.limit > len(studies):
+        raise ValueError(f"--limit {arguments.limit} exceeds the {len(studies)} studies of split {arguments.split!r} in {arguments.data}")
+    return data, studies[: arguments.limit]
+
+
+def begin(arguments: argparse.Namespace, model: PreTrainedModel, data: PreparedData, **settings: Any) -> None:
+    """Make the output folder and write run.json, or make sure that the predictions in it came from the same model, data and settings.
+
+    Raises:
+        ValueError: they did not.
+    """
+    identity = {"model": fingerprint(model), **_about(arguments, data), "limit": arguments.limit, **settings}
+    path = arguments.output / "run.json"
+    if is_first() and not path.is_file():
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        record = {
+            "command": " ".join(sys.argv),
+            "model": str(arguments.model),
+            "data": str(arguments.data),
+            "identity": identity,
+            "seconds": 0.0,
+            **environment(),
+        }
+        write_json(path, record)
+    wait_for_all()
+    _check_identity(path, identity)
+
+
+def _about(arguments: argparse.Namespace, data: PreparedData) -> dict[str, Any]:
+    return {"data": data.summary["fingerprint"], "split": arguments.split}
+
+
+def _check_identity(path: Path, identity: dict[str, Any]) -> None:
+    before = json.loads(path.read_text(encoding="utf-8")).get("identity", {})
+    if different := [name for name, value in identity.items() if before.get(name) != value]:
+        others = " and ".join(different)
+        raise ValueError(f"{path.parent} holds predictions that were made with another {others}; {ELSEWHERE}")
+
+
+def write_scores(path: Path, scores: dict[str, Any], tables: str | None = None) -> None:
+    """Write stable bytes, numbers to 6 decimals, and the tables, if any, as a Markdown file beside them."""
+    write_json(path, _rounded(scores))
+    if tables is not None:
+        write_text(path.with_suffix(".md"), tables + "\n")
+
+
+def _rounded(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _rounded(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_rounded(value) for value in content]
+    return round(content, 6) if isinstance(content, float) else content
+
+
+def strangers(studies: Sequence[Study]) -> list[int] | None:
+    """For each study the place of one of the next patient (for the last, of the one before); None if all are of one patient.
+
+    What a model says of that one's volume is what it says without having seen the study.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for place, study in enumerate(studies):
+        members[study.patient].append(place)
+    if len(members) < 2:
+        return None
+    patients = list(members)
+    result = [0] * len(studies)
+    for patient, other in zip(patients, [*patients[1:], patients[-2]], strict=True):
+        for turn, place in enumerate(members[patient]):
+            result[place] = members[other][turn % len(members[other])]
+    return result

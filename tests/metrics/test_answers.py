@@ -1,0 +1,82 @@
+"""Letters and names in answers, means by group, confusions: by hand."""
+
+import numpy as np
+import pytest
+
+from med3dvlm.metrics.answers import confusion, first_letter, grouped_means, named_choices
+from med3dvlm.metrics.intervals import bootstrap_interval
+
+CHOICES = ("Lung", "Left lung", "Liver", "Cyst of the kidney")
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B. Right lung", "B"),
+        ("The answer is C", "C"),
+        ("(D)", "D"),
+        ("Axial", None),
+        ("", None),
+        ("E. Other", None),
+        ("b.", None),
+        ("C or A", "C"),
+    ],
+)
+def test_first_letter(text: str, letter: str | None) -> None:
+    assert first_letter(text, 4) == letter
+
+
+def test_first_letter_knows_how_many_choices_there_are() -> None:
+    assert first_letter("C. B.", 2) == "B"
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("B. Left lung", {1}),
+        ("B. Liver", {1, 2}),  # the letter and the text disagree
+        ("C", {2}),
+        ("(C)", {2}),
+        ("The answer is C because of its density", {2}),
+        ("option C of these", {2}),
+        ("A cyst of the kidney", {3}),  # an article, not a letter
+        ("It is in the left lung.", {1}),  # not "lung" too
+        ("the LIVER!", {2}),
+        ("lung, and the left lung", {0, 1}),
+        ("not the liver but the lung", {0, 2}),  # what is denied is named
+        ("A. Lung or B. Left lung", {0, 1}),
+        ("delivery", set()),
+        ("E.", set()),
+        ("", set()),
+    ],
+)
+def test_named_choices(text: str, places: set[int]) -> None:
+    assert named_choices(text, CHOICES) == places
+
+
+def test_grouped_means_in_plain_loops() -> None:
+    generator = np.random.default_rng(0)
+    groups = [["a", "b", "c"][number] for number in generator.integers(3, size=60)]
+    values, patients = generator.integers(2, size=60).astype(float), generator.integers(12, size=60).tolist()
+    found = grouped_means({"right": values}, groups, ["a", "b", "c", "never"], patients)["right"]
+
+    def mean_of_groups(rows: np.ndarray) -> float:
+        return float(
+            np.mean([values[[row for row in rows if groups[row] == name]].mean() for name in "abc" if name in {groups[r] for r in rows}])
+        )
+
+    assert found["mean"] == pytest.approx(mean_of_groups(np.arange(60))) and found["of_questions"] == pytest.approx(values.mean())
+    assert found["mean_interval"] == pytest.approx(bootstrap_interval(np.arange(60), patients, statistic=mean_of_groups))
+    assert found["of_questions_interval"] == pytest.approx(bootstrap_interval(values, patients))
+    assert found["a"] == pytest.approx(np.mean([value for value, name in zip(values, groups, strict=True) if name == "a"]))
+    assert set(found["intervals"]) == set("abc") and "never" not in found
+
+
+def test_no_questions_have_no_means() -> None:
+    assert grouped_means({"right": []}, [], ["a"], [])["right"]["mean"] is None
+
+
+def test_confusion() -> None:
+    table = confusion([("b", "a"), ("b", "a"), ("a", "none"), ("a", "a")])
+    assert table == {"right": ["a", "b"], "chosen": ["a", "b", "none"], "counts": [[1, 0, 1], [2, 0, 0]]}
+    assert confusion([("a", "b")])["chosen"] == ["a", "b"]
