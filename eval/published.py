@@ -23,7 +23,7 @@ from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS
 
 TABLES = Path(__file__).with_name("published.yaml")
-BERTSCORE_MODEL = "roberta-large"  # the papers'
+BERTSCORE_MODEL = "roberta-large, layer 17"  # the papers'
 
 
 def beside_papers(runs: Sequence[Path], data_name: str) -> tuple[str, dict[str, Any]]:

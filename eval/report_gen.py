@@ -10,7 +10,7 @@ CRG is left out where a label is unknown. Studies without a report count in no l
 
 What can be had without looking at the scan, or without this model, scored in the same way:
 
-    blind        what the model writes about an empty volume, all zeros
+    blind        what the model writes about an empty volume, all air
     shuffled     what it wrote about the volume of the next patient
     modal        always the commonest training report; if no two are alike, the first of those that state the commonest set of findings
     best_fixed   always the training report whose findings, stated of every training study, have the highest macro F1 there
@@ -46,7 +46,8 @@ def main() -> None:
     data, studies = evaluation.open_data(arguments)
     if not any(study.report.strip() for study in studies):
         raise ValueError(f"no study of split {arguments.split!r} in {arguments.data} has a report, so there is nothing to compare with")
-    train = [study for study in data.studies("train") if study.report.strip()] if "train" in data.summary["splits"] else []
+    split = evaluation.training_split(data, arguments.split)
+    train = [study for study in data.studies(split) if study.report.strip()] if split else []
     written = arguments.output / "predictions.jsonl"
 
     def about(study: Study) -> dict:
@@ -60,7 +61,7 @@ def main() -> None:
         evaluation.begin(arguments, chat.model, data, prompt=PROMPT, **settings)
         extra = {}
         if arguments.blind:
-            extra["blind"] = chat.answers([torch.zeros(data.processor.size)], [PROMPT], arguments.max_new_tokens)[0].text
+            extra["blind"] = chat.answers([evaluation.air(data)], [PROMPT], arguments.max_new_tokens)[0].text
         if embedder and train:
             reports = torch.cat([embedder.texts([study.report for study in batch]) for batch in evaluation.in_batches(train, 64)])
 

@@ -37,6 +37,14 @@ def numbers(text: str) -> list[int]:
     return sorted({evaluation.positive(part.strip()) for part in text.split(",")})
 
 
+def first_equals(data: PreparedData, studies: Sequence[Study]) -> tuple[list[int], list[int]]:
+    """For each study the place of the first with the same scan, and of the first with the same report."""
+    checksums = {line["study"]: line["checksum"] for line in read_lines(data.root / "index.jsonl")}
+    places: tuple[dict[str, int], dict[str, int]] = {}, {}
+    scans = [places[0].setdefault(checksums[study.id], place) for place, study in enumerate(studies)]
+    return scans, [places[1].setdefault(study.report, place) for place, study in enumerate(studies)]
+
+
 def equal_studies(data: PreparedData, studies: Sequence[Study]) -> list[int]:
     """Equal numbers for studies that say the same or show the same, directly or through others."""
     checksums = {line["study"]: line["checksum"] for line in read_lines(data.root / "index.jsonl")}
@@ -116,7 +124,11 @@ def main() -> None:
         if not there:
             rows = read_lines(growing)
             with whole_file(embedded) as aside:
-                save_file({name: torch.tensor([row[name] for row in rows]) for name in ("image", "text")}, aside)
+                made = {name: torch.tensor([row[name] for row in rows]) for name in ("image", "text")}
+                # Equal reports and scans have to tie, but batches of other shapes differ in the last bits.
+                save_file(
+                    {name: values[firsts] for (name, values), firsts in zip(made.items(), first_equals(data, studies), strict=True)}, aside
+                )
         growing.unlink(missing_ok=True)
         stored = load_file(embedded)
         ranks = retrieval_ranks(stored["image"], stored["text"])

@@ -10,7 +10,7 @@
     open     what the model writes after the bare question, against the answer: exact match, F1 of the words, BLEU, ROUGE, METEOR
     yes_no   yes/no questions, as closed
 
-What can be had without the scan stands within `closed` and `yes_no`: `blind`, the same on an empty volume, all zeros; `shuffled`, on that
+What can be had without the scan stands within `closed` and `yes_no`: `blind`, the same on an empty volume, all air; `shuffled`, on that
 of the next patient; `modal`, the choice that answered this very question most often in training.
 
 Each is given by kind of question and as the mean of the kinds, "accuracy", and of all questions; an interval is a 95 % bootstrap over
@@ -19,8 +19,6 @@ patients. `confusion` counts right answers and chosen ones, by text where a kind
 
 from collections.abc import Sequence
 from itertools import chain
-
-import torch
 
 from med3dvlm import evaluation
 from med3dvlm.evaluation.questions import question_scores, question_tables
@@ -78,7 +76,7 @@ def main() -> None:
         places = evaluation.strangers(studies) if arguments.shuffled else None
         stranger = {study.id: studies[place] for study, place in zip(studies, places, strict=True)} if places else {}
         known: dict[str, Study] = {study.id: study for study in studies}
-        empty = chat.encode(torch.zeros(data.processor.size))
+        empty = chat.encode(evaluation.air(data))
         uses = {name: place for place, study in enumerate(studies) for name in (study.id, stranger.get(study.id, study).id)}
         order = {study.id: place for place, study in enumerate(studies)}
         features: dict[str, Features] = {}  # of the volumes that a later question needs, about them or about whom they stand in for
@@ -114,7 +112,8 @@ def main() -> None:
             return
 
     rows = evaluation.predictions(written, [about(question) for question in questions], texts_of)
-    train = data.questions("train") if "train" in data.summary["splits"] else []
+    split = evaluation.training_split(data, arguments.split)
+    train = data.questions(split) if split else []
     scorer = bert_scorer(device=arguments.device) if arguments.bertscore else None
     scores = question_scores(rows, {study.id: study.patient for study in studies}, train, scorer)
     tables = question_tables(scores)

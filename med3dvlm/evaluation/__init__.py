@@ -1,13 +1,24 @@
 """What the scripts of eval/ share: arguments and records of a run, predictions on disk, models at work, and scores of answers and reports."""
 
 from med3dvlm.evaluation.cases import in_batches, is_first, predict, predictions
-from med3dvlm.evaluation.models import Embedder, answer_likelihoods, load_chat, turn
-from med3dvlm.evaluation.runs import add_flag, begin, evaluation_parser, open_data, positive, script, strangers, write_scores
+from med3dvlm.evaluation.models import Embedder, air, answer_likelihoods, load_chat, turn
+from med3dvlm.evaluation.runs import (
+    add_flag,
+    begin,
+    evaluation_parser,
+    open_data,
+    positive,
+    script,
+    strangers,
+    training_split,
+    write_scores,
+)
 from med3dvlm.tables import markdown_table, with_interval
 
 __all__ = [
     "Embedder",
     "add_flag",
+    "air",
     "answer_likelihoods",
     "begin",
     "evaluation_parser",
@@ -21,6 +32,7 @@ __all__ = [
     "predictions",
     "script",
     "strangers",
+    "training_split",
     "turn",
     "with_interval",
     "write_scores",

@@ -24,6 +24,11 @@ def turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def air(data: PreparedData) -> Tensor:
+    """A prepared volume (D, H, W) of nothing but the recipe's lowest value."""
+    return torch.full(data.processor.size, data.processor.grid.values[0])
+
+
 def load_chat(arguments: argparse.Namespace, data: PreparedData) -> Med3DChat:
     """The model as app and command line use it, if it takes volumes prepared as these are."""
     chat = Med3DChat.from_pretrained(arguments.model, arguments.device)

@@ -104,6 +104,8 @@ def begin(arguments: argparse.Namespace, model: PreTrainedModel, data: PreparedD
     identity = {"model": fingerprint(model), **_about(arguments, data), "limit": arguments.limit, **settings}
     path = arguments.output / "run.json"
     if is_first() and not path.is_file():
+        if left := sorted(place.name for pattern in ("predictions*", "embeddings*") for place in arguments.output.glob(pattern)):
+            raise ValueError(f"{arguments.output} holds {left[0]} without a run.json that says of what; {ELSEWHERE}")
         arguments.output.mkdir(parents=True, exist_ok=True)
         record = {
             "command": " ".join(sys.argv),
@@ -116,6 +118,12 @@ def begin(arguments: argparse.Namespace, model: PreTrainedModel, data: PreparedD
         write_json(path, record)
     wait_for_all()
     _check_identity(path, identity)
+
+
+def training_split(data: PreparedData, evaluated: str) -> str | None:
+    """The split that baselines learn from: the first whose name begins with "train"; None where that is evaluated, or there is none."""
+    found = [split for split in sorted(data.summary["splits"]) if split.startswith("train")]
+    return found[0] if found and found[0] != evaluated else None
 
 
 def _about(arguments: argparse.Namespace, data: PreparedData) -> dict[str, Any]:
