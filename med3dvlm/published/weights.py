@@ -254,7 +254,7 @@ def write_safetensors(folder: Path, tensors: Mapping[str, Stored], read: Callabl
 
 
 def _write_file(file: Path, tensors: Mapping[str, Stored], read: Callable[[str], Tensor]) -> dict[str, str]:
-    """One file, as https://huggingface.co/docs/safetensors describes the format; gives the digest of each tensor."""
+    """One file, in the format that the documentation of safetensors describes; gives the digest of each tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, stored in tensors.items():
