@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from med3dvlm import evaluation
-from med3dvlm.files import read_lines
+from med3dvlm.files import read_lines, write_text
 from med3dvlm.metrics.text import bleu, meteor, meteor_available, rouge
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS
@@ -250,9 +250,7 @@ def main() -> None:
     tables = {"table_5": TABLE_5, "table_6": TABLE_6, "table_7": TABLE_7, "table_8": TABLE_8}
     evaluation.write_scores(root / "summary.json", {"data": arguments.data_name, "rows": rows, "published": tables, **environment()})
     report = write_report(rows, arguments.data_name)
-    aside = root / "report.part"
-    aside.write_text(report, encoding="utf-8")
-    aside.replace(root / "report.md")
+    write_text(root / "report.md", report)
     print(report)
 
 

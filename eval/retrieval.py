@@ -39,16 +39,14 @@ def numbers(text: str) -> list[int]:
 
 def first_equals(data: PreparedData, studies: Sequence[Study]) -> tuple[list[int], list[int]]:
     """For each study the place of the first with the same scan, and of the first with the same report."""
-    checksums = {line["study"]: line["checksum"] for line in read_lines(data.root / "index.jsonl")}
     places: tuple[dict[str, int], dict[str, int]] = {}, {}
-    scans = [places[0].setdefault(checksums[study.id], place) for place, study in enumerate(studies)]
+    scans = [places[0].setdefault(data.checksum(study), place) for place, study in enumerate(studies)]
     return scans, [places[1].setdefault(study.report, place) for place, study in enumerate(studies)]
 
 
 def equal_studies(data: PreparedData, studies: Sequence[Study]) -> list[int]:
     """Equal numbers for studies that say the same or show the same, directly or through others."""
-    checksums = {line["study"]: line["checksum"] for line in read_lines(data.root / "index.jsonl")}
-    same = [*equal(" ".join(words(study.report)) for study in studies), *equal(checksums[study.id] for study in studies)]
+    same = [*equal(" ".join(words(study.report)) for study in studies), *equal(map(data.checksum, studies))]
     return groups(len(studies), [(group[0], other) for group in same for other in group[1:]])
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from med3dvlm import evaluation, plots
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.files import read_lines
+from med3dvlm.files import read_lines, write_text
 from med3dvlm.metrics.retrieval import recall_curve
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS, Study
@@ -197,9 +197,7 @@ def write_report(path: Path, name: str, summary: dict[str, Any], targets: str, p
     )
     parts += ["## Time and versions", evaluation.markdown_table(("step", "minutes"), minutes)]
     parts += [f"{memory}eed {summary['seed']}; {commit}; {versions}."]
-    aside = path.with_suffix(".part")
-    aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_text(path, "\n\n".join(parts) + "\n")
 
 
 def spread(figure: float | None, interval: list[float] | None) -> str:

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from med3dvlm.files import whole_file
+
 Features = tuple[Tensor, Tensor]  # (1, n_low, C_low) and (1, n_high, C_high)
 
 FAMILIARITY_FILE = "familiarity.safetensors"
@@ -54,10 +56,8 @@ class FamiliarityModel:
 
     def save(self, directory: str | Path) -> None:
         """Write `familiarity.safetensors` into a model directory, whole or not at all."""
-        path = Path(directory) / FAMILIARITY_FILE
-        aside = path.with_suffix(".part")
-        save_file({name: value.contiguous() for name, value in vars(self).items()}, aside)
-        aside.replace(path)
+        with whole_file(Path(directory) / FAMILIARITY_FILE) as aside:
+            save_file({name: value.contiguous() for name, value in vars(self).items()}, aside)
 
     @classmethod
     def load(cls, directory: str | Path) -> "FamiliarityModel | None":

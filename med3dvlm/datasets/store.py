@@ -144,13 +144,17 @@ class PreparedData:
         known = {study.id for study in self._studies if study.split == split}
         return [question for question in self._questions if question.study in known]
 
+    def checksum(self, study: Study) -> str:
+        """Of its prepared volume, by the index: equal ones are of equal volumes."""
+        return str(self._checksums[study.id])
+
     def volume(self, study: Study) -> Tensor:
         """(1, D, H, W) of the processor's `stored_dtype`; its `dequantize` makes it the tensor that it gives for the scan file.
 
         Raises:
             FileNotFoundError, ValueError: the volume is missing or damaged.
         """
-        return read_voxels(volume_path(self.root, study), self._checksums[study.id]).unsqueeze(0)
+        return read_voxels(volume_path(self.root, study), self.checksum(study)).unsqueeze(0)
 
 
 def same_preprocessing(model: VolumeProcessor, data: PreparedData) -> None:

@@ -1,6 +1,7 @@
 """The papers' tables as data: their form, what they say twice, and a run set beside them."""
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,16 @@ def test_without_scores_it_says_so(tmp_path: Path, run: Run, capsys: pytest.Capt
     with pytest.raises(SystemExit) as stopped:
         run("compare", "--published", tmp_path, checked=True)
     assert stopped.value.code == 2 and "holds neither a scores.json" in capsys.readouterr().err
+
+
+def test_only_the_papers_bertscore_stands_beside_theirs(repository: Path) -> None:
+    from bert_score.utils import model2layers
+
+    written = runpy.run_path(str(repository / "eval" / "published.py"))["written"]
+    papers = {
+        "bleu1": 0.5,
+        "bertscore_f1": 0.9,
+        "bertscore_model": f"roberta-large, layer {model2layers['roberta-large']}",
+    }  # as BertScorer names it
+    assert written(papers)["bertscore_f1"] == 0.9
+    assert written(papers | {"bertscore_model": "all-MiniLM-L6-v2, layer 6"}) == {"bleu1": 0.5}

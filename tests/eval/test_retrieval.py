@@ -123,13 +123,12 @@ def test_equal_studies(repository: Path, demo: SimpleNamespace) -> None:
     first, second, third, *_ = demo.data.studies("train")
     copy = replace(first, id="copy", report="Other words altogether.")  # the same volume
     twin = replace(second, id="twin", report=f" {copy.report.upper()} ")  # the same report as the copy's
-    data = SimpleNamespace(root=demo.data.root)
-    lines = read_lines(demo.data.root / "index.jsonl")
-    checksums = {line["study"]: line["checksum"] for line in lines}
-    with pytest.MonkeyPatch.context() as patch:
-        added = [{"study": "copy", "checksum": checksums[first.id]}, {"study": "twin", "checksum": "another"}]
-        patch.setitem(functions["equal_studies"].__globals__, "read_lines", lambda path: lines + added)
-        assert functions["equal_studies"](data, [first, second, third, copy, twin]) == [0, 1, 2, 0, 0]
+    again = replace(third, id="again")  # the very report, and a volume of its own
+    sums = {line["study"]: line["checksum"] for line in read_lines(demo.data.root / "index.jsonl")}
+    sums |= {"copy": sums[first.id], "twin": "another", "again": "a third"}
+    data = SimpleNamespace(checksum=lambda study: sums[study.id])
+    assert functions["equal_studies"](data, [first, second, third, copy, twin]) == [0, 1, 2, 0, 0]
+    assert functions["first_equals"](data, [first, second, third, copy, twin, again]) == ([0, 1, 2, 0, 4, 5], [0, 1, 2, 3, 4, 2])
 
 
 def test_equal_reports_are_right_answers(whole: Path, repository: Path, demo: SimpleNamespace) -> None:

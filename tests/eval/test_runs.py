@@ -1,0 +1,35 @@
+"""What stands in for a scan, and where baselines learn from."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from med3dvlm.evaluation import air, training_split
+from med3dvlm.preprocessing import VolumeProcessor
+from med3dvlm.volume import Volume
+
+
+@pytest.mark.parametrize("recipe", ["m3d", "hu_window", "ct_rate", "ct_clip"])
+def test_air_is_what_the_recipe_makes_of_air(recipe: str) -> None:
+    processor = VolumeProcessor(recipe, size=(8, 12, 10))
+    array = torch.full((40, 60, 50), -1000, dtype=torch.int16).numpy()
+    array[15:25, 20:40, 15:35] = 40
+    around = processor.transform(Volume(array, (3.0, 1.0, 1.0), "SPL", unit="HU"))
+    empty = air(SimpleNamespace(processor=processor))
+    assert empty.shape == (8, 12, 10) and empty.dtype == torch.float32
+    assert (empty == {"m3d": 0, "hu_window": 0, "ct_rate": -1, "ct_clip": -1}[recipe]).all()
+    assert float(around.min()) >= float(empty[0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("splits", "evaluated", "found"),
+    [
+        (("test", "train", "validation"), "test", "train"),
+        (("train_fixed", "valid_fixed"), "valid_fixed", "train_fixed"),
+        (("test", "train"), "train", None),  # else a baseline would have seen its answers
+        (("test",), "test", None),
+    ],
+)
+def test_the_split_that_baselines_learn_from(splits: tuple[str, ...], evaluated: str, found: str | None) -> None:
+    assert training_split(SimpleNamespace(summary={"splits": dict.fromkeys(splits, 1)}), evaluated) == found
