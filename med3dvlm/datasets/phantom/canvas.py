@@ -17,12 +17,16 @@ PLANES = ("axial", "coronal", "sagittal", "oblique")
 
 @dataclass(frozen=True)
 class Acquisition:
-    """How a body is scanned. `detail` divides every voxel's edge: 1 for the demo's coarse scans, 4 for about 1.2 mm in plane."""
+    """How a body is scanned. `detail` divides every voxel's edge: 1 for the demo's coarse scans, 4 for about 1.2 mm in plane.
+
+    `spacing`: mm between slices, rows and columns at detail 1; None draws them.
+    """
 
     plane: str
     phase: str
     seed: int
     detail: float = 1.0
+    spacing: tuple[float, float, float] | None = None
 
 
 @dataclass
@@ -106,7 +110,7 @@ def empty_canvas(acquisition: Acquisition, random: np.random.Generator) -> Canva
         tilts = ([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]], [[cosine, 0, sine], [0, 1, 0], [-sine, 0, cosine]])
         directions = np.array(tilts[random.integers(2)]) @ directions
     extent = np.abs(directions.T) @ np.array([372.0, 262.0, 292.0])  # field of view along D, H, W
-    steps = np.array([thick, row, column]) / acquisition.detail
+    steps = np.array(acquisition.spacing or (thick, row, column)) / acquisition.detail
     shape = np.maximum(np.rint(extent / steps).astype(int), 8)
     directions = directions * steps
     corner = random.uniform(-4, 4, 3) - directions @ ((shape - 1) / 2)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from med3dvlm.datasets.phantom.body import AORTA, FAT, LEFT, LIVER, METAL, MUSCLE, RIGHT, SPLEEN, VEINS, WATER, Build, spine, trunk
+from med3dvlm.datasets.phantom.body import AORTA, BONE, FAT, LEFT, LIVER, METAL, MUSCLE, RIGHT, SPLEEN, VEINS, WATER, Build, spine, trunk
 from med3dvlm.datasets.phantom.canvas import AIR, Canvas
 
 LOBES = {
@@ -45,6 +45,56 @@ def draw_chest(canvas: Canvas, build: Build) -> None:
         canvas.ellipsoid((side * 84, 92, 88), (27, 13, 25), METAL + 400)
         canvas.ellipsoid((side * 40, 70, 60), (26, 6, 6), METAL)
         canvas.ellipsoid((-8, 40, 20), (6, 6, 44), METAL)
+    _airways_and_septa(canvas, build)
+    _calcifications(canvas, build)
+
+
+def _airways_and_septa(canvas: Canvas, build: Build) -> None:
+    """Findings that are a texture, or a band, tube or plate in the lung."""
+    found = build.findings
+    if "mosaic_attenuation_pattern" in found:
+        for side in (RIGHT, LEFT):
+            for place, (y, z) in enumerate((y, z) for z in (-70, -25, 20, 65) for y in (-38, 22)):
+                canvas.ellipsoid(build.scattered((side * 80, y, z), 7), (25, 20, 18), -560 if place % 2 else -930)
+    if "interlobular_septal_thickening" in found:
+        for side in (RIGHT, LEFT):
+            for z in range(-84, 20, 21):
+                canvas.ellipsoid(build.scattered((side * 92, -22, z), 3), (34, 40, 3), 0, opacity=0.8)
+            for x in (66, 86, 106):
+                canvas.ellipsoid(build.scattered((side * x, -22, -36), 3), (3, 40, 54), 0, opacity=0.8)
+    if (sequela := found.get("pulmonary_fibrotic_sequela")) is not None:
+        side = RIGHT if "right" in sequela.place else LEFT
+        for x, y in ((58, 20), (70, -4), (82, -26)):
+            canvas.ellipsoid(build.scattered((side * x, y, 96), 4), (5, 14, 27), 30)
+    if (collapse := found.get("atelectasis")) is not None:
+        side = RIGHT if "right" in collapse.place else LEFT
+        canvas.ellipsoid(build.scattered((side * 78, -14, -78), 5), (collapse.size_mm / 2, collapse.size_mm / 2, 7), 35)
+    if (wall := found.get("peribronchial_thickening")) is not None:
+        side = RIGHT if "right" in wall.place else LEFT
+        for across, forward, upward in ((44, 6, 6), (60, 14, 22), (60, -8, -8)):
+            middle = build.scattered((side * across, forward, upward), 3)
+            canvas.ellipsoid(middle, (26, 11, 11), 20)
+            canvas.ellipsoid(middle, (27, 4, 4), AIR)
+    if (tubes := found.get("bronchiectasis")) is not None:
+        side = RIGHT if "right" in tubes.place else LEFT
+        for across, back in ((60, -34), (84, -46), (76, -10), (100, -24)):
+            middle = build.scattered((side * across, back, -44), 3)
+            canvas.ellipsoid(middle, (12, 12, 34), 20)
+            canvas.ellipsoid(middle, (7.5, 7.5, 36), AIR)
+
+
+def _calcifications(canvas: Canvas, build: Build) -> None:
+    """Plaques in the wall of the aorta, and along the arteries of the heart."""
+    found = build.findings
+    if "arterial_wall_calcification" in found:
+        for z in range(-104, 105, 26):
+            angle = build.random.uniform(0, 2 * np.pi)
+            centre = build.place((-20 + 14 * np.cos(angle), -44 + 14 * np.sin(angle), z), 6)
+            canvas.ellipsoid(centre, (5.5, 5.5, 10), BONE)
+    if "coronary_artery_wall_calcification" in found:
+        x, y, z = build.place((-22, 30, -48), 5)
+        for across, upwards in ((-30, 22), (-14, 30), (6, 30), (22, 20)):
+            canvas.ellipsoid((x + across, y + 30, z + upwards), (9, 5.5, 5.5), BONE)
 
 
 def _heart(canvas: Canvas, build: Build) -> None:
