@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from med3dvlm.cli.options import Commands, add_workers, check_workers, parse_shard, parse_size, require_writable
+from med3dvlm.cli.options import Commands, add_workers, check_workers, numbers, parse_shard, parse_size, require_writable
 
 FAILURES_SHOWN = 10
 
@@ -14,8 +14,13 @@ def add_commands(commands: Commands) -> None:
     from med3dvlm.report_labels import command as report_labels
 
     phantom = commands.add_parser("phantom", help="write a data set of CT phantoms with reports, questions and labels")
-    phantom.add_argument("out", metavar="OUT", type=Path, help="the folder, in the layout of M3D-Cap and M3D-VQA")
-    phantom.add_argument("--studies", type=int, default=800, help="number of series (default: %(default)s)")
+    phantom.add_argument("out", metavar="OUT", type=Path, help="the folder")
+    phantom.add_argument(
+        "--layout", choices=("m3d", "ct_rate"), default="m3d",
+        help="m3d: M3D-Cap and M3D-VQA; ct_rate: chests with the 18 findings of CT-RATE (default: %(default)s)",
+    )  # fmt: skip
+    phantom.add_argument("--version", type=int, choices=(1, 2), help="of CT-RATE's layout: 1 raw values, 2 HU with geometry (default: 2)")
+    phantom.add_argument("--studies", type=int, default=800, help="number of volumes (default: %(default)s)")
     phantom.add_argument("--seed", type=int, default=0, help="the same seed gives the same data (default: %(default)s)")
     phantom.add_argument("--detail", type=float, default=1.0, help="voxels along an axis, relative to the standard (default: %(default)s)")
     add_workers(phantom)
@@ -28,6 +33,12 @@ def add_commands(commands: Commands) -> None:
     prepare.add_argument("--recipe", default="m3d", help="name of the preprocessing (default: %(default)s)")
     prepare.add_argument(
         "--size", type=parse_size, metavar="D,H,W", help="voxels of the result (default: the recipe's; 128,256,256 for m3d)"
+    )
+    prepare.add_argument(
+        "--spacing",
+        type=numbers("Z,Y,X"),
+        metavar="Z,Y,X",
+        help="mm along D, H and W, for ct_rate and ct_clip (default: the recipe's)",
     )
     prepare.add_argument(
         "--shard", type=parse_shard, metavar="I/N", help="the I-th of N parts; once all are done, run without this to finish"
@@ -53,12 +64,28 @@ def add_commands(commands: Commands) -> None:
 
 
 def _phantom(arguments: argparse.Namespace) -> None:
+    check_workers(arguments)
+    if arguments.version and arguments.layout != "ct_rate":
+        raise ValueError("--version is of CT-RATE's layout; add --layout ct_rate, or leave it out")
+    require_writable(arguments.out)
+    (_phantom_ct_rate if arguments.layout == "ct_rate" else _phantom_m3d)(arguments)
+
+
+def _phantom_ct_rate(arguments: argparse.Namespace) -> None:
+    from med3dvlm.datasets.phantom.ct_rate import write_ct_rate
+
+    version = arguments.version or 2
+    plans = write_ct_rate(arguments.out, arguments.studies, arguments.seed, arguments.detail, version, arguments.workers)
+    for split in ("train", "valid"):
+        names = [plan.name for plan in plans if plan.split == split]
+        print(f"{split:<6} {len(names)} volumes of {len({name.rsplit('_', 2)[0] for name in names})} patients in {arguments.out}")
+
+
+def _phantom_m3d(arguments: argparse.Namespace) -> None:
     from med3dvlm.datasets import m3d
     from med3dvlm.datasets.audit import text_only_baselines
     from med3dvlm.datasets.phantom import write_phantoms
 
-    check_workers(arguments)
-    require_writable(arguments.out)
     studies = write_phantoms(arguments.out, arguments.studies, arguments.seed, arguments.detail, arguments.workers)
     counts = ", ".join(f"{sum(study.split == split for study in studies)} {split}" for split in m3d.SPLITS)
     print(f"{len(studies)} studies of {len({study.patient for study in studies})} patients in {arguments.out}: {counts}")
@@ -78,7 +105,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.dataset not in DATASETS:
         raise ValueError(f"data set {arguments.dataset!r} is unknown; known: {', '.join(DATASETS)}")
     dataset, source, destination = DATASETS[arguments.dataset], arguments.source, arguments.destination
-    processor = VolumeProcessor(arguments.recipe, size=arguments.size)
+    processor = VolumeProcessor(arguments.recipe, size=arguments.size, spacing=arguments.spacing)
     missed: dict[str, list[dict[str, str]]] = {split: [] for split in dataset.splits(source)}
     splits = {split: dataset.read(source, split, missed[split]) for split in missed}
     parts = parts_of_splits({split: found for split, (found, _) in splits.items()})

@@ -87,9 +87,9 @@ def _calcifications(canvas: Canvas, build: Build) -> None:
     """Plaques in the wall of the aorta, and along the arteries of the heart."""
     found = build.findings
     if "arterial_wall_calcification" in found:
-        for z in range(-104, 105, 26):
+        for level in range(-104, 105, 26):
             angle = build.random.uniform(0, 2 * np.pi)
-            centre = build.place((-20 + 14 * np.cos(angle), -44 + 14 * np.sin(angle), z), 6)
+            centre = build.place((-20 + 14 * np.cos(angle), -44 + 14 * np.sin(angle), level), 6)
             canvas.ellipsoid(centre, (5.5, 5.5, 10), BONE)
     if "coronary_artery_wall_calcification" in found:
         x, y, z = build.place((-22, 30, -48), 5)
