@@ -11,7 +11,7 @@ CRG is left out where a label is unknown. Studies without a report count in no l
 What can be had without looking at the scan, or without this model, scored in the same way:
 
     blind        what the model writes about an empty volume, all air
-    shuffled     what it wrote about the volume of the next patient
+    shuffled     what it wrote about the volume of another patient, each volume once
     modal        always the commonest training report; if no two are alike, the first of those that state the commonest set of findings
     best_fixed   always the training report whose findings, stated of every training study, have the highest macro F1 there
     nearest      with --clip: the training report whose embedding lies nearest to the volume's
