@@ -234,13 +234,6 @@ def test_what_can_be_had_without_the_scan(demo: SimpleNamespace, whole: Path) ->
     assert all(f"\n| {name} " in table for name in ("model", "blind", "shuffled", "modal", "best_fixed")) and "nearest" not in table
 
 
-def test_strangers_by_hand() -> None:
-    patients = ["a", "a", "a", "b", "c", "c"]
-    studies = [Study(f"s{i}", patient, "x", "", {}, "test", "hand") for i, patient in enumerate(patients)]
-    assert strangers(studies) == [3, 3, 3, 4, 3, 3]
-    assert strangers(studies[:3]) is None
-
-
 def test_nearest_training_report(demo: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path) -> None:
     run("report_gen", *arguments, "--output", tmp_path, "--clip", demo.clip)
     embedder = Embedder(str(demo.clip), demo.data, "cpu")
