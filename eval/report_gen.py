@@ -21,8 +21,6 @@ They are null where they cannot be had: without a training split, or where all s
 
 from collections.abc import Sequence
 
-import torch
-
 from med3dvlm import evaluation
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.evaluation.reports import fixed_reports, report_scores, report_table
@@ -62,8 +60,8 @@ def main() -> None:
         extra = {}
         if arguments.blind:
             extra["blind"] = chat.answers([evaluation.air(data)], [PROMPT], arguments.max_new_tokens)[0].text
-        if embedder and train:
-            reports = torch.cat([embedder.texts([study.report for study in batch]) for batch in evaluation.in_batches(train, 64)])
+        if embedder and split and train:
+            reports = embedder.split_texts(split)[[bool(study.report.strip()) for study in data.studies(split)]]  # (training studies, P)
 
         def write(batch: Sequence[Study]) -> list[dict]:
             features = [chat.encode(data.volume(study).to(chat.model.device)) for study in batch]

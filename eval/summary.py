@@ -84,6 +84,7 @@ def collect(root: Path) -> dict[str, Any]:
             "modal": report["modal"]["findings_f1"],
             "lead": difference(report["findings_f1"], report["modal"]["findings_f1"]),
             "best_fixed": report["best_fixed"]["findings_f1"],
+            "nearest": (report["nearest"] or {}).get("findings_f1"),
             **{name: value for name, value in report["text"].items() if name != "unavailable"},
             **report["collapse"],
         },
