@@ -78,6 +78,8 @@ def open_run(folder: Path) -> Run:
     rows = read_lines(path)
     if not rows:
         raise FileNotFoundError(f"{path} holds no predictions; run the evaluation that writes them")
+    if not (folder / "scores.json").is_file():
+        raise FileNotFoundError(f"{folder} holds {len(rows)} predictions and no scores.json: run the same evaluation again, it continues")
     task = next((task for task, fields in FIELDS.items() if all(field in rows[0] for field in fields)), None)
     if task is None:
         raise ValueError(f"{path} holds {', '.join(rows[0])}, which is no output of eval/{{retrieval,vqa,report_gen}}.py")

@@ -32,6 +32,7 @@ def write_run(
     about = {"data": data.summary["fingerprint"], "split": "test"} | (identity or {})
     record = {"data": str(data.root), "identity": about} | (record or {})
     (folder / "run.json").write_text(json.dumps(record))
+    (folder / "scores.json").write_text("{}")
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -216,6 +217,7 @@ def test_without_duplicates_the_pool_is_smaller(
         ({"task": True}, "compare runs of one task"),
         ({"limit": True}, "2 are about what the other is not"),
         ({"study": True}, "does not hold study elsewhere/1"),
+        ({"unfinished": True}, "4 predictions and no scores.json: run the same evaluation again, it continues"),
         ({"nameless": True}, "does not say about which data and split the run is"),
         ({"anew": True}, "is not the data that"),
         ({"likelihood": True}, "does not say as 'closed' how likely its 2 choices are"),
@@ -254,6 +256,10 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(
     if "fields" in change:
         other = [{"id": "1", "guess": "x"}]
     first = write_run(tmp_path / "a", data, rows, {"data": "before"} if "anew" in change else None)
+    if "unfinished" in change:
+        lines = (first / "predictions.jsonl").read_bytes()
+        (first / "predictions.jsonl").write_bytes(lines[:-9])  # half a line
+        (first / "scores.json").unlink()
     if "nameless" in change:
         (first / "run.json").write_text(json.dumps({"data": str(data.root)}))
     runs = [first] if change.keys() & {"alone", "split_file"} else [first, write_run(tmp_path / "b", data, other, identity)]
