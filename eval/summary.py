@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 
 from med3dvlm import evaluation, plots
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.evaluation.questions import YES_NO
 from med3dvlm.files import read_lines, write_text
+from med3dvlm.metrics.answers import right_choices
 from med3dvlm.metrics.retrieval import recall_curve
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS, Study
@@ -72,18 +74,17 @@ def collect(root: Path) -> dict[str, Any]:
         "vqa_closed": {
             "accuracy": vqa["closed"]["accuracy"],
             **{kind: vqa["closed"].get(kind) for kind in QUESTION_KINDS},
-            "blind": vqa["closed"]["blind"]["accuracy"],
+            "blind": at(vqa, "closed.blind.accuracy"),
             "letter": vqa["letter"]["accuracy"],
             "interval": vqa["closed"]["accuracy_interval"],
         },
         "vqa_open": {name: vqa["open"][name] for name in ("exact", "token_f1")},
-        "vqa_yes_no": {"accuracy": vqa["yes_no"]["accuracy"], "blind": vqa["yes_no"]["blind"]["accuracy"]},
+        "vqa_yes_no": {"accuracy": vqa["yes_no"]["accuracy"], "blind": at(vqa, "yes_no.blind.accuracy")},
         "report": {
             "findings_f1": report["findings_f1"],
             "findings_f1_interval": report["findings_f1_interval"],
-            "modal": report["modal"]["findings_f1"],
-            "lead": difference(report["findings_f1"], report["modal"]["findings_f1"]),
-            "best_fixed": report["best_fixed"]["findings_f1"],
+            "lead": difference(report["findings_f1"], at(report, "modal.findings_f1")),
+            **{name: at(report, f"{name}.findings_f1") for name in ("blind", "shuffled", "modal", "best_fixed", "nearest")},
             **{name: value for name, value in report["text"].items() if name != "unavailable"},
             **report["collapse"],
         },
@@ -95,6 +96,13 @@ def collect(root: Path) -> dict[str, Any]:
         "commit": next(iter(commits.values())) if len(set(commits.values())) == 1 else None,
         "commits": commits,
     }
+
+
+def at(scores: Any, path: str) -> Any:
+    """What lies on a path of keys; None where it ends before, as where an evaluation was asked for no such row."""
+    for key in path.split("."):
+        scores = scores.get(key) if isinstance(scores, dict) else None
+    return scores
 
 
 def difference(one: float | None, other: float | None) -> float | None:
@@ -135,7 +143,7 @@ def draw(root: Path, summary: dict[str, Any], data: PreparedData, scans: Path) -
     pool = summary["retrieval"]["pool"]
     vqa, report = read(root / "eval" / "vqa" / "scores.json")["closed"], read(root / "eval" / "report" / "scores.json")
     by_finding = {name: entry for name, entry in report["findings"]["per_class"].items() if entry["f1"] is not None}
-    fixed = report["best_fixed"]["findings"]["per_class"]
+    fixed = at(report, "best_fixed.findings.per_class") or {}
     answers = read_lines(root / "eval" / "report" / "predictions.jsonl")
     chosen = [answers[index] for index in sorted({round(place) for place in np.linspace(0, len(answers) - 1, CASES)})]
     known = {study.id: study for split in data.summary["splits"] for study in data.studies(split)}
@@ -144,8 +152,11 @@ def draw(root: Path, summary: dict[str, Any], data: PreparedData, scans: Path) -
         pictures["Losses"] = plots.loss_curves(losses, folder / "losses.png")
     curve = recall_curve(embeddings["image"], embeddings["text"], pool=pool)
     pictures["Retrieval"] = plots.retrieval_curve(curve, folder / "retrieval.png", chance=1 / pool)
-    accuracy, blind = ({kind: scores[kind] for kind in QUESTION_KINDS if kind in scores} for scores in (vqa, vqa["blind"]))
-    pictures["Closed questions"] = plots.vqa_bars(accuracy, blind, folder / "vqa.png")
+    if kinds := [kind for kind in QUESTION_KINDS if kind in vqa]:
+        asked = [row for row in read_lines(root / "eval" / "vqa" / "predictions.jsonl") if row["choices"] not in ([], YES_NO)]
+        chance = float(np.mean([len(right_choices(row["choices"], row["answer"])) / len(row["choices"]) for row in asked]))
+        accuracy, blind = ({kind: scores[kind] for kind in kinds if kind in scores} for scores in (vqa, vqa.get("blind", {})))
+        pictures["Closed questions"] = plots.vqa_bars(accuracy, blind, folder / "vqa.png", chance)
     if by_finding:
         f1, baseline = ({name: entry["f1"] for name, entry in table.items() if name in by_finding} for table in (by_finding, fixed))
         support = {name: entry["support"] for name, entry in by_finding.items()}
@@ -171,7 +182,7 @@ def notes(summary: dict[str, Any]) -> dict[str, str]:
     return {
         "Retrieval": f"The share of scans whose own report is among the first k of {pool} reports, and the other way round.",
         "Closed questions": (
-            f"The likeliest of four answers after the bare question, mean over the kinds {spread(vqa['accuracy'], vqa['interval'])}. "
+            f"The likeliest of the choices after the bare question, mean over the kinds {spread(vqa['accuracy'], vqa['interval'])}. "
             f"Asked to write the letter of the right choice, {value(vqa['letter'])} are right; of answers written freely, "
             f"{value(summary['vqa_open']['exact'])} match word for word; "
             f"of yes/no questions {value(summary['vqa_yes_no']['accuracy'])} are right."

@@ -17,7 +17,7 @@ from med3dvlm import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.arguments import ImageArguments, parse_arguments
 from med3dvlm.checkpoints import locate_model
 from med3dvlm.datasets.augmentation import Augmentation
-from med3dvlm.datasets.features import fingerprint, frozen_features
+from med3dvlm.datasets.features import fingerprint, report_features
 from med3dvlm.datasets.torch import PairCollator, PairDataset
 from med3dvlm.training import StageTrainer, finish, launch, run_training, save_final, train_only
 
@@ -71,14 +71,9 @@ def main() -> None:
 
     if arguments.cache_features and not arguments.train_text:
         model.eval()
-        name = fingerprint(model.text_encoder, str(data.summary["fingerprint"]), arguments.text_pooling, str(arguments.max_text_length))
         with arguments.main_process_first(local=False):
-            (pairs.text_features,) = frozen_features(
-                Path(arguments.data) / "features" / f"text-{name}.safetensors",
-                len(pairs),
-                lambda rows: [model.pool_text(**collator.tokenize([pairs.studies[row].report for row in rows]))],
-                description="texts",
-            )
+            reports = [study.report for study in pairs.studies]
+            pairs.text_features = report_features(Path(arguments.data) / "features", model, collator, reports)
 
     trainer = StageTrainer(model=model, args=arguments, train_dataset=pairs, data_collator=collator, processing_class=tokenizer)
     run_training(trainer, arguments, str(data.summary["fingerprint"]), text_encoder=fingerprint(model.text_encoder))
