@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from med3dvlm.encoders import Size, build_encoder, check_size
@@ -19,6 +19,17 @@ from med3dvlm.encoders import Size, build_encoder, check_size
 LOSSES = ("siglip", "clip")
 POOLINGS = ("cls", "mean")
 IMAGE_POOLINGS = ("mean", "frames")
+
+
+class CXRBertConfig(BertConfig):
+    """CXR-BERT (microsoft/BiomedVLP-CXR-BERT-specialized) as CT-CLIP uses it: a BERT. So its repository's own code is not run."""
+
+    model_type = "cxr-bert"
+
+
+AutoConfig.register(CXRBertConfig.model_type, CXRBertConfig)
+AutoModel.register(CXRBertConfig, BertModel)
+AutoTokenizer.register(CXRBertConfig, BertTokenizer)
 
 
 class Med3DCLIPConfig(PretrainedConfig):
@@ -96,7 +107,7 @@ class Med3DCLIP(PreTrainedModel):
 
     config_class = Med3DCLIPConfig
     main_input_name = "pixel_values"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: Med3DCLIPConfig, text_encoder: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -117,13 +128,6 @@ class Med3DCLIP(PreTrainedModel):
             # CLIP has no bias, and several processes never finish averaging while a parameter waits for a gradient.
             self.register_buffer("logit_bias", bias)
         self.post_init()
-
-    @classmethod
-    def from_text_encoder(cls, config: Med3DCLIPConfig, text_encoder: str) -> "Med3DCLIP":
-        """A new model whose text side starts from pretrained weights, a local directory or a hub id."""
-        encoder = AutoModel.from_pretrained(text_encoder)
-        config.text_config = encoder.config
-        return cls(config, encoder)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Every part brings its own initialisation."""

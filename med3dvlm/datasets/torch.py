@@ -6,6 +6,7 @@ Volumes leave the loader as the whole numbers that are stored, a quarter or half
 device: in training in StageTrainer, which augments them there by their keys, elsewhere in `load_volumes`.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from med3dvlm.datasets.store import PreparedData
 from med3dvlm.processing import Med3DVLMProcessor, Message, branch_mask
 from med3dvlm.prompts import REPORT_PROMPTS, closed_answer, closed_prompt
 from med3dvlm.records import Question, Study
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 def load_volumes(data: PreparedData, studies: Iterable[Study], device: torch.device | str = "cpu") -> Tensor:
@@ -64,16 +67,36 @@ def _stack_images(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 class PairDataset(StudyDataset):
-    """Every study's volume with "text", the report, and "id". Where `text_features` (studies, C) is set, a row has the report's too."""
+    """Every study's volume with "text", the report, and "id". Where `text_features` (studies, C) is set, a row has the report's too.
+
+    Args:
+        sentences: the text is 1 to so many of the report's sentences, drawn in every epoch anew, as ConVIRT draws one (arXiv 2010.00747):
+            then a model learns what a short prompt means, too. None takes the whole report.
+    """
 
     text_features: Tensor | None = None
 
+    def __init__(
+        self, data: PreparedData, split: str, seed: int = 0, augmentation: Augmentation | None = None, sentences: int | None = None
+    ) -> None:
+        super().__init__(data, split, seed, augmentation)
+        self.sentences = sentences
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         study = self.studies[index]
-        row: dict[str, Any] = {**self.image(index), "text": study.report, "id": study.id}
+        row: dict[str, Any] = {**self.image(index), "text": self.text(index), "id": study.id}
         if self.text_features is not None:
             row["text_features"] = self.text_features[index]
         return row
+
+    def text(self, index: int) -> str:
+        report = self.studies[index].report
+        if self.sentences is None:
+            return report
+        told = SENTENCE_END.split(report.strip())
+        random = np.random.default_rng((self.seed, self.epoch, index))
+        count = min(int(random.integers(1, self.sentences + 1)), len(told))
+        return " ".join(told[place] for place in random.choice(len(told), size=count, replace=False))
 
 
 class PairCollator:
