@@ -27,8 +27,12 @@ class CXRBertConfig(BertConfig):
     model_type = "cxr-bert"
 
 
+class CXRBertModel(BertModel):
+    config_class = CXRBertConfig
+
+
 AutoConfig.register(CXRBertConfig.model_type, CXRBertConfig)
-AutoModel.register(CXRBertConfig, BertModel)
+AutoModel.register(CXRBertConfig, CXRBertModel)
 AutoTokenizer.register(CXRBertConfig, BertTokenizer)
 
 
