@@ -23,15 +23,12 @@ Thresholds never come from what is scored, see --threshold_split. med3dvlm/evalu
 import json
 import runpy
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from med3dvlm import evaluation
-from med3dvlm.encoders import count_parameters
-from med3dvlm.encoders.cost import operations
 from med3dvlm.evaluation import detection
 from med3dvlm.files import read_lines, write_lines
 from med3dvlm.metrics.findings import FINDINGS_CT_RATE
@@ -49,17 +46,6 @@ def prompt_directions(embedder: evaluation.Embedder, templates: int) -> Tensor:
         embedded = [embedder.texts([pairs[number][side] for pairs in prompts]).double() for number in range(templates)]  # (K, P) each
         sides.append(torch.nn.functional.normalize(torch.stack(embedded).mean(dim=0), dim=-1))
     return embedder.model.logit_scale.detach().double().cpu().exp() * (sides[0] - sides[1])
-
-
-def encoder_facts(embedder: evaluation.Embedder) -> dict[str, object]:
-    """Name and cost of the image encoder, as the papers' tables have them."""
-    encoder, size = embedder.model.vision_encoder, embedder.data.processor.size
-    return {
-        "name": embedder.model.config.encoder,
-        "parameters": sum(count_parameters(encoder).values()),
-        "operations": operations(deepcopy(encoder).to("meta"), size),
-        "size": list(size),
-    }
 
 
 def main() -> None:
@@ -83,22 +69,22 @@ def main() -> None:
 
     if not arguments.score_only:
         embedder = evaluation.Embedder(arguments.model, data, arguments.device)
-        facts = encoder_facts(embedder)
+        facts = detection.encoder_facts(embedder.model.vision_encoder, embedder.model.config.encoder, data.processor.size)
         evaluation.begin(arguments, embedder.model, data, templates=arguments.templates, encoder=facts)
         directions = prompt_directions(embedder, arguments.templates)
 
         def detect(batch: Sequence[Study]) -> list[dict]:
-            return [detection.row(study, (directions @ embedder.images([study])[0].double()).tolist()) for study in batch]
+            return [detection.row(study.id, (directions @ embedder.images([study])[0].double()).tolist()) for study in batch]
 
         if not all([evaluation.predict(path, evaluation.in_batches(part, arguments.batch_size), detect, about) for path, part in paths.items()]):
             return
         with torch.no_grad():
             air = evaluation.air(data)[None, None].to(embedder.model.device, embedder.model.dtype)  # (1, 1, D, H, W)
             said = directions @ embedder.model.encode_image(air).double().cpu()[0]
-        write_lines(blind, [{"id": "air", "log_odds": dict(zip(FINDINGS_CT_RATE, said.tolist(), strict=True))}])
+        write_lines(blind, [detection.row("air", said.tolist())])
 
     rows = {path: evaluation.predictions(path, [about(study) for study in part]) for path, part in paths.items()}
-    log_odds, *threshold_log_odds = (detection.log_odds_table(lines) for lines in rows.values())
+    log_odds, *threshold_log_odds = (detection.log_odds_table(line["log_odds"] for line in lines) for lines in rows.values())
     record = json.loads((arguments.output / "run.json").read_text(encoding="utf-8"))["identity"]
     published = runpy.run_path(str(PUBLISHED))
     tables = detection.report(
@@ -108,7 +94,7 @@ def main() -> None:
         log_odds,
         (others, whence, threshold_log_odds[0] if others else log_odds[:0]),
         arguments.threshold_rule,
-        detection.log_odds_table(read_lines(blind))[0] if blind.is_file() else None,
+        detection.log_odds_table(line["log_odds"] for line in read_lines(blind))[0] if blind.is_file() else None,
         published["frequencies"](),
         {"encoder": record["encoder"], "templates": record["templates"]},
     )

@@ -9,10 +9,11 @@ Shapes: N studies, K = 18 findings, in the order of FINDINGS_CT_RATE.
 """
 
 import argparse
+import copy
 import csv
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from scipy.special import expit
 from med3dvlm import plots
 from med3dvlm.datasets.ct_rate import LABEL_COLUMNS
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.encoders import Encoder, Size, count_parameters
+from med3dvlm.encoders.cost import operations
 from med3dvlm.evaluation.runs import strangers, training_split, write_scores
 from med3dvlm.files import write_text
 from med3dvlm.metrics.classification import THRESHOLD_RULES
@@ -120,15 +123,21 @@ def threshold_studies(data: PreparedData, evaluated: str, scored: Sequence[Study
     return [], f"{HALF}, since there are no labelled studies of other patients to choose on"
 
 
-def row(study: Study, log_odds: Sequence[float]) -> dict[str, Any]:
+def encoder_facts(encoder: Encoder, name: str, size: Size) -> dict[str, Any]:
+    """Name and cost of an image encoder for volumes of `size`, as the papers' tables have them."""
+    count = operations(copy.deepcopy(encoder).to("meta"), size)
+    return {"name": name, "parameters": sum(count_parameters(encoder).values()), "operations": count, "size": list(size)}
+
+
+def row(identity: str, log_odds: Iterable[float]) -> dict[str, Any]:
     """A line of predictions; to 6 decimals, where float32 ends. A finding of NaN, which was not predicted, is left out."""
     pairs = zip(FINDINGS_CT_RATE, log_odds, strict=True)
-    return {"id": study.id, "log_odds": {name: round(float(value), 6) for name, value in pairs if not np.isnan(value)}}
+    return {"id": identity, "log_odds": {name: round(float(value), 6) for name, value in pairs if not np.isnan(value)}}
 
 
-def log_odds_table(rows: Sequence[Mapping[str, Any]], field: str = "log_odds") -> Table:
-    """(N, K) of lines of predictions; NaN where a finding was not predicted."""
-    return np.array([[line[field].get(name, np.nan) for name in FINDINGS_CT_RATE] for line in rows], dtype=np.float64)
+def log_odds_table(found: Iterable[Mapping[str, float]]) -> Table:
+    """(N, K) of the "log_odds" of lines of predictions; NaN where a finding was not predicted."""
+    return np.array([[log_odds.get(name, np.nan) for name in FINDINGS_CT_RATE] for log_odds in found], dtype=np.float64)
 
 
 def report(
