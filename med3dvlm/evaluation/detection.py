@@ -268,7 +268,7 @@ def _csv(studies: Sequence[Study], log_odds: Table) -> str:
     table.writerow(("VolumeName", *LABEL_COLUMNS))
     for study, values in zip(studies, expit(log_odds).tolist(), strict=True):
         name = f"{study.id.rpartition('/')[2]}.nii.gz" if study.source == "ct_rate" else study.id
-        table.writerow((name, *("" if np.isnan(value) else f"{value:.6g}" for value in values)))
+        table.writerow((name, *("" if np.isnan(value) else f"{value:.9g}" for value in values)))
     return text.getvalue()
 
 
