@@ -60,16 +60,20 @@ def calibration_curve(bins: Sequence[tuple[float, float, int]], path: str | Path
 def _panels(findings: Findings, path: str | Path, draw: Callable[[Any, Any, Any], str], across: str, upwards: str) -> Path:
     check_any(findings, Path(path).stem, "finding")
     rows, columns = -(-len(findings) // COLUMNS), min(COLUMNS, len(findings))
-    page = new_page(max(1.75 * columns + 0.5, 3.2), 2.05 * rows + 0.6)
-    for place, (name, (labels, scores)) in enumerate(findings.items()):
-        axes = page.add_subplot(rows, columns, place + 1)
+    width, height = max(1.6 * columns + 0.7, 3.2), 1.9 * rows + 0.6
+    page = new_page(width, height, layout="none")
+    page.subplots_adjust(left=0.6 / width, right=1 - 0.1 / width, bottom=0.6 / height, top=1 - 0.35 / height, wspace=0.12, hspace=0.38)
+    panels = page.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    panels[0, 0].set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    for axes, (name, (labels, scores)) in zip(panels.flat, findings.items(), strict=False):
         area = draw(axes, labels, scores)
-        axes.set_title(f"{readable(name)}\n{area}", fontsize=7)
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        axes.set_title(f"{readable(name)}\n{area}", fontsize=6.5)
         axes.tick_params(labelsize=6)
-        if place % columns == 0:
-            axes.set_ylabel(upwards, fontsize=7)
-        if place >= len(findings) - columns:
-            axes.set_xlabel(across, fontsize=7)
         plain(axes, grid="both")
+    for axes in panels.flat[len(findings) :]:
+        axes.set_axis_off()
+    for axes in panels[-1]:
+        axes.set_xlabel(across, fontsize=7)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(upwards, fontsize=7)
     return save(page, path)
