@@ -2,7 +2,7 @@
 
     python eval/linear_probe.py --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe
     python eval/linear_probe.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe --score_only
-    python eval/linear_probe.py --model outputs/ct_clip/model --data other/prepared --split test --output other/probe --probe outputs/ct_clip/eval/probe
+    python eval/linear_probe.py --model outputs/ct_clip/model --data other/prepared --output other/probe --probe outputs/ct_clip/eval/probe
 
 Takes the image encoder of a Med3DCLIP, a Med3DVLM, or alone. Its tokens' mean is computed once for each volume and kept in the cache, the layer
 is trained on those by binary cross-entropy (med3dvlm/evaluation/probe.py), and stopped early. Weight decay, the end of training and thresholds
@@ -50,13 +50,16 @@ def training_studies(arguments: argparse.Namespace, data: PreparedData, others: 
     """
     split = arguments.train_split or evaluation.training_split(data, arguments.split)
     if split is None:
-        raise ValueError(f"{data.root} has no split to learn from besides {arguments.split!r}; it has {data.summary['splits']}; name one by --train_split")
+        raise ValueError(
+            f"{data.root} has no split to learn from besides {arguments.split!r}; it has {data.summary['splits']}; name one by --train_split"
+        )
     known = {study.patient for study in data.studies(arguments.split)}
     apart = {study.patient for study in others}
     studies = [study for study in data.studies(split) if study.patient not in apart]
     if common := sorted({study.patient for study in studies} & known):
         raise ValueError(
-            f"{len(common)} patients of split {arguments.split!r} are in {split!r}, too, the first is {common[0]}; a probe may not learn from what is scored"
+            f"{len(common)} patients of split {arguments.split!r} are in {split!r}, too, the first is {common[0]}; "
+            "a probe may not learn from what is scored"
         )
     if not studies:
         raise ValueError(f"no study of split {split!r} is left to learn from; name another --threshold_split")
@@ -107,7 +110,9 @@ def main() -> None:
     parser = evaluation.evaluation_parser(__doc__)
     parser.add_argument("--train_split", help="split to learn from (default: the first whose name begins with train)")
     detection.add_threshold_arguments(parser)
-    parser.add_argument("--decays", type=numbers, default=list(DECAYS), help="weight decays to choose from, as 0.1,0.01 (default: %(default)s)")
+    parser.add_argument(
+        "--decays", type=numbers, default=list(DECAYS), help="weight decays to choose from, as 0.1,0.01 (default: %(default)s)"
+    )
     evaluation.add_flag(parser, "balanced", True, "let present and absent weigh alike in training")
     parser.add_argument("--controls", type=int, default=5, help="probes trained on shuffled labels (default: %(default)s)")
     parser.add_argument("--cache", type=Path, help="folder of the features, which several runs may share (default: OUTPUT/features)")
@@ -123,7 +128,9 @@ def main() -> None:
 
     if not arguments.score_only:
         if not (others or arguments.probe):
-            raise ValueError(f"there are no labelled studies of other patients to stop the training by ({whence}); name a --threshold_split")
+            raise ValueError(
+                f"there are no labelled studies of other patients to stop the training by ({whence}); name a --threshold_split"
+            )
         train = [] if arguments.probe else training_studies(arguments, data, others)
         encoder = FrozenEncoder(arguments.model, data, arguments.device)
         facts = detection.encoder_facts(encoder.encoder, encoder.name, data.processor.size)

@@ -95,7 +95,9 @@ def our_rows(table: dict[str, Any], folder: Path, data_name: str, measures: dict
     if table["task"] == "report" and "text" in scores:
         return [[label, *(of(written(scores["text"]), measures[column]["key"]) for column in table["columns"])]]
     if table["task"] == scores.get("task") and scores["published"]["dcformer"] is not None:
-        return [[label, scores["encoder"]["name"], *(of(scores, measures[name]["key"], COSTS.get(name, unit)) for name in table["columns"])]]
+        return [
+            [label, scores["encoder"]["name"], *(of(scores, measures[name]["key"], COSTS.get(name, unit)) for name in table["columns"])]
+        ]
     if table["task"] == "vqa" and "letter" in scores:
         if table["measure"] != "by row":
             letter = scores["letter"] | {"mean": scores["letter"]["accuracy"]}

@@ -102,7 +102,9 @@ def main() -> None:
     parser = evaluation.evaluation_parser(__doc__)
     parser.add_argument("--max_text_length", type=evaluation.positive, help="tokens of a report (default: what the text encoder takes)")
     parser.add_argument("--pools", type=numbers, help="sizes of pools, as 100,500 (default: those of the papers that the split fills)")
-    parser.add_argument("--ks", type=numbers, default=list(KS), help="k of recall@k and of image to image, as 5,10,50,100 (default: %(default)s)")
+    parser.add_argument(
+        "--ks", type=numbers, default=list(KS), help="k of recall@k and of image to image, as 5,10,50,100 (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     data, studies = evaluation.open_data(arguments)
     pools = arguments.pools or [pool for pool in POOLS if pool <= len(studies)] or [len(studies)]

@@ -51,7 +51,10 @@ def prompt_directions(embedder: evaluation.Embedder, templates: int) -> Tensor:
 def main() -> None:
     parser = evaluation.evaluation_parser(__doc__)
     parser.add_argument(
-        "--templates", type=evaluation.positive, default=1, help=f"prompt pairs averaged, 1 to {len(FINDING_PROMPTS)}; 1 is the published one"
+        "--templates",
+        type=evaluation.positive,
+        default=1,
+        help=f"prompt pairs averaged, 1 to {len(FINDING_PROMPTS)}; 1 is the published one",
     )
     detection.add_threshold_arguments(parser)
     parser.add_argument("--data_name", default="this data", help="what the data is called beside the papers (default: %(default)s)")
@@ -76,7 +79,9 @@ def main() -> None:
         def detect(batch: Sequence[Study]) -> list[dict]:
             return [detection.row(study.id, (directions @ embedder.images([study])[0].double()).tolist()) for study in batch]
 
-        if not all([evaluation.predict(path, evaluation.in_batches(part, arguments.batch_size), detect, about) for path, part in paths.items()]):
+        if not all(
+            [evaluation.predict(path, evaluation.in_batches(part, arguments.batch_size), detect, about) for path, part in paths.items()]
+        ):
             return
         with torch.no_grad():
             air = evaluation.air(data)[None, None].to(embedder.model.device, embedder.model.dtype)  # (1, 1, D, H, W)

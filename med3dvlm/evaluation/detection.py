@@ -26,24 +26,17 @@ from med3dvlm.datasets.ct_rate import LABEL_COLUMNS
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.encoders import Encoder, Size, count_parameters
 from med3dvlm.encoders.cost import operations
+from med3dvlm.evaluation.detection_tables import COMPARED, detection_tables
 from med3dvlm.evaluation.runs import strangers, training_split, write_scores
 from med3dvlm.files import write_text
 from med3dvlm.metrics.classification import THRESHOLD_RULES
 from med3dvlm.metrics.detection import choose_cuts, detection_scores, label_control, reliability
 from med3dvlm.metrics.findings import FINDINGS_CT_RATE
-from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import Study
-from med3dvlm.tables import markdown_table, with_interval
 
 Table = NDArray[np.float64]
 FIFTH = 5  # of a training split at most this part serves for thresholds
 HALF = "0.5 for every finding"
-ROWS = {
-    "model": "this model",
-    "blind": "an empty volume for every study",
-    "shuffled": "the next patient's volume for every study",
-    "everything": "every finding stated of every study",
-}
 
 
 def add_threshold_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +112,10 @@ def threshold_studies(data: PreparedData, evaluated: str, scored: Sequence[Study
         if split != training:
             return studies, f"chosen on split {split!r}, {len(studies)} studies"
         part = part_of_patients(studies, min(len(scored), len(studies) // FIFTH))
-        return part, f"chosen on {len(part)} studies of split {split!r}, whole patients, which training may have seen: there is no third split"
+        return (
+            part,
+            f"chosen on {len(part)} studies of split {split!r}, whole patients, which training may have seen: there is no third split",
+        )
     return [], f"{HALF}, since there are no labelled studies of other patients to choose on"
 
 
@@ -178,7 +174,12 @@ def report(
     columns["everything"] = np.ones_like(log_odds)
     found = {
         name: detection_scores(
-            labels, column, np.zeros(len(FINDINGS_CT_RATE)) if name == "everything" else rules[rule], FINDINGS_CT_RATE, patients, rules.get("nearest")
+            labels,
+            column,
+            np.zeros(len(FINDINGS_CT_RATE)) if name == "everything" else rules[rule],
+            FINDINGS_CT_RATE,
+            patients,
+            rules.get("nearest"),
         )
         for name, column in columns.items()
     }
@@ -190,75 +191,13 @@ def report(
         **found["model"],
         "calibration": calibration,
         "permuted_labels": control,
-        **{name: found.get(name) for name in ROWS if name != "model"},
+        **{name: found.get(name) for name in COMPARED if name != "model"},
     }
-    tables = _tables(scores, found, frequencies, remarks)
+    tables = detection_tables(scores, found, frequencies, remarks)
     write_text(output / "probabilities.csv", _csv(studies, log_odds))
     _draw(output, scores, labels, log_odds)
     write_scores(output / "scores.json", scores, tables)
     return tables
-
-
-def _tables(
-    scores: Mapping[str, Any], columns: Mapping[str, Mapping[str, Any]], frequencies: Mapping[str, tuple[float, float]], remarks: Sequence[str]
-) -> str:
-    """Overall, by published definition, by finding, and the sentences that go with them."""
-
-    def cell(entry: Mapping[str, Any], *path: str) -> str | None:
-        value: Any = entry
-        for key in path:
-            value = value.get(key) if value is not None else None
-        return with_interval(value, entry["intervals"].get(".".join(path)))
-
-    own = [
-        [ROWS[name], *(cell(entry, "macro", key) for key in ("auroc", "auprc", "f1", "accuracy")),
-         *(cell(entry, "published", "dcformer", key) for key in ("accuracy", "f1", "precision", "recall"))]
-        for name, entry in columns.items()
-    ]  # fmt: skip
-    header = ("", "AUROC", "AUPRC", "F1", "accuracy", *(f"DCFormer's {name}" for name in ("accuracy", "F1", "precision", "recall")))
-    published, control = scores["published"], scores["permuted_labels"]
-    names = ("auroc", "accuracy", "f1", "precision", "recall", "crg")
-    defined = [[title, *((published[key] or {}).get(name) for name in names)] for key, title in DEFINITIONS.items()]
-    by_finding = []
-    for name, entry in scores["per_class"].items():
-        spans = {figure: scores["intervals"].get(f"{figure}.{name}") for figure in ("auroc", "auprc", "f1")}
-        by_finding.append(
-            [name.replace("_", " "), f"{entry['support']} of {entry['studies']}", entry["support"] / entry["studies"], *frequencies.get(name, (None, None)),
-             *(with_interval(entry[figure], spans[figure]) for figure in ("auroc", "auprc")), entry["threshold"],
-             *(entry[figure] for figure in ("accuracy", "precision", "recall")), with_interval(entry["f1"], spans["f1"])]
-        )  # fmt: skip
-    heads = ("finding", "present", "share", "CT-RATE train", "CT-RATE validation", "AUROC", "AUPRC", "threshold", "accuracy", "precision", "recall", "F1")
-    calibration, rule = scores["calibration"], scores["thresholds"]["rule"]
-    sentences = [
-        f"Mean over the findings of {scores['studies']} studies; a study counts for the findings that it has labels of, and DCFormer's figures are those "
-        f"of the {published['studies']} studies with all labels. In brackets 95 % of bootstrap resamples of the patients.",
-        f"Thresholds: {scores['thresholds']['from']}{f', rule {rule}' if rule else ''}. DCFormer's figures take 0.5.",
-        f"Against labels dealt out anew among the patients, {control['permutations']} times: macro AUROC {_span(control)}.",
-        f"Calibration error {calibration['ece']:.3f}, Brier score {calibration['brier']:.3f}.",
-        *([f"Without AUROC, as all studies have them or none: {_listed(scores['one_class'])}."] if scores["one_class"] else []),
-        *([f"Without decisions, as no threshold could be chosen: {_listed(scores['undecided'])}."] if scores["undecided"] else []),
-        *remarks,
-    ]
-    parts = [f"*{RESEARCH_NOTICE}*", markdown_table(header, own), markdown_table(("definition", "AUROC", "accuracy", "F1", "precision", "recall", "CRG"), defined)]
-    return "\n\n".join([*parts, markdown_table(heads, by_finding), "\n".join(f"- {sentence}" for sentence in sentences)])
-
-
-DEFINITIONS = {
-    "dcformer": "DCFormer: 0.5; all decisions together, F1 weighted by positives",
-    "ct_clip": "CT-CLIP: point nearest to (0, 1); mean of findings, F1 weighted over present and absent",
-    "vlm3d": "VLM3D: thresholds as below; mean of findings",
-}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(name.replace("_", " ") for name in names)
-
-
-def _span(control: Mapping[str, Any]) -> str:
-    if control["macro_auroc"] is None:
-        return "none"
-    low, high = control["range"]
-    return f"{control['macro_auroc']:.3f} (95 %: {low:.3f} to {high:.3f}), p = {control['p_value']:.3f} for the true labels"
 
 
 def _csv(studies: Sequence[Study], log_odds: Table) -> str:

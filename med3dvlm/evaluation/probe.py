@@ -58,7 +58,9 @@ class FrozenEncoder:
             self.encoder, processor = load_encoder(path), VolumeProcessor.from_pretrained(path)
             self.name = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["encoder"]
         else:
-            raise ValueError(f"{path} holds a {kind} model, which has no image encoder; name a Med3DCLIP, a Med3DVLM or a converted encoder")
+            raise ValueError(
+                f"{path} holds a {kind} model, which has no image encoder; name a Med3DCLIP, a Med3DVLM or a converted encoder"
+            )
         same_preprocessing(processor, data)
         self.encoder.to(device).requires_grad_(False)
         self.device = device
@@ -100,7 +102,9 @@ class LinearProbe:
     def log_odds(self, features: Tensor) -> NDArray[np.float64]:
         """(N, F) -> (N, K)"""
         if features.shape[1] != self.weight.shape[1]:
-            raise ValueError(f"the probe takes {self.weight.shape[1]} features, but the encoder gives {features.shape[1]}; train it on this one")
+            raise ValueError(
+                f"the probe takes {self.weight.shape[1]} features, but the encoder gives {features.shape[1]}; train it on this one"
+            )
         return (features.double() @ self.weight.T + self.bias).numpy()
 
     def save(self, folder: Path, about: Mapping[str, Any]) -> None:
@@ -152,12 +156,12 @@ def fit(
     """
     train, validation = (torch.from_numpy(np.asarray(table)).double() for table in labels)
     usable = [
-        index
-        for index in range(len(names))
-        if {0.0, 1.0} <= set(train[:, index].tolist()) and not validation[:, index].isnan().all()
+        index for index in range(len(names)) if {0.0, 1.0} <= set(train[:, index].tolist()) and not validation[:, index].isnan().all()
     ]
     if not usable:
-        raise ValueError("no finding is both present and absent in the training studies and known in the validation ones; there is nothing to learn")
+        raise ValueError(
+            "no finding is both present and absent in the training studies and known in the validation ones; there is nothing to learn"
+        )
     train, validation = train[:, usable], validation[:, usable]
     mean, spread = features[0].double().mean(dim=0), features[0].double().std(dim=0, correction=0)
     spread = torch.where(spread == 0, 1.0, spread)
@@ -177,18 +181,22 @@ def fit(
     for decay in decays:
         weight = torch.zeros(len(usable), inputs[0].shape[1], dtype=torch.float64, requires_grad=True)
         bias = torch.zeros(len(usable), dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=ROUND, line_search_fn="strong_wolfe", tolerance_grad=1e-9, tolerance_change=1e-12)
+        optimizer = torch.optim.LBFGS(
+            [weight, bias], max_iter=ROUND, line_search_fn="strong_wolfe", tolerance_grad=1e-9, tolerance_change=1e-12
+        )
 
-        def closure(weight: Tensor = weight, bias: Tensor = bias, decay: float = decay, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+        def closure(
+            weight: Tensor = weight, bias: Tensor = bias, decay: float = decay, optimizer: torch.optim.Optimizer = optimizer
+        ) -> Tensor:
             optimizer.zero_grad()
             value = loss(weight, bias, 0) + decay / 2 * weight.square().sum()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             return value
 
         lowest, lowest_round = float("inf"), 0
         for number in range(1, ROUNDS + 1):
             before = weight.detach().clone()
-            optimizer.step(closure)  # type: ignore[no-untyped-call]
+            optimizer.step(closure)
             with torch.no_grad():
                 value = float(loss(weight, bias, 1))
             if value < lowest:

@@ -14,7 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from med3dvlm.metrics.classification import auprc, auroc, choose_thresholds, ct_clip_scores, dcformer_scores, precision_recall_f1, vlm3d_scores
+from med3dvlm.metrics.classification import (
+    auprc,
+    auroc,
+    choose_thresholds,
+    ct_clip_scores,
+    dcformer_scores,
+    precision_recall_f1,
+    vlm3d_scores,
+)
 from med3dvlm.metrics.intervals import Statistic, auroc_of, average_precision_of, f1_of, intervals, mean_of, mean_over, ratio_of
 
 Table = NDArray[np.float64]
@@ -72,7 +80,7 @@ def detection_scores(
     for name in statistics:
         spans |= {f"{name}.{finding}": span for finding, span in zip(names, spans.pop(name), strict=True)}
     if published_statistics:
-        spans |= intervals(published_statistics, [patients[row] for row in whole])
+        spans |= intervals(published_statistics, [patients[row] for row in whole.tolist()])
     return {
         "studies": len(labels),
         "macro": {key: _mean([entry[key] for entry in per_class.values()]) for key in ("auroc", "auprc", "f1", "accuracy")},
@@ -87,9 +95,7 @@ def detection_scores(
 def macro_auroc(labels: Table, log_odds: Table) -> float:
     """The mean over the findings that are present in some studies and absent in others; NaN where there is none."""
     areas = [
-        auroc(labels[rows][:, [finding]], log_odds[rows][:, [finding]])["macro"]
-        for finding, rows in enumerate(_known(labels))
-        if len(rows)
+        auroc(labels[rows][:, [finding]], log_odds[rows][:, [finding]])["macro"] for finding, rows in enumerate(_known(labels)) if len(rows)
     ]
     found = [area for area in areas if area is not None]
     return float(np.mean(found)) if found else float("nan")
@@ -124,7 +130,12 @@ def label_control(labels: Table, log_odds: Table, patients: Sequence[Any], permu
     if not len(areas) or np.isnan(true):
         return {"permutations": permutations, "macro_auroc": None, "range": None, "p_value": None}
     share = (int((areas >= true).sum()) + 1) / (len(areas) + 1)
-    return {"permutations": permutations, "macro_auroc": float(areas.mean()), "range": np.quantile(areas, [0.025, 0.975]).tolist(), "p_value": share}
+    return {
+        "permutations": permutations,
+        "macro_auroc": float(areas.mean()),
+        "range": np.quantile(areas, [0.025, 0.975]).tolist(),
+        "p_value": share,
+    }
 
 
 def reliability(labels: Table, log_odds: Table, bins: int = 10) -> dict[str, Any]:
@@ -153,7 +164,12 @@ def _known(labels: Table) -> list[NDArray[np.int64]]:
 def _finding(labels: Table, log_odds: Table, cut: float) -> dict[str, Any]:
     """The figures of one finding, labels and log-odds (n,) of the studies that have its label."""
     truth, belief = labels[:, None], log_odds[:, None]
-    entry = {"studies": len(labels), "support": int(labels.sum()), "auroc": auroc(truth, belief)["macro"], "auprc": auprc(truth, belief)["macro"]}
+    entry = {
+        "studies": len(labels),
+        "support": int(labels.sum()),
+        "auroc": auroc(truth, belief)["macro"],
+        "auprc": auprc(truth, belief)["macro"],
+    }
     if np.isnan(cut):
         return entry | NOTHING
     stated = belief >= cut

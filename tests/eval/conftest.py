@@ -120,9 +120,16 @@ def chests(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     prepare(root / "CT-RATE", studies, [], processor, root / "prepared")
     data = PreparedData(root / "prepared")
     torch.manual_seed(2)
-    tokenizer = train_tokenizer([*FINDINGS_CT_RATE, *(text for name in FINDINGS_CT_RATE for pair in finding_prompts(name, 4) for text in pair)])
+    tokenizer = train_tokenizer(
+        [*FINDINGS_CT_RATE, *(text for name in FINDINGS_CT_RATE for pair in finding_prompts(name, 4) for text in pair)]
+    )
     text_config = BertConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
     )
     options = {"widths": (8, 8, 16, 16, 32), "layer_scale": 0.1}
     config = Med3DCLIPConfig("dcformer_nano", options, SIZE, text_config=text_config, projection_dim=24, loss="clip")

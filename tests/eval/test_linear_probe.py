@@ -144,9 +144,14 @@ def test_same_bytes_each_time_and_features_once(whole: Path, run: Run, arguments
         assert {name: (tmp_path / folder / name).read_bytes() for name in FILES} == before
 
 
-def test_a_stored_probe_is_taken_to_other_data(whole: Path, run: Run, arguments: list[object], demo: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_stored_probe_is_taken_to_other_data(
+    whole: Path, run: Run, arguments: list[object], demo: SimpleNamespace, tmp_path: Path
+) -> None:
     run("linear_probe", *arguments, "--output", tmp_path / "out", "--probe", whole)
-    one, other = ([json.loads(line)["log_odds"] for line in (folder / "predictions.jsonl").read_text().splitlines()] for folder in (whole, tmp_path / "out"))
+    one, other = (
+        [json.loads(line)["log_odds"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        for folder in (whole, tmp_path / "out")
+    )
     assert one == other
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["shuffled_labels"] is None
     with pytest.raises(ValueError, match="a probe of another encoder"):
@@ -158,7 +163,9 @@ def test_a_stored_probe_is_taken_to_other_data(whole: Path, run: Run, arguments:
         probe.log_odds(torch.zeros(2, 33))
 
 
-def test_any_model_with_an_encoder_and_wrong_input(demo: SimpleNamespace, chests: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path) -> None:
+def test_any_model_with_an_encoder_and_wrong_input(
+    demo: SimpleNamespace, chests: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path
+) -> None:
     clip, vlm = (FrozenEncoder(str(path), demo.data, "cpu") for path in (demo.clip, demo.model))
     volume = load_volumes(demo.data, demo.data.studies("test")[:1])
     assert torch.equal(clip.pooled(volume), vlm.pooled(volume)) and clip.name == vlm.name == "dcformer_nano"
@@ -167,7 +174,7 @@ def test_any_model_with_an_encoder_and_wrong_input(demo: SimpleNamespace, chests
     out = ("--output", tmp_path / "out")
     with pytest.raises(ValueError, match="to stop the training by .*; name a --threshold_split"):
         run("linear_probe", *arguments, *out, "--threshold_split", "none")
-    with pytest.raises(ValueError, match="32 patients|24 patients of split 'valid_fixed' are in 'valid_fixed', too"):
+    with pytest.raises(ValueError, match="24 patients of split 'valid_fixed' are in 'valid_fixed', too"):
         run("linear_probe", *arguments, *out, "--train_split", "valid_fixed")
     with pytest.raises(ValueError, match="is left to learn from; name another --threshold_split"):
         run("linear_probe", *arguments, *out, "--threshold_split", "train_fixed")

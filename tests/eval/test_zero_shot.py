@@ -127,7 +127,9 @@ def test_what_can_be_had_without_looking(whole: Path, chests: SimpleNamespace) -
     model, tokenizer, _ = load_clip(chests.clip)
     texts = tokenizer(["Emphysema is present.", "Emphysema is not present."], padding=True, return_tensors="pt")
     with torch.no_grad():
-        similar = model.encode_text(texts["input_ids"], texts["attention_mask"]) @ model.encode_image(torch.full((1, 1, 32, 64, 64), -1.0))[0]
+        similar = (
+            model.encode_text(texts["input_ids"], texts["attention_mask"]) @ model.encode_image(torch.full((1, 1, 32, 64, 64), -1.0))[0]
+        )
     assert air["emphysema"] == pytest.approx(float(model.logit_scale.exp() * (similar[0] - similar[1])), abs=2e-5)
 
 
@@ -173,8 +175,22 @@ def test_a_killed_run_continues_to_the_same_bytes(whole: Path, run: Run, argumen
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes(whole: Path, shell: Callable[..., str], free_port: str, arguments: list[object], tmp_path: Path) -> None:
-    shell("torchrun", "--nproc_per_node", 2, "--master_port", free_port, "eval/zero_shot.py", *arguments, "--output", tmp_path, "--batch_size", 4)
+def test_two_processes_write_the_same_bytes(
+    whole: Path, shell: Callable[..., str], free_port: str, arguments: list[object], tmp_path: Path
+) -> None:
+    shell(
+        "torchrun",
+        "--nproc_per_node",
+        2,
+        "--master_port",
+        free_port,
+        "eval/zero_shot.py",
+        *arguments,
+        "--output",
+        tmp_path,
+        "--batch_size",
+        4,
+    )
     assert all((tmp_path / name).read_bytes() == (whole / name).read_bytes() for name in FILES)
     assert not list(tmp_path.glob("*.part"))
 
@@ -247,7 +263,9 @@ def test_where_thresholds_come_from() -> None:
     assert {one.split for one in threshold_studies(made_up(*train, *unlabelled, *test), "test", test, None)[0]} == {"train"}
     assert threshold_studies(made_up(*test), "test", test, None)[0] == []
     assert threshold_studies(made_up(*train, *test), "test", test, "train")[0] == train
-    with pytest.raises(ValueError, match="has 6 patients of split 'valid_fixed', the first is v0; thresholds may not come from what is scored"):
+    with pytest.raises(
+        ValueError, match="has 6 patients of split 'valid_fixed', the first is v0; thresholds may not come from what is scored"
+    ):
         threshold_studies(made_up(*valid, *again), "valid_fixed", again, "valid")
     with pytest.raises(ValueError, match="thresholds may not come from what is scored"):
         threshold_studies(made_up(*train, *test), "test", test[:2], "test")
@@ -275,7 +293,9 @@ def refused(run: Run, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return call
 
 
-def test_wrong_input(refused: Callable[..., str], demo: SimpleNamespace, chests: SimpleNamespace, arguments: list[object], tmp_path: Path) -> None:
+def test_wrong_input(
+    refused: Callable[..., str], demo: SimpleNamespace, chests: SimpleNamespace, arguments: list[object], tmp_path: Path
+) -> None:
     out = ("--output", tmp_path / "out")
     assert "prepare" in refused("--model", demo.clip, *arguments[2:], *out)  # made for another recipe
     assert "holds a med3dvlm model, which embeds nothing" in refused("--model", demo.model, *arguments[2:], *out)
