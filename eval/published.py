@@ -1,4 +1,4 @@
-"""The tables of the papers (eval/published.yaml), with what runs of retrieval.py, report_gen.py or vqa.py reached below their rows.
+"""The tables of the papers (eval/published.yaml), with what the runs of the evaluations reached below their rows.
 
     python eval/compare.py --published outputs/demo
     python eval/compare.py --published outputs/paper/eval/report --data_name M3D-Cap --output outputs/paper/published
@@ -21,6 +21,7 @@ from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS
 
 TABLES = Path(__file__).with_name("published.yaml")
+COSTS = {"Params (M)": 1e-6, "GFLOPS": 1e-9}  # columns that are in no table's unit
 BERTSCORE_MODEL = "roberta-large, layer 17"  # the papers'
 
 
@@ -78,7 +79,7 @@ def our_rows(table: dict[str, Any], folder: Path, data_name: str, measures: dict
     scores, label = read(folder / "scores.json"), f"this run, {data_name}"
     unit = 100 if table["unit"] == "%" else 1
 
-    def of(scores: dict[str, Any], key: str | None) -> float | None:
+    def of(scores: dict[str, Any], key: str | None, unit: float = unit) -> float | None:
         value: Any = scores
         for part in (key or "-").split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -91,8 +92,10 @@ def our_rows(table: dict[str, Any], folder: Path, data_name: str, measures: dict
         return [[label, key.format(entry["pool"]), *row] for entry, row in zip(pools, figures, strict=True)]
     if table["task"] == "report" and "text" in scores:
         return [[label, *(of(written(scores["text"]), measures[column]["key"]) for column in table["columns"])]]
-    if table["task"] == "detection" and "published" in scores:
-        return [[label, "-", *(of(scores, measures[column]["key"]) for column in table["columns"])]]
+    if table["task"] == scores.get("task") and scores["published"]["dcformer"] is not None:
+        return [
+            [label, scores["encoder"]["name"], *(of(scores, measures[name]["key"], COSTS.get(name, unit)) for name in table["columns"])]
+        ]
     if table["task"] == "vqa" and "letter" in scores:
         if table["measure"] != "by row":
             letter = scores["letter"] | {"mean": scores["letter"]["accuracy"]}
@@ -109,6 +112,23 @@ def written(text: dict[str, Any]) -> dict[str, Any]:
     """The scores of texts without a BERTScore of another model than the papers', which has another scale."""
     other = text.get("bertscore_model", BERTSCORE_MODEL) != BERTSCORE_MODEL
     return {name: value for name, value in text.items() if not (other and name.startswith("bertscore"))}
+
+
+def write_beside(folder: Path, data_name: str) -> str:
+    """published.md of one run: the papers' tables that it has figures for, with its own below; a sentence where there is none."""
+    try:
+        text = beside_papers([folder], data_name)[0]
+    except ValueError as error:
+        text = f"Nothing stands beside the papers: {error}."
+    text = f"*{RESEARCH_NOTICE}*\n\n{text}\n"
+    write_text(folder / "published.md", text)
+    return text
+
+
+def frequencies() -> dict[str, tuple[float, float]]:
+    """The share of CT-RATE's training and validation split that shows a finding (DCFormer paper, Table 5), by our name of it."""
+    table = yaml.safe_load(TABLES.read_text(encoding="utf-8"))["tables"]["dcformer_5"]
+    return {row[0].lower().replace(" ", "_"): (row[3], row[4]) for row in table["rows"]}
 
 
 def runs_below(folder: Path) -> list[Path]:

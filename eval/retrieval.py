@@ -1,7 +1,7 @@
 """Retrieval of a Med3DCLIP: which report belongs to a volume, and which volume to a report.
 
     python eval/retrieval.py --model outputs/demo/stage1 --data outputs/demo/prepared --output outputs/demo/eval/retrieval
-    python eval/retrieval.py --data outputs/demo/prepared --output outputs/demo/eval/retrieval --score_only --pools 50,100
+    python eval/retrieval.py --data outputs/demo/prepared --output outputs/demo/eval/retrieval --score_only --pools 50,100 --ks 5,10,50,100
 
 Every study is embedded once, to embeddings.safetensors. A pool is the first 100, 500, 1000 or 2000 studies of the split, as far as it has
 that many, or all of a smaller split. predictions.jsonl has the rank of each one's partner among the whole split, from 1; a tie counts
@@ -10,6 +10,8 @@ against the partner. An interval is a 95 % bootstrap over patients, who are draw
     any_of_equal   the same where the report of another study counts as right if it has the same words, or its volume the same voxels
     shuffled       the same with another patient's volume in the place of each, each volume once
     chance         what is expected of a random order
+    image_to_image where studies have labels, volumes found by a volume of another patient: mean average precision by a shared finding, and
+                   the share of findings in common that CT-CLIP gives by that name (med3dvlm/metrics/shared_findings.py)
 """
 
 import base64
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from med3dvlm import evaluation
 from med3dvlm.datasets.duplicates import equal, groups, words
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.evaluation.image_to_image import image_to_image_scores, image_to_image_table
 from med3dvlm.files import whole_file, write_lines
 from med3dvlm.metrics.intervals import intervals, mean_of, median_of
 from med3dvlm.metrics.retrieval import rank_values, retrieval_ranks, retrieval_scores
@@ -62,24 +65,28 @@ def equal_studies(data: PreparedData, studies: Sequence[Study]) -> list[int]:
     return groups(len(studies), [(group[0], other) for group in same for other in group[1:]])
 
 
-def score(images: torch.Tensor, texts: torch.Tensor, pool: int, studies: Sequence[Study], alike: Sequence[int]) -> dict[str, Any]:
+def score(
+    images: torch.Tensor, texts: torch.Tensor, pool: int, studies: Sequence[Study], alike: Sequence[int], ks: Sequence[int] = KS
+) -> dict[str, Any]:
     """The figures of one pool: embeddings (N, P) of the whole split, its studies, and for each a number that equal ones share."""
-    scores = retrieval_scores(images, texts, KS, pool, alike)
+    scores = retrieval_scores(images, texts, ks, pool, alike)
     for forgiving, entry in ((None, scores), (alike, scores["any_of_equal"])):
         for way, ranks in retrieval_ranks(images, texts, pool, forgiving).items():
-            statistics = {name: mean_of(values) for name, values in rank_values(ranks, KS).items()}
+            statistics = {name: mean_of(values) for name, values in rank_values(ranks, ks).items()}
             spans = intervals(statistics | {"median_rank": median_of(ranks)}, [study.patient for study in studies[:pool]])
             entry[way]["intervals"] = spans
     if others := evaluation.strangers(studies):
-        scores["shuffled"] = {way: retrieval_scores(images[others], texts, KS, pool)[way] for way in WAYS}
+        scores["shuffled"] = {way: retrieval_scores(images[others], texts, ks, pool)[way] for way in WAYS}
     harmonic = float((1 / np.arange(1, pool + 1)).mean())
-    scores["chance"] = {f"r{k}": min(k / pool, 1.0) for k in KS} | {"median_rank": (pool + 1) / 2, "mrr": harmonic}
+    scores["chance"] = {f"r{k}": min(k / pool, 1.0) for k in ks} | {"median_rank": (pool + 1) / 2, "mrr": harmonic}
+    if found := image_to_image_scores(images[:pool], studies[:pool], ks):
+        scores["image_to_image"] = found
     return scores
 
 
-def table(scores: dict[str, Any]) -> str:
+def table(scores: dict[str, Any], ks: Sequence[int] = KS) -> str:
     """A line a pool, direction and way of counting."""
-    names = [*(f"r{k}" for k in KS), "median_rank", "mrr"]
+    names = [*(f"r{k}" for k in ks), "median_rank", "mrr"]
     rows = []
     for entry in scores.values():
         for way in WAYS:
@@ -97,15 +104,19 @@ def table(scores: dict[str, Any]) -> str:
                     rows.append(
                         [entry["pool"], way.replace("_", " "), part, *(evaluation.with_interval(cells[n], spans.get(n)) for n in names)]
                     )
-    header = ("pool", "direction", "counted", *(f"R@{k}" for k in KS), "median rank", "MRR")
+    header = ("pool", "direction", "counted", *(f"R@{k}" for k in ks), "median rank", "MRR")
     last = list(scores.values())[-1]
-    return f"{evaluation.markdown_table(header, rows)}\n\n{last['any_of_equal']['duplicated']} of {last['pool']} studies have an equal one."
+    equal_ones = f"{last['any_of_equal']['duplicated']} of {last['pool']} studies have an equal one."
+    return "\n\n".join(filter(None, [evaluation.markdown_table(header, rows), equal_ones, image_to_image_table(scores, ks)]))
 
 
 def main() -> None:
     parser = evaluation.evaluation_parser(__doc__)
     parser.add_argument("--max_text_length", type=evaluation.positive, help="tokens of a report (default: what the text encoder takes)")
     parser.add_argument("--pools", type=numbers, help="sizes of pools, as 100,500 (default: those of the papers that the split fills)")
+    parser.add_argument(
+        "--ks", type=numbers, default=list(KS), help="k of recall@k and of image to image, as 5,10,50,100 (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     data, studies = evaluation.open_data(arguments)
     pools = arguments.pools or [pool for pool in POOLS if pool <= len(studies)] or [len(studies)]
@@ -152,9 +163,9 @@ def main() -> None:
     if len(stored["image"]) != len(studies):
         raise ValueError(f"{embedded} holds {len(stored['image'])} studies, not {len(studies)}; delete it or choose another --output")
     alike = equal_studies(data, studies)
-    scores = {f"pool_{pool}": score(stored["image"], stored["text"], pool, studies, alike) for pool in pools}
-    evaluation.write_scores(arguments.output / "scores.json", scores, table(scores))
-    print(table(scores))
+    scores = {f"pool_{pool}": score(stored["image"], stored["text"], pool, studies, alike, arguments.ks) for pool in pools}
+    evaluation.write_scores(arguments.output / "scores.json", scores, table(scores, arguments.ks))
+    print(table(scores, arguments.ks))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,22 @@ REPORT_PROMPTS = (
     "Write the report of this scan.",
     "What does the scan show?",
 )
+# That a finding is there and that it is not, for zero-shot detection. The first pair is that of CT-CLIP (arXiv 2403.17834) and DCFormer (2502.05091).
+FINDING_PROMPTS = (
+    ("{Finding} is present.", "{Finding} is not present."),
+    ("There is {finding}.", "There is no {finding}."),
+    ("{Finding} is seen.", "{Finding} is not seen."),
+    ("Findings of {finding}.", "No evidence of {finding}."),
+)
+
+
+def finding_prompts(finding: str, templates: int = 1) -> list[tuple[str, str]]:
+    """The first so many pairs about a finding: "lung_nodule" -> [("Lung nodule is present.", "Lung nodule is not present."), ...]."""
+    words = finding.replace("_", " ")
+    return [
+        (present.format(Finding=words.capitalize(), finding=words), absent.format(Finding=words.capitalize(), finding=words))
+        for present, absent in FINDING_PROMPTS[:templates]
+    ]
 
 
 def closed_prompt(question: str, choices: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from med3dvlm.encoders import ENCODERS, Size, build_encoder, count_parameters
+from med3dvlm.encoders import ENCODERS, Encoder, Size, build_encoder, count_parameters
 from med3dvlm.encoders.base import written
 
 logger = logging.getLogger(__name__)
@@ -79,13 +79,17 @@ def count(name: str, size: Size | None = None) -> Cost:
     with torch.device("meta"):
         encoder = build_encoder(name, size=size).eval()
         size = size or ENCODERS[name][1].get("size", PAPER_SIZE)
-        volume = torch.empty(1, 1, *size)
+    return Cost(size, sum(count_parameters(encoder).values()), operations(encoder, size))
+
+
+def operations(encoder: Encoder, size: Size) -> int:
+    """Of an encoder on the meta device, for a volume of `size`."""
     # The counter takes two for a multiply-accumulate.
     per_value: dict[Any, Callable[..., int]] = {norm: lambda shape, *_, **__: 4 * torch.Size(shape).numel() for norm in NORMS}
     counter = FlopCounterMode(display=False, custom_mapping=per_value)
     with torch.no_grad(), counter:
-        encoder(volume)
-    return Cost(size, sum(count_parameters(encoder).values()), counter.get_total_flops() // 2)
+        encoder(torch.empty(1, 1, *size, device="meta"))
+    return counter.get_total_flops() // 2
 
 
 def measure(name: str, size: Size, runs: int = 3) -> Measurement:

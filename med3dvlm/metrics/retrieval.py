@@ -44,7 +44,7 @@ def retrieval_scores(
         ValueError: if the shapes do not fit, the pool is larger than the data, a k is below 1, or an embedding is not
             finite.
     """
-    _check_ks(ks)
+    check_ks(ks)
     ranks = retrieval_ranks(image_embeddings, text_embeddings, pool)
     scores: dict[str, Any] = {direction: _summary(values, ks) for direction, values in ranks.items()}
     scores["pool"] = len(ranks["image_to_text"])
@@ -61,7 +61,7 @@ def retrieval_ranks(image_embeddings: Any, text_embeddings: Any, pool: int | Non
 
     Arguments and errors as for `retrieval_scores`.
     """
-    images, texts = _normalised(image_embeddings, "image_embeddings"), _normalised(text_embeddings, "text_embeddings")
+    images, texts = normalised(image_embeddings, "image_embeddings"), normalised(text_embeddings, "text_embeddings")
     if images.shape != texts.shape:
         raise ValueError(f"image_embeddings are {images.shape} and text_embeddings {texts.shape}; they must be pairs of one width.")
     if groups is not None and len(groups) != len(images):
@@ -76,7 +76,7 @@ def retrieval_ranks(image_embeddings: Any, text_embeddings: Any, pool: int | Non
 
 def rank_values(ranks: NDArray[np.int64], ks: Sequence[int] = (1, 5, 10)) -> dict[str, NDArray[np.float64]]:
     """`{"r1": (N,), ..., "mrr": (N,)}`, one value a query, whose means are the scores: for intervals and tests of pairs."""
-    _check_ks(ks)
+    check_ks(ks)
     return {f"r{k}": (ranks <= k).astype(np.float64) for k in ks} | {"mrr": 1 / ranks}
 
 
@@ -90,7 +90,7 @@ def recall_curve(
     ranks = retrieval_ranks(image_embeddings, text_embeddings, pool)
     size = len(ranks["image_to_text"])
     ks = range(1, size + 1) if ks is None else ks
-    _check_ks(ks)
+    check_ks(ks)
     curves = {}
     for direction, values in ranks.items():
         found = np.cumsum(np.bincount(values, minlength=size + 1)) / size  # by k, from 0
@@ -100,7 +100,7 @@ def recall_curve(
 
 def partner_ranks(queries: Any, candidates: Any) -> NDArray[np.int64]:
     """(N,) ranks, from 1, of candidate i among all candidates for query i, by cosine similarity, ties against it."""
-    return _ranks(_normalised(queries, "queries"), _normalised(candidates, "candidates"), None)
+    return _ranks(normalised(queries, "queries"), normalised(candidates, "candidates"), None)
 
 
 def _ranks(queries: NDArray[np.float64], candidates: NDArray[np.float64], equal: NDArray[np.int64] | None) -> NDArray[np.int64]:
@@ -121,7 +121,7 @@ def _ranks(queries: NDArray[np.float64], candidates: NDArray[np.float64], equal:
     return ranks
 
 
-def _normalised(embeddings: Any, name: str) -> NDArray[np.float64]:
+def normalised(embeddings: Any, name: str) -> NDArray[np.float64]:
     if hasattr(embeddings, "detach"):  # a torch tensor, without importing torch; numpy knows no bfloat16
         embeddings = embeddings.detach().float().cpu().numpy()
     array = np.asarray(embeddings, dtype=np.float64)
@@ -142,6 +142,6 @@ def _summary(ranks: NDArray[np.int64], ks: Sequence[int]) -> dict[str, float]:
     return recalls | {"median_rank": float(np.median(ranks)), "mrr": means["mrr"]}
 
 
-def _check_ks(ks: Sequence[int]) -> None:
+def check_ks(ks: Sequence[int]) -> None:
     if not len(ks) or min(ks) < 1:
         raise ValueError(f"ks={list(ks)}: give at least one k, each 1 or more.")

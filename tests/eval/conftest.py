@@ -13,10 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMProcessor, VolumeProcessor, evaluation
-from med3dvlm.datasets import m3d
+from med3dvlm.datasets import ct_rate, m3d
 from med3dvlm.datasets.phantom import write_phantoms
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.torch import load_volumes
+from med3dvlm.metrics.findings import FINDINGS_CT_RATE
+from med3dvlm.prompts import finding_prompts
+from tests.eval.chests import write_chests
 
 SIZE = (32, 64, 64)
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<image>"]
@@ -104,3 +108,35 @@ def evaluated(demo: SimpleNamespace, run_whole: Callable[..., None]) -> Path:
     run_whole("vqa", "--model", demo.model, *data, "--output", root / "vqa", "--batch_size", 2, "--max_new_tokens", 8)
     run_whole("report_gen", "--model", demo.model, *data, "--output", root / "report", "--max_new_tokens", 20)
     return demo.root
+
+
+@pytest.fixture(scope="session")
+def chests(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """`data` of CT-RATE's layout (see chests.py) with two splits, and `clip`, which takes it, below `root`."""
+    root = tmp_path_factory.mktemp("chests")
+    write_chests(root / "CT-RATE")
+    studies = [study for split in ct_rate.splits(root / "CT-RATE") for study in ct_rate.read(root / "CT-RATE", split)[0]]
+    processor = VolumeProcessor("ct_rate", size=SIZE)
+    prepare(root / "CT-RATE", studies, [], processor, root / "prepared")
+    data = PreparedData(root / "prepared")
+    torch.manual_seed(2)
+    tokenizer = train_tokenizer(
+        [*FINDINGS_CT_RATE, *(text for name in FINDINGS_CT_RATE for pair in finding_prompts(name, 4) for text in pair)]
+    )
+    text_config = BertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    options = {"widths": (8, 8, 16, 16, 32), "layer_scale": 0.1}
+    config = Med3DCLIPConfig("dcformer_nano", options, SIZE, text_config=text_config, projection_dim=24, loss="clip")
+    clip = Med3DCLIP(config, BertModel(text_config)).eval()
+    clip.vision_encoder.train()
+    with torch.no_grad():
+        clip.encode_image(load_volumes(data, data.studies("train_fixed")))
+    for part in (clip.eval(), tokenizer, processor):
+        part.save_pretrained(root / "clip")
+    return SimpleNamespace(root=root, data=data, clip=root / "clip")

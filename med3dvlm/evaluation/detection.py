@@ -1,0 +1,223 @@
+"""What eval/zero_shot.py and eval/linear_probe.py share: labels and thresholds of the 18 findings of CT-RATE, and what is written of a detection.
+
+<output>/predictions.jsonl              a study a line, with the log-odds of each finding; 0 is a probability of 0.5
+<output>/predictions_thresholds.jsonl   the same of the studies that thresholds are chosen on, if any
+<output>/probabilities.csv              VolumeName and the 18 columns of CT-RATE's own labels
+<output>/scores.json, scores.md         and roc.png, precision_recall.png, calibration.png
+
+Shapes: N studies, K = 18 findings, in the order of FINDINGS_CT_RATE.
+"""
+
+import argparse
+import copy
+import csv
+import hashlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from med3dvlm import plots
+from med3dvlm.datasets.ct_rate import LABEL_COLUMNS
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.encoders import Encoder, Size, count_parameters
+from med3dvlm.encoders.cost import operations
+from med3dvlm.evaluation.detection_tables import COMPARED, detection_tables
+from med3dvlm.evaluation.runs import strangers, training_split, write_scores
+from med3dvlm.files import write_text
+from med3dvlm.metrics.classification import THRESHOLD_RULES
+from med3dvlm.metrics.detection import choose_cuts, detection_scores, label_control, reliability
+from med3dvlm.metrics.findings import FINDINGS_CT_RATE
+from med3dvlm.records import Study
+
+Table = NDArray[np.float64]
+FIFTH = 5  # of a training split at most this part serves for thresholds
+HALF = "0.5 for every finding"
+
+
+def add_threshold_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threshold_split",
+        help="split that thresholds are chosen on, of other patients than those scored, or 'none' for 0.5 "
+        "(default: a split called valid..., else a part of the training split, else 0.5)",
+    )
+    parser.add_argument(
+        "--threshold_rule",
+        choices=THRESHOLD_RULES,
+        default="youden",
+        help="highest recall + specificity, the ROC point nearest to (0, 1), or highest F1 (default: %(default)s)",
+    )
+
+
+def label_table(studies: Sequence[Study]) -> Table:
+    """(N, K) of 0, 1 and NaN where nobody looked."""
+    return np.array([[study.labels.get(name, np.nan) for name in FINDINGS_CT_RATE] for study in studies], dtype=np.float64)
+
+
+def require_labels(data: PreparedData, split: str, studies: Sequence[Study]) -> None:
+    """Raises ValueError if no study has a label of any of the findings."""
+    if np.isnan(label_table(studies)).all():
+        raise ValueError(
+            f"none of the {len(studies)} studies of split {split!r} in {data.root} has a label of CT-RATE's 18 findings, so there is nothing "
+            "to compare with; put the labels CSV beside the volumes and prepare again"
+        )
+
+
+def part_of_patients(studies: Sequence[Study], most: int) -> list[Study]:
+    """Whole patients with at most `most` studies together, one patient at least: those whose name's SHA-256 comes first."""
+    by_patient: dict[str, list[Study]] = {}
+    for study in studies:
+        by_patient.setdefault(study.patient, []).append(study)
+    part: list[Study] = []
+    for patient in sorted(by_patient, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if part and len(part) + len(by_patient[patient]) > most:
+            break
+        part += by_patient[patient]
+    chosen = {study.id for study in part}
+    return [study for study in studies if study.id in chosen]
+
+
+def threshold_studies(data: PreparedData, evaluated: str, scored: Sequence[Study], wanted: str | None) -> tuple[list[Study], str]:
+    """The studies that thresholds come from, none of a patient who is scored, and in words which these are.
+
+    Args:
+        evaluated, scored: the split that is scored and its studies.
+        wanted: name of a split, "none", or None: a split whose name begins with "valid", else of the training split as many studies
+            as are scored, a fifth at most, else none. Not with patients of the scored ones, as in CT-RATE's "valid" and "valid_fixed".
+
+    Raises:
+        ValueError: the split that is wanted is unknown, has patients of the scored studies, or no labels.
+    """
+    patients = {study.patient for study in data.studies(evaluated)} | {study.patient for study in scored}
+    if wanted == "none":
+        return [], f"{HALF}, as asked"
+    if wanted:
+        studies = data.studies(wanted)
+        if common := sorted(patients & {study.patient for study in studies}):
+            raise ValueError(
+                f"--threshold_split {wanted} has {len(common)} patients of split {evaluated!r}, the first is {common[0]}; "
+                "thresholds may not come from what is scored"
+            )
+        require_labels(data, wanted, studies)
+        return studies, f"chosen on split {wanted!r}, {len(studies)} studies"
+    training = training_split(data, evaluated)
+    for split in (*(split for split in sorted(data.summary["splits"]) if split.startswith("valid")), training):
+        studies = data.studies(split) if split else []
+        if not studies or patients & {study.patient for study in studies} or np.isnan(label_table(studies)).all():
+            continue
+        if split != training:
+            return studies, f"chosen on split {split!r}, {len(studies)} studies"
+        part = part_of_patients(studies, min(len(scored), len(studies) // FIFTH))
+        return (
+            part,
+            f"chosen on {len(part)} studies of split {split!r}, whole patients, which training may have seen: there is no third split",
+        )
+    return [], f"{HALF}, since there are no labelled studies of other patients to choose on"
+
+
+def encoder_facts(encoder: Encoder, name: str, size: Size) -> dict[str, Any]:
+    """Name and cost of an image encoder for volumes of `size`, as the papers' tables have them."""
+    count = operations(copy.deepcopy(encoder).to("meta"), size)
+    return {"name": name, "parameters": sum(count_parameters(encoder).values()), "operations": count, "size": list(size)}
+
+
+def row(identity: str, log_odds: Iterable[float]) -> dict[str, Any]:
+    """A line of predictions; to 6 decimals, where float32 ends. A finding of NaN, which was not predicted, is left out."""
+    pairs = zip(FINDINGS_CT_RATE, log_odds, strict=True)
+    return {"id": identity, "log_odds": {name: round(float(value), 6) for name, value in pairs if not np.isnan(value)}}
+
+
+def log_odds_table(found: Iterable[Mapping[str, float]]) -> Table:
+    """(N, K) of the "log_odds" of lines of predictions; NaN where a finding was not predicted."""
+    return np.array([[log_odds.get(name, np.nan) for name in FINDINGS_CT_RATE] for log_odds in found], dtype=np.float64)
+
+
+def report(
+    output: Path,
+    task: str,
+    studies: Sequence[Study],
+    log_odds: Table,
+    threshold: tuple[Sequence[Study], str, Table],
+    rule: str,
+    blind: Table | None,
+    frequencies: Mapping[str, tuple[float, float]],
+    about: Mapping[str, Any],
+    remarks: Sequence[str] = (),
+) -> str:
+    """Score a detection and write everything but the predictions; returns the tables.
+
+    Args:
+        task: "zero_shot" or "linear_probe", by which the papers' tables are found.
+        log_odds: (N, K), NaN where a finding was not predicted.
+        threshold: the studies that thresholds come from, where from in words, and their log-odds (M, K).
+        blind: (K,) log-odds of an empty volume.
+        frequencies: finding -> its share of CT-RATE's training and validation split.
+        about: what else belongs into the scores.
+        remarks: sentences for the end of the tables.
+    """
+    labels, patients = label_table(studies), [study.patient for study in studies]
+    labels = np.where(np.isnan(log_odds), np.nan, labels)
+    others, whence, other_log_odds = threshold
+    rules = {rule: np.zeros(len(FINDINGS_CT_RATE))}
+    if others:
+        known = np.where(np.isnan(other_log_odds), np.nan, label_table(others))
+        rules = {name: choose_cuts(known, other_log_odds, name) for name in (rule, "nearest")}
+    columns = {"model": log_odds}
+    if blind is not None:
+        columns["blind"] = np.tile(blind, (len(studies), 1))
+    if place := strangers(studies):
+        columns["shuffled"] = log_odds[place]
+    columns["everything"] = np.ones_like(log_odds)
+    found = {
+        name: detection_scores(
+            labels,
+            column,
+            np.zeros(len(FINDINGS_CT_RATE)) if name == "everything" else rules[rule],
+            FINDINGS_CT_RATE,
+            patients,
+            rules.get("nearest"),
+        )
+        for name, column in columns.items()
+    }
+    calibration, control = reliability(labels, log_odds), label_control(labels, log_odds, patients)
+    scores = {
+        "task": task,
+        **about,
+        "thresholds": {"from": whence, "rule": rule if others else None, "studies": len(others)},
+        **found["model"],
+        "calibration": calibration,
+        "permuted_labels": control,
+        **{name: found.get(name) for name in COMPARED if name != "model"},
+    }
+    tables = detection_tables(scores, found, frequencies, remarks)
+    write_text(output / "probabilities.csv", _csv(studies, log_odds))
+    _draw(output, scores, labels, log_odds)
+    write_scores(output / "scores.json", scores, tables)
+    return tables
+
+
+def _csv(studies: Sequence[Study], log_odds: Table) -> str:
+    """Probabilities under CT-RATE's column names; empty where a finding was not predicted."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("VolumeName", *LABEL_COLUMNS))
+    for study, values in zip(studies, expit(log_odds).tolist(), strict=True):
+        name = f"{study.id.rpartition('/')[2]}.nii.gz" if study.source == "ct_rate" else study.id
+        table.writerow((name, *("" if np.isnan(value) else f"{value:.9g}" for value in values)))
+    return text.getvalue()
+
+
+def _draw(output: Path, scores: Mapping[str, Any], labels: Table, log_odds: Table) -> None:
+    findings = {}
+    for index, name in enumerate(FINDINGS_CT_RATE):
+        rows = ~np.isnan(labels[:, index])
+        if name in scores["per_class"] and name not in scores["one_class"]:
+            findings[name] = labels[rows, index], log_odds[rows, index]
+    if findings:
+        plots.roc_curves(findings, output / "roc.png")
+        plots.precision_recall_curves(findings, output / "precision_recall.png")
+    plots.calibration_curve(scores["calibration"]["bins"], output / "calibration.png")
