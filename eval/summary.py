@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from med3dvlm import evaluation, plots
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation.questions import YES_NO
+from med3dvlm.evaluation.targets import Targets, at, compare, target_table
 from med3dvlm.files import read_lines, write_text
 from med3dvlm.metrics.answers import right_choices
 from med3dvlm.metrics.retrieval import recall_curve
@@ -31,8 +32,7 @@ STAGES = {"stage0": "language_model", "stage1": "stage1", "stage2": "stage2", "s
 EVALUATIONS = {name: f"eval/{name}" for name in ("retrieval", "vqa", "report")}
 CASES = 5
 
-# figure: (least or most, {name of the run: the figure asked for}, what would be good)
-TARGETS: dict[str, tuple[str, dict[str, float], float | None]] = {
+TARGETS: Targets = {
     "retrieval.image_to_text.r1": ("at least", {"demo": 0.05, "demo-full": 0.25}, 0.45),
     "retrieval.image_to_text.r10": ("at least", {"demo": 0.40, "demo-full": 0.85}, 0.97),
     "retrieval.text_to_image.r1": ("at least", {"demo": 0.05, "demo-full": 0.25}, 0.45),
@@ -98,37 +98,8 @@ def collect(root: Path) -> dict[str, Any]:
     }
 
 
-def at(scores: Any, path: str) -> Any:
-    """What lies on a path of keys; None where it ends before, as where an evaluation was asked for no such row."""
-    for key in path.split("."):
-        scores = scores.get(key) if isinstance(scores, dict) else None
-    return scores
-
-
 def difference(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one - other
-
-
-def compare(summary: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
-    """Each target with its value and whether it is reached; None where nothing is asked of a run of this name."""
-    compared = {}
-    for figure, (bound, minimum, aim) in TARGETS.items():
-        value: Any = summary
-        for key in figure.split("."):
-            value = value[key]
-        asked = minimum.get(name)
-        reached = None if asked is None else value is not None and (value >= asked if bound == "at least" else value <= asked)
-        compared[figure] = {"value": value, "bound": bound, "asked": asked, "aim": aim, "reached": reached}
-    return compared
-
-
-def table(compared: dict[str, dict[str, Any]], name: str) -> str:
-    words = {True: "reached", False: "NOT REACHED", None: "-"}
-    rows = []
-    for figure, entry in compared.items():
-        asked = None if entry["asked"] is None else f"{entry['bound']} {entry['asked']:g}"
-        rows.append([figure, entry["value"], asked, entry["aim"], words[entry["reached"]]])
-    return evaluation.markdown_table(("figure", name, "asked", "aim", "what is asked is"), rows)
 
 
 def draw(root: Path, summary: dict[str, Any], data: PreparedData, scans: Path) -> dict[str, Path]:
@@ -233,9 +204,9 @@ def main() -> None:
     arguments = parser.parse_args()
     root = arguments.root
     summary = collect(root)
-    summary["reached"] = compare(summary, arguments.name)
+    summary["reached"] = compare(summary, TARGETS, arguments.name)
     evaluation.write_scores(root / "summary.json", summary)
-    targets = table(summary["reached"], arguments.name)
+    targets = target_table(summary["reached"], arguments.name)
     pictures = draw(root, summary, PreparedData(root / "prepared", exclude_failures=True), arguments.scans or root / "phantoms")
     write_report(root / "report.md", arguments.name, summary, targets, pictures)
     runpy.run_path(str(Path(__file__).with_name("page.py")))["write_page"](root, arguments.name)

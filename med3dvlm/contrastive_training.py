@@ -41,6 +41,9 @@ class ContrastiveArguments(ImageArguments):
     sentences: int | None = field(
         default=None, metadata={"help": "draw 1 to so many sentences of a report, in every epoch anew; without it the whole report is used"}
     )
+    sentence_share: float = field(
+        default=0.5, metadata={"help": "share of rows for which sentences are drawn; the others have the whole report"}
+    )
     projection_dim: int = field(default=768, metadata={"help": "width of the common space"})
     projection_bias: bool = field(default=True, metadata={"help": "whether the projections into it have one; CT-CLIP's have none"})
     loss: str = field(default="siglip", metadata={"help": "siglip or clip"})
@@ -72,7 +75,14 @@ def _options(name: str, value: Any, example: str) -> Any:
 def train_contrastive(arguments: ContrastiveArguments) -> None:
     """Train, and save model, tokenizer and VolumeProcessor; continues from the last whole checkpoint."""
     data = arguments.open_data()
-    pairs = PairDataset(data, arguments.train_split, arguments.seed, Augmentation.read(arguments.augmentation), arguments.sentences)
+    pairs = PairDataset(
+        data,
+        arguments.train_split,
+        arguments.seed,
+        Augmentation.read(arguments.augmentation),
+        arguments.sentences,
+        arguments.sentence_share,
+    )
 
     torch.manual_seed(arguments.seed)
     text_encoder, tokenizer = _text_side(arguments, (study.report for study in pairs.studies))

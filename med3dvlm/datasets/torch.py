@@ -72,15 +72,22 @@ class PairDataset(StudyDataset):
     Args:
         sentences: the text is 1 to so many of the report's sentences, drawn in every epoch anew, as ConVIRT draws one (arXiv 2010.00747):
             then a model learns what a short prompt means, too. None takes the whole report.
+        sentence_share: of the rows, for which sentences are drawn; the others have the whole report.
     """
 
     text_features: Tensor | None = None
 
     def __init__(
-        self, data: PreparedData, split: str, seed: int = 0, augmentation: Augmentation | None = None, sentences: int | None = None
+        self,
+        data: PreparedData,
+        split: str,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+        sentences: int | None = None,
+        sentence_share: float = 1.0,
     ) -> None:
         super().__init__(data, split, seed, augmentation)
-        self.sentences = sentences
+        self.sentences, self.sentence_share = sentences, sentence_share
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         study = self.studies[index]
@@ -91,10 +98,10 @@ class PairDataset(StudyDataset):
 
     def text(self, index: int) -> str:
         report = self.studies[index].report
-        if self.sentences is None:
+        random = np.random.default_rng((self.seed, self.epoch, index))
+        if self.sentences is None or random.random() >= self.sentence_share:
             return report
         told = SENTENCE_END.split(report.strip())
-        random = np.random.default_rng((self.seed, self.epoch, index))
         count = min(int(random.integers(1, self.sentences + 1)), len(told))
         return " ".join(told[place] for place in random.choice(len(told), size=count, replace=False))
 
