@@ -99,7 +99,7 @@ class Med3DCLIPConfig(PretrainedConfig):
 
 @dataclass
 class Med3DCLIPOutput(ModelOutput):
-    """`image_embeds`, `text_embeds`: (B, P), L2-normalised; `loss` of the batch over all processes, if asked for."""
+    """`image_embeds` (B, P), `text_embeds` (k*B, P), L2-normalised; `loss` of the batch over all processes, if asked for."""
 
     loss: Tensor | None = None
     image_embeds: Tensor | None = None
@@ -178,13 +178,19 @@ class Med3DCLIP(PreTrainedModel):
         text_features: Tensor | None = None,
         return_loss: bool = True,
     ) -> Med3DCLIPOutput:
-        """One pair a row: `pixel_values` (B, 1, D, H, W) with `input_ids` and `attention_mask` (B, L), or with what `pool_text` gave for them."""
+        """One pair a row: `pixel_values` (B, 1, D, H, W) with `input_ids` and `attention_mask` (B, L), or with what `pool_text` gave for them.
+
+        Of several texts a volume, k times B, the first B belong to the volumes in their order, and so do the next. The loss is the mean of theirs.
+        """
         image_embeds = self.encode_image(pixel_values)
         if text_features is None:
             assert input_ids is not None and attention_mask is not None
             text_features = self.pool_text(input_ids, attention_mask)
         text_embeds = self.project_text(text_features)
-        loss = self.contrast(image_embeds, text_embeds) if return_loss else None
+        loss = None
+        if return_loss:
+            losses = [self.contrast(image_embeds, part) for part in text_embeds.split(len(image_embeds))]
+            loss = torch.stack(losses).mean()
         return Med3DCLIPOutput(loss=loss, image_embeds=image_embeds, text_embeds=text_embeds)
 
     def contrast(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:

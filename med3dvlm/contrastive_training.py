@@ -39,10 +39,7 @@ class ContrastiveArguments(ImageArguments):
     train_text: bool = field(default=True, metadata={"help": "train the text encoder too, as the papers do"})
     max_text_length: int = field(default=512, metadata={"help": "tokens of a report"})
     sentences: int | None = field(
-        default=None, metadata={"help": "draw 1 to so many sentences of a report, in every epoch anew; without it the whole report is used"}
-    )
-    sentence_share: float = field(
-        default=0.5, metadata={"help": "share of rows for which sentences are drawn; the others have the whole report"}
+        default=None, metadata={"help": "beside its report a volume is paired with 1 to so many sentences of it, drawn anew in every epoch"}
     )
     projection_dim: int = field(default=768, metadata={"help": "width of the common space"})
     projection_bias: bool = field(default=True, metadata={"help": "whether the projections into it have one; CT-CLIP's have none"})
@@ -75,14 +72,7 @@ def _options(name: str, value: Any, example: str) -> Any:
 def train_contrastive(arguments: ContrastiveArguments) -> None:
     """Train, and save model, tokenizer and VolumeProcessor; continues from the last whole checkpoint."""
     data = arguments.open_data()
-    pairs = PairDataset(
-        data,
-        arguments.train_split,
-        arguments.seed,
-        Augmentation.read(arguments.augmentation),
-        arguments.sentences,
-        arguments.sentence_share,
-    )
+    pairs = PairDataset(data, arguments.train_split, arguments.seed, Augmentation.read(arguments.augmentation), arguments.sentences)
 
     torch.manual_seed(arguments.seed)
     text_encoder, tokenizer = _text_side(arguments, (study.report for study in pairs.studies))

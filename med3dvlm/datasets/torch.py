@@ -70,9 +70,8 @@ class PairDataset(StudyDataset):
     """Every study's volume with "text", the report, and "id". Where `text_features` (studies, C) is set, a row has the report's too.
 
     Args:
-        sentences: the text is 1 to so many of the report's sentences, drawn in every epoch anew, as ConVIRT draws one (arXiv 2010.00747):
-            then a model learns what a short prompt means, too. None takes the whole report.
-        sentence_share: of the rows, for which sentences are drawn; the others have the whole report.
+        sentences: a row has a second text, "sentences": 1 to so many of the report's, drawn in every epoch anew, as ConVIRT draws one
+            (arXiv 2010.00747). So a model learns what a short prompt means, too. None leaves it out.
     """
 
     text_features: Tensor | None = None
@@ -84,30 +83,28 @@ class PairDataset(StudyDataset):
         seed: int = 0,
         augmentation: Augmentation | None = None,
         sentences: int | None = None,
-        sentence_share: float = 1.0,
     ) -> None:
         super().__init__(data, split, seed, augmentation)
-        self.sentences, self.sentence_share = sentences, sentence_share
+        self.sentences = sentences
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         study = self.studies[index]
-        row: dict[str, Any] = {**self.image(index), "text": self.text(index), "id": study.id}
+        row: dict[str, Any] = {**self.image(index), "text": study.report, "id": study.id}
         if self.text_features is not None:
             row["text_features"] = self.text_features[index]
+        if self.sentences is not None:
+            told = SENTENCE_END.split(study.report.strip())
+            random = np.random.default_rng((self.seed, self.epoch, index))
+            count = min(int(random.integers(1, self.sentences + 1)), len(told))
+            row["sentences"] = " ".join(told[place] for place in random.choice(len(told), size=count, replace=False))
         return row
-
-    def text(self, index: int) -> str:
-        report = self.studies[index].report
-        random = np.random.default_rng((self.seed, self.epoch, index))
-        if self.sentences is None or random.random() >= self.sentence_share:
-            return report
-        told = SENTENCE_END.split(report.strip())
-        count = min(int(random.integers(1, self.sentences + 1)), len(told))
-        return " ".join(told[place] for place in random.choice(len(told), size=count, replace=False))
 
 
 class PairCollator:
-    """Rows of a PairDataset -> their images and either `input_ids`, `attention_mask` (B, L) or `text_features` (B, C)."""
+    """Rows of a PairDataset -> their images and either `input_ids`, `attention_mask` or `text_features` (B, C).
+
+    The first two are (B, L), or (2B, L) where rows have a second text: all first ones, then all second ones.
+    """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
@@ -119,7 +116,8 @@ class PairCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if "text_features" in rows[0]:
             return {**_stack_images(rows), "text_features": torch.stack([row["text_features"] for row in rows])}
-        return {**_stack_images(rows), **self.tokenize([row["text"] for row in rows])}
+        texts = [row[kind] for kind in ("text", "sentences") if kind in rows[0] for row in rows]
+        return {**_stack_images(rows), **self.tokenize(texts)}
 
 
 class ConversationDataset(StudyDataset):

@@ -79,21 +79,37 @@ def test_a_new_text_encoder_has_the_words_of_the_training_reports(train, prepare
 
 def test_sentences_are_drawn_anew_in_every_epoch_and_from_the_report_alone(prepared: Path) -> None:
     data = PreparedData(prepared)
-    whole, drawn, again = PairDataset(data, "train"), PairDataset(data, "train", sentences=2), PairDataset(data, "train", sentences=2)
+    drawn, again = PairDataset(data, "train", sentences=2), PairDataset(data, "train", sentences=2)
+    again.set_epoch(1)
     lengths, differs = set(), 0
-    for index in range(len(drawn)):
-        report = whole.text(index)
-        assert report == whole.studies[index].report
-        told = [part if part.endswith(".") else part + "." for part in report.split(". ")]
-        text = drawn.text(index)
-        parts = [part if part.endswith(".") else part + "." for part in text.split(". ")]
-        assert set(parts) <= set(told) and len(set(parts)) == len(parts)
+    for index, study in enumerate(drawn.studies):
+        row = drawn[index]
+        assert row["text"] == study.report
+        parts = [part.removesuffix(".") for part in row["sentences"].split(". ")]
+        assert set(parts) <= {part.removesuffix(".") for part in study.report.split(". ")} and len(set(parts)) == len(parts)
         lengths.add(len(parts))
-        assert again.text(index) == text
-        again.set_epoch(1)
-        differs += again.text(index) != text
-        again.set_epoch(0)
+        assert drawn[index]["sentences"] == row["sentences"]
+        differs += again[index]["sentences"] != row["sentences"]
     assert lengths == {1, 2} and differs > len(drawn) / 2
+    assert "sentences" not in PairDataset(data, "train")[0]
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_the_loss_of_two_texts_is_the_mean_of_each(loss: str) -> None:
+    text = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
+    model = Med3DCLIP(
+        Med3DCLIPConfig("dcformer_nano", {"widths": (4, 4, 8, 8, 8)}, (32, 64, 48), projection_dim=8, loss=loss, text_config=text)
+    )
+    model.eval()
+    volumes, ids = torch.rand(3, 1, 32, 64, 48), torch.randint(1, 30, (6, 7))
+    both = model(volumes, ids, torch.ones_like(ids))
+    each = [model(volumes, part, torch.ones_like(part)).loss for part in (ids[:3], ids[3:])]
+    assert both.text_embeds.shape == (6, 8)
+    torch.testing.assert_close(both.loss, (each[0] + each[1]) / 2)
+    pairs = torch.nn.functional.log_softmax(both.image_embeds @ both.text_embeds[3:].T * model.logit_scale.exp(), dim=1).diagonal()
+    if loss == "clip":
+        back = torch.nn.functional.log_softmax(both.text_embeds[3:] @ both.image_embeds.T * model.logit_scale.exp(), dim=1).diagonal()
+        torch.testing.assert_close(each[1], -(pairs.mean() + back.mean()) / 2)
 
 
 def test_recomputed_activations_change_no_gradient() -> None:
