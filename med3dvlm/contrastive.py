@@ -185,7 +185,9 @@ class Med3DCLIP(PreTrainedModel):
         image_embeds = self.encode_image(pixel_values)
         if text_features is None:
             assert input_ids is not None and attention_mask is not None
-            text_features = self.pool_text(input_ids, attention_mask)
+            parts = zip(input_ids.split(len(image_embeds)), attention_mask.split(len(image_embeds)), strict=True)
+            lengths = ((ids, mask, int(mask.sum(dim=1).max())) for ids, mask in parts)  # second texts may be much shorter
+            text_features = torch.cat([self.pool_text(ids[:, :length], mask[:, :length]) for ids, mask, length in lengths])
         text_embeds = self.project_text(text_features)
         loss = None
         if return_loss:

@@ -14,7 +14,7 @@ size=${1:-demo}
 known="dcformer convnext3d poolformer3d transunet3d vit3d ctvit"
 recipes=demo
 case "$size" in # volumes and training steps
-  demo) name=demo-ct-clip; volumes=1600 steps=500 ;;
+  demo) name=demo-ct-clip; volumes=1600 steps=900 ;;
   encoders) name=encoders volumes=1600 steps=250 ;;
   smoke) name=demo-ct-clip-smoke recipes=smoke volumes=40 steps=2; LAUNCHER=python ;;
   *) echo "ct_clip.sh: the choices are demo, encoders or smoke, not '$size'" >&2; exit 2 ;;

@@ -110,7 +110,9 @@ class PairCollator:
         self.tokenizer, self.max_length = tokenizer, max_length
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        coded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        coded = self.tokenizer(
+            list(texts), padding=True, padding_side="right", truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
         return {key: coded[key] for key in ("input_ids", "attention_mask")}
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
