@@ -82,8 +82,7 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: `destination` exists and is not empty.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} exists and would be overwritten; delete it or choose another name")
+    require_free(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
@@ -94,6 +93,12 @@ def whole_folder(destination: Path) -> Iterator[Path]:
         aside.replace(destination)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def require_free(destination: Path) -> None:
+    """Raises FileExistsError where `destination` exists and is not an empty folder: before work that is to be written there."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(f"{destination} exists and would be overwritten; delete it or choose another name")
 
 
 def install_model(aside: Path, folder: Path) -> None:
