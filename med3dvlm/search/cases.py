@@ -34,7 +34,7 @@ from tqdm import tqdm
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData, read_voxels, same_preprocessing
 from med3dvlm.datasets.torch import load_volumes
-from med3dvlm.files import PART, json_lines, require_free, whole_folder, write_json
+from med3dvlm.files import PART, json_lines, require_free, whole_file, whole_folder, write_json
 from med3dvlm.preprocessing import SETTINGS, Scan, VolumeProcessor
 from med3dvlm.records import Study
 from med3dvlm.search import vectors
@@ -130,7 +130,8 @@ class CaseIndex:
                     case = {"id": study.id, "split": study.split, "report": study.report, "labels": study.labels}
                     file.write(json_lines([case | {"checksum": data.checksum(study)}]).encode())
                     lines.append(file.tell())
-            save_file({"scans": scans, "lines": np.array(lines)}, aside / "embeddings.safetensors")
+            with whole_file(aside / "embeddings.safetensors") as file_aside:
+                save_file({"scans": scans, "lines": np.array(lines)}, file_aside)
             if len(studies) > vectors.EXACT_UP_TO:
                 vectors.build(scans, aside / "nearest.faiss")
             write_json(aside / "index.json", facts)
