@@ -164,12 +164,14 @@ class CaseIndex:
         """The nearest cases of each of (Q, P) unit vectors, the nearest first; with `exact` compared with every case, however many there are.
 
         Raises:
-            ValueError: none is asked for, or the vectors are of another width.
+            ValueError: none is asked for, or the vectors are of another width or not finite.
         """
         if top < 1:
             raise ValueError(f"{top} cases are asked for (--top); ask for at least 1")
         if embeddings.ndim != 2 or embeddings.shape[1] != self.scans.shape[1]:
             raise ValueError(f"queries must be (Q, {self.scans.shape[1]}) but are {embeddings.shape}; embed them with the index's model")
+        if not np.isfinite(embeddings).all():
+            raise ValueError("the model gives no finite numbers for what is searched for; search with another scan or text")
         top = min(top, len(self))
         if exact or self._nearest is None:
             found = vectors.exact(self.scans, embeddings, top)
@@ -242,8 +244,12 @@ def _embed(embedder: Embedder, data: PreparedData, studies: Sequence[Study], bat
         with tqdm(total=len(studies), initial=done, desc="scans", unit="scan") as progress:
             for first in range(done, len(studies), batch_size):
                 batch = studies[first : first + batch_size]
-                made = embedder.volumes(load_volumes(data, batch, embedder.model.device))
-                file.write(made.numpy().tobytes())
+                made = embedder.volumes(load_volumes(data, batch, embedder.model.device)).numpy()
+                if not np.isfinite(made).all():
+                    raise ValueError(
+                        f"the model gives no finite numbers for one of {', '.join(study.id for study in batch)}; train it anew"
+                    )
+                file.write(made.tobytes())
                 file.flush()
                 progress.update(len(batch))
     if grown.stat().st_size != len(studies) * width * 4:

@@ -273,3 +273,14 @@ def test_wrong_input_to_index(
 def test_a_query_of_another_width(index: CaseIndex) -> None:
     with pytest.raises(ValueError, match=r"queries must be \(Q, 16\) but are \(1, 8\)"):
         index.search(np.ones((1, 8), np.float32))
+
+
+def test_numbers_that_are_not_finite(
+    index: CaseIndex, model: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="no finite numbers for what is searched for"):
+        index.search(np.full((1, 16), np.nan, np.float32))
+    monkeypatch.setattr(Embedder, "volumes", lambda self, pixel_values: torch.full((len(pixel_values), 16), float("nan")))
+    with pytest.raises(ValueError, match="no finite numbers for one of ct_"):
+        CaseIndex.build(model, PreparedData(prepared), tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
