@@ -8,7 +8,7 @@
 Why this index: `python eval/speed.py search --others` measures it beside two more on vectors that lie in clusters, as embeddings do. It is made of
 a million vectors of 512 numbers in half a minute of CPU time. A graph (HNSW; usearch, 8 bits a number) took twice that for the first tenth of
 them. Signs alone (1 bit a number) need no training, but all of them have to be scanned and thousands of candidates compared exactly for the
-same recall, which takes longer than a search has. faiss is MIT-licensed, and one wheel serves every Python from 3.10.
+same recall, which takes longer. faiss is MIT-licensed, and one wheel serves every Python from 3.10.
 
 Shapes: N vectors, Q queries, P numbers in each, all float32 of length 1, so that their product is the cosine.
 """
