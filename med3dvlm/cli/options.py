@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # what `add_subparsers` gives
+SCANS = "a file, a zip, or a folder with a DICOM series or numbered PNG or JPEG slices"
 
 
 def add_scan(parser: argparse.ArgumentParser) -> None:
     """A scan and what `read_volume` may be told about it."""
+    parser.add_argument("scan", metavar="SCAN", help=f"a scan: {SCANS}")
+    add_reading(parser)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """What `read_volume` may be told about a scan."""
     from med3dvlm.volume import HU_POLICIES, UNITS
 
     add = parser.add_argument
-    add("scan", metavar="SCAN", help="a scan file, a zip, or a folder with a DICOM series or numbered PNG or JPEG slices")
     add("--spacing", type=numbers("Z,Y,X"), metavar="Z,Y,X", help="mm between slices, rows and columns (default: the file's)")
     add("--unit", choices=UNITS, help="of the values (default: by the header and the values)")
     add("--hu", choices=HU_POLICIES, default="auto", help="whose slope and intercept make the values HU (default: %(default)s)")
@@ -24,7 +30,7 @@ def add_scan(parser: argparse.ArgumentParser) -> None:
 
 
 def reading(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `read_volume` that `add_scan` took."""
+    """The keyword arguments of `read_volume` that `add_reading` took."""
     return {name: getattr(arguments, name) for name in ("spacing", "unit", "hu", "rescale", "series")}
 
 
