@@ -117,7 +117,7 @@ def compare(summary: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
         for key in figure.split("."):
             value = value[key]
         asked = minimum.get(name)
-        reached = None if asked is None else value is not None and (value >= asked if bound == "at least" else value <= asked)
+        reached = None if asked is None or value is None else value >= asked if bound == "at least" else value <= asked
         compared[figure] = {"value": value, "bound": bound, "asked": asked, "aim": aim, "reached": reached}
     return compared
 
