@@ -243,7 +243,7 @@ def difference_table(header: Sequence[str], compared: dict[str, dict[str, Any]])
     for name, entry in compared.items():
         span = "-" if entry["interval"] is None else "{:+.3f} to {:+.3f}".format(*entry["interval"])
         chance = [f"{entry['p_value']:.4f}"] if "p_value" in entry else []
-        rows.append([name, *entry["values"], f"{entry['difference']:+.3f}", span, *chance])
+        rows.append([name, *entry["values"], f"{round(entry['difference'], 3) + 0:+.3f}", span, *chance])  # + 0: no minus before 0.000
     return evaluation.markdown_table(("figure", *header), rows)
 
 

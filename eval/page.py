@@ -168,7 +168,9 @@ def questions(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
         lines.append(line(kind, kind, closed, closed.get("intervals", {}).get(kind), len(rows[kind])))
         lines[-1] |= {"chance": chance_of(rows[kind])}
     if kinds:
+        chances = [each["chance"] for each in lines if each["chance"] is not None]
         lines.append(line("mean of the kinds", "accuracy", closed, closed["accuracy_interval"], sum(len(rows[kind]) for kind in kinds)))
+        lines[-1] |= {"chance": float(np.mean(chances)) if chances else None}
     for each, kind in zip(lines, [*kinds, "accuracy"], strict=False):
         each |= {way: scores[way].get(kind) for way in ("letter", "strict")}
         each |= {"open": scores["open"].get("exact") if kind == "accuracy" else scores["open"][kind]["exact"]}

@@ -12,7 +12,7 @@ from typing import Any
 
 from med3dvlm.metrics.answers import NOTHING, confusion, first_letter, grouped_means, named_choices, right_choices
 from med3dvlm.metrics.bertscore import BertScorer
-from med3dvlm.metrics.text import text_values
+from med3dvlm.metrics.text import meteor_available, text_values
 from med3dvlm.records import ALL_KINDS, LETTERS, QUESTION_KINDS, Question
 from med3dvlm.tables import markdown_table, with_interval
 
@@ -91,6 +91,7 @@ def question_tables(scores: Mapping[str, Any]) -> str:
             for name, value in written["of_questions"].items()
         ]
         parts += ["## Answers written freely", markdown_table(header, rows)]
+        parts += [f"No {name}: {reason}" for name, reason in written["unavailable"].items()]
     if scores["questions"]["yes_no"]:
         figures = ("of_questions", "balanced_accuracy")
         entries = {"likeliest choice": answered} | {label: answered[name] for name, label in named.items() if name in answered}
@@ -196,5 +197,6 @@ def _open_scores(rows: Sequence[Row], patients: Mapping[str, str], scorer: BertS
     found = grouped_means(values, [row["kind"] for row in rows], ALL_KINDS, [patients[row["id"]] for row in rows])
     scores: dict[str, Any] = {f"{name}{end}": entry[f"mean{end}"] for name, entry in found.items() for end in ("", "_interval")}
     scores |= {"bertscore_model": scorer.name} if scorer else {}
+    scores["unavailable"] = {} if (reason := meteor_available()) is None else {"meteor": reason}
     scores["of_questions"] = {name: entry["of_questions"] for name, entry in found.items()}
     return scores | {kind: {name: entry[kind] for name, entry in found.items()} for kind in ALL_KINDS if kind in found["exact"]}

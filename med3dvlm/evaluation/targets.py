@@ -17,11 +17,11 @@ def at(scores: Any, path: str) -> Any:
 
 
 def compare(summary: dict[str, Any], targets: Targets, name: str) -> dict[str, dict[str, Any]]:
-    """Each target with its value and whether it is reached; None where nothing is asked of a run of this name."""
+    """Each target with its value and whether it is reached; None where nothing is asked of a run of this name, or there is no value."""
     compared = {}
     for figure, (bound, asked_of, aim) in targets.items():
         value, asked = at(summary, figure), asked_of.get(name)
-        reached = None if asked is None else value is not None and (value >= asked if bound == "at least" else value <= asked)
+        reached = None if asked is None or value is None else value >= asked if bound == "at least" else value <= asked
         compared[figure] = {"value": value, "bound": bound, "asked": asked, "aim": aim, "reached": reached}
     return compared
 

@@ -3,7 +3,7 @@
 Shapes: N = pairs in the pool, d = width of the shared space. The N x N similarities are never held at once, see `BLOCK`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ def retrieval_ranks(image_embeddings: Any, text_embeddings: Any, pool: int | Non
             raise ValueError(f"pool={pool} with {len(images)} pairs; choose a pool between 1 and {len(images)}.")
         images, texts = images[:pool], texts[:pool]
     equal = None if groups is None else np.unique(np.asarray(groups)[:pool], return_inverse=True)[1]
-    return {"image_to_text": _ranks(images, texts, equal), "text_to_image": _ranks(texts, images, equal)}
+    return dict(zip(("image_to_text", "text_to_image"), _ranks(images, texts, equal), strict=True))
 
 
 def rank_values(ranks: NDArray[np.int64], ks: Sequence[int] = (1, 5, 10)) -> dict[str, NDArray[np.float64]]:
@@ -100,25 +100,35 @@ def recall_curve(
 
 def partner_ranks(queries: Any, candidates: Any) -> NDArray[np.int64]:
     """(N,) ranks, from 1, of candidate i among all candidates for query i, by cosine similarity, ties against it."""
-    return _ranks(normalised(queries, "queries"), normalised(candidates, "candidates"), None)
+    return _ranks(normalised(queries, "queries"), normalised(candidates, "candidates"), None)[0]
 
 
-def _ranks(queries: NDArray[np.float64], candidates: NDArray[np.float64], equal: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """(N,): one more than the wrong candidates that come as near as the right one, or, with `equal` (N,), as the best of the right ones."""
-    ranks = np.empty(len(queries), dtype=np.int64)
-    height = max(BLOCK // len(candidates), 1)
-    for start in range(0, len(queries), height):
-        rows = np.arange(start, min(start + height, len(queries)))
-        similarity = queries[rows] @ candidates.T  # (rows, N)
-        if equal is None:
-            best = similarity[rows - start, rows]
-            similarity[rows - start, rows] = -np.inf
-        else:
-            right = equal[rows, None] == equal
-            best = np.max(similarity, axis=1, where=right, initial=-np.inf)
-            similarity[right] = -np.inf
-        ranks[rows] = 1 + np.count_nonzero(similarity >= best[:, None] - TIE, axis=1)
+def _ranks(
+    images: NDArray[np.float64], texts: NDArray[np.float64], equal: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(N,) of the images and of the texts: one more than the wrong partners that come as near as the right one, or, with `equal` (N,), as
+    the best of the right ones. Both come from the same similarities, which are computed once."""
+    equal = np.arange(len(images)) if equal is None else equal
+    nearest = np.einsum("nd,nd->n", images, texts)
+    best = nearest, nearest.copy()  # for each image, for each text
+    by_group = np.argsort(equal, kind="stable")
+    for group in np.split(by_group, np.flatnonzero(np.diff(equal[by_group])) + 1):
+        for rows in _blocks(group, len(group)) if len(group) > 1 else ():
+            similarity = images[rows] @ texts[group].T
+            best[0][rows], best[1][group] = similarity.max(axis=1), np.maximum(best[1][group], similarity.max(axis=0))
+    ranks = np.ones(len(images), dtype=np.int64), np.ones(len(images), dtype=np.int64)
+    for rows in _blocks(np.arange(len(images)), len(images)):
+        similarity = images[rows] @ texts.T  # (rows, N)
+        similarity[equal[rows, None] == equal] = -np.inf
+        ranks[0][rows] += np.count_nonzero(similarity >= best[0][rows, None] - TIE, axis=1)
+        ranks[1][:] += np.count_nonzero(similarity >= best[1] - TIE, axis=0)
     return ranks
+
+
+def _blocks(rows: NDArray[np.int64], width: int) -> Iterator[NDArray[np.int64]]:
+    """The rows, as many at a time as make BLOCK similarities."""
+    height = max(BLOCK // width, 1)
+    return (rows[start : start + height] for start in range(0, len(rows), height))
 
 
 def normalised(embeddings: Any, name: str) -> NDArray[np.float64]:
