@@ -195,7 +195,7 @@ def report(
     }
     tables = detection_tables(scores, found, frequencies, remarks)
     write_text(output / "probabilities.csv", _csv(studies, log_odds))
-    _draw(output, scores, labels, log_odds)
+    draw(output, scores, labels, log_odds)
     write_scores(output / "scores.json", scores, tables)
     return tables
 
@@ -211,7 +211,8 @@ def _csv(studies: Sequence[Study], log_odds: Table) -> str:
     return text.getvalue()
 
 
-def _draw(output: Path, scores: Mapping[str, Any], labels: Table, log_odds: Table) -> None:
+def draw(output: Path, scores: Mapping[str, Any], labels: Table, log_odds: Table) -> None:
+    """The curves of the findings that have them, and the calibration."""
     findings = {}
     for index, name in enumerate(FINDINGS_CT_RATE):
         rows = ~np.isnan(labels[:, index])

@@ -21,6 +21,7 @@ from tests import released
 from tests.golden_weights import golden, published_weights, volume
 
 CT_VOLUME, SMALL = (40, 80, 80), (32, 64, 64)
+pytestmark = pytest.mark.usefixtures("without_pictures")
 Run = Callable[..., None]
 
 
