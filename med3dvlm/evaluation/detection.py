@@ -112,10 +112,8 @@ def threshold_studies(data: PreparedData, evaluated: str, scored: Sequence[Study
         if split != training:
             return studies, f"chosen on split {split!r}, {len(studies)} studies"
         part = part_of_patients(studies, min(len(scored), len(studies) // FIFTH))
-        return (
-            part,
-            f"chosen on {len(part)} studies of split {split!r}, whole patients, which training may have seen: there is no third split",
-        )
+        words = f"chosen on {len(part)} studies of split {split!r}, whole patients"
+        return part, f"{words}, on which the model may have been trained: there is no third split"
     return [], f"{HALF}, since there are no labelled studies of other patients to choose on"
 
 
