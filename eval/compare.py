@@ -12,7 +12,6 @@ the comparison over those alone. --published belongs to eval/published.py. With 
 
 import argparse
 import json
-import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -27,13 +26,15 @@ from safetensors.numpy import load_file
 
 from med3dvlm import evaluation
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.evaluation.questions import YES_NO, check_likelihoods, has_letters, letter_is_right, likeliest_is_right, strict_is_right
+from med3dvlm.evaluation.reports import reference_findings
 from med3dvlm.files import read_lines, write_json, write_text
-from med3dvlm.metrics.findings import FINDINGS, findings_table
+from med3dvlm.metrics.findings import findings_table
 from med3dvlm.metrics.intervals import Statistic, Weights, intervals, macro_f1_of, mean_of, mean_over, micro_f1_of, paired_test
 from med3dvlm.metrics.retrieval import rank_values, retrieval_ranks
 from med3dvlm.metrics.text import text_values
 from med3dvlm.prompts import RESEARCH_NOTICE
-from med3dvlm.records import ALL_KINDS, LETTERS, Study
+from med3dvlm.records import ALL_KINDS, Study
 
 FIELDS = {"retrieval": ("image_to_text", "text_to_image"), "vqa": ("question", "answer", "kind"), "report": ("reference", "prediction")}
 WAYS = ("image_to_text", "text_to_image")
@@ -70,9 +71,15 @@ def read(path: Path) -> Any:
 
 def open_run(folder: Path) -> Run:
     record, path = read(folder / "run.json"), folder / "predictions.jsonl"
+    if missing := {"data", "split"} - record.get("identity", {}).keys():
+        raise ValueError(
+            f"{folder / 'run.json'} does not say about which {' and '.join(sorted(missing))} the run is; run the evaluation anew"
+        )
     rows = read_lines(path)
     if not rows:
         raise FileNotFoundError(f"{path} holds no predictions; run the evaluation that writes them")
+    if not (folder / "scores.json").is_file():
+        raise FileNotFoundError(f"{folder} holds {len(rows)} predictions and no scores.json: run the same evaluation again, it continues")
     task = next((task for task, fields in FIELDS.items() if all(field in rows[0] for field in fields)), None)
     if task is None:
         raise ValueError(f"{path} holds {', '.join(rows[0])}, which is no output of eval/{{retrieval,vqa,report_gen}}.py")
@@ -84,10 +91,10 @@ def check_alike(first: Run, second: Run) -> None:
     if first.task != second.task:
         raise ValueError(f"{first.folder} is a run of {first.task} and {second.folder} one of {second.task}; compare runs of one task")
     for name in ("data", "split"):
-        one, other = (run.record.get("identity", {}).get(name) for run in (first, second))
+        one, other = (run.record["identity"][name] for run in (first, second))
         if one != other:
             raise ValueError(
-                f"{first.folder} is about {name} {one!r} and {second.folder} about {other!r}; compare runs about the same {name}"
+                f"{first.folder} is about {name} {one} and {second.folder} about {other}, by their run.json; compare runs about the same {name}"
             )
     if first.cases != second.cases:
         differing = len(set(first.cases) ^ set(second.cases))
@@ -103,13 +110,15 @@ def studies_of(run: Run, folder: Path | None) -> dict[str, Study]:
     Raises:
         ValueError: the run is about others.
     """
-    data = PreparedData(folder or run.record["data"], exclude_failures=True)
+    data = PreparedData(folder or run.record["data"], exclude_failures=True, split_file=run.record.get("split_file"))
     known = {study.id: study for split in data.summary["splits"] for study in data.studies(split)}
     for row in run.rows:
         if row["id"] not in known or row.get("reference", known[row["id"]].report) != known[row["id"]].report:
             raise ValueError(
                 f"{data.root} does not hold study {row['id']} as {run.folder} has it; name the run's prepared data with --data"
             )
+    if data.summary["fingerprint"] != run.record["identity"]["data"]:
+        raise ValueError(f"{data.root} is not the data that {run.folder} is about, or was prepared anew since; name the run's with --data")
     return known
 
 
@@ -139,16 +148,10 @@ def retrieval_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[st
 
 
 def report_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, Figure]:
-    """Findings against the studies' labels, or the references' where no study has labels; then the words."""
+    """Findings and words, as eval/report_gen.py has them: what a study has no label of, or no report to say, counts in no figure."""
     asked = [studies[row["id"]] for row in rows]
-    names = [name for name in FINDINGS if any(name in study.labels for study in asked)]
-    if names:
-        known = np.array([[name in study.labels for name in names] for study in asked])
-        labels = np.array([[study.labels.get(name, 0) for name in names] for study in asked])
-    else:
-        labels = findings_table([study.report for study in asked])
-        known = np.ones_like(labels)
-    stated = findings_table([row["prediction"] for row in rows], names or None) * known
+    labels, known, names, _ = reference_findings(asked)
+    stated = findings_table([row["prediction"] for row in rows], names) * known
 
     def against_labels(figure: Callable[[Any, Any], Statistic], stated: NDArray[Any]) -> Statistic:
         return figure(np.tile(labels, (len(stated) // len(labels), 1)), stated)
@@ -157,36 +160,36 @@ def report_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, 
         "findings F1, macro": Figure(stated, partial(against_labels, macro_f1_of)),
         "findings F1, micro": Figure(stated, partial(against_labels, micro_f1_of)),
     }
+    told = np.array([bool(study.report.strip()) for study in asked])
     words = text_values([row["prediction"] for row in rows], [row["reference"] for row in rows])
-    return found | {name: Figure(values, mean_of) for name, values in words.items()}
+    return found | {name: Figure(np.where(told, values, np.nan), mean_of) for name, values in words.items()}
 
 
 def answer_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, Figure]:
-    """Means over the kinds of question, as eval/vqa.py has them."""
-    yes_no = np.array([row["choices"] == ["Yes", "No"] for row in rows])
+    """As eval/vqa.py has them: means over the kinds of question, and of yes/no questions over all, and over both answers."""
+    check_likelihoods(rows)
+    yes_no = np.array([row["choices"] == YES_NO for row in rows])
     closed = np.array([bool(row["choices"]) for row in rows]) & ~yes_no
+    lettered = closed & np.array([has_letters(row["choices"]) for row in rows])
+    kinds, replies = (
+        [[row[field] == name for name in names] for row in rows] for field, names in (("kind", ALL_KINDS), ("answer", YES_NO))
+    )
+    everything = [[True]] * len(rows)
     written = text_values([row.get("open") or "" for row in rows], [row["answer"] for row in rows])
-    likeliest, letters = np.array([float(likeliest_is_right(row)) for row in rows]), np.array([float(letter_is_right(row)) for row in rows])
+
+    def right(measure: Callable[[Row], bool], asked: NDArray[np.bool_]) -> NDArray[Any]:
+        return np.array([one and measure(row) for row, one in zip(rows, asked, strict=True)], dtype=float)
+
     measured = {
-        "closed, likeliest": (likeliest, closed),
-        "closed, letter": (letters, closed),
-        "yes/no": (likeliest, yes_no),
-        **{f"open, {name}": (written[name], ~yes_no) for name in ("exact_match", "token_f1", "bleu1", "rouge1")},
+        "closed, likeliest": (right(likeliest_is_right, closed), closed, kinds),
+        "closed, letter": (right(letter_is_right, lettered), lettered, kinds),
+        "closed, strict": (right(strict_is_right, lettered), lettered, kinds),
+        "yes/no, accuracy": (right(likeliest_is_right, yes_no), yes_no, everything),
+        "yes/no, balanced accuracy": (right(likeliest_is_right, yes_no), yes_no, replies),
+        **{f"open, {name}": (written[name], ~yes_no, kinds) for name in ("exact_match", "token_f1", "bleu1", "rouge1")},
     }
-    kinds = np.array([[row["kind"] == kind for kind in ALL_KINDS] for row in rows])
-    tables = {name: np.where(kinds & asked[:, None], values[:, None], np.nan) for name, (values, asked) in measured.items()}
+    tables = {name: np.where(np.array(by) & asked[:, None], values[:, None], np.nan) for name, (values, asked, by) in measured.items()}
     return {name: Figure(table, lambda table: mean_over(mean_of(table))) for name, table in tables.items() if not np.isnan(table).all()}
-
-
-def likeliest_is_right(row: Row) -> bool:
-    return bool(row.get("closed")) and row["choices"][int(np.argmax(row["closed"]))] == row["answer"]
-
-
-def letter_is_right(row: Row) -> bool:
-    if not row.get("letter"):
-        return False
-    found = re.search(rf"\b[{LETTERS[: len(row['choices'])]}]\b", row["letter"])
-    return found is not None and row["choices"][LETTERS.index(found.group())] == row["answer"]
 
 
 def compare_runs(first: Run, second: Run, studies: dict[str, Study]) -> dict[str, dict[str, Any]]:
@@ -203,6 +206,8 @@ def compare_runs(first: Run, second: Run, studies: dict[str, Study]) -> dict[str
             continue  # nothing of the kind in these data, such as no finding at all
         test = paired_test(ours[name].statistic, ours[name].values, theirs[name].values, patients)
         result[name] = {"values": values, "difference": test.difference, "interval": spans[name], "p_value": test.p_value}
+    if not result:
+        raise ValueError(f"the {len(first.rows)} studies have neither reports nor labels with a finding, so there is nothing to compare")
     return result
 
 

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from med3dvlm import evaluation
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.evaluation.questions import WITHOUT_SCAN, YES_NO, likeliest
 from med3dvlm.files import read_lines, write_text
-from med3dvlm.metrics.intervals import f1_of, intervals, mean_of
-from med3dvlm.metrics.retrieval import rank_values, retrieval_ranks
+from med3dvlm.metrics.answers import right_choices
+from med3dvlm.metrics.intervals import intervals, mean_of
+from med3dvlm.metrics.retrieval import retrieval_ranks
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import ALL_KINDS, Study
 
@@ -42,6 +43,7 @@ TEXT_SCORES = {
 }
 COLLAPSE = {"distinct": "different reports", "commonest": "share of the commonest", "similarity": "words two reports share"}
 CLASSES = 12  # rows and columns of a confusion matrix; rarer answers are one more
+WAYS = COMPARE["WAYS"]
 KS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 Row = dict[str, Any]
 
@@ -105,8 +107,8 @@ def number(value: float | None, places: int = 2) -> str:
     return "–" if value is None else f"{value:.{places}f}".replace("-", "−")
 
 
-def span(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f"{number(interval[0])}–{number(interval[1])}"
+def span(interval: Sequence[float] | None, places: int = 2) -> str:
+    return "" if interval is None else f"{number(interval[0], places)}–{number(interval[1], places)}"
 
 
 def spread(values: Sequence[Any], count: int | None) -> list[Any]:
@@ -115,75 +117,77 @@ def spread(values: Sequence[Any], count: int | None) -> list[Any]:
     return [values[place] for place in sorted({round(place) for place in places})]
 
 
-def patients_of(rows: Sequence[Row], studies: Mapping[str, Study]) -> list[str]:
-    return [studies[row["id"]].patient for row in rows]
-
-
 def retrieval(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
-    """A table line for each pool and direction, and the curve of the largest pool."""
-    stored = load_file(run.folder / "embeddings.safetensors")
-    lines, curve = [], {}
+    """A table line for each pool, direction and way of counting, and the curve of the largest pool."""
+    lines = []
     for entry in scores.values():
-        ranks = retrieval_ranks(stored["image"], stored["text"], entry["pool"])
-        patients = patients_of(run.rows[: entry["pool"]], studies)
-        for way in COMPARE["WAYS"]:
-            spans = intervals({name: mean_of(values) for name, values in rank_values(ranks[way]).items()}, patients)
-            lines.append({"pool": entry["pool"], "way": way.replace("_", " "), **entry[way], "spans": spans})
-            ks = [k for k in KS if k < entry["pool"]] + [entry["pool"]]
-            hits = np.stack([ranks[way] <= k for k in ks], axis=1).astype(float)  # (N, K)
-            bands = intervals({"hits": mean_of(hits)}, patients)["hits"]
-            curve[lines[-1]["way"]] = [(k, value, *band) for k, value, band in zip(ks, hits.mean(axis=0).tolist(), bands, strict=True)]
+        for way in WAYS:
+            counted = {"": entry, "any of equal": entry["any_of_equal"], "shuffled": entry.get("shuffled", {})}
+            if not entry["any_of_equal"]["duplicated"]:
+                del counted["any of equal"]
+            lines += [
+                {"pool": entry["pool"], "way": way.replace("_", " "), "counted": name, "spans": part[way].get("intervals", {}), **part[way]}
+                for name, part in counted.items()
+                if way in part
+            ]
+        lines.append({"pool": entry["pool"], "way": "", "counted": "chance", "spans": {}, **entry["chance"]})
         pool = entry["pool"]
-    chance = [(k, k / pool, None, None) for k in (*(k for k in KS if k < pool), pool)]
+    stored = load_file(run.folder / "embeddings.safetensors")
+    ks = [k for k in KS if k < pool] + [pool]
+    curve = {}
+    for way, ranks in retrieval_ranks(stored["image"], stored["text"], pool).items():
+        hits = np.stack([ranks <= k for k in ks], axis=1).astype(float)  # (N, K)
+        bands = intervals({"hits": mean_of(hits)}, [studies[row["id"]].patient for row in run.rows[:pool]])["hits"]
+        curve[way.replace("_", " ")] = [(k, value, *band) for k, value, band in zip(ks, hits.mean(axis=0).tolist(), bands, strict=True)]
+    chance = [(k, k / pool, None, None) for k in ks]
     return {"lines": lines, "pool": pool, "chart": chart(curve | {"chance": chance}, logarithmic=True, highest=1.0)}
 
 
 def questions(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
     """A line for each kind of question, with what every way of answering reached; confusions of the answers that were chosen."""
-    rows = run.rows
-    right = np.array([COMPARE["likeliest_is_right"](row) for row in rows], dtype=float)
-    yes_no = np.array([row["choices"] == ["Yes", "No"] for row in rows])
-    closed = np.array([bool(row["choices"]) for row in rows]) & ~yes_no
-    masks = {kind: closed & np.array([row["kind"] == kind for row in rows]) for kind in ALL_KINDS} | {"yes/no": yes_no}
-    masks = {kind: mask for kind, mask in masks.items() if mask.any()}
-    table = np.stack([np.where(mask, right, np.nan) for mask in masks.values()], axis=1)
-    spans = dict(zip(masks, intervals({"all": mean_of(table)}, patients_of(rows, studies))["all"], strict=True))
-    without = [name for name, entry in scores["closed"].items() if isinstance(entry, dict) and "accuracy" in entry]
+    rows: dict[str, list[Row]] = {name: [] for name in (*ALL_KINDS, "yes/no")}
+    for row in run.rows:
+        rows["yes/no" if row["choices"] == YES_NO else row["kind"]].append(row)
+    rows = {name: group for name, group in rows.items() if group}
+    closed, yes_no = scores["closed"], scores["yes_no"]
+    without = [name for name in WITHOUT_SCAN if name in closed]
 
-    def line(kind: str, key: str, part: str) -> Row:
+    def line(name: str, key: str, entry: Row, interval: Any, asked: int) -> Row:
+        """`key` of what `entry` holds, by its ways of answering."""
         return {
-            "kind": kind,
-            "count": int(masks[kind].sum()) if kind in masks else int(closed.sum()),
-            "closed": scores[part].get(key),
-            "span": spans.get(kind) or scores[part].get("accuracy_interval"),
-            "without": [(scores[part].get(name) or {}).get(key) for name in without],
-            "letter": scores["letter"].get(key) if part == "closed" else None,
-            "open": exact(scores["open"], key) if part == "closed" else None,
+            "kind": name,
+            "count": asked,
+            "closed": entry.get(key),
+            "span": interval,
+            "without": [entry.get(way, {}).get(key) for way in without],
+            **dict.fromkeys(("letter", "strict", "open", "chance")),
         }
 
-    lines = [line(kind, "accuracy" if kind == "yes/no" else kind, "yes_no" if kind == "yes/no" else "closed") for kind in masks]
-    lines.insert(len(lines) - int(yes_no.any()), line("mean of the kinds", "accuracy", "closed"))
-    confusions = {kind: confusion([row for row, chosen in zip(rows, mask, strict=True) if chosen]) for kind, mask in masks.items()}
-    return {
-        "lines": lines,
-        "without": without,
-        "confusions": confusions,
-        "chance": {kind: chance_of(rows, mask) for kind, mask in masks.items()},
-    }
+    lines, kinds = [], [kind for kind in rows if kind != "yes/no"]
+    for kind in kinds:
+        lines.append(line(kind, kind, closed, closed.get("intervals", {}).get(kind), len(rows[kind])))
+        lines[-1] |= {"chance": chance_of(rows[kind])}
+    if kinds:
+        lines.append(line("mean of the kinds", "accuracy", closed, closed["accuracy_interval"], sum(len(rows[kind]) for kind in kinds)))
+    for each, kind in zip(lines, [*kinds, "accuracy"], strict=False):
+        each |= {way: scores[way].get(kind) for way in ("letter", "strict")}
+        each |= {"open": scores["open"].get("exact") if kind == "accuracy" else scores["open"][kind]["exact"]}
+    if "yes/no" in rows:  # all questions, as they were asked, and both answers alike
+        for name, key in (("yes/no", "of_questions"), ("yes/no, balanced", "balanced_accuracy")):
+            lines.append(line(name, key, yes_no, yes_no[f"{key}_interval"], len(rows["yes/no"])) | {"chance": 0.5})
+    confusions = {name: confusion(group) for name, group in rows.items()}
+    return {"lines": lines, "without": without, "confusions": {name: table for name, table in confusions.items() if table["names"]}}
 
 
-def exact(scores: Row, key: str) -> float | None:
-    entry = scores.get("exact" if key == "accuracy" else key)
-    return entry.get("exact") if isinstance(entry, dict) else entry
-
-
-def chance_of(rows: Sequence[Row], mask: NDArray[np.bool_]) -> float:
-    return float(np.mean([1 / len(row["choices"]) for row, chosen in zip(rows, mask, strict=True) if chosen]))
+def chance_of(rows: Sequence[Row]) -> float | None:
+    """What is expected of a choice at random, None where none of the questions has choices."""
+    shares = [len(right_choices(row["choices"], row["answer"])) / len(row["choices"]) for row in rows if row["choices"]]
+    return float(np.mean(shares)) if shares else None
 
 
 def confusion(rows: Sequence[Row]) -> Row:
     """How often an answer was expected (rows) and which was chosen (columns); answers beyond CLASSES are "other"."""
-    pairs = [(row["answer"], row["choices"][int(np.argmax(row["closed"]))]) for row in rows if row.get("closed")]
+    pairs = [(row["answer"], likeliest(row)) for row in rows if row["choices"]]
     counted = Counter(answer for pair in pairs for answer in pair)
     names = sorted(sorted(counted), key=lambda name: -counted[name])[:CLASSES]
     names = sorted(names) + (["other"] if len(counted) > CLASSES else [])
@@ -198,39 +202,33 @@ def reports(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
     """The model beside what needs no scan, and a line for each finding."""
     columns = {"model": scores} | {name: entry for name, entry in scores.items() if isinstance(entry, dict) and "findings_f1" in entry}
 
-    def line(label: str, *keys: str, interval: str | None = None) -> Row:
+    def line(label: str, path: str) -> Row:
         values: list[Any] = list(columns.values())
-        for key in keys:
+        for key in path.split("."):
             values = [value.get(key) if isinstance(value, dict) else None for value in values]
-        return {"label": label, "values": values, "spans": [entry.get(interval) if interval else None for entry in columns.values()]}
+        return {"label": label, "values": values, "spans": [entry["intervals"].get(path) for entry in columns.values()]}
 
-    lines = [
-        line("findings F1, macro", "findings_f1", interval="findings_f1_interval"),
-        line("findings F1, micro", "findings", "micro", "f1"),
-    ]
-    lines += [line("findings CRG", "findings", "crg")]
     model = scores["text"].get("bertscore_model")
-    lines += [line(f"{label} ({model})" if key.startswith("bert") else label, "text", key) for key, label in TEXT_SCORES.items()]
-    lines += [line(label, "collapse", key) for key, label in COLLAPSE.items()]
-    lines = [each for each in lines if each["values"][0] is not None]
-    by_finding = scores["findings"]["per_class"]
-    asked = [studies[row["id"]] for row in run.rows]
-    stated = COMPARE["findings_table"]([row["prediction"] for row in run.rows], list(by_finding))
-    if scores["findings"]["against"] == "labels":
-        known = np.array([[name in study.labels for name in by_finding] for study in asked])
-        labels = np.array([[study.labels.get(name, 0) for name in by_finding] for study in asked])
-    else:
-        known = np.ones_like(stated)
-        labels = COMPARE["findings_table"]([study.report for study in asked], list(by_finding))
-    spans = intervals({"f1": f1_of(labels, stated * known)}, [study.patient for study in asked])["f1"]
+    figures = {"findings.macro.f1": "findings F1, macro", "findings.micro.f1": "findings F1, micro", "findings.crg": "findings CRG"}
+    figures |= {f"text.{key}": f"{label} ({model})" if key.startswith("bert") else label for key, label in TEXT_SCORES.items()}
+    figures |= {f"collapse.{key}": label for key, label in COLLAPSE.items()}
+    lines = [each for each in (line(label, path) for path, label in figures.items()) if each["values"][0] is not None]
     fixed = (scores.get("best_fixed") or {}).get("findings", {}).get("per_class", {})
     findings = [
-        {"name": name, **entry, "span": interval, "fixed": fixed.get(name, {}).get("f1")}
-        for (name, entry), interval in zip(by_finding.items(), spans, strict=True)
+        {"name": name, **entry, "span": entry["f1_interval"], "fixed": fixed.get(name, {}).get("f1")}
+        for name, entry in scores["findings"]["per_class"].items()
         if entry["f1"] is not None
     ]
     fixed_texts = {name: entry["report"] for name, entry in columns.items() if "report" in entry}
-    return {"columns": list(columns), "lines": lines, "findings": findings, "against": scores["findings"]["against"], "fixed": fixed_texts}
+    untold = sum(not studies[row["id"]].report.strip() for row in run.rows)
+    return {
+        "columns": list(columns),
+        "lines": lines,
+        "findings": findings,
+        "against": scores["findings"]["against"],
+        "fixed": fixed_texts,
+        "untold": untold,
+    }
 
 
 def losses(root: Path) -> dict[str, Row]:

@@ -7,12 +7,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.evaluation.questions import likeliest
 from med3dvlm.metrics.findings import find_mentions
-from med3dvlm.metrics.text import text_values
+from med3dvlm.metrics.text import token_f1_values
 from med3dvlm.records import Study
 
 MARKS = ("agreed", "missed", "invented")
@@ -27,13 +27,14 @@ def gallery(runs: Mapping[str, Any], studies: Mapping[str, Study]) -> list[Row]:
         answers[row["id"]].append(answered(row))
     written = {row["id"]: row for row in runs["report"].rows} if "report" in runs else {}
     ranks = {row["id"]: row for row in runs["retrieval"].rows} if "retrieval" in runs else {}
-    pairs = [(row["prediction"], row["reference"]) for row in written.values()]
-    alike = dict(zip(written, text_values(*map(list, zip(*pairs, strict=True)))["token_f1"], strict=True)) if pairs else {}
+    told = [name for name in written if studies[name].report.strip()]
+    pairs = [written[name]["prediction"] for name in told], [studies[name].report for name in told]
+    alike = dict(zip(told, token_f1_values(*pairs), strict=True)) if told else {}
     cases = []
     for place, name in enumerate(dict.fromkeys([*written, *answers, *ranks])):
         report = written.get(name)
         reference, prediction = studies[name].report, report["prediction"] if report else None
-        marks = marks_of(reference, prediction or "") if report else {}
+        marks = marks_of(reference, prediction or "") if name in alike else {}
         count = Counter(marks.values())
         right = [answer["right"] for answer in answers[name] if answer["right"] is not None]
         compared = 2 * count["agreed"] + count["missed"] + count["invented"]
@@ -41,11 +42,12 @@ def gallery(runs: Mapping[str, Any], studies: Mapping[str, Study]) -> list[Row]:
             {
                 "place": place,
                 "id": name,
+                "told": bool(reference.strip()),
                 "reference": list(marked(reference, marks)),
                 "prediction": list(marked(prediction, marks)) if prediction is not None else None,
                 "findings": sorted(marks.items(), key=lambda item: (MARKS.index(item[1]), item[0])),
                 **{mark: count[mark] for mark in MARKS},
-                "f1": None if not report else 2 * count["agreed"] / compared if compared else 1.0,
+                "f1": None if name not in alike else 2 * count["agreed"] / compared if compared else 1.0,
                 "alike": None if name not in alike else float(alike[name]),
                 "answers": answers[name],
                 "right": sum(right) / len(right) if right else None,
@@ -58,7 +60,7 @@ def gallery(runs: Mapping[str, Any], studies: Mapping[str, Study]) -> list[Row]:
 
 def answered(row: Row) -> Row:
     """A question with what was chosen of its choices, with and without the scan, and what was written; None where it was not asked so."""
-    chosen, blind = (row["choices"][int(np.argmax(row[column]))] if row.get(column) else None for column in ("closed", "blind"))
+    chosen, blind = (likeliest(row, column) if row.get(column) else None for column in ("closed", "blind"))
     right = None if chosen is None else chosen == row["answer"]
     return {"kind": row["kind"], "question": row["question"], "answer": row["answer"], "chosen": chosen, "right": right, "blind": blind} | {
         "open": row.get("open")

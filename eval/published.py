@@ -13,12 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from med3dvlm import evaluation
-from med3dvlm.files import read_lines, write_json, write_text
-from med3dvlm.metrics.text import text_values
+from med3dvlm.files import write_json, write_text
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS
 
@@ -102,27 +100,18 @@ def our_rows(table: dict[str, Any], folder: Path, data_name: str, measures: dict
         if table["measure"] != "by row":
             letter = scores["letter"] | {"mean": scores["letter"]["accuracy"]}
             return [[label, *(of(letter, column.lower()) for column in table["columns"])]]
-        by_kind = open_answers(read_lines(folder / "predictions.jsonl"))
+        answers = scores["open"]
+        model = {name: answers[name] for name in ("bertscore_model",) if name in answers}
+        by_kind = {kind: written(answers[kind] | model) for kind in QUESTION_KINDS if kind in answers} | {"mean": written(answers)}
         names = dict.fromkeys(row[1] for row in table["rows"])
         return [[label, name, *(of(by_kind, f"{column.lower()}.{measures[name]['key']}") for column in table["columns"])] for name in names]
     return []
 
 
 def written(text: dict[str, Any]) -> dict[str, Any]:
-    """The text's scores without a BERTScore of another model than the papers', which has another scale."""
+    """The scores of texts without a BERTScore of another model than the papers', which has another scale."""
     other = text.get("bertscore_model", BERTSCORE_MODEL) != BERTSCORE_MODEL
     return {name: value for name, value in text.items() if not (other and name.startswith("bertscore"))}
-
-
-def open_answers(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Kind -> score -> its mean over the answers written freely, and "mean" of the kinds."""
-    kinds: dict[str, dict[str, float]] = {}
-    for kind in QUESTION_KINDS:
-        if asked := [row for row in rows if row["kind"] == kind and row["choices"] != ["Yes", "No"] and row.get("open") is not None]:
-            values = text_values([row["open"] for row in asked], [row["answer"] for row in asked])
-            kinds[kind] = {name: float(value.mean()) for name, value in values.items()}
-    names = next(iter(kinds.values()), {})
-    return kinds | {"mean": {name: float(np.mean([scores[name] for scores in kinds.values()])) for name in names}}
 
 
 def write_beside(folder: Path, data_name: str) -> str:

@@ -11,7 +11,7 @@ CRG is left out where a label is unknown. Studies without a report count in no l
 What can be had without looking at the scan, or without this model, scored in the same way:
 
     blind        what the model writes about an empty volume, all air
-    shuffled     what it wrote about the volume of the next patient
+    shuffled     what it wrote about the volume of another patient, each volume once
     modal        always the commonest training report; if no two are alike, the first of those that state the commonest set of findings
     best_fixed   always the training report whose findings, stated of every training study, have the highest macro F1 there
     nearest      with --clip: the training report whose embedding lies nearest to the volume's
@@ -20,8 +20,6 @@ They are null where they cannot be had: without a training split, or where all s
 """
 
 from collections.abc import Sequence
-
-import torch
 
 from med3dvlm import evaluation
 from med3dvlm.datasets.features import fingerprint
@@ -62,8 +60,8 @@ def main() -> None:
         extra = {}
         if arguments.blind:
             extra["blind"] = chat.answers([evaluation.air(data)], [PROMPT], arguments.max_new_tokens)[0].text
-        if embedder and train:
-            reports = torch.cat([embedder.texts([study.report for study in batch]) for batch in evaluation.in_batches(train, 64)])
+        if embedder and split and train:
+            reports = embedder.split_texts(split)[[bool(study.report.strip()) for study in data.studies(split)]]  # (training studies, P)
 
         def write(batch: Sequence[Study]) -> list[dict]:
             features = [chat.encode(data.volume(study).to(chat.model.device)) for study in batch]

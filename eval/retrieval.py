@@ -8,12 +8,13 @@ that many, or all of a smaller split. predictions.jsonl has the rank of each one
 against the partner. An interval is a 95 % bootstrap over patients, who are drawn as queries: the pool stays as it is.
 
     any_of_equal   the same where the report of another study counts as right if it has the same words, or its volume the same voxels
-    shuffled       the same with the next patient's volume in the place of each
+    shuffled       the same with another patient's volume in the place of each, each volume once
     chance         what is expected of a random order
     image_to_image where studies have labels, volumes found by a volume of another patient: mean average precision by a shared finding, and
                    the share of findings in common that CT-CLIP gives by that name (med3dvlm/metrics/shared_findings.py)
 """
 
+import base64
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from med3dvlm import evaluation
 from med3dvlm.datasets.duplicates import equal, groups, words
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation.image_to_image import image_to_image_scores, image_to_image_table
-from med3dvlm.files import read_lines, whole_file, write_lines
+from med3dvlm.files import whole_file, write_lines
 from med3dvlm.metrics.intervals import intervals, mean_of, median_of
 from med3dvlm.metrics.retrieval import rank_values, retrieval_ranks, retrieval_scores
 from med3dvlm.records import Study
@@ -45,6 +46,17 @@ def first_equals(data: PreparedData, studies: Sequence[Study]) -> tuple[list[int
     places: tuple[dict[str, int], dict[str, int]] = {}, {}
     scans = [places[0].setdefault(data.checksum(study), place) for place, study in enumerate(studies)]
     return scans, [places[1].setdefault(study.report, place) for place, study in enumerate(studies)]
+
+
+def encoded(embeddings: torch.Tensor) -> list[str]:
+    """(B, P) -> base64 of each row's float32, the lowest byte first: a quarter of the same in decimals."""
+    return [base64.b64encode(row.tobytes()).decode() for row in embeddings.numpy().astype("<f4")]
+
+
+def decoded(lines: Sequence[str]) -> torch.Tensor:
+    """What `encoded` made strings of, (N, P)."""
+    rows = [np.frombuffer(base64.b64decode(line, validate=True), "<f4") for line in lines]
+    return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
 def equal_studies(data: PreparedData, studies: Sequence[Study]) -> list[int]:
@@ -123,7 +135,7 @@ def main() -> None:
         evaluation.begin(arguments, embedder.model, data, max_text_length=embedder.max_text_length)
 
         def embed(batch: Sequence[Study]) -> list[dict]:
-            images, texts = embedder.images(batch).tolist(), embedder.texts([study.report for study in batch]).tolist()
+            images, texts = encoded(embedder.images(batch)), encoded(embedder.texts([study.report for study in batch]))
             return [about(study) | {"image": image, "text": text} for study, image, text in zip(batch, images, texts, strict=True)]
 
         batches = evaluation.in_batches(studies, arguments.batch_size)
@@ -131,9 +143,9 @@ def main() -> None:
         if not (evaluation.is_first() if there else evaluation.predict(growing, batches, embed, about)):
             return
         if not there:
-            rows = read_lines(growing)
+            rows = evaluation.predictions(growing, list(map(about, studies)), lambda row: ["image", "text"])
             with whole_file(embedded) as aside:
-                made = {name: torch.tensor([row[name] for row in rows]) for name in ("image", "text")}
+                made = {name: decoded([row[name] for row in rows]) for name in ("image", "text")}
                 # Equal reports and scans have to tie, but batches of other shapes differ in the last bits.
                 save_file(
                     {name: values[firsts] for (name, values), firsts in zip(made.items(), first_equals(data, studies), strict=True)}, aside

@@ -1,6 +1,6 @@
 """How fast the encoder is beside the paper's definition taken literally (med3dvlm/encoders/literal.py), and how near this machine's limits.
 `python eval/speed.py data` measures loading and preparation instead (eval/speed_data.py), `python eval/speed.py eval` the writing and scoring
-of reports (eval/speed_eval.py), `python eval/speed.py zero_shot` the detection of findings (eval/speed_zero_shot.py).
+of reports (eval/speed_eval.py), and so on: every other eval/speed_*.py is named by its last word and has flags of its own.
 
     python eval/speed.py encoder
     python eval/speed.py encoder --allocation system
@@ -50,12 +50,13 @@ class Form:
 
 
 def main() -> None:
-    if sys.argv[1:2] in (["data"], ["eval"], ["zero_shot"]):  # they have flags of their own
+    parts = sorted(path.stem.removeprefix("speed_") for path in Path(__file__).parent.glob("speed_*.py"))
+    if sys.argv[1:2] and sys.argv[1] in parts:
         part = sys.argv.pop(1)
         runpy.run_path(str(Path(__file__).with_name(f"speed_{part}.py")), run_name="__main__")
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["encoder", "data", "eval", "zero_shot"])
+    parser.add_argument("what", choices=["encoder", *parts])
     parser.add_argument("--encoder", default="dcformer_small", help="a DCFormer (default: %(default)s)")
     parser.add_argument("--size", default="128,256,256", help="D,H,W of the volume (default: %(default)s)")
     parser.add_argument("--batch", type=evaluation.positive, default=2, help="volumes in a training step (default: %(default)s)")

@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 
 from med3dvlm import evaluation, plots
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.evaluation.questions import YES_NO
+from med3dvlm.evaluation.targets import Targets, at, compare, target_table
 from med3dvlm.files import read_lines, write_text
+from med3dvlm.metrics.answers import right_choices
 from med3dvlm.metrics.retrieval import recall_curve
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS, Study
@@ -29,8 +32,7 @@ STAGES = {"stage0": "language_model", "stage1": "stage1", "stage2": "stage2", "s
 EVALUATIONS = {name: f"eval/{name}" for name in ("retrieval", "vqa", "report")}
 CASES = 5
 
-# figure: (least or most, {name of the run: the figure asked for}, what would be good)
-TARGETS: dict[str, tuple[str, dict[str, float], float | None]] = {
+TARGETS: Targets = {
     "retrieval.image_to_text.r1": ("at least", {"demo": 0.05, "demo-full": 0.25}, 0.45),
     "retrieval.image_to_text.r10": ("at least", {"demo": 0.40, "demo-full": 0.85}, 0.97),
     "retrieval.text_to_image.r1": ("at least", {"demo": 0.05, "demo-full": 0.25}, 0.45),
@@ -72,18 +74,17 @@ def collect(root: Path) -> dict[str, Any]:
         "vqa_closed": {
             "accuracy": vqa["closed"]["accuracy"],
             **{kind: vqa["closed"].get(kind) for kind in QUESTION_KINDS},
-            "blind": vqa["closed"]["blind"]["accuracy"],
+            "blind": at(vqa, "closed.blind.accuracy"),
             "letter": vqa["letter"]["accuracy"],
             "interval": vqa["closed"]["accuracy_interval"],
         },
         "vqa_open": {name: vqa["open"][name] for name in ("exact", "token_f1")},
-        "vqa_yes_no": {"accuracy": vqa["yes_no"]["accuracy"], "blind": vqa["yes_no"]["blind"]["accuracy"]},
+        "vqa_yes_no": {"accuracy": vqa["yes_no"]["accuracy"], "blind": at(vqa, "yes_no.blind.accuracy")},
         "report": {
             "findings_f1": report["findings_f1"],
             "findings_f1_interval": report["findings_f1_interval"],
-            "modal": report["modal"]["findings_f1"],
-            "lead": difference(report["findings_f1"], report["modal"]["findings_f1"]),
-            "best_fixed": report["best_fixed"]["findings_f1"],
+            "lead": difference(report["findings_f1"], at(report, "modal.findings_f1")),
+            **{name: at(report, f"{name}.findings_f1") for name in ("blind", "shuffled", "modal", "best_fixed", "nearest")},
             **{name: value for name, value in report["text"].items() if name != "unavailable"},
             **report["collapse"],
         },
@@ -101,28 +102,6 @@ def difference(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one - other
 
 
-def compare(summary: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
-    """Each target with its value and whether it is reached; None where nothing is asked of a run of this name."""
-    compared = {}
-    for figure, (bound, minimum, aim) in TARGETS.items():
-        value: Any = summary
-        for key in figure.split("."):
-            value = value[key]
-        asked = minimum.get(name)
-        reached = None if asked is None else value is not None and (value >= asked if bound == "at least" else value <= asked)
-        compared[figure] = {"value": value, "bound": bound, "asked": asked, "aim": aim, "reached": reached}
-    return compared
-
-
-def table(compared: dict[str, dict[str, Any]], name: str) -> str:
-    words = {True: "reached", False: "NOT REACHED", None: "-"}
-    rows = []
-    for figure, entry in compared.items():
-        asked = None if entry["asked"] is None else f"{entry['bound']} {entry['asked']:g}"
-        rows.append([figure, entry["value"], asked, entry["aim"], words[entry["reached"]]])
-    return evaluation.markdown_table(("figure", name, "asked", "aim", "what is asked is"), rows)
-
-
 def draw(root: Path, summary: dict[str, Any], data: PreparedData, scans: Path) -> dict[str, Path]:
     """Every picture, by heading."""
     folder = root / "pictures"
@@ -135,7 +114,7 @@ def draw(root: Path, summary: dict[str, Any], data: PreparedData, scans: Path) -
     pool = summary["retrieval"]["pool"]
     vqa, report = read(root / "eval" / "vqa" / "scores.json")["closed"], read(root / "eval" / "report" / "scores.json")
     by_finding = {name: entry for name, entry in report["findings"]["per_class"].items() if entry["f1"] is not None}
-    fixed = report["best_fixed"]["findings"]["per_class"]
+    fixed = at(report, "best_fixed.findings.per_class") or {}
     answers = read_lines(root / "eval" / "report" / "predictions.jsonl")
     chosen = [answers[index] for index in sorted({round(place) for place in np.linspace(0, len(answers) - 1, CASES)})]
     known = {study.id: study for split in data.summary["splits"] for study in data.studies(split)}
@@ -144,8 +123,11 @@ def draw(root: Path, summary: dict[str, Any], data: PreparedData, scans: Path) -
         pictures["Losses"] = plots.loss_curves(losses, folder / "losses.png")
     curve = recall_curve(embeddings["image"], embeddings["text"], pool=pool)
     pictures["Retrieval"] = plots.retrieval_curve(curve, folder / "retrieval.png", chance=1 / pool)
-    accuracy, blind = ({kind: scores[kind] for kind in QUESTION_KINDS if kind in scores} for scores in (vqa, vqa["blind"]))
-    pictures["Closed questions"] = plots.vqa_bars(accuracy, blind, folder / "vqa.png")
+    if kinds := [kind for kind in QUESTION_KINDS if kind in vqa]:
+        asked = [row for row in read_lines(root / "eval" / "vqa" / "predictions.jsonl") if row["choices"] not in ([], YES_NO)]
+        chance = float(np.mean([len(right_choices(row["choices"], row["answer"])) / len(row["choices"]) for row in asked]))
+        accuracy, blind = ({kind: scores[kind] for kind in kinds if kind in scores} for scores in (vqa, vqa.get("blind", {})))
+        pictures["Closed questions"] = plots.vqa_bars(accuracy, blind, folder / "vqa.png", chance)
     if by_finding:
         f1, baseline = ({name: entry["f1"] for name, entry in table.items() if name in by_finding} for table in (by_finding, fixed))
         support = {name: entry["support"] for name, entry in by_finding.items()}
@@ -171,7 +153,7 @@ def notes(summary: dict[str, Any]) -> dict[str, str]:
     return {
         "Retrieval": f"The share of scans whose own report is among the first k of {pool} reports, and the other way round.",
         "Closed questions": (
-            f"The likeliest of four answers after the bare question, mean over the kinds {spread(vqa['accuracy'], vqa['interval'])}. "
+            f"The likeliest of the choices after the bare question, mean over the kinds {spread(vqa['accuracy'], vqa['interval'])}. "
             f"Asked to write the letter of the right choice, {value(vqa['letter'])} are right; of answers written freely, "
             f"{value(summary['vqa_open']['exact'])} match word for word; "
             f"of yes/no questions {value(summary['vqa_yes_no']['accuracy'])} are right."
@@ -222,9 +204,9 @@ def main() -> None:
     arguments = parser.parse_args()
     root = arguments.root
     summary = collect(root)
-    summary["reached"] = compare(summary, arguments.name)
+    summary["reached"] = compare(summary, TARGETS, arguments.name)
     evaluation.write_scores(root / "summary.json", summary)
-    targets = table(summary["reached"], arguments.name)
+    targets = target_table(summary["reached"], arguments.name)
     pictures = draw(root, summary, PreparedData(root / "prepared", exclude_failures=True), arguments.scans or root / "phantoms")
     write_report(root / "report.md", arguments.name, summary, targets, pictures)
     runpy.run_path(str(Path(__file__).with_name("page.py")))["write_page"](root, arguments.name)

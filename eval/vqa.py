@@ -4,14 +4,18 @@
     python eval/vqa.py --data outputs/demo/prepared --output outputs/demo/eval/vqa --score_only
     torchrun --nproc_per_node 2 eval/vqa.py --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/vqa
 
-    closed   the choice whose text the model finds likeliest after the bare question: highest mean log-probability of its tokens
+    closed   the choice whose text the model finds likeliest after the bare question: highest mean log-probability of its tokens;
+             a tie counts against the answer
     letter   the first letter that the model writes after the question with its choices, as the papers count
     strict   the same words, right only if they name the right choice, by letter or by text, and no other
     open     what the model writes after the bare question, against the answer: exact match, F1 of the words, BLEU, ROUGE, METEOR
     yes_no   yes/no questions, as closed
 
 What can be had without the scan stands within `closed` and `yes_no`: `blind`, the same on an empty volume, all air; `shuffled`, on that
-of the next patient; `modal`, the choice that answered this very question most often in training.
+of another patient, each volume once; `modal`, the choice that answered this very question most often in training.
+
+A choice that is listed twice is right at both places. A question of more than eight choices has no letters: `left_out` counts those that
+`letter` and `strict` are without.
 
 Each is given by kind of question and as the mean of the kinds, "accuracy", and of all questions; an interval is a 95 % bootstrap over
 patients. `confusion` counts right answers and chosen ones, by text where a kind has few answers, and by letter.
@@ -21,7 +25,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 from med3dvlm import evaluation
-from med3dvlm.evaluation.questions import question_scores, question_tables
+from med3dvlm.evaluation.questions import YES_NO, has_letters, question_scores, question_tables
 from med3dvlm.inference import Features, Med3DChat
 from med3dvlm.metrics.bertscore import bert_scorer
 from med3dvlm.prompts import closed_prompt
@@ -67,7 +71,7 @@ def main() -> None:
         }
 
     def texts_of(row: dict) -> list[str]:
-        return [] if row["choices"] == ["Yes", "No"] else ["open", "letter"] if row["choices"] else ["open"]
+        return [] if row["choices"] == YES_NO else ["open", "letter"] if row["choices"] and has_letters(row["choices"]) else ["open"]
 
     if not arguments.score_only:
         chat = evaluation.load_chat(arguments, data)
@@ -96,12 +100,12 @@ def main() -> None:
 
             ranked = [question for question in batch if question.choices]
             others = [question for question in batch if not question.yes_no]
-            closed = [question for question in others if question.choices]
+            lettered = [question for question in others if question.choices and has_letters(question.choices)]
             columns = {
                 "closed": rank(chat, ranked, features),
                 "blind": rank(chat, ranked, dict.fromkeys(names, empty)) if arguments.blind else {},
                 "shuffled": rank(chat, ranked, {name: features[stranger[name].id] for name in names}) if stranger else {},
-                "letter": write(closed, [closed_prompt(question.text, question.choices) for question in closed]),
+                "letter": write(lettered, [closed_prompt(question.text, question.choices) for question in lettered]),
                 "open": write(others, [question.text for question in others]),
             }
             return [about(question) | {name: column.get(question) for name, column in columns.items()} for question in batch]

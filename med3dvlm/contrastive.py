@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from med3dvlm.encoders import Size, build_encoder, check_size
@@ -19,6 +19,21 @@ from med3dvlm.encoders import Size, build_encoder, check_size
 LOSSES = ("siglip", "clip")
 POOLINGS = ("cls", "mean")
 IMAGE_POOLINGS = ("mean", "frames")
+
+
+class CXRBertConfig(BertConfig):
+    """CXR-BERT (microsoft/BiomedVLP-CXR-BERT-specialized) as CT-CLIP uses it: a BERT. So its repository's own code is not run."""
+
+    model_type = "cxr-bert"
+
+
+class CXRBertModel(BertModel):
+    config_class = CXRBertConfig
+
+
+AutoConfig.register(CXRBertConfig.model_type, CXRBertConfig)
+AutoModel.register(CXRBertConfig, CXRBertModel)
+AutoTokenizer.register(CXRBertConfig, BertTokenizer)
 
 
 class Med3DCLIPConfig(PretrainedConfig):
@@ -84,7 +99,7 @@ class Med3DCLIPConfig(PretrainedConfig):
 
 @dataclass
 class Med3DCLIPOutput(ModelOutput):
-    """`image_embeds`, `text_embeds`: (B, P), L2-normalised; `loss` of the batch over all processes, if asked for."""
+    """`image_embeds` (B, P), `text_embeds` (k*B, P), L2-normalised; `loss` of the batch over all processes, if asked for."""
 
     loss: Tensor | None = None
     image_embeds: Tensor | None = None
@@ -96,7 +111,7 @@ class Med3DCLIP(PreTrainedModel):
 
     config_class = Med3DCLIPConfig
     main_input_name = "pixel_values"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: Med3DCLIPConfig, text_encoder: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -117,13 +132,6 @@ class Med3DCLIP(PreTrainedModel):
             # CLIP has no bias, and several processes never finish averaging while a parameter waits for a gradient.
             self.register_buffer("logit_bias", bias)
         self.post_init()
-
-    @classmethod
-    def from_text_encoder(cls, config: Med3DCLIPConfig, text_encoder: str) -> "Med3DCLIP":
-        """A new model whose text side starts from pretrained weights, a local directory or a hub id."""
-        encoder = AutoModel.from_pretrained(text_encoder)
-        config.text_config = encoder.config
-        return cls(config, encoder)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Every part brings its own initialisation."""
@@ -170,13 +178,21 @@ class Med3DCLIP(PreTrainedModel):
         text_features: Tensor | None = None,
         return_loss: bool = True,
     ) -> Med3DCLIPOutput:
-        """One pair a row: `pixel_values` (B, 1, D, H, W) with `input_ids` and `attention_mask` (B, L), or with what `pool_text` gave for them."""
+        """One pair a row: `pixel_values` (B, 1, D, H, W) with `input_ids` and `attention_mask` (B, L), or with what `pool_text` gave for them.
+
+        Of several texts a volume, k times B, the first B belong to the volumes in their order, and so do the next. The loss is the mean of theirs.
+        """
         image_embeds = self.encode_image(pixel_values)
         if text_features is None:
             assert input_ids is not None and attention_mask is not None
-            text_features = self.pool_text(input_ids, attention_mask)
+            parts = zip(input_ids.split(len(image_embeds)), attention_mask.split(len(image_embeds)), strict=True)
+            lengths = ((ids, mask, int(mask.sum(dim=1).max())) for ids, mask in parts)  # second texts may be much shorter
+            text_features = torch.cat([self.pool_text(ids[:, :length], mask[:, :length]) for ids, mask, length in lengths])
         text_embeds = self.project_text(text_features)
-        loss = self.contrast(image_embeds, text_embeds) if return_loss else None
+        loss = None
+        if return_loss:
+            losses = [self.contrast(image_embeds, part) for part in text_embeds.split(len(image_embeds))]
+            loss = torch.stack(losses).mean()
         return Med3DCLIPOutput(loss=loss, image_embeds=image_embeds, text_embeds=text_embeds)
 
     def contrast(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
@@ -196,3 +212,7 @@ class Med3DCLIP(PreTrainedModel):
         if self.config.loss == "siglip":
             return SigLipLoss(rank=rank, world_size=world_size, dist_impl="gather")
         return ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+
+
+AutoConfig.register(Med3DCLIPConfig.model_type, Med3DCLIPConfig)
+AutoModel.register(Med3DCLIPConfig, Med3DCLIP)

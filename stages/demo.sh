@@ -30,9 +30,7 @@ train stage2 stage2_projector stage2 "${steps[2]}" --clip "$root/stage1" --langu
 train stage3 stage3_lora stage3 "${steps[3]}" --model "$root/stage2" "${options[@]}"
 evaluate retrieval retrieval stage1 eval/retrieval
 evaluate vqa vqa model eval/vqa
-nearest=() # the nearest training report beside the written one, where half a minute more is no matter
-[ "$size" = demo ] || nearest=(--clip "$root/stage1")
-evaluate report report_gen model eval/report "${nearest[@]}"
+evaluate report report_gen model eval/report --clip "$root/stage1"
 python eval/summary.py --root "$root" --name "$name"
 
 scan=$(python -c 'import sys; from med3dvlm.datasets import m3d; print(m3d.read(sys.argv[1], "test")[0][0].image)' "$root/phantoms")

@@ -15,10 +15,14 @@ if step == os.environ.get("FAILS", ""):
     sys.exit(1)
 products = {{
     "--output_dir": "config.json", "--merged": "config.json", "--output": "scores.json",
-    "phantom": "M3D_Cap/M3D_Cap.json", "m3d": "../prepared/summary.json",
+    "phantom": "M3D_Cap/M3D_Cap.json", "m3d": "../prepared/summary.json", "ct_rate": "../prepared/summary.json",
 }}
+if "--layout" in command:
+    products["phantom"] = "multi_abnormality_labels/valid_predicted_labels.csv"
+if step == "index":
+    pathlib.Path(command[-1]).mkdir()
 for flag, folder in zip(command, command[1:]):
-    if flag in products:
+    if flag in products and not folder.startswith("--"):
         product = pathlib.Path(os.path.normpath(os.path.join(folder, products[flag])))
         product.parent.mkdir(parents=True, exist_ok=True)
         product.touch()

@@ -69,11 +69,12 @@ def test_command_runs(line: str, places: dict[str, str], shell, tmp_path: Path) 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("deepspeed")])
 def test_training_command_parses(line: str, repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from med3dvlm.arguments import parse_arguments
+    from med3dvlm.arguments import StageArguments, parse_arguments
 
     _, script, *arguments = shlex.split(line)
     stage = import_module("stages." + Path(script).stem)
-    kind = next(value for name, value in vars(stage).items() if re.fullmatch(r"Stage\dArguments", name))
+    kinds = [value for value in vars(stage).values() if isinstance(value, type) and issubclass(value, StageArguments)]
+    kind = max(kinds, key=lambda value: len(value.__mro__))
     monkeypatch.chdir(repository)
     parsed = parse_arguments(kind, [*arguments, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--deepspeed", ""])
     assert parsed.data == "data/mine_128"

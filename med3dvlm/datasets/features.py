@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from med3dvlm.contrastive import Med3DCLIP
+from med3dvlm.datasets.torch import PairCollator
 from med3dvlm.files import whole_file
 
 
@@ -40,3 +42,17 @@ def frozen_features(
             save_file(levels, aside)
     stored = load_file(path)
     return [stored[str(level)] for level in range(len(stored))]
+
+
+def report_features(folder: Path, model: Med3DCLIP, collator: PairCollator, reports: Sequence[str]) -> Tensor:
+    """(N, C), what `pool_text` gives for N reports, kept in a file of the folder that is named after text encoder, reports and their length.
+
+    Stage 1 with a frozen text encoder leaves those of the training split, and retrieval of training reports finds them there.
+    """
+    name = fingerprint(model.text_encoder, *reports, model.config.text_pooling, str(collator.max_length))
+
+    def compute(rows: range) -> list[Tensor]:
+        coded = collator.tokenize([reports[row] for row in rows])
+        return [model.pool_text(**{key: value.to(model.device) for key, value in coded.items()})]
+
+    return frozen_features(folder / f"text-{name}.safetensors", len(reports), compute, description="texts")[0]

@@ -6,6 +6,7 @@ Volumes leave the loader as the whole numbers that are stored, a quarter or half
 device: in training in StageTrainer, which augments them there by their keys, elsewhere in `load_volumes`.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from med3dvlm.datasets.store import PreparedData
 from med3dvlm.processing import Med3DVLMProcessor, Message, branch_mask
 from med3dvlm.prompts import REPORT_PROMPTS, closed_answer, closed_prompt
 from med3dvlm.records import Question, Study
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 def load_volumes(data: PreparedData, studies: Iterable[Study], device: torch.device | str = "cpu") -> Tensor:
@@ -64,32 +67,59 @@ def _stack_images(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 class PairDataset(StudyDataset):
-    """Every study's volume with "text", the report, and "id". Where `text_features` (studies, C) is set, a row has the report's too."""
+    """Every study's volume with "text", the report, and "id". Where `text_features` (studies, C) is set, a row has the report's too.
+
+    Args:
+        sentences: a row has a second text, "sentences": 1 to so many of the report's, drawn in every epoch anew, as ConVIRT draws one
+            (arXiv 2010.00747). So a model learns what a short prompt means, too. None leaves it out.
+    """
 
     text_features: Tensor | None = None
+
+    def __init__(
+        self,
+        data: PreparedData,
+        split: str,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+        sentences: int | None = None,
+    ) -> None:
+        super().__init__(data, split, seed, augmentation)
+        self.sentences = sentences
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         study = self.studies[index]
         row: dict[str, Any] = {**self.image(index), "text": study.report, "id": study.id}
         if self.text_features is not None:
             row["text_features"] = self.text_features[index]
+        if self.sentences is not None:
+            told = SENTENCE_END.split(study.report.strip())
+            random = np.random.default_rng((self.seed, self.epoch, index))
+            count = min(int(random.integers(1, self.sentences + 1)), len(told))
+            row["sentences"] = " ".join(told[place] for place in random.choice(len(told), size=count, replace=False))
         return row
 
 
 class PairCollator:
-    """Rows of a PairDataset -> their images and either `input_ids`, `attention_mask` (B, L) or `text_features` (B, C)."""
+    """Rows of a PairDataset -> their images and either `input_ids`, `attention_mask` or `text_features` (B, C).
+
+    The first two are (B, L), or (2B, L) where rows have a second text: all first ones, then all second ones.
+    """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        coded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        coded = self.tokenizer(
+            list(texts), padding=True, padding_side="right", truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
         return {key: coded[key] for key in ("input_ids", "attention_mask")}
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if "text_features" in rows[0]:
             return {**_stack_images(rows), "text_features": torch.stack([row["text_features"] for row in rows])}
-        return {**_stack_images(rows), **self.tokenize([row["text"] for row in rows])}
+        texts = [row[kind] for kind in ("text", "sentences") if kind in rows[0] for row in rows]
+        return {**_stack_images(rows), **self.tokenize(texts)}
 
 
 class ConversationDataset(StudyDataset):

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from med3dvlm.checkpoints import load_clip, model_type
+from med3dvlm.datasets.features import report_features
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import PairCollator, load_volumes
+from med3dvlm.evaluation.cases import is_first, wait_for_all
 from med3dvlm.familiarity import Features
 from med3dvlm.inference import Med3DChat
 from med3dvlm.processing import IGNORED, Med3DVLMProcessor, Message, branch_mask
@@ -68,6 +70,17 @@ class Embedder:
         """(B, P) float32 on the CPU, of length 1."""
         coded = self._collator.tokenize(reports)
         return self.model.encode_text(**{name: value.to(self.model.device) for name, value in coded.items()}).float().cpu()
+
+    @torch.no_grad()
+    def split_texts(self, split: str) -> Tensor:
+        """(N, P), as `texts`, of the reports of all studies of a split. The text encoder's part is kept beside the data, see `report_features`."""
+        if not is_first():
+            wait_for_all()  # the first computes, the others read
+        reports = [study.report for study in self.data.studies(split)]
+        pooled = report_features(self.data.root / "features", self.model, self._collator, reports)
+        if is_first():
+            wait_for_all()
+        return self.model.project_text(pooled.to(self.model.device, self.model.dtype)).float().cpu()
 
 
 @torch.no_grad()

@@ -1,13 +1,16 @@
-"""Scores of answers to questions, from the records that eval/vqa.py writes; its text says what the columns and figures are."""
+"""Scores of answers to questions, from the records that eval/vqa.py writes; its text says what the columns and figures are.
 
+A choice that is listed twice is right at both places. Of choices that are equally likely the model is taken to choose a wrong one, so that
+what finds all alike has nothing right. There are letters for `len(LETTERS)` choices: a question with more has no score by letter.
+"""
+
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from med3dvlm.metrics.answers import NOTHING, confusion, first_letter, grouped_means, named_choices
+from med3dvlm.metrics.answers import NOTHING, confusion, first_letter, grouped_means, named_choices, right_choices
 from med3dvlm.metrics.bertscore import BertScorer
 from med3dvlm.metrics.text import text_values
 from med3dvlm.records import ALL_KINDS, LETTERS, QUESTION_KINDS, Question
@@ -15,6 +18,7 @@ from med3dvlm.tables import markdown_table, with_interval
 
 FEW = 12  # different answers of a kind whose confusion is given by text
 YES_NO = ["Yes", "No"]
+LIKELIHOODS = ("closed", "blind", "shuffled")
 WITHOUT_SCAN = ("blind", "shuffled", "modal")
 Row = dict[str, Any]
 
@@ -30,23 +34,21 @@ def question_scores(
         train: the questions of the training split, for `modal`.
         scorer: for BERTScore, from `metrics.bertscore`.
     """
+    check_likelihoods(rows)
     yes_no = [row for row in rows if row["choices"] == YES_NO]
     others = [row for row in rows if row["choices"] != YES_NO]
     closed = [row for row in others if row["choices"]]
-    for row in closed + yes_no:
-        if len(row.get("closed") or ()) != len(row["choices"]):
-            raise ValueError(f"a record about {row['id']} does not say how likely its {len(row['choices'])} choices are; predict it again")
-    columns = [name for name in ("closed", "blind", "shuffled") if all(row.get(name) for row in closed + yes_no)]
-    choose: dict[str, Callable[[Row], str]] = {name: partial(_likeliest, column=name) for name in columns}
-    choose |= {"modal": _usual_choice(train)} if train else {}
-    found = _tally(closed, {name: _is_right(chosen) for name, chosen in choose.items()} | {"letter": _letter, "strict": _strict}, patients)
+    lettered = [row for row in closed if has_letters(row["choices"])]
+    columns = [name for name in LIKELIHOODS if all(row.get(name) for row in closed + yes_no)]
+    measures: dict[str, Callable[[Row], bool]] = {name: partial(likeliest_is_right, column=name) for name in columns}
+    measures |= {"modal": _usual_choice_is_right(train)} if train else {}
+    found = _tally(closed, measures, patients)
+    by_letter = _tally(lettered, {"letter": letter_is_right, "strict": strict_is_right}, patients)
+    left_out = {"left_out": len(closed) - len(lettered)}
     by_kind = {kind: [row for row in closed if row["kind"] == kind] for kind in ALL_KINDS}
-    by_kind = {kind: group for kind, group in by_kind.items() if group}
-    texts = {kind: confusion((row["answer"], _likeliest(row)) for row in group) for kind, group in by_kind.items()}
-    letters = {
-        kind: confusion((_right_letter(row), first_letter(row["letter"], len(row["choices"])) or NOTHING) for row in group)
-        for kind, group in by_kind.items()
-    }
+    texts = {kind: confusion((row["answer"], likeliest(row)) for row in group) for kind, group in by_kind.items() if group}
+    by_kind = {kind: [row for row in lettered if row["kind"] == kind] for kind in ALL_KINDS}
+    letters = {kind: confusion(map(_letters, group)) for kind, group in by_kind.items() if group}
     asked = Counter(row["kind"] for row in others)
     return {
         "closed": {
@@ -54,10 +56,10 @@ def question_scores(
             **{name: found[name] for name in WITHOUT_SCAN if name in found},
             "confusion": {kind: table for kind, table in texts.items() if len(table["chosen"]) <= FEW},
         },
-        "letter": found["letter"] | {"confusion": letters},
-        "strict": found["strict"],
+        "letter": by_letter["letter"] | left_out | {"confusion": letters},
+        "strict": by_letter["strict"] | left_out,
         "open": _open_scores(others, patients, scorer),
-        "yes_no": _yes_no_scores(yes_no, {name: _is_right(chosen) for name, chosen in choose.items()}, patients),
+        "yes_no": _yes_no_scores(yes_no, measures, patients),
         "questions": {kind: asked[kind] for kind in ALL_KINDS if kind in QUESTION_KINDS or kind in asked} | {"yes_no": len(yes_no)},
     }
 
@@ -72,22 +74,30 @@ def question_tables(scores: Mapping[str, Any]) -> str:
         return [name, *row, *(with_interval(entry[figure], entry[f"{figure}_interval"]) for figure in ("accuracy", "of_questions"))]
 
     header = ("", *kinds, "mean of kinds", "all questions")
-    ways = {"likeliest choice": closed, "first letter written": scores["letter"], "right choice named, no other": scores["strict"]}
+    counts = ", ".join(f"{scores['questions'][kind]} {kind}" for kind in kinds)
     named = {"blind": "likeliest choice, blind", "shuffled": "likeliest choice, shuffled", "modal": "usual answer in training"}
-    ways |= {label: closed[name] for name, label in named.items() if name in closed}
-    parts = ["## Closed questions", markdown_table(header, [line(name, entry) for name, entry in ways.items()])]
-    counts = [f"{scores['questions'][kind]} {kind}" for kind in kinds]
-    parts += [f"Questions, the open ones included: {', '.join(counts)}."]
+    parts = [f"Questions, besides yes/no: {counts}."] if kinds else []
+    if closed["accuracy"] is not None:
+        ways = {"likeliest choice": closed, "first letter written": scores["letter"], "right choice named, no other": scores["strict"]}
+        ways |= {label: closed[name] for name, label in named.items() if name in closed}
+        parts += ["## Closed questions", markdown_table(header, [line(name, entry) for name, entry in ways.items()])]
+    if left_out := scores["letter"]["left_out"]:
+        parts += [
+            f"{left_out} have more than {len(LETTERS)} choices, so no letters; first letter written and right choice named leave them out."
+        ]
     if "of_questions" in written:
         rows = [
             [_label(name, written), *(written[kind][name] for kind in kinds), written[name], value]
             for name, value in written["of_questions"].items()
         ]
         parts += ["## Answers written freely", markdown_table(header, rows)]
-    figures = ("of_questions", "balanced_accuracy")
-    entries = {"likeliest choice": answered} | {label: answered[name] for name, label in named.items() if name in answered}
-    rows = [[name, *(with_interval(entry[figure], entry[f"{figure}_interval"]) for figure in figures)] for name, entry in entries.items()]
-    parts += [f"## Yes/no: {scores['questions']['yes_no']} questions", markdown_table(("", "accuracy", "balanced accuracy"), rows)]
+    if scores["questions"]["yes_no"]:
+        figures = ("of_questions", "balanced_accuracy")
+        entries = {"likeliest choice": answered} | {label: answered[name] for name, label in named.items() if name in answered}
+        rows = [
+            [name, *(with_interval(entry[figure], entry[f"{figure}_interval"]) for figure in figures)] for name, entry in entries.items()
+        ]
+        parts += [f"## Yes/no: {scores['questions']['yes_no']} questions", markdown_table(("", "accuracy", "balanced accuracy"), rows)]
     return "\n\n".join([*parts, "In brackets 95 % of bootstrap resamples of the patients."])
 
 
@@ -95,33 +105,66 @@ def _label(name: str, scores: Mapping[str, Any]) -> str:
     return f"{name} ({scores['bertscore_model']})" if name.startswith("bertscore") else name
 
 
-def _likeliest(row: Row, column: str = "closed") -> str:
-    choice: str = row["choices"][int(np.argmax(row[column]))]
-    return choice
+def has_letters(choices: Sequence[str]) -> bool:
+    """Whether there is a letter for each of the choices."""
+    return len(choices) <= len(LETTERS)
 
 
-def _usual_choice(train: Iterable[Question]) -> Callable[[Row], str]:
-    """The choice that answered the same words most often in training, the first where none did."""
+def check_likelihoods(rows: Sequence[Row]) -> None:
+    """Raises ValueError where a record does not say how likely each choice is."""
+    for row in rows:
+        for name in LIKELIHOODS if row["choices"] else ():
+            values = row.get(name)
+            if name != "closed" and not values:
+                continue  # was not asked for
+            if not isinstance(values, list) or len(values) != len(row["choices"]) or not all(map(math.isfinite, values)):
+                raise ValueError(
+                    f"a record about {row['id']} does not say as {name!r} how likely its {len(row['choices'])} choices are; predict it again"
+                )
+
+
+def likeliest(row: Row, column: str = "closed") -> str:
+    """The choice that the model finds likeliest; of several a wrong one."""
+    right, values = right_choices(row["choices"], row["answer"]), row[column]
+    places = [place for place, value in enumerate(values) if value == max(values)]
+    wrong = [place for place in places if place not in right]
+    return str(row["choices"][wrong[0]] if wrong else row["answer"])
+
+
+def likeliest_is_right(row: Row, column: str = "closed") -> bool:
+    return likeliest(row, column) == row["answer"]
+
+
+def letter_is_right(row: Row) -> bool:
+    right, written = _letters(row)
+    return right == written
+
+
+def strict_is_right(row: Row) -> bool:
+    """Whether the words name the right choice, and no other."""
+    named = named_choices(row["letter"], row["choices"])
+    return bool(named) and named <= set(right_choices(row["choices"], row["answer"]))
+
+
+def _letters(row: Row) -> tuple[str, str]:
+    """Of the right choice and of the one that was written, both the first where the right choice is listed twice."""
+    right = right_choices(row["choices"], row["answer"])
+    letter = first_letter(row["letter"], len(row["choices"]))
+    known = LETTERS[right[0]]
+    return known, NOTHING if letter is None else known if LETTERS.index(letter) in right else letter
+
+
+def _usual_choice_is_right(train: Iterable[Question]) -> Callable[[Row], bool]:
+    """Whether the choice is right that answered the same words most often in training, the first where none did."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for question in train:
         seen[question.text][question.answer] += 1
-    return lambda row: max(row["choices"], key=lambda choice: seen[row["question"]][choice])
 
+    def is_right(row: Row) -> bool:
+        counts = [seen[row["question"]][choice] for choice in row["choices"]]
+        return counts.index(max(counts)) in right_choices(row["choices"], row["answer"])
 
-def _is_right(choose: Callable[[Row], str]) -> Callable[[Row], bool]:
-    return lambda row: choose(row) == row["answer"]
-
-
-def _right_letter(row: Row) -> str:
-    return LETTERS[row["choices"].index(row["answer"])]
-
-
-def _letter(row: Row) -> bool:
-    return first_letter(row["letter"], len(row["choices"])) == _right_letter(row)
-
-
-def _strict(row: Row) -> bool:
-    return named_choices(row["letter"], row["choices"]) == {row["choices"].index(row["answer"])}
+    return is_right
 
 
 def _tally(rows: Sequence[Row], measures: Mapping[str, Callable[[Row], bool]], patients: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -46,7 +46,7 @@ def report_scores(texts: Sequence[str], studies: Sequence[Study], scorer: BertSc
 def fixed_reports(studies: Sequence[Study]) -> dict[str, str]:
     """`modal`, the commonest training report or, if no two are alike, the first that states the commonest set of findings; and `best_fixed`,
     that whose findings, stated of every training study, have the highest macro F1 there."""
-    labels, known, names, _ = _labels(studies)
+    labels, known, names, _ = reference_findings(studies)
     stated = findings_table([study.report for study in studies], names)
     modal, times = Counter(study.report for study in studies).most_common(1)[0]
     if times == 1:
@@ -82,7 +82,7 @@ def report_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _finding_scores(texts: Sequence[str], studies: Sequence[Study]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the texts state against what the studies have, and the intervals by the path of the figure."""
-    labels, known, names, source = _labels(studies)
+    labels, known, names, source = reference_findings(studies)
     chosen: NDArray[np.bool_] = np.any(known, axis=1)
     # Neither stated nor true: what is not known is in none of the sums of precision, recall and F1.
     labels, stated = labels[chosen], (findings_table(texts, names) * known)[chosen]
@@ -109,8 +109,9 @@ def _finding_scores(texts: Sequence[str], studies: Sequence[Study]) -> tuple[dic
     return found, spans
 
 
-def _labels(studies: Sequence[Study]) -> tuple[NDArray[np.int64], NDArray[np.bool_], list[str], str]:
-    """(studies, findings) of 0 and 1, which of these are known, the findings' names, and where they come from."""
+def reference_findings(studies: Sequence[Study]) -> tuple[NDArray[np.int64], NDArray[np.bool_], list[str], str]:
+    """(studies, findings) of 0 and 1, which of these are known, the findings' names, and where they come from: the studies' labels, or, where
+    no study has any, what the reports state. Of a study without labels, or without a report, nothing is known."""
     names = [name for name in FINDINGS if any(name in study.labels for study in studies)]
     if not names:
         stated = findings_table([study.report for study in studies])

@@ -11,6 +11,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def begin(arguments: argparse.Namespace, model: PreTrainedModel, data: PreparedD
             "command": " ".join(sys.argv),
             "model": str(arguments.model),
             "data": str(arguments.data),
+            "split_file": arguments.split_file,
             "identity": identity,
             "seconds": 0.0,
             **environment(),
@@ -153,18 +155,21 @@ def _rounded(content: Any) -> Any:
 
 
 def strangers(studies: Sequence[Study]) -> list[int] | None:
-    """For each study the place of one of the next patient (for the last, of the one before); None if all are of one patient.
+    """For each study the place of one of another patient, each place once; None if all are of one patient.
 
-    What a model says of that one's volume is what it says without having seen the study.
+    What a model says of that one's volume is what it says without having seen the study. Where one patient has more than half of the
+    studies there are too few others: theirs are then taken in turn, as often as it needs, and of the one patient the first.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for place, study in enumerate(studies):
         members[study.patient].append(place)
     if len(members) < 2:
         return None
-    patients = list(members)
-    result = [0] * len(studies)
-    for patient, other in zip(patients, [*patients[1:], patients[-2]], strict=True):
-        for turn, place in enumerate(members[patient]):
-            result[place] = members[other][turn % len(members[other])]
-    return result
+    most = max(members.values(), key=len)
+    # Patient by patient in a ring, as many places on as the longest patient has: that leads out of every patient.
+    ring = [place for group in members.values() for place in group]
+    result = dict(zip(ring, ring[len(most) :] + ring[: len(most)], strict=True))
+    others = [place for place in ring if place not in set(most)]
+    if len(others) < len(most):
+        result |= dict(zip(others, most, strict=False)) | dict(zip(most, cycle(others), strict=False))
+    return [result[place] for place in range(len(studies))]

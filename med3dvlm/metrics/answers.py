@@ -14,6 +14,19 @@ from med3dvlm.metrics.intervals import Statistic, intervals, mean_of, mean_over
 
 LETTERS = "ABCDEFGH"
 NOTHING = "none"  # where an answer names no choice
+NAMED = "|"  # takes the place of a choice that an answer names in words
+
+# Decimals stay whole, and a sign that tells "<5 mm" from "5 mm" or "T+" from "T" is a word of its own.
+WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+|[<>≤≥=+]|(?<!\w)[-−](?=\d)")
+BEFORE_LETTER = re.compile(
+    r"(?:^|[.!?:;=\n]|\b(?:is|are|be|it's|i'd say|say|choose|select|pick|think|believe|with|either|neither|both"
+    r"|(?:the |my )?(?:option|choice|answer|letter)s?)(?: the)?)$",
+    re.IGNORECASE,
+)
+BETWEEN_LETTERS = re.compile(r"(?:[\s,/&]|\b(?:or|and|nor|but|not)\b)+$", re.IGNORECASE)
+AFTER_LETTER = re.compile(
+    r"\s*(?:$|[,:;!?)\]\"'*/&]|\.(?!\w)|(?<=\s)[-–—]\s|(?:or|and|nor|but|not|because|since|as|is|of)\b)", re.IGNORECASE
+)
 
 
 def first_letter(text: str, choices: int) -> str | None:
@@ -22,20 +35,34 @@ def first_letter(text: str, choices: int) -> str | None:
     return found.group() if found else None
 
 
+def right_choices(choices: Sequence[str], answer: str) -> list[int]:
+    """The places of the answer among the choices: several where it is listed several times, case and punctuation apart."""
+    words = _words(answer)
+    return [place for place, choice in enumerate(choices) if choice == answer or (words and _words(choice) == words)]
+
+
 def named_choices(text: str, choices: Sequence[str]) -> set[int]:
     """The places of all choices that an answer names, by letter or in words, those that it denies included.
 
-    A letter must stand as one: "B" at the end, "(B)", "B.", "option B"; the article in "A cyst" is none. Words within a longer choice do
-    not name a shorter one: who says "left lung" does not say "lung". Case and punctuation count for nothing.
+    A letter must stand as an answer does: alone, at the beginning, after "option" or "the answer is", with another such letter or with a
+    choice's text. The "B" of "Hepatitis B" is none, nor is the article of "A cyst". Words within a longer choice do not name a shorter
+    one: who says "left lung" does not say "lung". Case and punctuation count for nothing, but for signs such as "<" and "+". Of a choice
+    that is listed twice, its words name the first.
     """
-    letters = LETTERS[: len(choices)]
-    marked = re.findall(rf"\b(?:option|choice|answer(?: is)?:?) ([{letters}])\b|(?<![\w'])([{letters}])(?=[.):,;]|\s*$)", text)
-    found = {letters.index(one or other) for one, other in marked}
-    said, phrases = _spaced(text), [_spaced(choice) for choice in choices]
-    for place in sorted(range(len(choices)), key=lambda place: -len(phrases[place])):
-        if phrases[place].strip() and phrases[place] in said:
-            found.add(place)
-            said = said.replace(phrases[place], " | ")
+    found = set()
+    words = [(word.group().lower(), *word.span()) for word in WORD.finditer(text)]
+    for place in sorted(range(len(choices)), key=lambda place: -len(" ".join(_words(choices[place])))):
+        phrase = _words(choices[place])
+        for first in range(len(words) - len(phrase) + 1 if phrase else 0):
+            said = words[first : first + len(phrase)]
+            if [word for word, _, _ in said] == phrase:
+                found.add(place)
+                words[first : first + len(phrase)] = [("", start, end) for _, start, end in said]
+                start, end = said[0][1], said[-1][2]
+                text = text[:start] + NAMED * (end - start) + text[end:]
+    for letter in re.finditer(rf"(?<![\w'’-])[{LETTERS[: len(choices)]}](?![\w'’]|-\w)", text):
+        if _is_answer(text, *letter.span(), bool(found)):
+            found.add(LETTERS.index(letter.group()))
     return found
 
 
@@ -82,5 +109,17 @@ def confusion(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
     return {"right": rows, "chosen": columns, "counts": [[counted[one, other] for other in columns] for one in rows]}
 
 
-def _spaced(text: str) -> str:
-    return " " + " ".join(re.findall(r"\w+", text.lower())) + " "
+def _words(text: str) -> list[str]:
+    return WORD.findall(text.lower())
+
+
+def _is_answer(text: str, start: int, end: int, others: bool) -> bool:
+    """Whether a letter stands where an answer's does; `others`: something was named before it. Choices in words are `NAMED` signs."""
+    before, after = text[:start].rstrip(" \t([\"'*"), text[end:]
+    followed = AFTER_LETTER.match(text, end) or (text[start] != "A" and after.lstrip().startswith(NAMED))  # "A cyst" has an article
+    if not followed:
+        return False
+    if BEFORE_LETTER.search(before) or (before.endswith(NAMED) and text[len(before) : start].strip()):  # "left lung (B)"
+        return True
+    joined = BETWEEN_LETTERS.sub("", before)  # "B or C", "not B but C"
+    return joined != before and (others or bool(BEFORE_LETTER.search(joined)))

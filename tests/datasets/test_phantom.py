@@ -15,7 +15,7 @@ import pytest
 from med3dvlm.datasets import m3d
 from med3dvlm.datasets.audit import text_only_baselines
 from med3dvlm.datasets.phantom import Plan, draw, plan_phantoms, write_phantoms
-from med3dvlm.datasets.phantom.anatomy import PHASES
+from med3dvlm.datasets.phantom.body import PHASES
 from med3dvlm.datasets.phantom.wording import KINDS, kinds_of
 from med3dvlm.records import LETTERS, QUESTION_KINDS, Question
 

@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import runpy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.evaluation.reports import report_scores
 from med3dvlm.metrics.classification import precision_recall_f1
 from med3dvlm.metrics.findings import FINDINGS, findings_table
+from med3dvlm.metrics.intervals import paired_test
 from med3dvlm.metrics.text import token_f1
 from med3dvlm.records import Study
 
@@ -20,10 +25,14 @@ Run = Callable[..., None]
 Row = dict[str, Any]
 
 
-def write_run(folder: Path, data: PreparedData, rows: Sequence[Row], identity: dict[str, Any] | None = None) -> Path:
+def write_run(
+    folder: Path, data: PreparedData, rows: Sequence[Row], identity: dict[str, Any] | None = None, record: dict[str, Any] | None = None
+) -> Path:
     folder.mkdir(parents=True)
-    record = {"data": str(data.root), "identity": {"data": data.summary["fingerprint"], "split": "test"} | (identity or {})}
+    about = {"data": data.summary["fingerprint"], "split": "test"} | (identity or {})
+    record = {"data": str(data.root), "identity": about} | (record or {})
     (folder / "run.json").write_text(json.dumps(record))
+    (folder / "scores.json").write_text("{}")
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -113,10 +122,62 @@ def test_answers_are_means_of_the_kinds(data: PreparedData, studies: list[Study]
     share = sum(some) / len(some)
     assert result["closed, likeliest"]["values"] == pytest.approx([1, (share + 1) / 2])
     assert result["closed, letter"]["values"] == pytest.approx([1, share])
-    assert result["yes/no"]["values"] == [1, 1]
+    assert result["closed, strict"]["values"] == pytest.approx([1, share])
+    assert result["yes/no, accuracy"]["values"] == [1, 1]
     assert result["open, exact_match"]["values"] == pytest.approx([(1 + 1 + 0) / 3, (share + share + 1 - share) / 3])
     figure: Callable[[list[Any]], float] = lambda right: (sum(right) / len(right) + 1) / 2  # noqa: E731
     assert result["closed, likeliest"]["p_value"] == pytest.approx(p_value(studies, figure, ones, some))
+
+
+def test_figures_are_those_of_the_evaluations(demo: SimpleNamespace, evaluated: Path, run: Run, tmp_path: Path) -> None:
+    """The same names, the same means: each first value is one of scores.json."""
+    for task, named in (
+        ("vqa", {"closed, likeliest": "closed.accuracy", "closed, letter": "letter.accuracy", "closed, strict": "strict.accuracy",
+                 "yes/no, accuracy": "yes_no.of_questions", "yes/no, balanced accuracy": "yes_no.balanced_accuracy",
+                 "open, exact_match": "open.exact", "open, token_f1": "open.token_f1", "open, bleu1": "open.bleu1"}),
+        ("report", {"findings F1, macro": "findings_f1", "findings F1, micro": "findings.micro.f1", "rouge1": "text.rouge1", "bleu1": "text.bleu1"}),
+    ):  # fmt: skip
+        folder = evaluated / "eval" / task
+        run("compare", folder, folder, "--output", tmp_path / task)
+        result = json.loads((tmp_path / task / "comparison.json").read_text())["figures"]
+        for name, path in named.items():
+            value: Any = json.loads((folder / "scores.json").read_text())
+            for key in path.split("."):
+                value = value[key]
+            assert (name in result) == (value is not None)
+            assert value is None or result[name]["values"][0] == pytest.approx(value, abs=1e-6), name
+
+
+def test_studies_without_a_report_are_left_out(repository: Path) -> None:
+    """As eval/report_gen.py leaves them out: of words always, of findings where the reports are read for want of labels."""
+    compare = runpy.run_path(str(repository / "eval/compare.py"))
+    listed = [Study(f"s{i}", f"p{i}", "x", report, {}, "test", "hand") for i, report in enumerate(("Ascites.", " ", "A gallstone."))]
+    texts = ["Ascites.", "A lung nodule and a renal cyst.", "Nothing."]
+    expected = report_scores(texts, listed)
+    once = np.ones((1, 3))
+    found = compare["report_figures"](reports(listed, texts), {study.id: study for study in listed})
+    values = {name: float(figure.statistic(figure.values)(once)[0]) for name, figure in found.items()}
+    assert values["findings F1, macro"] == pytest.approx(expected["findings_f1"]) == 0.5
+    assert values["rouge1"] == pytest.approx(expected["text"]["rouge1"]) == 0.5
+    figure = found["token_f1"]
+    assert paired_test(figure.statistic, figure.values, figure.values, range(3)).p_value == 1
+    nothing = [replace(study, report="") for study in listed]
+    runs = [compare["Run"](Path(name), "report", {}, reports(nothing, texts)) for name in "ab"]
+    with pytest.raises(ValueError, match="the 3 studies have neither reports nor labels"):
+        compare["compare_runs"](*runs, {study.id: study for study in nothing})
+
+
+def test_a_run_on_an_audit_s_splits(data: PreparedData, studies: list[Study], tmp_path: Path, run: Run) -> None:
+    """Its fingerprint is that of the choice of studies, which run.json names."""
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"test": [study.id for study in studies[:-1]]}))
+    chosen = PreparedData(data.root, split_file=path)
+    rows = reports(studies[:-1], [study.report for study in studies[:-1]])
+    first, second = (write_run(tmp_path / name, chosen, rows, record={"split_file": str(path)}) for name in "ab")
+    run("compare", first, second)
+    other = write_run(tmp_path / "c", data, rows)
+    with pytest.raises(ValueError, match="compare runs about the same data"):
+        run("compare", first, other)
 
 
 def write_retrieval(folder: Path, data: PreparedData, studies: Sequence[Study], images: Any, texts: Any) -> Path:
@@ -156,6 +217,10 @@ def test_without_duplicates_the_pool_is_smaller(
         ({"task": True}, "compare runs of one task"),
         ({"limit": True}, "2 are about what the other is not"),
         ({"study": True}, "does not hold study elsewhere/1"),
+        ({"unfinished": True}, "4 predictions and no scores.json: run the same evaluation again, it continues"),
+        ({"nameless": True}, "does not say about which data and split the run is"),
+        ({"anew": True}, "is not the data that"),
+        ({"likelihood": True}, "does not say as 'closed' how likely its 2 choices are"),
         ({"reference": True}, "name the run's prepared data with --data"),
         ({"empty": True}, "holds no predictions"),
         ({"fields": True}, "which is no output of"),
@@ -183,11 +248,20 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(
         rows = other = [rows[0] | {"id": "elsewhere/1"}]
     if "reference" in change:
         rows = other = [rows[0] | {"reference": "of other data"}]
+    if "likelihood" in change:
+        rows = answers(studies, [True] * len(studies))
+        other = [rows[0] | {"closed": None}, *rows[1:]]
     if "empty" in change:
         other = []
     if "fields" in change:
         other = [{"id": "1", "guess": "x"}]
-    first = write_run(tmp_path / "a", data, rows)
+    first = write_run(tmp_path / "a", data, rows, {"data": "before"} if "anew" in change else None)
+    if "unfinished" in change:
+        lines = (first / "predictions.jsonl").read_bytes()
+        (first / "predictions.jsonl").write_bytes(lines[:-9])  # half a line
+        (first / "scores.json").unlink()
+    if "nameless" in change:
+        (first / "run.json").write_text(json.dumps({"data": str(data.root)}))
     runs = [first] if change.keys() & {"alone", "split_file"} else [first, write_run(tmp_path / "b", data, other, identity)]
     if "split_file" in change:
         (tmp_path / "split.json").write_text(json.dumps({"test": []}))

@@ -4,21 +4,26 @@ import base64
 import io
 import json
 import re
+import runpy
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.metrics.classification import precision_recall_f1
-from tests.eval.test_compare import answers, reports, write_retrieval, write_run
+from med3dvlm.evaluation.questions import question_scores, question_tables
+from med3dvlm.evaluation.reports import report_scores
+from med3dvlm.records import Study
+from tests.eval.test_compare import Row, Run, answers, reports, write_retrieval, write_run
 
-Run = Callable[..., None]
 VOID = {"meta", "img", "input", "link", "br", "line", "circle", "polyline", "polygon"}
 HOSTILE = 'No nodule. <script>alert("1")</script> & a lung nodule of 5 mm; </p></li> <img src=http://example.org/x.png onerror=alert(2)>'
 
@@ -31,6 +36,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.marks: list[tuple[str, str]] = []
+        self.tables: dict[str, list[list[str]]] = {}
         self.words = ""
         self.feed(text)
         self.close()
@@ -42,6 +48,12 @@ class Page(HTMLParser):
             self.open.append(tag)
         if tag == "mark":
             self.marks.append((str(dict(attrs)["class"]), ""))
+        if tag == "section" or dict(attrs).get("role") == "region":
+            self.region = dict(attrs).get("aria-label") or "of no name"
+        if tag == "tr":
+            self.tables.setdefault(self.region, []).append([])
+        if tag in ("td", "th"):
+            self.tables[self.region][-1].append("")
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -52,6 +64,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not {"style", "script"} & set(self.open):
             self.words += data
+        if {"td", "th"} & set(self.open):
+            self.tables[self.region][-1][-1] += data.strip()
         if "mark" in self.open:
             kind, words = self.marks[-1]
             self.marks[-1] = (kind, words + data)
@@ -60,43 +74,42 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+def write_scores(folder: Path, scores: dict[str, Any]) -> None:
+    """Beside a run of `write_run`, whose record becomes one of a real run."""
+    (folder / "scores.json").write_text(json.dumps(scores))
+    record = json.loads((folder / "run.json").read_text())
+    record["identity"]["model"] = "abc"
+    made = {"versions": {"torch": "2"}, "model": "outputs/<x>", "seconds": 1.5, "commit": None}
+    (folder / "run.json").write_text(json.dumps(record | made))
+
+
+def asked(studies: Sequence[Study]) -> list[Row]:
+    """As `answers`: all right but one plane and one yes/no question, whose kind differs from study to study; blind all are wrong."""
+    rows = answers(studies, [False, *[True] * (len(studies) - 1)])
+    for place, row in enumerate(row for row in rows if row["choices"] == ["Yes", "No"]):
+        row |= {"kind": "organ" if place else "phase", "blind": [-0.1, -2.0]}
+        row |= {"answer": "Yes", "closed": [-2.0, -0.1]} if place == 1 else {}
+    return rows
+
+
 @pytest.fixture(scope="module")
-def root(prepared: Path, tmp_path_factory: pytest.TempPathFactory, run_whole: Run) -> Path:
+def root(prepared: Path, tmp_path_factory: pytest.TempPathFactory, run_whole: Run, repository: Path) -> Path:
     """A run of all three tasks by hand, with a hostile report, and its page."""
     root = tmp_path_factory.mktemp("page")
     (root / "prepared").symlink_to(prepared)
     data = PreparedData(prepared)
     studies = data.studies("test")
+    patients = {study.id: study.patient for study in studies}
     texts = [HOSTILE, "", *(study.report for study in studies[2:])]
-    rows = reports(studies, texts)
-    labels = np.array([[study.labels["lung_nodule"]] for study in studies])
-    tallied = {"accuracy": 0.5, "accuracy_interval": [0.2, 0.8], "plane": 0.6, "organ": 1.0}
-    found = precision_recall_f1(labels, np.ones_like(labels), ["lung_nodule"]) | {"against": "labels"}
-    scored = {
-        "findings_f1": 0.25,
-        "findings_f1_interval": [0.1, 0.4],
-        "findings": found,
-        "text": {"bleu1": 0.5},
-        "collapse": {"distinct": 0.75},
-    }
-    ranked = dict.fromkeys(("r1", "r5", "r10", "median_rank", "mrr"), 1.0)
-    closed = tallied | {"blind": tallied | {"accuracy": 0.125}, "shuffled": tallied}
-    yes_no = {"accuracy": 0.6, "accuracy_interval": None, "blind": {"accuracy": 0.5}}
-    scores = {
-        "retrieval": {"pool_5": {"pool": len(studies), "image_to_text": ranked, "text_to_image": ranked}},
-        "vqa": {"closed": closed, "letter": tallied, "open": {"exact": 0.5, "plane": {"exact": 0.375}}, "yes_no": yes_no},
-        "report": scored | {"modal": scored | {"report": "<b>modal</b>", "findings_f1": 0.0625}, "best_fixed": None},
-    }
-    images = np.eye(len(studies), dtype=np.float32)
-    write_retrieval(root / "eval/retrieval", data, studies, images, images)
-    write_run(root / "eval/vqa", data, answers(studies, [True] * len(studies)))
-    write_run(root / "eval/report", data, rows)
-    for task, content in scores.items():
-        (root / "eval" / task / "scores.json").write_text(json.dumps(content))
-        record = json.loads((root / "eval" / task / "run.json").read_text())
-        record["identity"]["model"] = "abc"
-        versions = {"versions": {"torch": "2"}, "model": "outputs/<x>", "seconds": 1.5, "commit": None}
-        (root / "eval" / task / "run.json").write_text(json.dumps(record | versions))
+    fixed = {"report": "<b>modal</b>", **report_scores(["<b>modal</b>"] * len(studies), studies)}
+    images = torch.eye(len(studies))
+    score = runpy.run_path(str(repository / "eval/retrieval.py"))["score"]
+    write_retrieval(root / "eval/retrieval", data, studies, images.numpy(), images.numpy())
+    write_scores(root / "eval/retrieval", {"pool_5": score(images, images, len(studies), studies, list(range(len(studies))))})
+    write_run(root / "eval/vqa", data, asked(studies))
+    write_scores(root / "eval/vqa", question_scores(asked(studies), patients))
+    write_run(root / "eval/report", data, reports(studies, texts))
+    write_scores(root / "eval/report", report_scores(texts, studies) | {"modal": fixed, "best_fixed": None})
     (root / "stage1").mkdir()
     (root / "stage1" / "losses.jsonl").write_text("".join(json.dumps({"step": step, "loss": 3 / step}) + "\n" for step in (10, 20, 30)))
     run_whole("page", "--root", root, "--name", "a <i>name</i>")
@@ -140,8 +153,6 @@ def test_findings_are_marked_by_colour_and_sign(page: Page) -> None:
 
 
 def test_marks(repository: Path) -> None:
-    import runpy
-
     cases = runpy.run_path(str(repository / "eval/page_cases.py"))
     reference, prediction = (
         "Pleural effusion on the left. No nodule.",
@@ -174,13 +185,39 @@ def test_each_case_has_its_slices(page: Page, prepared: Path) -> None:
         assert picture.shape == plane.shape and np.abs(picture.astype(int) - plane).mean() < 3  # a JPEG may differ a little
 
 
-def test_figures_and_honesty_rows(page: Page) -> None:
+def cells(page: Page, label: str) -> dict[str, list[str]]:
+    """The lines of the table in the region of that label, by their first cells."""
+    return {line[0]: line for line in page.tables[label]}
+
+
+def test_figures_and_honesty_rows(page: Page, root: Path) -> None:
     words = re.sub(r"\s+", " ", page.words)
-    assert "blind" in words and "shuffled" in words and "modal" in words and "best fixed" in words
-    for value in ("0.12", "0.06", "0.38", "0.20–0.80"):  # blind, modal, open exact of planes, an interval
-        assert value in words
+    assert "shuffled" in words and "modal" in words and "best fixed" in words
+    scores = json.loads((root / "eval/report/scores.json").read_text())
+    low, high = scores["intervals"]["findings.micro.f1"]
+    micro = cells(page, "Scores of the reports")["findings F1, micro"]
+    assert micro[1:3] == [f"{scores['findings']['micro']['f1']:.2f}", f"{low:.2f}–{high:.2f}"]
+    assert micro[3] == f"{scores['modal']['findings']['micro']['f1']:.2f}"
     assert len(page.all("polygon")) == 2  # a band for each direction
     assert sum(attributes.get("class") == "matrix" for attributes in page.all("table")) == 3  # plane, organ, yes/no
+    pool = [line[1:4] for line in page.tables["Retrieval scores"]]
+    assert pool[1:3] == [["image to text", "", "1.00"], ["image to text", "shuffled", "0.00"]] and pool[-1][1:] == ["chance", "0.20"]
+
+
+def test_a_value_and_its_interval_are_of_one_mean(page: Page, root: Path) -> None:
+    """Of yes/no questions that of all questions: four of five, although the mean of their kinds is (1 + 3/4) / 2."""
+    scores, lines = json.loads((root / "eval/vqa/scores.json").read_text()), cells(page, "Accuracy by kind of question")
+    assert scores["yes_no"]["accuracy"] == 0.875 and scores["yes_no"]["of_questions"] == 0.8
+    for name, entry, key in (
+        ("yes/no", scores["yes_no"], "of_questions"),
+        ("yes/no, balanced", scores["yes_no"], "balanced_accuracy"),
+        ("mean of the kinds", scores["closed"], "accuracy"),
+    ):
+        low, high = entry[f"{key}_interval"]
+        assert lines[name][1:4] == [f"{entry[key]:.2f}", f"{low:.2f}–{high:.2f}", f"{entry['blind'][key]:.2f}"]
+    low, high = scores["closed"]["intervals"]["plane"]
+    assert lines["plane"][1:3] == ["0.80", f"{low:.2f}–{high:.2f}"] and lines["plane"][4] == "0.50"  # chance
+    assert lines["plane"][6:8] == ["0.80", "0.80"] and lines["phase"][1:] == ["–", "", "–", "–", "", "–", "–", "0.20", "5"]
 
 
 def test_the_page_may_not_grow_too_large(root: Path, run: Run, tmp_path: Path, text: str) -> None:
@@ -195,6 +232,42 @@ def test_the_page_may_not_grow_too_large(root: Path, run: Run, tmp_path: Path, t
     run("page", "--root", tmp_path, "--cases", 2)
     ids = re.findall(r'data-place="(\d+)"', (tmp_path / "report.html").read_text(encoding="utf-8"))
     assert ids == ["0", "4"]
+
+
+@pytest.mark.parametrize("kept", ["open", "closed", "yes_no"])
+def test_questions_of_one_sort_are_enough(kept: str, prepared: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "prepared").symlink_to(prepared)
+    data = PreparedData(prepared)
+    studies = data.studies("test")
+    sorts = {
+        "open": lambda row: not row["choices"],
+        "closed": lambda row: "x" in row["choices"],
+        "yes_no": lambda row: "No" in row["choices"],
+    }
+    rows = [row for row in asked(studies) if sorts[kept](row)]
+    write_run(tmp_path / "eval/vqa", data, rows)
+    scores = question_scores(rows, {study.id: study.patient for study in studies})
+    write_scores(tmp_path / "eval/vqa", scores)
+    assert question_tables(scores).count("## ") == {"open": 1, "closed": 2, "yes_no": 1}[kept]
+    run("page", "--root", tmp_path)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    names = {
+        "open": ["phase", "mean of the kinds"],
+        "closed": ["plane", "organ", "mean of the kinds"],
+        "yes_no": ["yes/no", "yes/no, balanced"],
+    }
+    lines = page.tables["Accuracy by kind of question"]
+    assert [line[0] for line in lines[1:]] == names[kept]
+    assert sum(attributes.get("class") == "matrix" for attributes in page.all("table")) == {"open": 0, "closed": 2, "yes_no": 1}[kept]
+
+
+def test_what_has_no_report_is_compared_with_nothing(repository: Path) -> None:
+    gallery = runpy.run_path(str(repository / "eval/page_cases.py"))["gallery"]
+    told, untold = (Study(name, name, "x", report, {}, "test", "hand") for name, report in (("a", "Ascites."), ("b", " ")))
+    rows = reports([told, untold], ["Ascites.", "A lung nodule."])
+    first, second = gallery({"report": SimpleNamespace(rows=rows)}, {"a": told, "b": untold})
+    assert (first["f1"], first["alike"], first["told"]) == (1, 1, True)
+    assert (second["f1"], second["alike"], second["told"], second["findings"]) == (None, None, False, [])
 
 
 @pytest.mark.parametrize("task", ["retrieval", "vqa", "report"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from med3dvlm.evaluation.questions import question_scores
 from med3dvlm.metrics.findings import FINDINGS_CT_RATE
 from med3dvlm.metrics.text import bleu
 
@@ -116,9 +117,12 @@ def root(tmp_path: Path) -> Path:
     )
     text = {"bleu1": 0.5, "rouge1": 0.25, "bertscore_f1": 0.9, "bertscore_model": "MiniLM", "unavailable": {}}
     write(tmp_path / "eval/report/scores.json", {"findings_f1": 0.1, "text": text})
-    write(tmp_path / "eval/vqa/scores.json", {"letter": {"accuracy": 0.4, "plane": 0.8, "organ": 0.0}, "closed": {}})
-    lines = [{"id": "1", "kind": kind, "answer": answer, "open": said, "choices": []} for kind, answer, said in ANSWERS]
-    write(tmp_path / "eval/vqa/predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    common = {"id": "1", "question": "?", "choices": []}
+    lines = [common | {"kind": kind, "answer": answer, "open": said} for kind, answer, said in ANSWERS]
+    scores = question_scores(lines, {"1": "p"}) | {"letter": {"accuracy": 0.4, "plane": 0.8, "organ": 0.0}}
+    scores["open"] |= {"bertscore_f1": 0.875, "bertscore_model": "roberta-large, layer 17"}
+    scores["open"]["plane"] |= {"bertscore_f1": 0.75}
+    write(tmp_path / "eval/vqa/scores.json", scores)
     return tmp_path
 
 
@@ -138,6 +142,7 @@ def test_a_run_stands_below_the_papers_rows(root: Path, run: Run, tmp_path: Path
     blue = 100 * bleu(["the left lung"], ["left lung"])
     third = table_of(text, "Med3DVLM, Table 3")
     assert third[-4] == ["this run, phantoms", "BLEU", "50.00", "-", f"{blue:.2f}", "-", "-", f"{(50 + blue) / 2:.2f}"]
+    assert third[-1] == ["this run, phantoms", "BERTScore", "75.00", "-", "-", "-", "-", "87.50"]  # by the papers' model
     assert table_of(text, "Med3DVLM, Table 8")[-1] == ["this run, phantoms", "80.00", "-", "0.00", "-", "-", "40.00"]
     # IR of the one paper is TR of the other
     assert table_of(text, "DCFormer, Table 3")[-1] == ["this run, phantoms", "pool of 30", "0.1250", "0.5000", "-", "0.0000", "0.5000", "-"]

@@ -1,7 +1,9 @@
 """Retrieval: embeddings one by one as in batches, ranks in plain loops, pools, continuing."""
 
+import base64
 import json
 import runpy
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +85,32 @@ def test_what_was_cut_short_continues_to_the_same_bytes(
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     left = ["embeddings.safetensors", "predictions.jsonl", "run.json", "scores.json", "scores.md", "timings.jsonl"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_embeddings_grow_as_the_bytes_of_float32(
+    demo: SimpleNamespace, whole: Path, run: Run, arguments: list[object], tmp_path: Path, repository: Path
+) -> None:
+    functions = runpy.run_path(str(repository / "eval" / "retrieval.py"))
+    values = torch.tensor([[0.1, -1e-30, float("nan")], [1.0, 2.0**-140, -0.0]])  # a subnormal number, too
+    lines = functions["encoded"](values)
+    assert [base64.b64decode(line) for line in lines] == [struct.pack("<3f", *row) for row in values.tolist()]
+    assert torch.equal(functions["decoded"](lines).view(torch.int32), values.view(torch.int32))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="disk"):
+
+        def full(*_: object) -> None:
+            raise OSError("the disk is full")
+
+        patch.setattr("safetensors.torch.save_file", full)
+        run("retrieval", *arguments, "--output", tmp_path, "--batch_size", 4)
+    rows = read_lines(tmp_path / "embeddings.jsonl")
+    stored = load_file(whole / "embeddings.safetensors")
+    assert len(rows) == 15 and all(len(row[name]) == 128 for row in rows for name in ("image", "text"))  # 24 x 4 bytes in base64
+    assert torch.equal(functions["decoded"]([row["image"] for row in rows]), stored["image"])
+    decimals = json.dumps(rows[0] | {"text": stored["text"][0].tolist()})
+    others = (tmp_path / "embeddings.jsonl").read_text().split("\n", 1)[1]
+    (tmp_path / "embeddings.jsonl").write_text(f"{decimals}\n{others}")
+    with pytest.raises(ValueError, match="line 1, about .*, has no text as 'text'; delete it"):
+        run("retrieval", *arguments, "--output", tmp_path, "--batch_size", 4)
 
 
 def test_scoring_again_gives_the_same_bytes(demo: SimpleNamespace, whole: Path, run: Run) -> None:

@@ -1,12 +1,15 @@
 """What stands in for a scan, and where baselines learn from."""
 
+import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from med3dvlm.evaluation import air, training_split
+from med3dvlm.evaluation import air, strangers, training_split
 from med3dvlm.preprocessing import VolumeProcessor
+from med3dvlm.records import Study
 from med3dvlm.volume import Volume
 
 
@@ -33,3 +36,30 @@ def test_air_is_what_the_recipe_makes_of_air(recipe: str) -> None:
 )
 def test_the_split_that_baselines_learn_from(splits: tuple[str, ...], evaluated: str, found: str | None) -> None:
     assert training_split(SimpleNamespace(summary={"splits": dict.fromkeys(splits, 1)}), evaluated) == found
+
+
+def strangers_of(patients: str) -> list[int] | None:
+    return strangers([Study(f"s{place}", patient, "x", "", {}, "test", "hand") for place, patient in enumerate(patients)])
+
+
+def test_strangers_are_a_permutation_wherever_there_is_one() -> None:
+    """All ways to give up to six studies to three patients, against all permutations of them."""
+    for count in range(1, 7):
+        for patients in itertools.product("abc", repeat=count):
+            found = strangers_of("".join(patients))
+            if len(set(patients)) == 1:
+                assert found is None
+                continue
+            assert found is not None and all(patients[place] != own for place, own in zip(found, patients, strict=True))
+            possible = any(
+                all(patients[place] != own for place, own in zip(order, patients, strict=True))
+                for order in itertools.permutations(range(count))
+            )
+            assert (sorted(found) == list(range(count))) == possible == (2 * max(Counter(patients).values()) <= count), patients
+
+
+def test_strangers_by_hand() -> None:
+    assert strangers_of("abcd") == [1, 2, 3, 0]
+    assert strangers_of("aabcbc") == [2, 4, 3, 0, 5, 1]  # two on in the ring a a b b c c
+    # Too few others: both are taken in turn, and they take the first of the one patient.
+    assert strangers_of("aaaabc") == [4, 5, 4, 5, 0, 1]

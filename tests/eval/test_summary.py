@@ -1,11 +1,14 @@
 """summary.json and report.md from three real evaluations of the tiny models and hand-made records of the stages."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from med3dvlm.evaluation.questions import question_scores
 
 Run = Callable[..., None]
 COMMIT = "c" * 40
@@ -96,6 +99,26 @@ def test_without_stages_and_scans(root: Path, run: Run, tmp_path: Path) -> None:
     assert summary["commit"] == json.loads((root / "eval/vqa/run.json").read_text())["commit"]
     assert not summary["reached"]["peak_rss_gb"]["reached"]
     assert not (tmp_path / "pictures/losses.png").exists() and (tmp_path / "pictures/cases.png").exists()
+
+
+def test_rows_that_were_not_asked_for(root: Path, run: Run, tmp_path: Path) -> None:
+    """No blind answers, no training split, open questions alone: figures that are missing are null, and the rest stands."""
+    (tmp_path / "prepared").symlink_to(root / "prepared")
+    shutil.copytree(root / "eval", tmp_path / "eval")
+    report = json.loads((root / "eval/report/scores.json").read_text())
+    without = report | dict.fromkeys(("modal", "best_fixed", "shuffled", "blind", "nearest"))
+    (tmp_path / "eval/report/scores.json").write_text(json.dumps(without))
+    path = tmp_path / "eval/vqa/predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row | {"choices": [], "blind": None, "closed": None} for row in rows if row["choices"] != ["Yes", "No"]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    patients = {row["id"]: row["id"] for row in rows}
+    (tmp_path / "eval/vqa/scores.json").write_text(json.dumps(question_scores(rows, patients)))
+    run("summary", "--root", tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["report"]["findings_f1"] == report["findings_f1"] and summary["report"]["lead"] is None
+    assert summary["vqa_closed"]["blind"] is None and summary["vqa_open"]["exact"] is not None
+    assert not (tmp_path / "pictures/vqa.png").exists() and (tmp_path / "report.html").exists()
 
 
 def test_a_missing_evaluation_is_named(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:

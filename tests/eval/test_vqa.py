@@ -17,10 +17,12 @@ import torch
 
 from med3dvlm.checkpoints import load_vlm
 from med3dvlm.datasets.audit import text_only_baselines
+from med3dvlm.datasets.store import PreparedData
 from med3dvlm.encoders.base import Encoder
 from med3dvlm.evaluation import strangers, turn
 from med3dvlm.evaluation.questions import question_scores, question_tables
 from med3dvlm.prompts import closed_prompt
+from med3dvlm.records import Question
 
 Run = Callable[..., None]
 
@@ -188,6 +190,78 @@ def test_questions_of_one_s_own_kind_are_scored_beside_the_others() -> None:
     scores = question_scores([{**row, "kind": "plane"}, {**row, "kind": "other", "closed": [0, 1]}, {**row, "kind": "other"}], {"a": "p"})
     assert (scores["closed"]["plane"], scores["closed"]["other"], scores["closed"]["accuracy"]) == (1.0, 0.5, 0.75)
     assert scores["questions"] == {"plane": 1, "phase": 0, "organ": 0, "abnormality": 0, "location": 0, "other": 2, "yes_no": 0}
+
+
+def closed_row(choices: list[str], answer: str, likelihoods: list[float], letter: str | None = None) -> dict[str, Any]:
+    common = {"id": "a", "kind": "organ", "question": "?", "open": ""}
+    return common | {"choices": choices, "answer": answer, "closed": likelihoods, "letter": letter}
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "likelihoods", "letter", "right"),
+    [
+        # Listed twice: right at both places, by whichever of them it is chosen or named; (likeliest, letter, strict).
+        (["Left", "Right", "Left"], "Left", [-1, -2, -1], "C", (1, 1, 1)),
+        (["Left", "Right", "Left"], "Left", [-1, -2, -1], "A. Left", (1, 1, 1)),
+        (["Left", "Right", "Left"], "Left", [-1, -2, -1], "A or C", (1, 1, 1)),
+        (["Left", "Right", "left."], "left.", [-1, -2, -3], "A", (1, 1, 1)),
+        (["Right", "Left", "Right"], "Left", [-1, -2, -1], "C. Right", (0, 0, 0)),
+        (["Left", "Right", "Left"], "Left", [-2, -1, -2], "B or C", (0, 0, 0)),
+        # As likely as a wrong one is not chosen, wherever it stands.
+        (["Left", "Right"], "Left", [-1, -1], "A", (0, 1, 1)),
+        (["Right", "Left"], "Left", [-1, -1], "B", (0, 1, 1)),
+        (["Left", "Right", "Left"], "Left", [-1, -1, -1], "Hepatitis A", (0, 1, 0)),
+    ],
+)
+def test_choices_listed_twice_and_ties(
+    choices: list[str], answer: str, likelihoods: list[float], letter: str, right: tuple[int, int, int]
+) -> None:
+    scores = question_scores([closed_row(choices, answer, likelihoods, letter)], {"a": "p"})
+    assert tuple(scores[way]["accuracy"] for way in ("closed", "letter", "strict")) == right
+    table = scores["letter"]["confusion"]["organ"]
+    assert (table["right"] == table["chosen"]) == bool(right[1])
+    assert (scores["closed"]["confusion"]["organ"]["chosen"] == [answer]) == bool(right[0])
+
+
+def test_the_usual_choice_listed_twice() -> None:
+    train = [Question("t", "organ", "?", ("left.", "Right"), "left.")]
+    row = closed_row(["Right", "Left", "left."], "Left", [-1, -2, -3], "A")
+    assert question_scores([row], {"a": "p"}, train)["closed"]["modal"]["accuracy"] == 1
+
+
+def test_more_choices_than_letters() -> None:
+    """Nine: ranked as others are, but no letter stands for the ninth, so they are in no score by letter, and the table says so."""
+    nine = [f"organ {number}" for number in range(9)]
+    rows = [
+        closed_row(nine, "organ 8", [-2.0] * 8 + [-1.0]),
+        closed_row(nine[:8], "organ 7", [-2.0] * 7 + [-1.0], "H."),
+        closed_row(nine[:8], "organ 7", [-2.0] * 7 + [-1.0], "organ 7 or organ 6"),
+    ]
+    scores = question_scores(rows, {"a": "p"})
+    assert scores["closed"]["accuracy"] == 1 and scores["letter"]["accuracy"] == scores["strict"]["accuracy"] == 0.5
+    assert scores["letter"]["left_out"] == scores["strict"]["left_out"] == 1
+    assert "\n\n1 have more than 8 choices, so no letters" in question_tables(scores)
+    alone = question_scores(rows[:1], {"a": "p"})
+    assert alone["letter"]["accuracy"] is None and alone["closed"]["accuracy"] == 1
+
+
+@pytest.mark.parametrize("likelihoods", [[-1.0], None, [-1.0, math.nan], [-1.0, -math.inf]])
+def test_a_record_must_say_how_likely_each_choice_is(likelihoods: list[float] | None) -> None:
+    row = closed_row(["Left", "Right"], "Left", [-1.0, -2.0], "A")
+    with pytest.raises(ValueError, match="a record about a does not say as 'closed' how likely its 2 choices are"):
+        question_scores([row, row | {"closed": likelihoods}], {"a": "p"})
+
+
+def test_a_question_of_nine_choices_is_asked_without_letters(
+    demo: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nine = tuple(f"organ {number}" for number in range(9))
+    asked = [Question(demo.data.studies("test")[0].id, "organ", "Which?", choices, "organ 1") for choices in (nine, nine[:3])]
+    monkeypatch.setattr(PreparedData, "questions", lambda self, split: asked)
+    run("vqa", *arguments, "--output", tmp_path, "--limit", 1)
+    many, few = rows_of(tmp_path)
+    assert many["letter"] is None and len(many["closed"]) == 9 and isinstance(many["open"], str)
+    assert isinstance(few["letter"], str) and json.loads((tmp_path / "scores.json").read_text())["letter"]["left_out"] == 1
 
 
 def test_balanced_accuracy_by_hand() -> None:

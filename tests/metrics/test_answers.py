@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from med3dvlm.metrics.answers import confusion, first_letter, grouped_means, named_choices
+from med3dvlm.metrics.answers import confusion, first_letter, grouped_means, named_choices, right_choices
 from med3dvlm.metrics.intervals import bootstrap_interval
 
 CHOICES = ("Lung", "Left lung", "Liver", "Cyst of the kidney")
@@ -48,10 +48,61 @@ def test_first_letter_knows_how_many_choices_there_are() -> None:
         ("delivery", set()),
         ("E.", set()),
         ("", set()),
+        ("Hepatitis B", set()),
+        ("Chronic hepatitis B.", set()),
+        ("Hepatitis B or C", set()),
+        ("Vitamin D deficiency", set()),
+        ("Type A, likely", set()),
+        ("Grade C", set()),
+        ("C-spine", set()),
+        ("C.T. scan", set()),
+        ("B12 deficiency", set()),
+        ("The answer is A cyst", set()),
+        ("Hepatitis B. Liver", {2}),
+        ("The patient has hepatitis B. The answer is C.", {2}),
+        ("B) Left lung", {1}),
+        ("B Liver", {1, 2}),
+        ("A: Lung", {0}),
+        ("C - the organ below the diaphragm", {2}),
+        ("Answer: **B**", {1}),
+        ("The correct answer is option (B).", {1}),
+        ("It's B", {1}),
+        ("I would go with D", {3}),
+        ("left lung (B)", {1}),
+        ("left lung (C)", {1, 2}),
+        ("B or C", {1, 2}),
+        ("B, C", {1, 2}),
+        ("not B but C", {1, 2}),
+        ("Both B and D", {1, 3}),
+        ("Either A or hepatitis", {0}),
     ],
 )
 def test_named_choices(text: str, places: set[int]) -> None:
     assert named_choices(text, CHOICES) == places
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "places"),
+    [
+        ("Hepatitis B", ("Hepatitis C", "Cirrhosis", "Hepatitis B"), {2}),
+        ("C. Hepatitis B", ("Hepatitis C", "Cirrhosis", "Hepatitis B"), {2}),
+        ("5 mm", ("<5 mm", "5 mm", "1.5 mm", "> 5 mm"), {1}),
+        ("< 5 mm", ("<5 mm", "5 mm", "1.5 mm", "> 5 mm"), {0}),
+        ("about 1.5 mm", ("<5 mm", "5 mm", "1.5 mm", "> 5 mm"), {2}),
+        ("T+", ("T", "T+"), {1}),
+        ("-20 HU", ("20 HU", "-20 HU"), {1}),
+        ("ÖDEM, sağ", ("Ödem sağ", "Ödem"), {0}),
+        ("Left.", ("Left", "Right", "Left"), {0}),
+        ("C", ("Left", "Right", "Left"), {2}),
+    ],
+)
+def test_choices_that_resemble_each_other(text: str, choices: tuple[str, ...], places: set[int]) -> None:
+    assert named_choices(text, choices) == places
+
+
+def test_right_choices() -> None:
+    assert right_choices(("Left", "Right", "left."), "Left") == [0, 2]
+    assert right_choices(("<5 mm", "5 mm", ">5 mm"), "5 mm") == [1] and right_choices(("?", "!"), "!") == [1]
 
 
 def test_grouped_means_in_plain_loops() -> None:

@@ -12,16 +12,18 @@ from transformers import DistilBertConfig, Qwen2Config
 
 from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMConfig
 from med3dvlm.arguments import StageArguments, parse_arguments
+from med3dvlm.contrastive_training import ContrastiveArguments
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.encoders import build_encoder, count_parameters
 from med3dvlm.training import lora_targets, train_only
-from stages import stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
+from stages import ct_clip, stage0_language_model, stage2_projector, stage3_lora
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "stages" / "configs"
 ARGUMENTS = {
     "stage0_language_model": stage0_language_model.Stage0Arguments,
-    "stage1_siglip": stage1_siglip.Stage1Arguments,
+    "stage1_siglip": ContrastiveArguments,
+    "ct_clip": ct_clip.CTCLIPArguments,
     "stage2_projector": stage2_projector.Stage2Arguments,
     "stage3_lora": stage3_lora.Stage3Arguments,
 }

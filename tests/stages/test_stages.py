@@ -16,15 +16,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from med3dvlm import Med3DChat, Med3DVLMProcessor, VolumeProcessor
+from med3dvlm import Med3DChat, Med3DVLMProcessor, VolumeProcessor, contrastive_training
 from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm, merge_lora, verify_equal
 from med3dvlm.datasets import m3d
 from med3dvlm.datasets.store import PreparedData, checksum
 from med3dvlm.familiarity import FAMILIARITY_FILE
 from med3dvlm.training import COMPLETE, launch
-from stages import stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
+from stages import ct_clip, stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
 
-STAGES = (stage0_language_model, stage1_siglip, stage2_projector, stage3_lora)
+STAGES = (stage0_language_model, stage1_siglip, ct_clip, stage2_projector, stage3_lora)
 PLAIN = ("--optim", "sgd", "--learning_rate", "0.1", "--lr_scheduler_type", "constant", "--max_grad_norm", "0")  # no step hides a gradient
 
 
@@ -63,6 +63,7 @@ def run(
     inputs = {
         stage0_language_model: (),
         stage1_siglip: ("--text_encoder", tiny_models.text_encoder),
+        ct_clip: ("--train_split", "train"),
         stage2_projector: ("--clip", tiny_models.clip, "--language_model", tiny_models.language_model),
         stage3_lora: ("--model", tiny_models.vlm, "--merged", ""),
     }
@@ -82,9 +83,10 @@ def run(
             run_training(trainer, *rest, **more)
             result.after = {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
-        run_training = stage.run_training
+        home: Any = stage if hasattr(stage, "run_training") else contrastive_training
+        run_training = home.run_training
         with monkeypatch.context() as patch:
-            patch.setattr(stage, "run_training", watched)
+            patch.setattr(home, "run_training", watched)
             launch(stage.main)
         return result
 
@@ -104,6 +106,13 @@ def test_stage1_trains_everything_or_all_but_the_text_encoder(train_text: bool, 
     assert text and statistics and idle and not statistics & text
     assert result.changed | idle == set(result.before) - (set() if train_text else text)
     assert result.trainable == result.parameters - (set() if train_text else text)
+
+
+def test_a_temperature_stays_where_it_is_kept(run: Callable[..., Run]) -> None:
+    kept = run(ct_clip, *TWO_STEPS, "--logit_scale", 0, "--train_temperature", False)
+    assert kept.parameters - kept.trainable == {"logit_scale"} and "logit_scale" not in kept.changed
+    learnt = run(ct_clip, *TWO_STEPS)
+    assert learnt.trainable == learnt.parameters and "logit_scale" in learnt.changed
 
 
 def test_stage2_trains_the_projector_alone(run: Callable[..., Run]) -> None:
@@ -177,7 +186,7 @@ def test_what_a_stage_writes(stage: ModuleType, run: Callable[..., Run], prepare
     if stage is stage0_language_model:
         loaded, tokenizer = load_language_model(str(result.output))
         assert tokenizer.chat_template and len(tokenizer) <= 400
-    elif stage is stage1_siglip:
+    elif stage in (stage1_siglip, ct_clip):
         loaded, tokenizer, processor = load_clip(result.output)
         assert tokenizer("liver")["input_ids"] and processor.to_dict() == data.processor.to_dict()
     elif stage is stage2_projector:

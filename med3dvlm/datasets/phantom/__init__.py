@@ -15,7 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from med3dvlm.datasets import m3d
-from med3dvlm.datasets.phantom.anatomy import PHASES, REGIONS, Acquisition, Body, Finding, draw
+from med3dvlm.datasets.phantom.anatomy import REGIONS, draw
+from med3dvlm.datasets.phantom.body import PHASES, Body, Finding
+from med3dvlm.datasets.phantom.canvas import Acquisition
 from med3dvlm.datasets.phantom.wording import KINDS, Questioner, kinds_of, write_report
 from med3dvlm.files import write_json
 from med3dvlm.records import Question, Study
@@ -74,7 +76,7 @@ def _cycle(values: Sequence[str], random: np.random.Generator) -> Iterator[str]:
 
 def _body(random: np.random.Generator) -> Body:
     sizes = np.array([len(kinds_of(region)) for region in REGIONS])
-    region = str(random.choice(REGIONS, p=sizes / sizes.sum()))  # every kind of finding about equally often
+    region = str(random.choice(list(REGIONS), p=sizes / sizes.sum()))  # every kind of finding about equally often
     count = random.choice(len(FINDING_COUNTS), p=FINDING_COUNTS)
     taken: set[str] = set()
     findings = []

@@ -7,7 +7,8 @@ from importlib.resources import files
 import numpy as np
 import yaml
 
-from med3dvlm.datasets.phantom.anatomy import PHASES, PLANES, Body
+from med3dvlm.datasets.phantom.body import PHASES, Body
+from med3dvlm.datasets.phantom.canvas import PLANES
 from med3dvlm.records import Question
 
 KINDS: dict[str, dict] = yaml.safe_load(files(__package__).joinpath("findings.yaml").read_text(encoding="utf-8"))  # type: ignore[type-arg]

@@ -1,0 +1,121 @@
+"""What stage 1 and the CT-CLIP path share: a Med3DCLIP learns from pairs of volume and report."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertTokenizer, PreTrainedModel
+
+from med3dvlm.arguments import ImageArguments
+from med3dvlm.checkpoints import locate_model
+from med3dvlm.contrastive import Med3DCLIP, Med3DCLIPConfig
+from med3dvlm.datasets.augmentation import Augmentation
+from med3dvlm.datasets.features import fingerprint, report_features
+from med3dvlm.datasets.torch import PairCollator, PairDataset
+from med3dvlm.training import StageTrainer, finish, run_training, save_final, train_only
+
+NEW = "new"
+
+
+@dataclass
+class ContrastiveArguments(ImageArguments):
+    train_split: str = field(default="train", metadata={"help": "split to learn from; CT-RATE has train and train_fixed"})
+    encoder: str = field(default="dcformer_small", metadata={"help": "see `med3dvlm encoders`"})
+    encoder_options: dict | str | None = field(  # type: ignore[type-arg]
+        default=None, metadata={"help": "overrides of the encoder's arguments, as JSON"}
+    )
+    image_stages: int = field(default=1, metadata={"help": "last stages of the encoder that are pooled"})
+    image_pooling: str = field(default="mean", metadata={"help": "mean, or frames as CT-CLIP's own encoder has it"})
+    text_encoder: str = field(
+        default="medicalai/ClinicalBERT", metadata={"help": "directory, hub id, package:NAME, or new: a BERT without pretraining"}
+    )
+    text_options: dict | str | None = field(  # type: ignore[type-arg]
+        default=None, metadata={"help": "overrides of the text encoder's configuration, as JSON"}
+    )
+    text_pooling: str = field(default="cls", metadata={"help": "cls or mean"})
+    train_text: bool = field(default=True, metadata={"help": "train the text encoder too, as the papers do"})
+    max_text_length: int = field(default=512, metadata={"help": "tokens of a report"})
+    sentences: int | None = field(
+        default=None, metadata={"help": "beside its report a volume is paired with 1 to so many sentences of it, drawn anew in every epoch"}
+    )
+    projection_dim: int = field(default=768, metadata={"help": "width of the common space"})
+    projection_bias: bool = field(default=True, metadata={"help": "whether the projections into it have one; CT-CLIP's have none"})
+    loss: str = field(default="siglip", metadata={"help": "siglip or clip"})
+    logit_scale: float | None = field(default=None, metadata={"help": "initial log temperature"})
+    logit_bias: float | None = field(default=None, metadata={"help": "initial bias"})
+    train_temperature: bool = field(default=True, metadata={"help": "false keeps the temperature as it is at the start"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.encoder_options = _options("encoder_options", self.encoder_options, '{"stem_stride": 2}')
+        self.text_options = _options("text_options", self.text_options, '{"num_hidden_layers": 2}')
+        if self.sentences is not None and self.sentences < 1:
+            raise ValueError(f"sentences is {self.sentences} but at least 1 has to be drawn; leave it out to take whole reports")
+        if self.sentences is not None and self.cache_features:
+            raise ValueError("with cache_features every report is read once, whole; pass --cache_features false or leave sentences out")
+        if self.text_encoder == NEW and not self.train_text:
+            raise ValueError("a new text encoder has to learn; pass --train_text true or name a pretrained one")
+
+
+def _options(name: str, value: Any, example: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} {value!r} is no JSON ({error}); write '{example}'") from None
+
+
+def train_contrastive(arguments: ContrastiveArguments) -> None:
+    """Train, and save model, tokenizer and VolumeProcessor; continues from the last whole checkpoint."""
+    data = arguments.open_data()
+    pairs = PairDataset(data, arguments.train_split, arguments.seed, Augmentation.read(arguments.augmentation), arguments.sentences)
+
+    torch.manual_seed(arguments.seed)
+    text_encoder, tokenizer = _text_side(arguments, (study.report for study in pairs.studies))
+    tokenizer.model_max_length = arguments.max_text_length  # saved with the model, so that evaluation cuts texts at the same place
+    config = Med3DCLIPConfig(
+        encoder=arguments.encoder,
+        encoder_options=arguments.encoder_options,  # type: ignore[arg-type]
+        size=data.processor.size,  # type: ignore[arg-type]
+        image_stages=arguments.image_stages,
+        image_pooling=arguments.image_pooling,
+        text_config=text_encoder.config,
+        text_pooling=arguments.text_pooling,
+        projection_dim=arguments.projection_dim,
+        projection_bias=arguments.projection_bias,
+        loss=arguments.loss,
+        logit_scale=arguments.logit_scale,
+        logit_bias=arguments.logit_bias,
+    )
+    model = Med3DCLIP(config, text_encoder)
+    frozen = (() if arguments.train_text else ("text_encoder.",)) + (() if arguments.train_temperature else ("logit_scale",))
+    train_only(model, lambda name: not name.startswith(frozen))
+    collator = PairCollator(tokenizer, arguments.max_text_length)
+
+    if arguments.cache_features and not arguments.train_text:
+        model.eval()
+        with arguments.main_process_first(local=False):
+            reports = [study.report for study in pairs.studies]
+            pairs.text_features = report_features(Path(arguments.data) / "features", model, collator, reports)
+
+    trainer = StageTrainer(model=model, args=arguments, train_dataset=pairs, data_collator=collator, processing_class=tokenizer)
+    run_training(trainer, arguments, str(data.summary["fingerprint"]), text_encoder=fingerprint(model.text_encoder))
+    save_final(trainer, data.processor)
+    finish()
+
+
+def _text_side(arguments: ContrastiveArguments, reports: Iterable[str]) -> tuple[PreTrainedModel, Any]:
+    """The text encoder and its tokenizer."""
+    options = dict(arguments.text_options or {})  # type: ignore[arg-type]
+    if arguments.text_encoder == NEW:
+        config = BertConfig(**options)
+        tokenizer = BertTokenizer().train_new_from_iterator(reports, config.vocab_size)
+        config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+        return AutoModel.from_config(config), tokenizer
+    path = locate_model(arguments.text_encoder)
+    config = AutoConfig.from_pretrained(path, **options)
+    return AutoModel.from_pretrained(path, config=config), AutoTokenizer.from_pretrained(path)
