@@ -140,7 +140,7 @@ def main() -> None:
             if found["encoder"] != fingerprint(encoder.encoder):
                 raise ValueError(f"{arguments.probe} holds a probe of another encoder than that of {arguments.model}; train one for it")
             settings = {"probe": found}
-        evaluation.begin(arguments, encoder.encoder, data, encoder=facts, **settings)
+        evaluation.begin(arguments, encoder.encoder, data, encoder=facts, thresholds=whence, **settings)
         cache = arguments.cache or output / "features"
         features = {path: encoder.features(part, cache, path.stem) for path, part in parts.items()}
         pooled = [] if arguments.probe else [encoder.features(train, cache, "train"), features[output / "predictions_thresholds.jsonl"]]

@@ -112,10 +112,8 @@ def threshold_studies(data: PreparedData, evaluated: str, scored: Sequence[Study
         if split != training:
             return studies, f"chosen on split {split!r}, {len(studies)} studies"
         part = part_of_patients(studies, min(len(scored), len(studies) // FIFTH))
-        return (
-            part,
-            f"chosen on {len(part)} studies of split {split!r}, whole patients, which training may have seen: there is no third split",
-        )
+        words = f"chosen on {len(part)} studies of split {split!r}, whole patients"
+        return part, f"{words}, on which the model may have been trained: there is no third split"
     return [], f"{HALF}, since there are no labelled studies of other patients to choose on"
 
 
@@ -195,7 +193,7 @@ def report(
     }
     tables = detection_tables(scores, found, frequencies, remarks)
     write_text(output / "probabilities.csv", _csv(studies, log_odds))
-    _draw(output, scores, labels, log_odds)
+    draw(output, scores, labels, log_odds)
     write_scores(output / "scores.json", scores, tables)
     return tables
 
@@ -211,7 +209,8 @@ def _csv(studies: Sequence[Study], log_odds: Table) -> str:
     return text.getvalue()
 
 
-def _draw(output: Path, scores: Mapping[str, Any], labels: Table, log_odds: Table) -> None:
+def draw(output: Path, scores: Mapping[str, Any], labels: Table, log_odds: Table) -> None:
+    """The curves of the findings that have them, and the calibration."""
     findings = {}
     for index, name in enumerate(FINDINGS_CT_RATE):
         rows = ~np.isnan(labels[:, index])

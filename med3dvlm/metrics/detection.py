@@ -204,15 +204,20 @@ def _published(labels: Table, log_odds: Table, cuts: Table, nearest: Table) -> t
 
 
 def _of_known(make: Callable[[Any, Any], Statistic], labels: Table, scores: Table) -> Statistic:
-    """A statistic of K findings, each from the studies whose label of it is known."""
-    parts = [
-        (rows, make(labels[rows][:, [finding]], scores[rows][:, [finding]]) if len(rows) else None)
-        for finding, rows in enumerate(_known(labels))
-    ]
+    """A statistic of K findings, each from the studies whose label of it is known; findings that the same studies know are one call."""
+    known = ~np.isnan(labels)
+    patterns, which = np.unique(known, axis=1, return_inverse=True)
+    parts = []
+    for number, pattern in enumerate(patterns.T):
+        columns = np.flatnonzero(which.ravel() == number)
+        if pattern.any():
+            parts.append((pattern, columns, make(labels[pattern][:, columns], scores[pattern][:, columns])))
 
     def statistic(weights: Table) -> Table:
-        columns = [np.full(len(weights), np.nan) if part is None else part(weights[:, rows])[:, 0] for rows, part in parts]
-        return np.stack(columns, axis=1)
+        values = np.full((len(weights), labels.shape[1]), np.nan)
+        for pattern, columns, part in parts:
+            values[:, columns] = part(weights if pattern.all() else weights[:, pattern])
+        return values
 
     return statistic
 

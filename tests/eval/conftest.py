@@ -140,3 +140,9 @@ def chests(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     for part in (clip.eval(), tokenizer, processor):
         part.save_pretrained(root / "clip")
     return SimpleNamespace(root=root, data=data, clip=root / "clip")
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detections are scored and not drawn: three pictures take longer than all the rest."""
+    monkeypatch.setattr("med3dvlm.evaluation.detection.draw", lambda *_: None)

@@ -18,6 +18,7 @@ from med3dvlm.encoders import Encoder
 from med3dvlm.evaluation.probe import FrozenEncoder, LinearProbe, fit
 from med3dvlm.metrics.findings import FINDINGS_CT_RATE
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
 Run = Callable[..., None]
 FILES = ("predictions.jsonl", "predictions_thresholds.jsonl", "predictions_blind.jsonl", "probabilities.csv", "scores.json", "scores.md")
 FILES += ("probe.safetensors", "probe.json")
