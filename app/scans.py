@@ -8,6 +8,7 @@ import dataclasses
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,7 @@ KINDS = {
     ".nii": "NIfTI", ".nii.gz": "NIfTI", ".nrrd": "NRRD", ".mha": "MetaImage", ".npy": "NumPy array", ".npz": "NumPy array",
     ".dcm": "DICOM", ".zip": "zip archive",
 }  # fmt: skip
+MAY_BE_DICOM = ("DICOM", "DICOM series", "zip archive")
 PICTURES = (".png", ".jpg", ".jpeg")
 MOST_FILES = 20_000
 EXAMPLES = {"Chest phantom": "chest", "Abdomen phantom": "abdomen"}
@@ -31,37 +33,48 @@ EXAMPLES = {"Chest phantom": "chest", "Abdomen phantom": "abdomen"}
 
 @dataclass(frozen=True, eq=False)
 class OpenScan:
-    """A scan on somebody's desk: the volume, what the browser is given, and what is said about it."""
+    """A scan on somebody's desk: the volume, what the browser is given, what is said about it, and the files of a DICOM scan.
+
+    These are kept for a Structured Report, which refers to them, and are deleted when nobody has the scan open any more.
+    """
 
     volume: Volume
     picture: Picture
     facts: dict[str, str]
     warnings: tuple[str, ...]
+    files: Path | None = None
 
 
 def read_uploads(uploads: Sequence[Path], most_bytes: int) -> OpenScan:
-    """The scan in one file, or in all files of a series together; the uploads are deleted, whatever happens.
+    """The scan in one file, or in all files of a series together; the uploads are deleted, whatever happens, those of DICOM with the scan.
 
     Raises:
         VolumeError: they hold no scan, or are larger than `most_bytes` together; one sentence without a file's name.
     """
+    folder = tempfile.mkdtemp(prefix="scan-", dir=uploads[0].parent)
     try:
-        with tempfile.TemporaryDirectory(prefix="reading-", dir=uploads[0].parent) as folder:
-            path, kind = _plainly_named(uploads, Path(folder), most_bytes)
-            try:
-                volume = read_volume(path)
-            except VolumeError as error:
-                raise VolumeError(_without(folder, str(error))) from None
-            warnings = tuple(_without(folder, warning) for warning in volume.warnings)
+        path, kind = _plainly_named(uploads, Path(folder), most_bytes)
+        volume = read_volume(path)
+        warnings = tuple(_without(folder, warning) for warning in volume.warnings)
+        scan = on_the_desk(dataclasses.replace(volume, source="scan", warnings=warnings), kind, path if kind in MAY_BE_DICOM else None)
+    except BaseException as error:
+        shutil.rmtree(folder)
+        if isinstance(error, VolumeError):
+            raise VolumeError(_without(folder, str(error))) from None
+        raise
     finally:
         for upload in uploads:
             upload.unlink(missing_ok=True)
-    return on_the_desk(dataclasses.replace(volume, source="scan", warnings=warnings), kind)
+    if scan.files is None:
+        shutil.rmtree(folder)
+    else:
+        weakref.finalize(scan, shutil.rmtree, folder, ignore_errors=True)
+    return scan
 
 
-def on_the_desk(volume: Volume, kind: str) -> OpenScan:
+def on_the_desk(volume: Volume, kind: str, files: Path | None = None) -> OpenScan:
     """A volume ready for viewer and model; `kind` says what it was read from."""
-    return OpenScan(volume, picture(volume), describe(volume, kind), volume.warnings)
+    return OpenScan(volume, picture(volume), describe(volume, kind), volume.warnings, files)
 
 
 @lru_cache
@@ -101,7 +114,7 @@ def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int) -> tu
         raise VolumeError(f"{len(uploads)} files were sent, and not all are of one DICOM series; open one scan at a time.")
     for number, upload in enumerate(sorted(uploads, key=lambda upload: _natural(upload.name)), start=1):
         shutil.move(upload, folder / f"{number:05d}{_ending(upload)}")
-    return folder, f"{'pictures' if set(endings) <= set(PICTURES) else 'DICOM'}, {len(uploads)} files"
+    return folder, "pictures" if set(endings) <= set(PICTURES) else "DICOM series"
 
 
 def _ending(upload: Path) -> str:

@@ -39,7 +39,7 @@ class Turn:
 
     def shown(self) -> dict[str, Any]:
         """For the page and for programs."""
-        names = ("question", "answer", "state", "seconds", "tokens", "confidence")
+        names = ("question", "answer", "state", "open", "seconds", "tokens", "confidence")
         return {name: getattr(self, name) for name in names} | {"low": self.confidence is not None and self.confidence < LOW_CONFIDENCE}
 
 
@@ -53,6 +53,7 @@ class Session:
     features: Any = None  # the encoder's, of this scan
     turns: list[Turn] = field(default_factory=list)
     closed: bool = False
+    _claiming: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def put(self, scan: OpenScan) -> None:
         """A new scan: whatever was said about the one before ends and goes."""
@@ -67,6 +68,8 @@ class Session:
 
     def stop(self) -> None:
         """End the answer that is being written, if one is."""
+        if waiting := self.claim():
+            waiting.state = "stopped"
         for turn in self.turns:
             turn.stop.set()
 
@@ -106,13 +109,17 @@ class Session:
             self.turns.append(last)
             raise
 
+    def claim(self) -> Turn | None:
+        """The turn that waits for an answer, now being written by whoever called; None where none waits."""
+        with self._claiming:
+            turn = self.turns[-1] if self.turns else None
+            if turn is None or turn.state != "waiting":
+                return None
+            turn.state = "writing"
+            return turn
+
     def answer(self, chat: Any, turn: Turn, **sampling: Any) -> Iterator[Turn]:
-        """Let the model write the turn's answer; yields it after each piece. The answer ends when the turn is told to stop."""
-        if turn.stop.is_set() or self.scan is None:
-            turn.state = "stopped"
-            yield turn
-            return
-        turn.state = "writing"
+        """Let the model write a claimed turn's answer; yields it at first and after each piece. It ends when the turn is told to stop."""
         yield turn
         earlier = self.turns[: self.turns.index(turn)] if turn in self.turns else []
         try:

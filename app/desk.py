@@ -1,0 +1,111 @@
+"""What can be done at the desk, as the page and programs call it: open a scan, ask, stop, ask again, clear. No layout here.
+
+Every function takes the Session that it acts for; what it gives back is plain data for the page's components.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from scans import EXAMPLES, OpenScan, example, read_uploads
+from sessions import Session, Sessions, Turn
+
+from med3dvlm.prompts import REPORT_PROMPTS
+from med3dvlm.volume import Volume, VolumeError
+
+MOST_BYTES = 4 * 2**30  # of an upload
+EXPLAINED = (
+    "The geometric mean of the probabilities that the model gave to the words it wrote. It says how sure the model is of its words, "
+    "not whether they are true. Below 50 % the model would have said something else about every other time at each word."
+)
+SECONDS_BETWEEN = 0.05  # at least, between two states of an answer that are sent to the page
+
+
+@dataclass(eq=False)
+class Desk:
+    """Everything behind the page. `chat` has `encode`, `stream` and `familiarity` as Med3DChat has; `model` is its name for the page."""
+
+    chat: Any
+    model: str = "model"
+    most_bytes: int = MOST_BYTES
+    sessions: Sessions = field(default_factory=Sessions)
+    # Gradio names an upload by its content: two sessions that send the same file share one path, and the first to read it deletes it. The
+    # second gets the first one's scan, which nothing changes, while that is alive.
+    _read: WeakValueDictionary[tuple[str, ...], OpenScan] = field(default_factory=WeakValueDictionary)
+
+    def open_uploads(self, session: Session, uploads: Sequence[str]) -> OpenScan:
+        """Put the uploaded scan on the session's desk. Raises VolumeError, one sentence; the scan that was open then stays."""
+        if not uploads:
+            raise VolumeError("No file was sent; choose one.")
+        key = tuple(sorted(uploads))
+        scan = self._read.get(key)
+        if scan is None:
+            paths = [Path(upload) for upload in uploads]
+            if not all(path.exists() for path in paths):
+                raise VolumeError("The upload is not complete; send it again.")
+            self._read[key] = scan = read_uploads(paths, self.most_bytes)
+        else:
+            for upload in uploads:
+                Path(upload).unlink(missing_ok=True)
+        session.put(scan)
+        return scan
+
+    def open_example(self, session: Session, name: str) -> OpenScan:
+        """Put one of EXAMPLES there. Raises VolumeError for another name."""
+        if name not in EXAMPLES:
+            raise VolumeError(f"There is no example {name[:40]!r}; there are {', '.join(EXAMPLES)}.")
+        scan = example(name)
+        session.put(scan)
+        return scan
+
+    def notice(self, session: Session) -> str:
+        """What the model itself says about the scan: that it lies outside the training data, or cannot be taken; "" where nothing."""
+        if session.scan is None:
+            return ""
+        try:
+            known = self.chat.familiarity(session.encoded(self.chat))
+        except ValueError as error:
+            return str(error)
+        return (known and known.message) or ""
+
+    def answer(self, session: Session, **sampling: float) -> Iterator[Turn]:
+        """Write the answer to the question that waits, if one does; yields it as it grows, in steps that an eye can follow."""
+        turn = session.claim()
+        if turn is None:
+            return
+        shown = 0.0
+        for turn in session.answer(self.chat, turn, **sampling):
+            if turn not in session.turns:  # cleared, or another scan was opened
+                continue
+            if not turn.open or time.monotonic() - shown > SECONDS_BETWEEN:
+                shown = time.monotonic()
+                yield turn
+
+    def talk(self, session: Session, problem: str = "") -> dict[str, Any]:
+        """The conversation for conversation.js; `problem` is a sentence about the last thing that was tried."""
+        turns = [turn.shown() for turn in session.turns]
+        scan = session.scan
+        busy = bool(session.turns) and session.turns[-1].open
+        suggestions = [] if scan is None or busy else suggest(scan.volume, {turn.question for turn in session.turns})
+        return {
+            "turns": turns, "suggestions": suggestions, "problem": problem, "explained": EXPLAINED, "scan": scan is not None, "grounded": False,
+        }  # fmt: skip
+
+    def view(self, session: Session) -> dict[str, Any]:
+        """The viewer's value for viewer.js."""
+        if session.scan is None:
+            return {"scan": None, "overlay": None}
+        return {"scan": {"url": f"desk/{session.token}/scan/{session.number}", **session.scan.picture.facts}, "overlay": None}
+
+
+def suggest(volume: Volume, asked: set[str]) -> list[str]:
+    """Questions that suit the scan and were not asked yet: contrast is asked of CT alone, the plane where the file does not say it."""
+    questions = [REPORT_PROMPTS[0], "Which organ is abnormal?", "What abnormality is seen?"]
+    if volume.unit == "HU":
+        questions.append("Which contrast phase is this?")
+    if volume.plane is None or (volume.oblique or 0) >= 1:
+        questions.append("Which plane is this scan?")
+    return [question for question in questions if question not in asked][:4]

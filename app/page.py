@@ -1,0 +1,168 @@
+"""The page: what stands where, and which function of the desk each control calls."""
+
+import html
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from desk import Desk
+from programs import endpoints
+from scans import EXAMPLES, OpenScan
+from sessions import Session
+
+from med3dvlm.prompts import RESEARCH_NOTICE
+from med3dvlm.volume import VolumeError
+
+HERE = Path(__file__).parent
+# The browser's own fonts: a theme's may come from a font server.
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
+THEME = gr.themes.Base(primary_hue="sky", secondary_hue="sky", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"])
+HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+AT_ONCE: dict[str, Any] = HIDDEN | {"queue": False}
+
+
+def file(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def bar(kind: str, text: str) -> dict[str, Any]:
+    """A line that the user should not miss, or none for empty `text`; `kind` is "error", "warning" or "busy"."""
+    return gr.update(value=f'<div class="bar {kind}" role="alert">{html.escape(text)}</div>', visible=bool(text))
+
+
+def described(scan: OpenScan) -> str:
+    """Facts and warnings of a scan as HTML."""
+    rows = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in scan.facts.items())
+    doubts = "".join(f"<li>{html.escape(warning[:1].upper() + warning[1:])}</li>" for warning in scan.warnings)
+    return f'<dl class="facts">{rows}</dl>' + (f'<ul class="doubts">{doubts}</ul>' if doubts else "")
+
+
+def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
+    """The page around the desk; `parallel` answers are written at a time, the others wait in a queue."""
+
+    def of(request: gr.Request) -> Session:
+        return desk.sessions.of(request.session_hash or "")
+
+    with gr.Blocks(title="Med3DVLM", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
+        gr.HTML(
+            f'<header class="masthead"><h1>Med3DVLM</h1><span class="model">{html.escape(desk.model)}</span>'
+            f'<span class="research" role="note">{RESEARCH_NOTICE}</span></header>'
+        )
+        with gr.Row(elem_id="desk", equal_height=False):
+            with gr.Column(scale=7, min_width=520, elem_id="left"):
+                with gr.Row(elem_id="open", equal_height=True):
+                    loader = gr.File(label="Open a scan", file_count="multiple", height=76, elem_id="loader", scale=5, min_width=220)
+                    with gr.Column(scale=2, min_width=200, elem_id="examples"):
+                        examples = [gr.Button(name, size="sm", variant="secondary") for name in EXAMPLES]
+                status = gr.HTML(visible=False, elem_id="status")
+                viewer = gr.HTML(
+                    desk.view(Session()), html_template=file("viewer.html"), js_on_load=file("pane.js") + file("viewer.js"),
+                    apply_default_css=False, elem_id="viewer",
+                )  # fmt: skip
+                facts = gr.HTML(elem_id="facts")
+            with gr.Column(scale=4, min_width=340, elem_id="right"):
+                notice = gr.HTML(visible=False, elem_id="notice")
+                with gr.Tabs():
+                    with gr.Tab("Conversation", id="conversation"):
+                        talk = gr.HTML(
+                            desk.talk(Session()), html_template=file("conversation.html"), js_on_load=file("conversation.js"),
+                            apply_default_css=False, elem_id="talk",
+                        )  # fmt: skip
+                        question = gr.Textbox(
+                            show_label=False, placeholder="Ask about the scan", submit_btn="Ask", lines=1, max_lines=5, elem_id="question",
+                            container=False, label="Your question",
+                        )  # fmt: skip
+                        with gr.Row(elem_id="below"):
+                            queue = gr.HTML('<span class="ready"></span>', elem_id="queue")
+                            clear = gr.Button("Clear conversation", size="sm", variant="secondary", scale=0, min_width=150)
+                        with gr.Accordion("Sampling", open=False, elem_id="sampling"):
+                            temperature = gr.Slider(
+                                0, 1.5, 0, step=0.1, label="Temperature", info="0: always the likeliest word, the same answer every time",
+                                buttons=[],
+                            )  # fmt: skip
+                            top_p = gr.Slider(
+                                0.05, 1, 1, step=0.05, label="Top-p", info="Words are drawn from the likeliest that have this share", buttons=[]
+                            )
+
+        opened = [status, viewer, facts, talk, notice]
+
+        def opening(act: Callable[[Session], OpenScan], request: gr.Request) -> Iterator[dict[Any, Any]]:
+            session = of(request)
+            yield {status: bar("busy", "Reading the scan"), loader: None}
+            try:
+                scan = act(session)
+            except VolumeError as error:  # the scan that was open stays open
+                yield {status: bar("error", str(error))}
+                return
+            yield {
+                status: bar("busy", ""), viewer: desk.view(session), facts: described(scan), talk: desk.talk(session), notice: bar("busy", ""),
+            }  # fmt: skip
+
+        def read(uploads: list[str] | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
+            yield from opening(lambda session: desk.open_uploads(session, uploads or []), request)
+
+        def take(name: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
+            yield from opening(lambda session: desk.open_example(session, name), request)
+
+        def look(request: gr.Request) -> dict[str, Any]:
+            return bar("warning", desk.notice(of(request)))
+
+        def pose(act: Callable[[Session], Any], words: str, request: gr.Request) -> tuple[str, dict[str, Any]]:
+            session = of(request)
+            try:
+                act(session)
+            except ValueError as error:
+                return words, desk.talk(session, str(error))
+            return "", desk.talk(session)
+
+        def ask(words: str, request: gr.Request) -> tuple[str, dict[str, Any]]:
+            return pose(lambda session: session.pose(words), words, request)
+
+        def suggested(event: gr.EventData, request: gr.Request) -> dict[str, Any]:
+            return pose(lambda session: session.pose(str(event.value)), "", request)[1]
+
+        def again(request: gr.Request) -> dict[str, Any]:
+            return pose(lambda session: session.pose_again(), "", request)[1]
+
+        def changed(event: gr.EventData, request: gr.Request) -> dict[str, Any]:
+            return pose(lambda session: session.pose_again(str(event.value)), "", request)[1]
+
+        def answer(temperature: float, top_p: float, request: gr.Request) -> Iterator[dict[str, Any]]:
+            session = of(request)
+            for _ in desk.answer(session, temperature=temperature, top_p=top_p):
+                yield desk.talk(session)
+            yield desk.talk(session)
+
+        def stop(request: gr.Request) -> dict[str, Any]:
+            of(request).stop()
+            return desk.talk(of(request))
+
+        def empty(request: gr.Request) -> dict[str, Any]:
+            of(request).clear()
+            return desk.talk(of(request))
+
+        def leave(request: gr.Request) -> None:
+            desk.sessions.close(request.session_hash or "")
+
+        reading: dict[str, Any] = {"concurrency_id": "read", "concurrency_limit": 1, "show_progress_on": status, **HIDDEN}
+        modelling: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": parallel}
+        steps = [loader.upload(read, loader, [loader, *opened], **reading)]
+        steps += [button.click(take, button, [loader, *opened], **reading) for button in examples]
+        for step in steps:
+            step.then(look, None, notice, **modelling, **HIDDEN)
+        asking = [
+            question.submit(ask, question, [question, talk], **AT_ONCE),
+            talk.example_select(suggested, None, talk, **AT_ONCE),
+            talk.retry(again, None, talk, **AT_ONCE),
+            talk.edit(changed, None, talk, **AT_ONCE),
+        ]
+        for step in asking:
+            step.then(
+                answer, [temperature, top_p], talk, show_progress_on=queue, show_progress="minimal", api_visibility="private", **modelling
+            )
+        talk.stop(stop, None, talk, **AT_ONCE)
+        clear.click(empty, None, talk, **AT_ONCE)
+        endpoints(desk, modelling)
+        blocks.unload(leave)
+    return blocks
