@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Look at a scan and talk with a model about it, in the browser.", epilog=RESEARCH_NOTICE)
     parser.add_argument("--model", type=Path, required=True, help="directory of a trained model")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
-    parser.add_argument("--host", default=HERE_ONLY[0], help="address to listen on; any but this machine's own needs --auth-file (default: %(default)s)")
+    parser.add_argument(
+        "--host", default=HERE_ONLY[0], help="address to listen on; any but this machine's own needs --auth-file (%(default)s)"
+    )
     parser.add_argument("--auth-file", type=Path, help="accounts that may use the page, made by app/accounts.py")
     parser.add_argument("--limit", type=int, default=4096, metavar="MIB", help="largest upload (default: %(default)s MiB)")
     parser.add_argument("--parallel", type=int, default=4, help="answers written at a time, the others queue (default: %(default)s)")
@@ -59,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.host not in HERE_ONLY and arguments.auth_file is None:
-            raise ValueError(f"--host {arguments.host} would let others in without a password; give --auth-file, too (see app/accounts.py).")
+            raise ValueError(
+                f"--host {arguments.host} would let others in without a password; give --auth-file, too (see app/accounts.py)."
+            )
         if min(arguments.limit, arguments.parallel) < 1:
             raise ValueError(f"--limit {arguments.limit} and --parallel {arguments.parallel} must be at least 1.")
         accounts = None if arguments.auth_file is None else Accounts.load(arguments.auth_file)

@@ -11,9 +11,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from scans import EXAMPLES, OpenScan, example, read_uploads
-from sessions import Session, Sessions, Turn
+from sessions import BUSY, NO_SCAN, Session, Sessions, Turn
 
 from med3dvlm.prompts import REPORT_PROMPTS
+from med3dvlm.reporting import read_report, report_dicom, report_json, report_markdown, report_text
 from med3dvlm.volume import Volume, VolumeError
 
 MOST_BYTES = 4 * 2**30  # of an upload
@@ -21,6 +22,7 @@ EXPLAINED = (
     "The geometric mean of the probabilities that the model gave to the words it wrote. It says how sure the model is of its words, "
     "not whether they are true. Below 50 % the model would have said something else about every other time at each word."
 )
+SAVES = {"txt": "Text", "md": "Markdown", "json": "JSON", "dcm": "DICOM Structured Report"}
 SECONDS_BETWEEN = 0.05  # at least, between two states of an answer that are sent to the page
 
 
@@ -77,12 +79,61 @@ class Desk:
         if turn is None:
             return
         shown = 0.0
-        for turn in session.answer(self.chat, turn, **sampling):
+        for _ in session.answer(self.chat, turn, **sampling):
             if turn not in session.turns:  # cleared, or another scan was opened
                 continue
             if not turn.open or time.monotonic() - shown > SECONDS_BETWEEN:
                 shown = time.monotonic()
                 yield turn
+
+    def draft(self, session: Session) -> Iterator[Turn]:
+        """Let the model write the report; yields it as it grows, and it becomes the session's report. What stood there is replaced.
+
+        Raises:
+            ValueError: there is no scan, or a draft is being written already.
+        """
+        if session.scan is None:
+            raise ValueError(NO_SCAN)
+        if session.draft is not None and session.draft.open:
+            raise ValueError(BUSY)
+        session.draft = turn = Turn(REPORT_PROMPTS[0], state="writing")
+        shown = 0.0
+        for _ in session.answer(self.chat, turn):
+            if turn is session.draft and (not turn.open or time.monotonic() - shown > SECONDS_BETWEEN):
+                shown = time.monotonic()
+                session.report = "" if turn.state == "failed" else turn.answer
+                yield turn
+
+    def reading(self, session: Session, problem: str = "") -> dict[str, Any]:
+        """What report.js shows below the report: sections, findings, files to save; `problem` as in `talk`."""
+        draft, line = session.draft, ""
+        if draft is not None and draft.state == "failed":
+            problem = problem or draft.answer
+        elif draft is not None and draft.confidence is not None:
+            low = ", which is low" if draft.shown()["low"] else ""
+            line = f"Drafted in {draft.seconds:.1f} s, {draft.tokens} tokens, with a confidence of {100 * draft.confidence:.0f} %{low}."
+        try:
+            report = read_report(session.report)
+        except ValueError:  # nothing written yet
+            return {"sections": [], "findings": [], "saves": [], "line": line, "problem": problem}
+        saves = [[label, f"desk/{session.token}/report/{kind}", f"report.{kind}"] for kind, label in SAVES.items()]
+        if session.scan is None or session.scan.files is None:
+            del saves[list(SAVES).index("dcm")]
+        findings = [[name.replace("_", " "), state] for name, state in report.findings.items()]
+        sections = [section.heading for section in report.sections]
+        return {"sections": sections, "findings": findings, "saves": saves, "line": line, "problem": problem}
+
+    def save(self, session: Session, kind: str) -> bytes:
+        """The session's report as a file of one of the kinds in SAVES. Raises ValueError, one sentence, where it cannot be."""
+        report = read_report(session.report)
+        if kind == "dcm":
+            if session.scan is None or session.scan.files is None:
+                raise ValueError("A DICOM report belongs to a DICOM scan, which this one is not; save it as text.")
+            try:
+                return report_dicom(report, session.scan.files)
+            except VolumeError as error:
+                raise ValueError(str(error).replace(f"{session.scan.files}: ", "").replace(str(session.scan.files), "the scan")) from None
+        return {"txt": report_text, "md": report_markdown, "json": report_json}[kind](report).encode()
 
     def talk(self, session: Session, problem: str = "") -> dict[str, Any]:
         """The conversation for conversation.js; `problem` is a sentence about the last thing that was tried."""

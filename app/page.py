@@ -82,10 +82,28 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
                                 buttons=[],
                             )  # fmt: skip
                             top_p = gr.Slider(
-                                0.05, 1, 1, step=0.05, label="Top-p", info="Words are drawn from the likeliest that have this share", buttons=[]
+                                0.05,
+                                1,
+                                1,
+                                step=0.05,
+                                label="Top-p",
+                                info="Words are drawn from the likeliest that have this share",
+                                buttons=[],
                             )
+                    with gr.Tab("Report", id="report"):
+                        with gr.Row(elem_id="drafting"):
+                            draft = gr.Button("Draft the report", variant="primary", size="md")
+                            end = gr.Button("Stop", variant="secondary", size="md", scale=0, min_width=90)
+                        report = gr.Textbox(
+                            show_label=False, label="Report", lines=14, max_lines=30, container=False, elem_id="report",
+                            placeholder="Let the model draft it, then change it here: the draft is text like any other.",
+                        )  # fmt: skip
+                        reading = gr.HTML(
+                            desk.reading(Session()), html_template=file("report.html"), js_on_load=file("report.js"),
+                            apply_default_css=False, elem_id="reading",
+                        )  # fmt: skip
 
-        opened = [status, viewer, facts, talk, notice]
+        opened = [status, viewer, facts, talk, notice, report, reading]
 
         def opening(act: Callable[[Session], OpenScan], request: gr.Request) -> Iterator[dict[Any, Any]]:
             session = of(request)
@@ -97,6 +115,7 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
                 return
             yield {
                 status: bar("busy", ""), viewer: desk.view(session), facts: described(scan), talk: desk.talk(session), notice: bar("busy", ""),
+                report: "", reading: desk.reading(session),
             }  # fmt: skip
 
         def read(uploads: list[str] | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
@@ -142,13 +161,29 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
             of(request).clear()
             return desk.talk(of(request))
 
+        def write(request: gr.Request) -> Iterator[tuple[str, dict[str, Any]]]:
+            session = of(request)
+            try:
+                for _ in desk.draft(session):
+                    yield session.report, desk.reading(session)
+            except ValueError as error:
+                yield session.report, desk.reading(session, str(error))
+
+        def rewrite(words: str, request: gr.Request) -> dict[str, Any]:
+            of(request).report = words
+            return desk.reading(of(request))
+
+        def end_draft(request: gr.Request) -> None:
+            of(request).stop_draft()
+
         def leave(request: gr.Request) -> None:
             desk.sessions.close(request.session_hash or "")
 
-        reading: dict[str, Any] = {"concurrency_id": "read", "concurrency_limit": 1, "show_progress_on": status, **HIDDEN}
+        opens: dict[str, Any] = {"concurrency_id": "read", "concurrency_limit": 1, "show_progress_on": status, **HIDDEN}
         modelling: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": parallel}
-        steps = [loader.upload(read, loader, [loader, *opened], **reading)]
-        steps += [button.click(take, button, [loader, *opened], **reading) for button in examples]
+        endpoints(desk, modelling)  # before the page's own events, which would take their names
+        steps = [loader.upload(read, loader, [loader, *opened], **opens)]
+        steps += [button.click(take, button, [loader, *opened], **opens) for button in examples]
         for step in steps:
             step.then(look, None, notice, **modelling, **HIDDEN)
         asking = [
@@ -163,6 +198,8 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
             )
         talk.stop(stop, None, talk, **AT_ONCE)
         clear.click(empty, None, talk, **AT_ONCE)
-        endpoints(desk, modelling)
+        draft.click(write, None, [report, reading], show_progress_on=reading, api_visibility="private", **modelling)
+        end.click(end_draft, None, None, **AT_ONCE)
+        report.input(rewrite, report, reading, trigger_mode="always_last", **AT_ONCE)
         blocks.unload(leave)
     return blocks

@@ -126,7 +126,7 @@ class Pane {
   drawScale(context, pixels, width, height, density) {
     if (!scan.millimetres) return;
     const length = [200, 100, 50, 20, 10, 5, 2, 1].find((mm) => mm * pixels < width / 3) || 1;
-    const right = width - 12 * density, y = height - 30 * density, x = right - length * pixels;
+    const right = width - 12 * density, y = height - 8 * density, x = right - length * pixels;
     context.strokeStyle = "#cbd5e1";
     context.lineWidth = density;
     context.beginPath();

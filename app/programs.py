@@ -44,11 +44,14 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
     def notice(request: gr.Request) -> str:
         return desk.notice(of(request))
 
-    def ask(question: str, temperature: float, top_p: float, request: gr.Request) -> Iterator[dict[str, Any]]:
+    def ask(question: str, request: gr.Request) -> Iterator[dict[str, Any]]:
+        yield from sample(question, 0, 1, request)
+
+    def sample(question: str, temperature: float, top_p: float, request: gr.Request) -> Iterator[dict[str, Any]]:
         session = of(request)
         with sentences():
             turn = session.pose(question)
-        for turn in desk.answer(session, temperature=temperature, top_p=top_p):
+        for _ in desk.answer(session, temperature=temperature, top_p=top_p):
             yield turn.shown()
         yield turn.shown()
 
@@ -64,7 +67,7 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
         with sentences():
             desk.open_uploads(session, files or [])
             turn = session.pose(question)
-            for turn in desk.answer(session):
+            for _ in desk.answer(session):
                 pass
         outside = desk.notice(session)
         session.close()
@@ -83,7 +86,8 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
     button.click(open_scan, files, said, api_name="open", **reading, **session_only)
     button.click(example, name, said, api_name="example", **reading, **session_only)
     button.click(notice, None, words, api_name="notice", **modelling, **session_only)
-    button.click(ask, [question, temperature, top_p], said, api_name="ask", **modelling, **session_only)
+    button.click(ask, question, said, api_name="ask", **modelling, **session_only)
+    button.click(sample, [question, temperature, top_p], said, api_name="sample", **modelling, **session_only)
     button.click(stop, None, None, api_name="stop", queue=False, **session_only)
     button.click(clear, None, None, api_name="clear", queue=False, **session_only)
     button.click(answer, [files, question], said, api_name="answer", **modelling)

@@ -1,13 +1,14 @@
-"""What a browser fetches beside the page: the voxels of its own scan. Nothing of it is ever written to a disk.
+"""What a browser fetches beside the page: the voxels of its own scan, its own report. Nothing of it is ever written to a disk.
 
 Each address holds the session's secret token, which only its own page was told; it ends with the session.
 """
 
-from desk import Desk
+from desk import SAVES, Desk
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+MEDIA = {"txt": "text/plain", "md": "text/markdown", "json": "application/json", "dcm": "application/dicom"}
 PRIVATE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
@@ -18,10 +19,21 @@ def routes(desk: Desk) -> list[Route]:
         session = desk.sessions.by_token(request.path_params["token"])
         if session is None or session.scan is None or session.number != request.path_params["number"]:
             return gone()
-        headers = PRIVATE | {"Content-Encoding": "gzip"}
-        return Response(session.scan.picture.packed, media_type="application/octet-stream", headers=headers)
+        picture = session.scan.picture
+        headers = PRIVATE | {"Content-Length": str(2 * picture.stored.size)}
+        return StreamingResponse(picture.planes(), headers=headers, media_type="application/octet-stream")
 
-    return [Route("/desk/{token}/scan/{number:int}", scan)]
+    def report(request: Request) -> Response:
+        session, kind = desk.sessions.by_token(request.path_params["token"]), request.path_params["kind"]
+        if session is None or kind not in SAVES:
+            return gone()
+        try:
+            content = desk.save(session, kind)
+        except ValueError as error:
+            return Response(str(error), 409, PRIVATE, "text/plain")
+        return Response(content, media_type=MEDIA[kind], headers=PRIVATE | {"Content-Disposition": f"attachment; filename=report.{kind}"})
+
+    return [Route("/desk/{token}/scan/{number:int}", scan), Route("/desk/{token}/report/{kind}", report)]
 
 
 def gone() -> Response:

@@ -100,7 +100,7 @@ def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int) -> tu
     """Move the uploads into the folder under plain names; the path to read, and what it is in words."""
     size = sum(upload.stat().st_size for upload in uploads)
     if size > most_bytes:
-        raise VolumeError(f"The upload has {size / 2**20:.0f} MiB but at most {most_bytes / 2**20:.0f} MiB are taken; crop or pack it.")
+        raise VolumeError(f"The upload has {size / 2**20:.1f} MiB but at most {most_bytes / 2**20:g} MiB are taken; crop or pack it.")
     if len(uploads) > MOST_FILES:
         raise VolumeError(f"{len(uploads)} files were sent but at most {MOST_FILES} are taken; give one series, or a zip of it.")
     endings = [_ending(upload) for upload in uploads]

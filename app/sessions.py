@@ -49,17 +49,17 @@ class Session:
 
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     scan: OpenScan | None = None
-    number: int = 0  # of the scan, so that a browser never takes an old picture for a new one
+    number: int = 0  # of the scan, so that nothing of an old one is taken for the new one's
     features: Any = None  # the encoder's, of this scan
     turns: list[Turn] = field(default_factory=list)
-    closed: bool = False
+    draft: Turn | None = None  # of the report, as the model writes it
+    report: str = ""  # as it stands in the field, which a person may have changed
     _claiming: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def put(self, scan: OpenScan) -> None:
         """A new scan: whatever was said about the one before ends and goes."""
-        self.clear()
-        self.scan, self.features = scan, None
-        self.number += 1
+        self.close()
+        self.scan = scan
 
     def clear(self) -> None:
         """A new conversation about the same scan."""
@@ -73,10 +73,18 @@ class Session:
         for turn in self.turns:
             turn.stop.set()
 
+    def stop_draft(self) -> None:
+        """The same for the report."""
+        if self.draft is not None:
+            self.draft.stop.set()
+
     def close(self) -> None:
-        self.closed = True
+        """Everything of the scan goes, whatever is being written ends."""
+        self.number += 1
         self.clear()
-        self.scan = self.features = None
+        self.stop_draft()
+        self.scan = self.features = self.draft = None
+        self.report = ""
 
     def pose(self, question: str) -> Turn:
         """The next turn, still waiting for its answer.
@@ -154,7 +162,7 @@ class Session:
         features = self.features
         if features is None:
             features = chat.encode(scan.volume)
-            if number == self.number and not self.closed:
+            if number == self.number:
                 self.features = features
         return features
 

@@ -1,4 +1,4 @@
-"""A volume as a radiologist looks at it: turned for the screen, packed for the browser, and what was read in words.
+"""A volume as a radiologist looks at it: turned for the screen, as the browser gets it, and what was read in words.
 
 Display axes, whatever the file's own order is: z runs from superior to inferior, y from anterior to posterior, x from
 the patient's right to the left. So the axial and the coronal picture have the patient's right on the left, the coronal
@@ -8,7 +8,7 @@ unknown is shown as stored: its own (D, H, W) stand for (z, y, x).
 Shapes: D, H, W the volume's own axes; Z, Y, X the display axes.
 """
 
-import gzip
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,16 +35,21 @@ UNITS = {"HU": "Hounsfield units", "unit": "0 to 1", "arbitrary": "arbitrary, no
 MOST_SHOWN = 512 * 512 * 512  # voxels that a browser is given, 256 MiB of them; a larger scan is shown coarser within its slices
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picture:
-    """What the browser is given: `packed` is the gzip of (Z, Y, X) little-endian int16, `facts` all that viewer.js needs to draw them."""
+    """What the browser is given: `stored` is (Z, Y, X) int16, a view of the volume where that holds int16; `facts` all that viewer.js needs."""
 
-    packed: bytes
+    stored: NDArray[np.int16]
     facts: dict[str, Any]
+
+    def planes(self) -> Iterator[bytes]:
+        """Its bytes, little-endian, one (Y, X) after the other. Not compressed: for scans that costs more time than it saves on the way."""
+        for plane in self.stored:
+            yield plane.astype("<i2").tobytes()
 
 
 def picture(volume: Volume, most_voxels: int = MOST_SHOWN) -> Picture:
-    """The volume packed for viewer.js.
+    """The volume for viewer.js.
 
     A value is `slope * stored + intercept`: int16 volumes are sent as they are, others in 65535 steps from their least to their greatest
     value. Above `most_voxels`, blocks of 2 x 2, 3 x 3, ... voxels within a stored slice become their mean, and `facts["note"]` says so.
@@ -58,7 +63,7 @@ def picture(volume: Volume, most_voxels: int = MOST_SHOWN) -> Picture:
         low, high = float(array.min()), float(array.max())
         slope, intercept = (high - low) / 65534, (high + low) / 2
         array = np.round((array - intercept) / slope).astype(np.int16)
-    shown = np.ascontiguousarray(array.transpose(order)[flips], dtype="<i2")  # (Z, Y, X)
+    shown = array.transpose(order)[flips]  # (Z, Y, X)
     known = volume.orientation is not None
     facts = {
         "shape": shown.shape,
@@ -73,7 +78,7 @@ def picture(volume: Volume, most_voxels: int = MOST_SHOWN) -> Picture:
         "edges": EDGES if known else {},
         "note": f"Shown {block} times coarser within its slices than it is; the model reads all of it." if block > 1 else "",
     }
-    return Picture(gzip.compress(shown, compresslevel=1), facts)
+    return Picture(shown, facts)
 
 
 def coarser(array: NDArray[Any], most_voxels: int) -> tuple[NDArray[Any], int]:
