@@ -1,13 +1,19 @@
-"""Med3DVLM: vision-language models for three-dimensional medical scans. Research software, not a medical device."""
+"""Med3DVLM: vision-language models for three-dimensional medical scans. Research software, not a medical device.
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+The public names are imported when they are first used, so that what needs no model starts at once. With a model class, transformers'
+Auto classes know its kind (contrastive.py and vlm.py register it).
+"""
 
-from med3dvlm.contrastive import Med3DCLIP, Med3DCLIPConfig
-from med3dvlm.inference import Med3DChat
-from med3dvlm.preprocessing import VolumeProcessor
-from med3dvlm.processing import Med3DVLMProcessor
-from med3dvlm.vlm import Med3DVLM, Med3DVLMConfig
-from med3dvlm.volume import Volume, read_volume
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from med3dvlm.contrastive import Med3DCLIP, Med3DCLIPConfig
+    from med3dvlm.inference import Med3DChat
+    from med3dvlm.preprocessing import VolumeProcessor
+    from med3dvlm.processing import Med3DVLMProcessor
+    from med3dvlm.vlm import Med3DVLM, Med3DVLMConfig
+    from med3dvlm.volume import Volume, read_volume
 
 __all__ = [
     "Med3DCLIP",
@@ -22,10 +28,26 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-AutoConfig.register("med3d_clip", Med3DCLIPConfig)
-AutoConfig.register("med3dvlm", Med3DVLMConfig)
-AutoModel.register(Med3DCLIPConfig, Med3DCLIP)
-AutoModel.register(Med3DVLMConfig, Med3DVLM)
-AutoModelForImageTextToText.register(Med3DVLMConfig, Med3DVLM)
-AutoImageProcessor.register(Med3DVLMConfig, slow_image_processor_class=VolumeProcessor)
-AutoProcessor.register(Med3DVLMConfig, Med3DVLMProcessor)
+_MODULES = {
+    "Med3DCLIP": "contrastive",
+    "Med3DCLIPConfig": "contrastive",
+    "Med3DChat": "inference",
+    "Med3DVLM": "vlm",
+    "Med3DVLMConfig": "vlm",
+    "Med3DVLMProcessor": "vlm",  # which registers it: a processor is loaded by the Auto classes of its parts
+    "Volume": "volume",
+    "VolumeProcessor": "preprocessing",
+    "read_volume": "volume",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported at its first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

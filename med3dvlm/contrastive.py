@@ -196,3 +196,7 @@ class Med3DCLIP(PreTrainedModel):
         if self.config.loss == "siglip":
             return SigLipLoss(rank=rank, world_size=world_size, dist_impl="gather")
         return ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+
+
+AutoConfig.register(Med3DCLIPConfig.model_type, Med3DCLIPConfig)
+AutoModel.register(Med3DCLIPConfig, Med3DCLIP)

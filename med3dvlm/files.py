@@ -68,6 +68,7 @@ def whole_file(destination: Path) -> Iterator[Path]:
     aside = destination.with_name(f".{uuid.uuid4().hex}{PART}")
     try:
         yield aside
+        _as_others(aside, 0o666)  # safetensors makes files that nobody else may read
         with aside.open("r+b") as file:
             os.fsync(file.fileno())  # or a machine that loses power might keep the new name of an empty file
         aside.replace(destination)
@@ -82,18 +83,28 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: `destination` exists and is not empty.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} exists and would be overwritten; delete it or choose another name")
+    require_free(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
         yield aside
-        umask = os.umask(0o022)
-        os.umask(umask)
-        aside.chmod(0o777 & ~umask)  # a temporary folder is closed to others
+        _as_others(aside, 0o777)  # a temporary folder is closed to others
         aside.replace(destination)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _as_others(path: Path, mode: int) -> None:
+    """Give it the rights that a new file or folder has here."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    path.chmod(mode & ~umask)
+
+
+def require_free(destination: Path) -> None:
+    """Raises FileExistsError where `destination` exists and is not an empty folder: before work that is to be written there."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(f"{destination} exists and would be overwritten; delete it or choose another name")
 
 
 def install_model(aside: Path, folder: Path) -> None:

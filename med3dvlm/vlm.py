@@ -11,12 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput
 
 from med3dvlm.contrastive import Med3DCLIP
 from med3dvlm.encoders import Size, build_encoder, check_size
-from med3dvlm.processing import IGNORED
+from med3dvlm.preprocessing import VolumeProcessor
+from med3dvlm.processing import IGNORED, Med3DVLMProcessor
 from med3dvlm.projectors import Projector, build_projector
 
 IMAGE_SPLICES = ("mask", "published")
@@ -237,3 +248,10 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+
+
+AutoConfig.register(Med3DVLMConfig.model_type, Med3DVLMConfig)
+AutoModel.register(Med3DVLMConfig, Med3DVLM)
+AutoModelForImageTextToText.register(Med3DVLMConfig, Med3DVLM)
+AutoImageProcessor.register(Med3DVLMConfig, slow_image_processor_class=VolumeProcessor)
+AutoProcessor.register(Med3DVLMConfig, Med3DVLMProcessor)

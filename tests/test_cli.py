@@ -436,3 +436,21 @@ def test_ctrl_c(run: Run, scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_place_of_an_error_can_be_shown(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         cli.main(["--traceback", "inspect", str(tmp_path / "missing.nii")])
+
+
+def test_light_commands_start_without_torch(scan: Path) -> None:
+    code = "import sys; from med3dvlm import cli; cli.main(sys.argv[1:]); assert not {'torch', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code, "inspect", str(scan)], capture_output=True, check=True)
+
+
+@pytest.mark.parametrize("name", ["Med3DVLM", "Med3DVLMProcessor", "Med3DChat"])
+def test_a_public_name_registers_its_kind(name: str, model: Path) -> None:
+    """In a process of its own, where nothing else has imported the models."""
+    code = f"""
+import sys
+from med3dvlm import {name}
+from transformers import AutoModel, AutoProcessor
+print(type(AutoModel.from_pretrained(sys.argv[1])).__name__, type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["Med3DVLM", "Med3DVLMProcessor"]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from med3dvlm.checkpoints import load_clip, model_type
+from med3dvlm import search
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
-from med3dvlm.datasets.torch import PairCollator, load_volumes
+from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.familiarity import Features
 from med3dvlm.inference import Med3DChat
 from med3dvlm.processing import IGNORED, Med3DVLMProcessor, Message, branch_mask
@@ -36,38 +36,21 @@ def load_chat(arguments: argparse.Namespace, data: PreparedData) -> Med3DChat:
     return chat
 
 
-class Embedder:
+class Embedder(search.Embedder):
     """A Med3DCLIP at work on prepared data.
-
-    Args:
-        max_text_length: tokens of a report, at most what the text encoder takes.
 
     Raises:
         ValueError: the directory holds another kind of model, or one for data that was prepared otherwise.
     """
 
     def __init__(self, path: str, data: PreparedData, device: str, max_text_length: int | None = None) -> None:
-        if (kind := model_type(path)) != "med3d_clip":
-            raise ValueError(f"{path} holds a {kind} model, which embeds nothing; name the output of stages/stage1_siglip.py")
-        self.model, tokenizer, processor = load_clip(path)
-        same_preprocessing(processor, data)
-        self.model.to(device)  # type: ignore[arg-type]
+        super().__init__(path, device, max_text_length)
+        same_preprocessing(self.processor, data)
         self.data = data
-        longest = getattr(self.model.text_encoder.config, "max_position_embeddings", tokenizer.model_max_length)
-        longest = min(tokenizer.model_max_length, longest)
-        self.max_text_length = min(max_text_length or longest, longest)
-        self._collator = PairCollator(tokenizer, self.max_text_length)
 
-    @torch.no_grad()
     def images(self, studies: Sequence[Study]) -> Tensor:
         """(B, P) float32 on the CPU, of length 1."""
-        return self.model.encode_image(load_volumes(self.data, studies, self.model.device).to(self.model.dtype)).float().cpu()
-
-    @torch.no_grad()
-    def texts(self, reports: Sequence[str]) -> Tensor:
-        """(B, P) float32 on the CPU, of length 1."""
-        coded = self._collator.tokenize(reports)
-        return self.model.encode_text(**{name: value.to(self.model.device) for name, value in coded.items()}).float().cpu()
+        return self.volumes(load_volumes(self.data, studies, self.model.device))
 
 
 @torch.no_grad()

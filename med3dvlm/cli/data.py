@@ -1,0 +1,136 @@
+"""`phantom`, `prepare`, `audit`, `findings`: data sets, from their making to what is wrong with them."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from med3dvlm.cli.options import Commands, add_workers, check_workers, parse_shard, parse_size, require_writable
+
+FAILURES_SHOWN = 10
+
+
+def add_commands(commands: Commands) -> None:
+    from med3dvlm.report_labels import command as report_labels
+
+    phantom = commands.add_parser("phantom", help="write a data set of CT phantoms with reports, questions and labels")
+    phantom.add_argument("out", metavar="OUT", type=Path, help="the folder, in the layout of M3D-Cap and M3D-VQA")
+    phantom.add_argument("--studies", type=int, default=800, help="number of series (default: %(default)s)")
+    phantom.add_argument("--seed", type=int, default=0, help="the same seed gives the same data (default: %(default)s)")
+    phantom.add_argument("--detail", type=float, default=1.0, help="voxels along an axis, relative to the standard (default: %(default)s)")
+    add_workers(phantom)
+    phantom.set_defaults(run=_phantom)
+
+    prepare = commands.add_parser("prepare", help="run every volume of a data set through the preprocessing, once")
+    prepare.add_argument("dataset", metavar="DATASET", help="layout of SRC: m3d, ct_rate, or table (a CSV or JSONL of your own)")
+    prepare.add_argument("source", metavar="SRC", type=Path, help="the folder of the data set")
+    prepare.add_argument("destination", metavar="DST", type=Path, help="the prepared data; an interrupted preparation continues")
+    prepare.add_argument("--recipe", default="m3d", help="name of the preprocessing (default: %(default)s)")
+    prepare.add_argument(
+        "--size", type=parse_size, metavar="D,H,W", help="voxels of the result (default: the recipe's; 128,256,256 for m3d)"
+    )
+    prepare.add_argument(
+        "--shard", type=parse_shard, metavar="I/N", help="the I-th of N parts; once all are done, run without this to finish"
+    )
+    prepare.add_argument("--verify", action="store_true", help="read all volumes that are there and make the damaged ones anew")
+    add_workers(prepare)
+    prepare.set_defaults(run=_prepare)
+
+    audit = commands.add_parser(
+        "audit", help="look in prepared data for duplicates, leaks between splits and questions that tell their answer"
+    )
+    audit.add_argument("data", metavar="DST", type=Path, help="the prepared data; an interrupted audit continues")
+    audit.add_argument("--out", type=Path, metavar="DIR", help="folder of audit.md, audit.json, deduplicated.json (default: DST/audit)")
+    audit.add_argument(
+        "--reports", action="store_true", help="leave out of deduplicated.json what only has its report in an earlier split, too"
+    )
+    add_workers(audit)
+    audit.set_defaults(run=_audit)
+
+    findings = commands.add_parser("findings", help="read findings in reports: train a reader on labelled reports, or score one")
+    report_labels.add_arguments(findings)
+    findings.set_defaults(run=_findings)
+
+
+def _phantom(arguments: argparse.Namespace) -> None:
+    from med3dvlm.datasets import m3d
+    from med3dvlm.datasets.audit import text_only_baselines
+    from med3dvlm.datasets.phantom import write_phantoms
+
+    check_workers(arguments)
+    require_writable(arguments.out)
+    studies = write_phantoms(arguments.out, arguments.studies, arguments.seed, arguments.detail, arguments.workers)
+    counts = ", ".join(f"{sum(study.split == split for study in studies)} {split}" for split in m3d.SPLITS)
+    print(f"{len(studies)} studies of {len({study.patient for study in studies})} patients in {arguments.out}: {counts}")
+    baselines = text_only_baselines(m3d.read(arguments.out, "train")[1], m3d.read(arguments.out, "test")[1])
+    print("Accuracy on the test questions without looking at the scan (the choice that was right most often in training):")
+    for kind, accuracy in baselines.items():
+        print(f"  {kind:<12} {accuracy:.3f}")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from med3dvlm.datasets import DATASETS
+    from med3dvlm.datasets.preparation import parts_of_splits, prepare
+    from med3dvlm.files import read_lines, write_json
+    from med3dvlm.preprocessing import VolumeProcessor
+
+    check_workers(arguments)
+    if arguments.dataset not in DATASETS:
+        raise ValueError(f"data set {arguments.dataset!r} is unknown; known: {', '.join(DATASETS)}")
+    dataset, source, destination = DATASETS[arguments.dataset], arguments.source, arguments.destination
+    processor = VolumeProcessor(arguments.recipe, size=arguments.size)
+    missed: dict[str, list[dict[str, str]]] = {split: [] for split in dataset.splits(source)}
+    splits = {split: dataset.read(source, split, missed[split]) for split in missed}
+    parts = parts_of_splits({split: found for split, (found, _) in splits.items()})
+    wholes = [split for split in splits if split not in parts]
+    studies, questions = ([record for split in wholes for record in splits[split][kind]] for kind in (0, 1))
+    unread = [failure for split in wholes for failure in missed[split]]
+    require_writable(destination)
+    shard, options = arguments.shard, {"shard": arguments.shard, "verify": arguments.verify}
+    summary = prepare(source, studies, questions, processor, destination, arguments.workers, unread, **options)
+    listing = destination / "failures.jsonl"
+    failures = summary.pop("failures") if shard else read_lines(listing)
+    total = len(failures) + summary["studies"]
+    if shard:
+        print(json.dumps(summary))
+        print(f"When all {shard[1]} shards are done, run the command without --shard to finish {destination}.", file=sys.stderr)
+    else:
+        for name, value in (("Splits", summary["splits"]), ("Units", summary["units"]), ("Warnings", summary["warnings"])):
+            print(f"{name:<12} " + (", ".join(f"{key} {count}" for key, count in value.items()) or "none"))
+        print(f"{'Prepared':<12} {summary['studies']} studies, {summary['questions']} questions, fingerprint {summary['fingerprint']}")
+        print(f"{'Details':<12} {destination / 'summary.json'}, {destination / 'summary.png'}")
+    if failures and len(failures) == total and not shard:
+        raise ValueError(f"none of the {total} studies of {source} could be prepared; {listing} says why.")
+    for part, listed in parts.items() if not shard else ():
+        without = {failure["study"] for failure in failures}
+        path = destination / f"split_{part.replace('/', '_')}.json"
+        write_json(path, {split: [study for study in ids if study not in without] for split, ids in listed.items()})
+        print(f"All studies of split {part!r} are in another split, too; to use it, pass --split_file {path}", file=sys.stderr)
+    if failures:
+        where = "the run that finishes tries them again" if shard else f"{listing} lists them"
+        print(f"Warning: {len(failures)} of {total} studies could not be prepared; {where}:", file=sys.stderr)
+        for failure in failures[:FAILURES_SHOWN]:
+            print(f"  {failure['study']}: {failure['reason']}", file=sys.stderr)
+        if len(failures) > FAILURES_SHOWN:
+            print(f"  and {len(failures) - FAILURES_SHOWN} more", file=sys.stderr)
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    from med3dvlm.datasets.audit import audit
+
+    check_workers(arguments)
+    out = arguments.out or arguments.data / "audit"
+    if arguments.data.is_dir():  # else reading it says what is wrong
+        require_writable(out)
+    result = audit(arguments.data, out, arguments.workers, arguments.reports)
+    for name, facts in result["duplicates"].items():
+        print(f"{name}: {facts['groups']} groups of {facts['studies']} studies, {facts['across_splits']} of them across splits")
+    for split, facts in result["deduplicated"].items():
+        print(f"{split}: {facts['kept']} kept, {sum(facts['left_out'].values())} left out of {out / 'deduplicated.json'}")
+    print(f"Tables and examples: {out / 'audit.md'}")
+
+
+def _findings(arguments: argparse.Namespace) -> None:
+    from med3dvlm.report_labels import command
+
+    print(command.run(arguments))

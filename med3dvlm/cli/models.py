@@ -1,0 +1,112 @@
+"""`ask`, `report`, `merge`, `convert`, `encoders`: models at work, and their files."""
+
+import argparse
+import sys
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from med3dvlm.cli.options import Commands, add_scan, parse_size, quiet_transformers, reading
+
+if TYPE_CHECKING:
+    from med3dvlm.inference import Answer, Med3DChat
+
+
+def add_commands(commands: Commands) -> None:
+    for name, help_text in (("ask", "ask a model about a scan"), ("report", "let a model write the report of a scan")):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("model", metavar="MODEL", type=Path, help="the folder of a trained model")
+        add_scan(command)
+        if name == "ask":
+            command.add_argument("question", metavar="QUESTION")
+        command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length at most (default: %(default)s)")
+        command.set_defaults(run=_ask, question=None) if name == "report" else command.set_defaults(run=_ask)
+
+    merge = commands.add_parser("merge", help="merge a LoRA adapter into its base model")
+    merge.add_argument("adapter", metavar="ADAPTER", type=Path, help="the folder that stages/stage3_lora.py wrote")
+    merge.add_argument("out", metavar="OUT", type=Path, help="the folder of the whole model, which must not exist yet")
+    merge.set_defaults(run=_merge)
+
+    convert = commands.add_parser("convert", help="convert released weights to a folder that the other commands take")
+    convert.add_argument("source", metavar="SRC", help="a folder, a file, or the id of a model on the hub")
+    convert.add_argument("out", metavar="DST", type=Path, help="the folder of the converted model, which must not exist yet")
+    convert.add_argument("--base", metavar="MODEL", help="folder or hub id: the other weights, settings and tokenizer (LoRA files)")
+    convert.add_argument("--text-encoder", metavar="MODEL", help="folder or hub id: settings and tokenizer of a CLIP's text encoder")
+    convert.add_argument("--size", type=parse_size, metavar="D,H,W", help="voxels of the volumes (default: those of the released model)")
+    convert.add_argument("--lora-alpha", type=float, metavar="N", help="scale of LoRA times its rank (default: the file's, or 32)")
+    convert.add_argument("--verify", action="store_true", help="read the result back and compare it with the source, bit for bit")
+    convert.set_defaults(run=_convert)
+
+    encoders = commands.add_parser("encoders", help="the vision encoders: parameters and operations, counted, beside the paper's")
+    encoders.add_argument("names", metavar="NAME", nargs="*", help="these only")
+    encoders.add_argument("--size", type=parse_size, metavar="D,H,W", help="voxels of a volume (default: 256,512,512 or the encoder's own)")
+    encoders.add_argument("--measure", action="store_true", help="time and memory here too, one encoder after the other")
+    encoders.set_defaults(run=_encoders)
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
+    from med3dvlm.volume import read_volume
+
+    question = REPORT_PROMPTS[0] if arguments.question is None else arguments.question
+    volume = read_volume(arguments.scan, **reading(arguments))  # before the model, so that a wrong file is told at once
+    for warning in volume.warnings:
+        print(f"Warning: {warning}", file=sys.stderr)
+    chat = _load(arguments.model)
+    answer = _print_pieces(chat.stream(volume, question, max_new_tokens=arguments.max_new_tokens))
+    familiarity = chat.familiarity(volume)
+    notices = [f"{answer.seconds:.1f} s, {answer.tokens} tokens, confidence {answer.confidence:.2f}"]
+    if not answer.text:
+        notices.append("The model gave no answer; ask in other words.")
+    if familiarity is None:
+        notices.append(f"Whether the model knows scans like this one cannot be told: {arguments.model} holds no familiarity.safetensors.")
+    elif familiarity.message:
+        notices.append(familiarity.message)
+    print(*notices, RESEARCH_NOTICE, sep="\n", file=sys.stderr)
+
+
+def _load(model: Path) -> "Med3DChat":
+    from med3dvlm.allocator import keep_freed_memory
+    from med3dvlm.inference import Med3DChat
+
+    keep_freed_memory()
+    quiet_transformers()
+    return Med3DChat.from_pretrained(model)
+
+
+def _print_pieces(pieces: "Generator[str, None, Answer]") -> "Answer":
+    with closing(pieces):
+        while True:
+            try:
+                print(next(pieces), end="", flush=True)
+            except StopIteration as end:
+                print()
+                answer: Answer = end.value
+                return answer
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from med3dvlm.checkpoints import convert_published
+
+    quiet_transformers()
+    options = {key: getattr(arguments, key) for key in ("base", "text_encoder", "size", "lora_alpha", "verify")}
+    print(convert_published(arguments.source, arguments.out, **options))
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from med3dvlm.checkpoints import merge_lora
+    from med3dvlm.files import whole_folder
+
+    quiet_transformers()
+    with whole_folder(arguments.out) as aside:
+        merge_lora(arguments.adapter, aside)
+    print(f"{arguments.out} holds the merged model")
+
+
+def _encoders(arguments: argparse.Namespace) -> None:
+    from med3dvlm.encoders import list_encoders
+    from med3dvlm.encoders.cost import table
+
+    for line in table(arguments.names or list_encoders(), arguments.size, arguments.measure):
+        print(line.rstrip(), flush=True)

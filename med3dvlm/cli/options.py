@@ -1,0 +1,89 @@
+"""Arguments that several commands take, and what they check first."""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # what `add_subparsers` gives
+SCANS = "a file, a zip, or a folder with a DICOM series or numbered PNG or JPEG slices"
+
+
+def add_scan(parser: argparse.ArgumentParser) -> None:
+    """A scan and what `read_volume` may be told about it."""
+    parser.add_argument("scan", metavar="SCAN", help=f"a scan: {SCANS}")
+    add_reading(parser)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """What `read_volume` may be told about a scan."""
+    from med3dvlm.volume import HU_POLICIES, UNITS
+
+    add = parser.add_argument
+    add("--spacing", type=numbers("Z,Y,X"), metavar="Z,Y,X", help="mm between slices, rows and columns (default: the file's)")
+    add("--unit", choices=UNITS, help="of the values (default: by the header and the values)")
+    add("--hu", choices=HU_POLICIES, default="auto", help="whose slope and intercept make the values HU (default: %(default)s)")
+    add("--rescale", type=numbers("S,I"), metavar="S,I", help="slope and intercept from a table beside the file, as in 1,-1024")
+    add("--series", type=int, metavar="N", help="number of a DICOM series in the list that inspect shows (default: the largest)")
+
+
+def reading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `read_volume` that `add_reading` took."""
+    return {name: getattr(arguments, name) for name in ("spacing", "unit", "hu", "rescale", "series")}
+
+
+def numbers(form: str) -> Callable[[str], tuple[float, ...]]:
+    """For argparse: as many numbers as `form` has letters, with commas between them."""
+
+    def parse(text: str) -> tuple[float, ...]:
+        try:
+            numbers = tuple(float(number) for number in text.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != len(form.split(",")):
+            raise argparse.ArgumentTypeError(f"{text!r} must be numbers {form} with commas between them")
+        return numbers
+
+    return parse
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
+
+
+def check_workers(arguments: argparse.Namespace) -> None:
+    if arguments.workers < 1:
+        raise ValueError(f"--workers is {arguments.workers} but at least one process is needed")
+
+
+def parse_size(text: str) -> tuple[int, ...]:
+    try:
+        depth, height, width = (int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be three whole numbers D,H,W, as in 128,256,256") from None
+    return depth, height, width
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    try:
+        part, parts = (int(number) for number in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be I/N, as in 1/8 to 8/8") from None
+    return part, parts
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder and see that files can be written there, before anything that takes time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def quiet_transformers() -> None:
+    """No bars for loading, no advice for developers."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

@@ -1,0 +1,46 @@
+"""A Med3DCLIP at work: scans and texts in, embeddings out.
+
+Shapes: B scans or texts, P the width of the space that they share.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from med3dvlm.checkpoints import load_clip, model_type
+from med3dvlm.datasets.torch import PairCollator
+
+
+class Embedder:
+    """A Med3DCLIP with its tokenizer and its preprocessing.
+
+    Args:
+        device: by default the GPU where there is one.
+        max_text_length: tokens of a text, at most what the text encoder takes, which is the default; the rest of a longer one is cut.
+
+    Raises:
+        FileNotFoundError, ValueError: the directory holds no model, or one of another kind.
+    """
+
+    def __init__(self, path: str | Path, device: str | torch.device | None = None, max_text_length: int | None = None) -> None:
+        if (kind := model_type(path)) != "med3d_clip":
+            raise ValueError(f"{path} holds a {kind} model, which embeds nothing; name the output of stages/stage1_siglip.py")
+        self.model, tokenizer, self.processor = load_clip(path)
+        self.model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
+        longest = getattr(self.model.text_encoder.config, "max_position_embeddings", tokenizer.model_max_length)
+        longest = min(tokenizer.model_max_length, longest)
+        self.max_text_length = min(max_text_length or longest, longest)
+        self._collator = PairCollator(tokenizer, self.max_text_length)
+
+    @torch.no_grad()
+    def volumes(self, pixel_values: Tensor) -> Tensor:
+        """Scans as the processor makes them (B, 1, D, H, W) -> (B, P) float32 on the CPU, of length 1."""
+        return self.model.encode_image(pixel_values.to(self.model.device, self.model.dtype)).float().cpu()
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(B, P) float32 on the CPU, of length 1."""
+        coded = self._collator.tokenize(texts)
+        return self.model.encode_text(**{name: value.to(self.model.device) for name, value in coded.items()}).float().cpu()
