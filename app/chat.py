@@ -8,8 +8,9 @@ Nothing leaves the machine: the server listens on 127.0.0.1 unless told otherwis
 private folder until they were read (DICOM files, which a Structured Report refers to, until the scan is closed), and each browser session has
 a scan of its own.
 
-Where to find what: page.py (what stands where), desk.py (what can be done), sessions.py (who is there), scans.py (files in), viewer.py,
-viewer.js and pane.js (the viewer), conversation.js, routes.py (what the browser fetches), programs.py (the same for programs), accounts.py.
+Where to find what: page.py (what stands where), desk.py (what can be done), sessions.py (who is there), scans.py (files in),
+viewer.py, viewer.js and pane.js (the viewer), conversation.js, report.js, insight.py (where it looked, similar cases), routes.py (what the
+browser fetches), programs.py (the same for programs), accounts.py (who may come in).
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any
 import gradio as gr
 from accounts import Accounts
 from desk import Desk
+from insight import load as load_insight
 from page import THEME, build, file
 from routes import routes
 
@@ -57,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--auth-file", type=Path, help="accounts that may use the page, made by app/accounts.py")
     parser.add_argument("--limit", type=int, default=4096, metavar="MIB", help="largest upload (default: %(default)s MiB)")
     parser.add_argument("--parallel", type=int, default=4, help="answers written at a time, the others queue (default: %(default)s)")
+    parser.add_argument(
+        "--contrastive", type=Path, help="directory of a contrastive model (stage 1), which shows where a scan resembles a phrase"
+    )
+    parser.add_argument("--index", type=Path, help="index of cases, made by `med3dvlm index`: offers the cases that a scan resembles")
     parser.add_argument("--mcp", action="store_true", help="offer answer and report as MCP tools, too, under /gradio_api/mcp/")
     arguments = parser.parse_args(argv)
     try:
@@ -68,9 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--limit {arguments.limit} and --parallel {arguments.parallel} must be at least 1.")
         accounts = None if arguments.auth_file is None else Accounts.load(arguments.auth_file)
         chat = load(arguments.model)
+        insight = load_insight(chat, arguments.contrastive, arguments.index)
         with tempfile.TemporaryDirectory(prefix="med3dvlm-chat-") as private:  # only this user can look into it
             os.environ["GRADIO_TEMP_DIR"] = private
-            desk = Desk(chat, arguments.model.resolve().name, arguments.limit * 2**20)
+            desk = Desk(chat, arguments.model.resolve().name, arguments.limit * 2**20, insight)
             blocks = build(desk, arguments.parallel)
             address = launch(blocks, desk, arguments.port, arguments.host, accounts, arguments.mcp)
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the private folder goes then, too

@@ -41,7 +41,7 @@ function edit(row, turn) {
   field.focus();
 }
 
-function answered(turn, last, explained) {
+function answered(turn, last, index, explained) {
   const card = make("div", `answered ${turn.state}`), text = make("div", "text", turn.answer);
   if (turn.state === "waiting") text.replaceChildren(make("span", "dots", "Waiting for the model"));
   card.append(text);
@@ -55,7 +55,7 @@ function answered(turn, last, explained) {
   }
   if (!turn.open && last) line.append(button("Retry", "quiet", () => trigger("retry"), "Ask the same once more"));
   if (turn.state === "done" && props.value.grounded) {
-    line.append(button("Where did it look?", "quiet", () => trigger("select", { value: turn.answer }), "Show on the scan what this answer resembles"));
+    line.append(button("Where did it look?", "quiet", () => trigger("select", { value: index }), "Show on the scan what moved the model to this answer"));
   }
   card.append(line);
   return card;
@@ -70,7 +70,7 @@ function update() {
     const last = index === turns.length - 1, state = JSON.stringify([turn, last]);
     if (shownTurns[index] === state) return;
     const node = make("article", "turn");
-    node.append(asked(turn, last), answered(turn, last, explained));
+    node.append(asked(turn, last), answered(turn, last, index, explained));
     if (log.children[index]) log.children[index].replaceWith(node); else log.append(node);
     shownTurns[index] = state;
   });

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+from insight import Case, Cells, Insight
 from scans import EXAMPLES, OpenScan, example, read_uploads
-from sessions import BUSY, NO_SCAN, Session, Sessions, Turn
+from sessions import BUSY, MOST_CHARACTERS, NO_SCAN, Session, Sessions, Turn, history
+from viewer import overlay
 
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.reporting import read_report, report_dicom, report_json, report_markdown, report_text
@@ -33,6 +35,7 @@ class Desk:
     chat: Any
     model: str = "model"
     most_bytes: int = MOST_BYTES
+    insight: Insight = Insight()
     sessions: Sessions = field(default_factory=Sessions)
     # Gradio names an upload by its content: two sessions that send the same file share one path, and the first to read it deletes it. The
     # second gets the first one's scan, which nothing changes, while that is alive.
@@ -123,6 +126,34 @@ class Desk:
         sections = [section.heading for section in report.sections]
         return {"sections": sections, "findings": findings, "saves": saves, "line": line, "problem": problem}
 
+    def explain(self, session: Session, number: int) -> None:
+        """Lay on the viewer what moved the answer of that number. Raises ValueError, one sentence, where that cannot be."""
+        scan, turns = session.scan, session.turns
+        if scan is None or self.insight.explain is None or not 0 <= number < len(turns) or not turns[number].answer:
+            raise ValueError("There is no answer to explain.")
+        turn = turns[number]
+        cells = self.insight.explain(scan.volume, turn.question, turn.answer, history(turns[:number]))
+        self._lay(session, scan, cells, f"What moved the answer to “{turn.question}”")
+
+    def find(self, session: Session, phrase: str) -> None:
+        """Lay on the viewer where the scan resembles the phrase. Raises ValueError as `explain` does."""
+        scan = session.scan
+        if scan is None or self.insight.find is None:
+            raise ValueError(NO_SCAN)
+        if len(phrase) > MOST_CHARACTERS:
+            raise ValueError(f"The phrase has {len(phrase)} characters but at most {MOST_CHARACTERS} are taken.")
+        self._lay(session, scan, self.insight.find(scan.volume, phrase), f"Where the scan resembles “{phrase.strip()}”")
+
+    def _lay(self, session: Session, scan: OpenScan, cells: Cells, label: str) -> None:
+        if session.scan is scan:  # else another one was opened meanwhile
+            session.lay(overlay(scan.volume, scan.picture, *cells, label))
+
+    def similar(self, session: Session) -> list[Case]:
+        """The cases of the index that the scan resembles. Raises ValueError as `explain` does."""
+        if session.scan is None or self.insight.similar is None:
+            raise ValueError(NO_SCAN)
+        return self.insight.similar(session.scan.volume)
+
     def save(self, session: Session, kind: str) -> bytes:
         """The session's report as a file of one of the kinds in SAVES. Raises ValueError, one sentence, where it cannot be."""
         report = read_report(session.report)
@@ -142,14 +173,17 @@ class Desk:
         busy = bool(session.turns) and session.turns[-1].open
         suggestions = [] if scan is None or busy else suggest(scan.volume, {turn.question for turn in session.turns})
         return {
-            "turns": turns, "suggestions": suggestions, "problem": problem, "explained": EXPLAINED, "scan": scan is not None, "grounded": False,
+            "turns": turns, "suggestions": suggestions, "problem": problem, "explained": EXPLAINED, "scan": scan is not None,
+            "grounded": self.insight.explain is not None,
         }  # fmt: skip
 
     def view(self, session: Session) -> dict[str, Any]:
         """The viewer's value for viewer.js."""
-        if session.scan is None:
-            return {"scan": None, "overlay": None}
-        return {"scan": {"url": f"desk/{session.token}/scan/{session.number}", **session.scan.picture.facts}, "overlay": None}
+        scan, heat = session.scan, session.overlay
+        return {
+            "scan": scan and {"url": f"desk/{session.token}/scan/{session.number}", **scan.picture.facts},
+            "overlay": heat and {"url": f"desk/{session.token}/overlay/{session.overlays}", **heat.facts},
+        }
 
 
 def suggest(volume: Volume, asked: set[str]) -> list[str]:

@@ -1,12 +1,16 @@
 """The page: what stands where, and which function of the desk each control calls."""
 
+import base64
 import html
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from desk import Desk
+from insight import Case
+from PIL import Image
 from programs import endpoints
 from scans import EXAMPLES, OpenScan
 from sessions import Session
@@ -38,6 +42,19 @@ def described(scan: OpenScan) -> str:
     return f'<dl class="facts">{rows}</dl>' + (f'<ul class="doubts">{doubts}</ul>' if doubts else "")
 
 
+def compared(cases: list[Case]) -> str:
+    """Similar cases as HTML, the nearest first."""
+    cards = []
+    for case in cases:
+        image = ""
+        if case.picture is not None:
+            buffer = io.BytesIO()
+            Image.fromarray(case.picture).save(buffer, "png")
+            image = f'<img alt="middle slice" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+        cards.append(f"<article>{image}<div><b>similarity {case.similarity:.2f}</b><p>{html.escape(case.report)}</p></div></article>")
+    return f'<div class="cases">{"".join(cards)}</div>'
+
+
 def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
     """The page around the desk; `parallel` answers are written at a time, the others wait in a queue."""
 
@@ -60,6 +77,11 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
                     desk.view(Session()), html_template=file("viewer.html"), js_on_load=file("pane.js") + file("viewer.js"),
                     apply_default_css=False, elem_id="viewer",
                 )  # fmt: skip
+                with gr.Row(elem_id="finding", visible=desk.insight.find is not None):
+                    phrase = gr.Textbox(
+                        show_label=False, label="A finding to look for", placeholder="Where does the scan resemble … (a finding, in words)",
+                        submit_btn="Show", lines=1, max_lines=1, container=False, elem_id="phrase",
+                    )  # fmt: skip
                 facts = gr.HTML(elem_id="facts")
             with gr.Column(scale=4, min_width=340, elem_id="right"):
                 notice = gr.HTML(visible=False, elem_id="notice")
@@ -102,8 +124,11 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
                             desk.reading(Session()), html_template=file("report.html"), js_on_load=file("report.js"),
                             apply_default_css=False, elem_id="reading",
                         )  # fmt: skip
+                    with gr.Tab("Similar cases", id="cases", visible=desk.insight.similar is not None):
+                        search = gr.Button("Find similar cases", variant="primary", size="md")
+                        cases = gr.HTML(elem_id="cases")
 
-        opened = [status, viewer, facts, talk, notice, report, reading]
+        opened = [status, viewer, facts, talk, notice, report, reading, cases]
 
         def opening(act: Callable[[Session], OpenScan], request: gr.Request) -> Iterator[dict[Any, Any]]:
             session = of(request)
@@ -115,7 +140,7 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
                 return
             yield {
                 status: bar("busy", ""), viewer: desk.view(session), facts: described(scan), talk: desk.talk(session), notice: bar("busy", ""),
-                report: "", reading: desk.reading(session),
+                report: "", reading: desk.reading(session), cases: "",
             }  # fmt: skip
 
         def read(uploads: list[str] | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
@@ -173,6 +198,27 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
             of(request).report = words
             return desk.reading(of(request))
 
+        def explain(event: gr.EventData, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+            yield from covering(lambda session: desk.explain(session, int(event.value)), request)
+
+        def find(words: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+            yield from covering(lambda session: desk.find(session, words), request)
+
+        def covering(act: Callable[[Session], None], request: gr.Request) -> Iterator[tuple[Any, ...]]:
+            session = of(request)
+            yield bar("busy", "Looking where it looked"), desk.view(session)
+            try:
+                act(session)
+                yield bar("busy", ""), desk.view(session)
+            except ValueError as error:
+                yield bar("error", str(error)), desk.view(session)
+
+        def resemble(request: gr.Request) -> str:
+            try:
+                return compared(desk.similar(of(request)))
+            except ValueError as error:
+                return bar("error", str(error))["value"]
+
         def end_draft(request: gr.Request) -> None:
             of(request).stop_draft()
 
@@ -199,6 +245,10 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
         talk.stop(stop, None, talk, **AT_ONCE)
         clear.click(empty, None, talk, **AT_ONCE)
         draft.click(write, None, [report, reading], show_progress_on=reading, api_visibility="private", **modelling)
+        looking: dict[str, Any] = {**HIDDEN, **modelling}
+        talk.select(explain, None, [status, viewer], **looking)
+        phrase.submit(find, phrase, [status, viewer], **looking)
+        search.click(resemble, None, cases, show_progress="minimal", api_visibility="private", **modelling)
         end.click(end_draft, None, None, **AT_ONCE)
         report.input(rewrite, report, reading, trigger_mode="always_last", **AT_ONCE)
         blocks.unload(leave)

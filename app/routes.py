@@ -23,6 +23,12 @@ def routes(desk: Desk) -> list[Route]:
         headers = PRIVATE | {"Content-Length": str(2 * picture.stored.size)}
         return StreamingResponse(picture.planes(), headers=headers, media_type="application/octet-stream")
 
+    def overlay(request: Request) -> Response:
+        session = desk.sessions.by_token(request.path_params["token"])
+        if session is None or session.overlay is None or session.overlays != request.path_params["number"]:
+            return gone()
+        return Response(session.overlay.heat.tobytes(), headers=PRIVATE, media_type="application/octet-stream")
+
     def report(request: Request) -> Response:
         session, kind = desk.sessions.by_token(request.path_params["token"]), request.path_params["kind"]
         if session is None or kind not in SAVES:
@@ -33,7 +39,11 @@ def routes(desk: Desk) -> list[Route]:
             return Response(str(error), 409, PRIVATE, "text/plain")
         return Response(content, media_type=MEDIA[kind], headers=PRIVATE | {"Content-Disposition": f"attachment; filename=report.{kind}"})
 
-    return [Route("/desk/{token}/scan/{number:int}", scan), Route("/desk/{token}/report/{kind}", report)]
+    return [
+        Route("/desk/{token}/scan/{number:int}", scan),
+        Route("/desk/{token}/overlay/{number:int}", overlay),
+        Route("/desk/{token}/report/{kind}", report),
+    ]
 
 
 def gone() -> Response:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scans import OpenScan
+from viewer import Overlay
 
 MOST_SESSIONS = 64
 MOST_CHARACTERS = 4000  # of a question, about 700 words
@@ -52,6 +53,8 @@ class Session:
     number: int = 0  # of the scan, so that nothing of an old one is taken for the new one's
     features: Any = None  # the encoder's, of this scan
     turns: list[Turn] = field(default_factory=list)
+    overlay: Overlay | None = None  # on the viewer
+    overlays: int = 0  # so far, which numbers them
     draft: Turn | None = None  # of the report, as the model writes it
     report: str = ""  # as it stands in the field, which a person may have changed
     _claiming: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -78,12 +81,16 @@ class Session:
         if self.draft is not None:
             self.draft.stop.set()
 
+    def lay(self, overlay: Overlay) -> None:
+        self.overlay = overlay
+        self.overlays += 1
+
     def close(self) -> None:
         """Everything of the scan goes, whatever is being written ends."""
         self.number += 1
         self.clear()
         self.stop_draft()
-        self.scan = self.features = self.draft = None
+        self.scan = self.features = self.draft = self.overlay = None
         self.report = ""
 
     def pose(self, question: str) -> Turn:

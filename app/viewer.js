@@ -104,16 +104,22 @@ async function open(facts) {
   setWindow(...scan.window);
 }
 
+function uncover() {
+  [overlay, heat] = [null, null];
+  find(".overlay").hidden = true;
+  refresh();
+}
+
 async function lay(facts) {
   wantedHeat = facts ? facts.url : "";
-  find(".overlay").hidden = !facts;
-  if (!facts) { [overlay, heat] = [null, null]; return refresh(); }
+  if (!facts) return uncover();
+  find(".overlay").hidden = false;
+  find(".overlay .label").textContent = facts.label;
   const count = facts.shape.reduce((product, length) => product * length, 1);
   try {
     const bytes = await fetchBytes(facts.url, count, () => {});
     if (wantedHeat !== facts.url || !scan) return;
     [overlay, heat] = [facts, new Uint8Array(bytes)];
-    find(".overlay .label").textContent = facts.label;
     at = facts.peak.map((place, axis) => clamp(place, 0, scan.shape[axis] - 1));
     refresh();
   } catch (error) {
@@ -135,7 +141,7 @@ for (const button of element.querySelectorAll("[data-tool]")) {
     find(".stage").dataset.tool = tool;
   });
 }
-for (const [name, act] of Object.entries({ reset, closer: () => scaleAll(1.25), farther: () => scaleAll(0.8) })) {
+for (const [name, act] of Object.entries({ reset, uncover, closer: () => scaleAll(1.25), farther: () => scaleAll(0.8) })) {
   find(`[data-do="${name}"]`).addEventListener("click", () => scan && act());
 }
 function scaleAll(factor) { for (const pane of Object.values(panes)) pane.scale(factor); }

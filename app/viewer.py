@@ -41,6 +41,7 @@ class Picture:
 
     stored: NDArray[np.int16]
     facts: dict[str, Any]
+    block: int = 1  # voxels of a stored slice that became one, along its rows and along its columns
 
     def planes(self) -> Iterator[bytes]:
         """Its bytes, little-endian, one (Y, X) after the other. Not compressed: for scans that costs more time than it saves on the way."""
@@ -78,7 +79,30 @@ def picture(volume: Volume, most_voxels: int = MOST_SHOWN) -> Picture:
         "edges": EDGES if known else {},
         "note": f"Shown {block} times coarser within its slices than it is; the model reads all of it." if block > 1 else "",
     }
-    return Picture(shown, facts)
+    return Picture(shown, facts, block)
+
+
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """A heat map for viewer.js: `heat` is (z, y, x) uint8 along the display axes, `facts` where its cells lie in the picture's voxels."""
+
+    heat: NDArray[np.uint8]
+    facts: dict[str, Any]
+
+
+def overlay(volume: Volume, shown: Picture, cells: NDArray[np.float32], step: int, label: str) -> Overlay:
+    """Heat 0..1 at every `step`-th voxel of the volume (d, h, w), from the first, as something to lay over its picture."""
+    order, flips = display_order(volume)
+    heat = np.ascontiguousarray(np.round(255 * cells).astype(np.uint8).transpose(order)[flips])
+    origin, steps = [], []
+    for axis, flip, length in zip(order, flips, shown.stored.shape, strict=True):
+        block = 1 if axis == 0 else shown.block
+        first, last = (np.array([0, (cells.shape[axis] - 1) * step]) - (block - 1) / 2) / block  # the outer cells' middles, as stored
+        origin.append(float(first if flip.step == 1 else length - 1 - last))
+        steps.append(step / block)
+    peak = np.unravel_index(int(heat.argmax()), heat.shape)
+    place = [round(start + int(cell) * width) for start, cell, width in zip(origin, peak, steps, strict=True)]
+    return Overlay(heat, {"shape": heat.shape, "origin": origin, "step": steps, "peak": place, "label": label})
 
 
 def coarser(array: NDArray[Any], most_voxels: int) -> tuple[NDArray[Any], int]:

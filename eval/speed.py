@@ -1,6 +1,7 @@
 """How fast the encoder is beside the paper's definition taken literally (med3dvlm/encoders/literal.py), and how near this machine's limits.
 `python eval/speed.py data` measures loading and preparation instead (eval/speed_data.py), `python eval/speed.py eval` the writing and scoring
-of reports (eval/speed_eval.py), `python eval/speed.py search` the search among very many embeddings (eval/speed_search.py).
+of reports (eval/speed_eval.py), `python eval/speed.py search` the search among very many embeddings (eval/speed_search.py), `python
+eval/speed.py app` the chat with many people at once (eval/speed_app.py).
 
     python eval/speed.py encoder
     python eval/speed.py encoder --allocation system
@@ -50,12 +51,12 @@ class Form:
 
 
 def main() -> None:
-    if sys.argv[1:2] in (["data"], ["eval"], ["search"]):  # they have flags of their own
+    if sys.argv[1:2] in (["app"], ["data"], ["eval"], ["search"]):  # they have flags of their own
         part = sys.argv.pop(1)
         runpy.run_path(str(Path(__file__).with_name(f"speed_{part}.py")), run_name="__main__")
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["encoder", "data", "eval", "search"])
+    parser.add_argument("what", choices=["app", "data", "encoder", "eval", "search"])
     parser.add_argument("--encoder", default="dcformer_small", help="a DCFormer (default: %(default)s)")
     parser.add_argument("--size", default="128,256,256", help="D,H,W of the volume (default: %(default)s)")
     parser.add_argument("--batch", type=evaluation.positive, default=2, help="volumes in a training step (default: %(default)s)")

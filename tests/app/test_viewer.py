@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "app"))
 
-from viewer import WINDOWS, coarser, default_window, describe, picture
+from viewer import WINDOWS, coarser, default_window, describe, overlay, picture
 
 from med3dvlm.volume import Volume
 
@@ -99,3 +99,21 @@ def test_description_states_what_was_read_and_nothing_that_identifies() -> None:
     for fact in ("Hounsfield units", "0 to 700", "CT (by its Hounsfield units)"):
         assert fact in text
     assert "secret" not in text and "Doe" not in text
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize(("step", "most_voxels"), [(1, 10**9), (4, 10**9), (4, 1700)])
+def test_an_overlay_lies_where_its_voxels_are_shown(orientation: str, step: int, most_voxels: int) -> None:
+    array = np.zeros((10, 24, 31), np.int16)
+    place = (8, 4, 20)
+    array[place] = 900
+    volume = volume_of(array, orientation)
+    shown = picture(volume, most_voxels)
+    cells = (array / 900).astype(np.float32)[::step, ::step, ::step]
+    laid = overlay(volume, shown, cells, step, "a phrase")
+    seen = np.unravel_index(shown.stored.argmax(), shown.stored.shape)
+    block = shown.block
+    assert block == (1 if most_voxels > 10**6 else 3)
+    exact = np.array(laid.facts["origin"]) + np.array(laid.facts["step"]) * np.argwhere(laid.heat)[0]  # of the one hot cell's middle
+    assert np.abs(exact - seen).max() <= (0 if block == 1 else 0.34)
+    assert laid.facts["peak"] == list(seen) and laid.heat.max() == 255 and laid.facts["shape"] == laid.heat.shape
