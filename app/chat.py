@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         insight = load_insight(chat, arguments.contrastive, arguments.index)
         with tempfile.TemporaryDirectory(prefix="med3dvlm-chat-") as private:  # only this user can look into it
             os.environ["GRADIO_TEMP_DIR"] = private
-            desk = Desk(chat, arguments.model.resolve().name, arguments.limit * 2**20, insight)
+            desk = Desk(chat, "/".join(arguments.model.resolve().parts[-2:]), arguments.limit * 2**20, insight)
             blocks = build(desk, arguments.parallel)
             address = launch(blocks, desk, arguments.port, arguments.host, accounts, arguments.mcp)
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the private folder goes then, too

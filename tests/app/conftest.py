@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "app"))
 
 import chat as app
 from desk import Desk
+from insight import Case, Insight
 from page import build
 
 from med3dvlm.inference import Answer
@@ -59,13 +60,26 @@ class Parrot:
         return Answer(text, len(text.split()), 1.5, 0.25 if "doubtful" in question else 0.9)
 
 
+def spot(volume: Volume, *asked: object) -> tuple[np.ndarray, int]:
+    """Heat in one corner; a phrase that is "nothing" is found nowhere."""
+    if asked == ("nothing",):
+        raise ValueError("The phrase says nothing.")
+    cells = np.zeros([-(-length // 2) for length in volume.shape], np.float32)
+    cells[1:3, 1:4, 1:4] = 1
+    return cells, 2
+
+
+def alike(volume: Volume) -> list[Case]:
+    return [Case(0.91, "<b>Clear</b> lungs.", np.arange(64, dtype=np.uint8).reshape(8, 8)), Case(0.5, "A nodule.", None)]
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     uploads, parrot = tmp_path_factory.mktemp("uploads"), Parrot()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(uploads))
         patch.setenv("GRADIO_HEARTBEAT_INTERVAL", "0.3")  # how soon a closed page is noticed
-        desk = Desk(parrot, "parrot", most_bytes=2**20)
+        desk = Desk(parrot, "parrot", most_bytes=2**20, insight=Insight(spot, spot, alike))
         blocks = build(desk, parallel=2)
         address = app.launch(blocks, desk)
         yield SimpleNamespace(address=address, uploads=uploads, parrot=parrot, desk=desk, port=blocks.server_port)
