@@ -13,10 +13,11 @@ import hmac
 import json
 import os
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from med3dvlm.files import whole_file
+from med3dvlm.files import PART
 
 SHORTEST = 8
 COST = {"n": 2**15, "r": 8, "p": 1, "maxmem": 2**26}
@@ -65,9 +66,13 @@ def add(path: Path, name: str, password: str) -> None:
     if len(password) < SHORTEST:
         raise ValueError(f"The password has {len(password)} characters but needs at least {SHORTEST}.")
     hashes = Accounts.load(path)._hashes if path.exists() else {}
-    with whole_file(path) as aside:
-        aside.touch(mode=0o600)
+    aside = path.with_name(f".{uuid.uuid4().hex}{PART}")
+    aside.touch(mode=0o600, exist_ok=False)  # `whole_file` would let others read it
+    try:
         aside.write_text(json.dumps(hashes | {name: hashed(password, os.urandom(16))}, indent=1) + "\n", encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

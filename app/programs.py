@@ -5,10 +5,10 @@
     client.predict([handle_file("scan.nii.gz")], api_name="/open")          # what was read
     client.predict("Which organ is abnormal?", api_name="/ask")             # question, answer, confidence, seconds, ...
     for state in client.submit("And where?", api_name="/ask"): ...          # the same while it is written
-    client.predict([handle_file("scan.nii.gz")], "Which organ is abnormal?", api_name="/answer")  # both in one, nothing is kept
+    client.predict(handle_file("scan.nii.gz"), "Which organ is abnormal?", api_name="/answer")  # both in one, nothing is kept
 
 A Client is a session of its own, as a browser's page is. `/answer` and `/report` belong to none; they are the tools of `--mcp`, whose callers
-would otherwise share one session.
+would otherwise share one session. They take one file, since Gradio describes a list of files to such callers wrongly.
 """
 
 from collections.abc import Iterator
@@ -61,11 +61,11 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
     def clear(request: gr.Request) -> None:
         of(request).clear()
 
-    def answer(files: list[str] | None, question: str) -> dict[str, Any]:
-        """Answer a question about one scan: a NIfTI, NRRD or MHA file, a zip, or all files of a DICOM series. Research software only."""
+    def answer(scan: str | None, question: str) -> dict[str, Any]:
+        """Answer a question about one scan: a NIfTI, NRRD or MHA file, or a zip of a DICOM series. Research software only."""
         session = Session()
         with sentences():
-            desk.open_uploads(session, files or [])
+            desk.open_uploads(session, [scan] if scan else [])
             turn = session.pose(question)
             for _ in desk.answer(session):
                 pass
@@ -73,12 +73,13 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
         session.close()
         return turn.shown() | {"outside_training_data": outside, "notice": RESEARCH_NOTICE}
 
-    def report(files: list[str] | None) -> dict[str, Any]:
-        """Draft the report of one scan: a NIfTI, NRRD or MHA file, a zip, or all files of a DICOM series. Research software only."""
-        return answer(files, REPORT_PROMPTS[0])
+    def report(scan: str | None) -> dict[str, Any]:
+        """Draft the report of one scan: a NIfTI, NRRD or MHA file, or a zip of a DICOM series. Research software only."""
+        return answer(scan, REPORT_PROMPTS[0])
 
     with gr.Column(visible=False):
-        files, question, said = gr.File(file_count="multiple", label="Scan"), gr.Textbox(label="Question"), gr.JSON(label="Answer")
+        files, scan = gr.File(file_count="multiple", label="Files of a scan"), gr.File(label="Scan")
+        question, said = gr.Textbox(label="Question"), gr.JSON(label="Answer")
         temperature, top_p = gr.Number(0, label="Temperature"), gr.Number(1, label="Top-p")
         name, words, button = gr.Textbox(label="Example"), gr.Textbox(label="Notice"), gr.Button()
     session_only: dict[str, Any] = {"api_visibility": "undocumented"}
@@ -90,8 +91,8 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
     button.click(sample, [question, temperature, top_p], said, api_name="sample", **modelling, **session_only)
     button.click(stop, None, None, api_name="stop", queue=False, **session_only)
     button.click(clear, None, None, api_name="clear", queue=False, **session_only)
-    button.click(answer, [files, question], said, api_name="answer", **modelling)
-    button.click(report, files, said, api_name="report", **modelling)
+    button.click(answer, [scan, question], said, api_name="answer", **modelling)
+    button.click(report, scan, said, api_name="report", **modelling)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ async function save(url, name) {
     link.href = URL.createObjectURL(await answer.blob());
     link.download = name;
     link.click();
-    URL.revokeObjectURL(link.href);
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);  // at once would be before a busy browser has it
   } catch (error) {
     complain(`The report could not be saved: ${error.message}.`);
   }

@@ -20,6 +20,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium; .ci/run installs Debian's")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 expect = sync_api.expect
+PATIENCE = 60_000  # ms, for a machine that is busy with other tests
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def visit(browser: sync_api.Browser, server: SimpleNamespace) -> Iterator[Callab
     def open_page(width: int = 1280, height: int = 800, color_scheme: str = "light") -> sync_api.Page:
         contexts.append(browser.new_context(viewport={"width": width, "height": height}, color_scheme=color_scheme, accept_downloads=True))
         page = contexts[-1].new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: complaints.append(request.url) if not local(request.url, server.address) else None)

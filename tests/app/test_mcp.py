@@ -28,7 +28,7 @@ def test_answer_and_report_are_tools_and_nothing_else_is(scan, tmp_path, monkeyp
         async with streamablehttp_client(f"{address}gradio_api/mcp/") as (read, write, _), ClientSession(read, write) as session:
             await session.initialize()
             tools = [tool.name for tool in (await session.list_tools()).tools]
-            told = await session.call_tool("answer", {"files": [packed], "question": "Which organ?"})
+            told = await session.call_tool("answer", {"scan": packed, "question": "Which organ?"})
             return tools, told.content[0].text
 
     try:
