@@ -1,26 +1,25 @@
-"""A volume as a radiologist looks at it: three planes in true proportions, and what was read in words.
+"""A volume as a radiologist looks at it: turned for the screen, as the browser gets it, and what was read in words.
 
 Display axes, whatever the file's own order is: z runs from superior to inferior, y from anterior to posterior, x from
 the patient's right to the left. So the axial and the coronal picture have the patient's right on the left, the coronal
 and the sagittal one have superior on top, and the sagittal one has anterior on the left. A volume whose orientation is
 unknown is shown as stored: its own (D, H, W) stand for (z, y, x).
 
-Shapes: D, H, W the volume's own axes; Z, Y, X the display axes; rows and columns of a picture are square pixels.
+Shapes: D, H, W the volume's own axes; Z, Y, X the display axes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from med3dvlm.volume import Volume
 
-# The letters at the picture's edges: top, bottom, left, right.
+# The letters at a picture's edges: top, bottom, left, right.
 EDGES = {"axial": "APRL", "coronal": "SIRL", "sagittal": "SIAP"}
-PLANES = tuple(EDGES)  # in the order of the display axis that each plane cuts: z, y, x
+STORED_NAMES = {"axial": "slices", "coronal": "rows", "sagittal": "columns"}  # where the orientation is unknown
 DISPLAY_AXES = "IPL"  # the direction in which the index grows along z, y, x
 OPPOSITE = dict(zip("SIAPLR", "ISPARL", strict=True))
 
@@ -32,44 +31,92 @@ WINDOWS = {
     "Brain": (0.0, 80.0),
     "Liver": (-45.0, 105.0),
 }
-LONGEST_SIDE = 1024  # pixels; a picture of very unequal spacing is not stretched beyond this
+UNITS = {"HU": "Hounsfield units", "unit": "0 to 1", "arbitrary": "arbitrary, no physical unit"}
+MOST_SHOWN = 512 * 512 * 512  # voxels that a browser is given, 256 MiB of them; a larger scan is shown coarser within its slices
 
 
 @dataclass(frozen=True, eq=False)
-class Plane(Sequence[NDArray[np.uint8]]):
-    """All pictures of one plane: `plane[index]` is the (rows, columns) uint8 picture, `len(plane)` their number."""
+class Picture:
+    """What the browser is given: `stored` is (Z, Y, X) int16, a view of the volume where that holds int16; `facts` all that viewer.js needs."""
 
-    slices: np.ndarray  # (slices, rows, columns) in stored voxels, a view of the volume
-    spacing: tuple[float, ...]  # mm along slices, rows, columns
-    window: tuple[float, float]
+    stored: NDArray[np.int16]
+    facts: dict[str, Any]
+    block: int = 1  # voxels of a stored slice that became one, along its rows and along its columns
 
-    def __len__(self) -> int:
-        return int(self.slices.shape[0])
-
-    def __getitem__(self, index: int) -> NDArray[np.uint8]:  # type: ignore[override]
-        low, high = self.window
-        shown = (self.slices[index].astype(np.float32) - low) / max(high - low, 1e-6)
-        grey = np.round(255 * np.clip(shown, 0, 1)).astype(np.uint8)
-        height, width = grey.shape[0] * self.spacing[1], grey.shape[1] * self.spacing[2]  # mm
-        pixel = max(min(self.spacing[1:]), max(height, width) / LONGEST_SIDE)
-        size = max(round(width / pixel), 1), max(round(height / pixel), 1)
-        return np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR))
+    def planes(self) -> Iterator[bytes]:
+        """Its bytes, little-endian, one (Y, X) after the other. Not compressed: for scans that costs more time than it saves on the way."""
+        for plane in self.stored:
+            yield plane.astype("<i2").tobytes()
 
 
-def display_planes(volume: Volume, window: tuple[float, float] | None = None) -> dict[str, Plane]:
-    """The three planes by name; `display_planes(volume)["coronal"][12]` is a picture, made when asked for.
+def picture(volume: Volume, most_voxels: int = MOST_SHOWN) -> Picture:
+    """The volume for viewer.js.
 
-    `window`: lowest and highest value shown; by default soft tissue in HU, else the volume's least and greatest value.
+    A value is `slope * stored + intercept`: int16 volumes are sent as they are, others in 65535 steps from their least to their greatest
+    value. Above `most_voxels`, blocks of 2 x 2, 3 x 3, ... voxels within a stored slice become their mean, and `facts["note"]` says so.
     """
-    order, flips = _display_order(volume)
-    array = volume.array.transpose(order)[flips]  # (Z, Y, X)
-    spacing = tuple((volume.spacing or (1.0, 1.0, 1.0))[axis] for axis in order)
-    window = window or default_window(volume)
-    planes = {}
-    for cut, name in enumerate(PLANES):
-        axes = (cut, *(axis for axis in range(3) if axis != cut))
-        planes[name] = Plane(array.transpose(axes), tuple(spacing[axis] for axis in axes), window)
-    return planes
+    order, flips = display_order(volume)
+    spacing = list(volume.spacing or (1.0, 1.0, 1.0))
+    array, block = coarser(volume.array, most_voxels)
+    spacing[1:] = [mm * block for mm in spacing[1:]]
+    slope, intercept = 1.0, 0.0
+    if array.dtype != np.int16:
+        low, high = float(array.min()), float(array.max())
+        slope, intercept = (high - low) / 65534, (high + low) / 2
+        array = np.round((array - intercept) / slope).astype(np.int16)
+    shown = array.transpose(order)[flips]  # (Z, Y, X)
+    known = volume.orientation is not None
+    facts = {
+        "shape": shown.shape,
+        "spacing": [spacing[axis] for axis in order],
+        "millimetres": volume.spacing is not None,
+        "slope": slope,
+        "intercept": intercept,
+        "unit": "HU" if volume.unit == "HU" else "",
+        "window": default_window(volume),
+        "presets": [[name, *window] for name, window in WINDOWS.items()] if volume.unit == "HU" else [],
+        "names": {plane: plane if known else STORED_NAMES[plane] for plane in EDGES},
+        "edges": EDGES if known else {},
+        "note": f"Shown {block} times coarser within its slices than it is; the model reads all of it." if block > 1 else "",
+    }
+    return Picture(shown, facts, block)
+
+
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """A heat map for viewer.js: `heat` is (z, y, x) uint8 along the display axes, `facts` where its cells lie in the picture's voxels."""
+
+    heat: NDArray[np.uint8]
+    facts: dict[str, Any]
+
+
+def overlay(volume: Volume, shown: Picture, cells: NDArray[np.float32], step: int, label: str) -> Overlay:
+    """Heat 0..1 at every `step`-th voxel of the volume (d, h, w), from the first, as something to lay over its picture."""
+    order, flips = display_order(volume)
+    heat = np.ascontiguousarray(np.round(255 * cells).astype(np.uint8).transpose(order)[flips])
+    origin, steps = [], []
+    for axis, flip, length in zip(order, flips, shown.stored.shape, strict=True):
+        block = 1 if axis == 0 else shown.block
+        first, last = (np.array([0, (cells.shape[axis] - 1) * step]) - (block - 1) / 2) / block  # the outer cells' middles, as stored
+        origin.append(float(first if flip.step == 1 else length - 1 - last))
+        steps.append(step / block)
+    peak = np.unravel_index(int(heat.argmax()), heat.shape)
+    place = [round(start + int(cell) * width) for start, cell, width in zip(origin, peak, steps, strict=True)]
+    return Overlay(heat, {"shape": heat.shape, "origin": origin, "step": steps, "peak": place, "label": label})
+
+
+def coarser(array: NDArray[Any], most_voxels: int) -> tuple[NDArray[Any], int]:
+    """(D, H, W) with at most `most_voxels`, each the mean of `block` x `block` within a slice, and `block`; up to block - 1 rows are cut."""
+    block = 1
+    while array.size / block**2 > most_voxels:
+        block += 1
+    if block == 1:
+        return array, 1
+    depth, height, width = array.shape
+    cut = array[:, : height - height % block, : width - width % block]
+    blocks = cut.reshape(depth, height // block, block, width // block, block)
+    means = np.stack([part.mean(axis=(1, 3), dtype=np.float32) for part in blocks])
+    return (np.round(means).astype(np.int16) if array.dtype == np.int16 else means), block
 
 
 def default_window(volume: Volume) -> tuple[float, float]:
@@ -79,15 +126,10 @@ def default_window(volume: Volume) -> tuple[float, float]:
     return float(volume.array.min()), float(volume.array.max())
 
 
-def slice_count(volume: Volume, plane: str) -> int:
-    """How many slices the volume has in "axial", "coronal" or "sagittal" direction."""
-    return int(volume.array.shape[_display_order(volume)[0][PLANES.index(plane)]])
-
-
-def describe(volume: Volume) -> str:
-    """What was read, as a Markdown table: size, spacing, orientation, unit, values, warnings. All text is escaped."""
+def describe(volume: Volume, kind: str) -> dict[str, str]:
+    """What was read, by name; `kind` says what it was read from. No file's name and nothing of the patient is in it."""
     depth, height, width = volume.array.shape
-    rows = {"File": Path(volume.source).name, "Size": f"{depth} × {height} × {width} voxels (slices × rows × columns)"}
+    rows = {"Read from": kind, "Size": f"{depth} × {height} × {width} voxels (slices × rows × columns)"}
     if volume.spacing is None:
         rows["Spacing"] = "unknown, shown with equal sides"
     else:
@@ -99,21 +141,13 @@ def describe(volume: Volume) -> str:
     else:
         tilt = f", tilted by {volume.oblique:.0f}°" if (volume.oblique or 0) >= 1 else ""
         rows["Orientation"] = f"{volume.orientation}, {volume.plane} slices{tilt}"
-    units = {"HU": "Hounsfield units", "unit": "0 to 1", "arbitrary": "arbitrary, no physical unit"}
-    rows["Unit"] = units.get(volume.unit, volume.unit)
+    rows["Modality"] = "CT (by its Hounsfield units)" if volume.unit == "HU" else "not known to be CT"
+    rows["Unit"] = UNITS.get(volume.unit, volume.unit)
     rows["Values"] = f"{volume.array.min():g} to {volume.array.max():g}"
-    lines = [f"| {name} | {escape(value)} |" for name, value in rows.items()]
-    lines += [f"| Warning | {escape(warning)} |" for warning in volume.warnings]
-    return "\n".join(["| Scan | |", "|:--|:--|", *lines])
+    return rows
 
 
-def escape(text: str) -> str:
-    """`text` so that Markdown and HTML show it and do nothing with it: all but letters and digits as entities."""
-    words = " ".join(text.split())
-    return "".join(letter if letter.isalnum() or letter in " ×°" else f"&#{ord(letter)};" for letter in words)
-
-
-def _display_order(volume: Volume) -> tuple[tuple[int, int, int], tuple[slice, slice, slice]]:
+def display_order(volume: Volume) -> tuple[tuple[int, int, int], tuple[slice, slice, slice]]:
     """Which stored axis becomes z, y and x, and the slices that turn those growing the other way."""
     stored = volume.orientation or DISPLAY_AXES
     order = tuple(next(i for i, letter in enumerate(stored) if letter in (to, OPPOSITE[to])) for to in DISPLAY_AXES)

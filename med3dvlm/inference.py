@@ -4,7 +4,8 @@
     chat.ask("scan.nii.gz", "Which organ has a lesion?").text
     for piece in chat.stream("scan_dicom/", "Describe the findings."): ...
 
-Decoding is greedy: a scan and a question always give the same words, alone or in a batch (below float32 precision, near-ties excepted).
+Decoding is greedy unless `stream` is given a temperature: a scan and a question then always give the same words, alone or in a batch (below
+float32 precision, near-ties excepted).
 
 Shapes: B questions.
 """
@@ -57,7 +58,7 @@ class Med3DChat:
         self.model, self.processor, self.familiarity_model = model.eval(), processor, familiarity_model
         self.encoder = model.vision_encoder.for_inference(model.dtype)
         self._encoded: OrderedDict[Hashable, Features] = OrderedDict()
-        self._lock = Lock()
+        self._remembering, self._encoding = Lock(), Lock()
         self._ends = _end_tokens(processor, model)
         # In place of whatever sampling settings the language model was published with.
         model.language_model.generation_config = GenerationConfig(
@@ -95,18 +96,26 @@ class Med3DChat:
         if isinstance(scan, tuple):
             return scan
         key = _identity(scan)
-        with self._lock:
-            features = self._encoded.get(key)
-            if features is None:
-                pixels = self.processor.image_processor(scan)["pixel_values"]  # (1, 1, D, H, W)
-                low, high = self.encoder(pixels.to(self.model.device, self.model.dtype))[-2:]
-                features = low, high
+        if (features := self._remembered(key)) is not None:
+            return features  # without waiting for somebody else's scan
+        with self._encoding:  # one scan at a time has the memory of an encoder's pass, and nobody computes what another just did
+            if (features := self._remembered(key)) is not None:
+                return features
+            pixels = self.processor.image_processor(scan)["pixel_values"]  # (1, 1, D, H, W)
+            low, high = self.encoder(pixels.to(self.model.device, self.model.dtype))[-2:]
             if key is not None:
-                self._encoded[key] = features
-                self._encoded.move_to_end(key)
-                while len(self._encoded) > REMEMBERED_SCANS:
-                    self._encoded.popitem(last=False)
-        return features
+                with self._remembering:
+                    self._encoded[key] = low, high
+                    while len(self._encoded) > REMEMBERED_SCANS:
+                        self._encoded.popitem(last=False)
+        return low, high
+
+    def _remembered(self, key: Hashable) -> Features | None:
+        with self._remembering:
+            if key is None or key not in self._encoded:
+                return None
+            self._encoded.move_to_end(key)
+            return self._encoded[key]
 
     def ask(self, scan: Scan | Features, question: str, history: Sequence[Message] | None = None, max_new_tokens: int = 128) -> Answer:
         """The answer to a question after `history` ({"role": "user" | "assistant", "content"}), whose oldest turns go where space is short.
@@ -118,17 +127,31 @@ class Med3DChat:
         return self._generate([row], [self.encode(scan)], room)[0]
 
     def stream(
-        self, scan: Scan | Features, question: str, history: Sequence[Message] | None = None, max_new_tokens: int = REPORT_TOKENS
+        self,
+        scan: Scan | Features,
+        question: str,
+        history: Sequence[Message] | None = None,
+        max_new_tokens: int = REPORT_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
     ) -> Generator[str, None, Answer]:
-        """The same, in pieces as they come; joined, they are `ask`'s text. The generator returns the Answer; closing it stops the model."""
+        """The same, in pieces as they come; joined, they are `ask`'s text. The generator returns the Answer; closing it stops the model.
+
+        Args:
+            temperature: 0 takes the likeliest token; above, tokens are drawn, and seldom ones the more often the higher it is.
+            top_p: drawn from the fewest tokens that together have this probability.
+        """
+        if not (temperature >= 0 and 0 < top_p <= 1):
+            raise ValueError(f"temperature {temperature:g} must be 0 or more and top_p {top_p:g} above 0 and at most 1.")
         row, room = self._prompt(question, history, max_new_tokens)
         features = self.encode(scan)
+        drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         stop, outcome = Event(), list[Answer | BaseException]()
 
         def work() -> None:
             try:
-                outcome.extend(self._generate([row], [features], room, streamer=streamer, stopping_criteria=[_Stopped(stop)]))
+                outcome.extend(self._generate([row], [features], room, streamer=streamer, stopping_criteria=[_Stopped(stop)], **drawing))
             except BaseException as error:  # raised again below, in the caller's thread
                 outcome.append(error)
             finally:
@@ -223,7 +246,7 @@ class Med3DChat:
         ).cpu()  # (B, T)
         seconds = (time.perf_counter() - started) / len(rows)
         given = []
-        for tokens, steps in zip(generated.tolist(), torch.stack(recorder.steps, dim=1).cpu(), strict=True):
+        for tokens, steps in zip(generated.tolist(), recorder.taken(generated[:, -1]), strict=True):
             length = next((place + 1 for place, token in enumerate(tokens) if token in self._ends), len(tokens))
             text = self.processor.tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
             given.append(Answer(text.strip(), length, seconds, float(steps[:length].mean().exp())))
@@ -231,14 +254,29 @@ class Med3DChat:
 
 
 class _Recorder(LogitsProcessor):
-    """Keeps the log probability of every step's likeliest token, (B,) each, rather than all logits of all steps."""
+    """Keeps the log probability of the token that each step took, (B,) each, rather than all logits of all steps.
+
+    Those are the model's own probabilities, before temperature and top-p change them.
+    """
 
     def __init__(self) -> None:
-        self.steps: list[Tensor] = []
+        self._steps: list[Tensor] = []
+        self._last: Tensor | None = None  # (B, vocabulary): which token is taken is seen one step later
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.steps.append(scores.float().log_softmax(dim=-1).amax(dim=-1))
+        if self._last is not None:
+            self._keep(input_ids[:, -1])
+        self._last = scores.float().log_softmax(dim=-1)
         return scores
+
+    def _keep(self, tokens: Tensor) -> None:
+        assert self._last is not None
+        self._steps.append(self._last.gather(-1, tokens[:, None].to(self._last.device))[:, 0])
+
+    def taken(self, last: Tensor) -> Tensor:
+        """(B, T) log probabilities, when generating has ended with the tokens `last` (B,)."""
+        self._keep(last)
+        return torch.stack(self._steps, dim=1).cpu()
 
 
 class _Stopped(StoppingCriteria):

@@ -84,22 +84,33 @@ GREY = Grid(0, 255, 0, 255, torch.uint8)
 
 def as_displayed(volume: Volume) -> torch.Tensor:
     """The voxels (1, D, H, W) as float32, flipped and H/W-swapped to the standard display of the volume's plane."""
-    return oriented(volume, volume.orientation if volume.plane is None else DISPLAYED[volume.plane])[0]
+    return oriented(volume, display(volume))[0]
 
 
-def oriented(volume: Volume, wanted: str | None) -> tuple[torch.Tensor, list[Any]]:
-    """The voxels (1, D, H, W) as float32, with axes flipped and swapped to go where the letters `wanted` say, and their spacing.
+def display(volume: Volume) -> str:
+    """The letters of the standard display of the volume's plane."""
+    return DISPLAYED[volume.plane or "axial"]
 
-    A volume without orientation is taken to be axial and as displayed on a screen; `wanted` None leaves it as it is.
+
+def moves(volume: Volume, wanted: str) -> NDArray[np.float64]:
+    """The flips and swaps of axes that bring a volume to go where the letters `wanted` say, as nibabel writes them (3, 2).
+
+    A volume without orientation is taken to be axial and as displayed on a screen.
     """
-    from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
+    from nibabel.orientations import axcodes2ornt, ornt_transform
 
-    array: NDArray[Any] = volume.array
+    found: NDArray[np.float64] = ornt_transform(axcodes2ornt(volume.orientation or DISPLAYED["axial"]), axcodes2ornt(wanted))
+    return found
+
+
+def oriented(volume: Volume, wanted: str) -> tuple[torch.Tensor, list[Any]]:
+    """The voxels (1, D, H, W) as float32 after those `moves`, and their spacing."""
+    from nibabel.orientations import apply_orientation
+
+    moved = moves(volume, wanted)
+    array: NDArray[Any] = apply_orientation(volume.array, moved)
     spacing = list(volume.spacing or [None] * 3)
-    if wanted is not None:
-        moves = ornt_transform(axcodes2ornt(volume.orientation or DISPLAYED["axial"]), axcodes2ornt(wanted))
-        array = apply_orientation(array, moves)
-        spacing = [spacing[int(np.flatnonzero(moves[:, 0] == axis)[0])] for axis in range(3)]
+    spacing = [spacing[int(np.flatnonzero(moved[:, 0] == axis)[0])] for axis in range(3)]
     return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))[None], spacing
 
 
@@ -298,6 +309,25 @@ class VolumeProcessor(BaseImageProcessor):
         Raises VolumeError when the volume, or its foreground, has fewer than 4 voxels along an axis, and when it lacks the
         Hounsfield units or the spacing that the recipe needs.
         """
+        return self.dequantize(self.quantize(self._made(volume).as_subclass(torch.Tensor)))
+
+    def placement(self, volume: Volume) -> NDArray[np.float64]:
+        """Where the voxels of `transform(volume)` lie in the volume: the 4x4 matrix that takes the index (d, h, w, 1) of one to the
+        index (D, H, W, 1) in `volume.array`, whole numbers being the middles of voxels.
+
+        No recipe rotates, so each row and column of its 3x3 part has one number other than 0. A voxel that is padding lies outside.
+        Raises VolumeError as `transform` does.
+        """
+        from nibabel.orientations import inv_ornt_aff
+
+        # MONAI's transforms keep account of what they crop, pad and resize.
+        kept = self._made(volume).affine.numpy()
+        wanted = display(volume) if self.spacing is None else CANONICAL
+        placed: NDArray[np.float64] = inv_ornt_aff(moves(volume, wanted), volume.shape) @ kept
+        return placed
+
+    def _made(self, volume: Volume) -> Any:
+        """What the recipe's steps make of the volume, before it is on the grid: a MONAI MetaTensor (1, D, H, W)."""
         data: Any = volume
         for step in RECIPES[self.recipe].steps(self):
             depth, height, width = data.shape[-3:]
@@ -306,7 +336,7 @@ class VolumeProcessor(BaseImageProcessor):
                 few = f"only {depth}x{height}x{width} voxels but at least {SMALLEST} are needed along each axis"
                 raise VolumeError(f"{volume.source}: {what} {few}; give a larger scan.")
             data = step(data)
-        return self.dequantize(self.quantize(torch.as_tensor(data).as_subclass(torch.Tensor)))
+        return data
 
     def preprocess(self, images: Scan | Sequence[Scan], return_tensors: str | None = "pt") -> BatchFeature:
         """One scan or a list of them to {"pixel_values": (B, 1, D, H, W) float32}.

@@ -211,6 +211,63 @@ def test_confidence_is_the_geometric_mean_over_the_plain_loop(chat: Med3DChat) -
         assert answer.text == chat.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
+def test_drawn_words_vary_and_their_confidence_is_the_models_own(chat: Med3DChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any temperature the confidence is what the plain loop finds for the tokens that were drawn."""
+    drawn, generate = [], chat.model.generate
+
+    def record(*arguments: Any, **options: Any) -> torch.Tensor:
+        drawn.append(generate(*arguments, **options))
+        return drawn[-1]
+
+    def finish(**options: float) -> Any:
+        stream = chat.stream(volume(0), "Plane?", max_new_tokens=6, **options)
+        while True:
+            try:
+                next(stream)
+            except StopIteration as end:
+                return end.value
+
+    monkeypatch.setattr(chat.model, "generate", record)
+    ids = chat.processor.encode([{"role": "user", "content": "Plane?"}], generate=True)["input_ids"]
+    end = chat.processor.tokenizer.convert_tokens_to_ids("<|end|>")
+    texts = set()
+    for _ in range(4):
+        answer = finish(temperature=8.0)
+        tokens = drawn[-1][0].tolist()
+        tokens = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+        with torch.no_grad():
+            logits = chat.model(torch.tensor([ids + tokens]), image_features=chat.encode(volume(0))).logits[0]
+        steps = logits[len(logits) - len(tokens) - 1 : -1].log_softmax(-1)
+        wanted = torch.stack([step[token] for step, token in zip(steps, tokens, strict=True)]).mean().exp()
+        assert answer.confidence == pytest.approx(float(wanted), rel=1e-3)
+        texts.add(answer.text)
+    assert len(texts) > 1
+    assert finish(temperature=8.0, top_p=1e-6).text == finish().text == "Axial"
+    for options in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": math.nan}):
+        with pytest.raises(ValueError, match="must be 0 or more and top_p"):
+            finish(**options)
+
+
+def test_a_scan_that_is_encoded_does_not_hold_up_one_that_is_known(chat: Med3DChat) -> None:
+    known, new, go_on, arrived = volume(0), volume(1), threading.Event(), threading.Event()
+    chat.encode(known)
+
+    def wait(count: int) -> None:
+        arrived.set()
+        assert go_on.wait(20)
+
+    with counted(chat.encoder, wait) as calls:
+        threads = [threading.Thread(target=chat.encode, args=(new,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        assert arrived.wait(20)
+        assert chat.ask(known, "Plane?").text == "Axial"  # while the encoder is busy
+        go_on.set()
+        for thread in threads:
+            thread.join()
+        assert len(calls) == 1  # the second finds what the first computed
+
+
 def test_closing_a_stream_stops_the_model(chat: Med3DChat) -> None:
     threads = threading.active_count()
     with counted(chat.model.language_model.model, lambda count: time.sleep(0.01)) as calls:

@@ -43,6 +43,14 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
+    def centres(self, size: Size) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+        """Where the cells of every output look, as (first, step) along D, H, W: cell i of an axis has its middle at voxel first + step * i.
+
+        This is for encoders of patches; others say their own.
+        """
+        steps = [tuple(voxels / cells for voxels, cells in zip(size, grid, strict=True)) for grid in self.grids(size)]
+        return [(tuple((step - 1) / 2 for step in each), each) for each in steps]
+
     def encode(self, volume: Tensor) -> list[Tensor]:
         """(B, 1, D, H, W) -> [(B, d*h*w, C)], after `forward` has checked the volume."""
         raise NotImplementedError

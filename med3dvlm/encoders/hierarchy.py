@@ -167,8 +167,16 @@ class HierarchicalEncoder(Encoder):
                 f"a volume of {written(size)} voxels is too small for this encoder: "
                 f"every axis needs at least {2 * self.stem_stride}; resize it with a VolumeProcessor"
             )
-        spans = [self.stem_stride * 2**stage for stage in range(len(self.stages) + 1)]
-        return [(-(-depth // span), -(-height // span), -(-width // span)) for span in spans]
+        return [(-(-depth // span), -(-height // span), -(-width // span)) for span in self._spans]
+
+    def centres(self, size: Size) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+        """The kernels of stem and pooling are odd and padded to both sides alike, so the first cell's middle is the first voxel."""
+        return [((0.0,) * 3, (float(span),) * 3) for span in self._spans]
+
+    @property
+    def _spans(self) -> list[int]:
+        """How many voxels one cell of the stem and of every stage spans along an axis."""
+        return [self.stem_stride * 2**stage for stage in range(len(self.stages) + 1)]
 
     def encode(self, volume: Tensor) -> list[Tensor]:
         """(B, 1, D, H, W) -> [(B, d*h*w, C) for stem and stages], d outermost."""

@@ -33,7 +33,7 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
     """
     from med3dvlm import formats  # which imports this module
 
-    with _unpacked(path, source) as folder:
+    with unpacked(path, source) as folder:
         files = [file for file in folder.rglob("*") if file.is_file()]
         endings = tuple(ending for ending in formats.READERS if ending != ".dcm")
         scans = [file for file in files if file.name.lower().endswith(endings)]
@@ -46,8 +46,12 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
 
 
 @contextmanager
-def _unpacked(path: Path, source: str) -> Iterator[Path]:
-    """A folder with the archive's files, without junk and archives within; it is gone afterwards, whatever happened."""
+def unpacked(path: Path, source: str) -> Iterator[Path]:
+    """A folder with the archive's files, without junk and archives within; it is gone afterwards, whatever happened.
+
+    Raises:
+        VolumeError: as `read`, where the archive itself is at fault.
+    """
     with tempfile.TemporaryDirectory(prefix="med3dvlm-", ignore_cleanup_errors=True) as folder:
         try:
             with Bounded(path, source) as file, zipfile.ZipFile(file) as archive:

@@ -23,7 +23,7 @@ from med3dvlm.formats.base import MOST_VOXELS, Parts, VolumeError, colour
 from med3dvlm.formats.dicom_header import COLOUR, SECONDARY, Slice, damaged_slices, is_dicom, read_headers
 from med3dvlm.formats.dicom_pixels import pictures
 
-__all__ = ["is_dicom", "read"]
+__all__ = ["files_of", "is_dicom", "read"]
 SAME_PLACE = 0.001  # mm along the normal
 SHIFTED = 1.0  # mm by which slices may lie beside the straight line through the stack
 TILTED = 1.0  # degrees
@@ -57,6 +57,18 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
         rescale = (math.nan, math.nan)
     hu = all(each.hu for each in stack)
     return Parts(array, modality=first.modality, warnings=tuple(warnings), rescale=rescale, hu=hu, series=tuple(lines), **geometry)
+
+
+def files_of(path: Path, source: str, series: int | None = None) -> list[Path]:
+    """The files that hold the slices of the scan that `read` gives for the same arguments, by name.
+
+    Raises:
+        VolumeError: as `read`, where headers are damaged or hold no stack of slices.
+    """
+    with python_warnings.catch_warnings():
+        python_warnings.simplefilter("ignore")
+        slices, warnings = read_headers(path, source)
+        return sorted({each.path for each in _chosen(_stacks(slices, source, warnings), series, source)})
 
 
 # Which slices

@@ -1,7 +1,7 @@
-"""The viewer against nibabel's reorientation and hand-worked pictures."""
+"""What the browser is given, against nibabel's reorientation and hand-worked numbers."""
 
-import html
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "app"))
 
-from viewer import LONGEST_SIDE, WINDOWS, default_window, describe, display_planes, escape, slice_count
+from viewer import WINDOWS, coarser, default_window, describe, overlay, picture
 
 from med3dvlm.volume import Volume
 
@@ -22,92 +22,98 @@ def volume_of(array: np.ndarray, orientation: str | None = "IPL", **more: object
     return Volume(array, **{"spacing": (1.0, 1.0, 1.0), "orientation": orientation, "unit": "arbitrary", **more})
 
 
+def unpacked(volume: Volume, **options: int) -> tuple[np.ndarray, dict]:
+    """(Z, Y, X) values as the browser has them, and the facts as it reads them."""
+    given = picture(volume, **options)
+    facts = json.loads(json.dumps(given.facts))
+    stored = np.frombuffer(b"".join(given.planes()), "<i2").reshape(facts["shape"])
+    return facts["slope"] * stored.astype(np.float64) + facts["intercept"], facts
+
+
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_every_orientation_is_shown_as_a_radiologist_looks_at_it(orientation: str) -> None:
-    array = np.random.default_rng(0).integers(0, 256, (10, 20, 30)).astype(np.int16)
-    array.flat[:2] = 0, 255  # so that the default window leaves the values as they are
-    volume = volume_of(array, orientation)
+    array = np.random.default_rng(0).integers(-1000, 1000, (10, 20, 30)).astype(np.int16)
+    spacing = (4.0, 0.5, 1.5)
     axes = nibabel.orientations.axcodes2ornt(tuple(orientation))
     ras = nibabel.orientations.apply_orientation(array, axes)  # (X, Y, Z) growing to right, anterior, superior
 
-    planes = display_planes(volume)
+    values, facts = unpacked(volume_of(array, orientation, spacing=spacing))
 
-    # the first slices are the most superior, the most anterior and the rightmost one
-    expected = {"axial": ras[::-1, ::-1, -1].T, "coronal": ras[::-1, -1, ::-1].T, "sagittal": ras[-1, ::-1, ::-1].T}
-    for name, picture in expected.items():
-        np.testing.assert_array_equal(planes[name][0], picture)
-        assert planes[name][0].dtype == np.uint8
-    counts = [len(planes[name]) for name in ("axial", "coronal", "sagittal")]
-    assert counts == [slice_count(volume, name) for name in planes] == list(ras.shape[::-1])
-
-
-def test_a_ball_is_round_in_every_plane_whatever_the_spacing() -> None:
-    spacing = np.array([4.0, 0.9, 1.7])
-    z, y, x = np.indices((21, 91, 51)) - np.array([10, 45, 25]).reshape(3, 1, 1, 1)
-    ball = (spacing[0] * z) ** 2 + (spacing[1] * y) ** 2 + (spacing[2] * x) ** 2 < 30**2
-    volume = volume_of(ball.astype(np.int16), "SPL", spacing=tuple(spacing))
-
-    for name, slices in display_planes(volume).items():
-        inside = slices[len(slices) // 2] > 127
-        height, width = np.ptp(np.nonzero(inside.any(1))[0]) + 1, np.ptp(np.nonzero(inside.any(0))[0]) + 1
-        assert abs(height - width) <= 0.06 * height, name  # half a coarse voxel at either end
-        assert inside.sum() == pytest.approx(np.pi / 4 * height * width, rel=0.05)
+    np.testing.assert_array_equal(values, ras[::-1, ::-1, ::-1].transpose(2, 1, 0))  # the first voxel is superior, anterior and right
+    places = [int(axes[axis][0]) for axis in range(3)]  # of x, y, z that each stored axis runs along
+    assert facts["spacing"] == [spacing[places.index(axis)] for axis in (2, 1, 0)]
+    assert (facts["slope"], facts["intercept"], facts["note"]) == (1, 0, "")
+    assert facts["names"]["coronal"] == "coronal"
+    assert facts["edges"] == {"axial": "APRL", "coronal": "SIRL", "sagittal": "SIAP"}
 
 
-def test_a_picture_has_the_proportions_of_the_patient_and_a_bounded_size() -> None:
-    array = np.random.default_rng(1).normal(size=(10, 20, 30)).astype(np.float32)
-    planes = display_planes(volume_of(array, "SPL", spacing=(5.0, 0.5, 1.0)))
-    assert {name: planes[name][3].shape for name in planes} == {
-        "axial": (20, 60),  # 10 x 30 mm, pixels of 0.5 mm
-        "coronal": (50, 30),
-        "sagittal": (100, 20),
-    }
-    huge = display_planes(volume_of(array, "SPL", spacing=(500.0, 0.01, 0.01)))["coronal"][0]
-    assert huge.shape == (LONGEST_SIDE, 1)
+def test_fractions_keep_their_value_to_one_step_of_65534() -> None:
+    array = np.random.default_rng(1).normal(3, 7, (10, 20, 30)).astype(np.float32)
+    values, facts = unpacked(volume_of(array))
+    assert np.abs(values - array).max() <= np.ptp(array) / 65534 * 0.51
+    assert facts["window"] == pytest.approx([array.min(), array.max()])
+    assert facts["presets"] == [] and facts["unit"] == ""
+
+
+def test_a_scan_too_large_for_a_browser_is_shown_in_blocks_and_said_to_be() -> None:
+    array = np.random.default_rng(2).integers(-1000, 1000, (4, 21, 31)).astype(np.int16)
+    values, facts = unpacked(volume_of(array, spacing=(5.0, 0.5, 1.0)), most_voxels=4 * 21 * 31 // 4 + 1)
+    assert facts["shape"] == [4, 10, 15] and facts["spacing"] == [5.0, 1.0, 2.0]
+    assert "2 times coarser" in facts["note"]
+    for z, y, x in ((0, 0, 0), (1, 4, 7), (3, 9, 14)):
+        block = array[z, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
+        assert abs(values[z, y, x] - block.mean()) <= 0.5
+    assert coarser(array, array.size)[1] == 1 and coarser(array, array.size - 1)[1] == 2
+    thirds, block = coarser(array.astype(np.float32), array.size // 8)
+    assert block == 3 and thirds[2, 1, 1] == pytest.approx(array[2, 3:6, 3:6].mean())
 
 
 def test_windows() -> None:
-    ramp = np.array([-1000, -160, 40, 240, 1000, 0], dtype=np.int16).reshape(1, 2, 3).repeat(2, 0)
-    ct = volume_of(ramp, unit="HU")
-    np.testing.assert_array_equal(display_planes(ct)["axial"][0], [[0, 0, 128], [255, 255, 102]])
-    brain = display_planes(ct, WINDOWS["Brain"])["axial"][0]
-    np.testing.assert_array_equal(brain, [[0, 0, 128], [255, 255, 0]])
-    assert default_window(ct) == (-160, 240)
-    assert default_window(volume_of(ramp)) == (-1000, 1000)
-    assert display_planes(volume_of(ramp))["axial"][0].min() == 0
-    assert display_planes(volume_of(ramp))["axial"][0].max() == 255
+    ramp = np.arange(-1000, 1000).reshape(10, 10, 20).astype(np.int16)
+    facts = unpacked(volume_of(ramp, unit="HU"))[1]
+    assert facts["presets"] == [[name, *window] for name, window in WINDOWS.items()]
+    assert facts["window"] == [-160, 240] and facts["unit"] == "HU"
+    assert default_window(volume_of(ramp)) == (-1000, 999)
     assert all(low < high for low, high in WINDOWS.values())
 
 
 def test_a_volume_without_geometry_is_shown_as_stored() -> None:
     array = np.arange(10 * 20 * 30, dtype=np.int16).reshape(10, 20, 30)
     volume = Volume(array)
-    picture = display_planes(volume, (0, 255 * 1000))["axial"][9]
-    np.testing.assert_array_equal(picture, np.round(array[9] / 1000))
-    assert slice_count(volume, "sagittal") == 30
-    assert "shown as stored" in html.unescape(describe(volume))
+    values, facts = unpacked(volume)
+    np.testing.assert_array_equal(values, array)
+    assert facts["names"] == {"axial": "slices", "coronal": "rows", "sagittal": "columns"}
+    assert facts["edges"] == {} and not facts["millimetres"]
+    assert describe(volume, "NumPy array")["Orientation"] == "unknown, shown as stored"
 
 
-def test_description_states_what_was_read_and_nothing_that_acts_or_identifies() -> None:
+def test_description_states_what_was_read_and_nothing_that_identifies() -> None:
     array = np.zeros((10, 20, 30), np.int16)
     array[0, 0, 0] = 700
     tilt = np.array([[0, 0, -1], [np.sin(0.2), -np.cos(0.2), 0], [np.cos(0.2), np.sin(0.2), 0]], dtype=float)
-    volume = Volume(
-        array,
-        spacing=(1.5, 0.75, 0.75),
-        orientation="SPL",
-        direction=tilt,
-        unit="HU",
-        source="/tmp/secret/<img src=x onerror=alert(1)> ![a](b) | *x*.nii",
-        warnings=("The slices | are <b>uneven</b>.",),
-    )
-    table = describe(volume)
-    text = html.unescape(table)
-    for fact in ("10 × 20 × 30", "1.5 × 0.75 × 0.75 mm", "15 × 15 × 22 mm", "SPL, axial slices, tilted by 11°"):
+    volume = Volume(array, (1.5, 0.75, 0.75), "SPL", tilt, "HU", "/tmp/secret/Doe^Jane.nii", ("The slices are uneven.",))
+    rows = describe(volume, "NIfTI")
+    text = str(rows)
+    for fact in ("10 × 20 × 30", "1.5 × 0.75 × 0.75 mm", "15 × 15 × 22 mm", "SPL, axial slices, tilted by 11°", "NIfTI"):
         assert fact in text
-    for fact in ("Hounsfield units", "0 to 700", "The slices | are <b>uneven</b>."):
+    for fact in ("Hounsfield units", "0 to 700", "CT (by its Hounsfield units)"):
         assert fact in text
-    assert "secret" not in text
-    assert not set("<>![]*") & set(table)
-    assert all(line.count("|") == 3 for line in table.splitlines())
-    assert escape("a\n|b") == "a &#124;b"
+    assert "secret" not in text and "Doe" not in text
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize(("step", "most_voxels"), [(1, 10**9), (4, 10**9), (4, 1700)])
+def test_an_overlay_lies_where_its_voxels_are_shown(orientation: str, step: int, most_voxels: int) -> None:
+    array = np.zeros((10, 24, 31), np.int16)
+    place = (8, 4, 20)
+    array[place] = 900
+    volume = volume_of(array, orientation)
+    shown = picture(volume, most_voxels)
+    cells = (array / 900).astype(np.float32)[::step, ::step, ::step]
+    laid = overlay(volume, shown, cells, step, "a phrase")
+    seen = np.unravel_index(shown.stored.argmax(), shown.stored.shape)
+    block = shown.block
+    assert block == (1 if most_voxels > 10**6 else 3)
+    exact = np.array(laid.facts["origin"]) + np.array(laid.facts["step"]) * np.argwhere(laid.heat)[0]  # of the one hot cell's middle
+    assert np.abs(exact - seen).max() <= (0 if block == 1 else 0.34)
+    assert laid.facts["peak"] == list(seen) and laid.heat.max() == 255 and laid.facts["shape"] == laid.heat.shape

@@ -1,0 +1,87 @@
+// The conversation. gr.HTML runs this file once, with `element`, `props`, `trigger` and `watch`; `props.value` is what desk.py's `talk` gives.
+//
+// Everything that somebody wrote, the model included, enters the page as text, never as HTML and never through a template.
+
+const log = element.querySelector(".log"), hints = element.querySelector(".hints"), plea = element.querySelector(".plea");
+let shownTurns = [], editing = false;
+
+function make(tag, kind, words = "", more = {}) {
+  const node = document.createElement(tag);
+  node.className = kind;
+  node.textContent = words;
+  return Object.assign(node, more);
+}
+
+function button(words, kind, act, title = "") {
+  const node = make("button", kind, words, { type: "button", title });
+  node.addEventListener("click", act);
+  return node;
+}
+
+function asked(turn, last) {
+  const row = make("div", "asked"), bubble = make("div", "bubble", turn.question);
+  row.append(bubble);
+  if (last && !turn.open) row.append(button("Edit", "quiet", () => edit(row, turn), "Change the question and ask again"));
+  return row;
+}
+
+function edit(row, turn) {
+  const field = make("textarea", "editor", "", { value: turn.question, rows: 3 });
+  field.setAttribute("aria-label", "The question, to be changed");
+  const done = () => { editing = false; shownTurns = []; update(); };
+  const send = () => { const words = field.value; done(); trigger("edit", { value: words }); };
+  field.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); send(); }
+    if (event.key === "Escape") done();
+  });
+  const choices = make("div", "choices");
+  choices.append(button("Cancel", "quiet", done), button("Ask again", "strong", send));
+  row.replaceChildren(field, choices);
+  editing = true;
+  field.focus();
+}
+
+function answered(turn, last, index, explained) {
+  const card = make("div", `answered ${turn.state}`), text = make("div", "text", turn.answer);
+  if (turn.state === "waiting") text.replaceChildren(make("span", "dots", "Waiting for the model"));
+  card.append(text);
+  const line = make("div", "line");
+  if (turn.open) line.append(button("Stop", "strong", () => trigger("stop"), "End this answer here"));
+  if (turn.state === "stopped") line.append(make("span", "chip", "stopped"));
+  if (turn.confidence !== null) {
+    const percent = `${Math.round(100 * turn.confidence)} %`;
+    const chip = make("span", turn.low ? "chip low" : "chip", turn.low ? `low confidence, ${percent}` : `confidence ${percent}`, { title: explained, tabIndex: 0 });
+    line.append(chip, make("span", "figures", `${turn.seconds.toFixed(1)} s · ${turn.tokens} tokens`));
+  }
+  if (!turn.open && last) line.append(button("Retry", "quiet", () => trigger("retry"), "Ask the same once more"));
+  if (turn.state === "done" && props.value.grounded) {
+    line.append(button("Where did it look?", "quiet", () => trigger("select", { value: index }), "Show on the scan what moved the model to this answer"));
+  }
+  card.append(line);
+  return card;
+}
+
+function update() {
+  const { turns, suggestions, problem, explained, scan } = props.value;
+  if (editing && turns.some((turn) => turn.open)) editing = false;
+  if (editing) return;
+  const low = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+  turns.forEach((turn, index) => {
+    const last = index === turns.length - 1, state = JSON.stringify([turn, last]);
+    if (shownTurns[index] === state) return;
+    const node = make("article", "turn");
+    node.append(asked(turn, last), answered(turn, last, index, explained));
+    if (log.children[index]) log.children[index].replaceWith(node); else log.append(node);
+    shownTurns[index] = state;
+  });
+  while (log.children.length > turns.length) log.lastChild.remove();
+  shownTurns.length = turns.length;
+  if (low) log.scrollTop = log.scrollHeight;
+  element.dataset.state = turns.length ? "talking" : scan ? "ready" : "empty";
+  hints.replaceChildren(...suggestions.map((words) => button(words, "hint", () => trigger("example_select", { value: words }))));
+  plea.textContent = problem;
+  plea.hidden = !problem;
+}
+
+watch("value", update);
+update();

@@ -1,0 +1,196 @@
+"""What can be done at the desk, as the page and programs call it: open a scan, ask, stop, ask again, clear. No layout here.
+
+Every function takes the Session that it acts for; what it gives back is plain data for the page's components.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from insight import Case, Cells, Insight
+from scans import EXAMPLES, OpenScan, example, read_uploads
+from sessions import BUSY, MOST_CHARACTERS, NO_SCAN, Session, Sessions, Turn, history
+from viewer import overlay
+
+from med3dvlm.prompts import REPORT_PROMPTS
+from med3dvlm.reporting import read_report, report_dicom, report_json, report_markdown, report_text
+from med3dvlm.volume import Volume, VolumeError
+
+MOST_BYTES = 4 * 2**30  # of an upload
+EXPLAINED = (
+    "The geometric mean of the probabilities that the model gave to the words it wrote. It says how sure the model is of its words, "
+    "not whether they are true. Below 50 % the model would have said something else about every other time at each word."
+)
+SAVES = {"txt": "Text", "md": "Markdown", "json": "JSON", "dcm": "DICOM Structured Report"}
+SECONDS_BETWEEN = 0.05  # at least, between two states of an answer that are sent to the page
+
+
+@dataclass(eq=False)
+class Desk:
+    """Everything behind the page. `chat` has `encode`, `stream` and `familiarity` as Med3DChat has; `model` is its name for the page."""
+
+    chat: Any
+    model: str = "model"
+    most_bytes: int = MOST_BYTES
+    insight: Insight = Insight()
+    sessions: Sessions = field(default_factory=Sessions)
+    # Gradio names an upload by its content: two sessions that send the same file share one path, and the first to read it deletes it. The
+    # second gets the first one's scan, which nothing changes, while that is alive.
+    _read: WeakValueDictionary[tuple[str, ...], OpenScan] = field(default_factory=WeakValueDictionary)
+
+    def open_uploads(self, session: Session, uploads: Sequence[str]) -> OpenScan:
+        """Put the uploaded scan on the session's desk. Raises VolumeError, one sentence; the scan that was open then stays."""
+        if not uploads:
+            raise VolumeError("No file was sent; choose one.")
+        key = tuple(sorted(uploads))
+        scan = self._read.get(key)
+        if scan is None:
+            paths = [Path(upload) for upload in uploads]
+            if not all(path.exists() for path in paths):
+                raise VolumeError("The upload is not complete; send it again.")
+            self._read[key] = scan = read_uploads(paths, self.most_bytes)
+        else:
+            for upload in uploads:
+                Path(upload).unlink(missing_ok=True)
+        session.put(scan)
+        return scan
+
+    def open_example(self, session: Session, name: str) -> OpenScan:
+        """Put one of EXAMPLES there. Raises VolumeError for another name."""
+        if name not in EXAMPLES:
+            raise VolumeError(f"There is no example {name[:40]!r}; there are {', '.join(EXAMPLES)}.")
+        scan = example(name)
+        session.put(scan)
+        return scan
+
+    def notice(self, session: Session) -> str:
+        """What the model itself says about the scan: that it lies outside the training data, or cannot be taken; "" where nothing."""
+        if session.scan is None:
+            return ""
+        try:
+            known = self.chat.familiarity(session.encoded(self.chat))
+        except ValueError as error:
+            return str(error)
+        return (known and known.message) or ""
+
+    def answer(self, session: Session, **sampling: float) -> Iterator[Turn]:
+        """Write the answer to the question that waits, if one does; yields it as it grows, in steps that an eye can follow."""
+        turn = session.claim()
+        if turn is None:
+            return
+        shown = 0.0
+        for _ in session.answer(self.chat, turn, **sampling):
+            if turn not in session.turns:  # cleared, or another scan was opened
+                continue
+            if not turn.open or time.monotonic() - shown > SECONDS_BETWEEN:
+                shown = time.monotonic()
+                yield turn
+
+    def draft(self, session: Session) -> Iterator[Turn]:
+        """Let the model write the report; yields it as it grows, and it becomes the session's report. What stood there is replaced.
+
+        Raises:
+            ValueError: there is no scan, or a draft is being written already.
+        """
+        if session.scan is None:
+            raise ValueError(NO_SCAN)
+        if session.draft is not None and session.draft.open:
+            raise ValueError(BUSY)
+        session.draft = turn = Turn(REPORT_PROMPTS[0], state="writing")
+        shown = 0.0
+        for _ in session.answer(self.chat, turn):
+            if turn is session.draft and (not turn.open or time.monotonic() - shown > SECONDS_BETWEEN):
+                shown = time.monotonic()
+                session.report = "" if turn.state == "failed" else turn.answer
+                yield turn
+
+    def reading(self, session: Session, problem: str = "") -> dict[str, Any]:
+        """What report.js shows below the report: sections, findings, files to save; `problem` as in `talk`."""
+        draft, line = session.draft, ""
+        if draft is not None and draft.state == "failed":
+            problem = problem or draft.answer
+        elif draft is not None and draft.confidence is not None:
+            low = ", which is low" if draft.shown()["low"] else ""
+            line = f"Drafted in {draft.seconds:.1f} s, {draft.tokens} tokens, with a confidence of {100 * draft.confidence:.0f} %{low}."
+        try:
+            report = read_report(session.report)
+        except ValueError:  # nothing written yet
+            return {"sections": [], "findings": [], "saves": [], "line": line, "problem": problem}
+        saves = [[label, f"desk/{session.token}/report/{kind}", f"report.{kind}"] for kind, label in SAVES.items()]
+        if session.scan is None or session.scan.files is None:
+            del saves[list(SAVES).index("dcm")]
+        findings = [[name.replace("_", " "), state] for name, state in report.findings.items()]
+        sections = [section.heading for section in report.sections]
+        return {"sections": sections, "findings": findings, "saves": saves, "line": line, "problem": problem}
+
+    def explain(self, session: Session, number: int) -> None:
+        """Lay on the viewer what moved the answer of that number. Raises ValueError, one sentence, where that cannot be."""
+        scan, turns = session.scan, session.turns
+        if scan is None or self.insight.explain is None or not 0 <= number < len(turns) or not turns[number].answer:
+            raise ValueError("There is no answer to explain.")
+        turn = turns[number]
+        cells = self.insight.explain(scan.volume, turn.question, turn.answer, history(turns[:number]))
+        self._lay(session, scan, cells, f"What moved the answer to “{turn.question}”")
+
+    def find(self, session: Session, phrase: str) -> None:
+        """Lay on the viewer where the scan resembles the phrase. Raises ValueError as `explain` does."""
+        scan = session.scan
+        if scan is None or self.insight.find is None:
+            raise ValueError(NO_SCAN)
+        if len(phrase) > MOST_CHARACTERS:
+            raise ValueError(f"The phrase has {len(phrase)} characters but at most {MOST_CHARACTERS} are taken.")
+        self._lay(session, scan, self.insight.find(scan.volume, phrase), f"Where the scan resembles “{phrase.strip()}”")
+
+    def _lay(self, session: Session, scan: OpenScan, cells: Cells, label: str) -> None:
+        if session.scan is scan:  # else another one was opened meanwhile
+            session.lay(overlay(scan.volume, scan.picture, *cells, label))
+
+    def similar(self, session: Session) -> list[Case]:
+        """The cases of the index that the scan resembles. Raises ValueError as `explain` does."""
+        if session.scan is None or self.insight.similar is None:
+            raise ValueError(NO_SCAN)
+        return self.insight.similar(session.scan.volume)
+
+    def save(self, session: Session, kind: str) -> bytes:
+        """The session's report as a file of one of the kinds in SAVES. Raises ValueError, one sentence, where it cannot be."""
+        report = read_report(session.report)
+        if kind == "dcm":
+            if session.scan is None or session.scan.files is None:
+                raise ValueError("A DICOM report belongs to a DICOM scan, which this one is not; save it as text.")
+            try:
+                return report_dicom(report, session.scan.files)
+            except VolumeError as error:
+                raise ValueError(str(error).replace(f"{session.scan.files}: ", "").replace(str(session.scan.files), "the scan")) from None
+        return {"txt": report_text, "md": report_markdown, "json": report_json}[kind](report).encode()
+
+    def talk(self, session: Session, problem: str = "") -> dict[str, Any]:
+        """The conversation for conversation.js; `problem` is a sentence about the last thing that was tried."""
+        turns = [turn.shown() for turn in session.turns]
+        scan = session.scan
+        busy = bool(session.turns) and session.turns[-1].open
+        suggestions = [] if scan is None or busy else suggest(scan.volume, {turn.question for turn in session.turns})
+        return {
+            "turns": turns, "suggestions": suggestions, "problem": problem, "explained": EXPLAINED, "scan": scan is not None,
+            "grounded": self.insight.explain is not None,
+        }  # fmt: skip
+
+    def view(self, session: Session) -> dict[str, Any]:
+        """The viewer's value for viewer.js."""
+        scan, heat = session.scan, session.overlay
+        return {
+            "scan": scan and {"url": f"desk/{session.token}/scan/{session.number}", **scan.picture.facts},
+            "overlay": heat and {"url": f"desk/{session.token}/overlay/{session.overlays}", **heat.facts},
+        }
+
+
+def suggest(volume: Volume, asked: set[str]) -> list[str]:
+    """Questions that suit the scan and were not asked yet: contrast is asked of CT alone, the plane where the file does not say it."""
+    questions = [REPORT_PROMPTS[0], "Which organ is abnormal?", "What abnormality is seen?"]
+    if volume.unit == "HU":
+        questions.append("Which contrast phase is this?")
+    if volume.plane is None or (volume.oblique or 0) >= 1:
+        questions.append("Which plane is this scan?")
+    return [question for question in questions if question not in asked][:4]

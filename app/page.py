@@ -1,0 +1,255 @@
+"""The page: what stands where, and which function of the desk each control calls."""
+
+import base64
+import html
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from desk import Desk
+from insight import Case
+from PIL import Image
+from programs import endpoints
+from scans import EXAMPLES, OpenScan
+from sessions import Session
+
+from med3dvlm.prompts import RESEARCH_NOTICE
+from med3dvlm.volume import VolumeError
+
+HERE = Path(__file__).parent
+# The browser's own fonts: a theme's may come from a font server.
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
+THEME = gr.themes.Base(primary_hue="sky", secondary_hue="sky", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"])
+HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+AT_ONCE: dict[str, Any] = HIDDEN | {"queue": False}
+
+
+def file(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def bar(kind: str, text: str) -> dict[str, Any]:
+    """A line that the user should not miss, or none for empty `text`; `kind` is "error", "warning" or "busy"."""
+    return gr.update(value=f'<div class="bar {kind}" role="alert">{html.escape(text)}</div>', visible=bool(text))
+
+
+def described(scan: OpenScan) -> str:
+    """Facts and warnings of a scan as HTML."""
+    rows = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in scan.facts.items())
+    doubts = "".join(f"<li>{html.escape(warning[:1].upper() + warning[1:])}</li>" for warning in scan.warnings)
+    return f'<dl class="facts">{rows}</dl>' + (f'<ul class="doubts">{doubts}</ul>' if doubts else "")
+
+
+def compared(cases: list[Case]) -> str:
+    """Similar cases as HTML, the nearest first."""
+    cards = []
+    for case in cases:
+        image = ""
+        if case.picture is not None:
+            buffer = io.BytesIO()
+            Image.fromarray(case.picture).save(buffer, "png")
+            image = f'<img alt="middle slice" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+        cards.append(f"<article>{image}<div><b>similarity {case.similarity:.2f}</b><p>{html.escape(case.report)}</p></div></article>")
+    return f'<div class="cases">{"".join(cards)}</div>'
+
+
+def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
+    """The page around the desk; `parallel` answers are written at a time, the others wait in a queue."""
+
+    def of(request: gr.Request) -> Session:
+        return desk.sessions.of(request.session_hash or "")
+
+    with gr.Blocks(title="Med3DVLM", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
+        gr.HTML(
+            f'<header class="masthead"><h1>Med3DVLM</h1><span class="model">{html.escape(desk.model)}</span>'
+            f'<span class="research" role="note">{RESEARCH_NOTICE}</span></header>'
+        )
+        with gr.Row(elem_id="desk", equal_height=False):
+            with gr.Column(scale=7, min_width=520, elem_id="left"):
+                with gr.Row(elem_id="open", equal_height=True):
+                    loader = gr.File(label="Open a scan", file_count="multiple", height=76, elem_id="loader", scale=5, min_width=220)
+                    with gr.Column(scale=2, min_width=200, elem_id="examples"):
+                        examples = [gr.Button(name, size="sm", variant="secondary") for name in EXAMPLES]
+                status = gr.HTML(visible=False, elem_id="status")
+                viewer = gr.HTML(
+                    desk.view(Session()), html_template=file("viewer.html"), js_on_load=file("pane.js") + file("viewer.js"),
+                    apply_default_css=False, elem_id="viewer",
+                )  # fmt: skip
+                with gr.Row(elem_id="finding", visible=desk.insight.find is not None):
+                    phrase = gr.Textbox(
+                        show_label=False, label="A finding to look for", placeholder="Where does the scan resemble … (a finding, in words)",
+                        submit_btn="Show", lines=1, max_lines=1, container=False, elem_id="phrase",
+                    )  # fmt: skip
+                facts = gr.HTML(elem_id="facts")
+            with gr.Column(scale=4, min_width=340, elem_id="right"):
+                notice = gr.HTML(visible=False, elem_id="notice")
+                with gr.Tabs():
+                    with gr.Tab("Conversation", id="conversation"):
+                        talk = gr.HTML(
+                            desk.talk(Session()), html_template=file("conversation.html"), js_on_load=file("conversation.js"),
+                            apply_default_css=False, elem_id="talk",
+                        )  # fmt: skip
+                        question = gr.Textbox(
+                            show_label=False, placeholder="Ask about the scan", submit_btn="Ask", lines=1, max_lines=5, elem_id="question",
+                            container=False, label="Your question",
+                        )  # fmt: skip
+                        with gr.Row(elem_id="below"):
+                            queue = gr.HTML('<span class="ready"></span>', elem_id="queue")
+                            clear = gr.Button("Clear conversation", size="sm", variant="secondary", scale=0, min_width=150)
+                        with gr.Accordion("Sampling", open=False, elem_id="sampling"):
+                            temperature = gr.Slider(
+                                0, 1.5, 0, step=0.1, label="Temperature", info="0: always the likeliest word, the same answer every time",
+                                buttons=[],
+                            )  # fmt: skip
+                            top_p = gr.Slider(
+                                0.05,
+                                1,
+                                1,
+                                step=0.05,
+                                label="Top-p",
+                                info="Words are drawn from the likeliest that have this share",
+                                buttons=[],
+                            )
+                    with gr.Tab("Report", id="report"):
+                        with gr.Row(elem_id="drafting"):
+                            draft = gr.Button("Draft the report", variant="primary", size="md")
+                            end = gr.Button("Stop", variant="secondary", size="md", scale=0, min_width=90)
+                        report = gr.Textbox(
+                            show_label=False, label="Report", lines=14, max_lines=30, container=False, elem_id="report",
+                            placeholder="Let the model draft it, then change it here: the draft is text like any other.",
+                        )  # fmt: skip
+                        reading = gr.HTML(
+                            desk.reading(Session()), html_template=file("report.html"), js_on_load=file("report.js"),
+                            apply_default_css=False, elem_id="reading",
+                        )  # fmt: skip
+                    with gr.Tab("Similar cases", id="cases", visible=desk.insight.similar is not None):
+                        search = gr.Button("Find similar cases", variant="primary", size="md")
+                        cases = gr.HTML(elem_id="cases")
+
+        opened = [status, viewer, facts, talk, notice, report, reading, cases]
+
+        def opening(act: Callable[[Session], OpenScan], request: gr.Request) -> Iterator[dict[Any, Any]]:
+            session = of(request)
+            yield {status: bar("busy", "Reading the scan"), loader: None}
+            try:
+                scan = act(session)
+            except VolumeError as error:  # the scan that was open stays open
+                yield {status: bar("error", str(error))}
+                return
+            yield {
+                status: bar("busy", ""), viewer: desk.view(session), facts: described(scan), talk: desk.talk(session), notice: bar("busy", ""),
+                report: "", reading: desk.reading(session), cases: "",
+            }  # fmt: skip
+
+        def read(uploads: list[str] | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
+            yield from opening(lambda session: desk.open_uploads(session, uploads or []), request)
+
+        def take(name: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
+            yield from opening(lambda session: desk.open_example(session, name), request)
+
+        def look(request: gr.Request) -> dict[str, Any]:
+            return bar("warning", desk.notice(of(request)))
+
+        def pose(act: Callable[[Session], Any], words: str, request: gr.Request) -> tuple[str, dict[str, Any]]:
+            session = of(request)
+            try:
+                act(session)
+            except ValueError as error:
+                return words, desk.talk(session, str(error))
+            return "", desk.talk(session)
+
+        def ask(words: str, request: gr.Request) -> tuple[str, dict[str, Any]]:
+            return pose(lambda session: session.pose(words), words, request)
+
+        def suggested(event: gr.EventData, request: gr.Request) -> dict[str, Any]:
+            return pose(lambda session: session.pose(str(event.value)), "", request)[1]
+
+        def again(request: gr.Request) -> dict[str, Any]:
+            return pose(lambda session: session.pose_again(), "", request)[1]
+
+        def changed(event: gr.EventData, request: gr.Request) -> dict[str, Any]:
+            return pose(lambda session: session.pose_again(str(event.value)), "", request)[1]
+
+        def answer(temperature: float, top_p: float, request: gr.Request) -> Iterator[dict[str, Any]]:
+            session = of(request)
+            for _ in desk.answer(session, temperature=temperature, top_p=top_p):
+                yield desk.talk(session)
+            yield desk.talk(session)
+
+        def stop(request: gr.Request) -> dict[str, Any]:
+            of(request).stop()
+            return desk.talk(of(request))
+
+        def empty(request: gr.Request) -> dict[str, Any]:
+            of(request).clear()
+            return desk.talk(of(request))
+
+        def write(request: gr.Request) -> Iterator[tuple[str, dict[str, Any]]]:
+            session = of(request)
+            try:
+                for _ in desk.draft(session):
+                    yield session.report, desk.reading(session)
+            except ValueError as error:
+                yield session.report, desk.reading(session, str(error))
+
+        def rewrite(words: str, request: gr.Request) -> dict[str, Any]:
+            of(request).report = words
+            return desk.reading(of(request))
+
+        def explain(event: gr.EventData, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+            yield from covering(lambda session: desk.explain(session, int(event.value)), request)
+
+        def find(words: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+            yield from covering(lambda session: desk.find(session, words), request)
+
+        def covering(act: Callable[[Session], None], request: gr.Request) -> Iterator[tuple[Any, ...]]:
+            session = of(request)
+            yield bar("busy", "Looking where it looked"), desk.view(session)
+            try:
+                act(session)
+                yield bar("busy", ""), desk.view(session)
+            except ValueError as error:
+                yield bar("error", str(error)), desk.view(session)
+
+        def resemble(request: gr.Request) -> str:
+            try:
+                return compared(desk.similar(of(request)))
+            except ValueError as error:
+                return bar("error", str(error))["value"]
+
+        def end_draft(request: gr.Request) -> None:
+            of(request).stop_draft()
+
+        def leave(request: gr.Request) -> None:
+            desk.sessions.close(request.session_hash or "")
+
+        opens: dict[str, Any] = {"concurrency_id": "read", "concurrency_limit": 1, "show_progress_on": status, **HIDDEN}
+        modelling: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": parallel}
+        endpoints(desk, modelling)  # before the page's own events, which would take their names
+        steps = [loader.upload(read, loader, [loader, *opened], **opens)]
+        steps += [button.click(take, button, [loader, *opened], **opens) for button in examples]
+        for step in steps:
+            step.then(look, None, notice, **modelling, **HIDDEN)
+        asking = [
+            question.submit(ask, question, [question, talk], **AT_ONCE),
+            talk.example_select(suggested, None, talk, **AT_ONCE),
+            talk.retry(again, None, talk, **AT_ONCE),
+            talk.edit(changed, None, talk, **AT_ONCE),
+        ]
+        for step in asking:
+            step.then(
+                answer, [temperature, top_p], talk, show_progress_on=queue, show_progress="minimal", api_visibility="private", **modelling
+            )
+        talk.stop(stop, None, talk, **AT_ONCE)
+        clear.click(empty, None, talk, **AT_ONCE)
+        draft.click(write, None, [report, reading], show_progress_on=reading, api_visibility="private", **modelling)
+        looking: dict[str, Any] = {**HIDDEN, **modelling}
+        talk.select(explain, None, [status, viewer], **looking)
+        phrase.submit(find, phrase, [status, viewer], **looking)
+        search.click(resemble, None, cases, show_progress="minimal", api_visibility="private", **modelling)
+        end.click(end_draft, None, None, **AT_ONCE)
+        report.input(rewrite, report, reading, trigger_mode="always_last", **AT_ONCE)
+        blocks.unload(leave)
+    return blocks

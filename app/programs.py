@@ -1,0 +1,104 @@
+"""The desk for programs: named endpoints that gradio_client calls, and the tools of `--mcp`.
+
+    from gradio_client import Client, handle_file
+    client = Client("http://127.0.0.1:7860")
+    client.predict([handle_file("scan.nii.gz")], api_name="/open")          # what was read
+    client.predict("Which organ is abnormal?", api_name="/ask")             # question, answer, confidence, seconds, ...
+    for state in client.submit("And where?", api_name="/ask"): ...          # the same while it is written
+    client.predict(handle_file("scan.nii.gz"), "Which organ is abnormal?", api_name="/answer")  # both in one, nothing is kept
+
+A Client is a session of its own, as a browser's page is. `/answer` and `/report` belong to none; they are the tools of `--mcp`, whose callers
+would otherwise share one session. They take one file, since Gradio describes a list of files to such callers wrongly.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gradio as gr
+from desk import Desk
+from sessions import Session
+
+from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
+
+
+def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
+    """Add them to the Blocks that is being built; `modelling` says how many of them may use the model at a time."""
+
+    def of(request: gr.Request) -> Session:
+        return desk.sessions.of(request.session_hash or "")
+
+    def told(session: Session) -> dict[str, Any]:
+        return {"facts": session.scan.facts, "warnings": session.scan.warnings} if session.scan else {}
+
+    def open_scan(files: list[str] | None, request: gr.Request) -> dict[str, Any]:
+        with sentences():
+            desk.open_uploads(of(request), files or [])
+        return told(of(request))
+
+    def example(name: str, request: gr.Request) -> dict[str, Any]:
+        with sentences():
+            desk.open_example(of(request), name)
+        return told(of(request))
+
+    def notice(request: gr.Request) -> str:
+        return desk.notice(of(request))
+
+    def ask(question: str, request: gr.Request) -> Iterator[dict[str, Any]]:
+        yield from sample(question, 0, 1, request)
+
+    def sample(question: str, temperature: float, top_p: float, request: gr.Request) -> Iterator[dict[str, Any]]:
+        session = of(request)
+        with sentences():
+            turn = session.pose(question)
+        for _ in desk.answer(session, temperature=temperature, top_p=top_p):
+            yield turn.shown()
+        yield turn.shown()
+
+    def stop(request: gr.Request) -> None:
+        of(request).stop()
+
+    def clear(request: gr.Request) -> None:
+        of(request).clear()
+
+    def answer(scan: str | None, question: str) -> dict[str, Any]:
+        """Answer a question about one scan: a NIfTI, NRRD or MHA file, or a zip of a DICOM series. Research software only."""
+        session = Session()
+        with sentences():
+            desk.open_uploads(session, [scan] if scan else [])
+            turn = session.pose(question)
+            for _ in desk.answer(session):
+                pass
+        outside = desk.notice(session)
+        session.close()
+        return turn.shown() | {"outside_training_data": outside, "notice": RESEARCH_NOTICE}
+
+    def report(scan: str | None) -> dict[str, Any]:
+        """Draft the report of one scan: a NIfTI, NRRD or MHA file, or a zip of a DICOM series. Research software only."""
+        return answer(scan, REPORT_PROMPTS[0])
+
+    with gr.Column(visible=False):
+        files, scan = gr.File(file_count="multiple", label="Files of a scan"), gr.File(label="Scan")
+        question, said = gr.Textbox(label="Question"), gr.JSON(label="Answer")
+        temperature, top_p = gr.Number(0, label="Temperature"), gr.Number(1, label="Top-p")
+        name, words, button = gr.Textbox(label="Example"), gr.Textbox(label="Notice"), gr.Button()
+    session_only: dict[str, Any] = {"api_visibility": "undocumented"}
+    reading: dict[str, Any] = {"concurrency_id": "read"}
+    button.click(open_scan, files, said, api_name="open", **reading, **session_only)
+    button.click(example, name, said, api_name="example", **reading, **session_only)
+    button.click(notice, None, words, api_name="notice", **modelling, **session_only)
+    button.click(ask, question, said, api_name="ask", **modelling, **session_only)
+    button.click(sample, [question, temperature, top_p], said, api_name="sample", **modelling, **session_only)
+    button.click(stop, None, None, api_name="stop", queue=False, **session_only)
+    button.click(clear, None, None, api_name="clear", queue=False, **session_only)
+    button.click(answer, [scan, question], said, api_name="answer", **modelling)
+    button.click(report, scan, said, api_name="report", **modelling)
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """What is wrong with a program's request reaches it as that sentence; Gradio would hide it."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from None

@@ -1,0 +1,50 @@
+"""What a browser fetches beside the page: the voxels of its own scan, its own report. Nothing of it is ever written to a disk.
+
+Each address holds the session's secret token, which only its own page was told; it ends with the session.
+"""
+
+from desk import SAVES, Desk
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+MEDIA = {"txt": "text/plain", "md": "text/markdown", "json": "application/json", "dcm": "application/dicom"}
+PRIVATE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+
+def routes(desk: Desk) -> list[Route]:
+    """The routes that `launch` puts before Gradio's own."""
+
+    def scan(request: Request) -> Response:
+        session = desk.sessions.by_token(request.path_params["token"])
+        if session is None or session.scan is None or session.number != request.path_params["number"]:
+            return gone()
+        picture = session.scan.picture
+        headers = PRIVATE | {"Content-Length": str(2 * picture.stored.size)}
+        return StreamingResponse(picture.planes(), headers=headers, media_type="application/octet-stream")
+
+    def overlay(request: Request) -> Response:
+        session = desk.sessions.by_token(request.path_params["token"])
+        if session is None or session.overlay is None or session.overlays != request.path_params["number"]:
+            return gone()
+        return Response(session.overlay.heat.tobytes(), headers=PRIVATE, media_type="application/octet-stream")
+
+    def report(request: Request) -> Response:
+        session, kind = desk.sessions.by_token(request.path_params["token"]), request.path_params["kind"]
+        if session is None or kind not in SAVES:
+            return gone()
+        try:
+            content = desk.save(session, kind)
+        except ValueError as error:
+            return Response(str(error), 409, PRIVATE, "text/plain")
+        return Response(content, media_type=MEDIA[kind], headers=PRIVATE | {"Content-Disposition": f"attachment; filename=report.{kind}"})
+
+    return [
+        Route("/desk/{token}/scan/{number:int}", scan),
+        Route("/desk/{token}/overlay/{number:int}", overlay),
+        Route("/desk/{token}/report/{kind}", report),
+    ]
+
+
+def gone() -> Response:
+    return Response("This scan is not open any more.", 404, PRIVATE, "text/plain")

@@ -1,0 +1,136 @@
+"""From uploaded files, or a phantom, to an open scan: read, packed for the browser, described; then the files are gone.
+
+A file's name may name a patient. So each upload gets a plain name before anything looks at it, and neither the page nor a message nor a
+log shows the name that it came with.
+"""
+
+import dataclasses
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from viewer import Picture, describe, picture
+
+from med3dvlm.datasets.phantom import Acquisition, draw, plan_phantoms
+from med3dvlm.formats import READERS
+from med3dvlm.volume import Volume, VolumeError, read_volume
+
+KINDS = {
+    ".nii": "NIfTI", ".nii.gz": "NIfTI", ".nrrd": "NRRD", ".mha": "MetaImage", ".npy": "NumPy array", ".npz": "NumPy array",
+    ".dcm": "DICOM", ".zip": "zip archive",
+}  # fmt: skip
+MAY_BE_DICOM = ("DICOM", "DICOM series", "zip archive")
+PICTURES = (".png", ".jpg", ".jpeg")
+MOST_FILES = 20_000
+EXAMPLES = {"Chest phantom": "chest", "Abdomen phantom": "abdomen"}
+
+
+@dataclass(frozen=True, eq=False)
+class OpenScan:
+    """A scan on somebody's desk: the volume, what the browser is given, what is said about it, and the files of a DICOM scan.
+
+    These are kept for a Structured Report, which refers to them, and are deleted when nobody has the scan open any more.
+    """
+
+    volume: Volume
+    picture: Picture
+    facts: dict[str, str]
+    warnings: tuple[str, ...]
+    files: Path | None = None
+
+
+def read_uploads(uploads: Sequence[Path], most_bytes: int) -> OpenScan:
+    """The scan in one file, or in all files of a series together; the uploads are deleted, whatever happens, those of DICOM with the scan.
+
+    Raises:
+        VolumeError: they hold no scan, or are larger than `most_bytes` together; one sentence without a file's name.
+    """
+    folder = tempfile.mkdtemp(prefix="scan-", dir=uploads[0].parent)
+    try:
+        path, kind = _plainly_named(uploads, Path(folder), most_bytes)
+        volume = read_volume(path)
+        warnings = tuple(_without(folder, warning) for warning in volume.warnings)
+        scan = on_the_desk(dataclasses.replace(volume, source="scan", warnings=warnings), kind, path if kind in MAY_BE_DICOM else None)
+    except BaseException as error:
+        shutil.rmtree(folder)
+        if isinstance(error, VolumeError):
+            raise VolumeError(_without(folder, str(error))) from None
+        raise
+    finally:
+        for upload in uploads:
+            upload.unlink(missing_ok=True)
+    if scan.files is None:
+        shutil.rmtree(folder)
+    else:
+        weakref.finalize(scan, shutil.rmtree, folder, ignore_errors=True)
+    return scan
+
+
+def on_the_desk(volume: Volume, kind: str, files: Path | None = None) -> OpenScan:
+    """A volume ready for viewer and model; `kind` says what it was read from."""
+    return OpenScan(volume, picture(volume), describe(volume, kind), volume.warnings, files)
+
+
+@lru_cache
+def example(name: str) -> OpenScan:
+    """One of EXAMPLES: a CT phantom with a finding, drawn when first asked for; always the same one.
+
+    Raises:
+        KeyError: there is no such example.
+    """
+    region = EXAMPLES[name]
+    plan = next(plan for plan in plan_phantoms(40, seed=7) if plan.body.region == region and plan.body.findings)
+    canvas = draw(plan.body, Acquisition("axial", "portal venous phase", plan.acquisition.seed, detail=2.0))
+    edges = np.linalg.norm(canvas.directions, axis=0)  # mm along (D, H, W)
+    direction = canvas.directions / edges
+    letters = "".join("RAS"[axis] if column[axis] > 0 else "LPI"[axis] for column in direction.T for axis in [np.abs(column).argmax()])
+    spacing = tuple(float(mm) for mm in edges)
+    array = canvas.array.astype(np.int16)
+    volume = Volume(array, spacing, letters, direction, "HU", source=name)  # type: ignore[arg-type]
+    return on_the_desk(volume, f"{name}, drawn by this program; no patient")
+
+
+def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int) -> tuple[Path, str]:
+    """Move the uploads into the folder under plain names; the path to read, and what it is in words."""
+    size = sum(upload.stat().st_size for upload in uploads)
+    if size > most_bytes:
+        raise VolumeError(f"The upload has {size / 2**20:.1f} MiB but at most {most_bytes / 2**20:g} MiB are taken; crop or pack it.")
+    if len(uploads) > MOST_FILES:
+        raise VolumeError(f"{len(uploads)} files were sent but at most {MOST_FILES} are taken; give one series, or a zip of it.")
+    endings = [_ending(upload) for upload in uploads]
+    if ".mhd" in endings:
+        raise VolumeError("An .mhd file has its voxels in another file; save the scan as one .mha file.")
+    if len(uploads) == 1:
+        path = folder / f"scan{endings[0]}"
+        shutil.move(uploads[0], path)
+        return path, KINDS.get(endings[0], "DICOM")
+    if any(ending in READERS and ending != ".dcm" for ending in endings):
+        raise VolumeError(f"{len(uploads)} files were sent, and not all are of one DICOM series; open one scan at a time.")
+    for number, upload in enumerate(sorted(uploads, key=lambda upload: _natural(upload.name)), start=1):
+        shutil.move(upload, folder / f"{number:05d}{_ending(upload)}")
+    return folder, "pictures" if set(endings) <= set(PICTURES) else "DICOM series"
+
+
+def _ending(upload: Path) -> str:
+    """The ending that says a format, in lower case; "" for any other, which may be a part of a name, as in "1.2.840"."""
+    known = sorted((*READERS, *PICTURES), key=len, reverse=True)
+    name = upload.name.lower()
+    return next((ending for ending in known if name.endswith(ending)), "")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """So that slice 9 comes before slice 10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _without(folder: str, words: str) -> str:
+    """The sentence without the path, which says nothing to whoever dropped a file on a page."""
+    words = re.sub(rf"{re.escape(folder)}(/[\w.]+)?: ", "", words)
+    words = re.sub(rf"{re.escape(folder)}/?", "", words).strip()
+    return words[:1].upper() + words[1:]

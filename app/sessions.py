@@ -1,0 +1,214 @@
+"""Who is at the desk: for each browser session its scan, its conversation, its report; nothing of one is seen by another.
+
+Nothing here knows the page. A session ends when its page is closed, or when too many are open and it rested longest; its memory goes then.
+"""
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from scans import OpenScan
+from viewer import Overlay
+
+MOST_SESSIONS = 64
+MOST_CHARACTERS = 4000  # of a question, about 700 words
+LOW_CONFIDENCE = 0.5
+NO_SCAN = "Please open a scan first: drop its file on the viewer, or take an example."
+NO_QUESTION = "Please type a question first."
+NO_ANSWER = "The model gave no answer; please ask in other words."
+BUSY = "An answer is being written; wait for it or stop it."
+
+
+@dataclass(eq=False)
+class Turn:
+    """A question and what became of it. `state`: waiting, writing, done, stopped or failed (`answer` then says why)."""
+
+    question: str
+    answer: str = ""
+    state: str = "waiting"
+    seconds: float | None = None
+    tokens: int | None = None
+    confidence: float | None = None
+    stop: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    @property
+    def open(self) -> bool:
+        return self.state in ("waiting", "writing")
+
+    def shown(self) -> dict[str, Any]:
+        """For the page and for programs."""
+        names = ("question", "answer", "state", "open", "seconds", "tokens", "confidence")
+        return {name: getattr(self, name) for name in names} | {"low": self.confidence is not None and self.confidence < LOW_CONFIDENCE}
+
+
+@dataclass(eq=False)
+class Session:
+    """One desk. `token` is the secret under which its browser fetches what belongs to it."""
+
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    scan: OpenScan | None = None
+    number: int = 0  # of the scan, so that nothing of an old one is taken for the new one's
+    features: Any = None  # the encoder's, of this scan
+    turns: list[Turn] = field(default_factory=list)
+    overlay: Overlay | None = None  # on the viewer
+    overlays: int = 0  # so far, which numbers them
+    draft: Turn | None = None  # of the report, as the model writes it
+    report: str = ""  # as it stands in the field, which a person may have changed
+    _claiming: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def put(self, scan: OpenScan) -> None:
+        """A new scan: whatever was said about the one before ends and goes."""
+        self.close()
+        self.scan = scan
+
+    def clear(self) -> None:
+        """A new conversation about the same scan."""
+        self.stop()
+        self.turns = []
+
+    def stop(self) -> None:
+        """End the answer that is being written, if one is."""
+        if waiting := self.claim():
+            waiting.state = "stopped"
+        for turn in self.turns:
+            turn.stop.set()
+
+    def stop_draft(self) -> None:
+        """The same for the report."""
+        if self.draft is not None:
+            self.draft.stop.set()
+
+    def lay(self, overlay: Overlay) -> None:
+        self.overlay = overlay
+        self.overlays += 1
+
+    def close(self) -> None:
+        """Everything of the scan goes, whatever is being written ends."""
+        self.number += 1
+        self.clear()
+        self.stop_draft()
+        self.scan = self.features = self.draft = self.overlay = None
+        self.report = ""
+
+    def pose(self, question: str) -> Turn:
+        """The next turn, still waiting for its answer.
+
+        Raises:
+            ValueError: there is no scan or no question, the question is too long, or an answer is still being written; one sentence.
+        """
+        question = question.strip()
+        if self.scan is None:
+            raise ValueError(NO_SCAN)
+        if not question:
+            raise ValueError(NO_QUESTION)
+        if len(question) > MOST_CHARACTERS:
+            raise ValueError(f"The question has {len(question)} characters but at most {MOST_CHARACTERS} are taken; ask a shorter one.")
+        if self.turns and self.turns[-1].open:
+            raise ValueError(BUSY)
+        self.turns.append(Turn(question))
+        return self.turns[-1]
+
+    def pose_again(self, question: str | None = None) -> Turn:
+        """The last question once more, or another one in its place. Raises ValueError as `pose` does."""
+        if not self.turns:
+            raise ValueError(NO_QUESTION)
+        if self.turns[-1].open:
+            raise ValueError(BUSY)
+        last = self.turns.pop()
+        try:
+            return self.pose(last.question if question is None else question)
+        except ValueError:
+            self.turns.append(last)
+            raise
+
+    def claim(self) -> Turn | None:
+        """The turn that waits for an answer, now being written by whoever called; None where none waits."""
+        with self._claiming:
+            turn = self.turns[-1] if self.turns else None
+            if turn is None or turn.state != "waiting":
+                return None
+            turn.state = "writing"
+            return turn
+
+    def answer(self, chat: Any, turn: Turn, **sampling: Any) -> Iterator[Turn]:
+        """Let the model write a claimed turn's answer; yields it at first and after each piece. It ends when the turn is told to stop."""
+        yield turn
+        earlier = self.turns[: self.turns.index(turn)] if turn in self.turns else []
+        try:
+            yield from self._write(chat, turn, history(earlier), **sampling)
+        except ValueError as error:
+            turn.state, turn.answer = "failed", str(error)
+        except BaseException:  # the program's own mistake, or a page that went away: the turn must not stay open
+            turn.state = "failed"
+            raise
+        yield turn
+
+    def _write(self, chat: Any, turn: Turn, earlier: list[dict[str, str]], **sampling: Any) -> Iterator[Turn]:
+        pieces = chat.stream(self.encoded(chat), turn.question, history=earlier, **sampling)
+        try:
+            while not turn.stop.is_set():
+                turn.answer += next(pieces)
+                yield turn
+            turn.state = "stopped"
+        except StopIteration as end:
+            said = end.value
+            if not turn.answer.strip():
+                raise ValueError(NO_ANSWER) from None
+            turn.seconds, turn.tokens, turn.confidence, turn.state = said.seconds, said.tokens, said.confidence, "done"
+        finally:
+            pieces.close()
+
+    def encoded(self, chat: Any) -> Any:
+        """The scan as the language model gets it, computed once."""
+        scan, number = self.scan, self.number
+        if scan is None:
+            raise ValueError(NO_SCAN)
+        features = self.features
+        if features is None:
+            features = chat.encode(scan.volume)
+            if number == self.number:
+                self.features = features
+        return features
+
+
+def history(turns: list[Turn]) -> list[dict[str, str]]:
+    """What the model is told was said before: answered and stopped turns, not failed ones."""
+    messages = []
+    for turn in turns:
+        if turn.state in ("done", "stopped") and turn.answer.strip():
+            messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
+    return messages
+
+
+class Sessions:
+    """All desks, by the name that Gradio gives a browser session."""
+
+    def __init__(self, most: int = MOST_SESSIONS) -> None:
+        self._by_name: OrderedDict[str, Session] = OrderedDict()
+        self._most, self._lock = most, threading.Lock()
+
+    def of(self, name: str) -> Session:
+        """The session of that name, a new one at its first sign of life; above `most`, the one that rested longest is closed."""
+        with self._lock:
+            session = self._by_name.setdefault(name, Session())
+            self._by_name.move_to_end(name)
+            surplus = self._by_name.popitem(last=False)[1] if len(self._by_name) > self._most else None
+        if surplus is not None:
+            surplus.close()
+        return session
+
+    def by_token(self, token: str) -> Session | None:
+        with self._lock:
+            return next((session for session in self._by_name.values() if secrets.compare_digest(session.token, token)), None)
+
+    def close(self, name: str) -> None:
+        with self._lock:
+            session = self._by_name.pop(name, None)
+        if session is not None:
+            session.close()
+
+    def __len__(self) -> int:
+        return len(self._by_name)

@@ -1,0 +1,173 @@
+// The viewer: three linked planes of a volume that the browser holds, drawn on 2D canvases. No library, no network beyond this server.
+//
+// gr.HTML runs this file once, with `element` (its root, filled by viewer.html), `props` and `watch`. `props.value` is
+// {scan, overlay}: `scan` are the facts of viewer.py's Picture and the `url` of its bytes, `overlay` the same for a heat map.
+// Display axes are z, y, x (viewer.py); `at` is the crosshair in voxels along them.
+
+const find = (selector) => element.querySelector(selector);
+
+let scan = null, voxels = null, overlay = null, heat = null;
+let at = [0, 0, 0], low = 0, high = 1, tool = "cross", opacity = 0.5, marks = true;
+let table = new Uint8Array(65536);
+let wanted = "", wantedHeat = "", pending = false;
+const panes = {};
+
+function refresh() {
+  if (pending || !scan) return;
+  pending = true;
+  requestAnimationFrame(() => {
+    pending = false;
+    if (!scan) return;
+    for (const pane of Object.values(panes)) pane.draw();
+    const stored = voxels[(at[0] * scan.shape[1] + at[1]) * scan.shape[2] + at[2]];
+    find(".value").textContent = `${Number((scan.slope * stored + scan.intercept).toPrecision(4))} ${scan.unit}`.trim();
+    element.dataset.at = at.join(",");  // for whoever drives the page
+  });
+}
+
+function setWindow(from, to) {
+  [low, high] = [from, Math.max(to, from + 1e-6 * Math.max(1, Math.abs(from)))];
+  for (let index = 0; index < 65536; index++) {
+    table[index] = clamp(Math.round(255 * (scan.slope * (index - 32768) + scan.intercept - low) / (high - low)), 0, 255);
+  }
+  find(".level").value = Number(((low + high) / 2).toPrecision(4));
+  find(".width").value = Number((high - low).toPrecision(4));
+  for (const button of element.querySelectorAll(".presets button")) {
+    button.setAttribute("aria-pressed", Number(button.dataset.low) === low && Number(button.dataset.high) === high);
+  }
+  refresh();
+}
+
+function dragWindow(right, down) {
+  const step = (scan.window[1] - scan.window[0]) / 300, width = Math.max(high - low + 2 * right * step, 2 * step);
+  const level = (low + high) / 2 - down * step;
+  setWindow(level - width / 2, level + width / 2);
+}
+
+function reset() {
+  for (const pane of Object.values(panes)) pane.home();
+  setWindow(...scan.window);
+}
+
+function enlarge(name) {
+  const stage = find(".stage");
+  stage.dataset.large = stage.dataset.large === name ? "" : name;
+  refresh();
+}
+
+function say(words, kind = "") {
+  const sign = find(".sign");
+  sign.textContent = words;
+  sign.dataset.kind = kind;
+  sign.hidden = !words;
+}
+
+async function fetchBytes(url, total, progress) {
+  const answer = await fetch(url);
+  if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
+  const bytes = new Uint8Array(total), reader = answer.body.getReader();
+  let done = 0;
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    bytes.set(part.value, done);
+    done += part.value.length;
+    progress(Math.round(100 * done / total));
+  }
+  if (done !== total) throw new Error("the connection broke off");
+  return bytes.buffer;
+}
+
+async function open(facts) {
+  wanted = facts.url;
+  say("Loading the picture");
+  const count = facts.shape.reduce((product, length) => product * length, 1);
+  try {
+    const bytes = await fetchBytes(facts.url, 2 * count, (percent) => wanted === facts.url && say(`Loading the picture, ${percent} %`));
+    if (wanted !== facts.url) return;  // another scan was opened meanwhile
+    [scan, voxels, overlay, heat] = [facts, new Int16Array(bytes), null, null];
+  } catch (error) {
+    if (wanted === facts.url) { wanted = ""; say(`The picture could not be loaded: ${error.message}. Open the scan again.`, "error"); }
+    return;
+  }
+  at = scan.shape.map((length) => Math.floor((length - 1) / 2));
+  const presets = find(".presets");
+  presets.replaceChildren(...scan.presets.map(([name, from, to], index) => {
+    const button = document.createElement("button");
+    [button.type, button.textContent, button.title] = ["button", name, `${from} to ${to} HU (key ${index + 1})`];
+    [button.dataset.low, button.dataset.high] = [from, to];
+    button.addEventListener("click", () => setWindow(from, to));
+    return button;
+  }));
+  find(".workstation").dataset.state = "open";
+  find(".note").textContent = scan.note;
+  for (const pane of Object.values(panes)) pane.open();
+  say("");
+  setWindow(...scan.window);
+}
+
+function uncover() {
+  [overlay, heat] = [null, null];
+  find(".overlay").hidden = true;
+  refresh();
+}
+
+async function lay(facts) {
+  wantedHeat = facts ? facts.url : "";
+  if (!facts) return uncover();
+  find(".overlay").hidden = false;
+  find(".overlay .label").textContent = facts.label;
+  const count = facts.shape.reduce((product, length) => product * length, 1);
+  try {
+    const bytes = await fetchBytes(facts.url, count, () => {});
+    if (wantedHeat !== facts.url || !scan) return;
+    [overlay, heat] = [facts, new Uint8Array(bytes)];
+    at = facts.peak.map((place, axis) => clamp(place, 0, scan.shape[axis] - 1));
+    refresh();
+  } catch (error) {
+    if (wantedHeat === facts.url) find(".overlay .label").textContent = `The overlay could not be loaded: ${error.message}.`;
+  }
+}
+
+async function update() {
+  const { scan: facts, overlay: heatFacts } = props.value || {};
+  if (facts && facts.url !== wanted) await open(facts);
+  if (scan && facts && facts.url === scan.url && (heatFacts ? heatFacts.url : "") !== wantedHeat) await lay(heatFacts);
+}
+
+for (const name of Object.keys(PLANES)) panes[name] = new Pane(name);
+for (const button of element.querySelectorAll("[data-tool]")) {
+  button.addEventListener("click", () => {
+    tool = button.dataset.tool;
+    for (const other of element.querySelectorAll("[data-tool]")) other.setAttribute("aria-pressed", other === button);
+    find(".stage").dataset.tool = tool;
+  });
+}
+for (const [name, act] of Object.entries({ reset, uncover, closer: () => scaleAll(1.25), farther: () => scaleAll(0.8) })) {
+  find(`[data-do="${name}"]`).addEventListener("click", () => scan && act());
+}
+function scaleAll(factor) { for (const pane of Object.values(panes)) pane.scale(factor); }
+for (const field of [".level", ".width"]) {
+  find(field).addEventListener("change", () => {
+    const level = Number(find(".level").value), width = Number(find(".width").value);
+    if (scan && Number.isFinite(level) && width > 0) setWindow(level - width / 2, level + width / 2);
+    else if (scan) setWindow(low, high);
+  });
+}
+find(".overlay input").addEventListener("input", (event) => { opacity = event.target.value / 100; refresh(); });
+new ResizeObserver(refresh).observe(find(".stage"));
+
+// A file dropped on the viewer, or a click on the empty one, goes to Gradio's own field, which checks and uploads it.
+const field = () => document.querySelector("#loader input[type=file]");
+const stage = find(".stage");
+stage.addEventListener("dragover", (event) => { event.preventDefault(); stage.dataset.over = "yes"; });
+stage.addEventListener("dragleave", () => { delete stage.dataset.over; });
+stage.addEventListener("drop", (event) => {
+  event.preventDefault();
+  delete stage.dataset.over;
+  if (!field() || !event.dataTransfer.files.length) return;
+  field().files = event.dataTransfer.files;
+  field().dispatchEvent(new Event("change", { bubbles: true }));
+});
+find(".invite").addEventListener("click", () => field() && field().click());
+
+watch("value", update);
+update();

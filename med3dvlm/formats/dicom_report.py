@@ -1,0 +1,171 @@
+"""A report as a DICOM Structured Report about the DICOM files that a scan was read from.
+
+To be filed with its study a report has to name the patient. Nothing of that is kept when a scan is read: the headers are read again here, and
+go from the user's own files into the user's own report and nowhere else. highdicom writes the report and is given no patient, since its
+messages quote what it is given; patient and study are copied beside it, as they stand in the files.
+
+The tree is that of a basic diagnostic imaging report (DICOM PS3.16, TID 2000): sections of text. It is an Enhanced SR, marked as partial,
+preliminary and unverified, and says in its first words that it is research output.
+"""
+
+import io
+import warnings as python_warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from med3dvlm.formats import archive, dicom
+from med3dvlm.formats.base import VolumeError
+from med3dvlm.formats.dicom_header import damaged_slices, dicom_files
+
+UTF_8 = "ISO_IR 192"
+SERIES_NUMBER = 9000  # far from those that scanners give
+SERIES_DESCRIPTION = "Draft by a model, research, unverified"
+REFERENCE = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
+# What files the report with its patient and study; PatientIdentityRemoved and its method keep a de-identified study marked as such.
+IDENTITY = """PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex PatientIdentityRemoved DeidentificationMethod
+    StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName""".split()
+MUST_BE_THERE = """PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber
+    ReferringPhysicianName""".split()  # empty where the files state none
+# Section -> codes and meanings of the section and of a text in it (DICOM PS3.16, CID 7001 and 7002)
+CODES = {
+    "History": (("121060", "History"), ("121060", "History")),
+    "Technique": (("121064", "Current Procedure Descriptions"), ("121065", "Procedure Description")),
+    "Comparison": (("121068", "Previous Findings"), ("121069", "Previous Finding")),
+    "Findings": (("121070", "Findings"), ("121071", "Finding")),
+    "Impression": (("121072", "Impressions"), ("121073", "Impression")),
+    "Conclusion": (("121076", "Conclusions"), ("121077", "Conclusion")),
+    "Recommendation": (("121074", "Recommendations"), ("121075", "Recommendation")),
+    "Summary": (("121111", "Summary"), ("121071", "Finding")),
+}
+
+
+def structured_report(
+    path: Path, source: str, series: int | None, notice: str, sections: Sequence[tuple[str, Sequence[str]]], software: str
+) -> bytes:
+    """The bytes of a DICOM file: a report about the scan that `formats.read` gives for the first three arguments.
+
+    Args:
+        notice: what stands before everything else.
+        sections: headings, keys of `CODES`, each with its texts.
+        software: name and version of what wrote it.
+
+    Raises:
+        VolumeError: the path holds no DICOM scan, its files lack the numbers (UIDs) to refer to, or their values cannot be written.
+    """
+    with python_warnings.catch_warnings():  # pydicom's quote values, which may tell who the patient is
+        python_warnings.simplefilter("ignore")
+        with _files(path, source, series) as files:
+            headers = [_header(file, source) for file in files]
+            report = _document(headers, notice, sections, software)
+            stream = io.BytesIO()
+            try:
+                _identify(report, headers[0])
+                report.save_as(stream, enforce_file_format=True)
+            except Exception:  # pydicom raises nearly anything on values that break the standard, and quotes them
+                raise VolumeError(
+                    f"{source}: what the DICOM files say of patient and study breaks the standard, so no structured report can carry it; "
+                    "save the report as text, Markdown or JSON."
+                ) from None
+    return stream.getvalue()
+
+
+@contextmanager
+def _files(path: Path, source: str, series: int | None) -> Iterator[list[Path]]:
+    """The files of the scan; those of an archive are gone afterwards."""
+    if path.is_file() and not dicom.is_dicom(path) and path.suffix.lower() == ".zip":
+        with archive.unpacked(path, source) as folder, _files(folder, source, series) as files:
+            yield files
+        return
+    if not path.exists():
+        raise VolumeError(f"{source}: the scan is no longer there, and a DICOM report is made from its files; give the scan again.")
+    if not (dicom.is_dicom(path) if path.is_file() else dicom_files(path, source)[0]):
+        raise VolumeError(
+            f"{source}: the scan was not DICOM, so there is no study to file a DICOM report with; save it as text, Markdown or JSON."
+        )
+    yield dicom.files_of(path, source, series)
+
+
+def _header(file: Path, source: str) -> Any:
+    """What refers to the file and what it says of patient and study.
+
+    Raises:
+        VolumeError: it is damaged or has no UIDs.
+    """
+    import pydicom
+
+    try:
+        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*REFERENCE, *IDENTITY, "SpecificCharacterSet"], force=True)
+        header.decode()  # texts, by the character set that the file names
+        missing = [keyword for keyword in REFERENCE if not header.get(keyword)]
+    except Exception:
+        raise damaged_slices(1, source) from None
+    if missing:
+        raise VolumeError(f"{source}: the DICOM files state no {missing[0]}, by which a report would refer to them; export them again.")
+    return header
+
+
+def _document(headers: Sequence[Any], notice: str, sections: Sequence[tuple[str, Sequence[str]]], software: str) -> Any:
+    """The report, of nobody yet."""
+    from highdicom import UID
+    from highdicom.sr import (
+        CodedConcept,
+        ContainerContentItem,
+        ContentSequence,
+        DeviceObserverIdentifyingAttributes,
+        EnhancedSR,
+        LanguageOfContentItemAndDescendants,
+        ObserverContext,
+        RelationshipTypeValues,
+        TextContentItem,
+    )
+    from highdicom.sr.templates import DEFAULT_LANGUAGE
+    from pydicom.dataset import Dataset
+    from pydicom.sr.codedict import codes
+
+    def coded(code: tuple[str, str]) -> CodedConcept:
+        return CodedConcept(code[0], "DCM", code[1])
+
+    def text(code: tuple[str, str], words: str) -> TextContentItem:
+        return TextContentItem(coded(code), words, relationship_type=RelationshipTypeValues.CONTAINS)
+
+    root = ContainerContentItem(codes.LN.DiagnosticImagingReport, is_content_continuous=False, template_id="2000")
+    observer = DeviceObserverIdentifyingAttributes(UID(), name=software)
+    items = ContentSequence()
+    items.extend(LanguageOfContentItemAndDescendants(DEFAULT_LANGUAGE))
+    items.extend(ObserverContext(codes.DCM.Device, observer))
+    items.append(text(("121106", "Comment"), notice))
+    for heading, texts in sections:
+        of_section, of_text = CODES[heading]
+        section = ContainerContentItem(coded(of_section), is_content_continuous=False, relationship_type=RelationshipTypeValues.CONTAINS)
+        section.ContentSequence = ContentSequence([text(of_text, words) for words in texts])
+        items.append(section)
+    root.ContentSequence = items
+
+    evidence = []
+    for header in headers:
+        reference = Dataset()
+        reference.update({keyword: header.get(keyword) for keyword in REFERENCE} | dict.fromkeys(MUST_BE_THERE))
+        evidence.append(reference)
+    return EnhancedSR(
+        evidence,
+        root,
+        series_instance_uid=UID(),
+        series_number=SERIES_NUMBER,
+        sop_instance_uid=UID(),
+        instance_number=1,
+        manufacturer=software,
+        is_complete=False,
+        is_final=False,
+        is_verified=False,
+        series_description=SERIES_DESCRIPTION,
+        specific_character_set=UTF_8,
+    )
+
+
+def _identify(report: Any, header: Any) -> None:
+    """Copy patient and study as they stand in a header, but for the character set."""
+    for keyword in IDENTITY:
+        if keyword in header:
+            report[keyword] = header[keyword]

@@ -1,0 +1,292 @@
+"""The page in a real browser: Chromium, driven by Playwright, against a model that only repeats what it was given."""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from med3dvlm.prompts import RESEARCH_NOTICE
+
+from .conftest import files_with_content
+from .test_programs import wait_for
+from .test_scans import dicom_series
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium; .ci/run installs Debian's")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+expect = sync_api.expect
+PATIENCE = 60_000  # ms, for a machine that is busy with other tests
+expect.set_options(timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: sync_api.Browser, server: SimpleNamespace) -> Iterator[Callable[..., sync_api.Page]]:
+    """visit(width, height, color_scheme) is the page of a new person. At the end no page may have complained or asked another machine."""
+    complaints, contexts = [], []
+
+    def open_page(width: int = 1280, height: int = 800, color_scheme: str = "light") -> sync_api.Page:
+        contexts.append(browser.new_context(viewport={"width": width, "height": height}, color_scheme=color_scheme, accept_downloads=True))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: complaints.append(request.url) if not local(request.url, server.address) else None)
+        page.goto(server.address)
+        page.wait_for_selector(".workstation")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def local(url: str, address: str) -> bool:
+    return url.startswith((address, "data:", "blob:"))
+
+
+def upload(page: sync_api.Page, *paths: Path) -> None:
+    page.locator("#loader input[type=file]").set_input_files(paths)
+
+
+def opened(page: sync_api.Page, *paths: Path) -> None:
+    upload(page, *paths)
+    page.wait_for_selector(".workstation[data-state=open]")
+    page.wait_for_function("document.querySelector('.stage .count').textContent.includes('/')")
+
+
+def ask(page: sync_api.Page, words: str) -> None:
+    page.get_by_label("Your question").fill(words)
+    page.get_by_label("Your question").press("Enter")
+
+
+def count(page: sync_api.Page, plane: str = "axial") -> str:
+    return page.locator(f"[data-plane={plane}] .count").text_content() or ""
+
+
+def grey(page: sync_api.Page, plane: str = "axial") -> int:
+    """A hundred times the mean red of the plane's canvas: it tells two pictures apart."""
+    return page.evaluate(
+        """plane => { const canvas = document.querySelector(`[data-plane=${plane}] canvas`);
+        const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+        return Math.round(400 * pixels.reduce((sum, value, index) => sum + (index % 4 ? 0 : value), 0) / pixels.length) }""",
+        plane,
+    )
+
+
+@contextmanager
+def changes(look: Callable[[], object]) -> Iterator[None]:
+    before = look()
+    yield
+    wait_for(lambda: look() != before)
+
+
+def test_look_and_ask(visit, server, scan) -> None:
+    page = visit(1600, 1000, "dark")
+    expect(page.get_by_text(RESEARCH_NOTICE)).to_be_visible()
+    expect(page.get_by_text("No scan yet")).to_be_visible()
+    ask(page, "Anything?")
+    expect(page.locator(".conversation .plea")).to_contain_text("open a scan first")
+    assert page.get_by_label("Your question").input_value() == "Anything?"
+    opened(page, scan())
+    assert "Doe" not in page.content()
+    for fact in ("NIfTI", "10 × 20 × 30", "2.5 × 1 × 1 mm", "SAR, axial slices", "Hounsfield units"):
+        expect(page.locator("#facts")).to_contain_text(fact)
+    assert "5 / 10" in count(page) and "10.0 mm" in count(page)
+
+    axial = page.locator("[data-plane=axial] canvas")
+    axial.hover()
+    with changes(lambda: count(page)):
+        page.mouse.wheel(0, 100)
+    assert "6 / 10" in count(page)
+    with changes(lambda: count(page, "coronal")):
+        axial.click(position={"x": 60, "y": 300})  # the crosshair moves the other planes
+    with changes(lambda: grey(page)):
+        page.get_by_role("button", name="Lung").click()
+    assert page.get_by_label("Window width").input_value() == "1500"
+    with changes(lambda: page.get_by_label("Window width").input_value()):
+        axial.hover()
+        page.mouse.down(button="right")
+        page.mouse.move(700, 500, steps=3)
+        page.mouse.up(button="right")
+    with changes(lambda: grey(page)):
+        page.get_by_label("Zoom in").click()
+    with changes(lambda: grey(page)):
+        page.get_by_role("button", name="Reset").click()
+    assert page.get_by_label("Window width").input_value() == "400"
+    axial.dblclick(position={"x": 200, "y": 200})
+    expect(page.locator("[data-plane=coronal]")).to_be_hidden()
+    axial.dblclick(position={"x": 200, "y": 200})
+    expect(page.locator("[data-plane=coronal]")).to_be_visible()
+
+    ask(page, "<img src=x onerror=document.title='run'>")
+    answer = page.locator(".answered").last
+    expect(answer).to_contain_text("confidence 90 %")
+    expect(answer).to_contain_text("10 slices. <b><img src=x onerror=document.title='run'></b> ${1 + 1} & 0")
+    expect(answer).to_contain_text("1.5 s · 10 tokens")
+    assert page.title() == "Med3DVLM" and page.locator(".conversation img").count() == 0
+    assert "whether they are true" in (answer.locator(".chip").get_attribute("title") or "")
+    ask(page, "doubtful?")
+    expect(page.locator(".answered").last).to_contain_text("low confidence, 25 %")
+    page.get_by_role("button", name="Retry").click()
+    wait_for(lambda: len(server.parrot.histories[-1]) == 2 and "done" in (page.locator(".answered").last.get_attribute("class") or ""))
+    page.get_by_role("button", name="Edit").click()
+    page.get_by_label("The question, to be changed").fill("Changed?")
+    page.get_by_role("button", name="Ask again").click()
+    expect(page.locator(".answered").last).to_contain_text("<b>Changed?</b> ${1 + 1} & 2")
+    assert page.locator(".turn").count() == 2
+    page.get_by_role("button", name="Clear conversation").click()
+    expect(page.get_by_text("Ask about the scan", exact=True)).to_be_visible()
+
+
+def test_stop_sampling_and_a_page_that_is_closed_while_an_answer_streams(visit, server, scan) -> None:
+    page = visit()
+    opened(page, scan())
+    ask(page, "slowly")
+    page.get_by_role("button", name="Stop").first.click()
+    expect(page.locator(".answered").last).to_contain_text("stopped")
+    page.get_by_role("button", name="Sampling").click()
+    page.locator("#sampling input[type=number]").first.fill("0.5")
+    page.locator("#sampling input[type=number]").first.press("Enter")
+    ask(page, "Sampled?")
+    expect(page.locator(".answered").last).to_contain_text("confidence")
+    assert server.parrot.sampling[-1] == {"temperature": 0.5, "top_p": 1}
+    ask(page, "slowly once more")
+    wait_for(lambda: server.parrot.running)
+    page.close()
+    wait_for(lambda: not server.parrot.running)
+    assert files_with_content(server.uploads) == []
+
+
+def test_what_cannot_be_read_is_said_where_one_looks_and_the_open_scan_stays(visit, scan, tmp_path) -> None:
+    page = visit(820, 1180)
+    opened(page, scan())
+    wrong = tmp_path / "<b>notes.nii.gz"
+    wrong.write_bytes(b"not a scan")
+    upload(page, wrong)
+    expect(page.locator("#status .bar.error")).to_contain_text("cannot be read as")
+    expect(page.locator("#loader input[type=file]")).to_be_attached()
+    ask(page, "word " * 10_000)
+    expect(page.locator(".conversation .plea")).to_contain_text("at most 4000")
+    ask(page, " ")
+    expect(page.locator(".conversation .plea")).to_contain_text("type a question")
+    ask(page, "too small")
+    expect(page.locator(".answered.failed")).to_contain_text("The volume is too small for the encoder.")
+    ask(page, "still there?")
+    expect(page.locator(".answered").last).to_contain_text("10 slices.")
+    large = tmp_path / "large.npy"
+    large.write_bytes(bytes(2**20 + 1))
+    upload(page, large)
+    expect(page.get_by_text(re.compile("size", re.I)).last).to_be_visible()
+
+
+def test_a_dicom_series_is_reported_and_saved(visit, tmp_path) -> None:
+    page = visit()
+    opened(page, *dicom_series(tmp_path / "series"))
+    expect(page.locator("#facts")).to_contain_text("DICOM series")
+    expect(page.locator("#notice")).to_contain_text("Unlike <anything> seen in training.")
+    page.get_by_role("tab", name="Report").click()
+    page.get_by_role("button", name="Draft the report").click()
+    expect(page.locator(".reading .chip.present")).to_have_text("lung nodule")
+    expect(page.locator(".reading .chip.absent")).to_have_text("pleural effusion")
+    expect(page.locator(".reading")).to_contain_text("Impression")
+    page.locator("#report textarea").press("Control+End")
+    page.locator("#report textarea").type(" Ascites is present.")
+    expect(page.locator(".reading .chip.present")).to_have_count(2)
+    for label, words in (("Text", b"Ascites is present."), ("JSON", b'"sections"'), ("DICOM", b"DICM")):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=label).click()
+        assert words in Path(download.value.path()).read_bytes()
+
+
+def test_where_it_looked_and_what_is_similar(visit, scan) -> None:
+    page = visit()
+    opened(page, scan())
+    plain = grey(page)
+    ask(page, "Which organ?")
+    with changes(lambda: grey(page)):
+        page.get_by_role("button", name="Where did it look?").click()
+    expect(page.locator(".overlay .label")).to_have_text("What moved the answer to “Which organ?”")
+    page.get_by_role("button", name="Hide").click()
+    expect(page.locator(".overlay")).to_be_hidden()
+    page.get_by_label("A finding to look for").fill("An effusion")
+    page.get_by_label("A finding to look for").press("Enter")
+    expect(page.locator(".overlay .label")).to_have_text("Where the scan resembles “An effusion”")
+    covered = grey(page)
+    with changes(lambda: grey(page)):
+        page.get_by_label("Overlay opacity").fill("0")
+    assert grey(page) < covered and covered > plain
+    page.get_by_label("A finding to look for").fill("nothing")
+    page.get_by_label("A finding to look for").press("Enter")
+    expect(page.locator("#status .bar.error")).to_have_text("The phrase says nothing.")
+    page.get_by_role("tab", name="Similar cases").click()
+    page.get_by_role("button", name="Find similar cases").click()
+    expect(page.locator(".cases article")).to_have_count(2)
+    expect(page.locator(".cases")).to_contain_text("<b>Clear</b> lungs.")
+
+
+def test_two_people_see_their_own_scan(visit, scan) -> None:
+    one, two = visit(), visit()
+    opened(one, scan(10))
+    opened(two, scan(12))
+    ask(one, "slowly mine?")
+    ask(two, "Mine?")  # while the other's answer is written
+    expect(two.locator(".answered").last).to_contain_text("12 slices. <b>Mine?</b>")
+    expect(one.locator(".answered.writing")).to_contain_text("10 slices.")
+    assert "/ 12" in count(two) and "/ 10" in count(one)
+    one.get_by_role("button", name="Stop").first.click()
+
+
+def test_everything_works_by_keyboard(visit) -> None:
+    page = visit()
+    page.get_by_role("button", name="Chest phantom").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".workstation[data-state=open]")
+    page.locator("[data-plane=axial]").focus()
+    page.wait_for_function("document.querySelector('[data-plane=axial]').getAttribute('aria-valuetext')")
+    with changes(lambda: count(page)):
+        page.keyboard.press("ArrowDown")
+    with changes(lambda: grey(page)):
+        page.keyboard.press("2")
+    assert page.get_by_label("Window width").input_value() == "1500"
+    for key in ("+", "r", "c"):
+        with changes(lambda: grey(page)):
+            page.keyboard.press(key)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.dataset.plane") == "coronal"
+    page.get_by_label("Your question").focus()
+    page.keyboard.type("Typed?")
+    page.keyboard.press("Enter")
+    expect(page.locator(".answered").last).to_contain_text("<b>Typed?</b>")
+    hint = page.locator(".hint").first
+    hint.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn")).to_have_count(2)
+
+
+@pytest.mark.parametrize(("width", "height", "scheme"), [(1600, 1000, "light"), (1280, 800, "dark"), (820, 1180, "dark")])
+def test_nothing_is_cut_off_at_any_size(visit, width, height, scheme) -> None:
+    page = visit(width, height, scheme)
+    page.get_by_role("button", name="Abdomen phantom").click()
+    page.wait_for_selector(".workstation[data-state=open]")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    boxes = [page.locator(part).bounding_box() for part in ("#left", "#right", ".masthead", ".stage", "#question")]
+    assert all(box and box["x"] >= 0 and box["x"] + box["width"] <= width + 1 for box in boxes)
+    left, right = boxes[:2]
+    assert right["y"] >= left["y"] + left["height"] if width < 1000 else right["x"] >= left["x"] + left["width"]
+    assert boxes[3]["width"] > 0.5 * min(width, 1000)
+    shades = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).slice(0, 3).map(Number)")
+    assert (max(shades) < 80) == (scheme == "dark")

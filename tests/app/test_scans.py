@@ -1,0 +1,118 @@
+"""Uploads to open scans: every format, several files of a DICOM series, names that say who it is, examples, and what is left on the disk."""
+
+import gc
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from scans import EXAMPLES, example, read_uploads
+
+from med3dvlm.volume import VolumeError
+
+from .conftest import files_with_content
+
+LIMIT = 2**30
+
+
+def dicom_series(folder: Path, slices: int = 6) -> list[Path]:
+    """CT slices 2 mm apart under names of a person."""
+    folder.mkdir(parents=True, exist_ok=True)
+    series, study, paths = generate_uid(), generate_uid(), []
+    for number in range(slices):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        file = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
+        file.SOPClassUID, file.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        file.SeriesInstanceUID, file.StudyInstanceUID, file.Modality = series, study, "CT"
+        file.PatientName, file.PatientID, file.PatientSex, file.PatientBirthDate = "Doe^Jane", "4711", "F", "19700101"
+        file.StudyDate, file.StudyTime, file.StudyID, file.AccessionNumber, file.ReferringPhysicianName = (
+            "20200101",
+            "120000",
+            "1",
+            "2",
+            "Roe",
+        )
+        file.ImagePositionPatient, file.ImageOrientationPatient = [0, 0, 2 * number], [1, 0, 0, 0, 1, 0]
+        file.PixelSpacing, file.Rows, file.Columns = [0.5, 0.5], 20, 30
+        file.BitsAllocated = file.BitsStored = 16
+        file.HighBit, file.PixelRepresentation, file.SamplesPerPixel, file.PhotometricInterpretation = 15, 1, 1, "MONOCHROME2"
+        file.RescaleSlope, file.RescaleIntercept = 1, -1024
+        file.PixelData = np.random.default_rng(number).integers(0, 2000, (20, 30)).astype("<i2").tobytes()
+        path = folder / f"Doe Jane.{number:03d}"
+        pydicom.dcmwrite(path, file, enforce_file_format=True)
+        paths.append(path)
+    return paths
+
+
+def uploaded(tmp_path: Path, *sources: Path) -> list[Path]:
+    """Copies of the files, as Gradio leaves them: each in a folder of its own."""
+    copies = []
+    for number, source in enumerate(sources):
+        copies.append(tmp_path / "uploads" / str(number) / source.name)
+        copies[-1].parent.mkdir(parents=True)
+        shutil.copy(source, copies[-1])
+    return copies
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha", ".npy"])
+def test_every_format_is_read_and_deleted(tmp_path, scan, ending) -> None:
+    source = tmp_path / f"Doe_Jane{ending}"
+    image = SimpleITK.ReadImage(str(scan()))
+    if ending == ".npy":
+        np.save(source, SimpleITK.GetArrayFromImage(image))
+    else:
+        SimpleITK.WriteImage(image, str(source))
+    read = read_uploads(uploaded(tmp_path, source), LIMIT)
+    np.testing.assert_array_equal(read.volume.array, SimpleITK.GetArrayFromImage(image))
+    assert "Doe" not in f"{read.facts} {read.warnings} {read.volume.source}" and read.files is None
+    assert files_with_content(tmp_path / "uploads") == []
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_dicom_series_keeps_its_files_as_long_as_it_is_open(tmp_path, packed) -> None:
+    sources = dicom_series(tmp_path / "series")
+    if packed:
+        with zipfile.ZipFile(tmp_path / "Doe.zip", "w") as archive:
+            for source in sources:
+                archive.write(source, source.name)
+        sources = [tmp_path / "Doe.zip"]
+    read = read_uploads(uploaded(tmp_path, *sources[::-1]), LIMIT)
+    assert read.volume.shape == (6, 20, 30) and read.volume.spacing == pytest.approx((2, 0.5, 0.5)) and read.volume.unit == "HU"
+    np.testing.assert_array_equal(read.volume.array[3], np.random.default_rng(3).integers(0, 2000, (20, 30)) - 1024)
+    assert "Doe" not in f"{read.facts} {read.warnings} {read.files}" and read.files.exists()
+    kept = files_with_content(tmp_path / "uploads")
+    assert len(kept) == len(sources) and not any("Doe" in str(path) for path in kept)
+    del read
+    gc.collect()
+    assert files_with_content(tmp_path / "uploads") == []
+
+
+def test_files_that_are_no_series_get_a_sentence_without_their_names(tmp_path, scan) -> None:
+    for sources, words in (
+        ([scan(), scan(12)], "not all are of one DICOM series"),
+        ([*dicom_series(tmp_path / "series"), scan()], "not all are of one DICOM series"),
+    ):
+        with pytest.raises(VolumeError, match=words) as told:
+            read_uploads(uploaded(tmp_path / words[:3] / str(len(sources)), *sources), LIMIT)
+        assert "Doe" not in str(told.value)
+    notes = tmp_path / "Doe Jane.txt"
+    notes.write_text("no scan")
+    with pytest.raises(VolumeError) as told:
+        read_uploads(uploaded(tmp_path, notes, notes), LIMIT)
+    assert "Doe" not in str(told.value) and str(tmp_path) not in str(told.value)
+    assert files_with_content(tmp_path / "uploads") == []
+
+
+def test_examples_are_phantoms_that_stay_the_same() -> None:
+    for name in EXAMPLES:
+        scan = example(name)
+        assert scan is example(name)
+        assert scan.volume.unit == "HU" and scan.volume.plane == "axial" and "no patient" in scan.facts["Read from"]
+        assert scan.volume.array.min() < -900 and scan.volume.array.max() > 300

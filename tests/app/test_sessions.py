@@ -1,0 +1,100 @@
+"""Sessions without a page: who may ask when, what is remembered, and what a new scan or a closed page does to an answer being written."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from scans import example
+from sessions import BUSY, NO_SCAN, Session, Sessions, Turn, history
+
+from .conftest import Parrot
+
+
+def told(session: Session, parrot: Parrot, question: str) -> Turn:
+    session.pose(question)
+    turn = session.claim()
+    for _ in session.answer(parrot, turn):
+        pass
+    return turn
+
+
+@pytest.fixture
+def session() -> Session:
+    session = Session()
+    session.put(example("Chest phantom"))
+    return session
+
+
+def test_asking_again_replaces_the_last_question_and_its_answer(session) -> None:
+    parrot = Parrot()
+    told(session, parrot, "First?")
+    told(session, parrot, "Second?")
+    for words in (None, "Changed?"):
+        session.pose_again(words)
+        list(session.answer(parrot, session.claim()))
+        assert [message["content"] for message in parrot.histories[-1]][::2] == ["First?"]
+    assert [turn.question for turn in session.turns] == ["First?", "Changed?"]
+    with pytest.raises(ValueError, match="type a question"):
+        session.pose_again("  ")
+    assert [turn.question for turn in session.turns] == ["First?", "Changed?"]  # nothing lost
+    assert parrot.encoded == [len(session.scan.volume.array)]  # once for all answers
+
+
+def test_one_answer_at_a_time_and_only_one_writer(session) -> None:
+    session.pose("First?")
+    with pytest.raises(ValueError, match=BUSY):
+        session.pose("Second?")
+    with pytest.raises(ValueError, match=BUSY):
+        session.pose_again()
+    assert session.claim() is session.turns[0] and session.claim() is None
+
+
+def test_a_question_stopped_while_it_waits_is_never_written(session) -> None:
+    session.pose("First?")
+    session.stop()
+    assert session.turns[0].state == "stopped" and session.claim() is None
+    session.pose("Second?")
+    assert history(session.turns) == []
+
+
+def test_a_new_scan_ends_the_answer_about_the_old_one(session) -> None:
+    parrot = Parrot()
+    session.pose("slowly")
+    turn = session.claim()
+    writing = session.answer(parrot, turn)
+    while not turn.answer:
+        next(writing)
+    number = session.number
+    session.put(example("Abdomen phantom"))
+    list(writing)
+    assert turn.state == "stopped" and parrot.running == 0
+    assert session.turns == [] and session.features is None and session.number > number
+    session.close()
+    with pytest.raises(ValueError, match=NO_SCAN.split(":")[0]):
+        session.pose("Anything?")
+
+
+def test_the_models_own_mistake_leaves_no_turn_open(session) -> None:
+    def fail(*_: object, **__: object) -> Iterator[str]:
+        yield "The"
+        raise RuntimeError("the device was lost")
+
+    session.pose("First?")
+    turn = session.claim()
+    with pytest.raises(RuntimeError):
+        list(session.answer(SimpleNamespace(encode=id, stream=fail), turn))
+    assert turn.state == "failed"
+    session.pose("Second?")
+
+
+def test_above_the_limit_the_session_that_rested_longest_closes() -> None:
+    sessions = Sessions(most=2)
+    one, two = sessions.of("one"), sessions.of("two")
+    one.put(example("Chest phantom"))
+    two.put(example("Chest phantom"))
+    assert sessions.of("one") is one
+    three = sessions.of("three")
+    assert two.scan is None and one.scan is not None and len(sessions) == 2
+    assert sessions.by_token(one.token) is one and sessions.by_token(two.token) is None
+    sessions.close("one")
+    assert one.scan is None and sessions.of("three") is three

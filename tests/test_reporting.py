@@ -1,0 +1,104 @@
+"""Drafted reports: sections by their headings, findings with their state, and the files."""
+
+import json
+import re
+
+import pytest
+
+from med3dvlm.reporting import HEADINGS, UNVERIFIED, Report, Section, read_report, report_json, report_markdown, report_text
+
+PLAIN = "Axial CT of the chest. Lung nodule of 18 mm in the left upper lobe. No pleural effusion or emphysema."
+
+
+def sections(text: str) -> list[tuple[str, str]]:
+    return [(section.heading, section.text) for section in read_report(text).sections]
+
+
+def test_a_text_without_headings_is_findings() -> None:
+    assert sections(PLAIN) == [("Findings", PLAIN)]
+    assert read_report(PLAIN).findings == {"lung_nodule": "present", "pleural_effusion": "absent", "emphysema": "absent"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Findings: A nodule.\nImpression: Benign.",
+        "FINDINGS:\nA nodule.\n\nIMPRESSION:\nBenign.\n",
+        "Findings\nA nodule.\nImpression\nBenign.",
+        "**Findings:** A nodule.\n**Impression**: Benign.",
+        "## Findings\nA nodule.\n\n## Impression\nBenign.",
+        "Findings: A nodule. Impression: Benign.",
+        "Findings : A nodule.\r\nIMPRESSIONS : Benign.",
+        "A nodule.\nOpinion: Benign.",
+    ],
+)
+def test_headings_in_every_form(text: str) -> None:
+    assert sections(text) == [("Findings", "A nodule."), ("Impression", "Benign.")]
+
+
+def test_every_known_heading_opens_its_section() -> None:
+    written = {
+        "History": ["History", "Clinical information", "Clinical history", "Indication", "Reason for the examination"],
+        "Technique": ["Technique", "Procedure"],
+        "Comparison": ["Comparison", "Prior studies"],
+        "Findings": ["Findings", "Study findings", "Result", "Report", "Description"],
+        "Impression": ["Impression", "Impressions", "Opinion", "Assessment"],
+        "Conclusion": ["Conclusion", "Conclusions"],
+        "Recommendation": ["Recommendation", "Recommendations"],
+    }
+    assert set(written) == set(HEADINGS)
+    for heading, forms in written.items():
+        for form in forms:
+            assert sections(f"{form}: Words.") == sections(f"{form.upper()}\nWords.") == [(heading, "Words.")], form
+
+
+def test_words_that_are_no_headings() -> None:
+    for text in ("The findings of last year are unchanged.", "Results: none.".replace(":", " are"), "In conclusion, normal findings."):
+        assert sections(text) == [("Findings", text)]
+    assert sections("Technique: CT. The impression: is no heading within a sentence.")[0][0] == "Technique"
+    assert len(sections("Technique: CT. The impression: is no heading within a sentence.")) == 1
+
+
+def test_a_heading_that_comes_again_goes_on_and_an_empty_one_is_left_out() -> None:
+    assert sections("Findings: One.\nImpression:\nFindings: Two.") == [("Findings", "One.\nTwo.")]
+
+
+@pytest.mark.parametrize("text", ["", " \n\t", "Findings:\n\nImpression:", "\x00\x07"])
+def test_an_empty_report_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="draft or write it first"):
+        read_report(text)
+
+
+def test_the_files_hold_notice_sections_and_findings() -> None:
+    report = read_report("Findings: Possible emphysema.\nImpression: No nodule.")
+    assert report == Report((Section("Findings", "Possible emphysema."), Section("Impression", "No nodule.")), report.findings)
+    stated = {"emphysema": "uncertain", "lung_nodule": "absent"}
+    assert report.findings == stated
+    assert json.loads(report_json(report)) == {
+        "notice": UNVERIFIED,
+        "sections": [{"heading": "Findings", "text": "Possible emphysema."}, {"heading": "Impression", "text": "No nodule."}],
+        "findings": stated,
+    }
+    assert report_text(report) == (
+        f"{UNVERIFIED}\n\nFINDINGS\nPossible emphysema.\n\nIMPRESSION\nNo nodule.\n\n"
+        "RECOGNISED IN THE TEXT\nemphysema: uncertain\nlung nodule: absent\n"
+    )
+    assert report_markdown(report) == (
+        f"# Report\n\n> {UNVERIFIED}\n\n## Findings\n\nPossible emphysema.\n\n## Impression\n\nNo nodule.\n\n"
+        "## Recognised in the text\n\n- emphysema: uncertain\n- lung nodule: absent\n"
+    )
+    assert "not a medical device" in UNVERIFIED
+
+
+def test_what_was_saved_as_text_is_read_again() -> None:
+    report = read_report("Technique: CT.\nFindings: A nodule.\nRecommendation: None.")
+    body = report_text(report).split("\n\n", 1)[1].split("\n\nRECOGNISED")[0]
+    assert read_report(body) == report
+
+
+def test_signs_in_a_report_stay_signs_in_markdown() -> None:
+    """Undone by CommonMark's rule, a backslash before punctuation, nothing is left that is markup."""
+    text = "A <script>alert(1)</script> of *5* [mm](http://x) `code` & # \\ | {x}"
+    written = report_markdown(read_report(text)).split("## Findings\n\n")[1].strip()
+    assert not re.search(r"(?<!\\)(\\\\)*[<>*`\[#|]", written.replace("\\\\", ""))
+    assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", written) == text
