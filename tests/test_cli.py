@@ -454,3 +454,11 @@ print(type(AutoModel.from_pretrained(sys.argv[1])).__name__, type(AutoProcessor.
 """
     done = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["Med3DVLM", "Med3DVLMProcessor"]
+
+
+def test_chat_is_the_repositorys_page(tmp_path: Path, repository: Path) -> None:
+    """What it says of a folder without a model is the page's own sentence, with its exit code."""
+    command = [sys.executable, "-m", "med3dvlm.cli", "chat", str(tmp_path / "none"), "--port", "7999"]
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "none" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -9,12 +9,16 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm.datasets.phantom.anatomy import Acquisition, Body, draw
+from med3dvlm.datasets.phantom.anatomy import draw
+from med3dvlm.datasets.phantom.body import Body
+from med3dvlm.datasets.phantom.canvas import Acquisition
 
-# In the order in which `anatomy` draws random numbers for them; an effusion comes after the growth of the heart that it surrounds.
+# In the order in which `chest` and `abdomen` draw random numbers for them; an effusion comes after the growth of the heart that it surrounds.
 DRAWN = (
     "emphysema", "pleural_effusion", "cardiomegaly", "pericardial_effusion", "hiatal_hernia", "lymphadenopathy", "lung_opacity",
-    "consolidation", "lung_nodule", "medical_material",
+    "consolidation", "lung_nodule", "medical_material", "mosaic_attenuation_pattern", "interlobular_septal_thickening",
+    "pulmonary_fibrotic_sequela", "atelectasis", "peribronchial_thickening", "bronchiectasis", "arterial_wall_calcification",
+    "coronary_artery_wall_calcification",
     "ascites", "splenomegaly", "aortic_aneurysm", "gallstone", "liver_mass", "renal_cyst", "kidney_stone",
 )  # fmt: skip
 LEAST = 10.0  # HU; the noise is the same in both scans, so anything beyond rounding is the finding
