@@ -78,7 +78,7 @@ def test_ct_clip_goes_through_all_three(ct_clip: SimpleNamespace, run: Run, tmp_
     run("zero_shot", *arguments(ct_clip), "--output", tmp_path / "zero_shot")
     scores = json.loads((tmp_path / "zero_shot" / "scores.json").read_text())
     assert scores["encoder"]["name"] == "ctvit" and scores["encoder"]["size"] == list(CT_VOLUME)
-    assert 0 < scores["macro"]["auroc"] < 1 and scores["published"]["ct_clip"]["findings"] > 10
+    assert 0 < scores["macro"]["auroc"] < 1 and scores["published"]["ct_clip"]["findings"] > 5
     run("retrieval", *arguments(ct_clip), "--output", tmp_path / "retrieval", "--ks", "5,10,50,100")
     pool = json.loads((tmp_path / "retrieval" / "scores.json").read_text())["pool_16"]
     assert [name for name in pool["image_to_text"] if name[0] == "r"] == ["r5", "r10", "r50", "r100"] == list(pool["chance"])[:4]
