@@ -1,12 +1,9 @@
 """Heat of phrases and answers against their formulas, and its way back into the scan: a bright blob is put in and found again."""
 
 import itertools
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from med3dvlm import Volume, VolumeProcessor
 from med3dvlm.grounding import Heat, place
