@@ -176,7 +176,7 @@ def main() -> None:
         if arguments.scans is None:
             raise ValueError("--scans is missing; name the folder of the phantoms that the data was prepared from")
         plans = {plan.study.id: plan for plan in read_plans(arguments.scans)}
-        if strange := [study.id for study in studies if study.id not in plans]:
+        if strange := [study.id for study in studies if study.id not in plans or plans[study.id].study.report != study.report]:
             raise ValueError(f"{strange[0]} in {arguments.data} is none of the phantoms in {arguments.scans}, so its lesions are unknown")
         ways, models = finders(arguments, data)
         evaluation.begin(arguments, models[0], data, clip=[fingerprint(model) for model in models[1:]], question=QUESTION)
