@@ -190,7 +190,8 @@ def weighted_features(encoder: Any, pixels: Tensor, level: int, score: Callable[
                 (gradient,) = torch.autograd.grad(score(), watched[0])
         finally:
             handle.remove()
-    parts = (watched[0] * gradient).detach().float().sum(dim=-1).reshape(grids[level])
+    features = watched[0].detach().reshape(-1, gradient.shape[-1])  # (d*h*w, C)
+    parts = ((features - features.mean(dim=0)) * gradient.reshape(features.shape)).sum(dim=-1).float().reshape(grids[level])
     first, step = encoder.centres(size)[level]
     cells = np.diag([*step, 1.0])
     cells[:3, 3] = first

@@ -1,12 +1,18 @@
 """Heat of phrases and answers against their formulas, and its way back into the scan: a bright blob is put in and found again."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from transformers import DistilBertConfig, DistilBertModel
 
-from med3dvlm import Volume, VolumeProcessor
-from med3dvlm.grounding import Heat, place
+from med3dvlm import Med3DChat, Med3DCLIP, Med3DCLIPConfig, Volume, VolumeProcessor
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.grounding import Heat, PhraseFinder, answer_heat, place, weighted_features
+from med3dvlm.prompts import REPORT_PROMPTS
+from tests.encoders.small import SMALL
 
 # (recipe, settings): some sizes smaller than the scan's and some larger
 PROCESSORS = [
@@ -101,3 +107,141 @@ def test_even_heat_shows_nothing() -> None:
     processor = VolumeProcessor("m3d", size=(12, 10, 14))
     heat = Heat(np.full((3, 2, 4), 0.5, np.float32), np.eye(4), (12, 10, 14))
     assert not place(heat, scan("SPL", (6, 11, 17)), processor).any()
+
+
+def clip_with(family: str, **settings: object) -> tuple[Med3DCLIP, torch.Tensor]:
+    """A contrastive model in float64 over a small encoder, and a volume."""
+    torch.manual_seed(0)
+    name, size, options = SMALL[family]
+    text_config = DistilBertConfig(vocab_size=30, max_position_embeddings=16, dim=8, hidden_dim=12, n_layers=1, n_heads=2)
+    if family in ("dcformer", "poolformer3d"):
+        options, size = options | {"stem_stride": 2, "layer_scale": 0.5}, (36, 40, 70)  # 2 x 2 x 3 cells in the end
+    config = Med3DCLIPConfig(name, options, size, text_config=text_config, projection_dim=6, **settings)
+    model = Med3DCLIP(config, DistilBertModel(text_config)).eval().double().requires_grad_(False)
+    return model, torch.rand(1, 1, *size).double()
+
+
+@pytest.mark.parametrize(
+    ("family", "level", "settings"),
+    [
+        ("dcformer", -1, {}),
+        ("dcformer", -2, {"image_stages": 2}),
+        ("dcformer", -3, {"image_stages": 2}),
+        ("poolformer3d", -2, {}),
+        ("vit3d", -1, {}),
+        ("ctvit", -1, {"image_pooling": "frames", "projection_bias": False}),
+    ],
+)
+def test_heat_is_how_the_score_moves_with_a_cell(family: str, level: int, settings: dict[str, object]) -> None:
+    """By central differences: a cell a little further from the mean cell, everything after it computed again."""
+    model, volume = clip_with(family, **settings)
+    encoder, direction = model.vision_encoder, torch.randn(6).double()
+    heat = weighted_features(encoder, volume, level, lambda: (model.encode_image(volume) @ direction).sum())
+    outputs = encoder(volume)
+    grid = encoder.grids(volume.shape[2:])[level]
+    assert heat.values.shape == grid and heat.size == tuple(volume.shape[2:])
+    moved = outputs[level] - outputs[level].mean(dim=1, keepdim=True)
+
+    def score(tokens: torch.Tensor) -> float:
+        changed = [*outputs]
+        changed[len(outputs) + level] = tokens
+        if family in ("dcformer", "poolformer3d"):  # the later stages see it too
+            for number in range(len(outputs) + level, len(outputs) - 1):
+                cells = encoder.grids(volume.shape[2:])[number]
+                changed[number + 1] = encoder.stages[number](changed[number].unflatten(1, cells)).flatten(1, 3)
+        stages = changed[-model.config.image_stages :]
+        if model.config.image_pooling == "frames":
+            pooled = stages[0].unflatten(1, (grid[0], -1)).mean(dim=1).flatten(1)
+        else:
+            pooled = torch.cat([each.mean(dim=1) for each in stages], dim=-1)
+        embedded = pooled @ model.image_projection.weight.T + (model.image_projection.bias if model.config.projection_bias else 0)
+        return float(embedded[0] / embedded.norm() @ direction)
+
+    flat = heat.values.reshape(-1)
+    assert np.abs(flat).max() > 1e-6
+    for cell in range(0, len(flat), max(1, len(flat) // 8)):
+        step = torch.zeros_like(moved)
+        step[:, cell] = moved[:, cell] * 1e-4
+        slope = (score(outputs[level] + step) - score(outputs[level] - step)) / 2e-4
+        assert flat[cell] == pytest.approx(slope, rel=1e-3, abs=float(1e-4 * np.abs(flat).max()))
+
+
+def test_levels_that_an_encoder_lacks_are_refused() -> None:
+    model, volume = clip_with("dcformer")
+    for level in (0, 2, -6):
+        with pytest.raises(ValueError, match="-5 to -1"):
+            weighted_features(model.vision_encoder, volume, level, lambda: model.encode_image(volume).sum())
+    assert not any(stage._forward_hooks for stage in model.vision_encoder.stages)
+
+
+def test_a_failed_score_leaves_no_hook() -> None:
+    model, volume = clip_with("dcformer")
+
+    def failing() -> torch.Tensor:
+        model.encode_image(volume)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        weighted_features(model.vision_encoder, volume, -2, failing)
+    assert not any(stage._forward_hooks for stage in model.vision_encoder.stages)
+
+
+def test_phrases(tiny_models: SimpleNamespace, prepared: object) -> None:
+    """From the model's directory: heat of a prepared tensor as of the same as a batch, other words other heat, nothing trained."""
+    finder = PhraseFinder.from_pretrained(tiny_models.clip)
+    data = PreparedData(prepared)
+    pixels = data.processor.dequantize(data.volume(data.studies("test")[0]))
+    heat, other = finder.heat(pixels, "Pleural effusion.", level=-3), finder.heat(pixels, "Liver mass.", level=-3)
+    assert heat.values.shape == finder.model.vision_encoder.grids(data.processor.size)[-3]
+    assert not np.allclose(heat.values, other.values)
+    again = finder.heat(pixels, " Pleural effusion. \n", level=-3)
+    np.testing.assert_array_equal(heat.values, again.values)
+    assert all(parameter.grad is None for parameter in finder.model.parameters())
+    with pytest.raises(ValueError, match="phrase is empty"):
+        finder.heat(pixels, "  ")
+    with pytest.raises(ValueError, match="med3dvlm, not med3d_clip"):
+        PhraseFinder.from_pretrained(tiny_models.vlm)
+
+
+def test_answers(tiny_models: SimpleNamespace, prepared: object) -> None:
+    """The heat of an answer is the slope of the summed log probabilities of its tokens, and of a part that of the part's tokens."""
+    chat = Med3DChat.from_pretrained(tiny_models.vlm, device="cpu", dtype=torch.float32)
+    chat.model.double()
+    data = PreparedData(prepared)
+    pixels = data.processor.dequantize(data.volume(data.studies("test")[0]))
+    question, answer = REPORT_PROMPTS[0], "Lung nodule. No ascites."
+    history = [{"role": "user", "content": "Which plane?"}, {"role": "assistant", "content": "Axial"}]
+    messages = [*history, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    coded = chat.processor.encode(messages)["input_ids"]
+    before = len(chat.processor.encode(messages[:-1], generate=True)["input_ids"])
+    tokens = coded[before:]
+    words = [chat.processor.tokenizer.decode(tokens[:count]) for count in range(len(tokens) + 1)]
+    volume = pixels[None].double()
+    with torch.no_grad():
+        low, high = chat.model.vision_encoder(volume)[-2:]
+    grid = chat.model.vision_encoder.grids(data.processor.size)[-1]
+    moved = high - high.mean(dim=1, keepdim=True)
+
+    def log_probabilities(features: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            logits = chat.model(torch.tensor([coded]), image_features=(low, features)).logits[0]
+        return torch.stack([logits[before + place - 1].log_softmax(-1)[token] for place, token in enumerate(tokens)])
+
+    for part in (None, "No ascites"):
+        start = 0 if part is None else answer.index(part)
+        end = len(words[-1]) if part is None else start + len(part)
+        meant = torch.tensor([len(words[place + 1]) > start and len(words[place]) < end for place in range(len(tokens))])
+        heat = answer_heat(chat, pixels, question, answer, history, part, level=-1)
+        assert heat.values.shape == grid
+        for cell in range(heat.values.size):
+            step = torch.zeros_like(high)
+            step[:, cell] = moved[:, cell] * 1e-3
+            slope = (log_probabilities(high + step) - log_probabilities(high - step))[meant].sum() / 2e-3
+            assert heat.values.reshape(-1)[cell] == pytest.approx(float(slope), rel=1e-3, abs=1e-5)
+    for wrong, sentence in (
+        ((question, " "), "no answer"),
+        (("", answer), "no answer"),
+        ((question, answer, None, "effusion"), "does not say"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            answer_heat(chat, pixels, *wrong)

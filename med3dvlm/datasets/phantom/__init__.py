@@ -18,12 +18,14 @@ from med3dvlm.datasets import m3d
 from med3dvlm.datasets.phantom.anatomy import REGIONS, draw
 from med3dvlm.datasets.phantom.body import PHASES, Body, Finding
 from med3dvlm.datasets.phantom.canvas import Acquisition
+from med3dvlm.datasets.phantom.lesions import lesion_mask
 from med3dvlm.datasets.phantom.wording import KINDS, Questioner, kinds_of, write_report
 from med3dvlm.files import write_json
 from med3dvlm.records import Question, Study
 
-__all__ = ["Acquisition", "Body", "Finding", "draw", "plan_phantoms", "write_phantoms"]
+__all__ = ["Acquisition", "Body", "Finding", "Plan", "draw", "lesion_mask", "plan_phantoms", "read_plans", "write_phantoms"]
 
+SETTINGS_FILE = "phantoms.json"
 FINDING_COUNTS = (0.04, 0.30, 0.34, 0.22, 0.10)  # probability of 0, 1, 2, ... findings
 PLANE_SHARES = {"axial": 0.34, "coronal": 0.22, "sagittal": 0.22, "oblique": 0.22}
 
@@ -97,9 +99,8 @@ def write_phantoms(root: str | Path, studies: int = 800, seed: int = 0, detail: 
     """
     root = Path(root)
     plans = plan_phantoms(studies, seed, detail)
-    settings = root / "phantoms.json"
-    content = json.dumps([asdict(plan) for plan in plans], default=str)
-    wanted = {"studies": studies, "seed": seed, "detail": detail, "plan": hashlib.sha256(content.encode()).hexdigest()[:16]}
+    settings = root / SETTINGS_FILE
+    wanted = {"studies": studies, "seed": seed, "detail": detail, "plan": _digest(plans)}
     if settings.is_file() and json.loads(settings.read_text(encoding="utf-8")) != wanted:
         raise ValueError(
             f"{root} holds phantoms of other settings or of another version ({settings}), not {wanted}; choose another folder or delete it"
@@ -111,6 +112,28 @@ def write_phantoms(root: str | Path, studies: int = 800, seed: int = 0, detail: 
             pass
     m3d.write(root, [plan.study for plan in plans], [question for plan in plans for question in plan.questions])
     return [plan.study for plan in plans]
+
+
+def read_plans(root: str | Path) -> list[Plan]:
+    """The plans of the phantoms that `write_phantoms` wrote under `root`, made anew from their settings.
+
+    Raises:
+        FileNotFoundError: `root` holds no phantoms.
+        ValueError: they were planned by another version.
+    """
+    path = Path(root) / SETTINGS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; name a folder that `med3dvlm phantom` wrote")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    plans = plan_phantoms(settings["studies"], settings["seed"], settings["detail"])
+    if _digest(plans) != settings["plan"]:
+        raise ValueError(f"{root} holds phantoms of another version, whose lesions this one would draw elsewhere; write them anew")
+    return plans
+
+
+def _digest(plans: Sequence[Plan]) -> str:
+    """Changes with anything in the plans."""
+    return hashlib.sha256(json.dumps([asdict(plan) for plan in plans], default=str).encode()).hexdigest()[:16]
 
 
 def _write_volume(root: Path, plan: Plan) -> None:

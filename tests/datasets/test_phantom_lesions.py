@@ -1,0 +1,96 @@
+"""Masks of lesions against what the anatomy says: the place in the patient, the size, and what the whole scan shows there."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from med3dvlm.datasets.phantom import Acquisition, Body, Finding, draw, lesion_mask, plan_phantoms, read_plans
+from med3dvlm.datasets.phantom.anatomy import LOBES, POLES, SEGMENTS
+from med3dvlm.datasets.phantom.lesions import DRAWN
+from med3dvlm.datasets.phantom.wording import KINDS
+
+PLACED = {
+    "lung_nodule": LOBES,
+    "consolidation": LOBES,
+    "lung_opacity": LOBES,
+    "liver_mass": SEGMENTS,
+    "renal_cyst": POLES,
+    "kidney_stone": POLES,
+}
+
+
+def scanned(kind: str, place: str, size_mm: int, plane: str = "axial", *others: Finding) -> tuple[Body, Acquisition]:
+    body = Body(KINDS[kind]["region"], (*others, Finding(kind, place, size_mm, 1)), seed=5)
+    return body, Acquisition(plane, "portal venous phase", seed=6, detail=1.5)
+
+
+def middle(body: Body, acquisition: Acquisition, kind: str) -> np.ndarray:
+    """The centre of the mask in the patient, mm."""
+    canvas = draw(body, acquisition)
+    return canvas.corner + canvas.directions @ np.argwhere(lesion_mask(body, acquisition, kind)).mean(axis=0)
+
+
+def test_the_order_names_every_kind_once() -> None:
+    assert sorted(DRAWN) == sorted(KINDS)
+
+
+@pytest.mark.parametrize("kind", PLACED)
+def test_the_nearest_of_the_known_places_is_the_stated_one(kind: str) -> None:
+    places = PLACED[kind]
+    for number, place in enumerate(places):
+        found = middle(*scanned(kind, place, 30, ("axial", "coronal", "sagittal", "oblique")[number]), kind)
+        assert min(places, key=lambda name: np.linalg.norm(found - places[name])) == place
+
+
+def test_the_mask_of_a_ball_has_its_volume() -> None:
+    for size in (24, 36):
+        body, acquisition = scanned("lung_nodule", "left upper lobe", size)
+        voxel = abs(np.linalg.det(draw(body, acquisition).directions))
+        edge = voxel ** (1 / 3)
+        volume = lesion_mask(body, acquisition, "lung_nodule").sum() * voxel
+        ball = [4 / 3 * np.pi * (size / 2 + shift) ** 3 for shift in (-edge / 2, edge / 2 + 1)]  # half of the soft edge less or more
+        assert ball[0] < volume < ball[1]
+
+
+def test_other_findings_do_not_move_a_mask() -> None:
+    """What draws random numbers before a lesion moves it, in the scan and in the mask alike; what comes after must not."""
+    others = (
+        Finding("consolidation", "right lower lobe", 60, 1),
+        Finding("lung_opacity", "right upper lobe", 70, 1),
+        Finding("emphysema", "both lungs", 0, 1),
+        Finding("cardiomegaly", "heart", 0, 1),
+    )
+    body, acquisition = scanned("lung_nodule", "left lower lobe", 36, "coronal", *others)
+    array = draw(body, acquisition).array
+    nodule = lesion_mask(body, acquisition, "lung_nodule")
+    values = array[nodule]
+    assert (values > 0).mean() > 0.3 and np.median(array[~nodule & (array > -990) & (array < -800)]) < -900  # 70 HU within emphysema
+    consolidation = lesion_mask(body, acquisition, "consolidation")
+    assert (array[consolidation] > -100).mean() > 0.5  # 45 HU
+    assert not (nodule & consolidation).any()
+
+
+def test_every_finding_of_a_plan_has_a_mask_within_its_scan() -> None:
+    for plan in plan_phantoms(40, seed=2, detail=0.7)[:12]:
+        shape = draw(plan.body, plan.acquisition).array.shape
+        for finding in plan.body.findings:
+            mask = lesion_mask(plan.body, plan.acquisition, finding.kind)
+            assert mask.shape == shape and 0 < mask.mean() < 0.5, finding
+
+
+def test_a_finding_that_is_not_there_is_refused() -> None:
+    body, acquisition = scanned("liver_mass", "left medial segment", 40)
+    with pytest.raises(ValueError, match="no 'ascites'; it has liver_mass"):
+        lesion_mask(body, acquisition, "ascites")
+
+
+def test_plans_are_read_from_the_settings_of_what_was_written(phantoms: Path, tmp_path: Path) -> None:
+    assert read_plans(phantoms) == plan_phantoms(28, seed=0, detail=0.5)
+    with pytest.raises(FileNotFoundError, match="phantoms.json is missing"):
+        read_plans(tmp_path)
+    settings = json.loads((phantoms / "phantoms.json").read_text())
+    (tmp_path / "phantoms.json").write_text(json.dumps(settings | {"plan": "0" * 16}))
+    with pytest.raises(ValueError, match="another version"):
+        read_plans(tmp_path)
