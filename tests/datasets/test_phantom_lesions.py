@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from med3dvlm.datasets.phantom import Acquisition, Body, Finding, draw, lesion_mask, plan_phantoms, read_plans
-from med3dvlm.datasets.phantom.anatomy import LOBES, POLES, SEGMENTS
+from med3dvlm.datasets.phantom import Acquisition, Body, Finding, ct_rate, draw, lesion_mask, plan_phantoms, read_plans
+from med3dvlm.datasets.phantom.abdomen import POLES, SEGMENTS
+from med3dvlm.datasets.phantom.chest import LOBES
 from med3dvlm.datasets.phantom.lesions import DRAWN
 from med3dvlm.datasets.phantom.wording import KINDS
 
@@ -33,7 +34,7 @@ def middle(body: Body, acquisition: Acquisition, kind: str) -> np.ndarray:
 
 
 def test_the_order_names_every_kind_once() -> None:
-    assert sorted(DRAWN) == sorted(KINDS)
+    assert sorted(DRAWN) == sorted({*KINDS, *ct_rate.KINDS})
 
 
 @pytest.mark.parametrize("kind", PLACED)
