@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from med3dvlm import Volume
+from med3dvlm.datasets.phantom import write_phantoms
 from med3dvlm.files import read_lines
 from med3dvlm.grounding import Heat
 
@@ -99,12 +100,13 @@ def test_what_was_cut_short_continues_and_is_scored_again(whole: Path, run: Run,
     assert (tmp_path / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
 
 
-def test_wrong_input(demo: SimpleNamespace, phantoms: Path, run: Run, arguments: list[object], tmp_path: Path, capsys: Any) -> None:
+def test_wrong_input(demo: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path, capsys: Any) -> None:
     without = [*arguments[:6], "--limit", 3, "--output", tmp_path]
+    others = write_phantoms(tmp_path / "others", studies=10, seed=9, detail=0.4) and tmp_path / "others"
     wrong = {
         "--scans is missing": without,
         "phantoms.json is missing": [*without, "--scans", tmp_path],
-        "none of the phantoms": [*without, "--scans", phantoms],
+        "none of the phantoms": [*without, "--scans", others],
         "holds no model": ["--model", demo.root, *arguments[4:], "--output", tmp_path],
     }
     for sentence, given in wrong.items():
