@@ -69,9 +69,15 @@ function update() {
   turns.forEach((turn, index) => {
     const last = index === turns.length - 1, state = JSON.stringify([turn, last]);
     if (shownTurns[index] === state) return;
+    const old = log.children[index];
+    if (old && turn.state === "writing" && old.querySelector(".answered.writing") && shownTurns[index]) {
+      old.querySelector(".answered .text").textContent = turn.answer;  // Stop stays the button that is being pressed
+      shownTurns[index] = state;
+      return;
+    }
     const node = make("article", "turn");
     node.append(asked(turn, last), answered(turn, last, index, explained));
-    if (log.children[index]) log.children[index].replaceWith(node); else log.append(node);
+    if (old) old.replaceWith(node); else log.append(node);
     shownTurns[index] = state;
   });
   while (log.children.length > turns.length) log.lastChild.remove();

@@ -26,6 +26,13 @@ KINDS = {
     ".dcm": "DICOM", ".zip": "zip archive",
 }  # fmt: skip
 MAY_BE_DICOM = ("DICOM", "DICOM series", "zip archive")
+SIGNS = {
+    ".nii.gz": (0, b"\x1f\x8b"),
+    ".zip": (0, b"PK\x03\x04"),
+    ".nrrd": (0, b"NRRD"),
+    ".mha": (0, b"ObjectType"),
+    ".nii": (344, b"n+1\0"),
+}
 PICTURES = (".png", ".jpg", ".jpeg")
 MOST_FILES = 20_000
 EXAMPLES = {"Chest phantom": "chest", "Abdomen phantom": "abdomen"}
@@ -118,10 +125,14 @@ def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int) -> tu
 
 
 def _ending(upload: Path) -> str:
-    """The ending that says a format, in lower case; "" for any other, which may be a part of a name, as in "1.2.840"."""
+    """The ending that says a format, in lower case; where the name has none, as an agent's upload, by the file's first bytes, else ""."""
     known = sorted((*READERS, *PICTURES), key=len, reverse=True)
     name = upload.name.lower()
-    return next((ending for ending in known if name.endswith(ending)), "")
+    if ending := next((ending for ending in known if name.endswith(ending)), ""):
+        return ending
+    with upload.open("rb") as file:
+        start = file.read(352)
+    return next((ending for ending, (place, sign) in SIGNS.items() if start[place:].startswith(sign)), "")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

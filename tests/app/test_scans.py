@@ -69,10 +69,13 @@ def test_every_format_is_read_and_deleted(tmp_path, scan, ending) -> None:
         np.save(source, SimpleITK.GetArrayFromImage(image))
     else:
         SimpleITK.WriteImage(image, str(source))
-    read = read_uploads(uploaded(tmp_path, source), LIMIT)
-    np.testing.assert_array_equal(read.volume.array, SimpleITK.GetArrayFromImage(image))
-    assert "Doe" not in f"{read.facts} {read.warnings} {read.volume.source}" and read.files is None
-    assert files_with_content(tmp_path / "uploads") == []
+    for name in (source.name, "file") if ending != ".npy" else (source.name,):  # one without an ending is known by its first bytes
+        (upload,) = uploaded(tmp_path / f"as {name}", source)
+        upload = upload.rename(upload.with_name(name))
+        read = read_uploads([upload], LIMIT)
+        np.testing.assert_array_equal(read.volume.array, SimpleITK.GetArrayFromImage(image))
+        assert "Doe" not in f"{read.facts} {read.warnings} {read.volume.source}" and read.files is None
+        assert files_with_content(upload.parent) == []
 
 
 @pytest.mark.parametrize("packed", [False, True])
