@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.eval.conftest import chests  # noqa: F401
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -23,13 +25,22 @@ def test_the_two_commands_are_targets(repository: Path) -> None:
 
 
 @pytest.fixture
-def places(tiny_models: SimpleNamespace, phantoms: Path, prepared: Path, tmp_path: Path) -> dict[str, str]:
+def places(
+    tiny_models: SimpleNamespace,
+    phantoms: Path,
+    prepared: Path,
+    chests: SimpleNamespace,  # noqa: F811
+    tmp_path: Path,
+) -> dict[str, str]:
     """What the README's paths are in this test."""
     scan = next(phantoms.rglob("*.nii.gz"))
     return {
         "outputs/demo/model": str(tiny_models.vlm),
         "outputs/paper/model": str(tiny_models.vlm),
         "outputs/paper/stage1": str(tiny_models.clip),
+        "outputs/paper/ct_clip": str(chests.clip),
+        "outputs/paper/index": str(tmp_path / "index"),
+        "data/ct_rate_256": str(chests.root / "prepared"),
         "outputs/paper/eval": str(tmp_path / "eval"),
         "outputs/demo/montage.png": str(tmp_path / "montage.png"),
         "data/mine_128": str(prepared),
@@ -49,12 +60,23 @@ def test_conversion_command_parses(line: str) -> None:
 @pytest.mark.parametrize(
     "line", [line for line in COMMANDS if line.startswith(("med3dvlm", "python eval")) and not line.startswith("med3dvlm convert")]
 )
-def test_command_runs(line: str, places: dict[str, str], shell, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_command_runs(  # type: ignore[no-untyped-def]
+    line: str,
+    places: dict[str, str],
+    shell,
+    chests: SimpleNamespace,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     if line.startswith("med3dvlm prepare"):  # a scan like those of the example, at a size that takes a second
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "table.csv").write_text("image,report\nscan.nii.gz,Normal chest.\n")
         shutil.copy(places["scan.nii.gz"], tmp_path / "mine" / "scan.nii.gz")
         line = line.replace("data/mine data/mine_128", f"{tmp_path}/mine {tmp_path}/prepared").replace("128,256,256", "16,32,32")
+        line = line.replace("data/ct_rate data/ct_rate_256", f"{chests.root}/CT-RATE {tmp_path}/prepared").replace(
+            "256,512,512", "16,32,32"
+        )
+    if line.startswith("med3dvlm search"):
+        shell("med3dvlm", "index", chests.clip, chests.root / "prepared", tmp_path / "index")
     if line.startswith("med3dvlm audit"):
         line += f" --out {tmp_path}"
     if line.startswith("python eval/speed.py"):
@@ -77,7 +99,7 @@ def test_training_command_parses(line: str, repository: Path, monkeypatch: pytes
     kind = max(kinds, key=lambda value: len(value.__mro__))
     monkeypatch.chdir(repository)
     parsed = parse_arguments(kind, [*arguments, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--deepspeed", ""])
-    assert parsed.data == "data/mine_128"
+    assert parsed.data in ("data/mine_128", "data/ct_rate_256")
 
 
 def test_every_command_is_covered() -> None:
