@@ -23,6 +23,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_the_kernel_is_asked_for_pages_once() -> None:
     faults = {}
     for way in ("kept", "given back"):
-        run = subprocess.run([sys.executable, "-c", PROGRAM, way], check=True, capture_output=True, text=True, env={"PATH": ""})
-        faults[way] = int(run.stdout)
+        command = [sys.executable, "-c", PROGRAM, way]
+        runs = [subprocess.run(command, check=True, capture_output=True, text=True, env={"PATH": ""}) for _ in range(3)]
+        faults[way] = min(int(run.stdout) for run in runs)  # a kernel short of memory takes pages away meanwhile
     assert faults["kept"] < 0.1 * faults["given back"]
