@@ -11,14 +11,16 @@ A case is a finding of a study. Its heat (med3dvlm.grounding) has one highest ce
     answer          the assistant's for saying that name when asked what abnormality is seen
     other phrase,   the same for a finding of that region which the study does not have: how much of a hit is the map's habit
     other answer
+    middle          always the cell in the middle of the volume, without a look at it
     chance          what is expected of a cell drawn at random, computed for each case from its own lesion
 
-Where cells are few and lesions large, chance is high: read a figure beside its chance. An interval is a 95 % bootstrap over patients, that of
-the gain is of figure minus chance.
+Where cells are few and lesions large, chance is high, and organs lie where they lie: read a figure beside its chance and the middle's. An
+interval is a 95 % bootstrap over patients; scores.json has that of the gain, figure minus chance, too.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,8 +112,16 @@ def look(case: Case, plan: Plan, data: PreparedData, scans: Path, ways: dict[str
     record: dict[str, Any] = {"lesion_voxels": int(mask.sum()), "other": other}
     for name, way in ways.items():
         for row, kind in ((name, case.finding), (f"other {name}", other)):
-            record[row] = judge(way(pixels, KINDS[kind]["name"]), mask, volume, placement)
-    return record
+            heat = way(pixels, KINDS[kind]["name"])
+            record[row] = judge(heat, mask, volume, placement)
+    return record | {"middle": judge(middle(heat), mask, volume, placement)}
+
+
+def middle(heat: Heat) -> Heat:
+    """On the same grid, the higher the nearer to the middle of the volume."""
+    cells = np.stack([*np.indices(heat.values.shape), np.ones(heat.values.shape)], axis=-1) @ heat.cells.T  # (d, h, w, 4), in voxels
+    away = np.linalg.norm(cells[..., :3] - (np.array(heat.size) - 1) / 2, axis=-1)
+    return replace(heat, values=-away.astype(np.float32))
 
 
 def summary(rows: Sequence[dict[str, Any]], patients: Sequence[str]) -> dict[str, Any]:
@@ -151,7 +161,7 @@ def table(scores: dict[str, Any]) -> str:
         [kind, entry["cases"], way, *cells(entry[way], False)]
         for kind, entry in scores["findings"].items()
         for way in ways
-        if not way.startswith("other")
+        if not way.startswith(("other", "middle"))
     ]
     return (
         f"{scores['all']['cases']} findings.\n\n{whole}\n\n{evaluation.markdown_table(('finding', 'cases', 'looked by', *header), lines)}"

@@ -68,6 +68,12 @@ def test_a_peak_is_judged_as_plain_loops_judge_it(script: dict[str, Any]) -> Non
         assert tuple(found["peak"]) == peak
 
 
+def test_the_middle_is_the_cell_nearest_to_it(script: dict[str, Any]) -> None:
+    cells = np.diag([4.0, 4.0, 4.0, 1.0])  # cells look at voxels 0, 4, 8, ...
+    heat = script["middle"](Heat(np.zeros((3, 5, 7), np.float32), cells, (12, 20, 27)))
+    assert heat.peak == (1, 2, 3)  # voxels 4, 8, 12 of middles 5.5, 9.5, 13
+
+
 def test_every_finding_is_a_case_and_its_figures_are_means(demo: SimpleNamespace, whole: Path) -> None:
     rows = read_lines(whole / "predictions.jsonl")
     studies = demo.data.studies("test")[:3]
@@ -75,7 +81,7 @@ def test_every_finding_is_a_case_and_its_figures_are_means(demo: SimpleNamespace
         (study.id, kind) for study in studies for kind, present in study.labels.items() if present
     ]
     scores = json.loads((whole / "scores.json").read_text())
-    for way in ("phrase", "other phrase", "answer", "other answer"):
+    for way in ("phrase", "other phrase", "answer", "other answer", "middle"):
         for figure in ("inside", "near", "mm"):
             entry = scores["all"][way][figure]
             assert entry["value"] == pytest.approx(np.mean([row[way][figure] for row in rows]), abs=1e-6)
