@@ -4,8 +4,8 @@
     python eval/zero_shot.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot --score_only
     torchrun --nproc_per_node 2 eval/zero_shot.py --model ... --templates 4
 
-The published protocol: softmax over the similarities of a volume to "{Pathology} is present." and "{Pathology} is not present.", which the
-model's own temperature multiplies, as CT-CLIP's code does. That is the sigmoid of temperature times the difference, so each volume is
+The published protocol: softmax over the similarities of a volume to "{Pathology} is present." and "{Pathology} is not present.". Here the
+model's own temperature multiplies them; whether it did in the published figures, the papers do not say. That is the sigmoid of temperature times the difference, so each volume is
 encoded once and the 36 prompts once; the literal way encodes the volume with each of the 18 pairs (`python eval/speed.py zero_shot`). The
 temperature changes neither AUROC nor what is above 0.5. With --templates, the embeddings of several prompts are averaged (prompts.py).
 
