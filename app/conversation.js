@@ -69,9 +69,10 @@ function update() {
   turns.forEach((turn, index) => {
     const last = index === turns.length - 1, state = JSON.stringify([turn, last]);
     if (shownTurns[index] === state) return;
-    const old = log.children[index];
-    if (old && turn.state === "writing" && old.querySelector(".answered.writing") && shownTurns[index]) {
-      old.querySelector(".answered .text").textContent = turn.answer;  // Stop stays the button that is being pressed
+    const old = log.children[index], open = old && shownTurns[index] && old.querySelector(".answered.waiting, .answered.writing");
+    if (open && turn.state === "writing") {  // Stop stays the button that is being pressed
+      open.className = "answered writing";
+      open.querySelector(".text").textContent = turn.answer;
       shownTurns[index] = state;
       return;
     }

@@ -176,11 +176,13 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
             session = of(request)
             for _ in desk.answer(session, temperature=temperature, top_p=top_p):
                 yield desk.talk(session)
-            yield desk.talk(session)
+            yield gr.skip()  # where nothing waits for an answer, what was said about the question stays
 
-        def stop(request: gr.Request) -> dict[str, Any]:
-            of(request).stop()
-            return desk.talk(of(request))
+        def stop(request: gr.Request) -> Any:
+            session = of(request)
+            session.stop()
+            # While the answer is being written, its writer says how it ended; this, arriving later, would say that it is still written.
+            return gr.skip() if session.turns and session.turns[-1].open else desk.talk(session)
 
         def empty(request: gr.Request) -> dict[str, Any]:
             of(request).clear()

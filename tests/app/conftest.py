@@ -49,7 +49,7 @@ class Parrot:
         if question == "silence":
             return Answer("", 1, 0.1, 0.9)
         text = f"{len(volume.array)} slices. <b>{question}</b> ${{1 + 1}} & {len(history)}"
-        text = REPORT if question == "Describe the findings." else text + " word" * 400 * ("slowly" in question)
+        text = REPORT if question == "Describe the findings." else text + " word" * 10_000 * ("slowly" in question)
         self.running += 1
         try:
             for word in text.split(" "):

@@ -46,6 +46,7 @@ def visit(browser: sync_api.Browser, server: SimpleNamespace) -> Iterator[Callab
         page.on("request", lambda request: complaints.append(request.url) if not local(request.url, server.address) else None)
         page.goto(server.address)
         page.wait_for_selector(".workstation")
+        page.wait_for_selector("#talk [data-state]")  # the right side is there, too
         return page
 
     yield open_page
@@ -100,6 +101,8 @@ def test_look_and_ask(visit, server, scan) -> None:
     expect(page.get_by_text("No scan yet")).to_be_visible()
     ask(page, "Anything?")
     expect(page.locator(".conversation .plea")).to_contain_text("open a scan first")
+    page.wait_for_timeout(1500)  # and it stays
+    expect(page.locator(".conversation .plea")).to_be_visible()
     assert page.get_by_label("Your question").input_value() == "Anything?"
     opened(page, scan())
     assert "Doe" not in page.content()
