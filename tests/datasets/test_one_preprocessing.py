@@ -34,7 +34,8 @@ def test_preparation_training_evaluation_command_line_and_app_see_one_tensor(tmp
     seen = []
     chat = Med3DChat.__new__(Med3DChat)  # without a model: what its encoder is given is all that counts
     chat.processor = SimpleNamespace(image_processor=VolumeProcessor.from_pretrained(tmp_path / "prepared"))
-    chat.model, chat._encoded, chat._lock = SimpleNamespace(device="cpu", dtype=torch.float32), OrderedDict(), Lock()
+    chat.model, chat._encoded = SimpleNamespace(device="cpu", dtype=torch.float32), OrderedDict()
+    chat._remembering, chat._encoding = Lock(), Lock()
     chat.encoder = lambda pixels: (seen.append(pixels), pixels)
     chat.encode(str(scans / "a.nii.gz"))  # med3dvlm ask, med3dvlm report
     chat.encode(read_volume(scans / "a.nii.gz"))  # the app

@@ -24,7 +24,7 @@ from tests.stand_ins import run_script
 Run = Callable[..., None]
 ARGUMENTS = {
     "stage0_language_model": stage0_language_model.Stage0Arguments,
-    "stage1_siglip": stage1_siglip.Stage1Arguments,
+    "stage1_siglip": stage1_siglip.ContrastiveArguments,
     "stage2_projector": stage2_projector.Stage2Arguments,
     "stage3_lora": stage3_lora.Stage3Arguments,
 }
