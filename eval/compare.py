@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 
 from med3dvlm import evaluation
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.evaluation.questions import YES_NO, check_likelihoods, has_letters, letter_is_right, likeliest_is_right, strict_is_right
+from med3dvlm.evaluation.questions import YES_NO, check_likelihoods, letter_is_right, likeliest_is_right, strict_is_right
 from med3dvlm.evaluation.reports import reference_findings
 from med3dvlm.files import read_lines, write_json, write_text
 from med3dvlm.metrics.findings import findings_table
@@ -34,7 +34,7 @@ from med3dvlm.metrics.intervals import Statistic, Weights, intervals, macro_f1_o
 from med3dvlm.metrics.retrieval import rank_values, retrieval_ranks
 from med3dvlm.metrics.text import text_values
 from med3dvlm.prompts import RESEARCH_NOTICE
-from med3dvlm.records import ALL_KINDS, Study
+from med3dvlm.records import ALL_KINDS, Study, has_letters
 
 FIELDS = {"retrieval": ("image_to_text", "text_to_image"), "vqa": ("question", "answer", "kind"), "report": ("reference", "prediction")}
 WAYS = ("image_to_text", "text_to_image")

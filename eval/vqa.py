@@ -25,11 +25,11 @@ from collections.abc import Sequence
 from itertools import chain
 
 from med3dvlm import evaluation
-from med3dvlm.evaluation.questions import YES_NO, has_letters, question_scores, question_tables
+from med3dvlm.evaluation.questions import YES_NO, question_scores, question_tables
 from med3dvlm.inference import Features, Med3DChat
 from med3dvlm.metrics.bertscore import bert_scorer
 from med3dvlm.prompts import closed_prompt
-from med3dvlm.records import Question, Study
+from med3dvlm.records import Question, Study, has_letters
 
 
 def rank(chat: Med3DChat, questions: Sequence[Question], features: dict[str, Features]) -> dict[Question, list[float]]:
@@ -71,7 +71,7 @@ def main() -> None:
         }
 
     def texts_of(row: dict) -> list[str]:
-        return [] if row["choices"] == YES_NO else ["open", "letter"] if row["choices"] and has_letters(row["choices"]) else ["open"]
+        return [] if row["choices"] == YES_NO else ["open", "letter"] if has_letters(row["choices"]) else ["open"]
 
     if not arguments.score_only:
         chat = evaluation.load_chat(arguments, data)
@@ -100,7 +100,7 @@ def main() -> None:
 
             ranked = [question for question in batch if question.choices]
             others = [question for question in batch if not question.yes_no]
-            lettered = [question for question in others if question.choices and has_letters(question.choices)]
+            lettered = [question for question in others if question.lettered]
             columns = {
                 "closed": rank(chat, ranked, features),
                 "blind": rank(chat, ranked, dict.fromkeys(names, empty)) if arguments.blind else {},

@@ -30,8 +30,12 @@ def finding_prompts(finding: str, templates: int = 1) -> list[tuple[str, str]]:
 
 
 def closed_prompt(question: str, choices: Sequence[str]) -> str:
-    """The published form of a closed question: 'Where is it? Choices: A. Left lung B. Right lung' (M3D-VQA)."""
-    listed = " ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+    """The published form of a closed question: 'Where is it? Choices: A. Left lung B. Right lung' (M3D-VQA).
+
+    Raises:
+        ValueError: there are more choices than letters.
+    """
+    listed = " ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS[: len(choices)], choices, strict=True))
     return f"{question} Choices: {listed}"
 
 

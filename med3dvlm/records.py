@@ -5,7 +5,7 @@ Both are written to and read from JSON lines, strictly: a missing or unknown fie
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -67,9 +67,18 @@ class Question:
         return self.choices == ("Yes", "No")
 
     @property
+    def lettered(self) -> bool:
+        return has_letters(self.choices)
+
+    @property
     def letter(self) -> str:
-        """The letter of the right choice, A for the first."""
+        """The letter of the right choice, A for the first; only a lettered question has one."""
         return LETTERS[self.choices.index(self.answer)]
+
+
+def has_letters(choices: Sequence[str]) -> bool:
+    """Whether there are choices and a letter for each of them."""
+    return 0 < len(choices) <= len(LETTERS)
 
 
 def check_ids(studies: Iterable[Study]) -> None:

@@ -164,7 +164,7 @@ def question_facts(questions: Sequence[Question]) -> dict[str, Any]:
             "examples": sorted({question.study for question in telling})[:EXAMPLES],
             "different_answers": len(answers),
             "answers": dict(sorted(answers.items(), key=lambda item: (-item[1], item[0]))[:FREQUENT]),
-            "letters": dict(sorted(Counter(question.letter for question in group if question.choices).items())),
+            "letters": dict(sorted(Counter(question.letter for question in group if question.lettered).items())),
         }
     return facts
 
@@ -211,13 +211,13 @@ def choice_habits(train: Iterable[Question], test: Iterable[Question]) -> dict[s
     """Accuracy by kind where choices are given: one taken at random, always the letter most often right in training, the longest choice."""
     letters: dict[str, Counter[str]] = defaultdict(Counter)
     for kind, group in _by_kind(train).items():
-        letters[kind].update(question.letter for question in group if question.choices)
+        letters[kind].update(question.letter for question in group if question.lettered)
     habits: dict[str, dict[str, float]] = {"chance": {}, "letter": {}, "longest": {}}
     for kind, group in _by_kind(test).items():
         if closed := [question for question in group if question.choices]:
             usual = min(letters[kind], key=lambda letter: (-letters[kind][letter], letter), default=LETTERS[0])
             habits["chance"][kind] = float(np.mean([1 / len(question.choices) for question in closed]))
-            habits["letter"][kind] = float(np.mean([question.letter == usual for question in closed]))
+            habits["letter"][kind] = float(np.mean([question.lettered and question.letter == usual for question in closed]))
             habits["longest"][kind] = float(np.mean([question.answer == max(question.choices, key=len) for question in closed]))
     return habits
 

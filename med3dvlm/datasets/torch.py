@@ -171,9 +171,9 @@ class ConversationDataset(StudyDataset):
         rows = list(turns)
         if random.random() < self.reports or not rows:
             rows.append(_turn(str(random.choice(REPORT_PROMPTS)), study.report))
-        with_choices = [question for question in self.asked[study.id] if not question.yes_no]
-        if with_choices and random.random() < self.closed:
-            question = with_choices[random.integers(len(with_choices))]
+        lettered = [question for question in self.asked[study.id] if question.lettered and not question.yes_no]
+        if lettered and random.random() < self.closed:
+            question = lettered[random.integers(len(lettered))]
             rows.append(_turn(closed_prompt(question.text, question.choices), closed_answer(question.choices, question.answer)))
         if len(turns) > 1 and random.random() < self.follow_ups:
             first, second = random.choice(len(turns), size=2, replace=False)

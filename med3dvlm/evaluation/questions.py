@@ -13,7 +13,7 @@ from typing import Any
 from med3dvlm.metrics.answers import NOTHING, confusion, first_letter, grouped_means, named_choices, right_choices
 from med3dvlm.metrics.bertscore import BertScorer
 from med3dvlm.metrics.text import meteor_available, text_values
-from med3dvlm.records import ALL_KINDS, LETTERS, QUESTION_KINDS, Question
+from med3dvlm.records import ALL_KINDS, LETTERS, QUESTION_KINDS, Question, has_letters
 from med3dvlm.tables import markdown_table, with_interval
 
 FEW = 12  # different answers of a kind whose confusion is given by text
@@ -104,11 +104,6 @@ def question_tables(scores: Mapping[str, Any]) -> str:
 
 def _label(name: str, scores: Mapping[str, Any]) -> str:
     return f"{name} ({scores['bertscore_model']})" if name.startswith("bertscore") else name
-
-
-def has_letters(choices: Sequence[str]) -> bool:
-    """Whether there is a letter for each of the choices."""
-    return len(choices) <= len(LETTERS)
 
 
 def check_likelihoods(rows: Sequence[Row]) -> None:

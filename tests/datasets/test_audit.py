@@ -235,3 +235,10 @@ def test_answers_without_the_scan_by_hand() -> None:
     habits = choice_habits(train, test)
     assert habits["chance"] == {"plane": 0.25} and habits["letter"] == {"plane": 1 / 3}
     assert habits["longest"] == {"plane": 0.0}  # "Sagittal" is the longest
+
+
+def test_a_question_of_more_choices_than_letters_has_no_letter() -> None:
+    many = question("Which?", "organ 8", tuple(f"organ {number}" for number in range(9)))
+    assert question_facts([many])["plane"]["letters"] == {}
+    habits = choice_habits([many], [many])
+    assert habits["letter"] == {"plane": 0.0} and habits["chance"] == {"plane": 1 / 9}

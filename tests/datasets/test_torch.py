@@ -16,6 +16,7 @@ from med3dvlm.checkpoints import load_vlm
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset, PairCollator, PairDataset, load_volumes
+from med3dvlm.records import Question
 from med3dvlm.training import StageTrainer, conversations
 
 
@@ -55,6 +56,21 @@ def test_volumes_leave_the_loader_as_they_are_stored(prepared: Path, tokenizer: 
         assert "augmentation_keys" not in batch
     expected = torch.cat([data.processor(volume)["pixel_values"] for volume in stored])  # one by one, as the app does
     assert torch.equal(load_volumes(data, data.studies("train")[:3]), expected)
+
+
+def test_only_questions_with_a_letter_for_every_choice_are_asked_by_letters(prepared: Path) -> None:
+    """Open questions and those of nine choices are asked as they are."""
+    data = PreparedData(prepared)
+    study = data.studies("train")[0]
+    nine = tuple(f"organ {number}" for number in range(9))
+    asked = [Question(study.id, "other", "Open?", (), "Free."), Question(study.id, "other", "Nine?", nine, nine[8])]
+    talks = ConversationDataset(data, "train", yes_no=True, reports=0, closed=1, follow_ups=0)
+    talks.asked[study.id] = asked
+    assert [row[0]["content"] for row in talks.conversations(0)] == ["Open?", "Nine?"]
+    talks.asked[study.id] = [*asked, Question(study.id, "other", "Eight?", nine[:8], nine[7])]
+    question, answer = talks.conversations(0)[-1]
+    assert question["content"] == "Eight? Choices: " + " ".join(f"{'ABCDEFGH'[number]}. organ {number}" for number in range(8))
+    assert answer["content"] == "H. organ 7"
 
 
 def test_the_trainer_hands_the_model_what_the_processor_makes(prepared: Path, tokenizer: Any, tmp_path: Path) -> None:
