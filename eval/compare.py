@@ -1,4 +1,4 @@
-"""Sets a run of retrieval.py, vqa.py or report_gen.py beside another, beside the papers, or beside itself without duplicates.
+"""Sets a run of one of the evaluations beside another, beside the papers, or beside itself without duplicates.
 
     python eval/compare.py outputs/demo/eval/report outputs/other/eval/report
     python eval/compare.py outputs/demo/eval/vqa --split_file outputs/demo/prepared/audit/deduplicated.json
@@ -23,20 +23,39 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from scipy.stats import rankdata
 
 from med3dvlm import evaluation
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.evaluation.detection import label_table, log_odds_table
 from med3dvlm.evaluation.questions import YES_NO, check_likelihoods, letter_is_right, likeliest_is_right, strict_is_right
 from med3dvlm.evaluation.reports import reference_findings
 from med3dvlm.files import read_lines, write_json, write_text
+from med3dvlm.metrics.detection import of_known
 from med3dvlm.metrics.findings import findings_table
-from med3dvlm.metrics.intervals import Statistic, Weights, intervals, macro_f1_of, mean_of, mean_over, micro_f1_of, paired_test
+from med3dvlm.metrics.intervals import (
+    Statistic,
+    Weights,
+    auroc_of,
+    average_precision_of,
+    intervals,
+    macro_f1_of,
+    mean_of,
+    mean_over,
+    micro_f1_of,
+    paired_test,
+)
 from med3dvlm.metrics.retrieval import rank_values, retrieval_ranks
 from med3dvlm.metrics.text import text_values
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import ALL_KINDS, Study, has_letters
 
-FIELDS = {"retrieval": ("image_to_text", "text_to_image"), "vqa": ("question", "answer", "kind"), "report": ("reference", "prediction")}
+FIELDS = {
+    "retrieval": ("image_to_text", "text_to_image"),
+    "vqa": ("question", "answer", "kind"),
+    "report": ("reference", "prediction"),
+    "detection": ("log_odds",),
+}
 WAYS = ("image_to_text", "text_to_image")
 Row = dict[str, Any]
 
@@ -52,8 +71,8 @@ class Run:
 
     @property
     def cases(self) -> list[tuple[Any, ...]]:
-        """What each prediction is about."""
-        return [(row["id"], row.get("question"), *map(str, row.get("choices", ()))) for row in self.rows]
+        """What each prediction is about: a study, the question, its choices or the findings."""
+        return [(row["id"], row.get("question"), *map(str, row.get("choices", row.get("log_odds", ())))) for row in self.rows]
 
 
 class Figure(NamedTuple):
@@ -65,7 +84,7 @@ class Figure(NamedTuple):
 
 def read(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; name a folder that eval/retrieval.py, eval/vqa.py or eval/report_gen.py wrote")
+        raise FileNotFoundError(f"{path} is missing; name a folder that a script of eval/ wrote")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -82,7 +101,9 @@ def open_run(folder: Path) -> Run:
         raise FileNotFoundError(f"{folder} holds {len(rows)} predictions and no scores.json: run the same evaluation again, it continues")
     task = next((task for task, fields in FIELDS.items() if all(field in rows[0] for field in fields)), None)
     if task is None:
-        raise ValueError(f"{path} holds {', '.join(rows[0])}, which is no output of eval/{{retrieval,vqa,report_gen}}.py")
+        raise ValueError(
+            f"{path} holds {', '.join(rows[0])}, which is no output of eval/{{retrieval,vqa,report_gen,zero_shot,linear_probe}}.py"
+        )
     return Run(folder, task, record, rows)
 
 
@@ -138,13 +159,26 @@ def keep(run: Run, split_file: Path) -> tuple[Run, NDArray[np.int64]]:
 
 
 def figures(run: Run, studies: dict[str, Study]) -> dict[str, Figure]:
-    return {"retrieval": retrieval_figures, "vqa": answer_figures, "report": report_figures}[run.task](run.rows, studies)
+    of_task = {"retrieval": retrieval_figures, "vqa": answer_figures, "report": report_figures, "detection": detection_figures}
+    return of_task[run.task](run.rows, studies)
 
 
 def retrieval_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, Figure]:
     """Over the whole split as one pool."""
     found = {way: rank_values(np.array([row[way] for row in rows])) for way in WAYS}
     return {f"{way.replace('_', ' ')}, {name}": Figure(values, mean_of) for way in WAYS for name, values in found[way].items()}
+
+
+def detection_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, Figure]:
+    """What needs no threshold. Of each finding the ranks among the studies stand for the log-odds, so that two runs are on one scale."""
+    log_odds = log_odds_table(row["log_odds"] for row in rows)
+    labels = np.where(np.isnan(log_odds), np.nan, label_table([studies[row["id"]] for row in rows]))
+    ranks = np.nan_to_num(rankdata(log_odds, axis=0, nan_policy="omit"))
+
+    def macro(area: Callable[[Any, Any], Statistic], ranks: NDArray[Any]) -> Statistic:
+        return mean_over(of_known(area, np.tile(labels, (len(ranks) // len(labels), 1)), ranks))
+
+    return {"AUROC, macro": Figure(ranks, partial(macro, auroc_of)), "AUPRC, macro": Figure(ranks, partial(macro, average_precision_of))}
 
 
 def report_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, Figure]:

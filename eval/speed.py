@@ -193,7 +193,7 @@ def machine() -> dict[str, Any]:
     }
     facts["capability"] = torch.backends.cpu.get_cpu_capability()
     for dtype in (torch.float32, torch.bfloat16):
-        side = 2048 if dtype == torch.float32 else 1024
+        side = 2048 if dtype == torch.float32 or bfloat16_is_native() else 256
         matrix = torch.rand(side, side).to(dtype)
         seconds = timed({"product": lambda matrix=matrix: matrix @ matrix}, 5)["product"]
         facts[f"gflops_{str(dtype).removeprefix('torch.')}"] = 2 * side**3 / seconds / 1e9

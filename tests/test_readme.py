@@ -1,6 +1,10 @@
-"""Every command and every example of the README runs: on tiny models where it names the demo's, parsed alone where it would train for days."""
+"""Every command and every example of the README runs: on tiny models where it names the demo's, parsed alone where it would train for days.
+
+Commands run in this process, which has imported what each of them would take seconds for; that they start as programs is for other tests.
+"""
 
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -11,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from med3dvlm import cli
 from tests.eval.conftest import chests  # noqa: F401
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -60,13 +65,17 @@ def test_conversion_command_parses(line: str) -> None:
 @pytest.mark.parametrize(
     "line", [line for line in COMMANDS if line.startswith(("med3dvlm", "python eval")) and not line.startswith("med3dvlm convert")]
 )
-def test_command_runs(  # type: ignore[no-untyped-def]
+def test_command_runs(
     line: str,
     places: dict[str, str],
-    shell,
     chests: SimpleNamespace,  # noqa: F811
+    repository: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr("med3dvlm.evaluation.runs.keep_freed_memory", lambda: None)  # that would hold for all tests after this one
     if line.startswith("med3dvlm prepare"):  # a scan like those of the example, at a size that takes a second
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "table.csv").write_text("image,report\nscan.nii.gz,Normal chest.\n")
@@ -76,7 +85,7 @@ def test_command_runs(  # type: ignore[no-untyped-def]
             "256,512,512", "16,32,32"
         )
     if line.startswith("med3dvlm search"):
-        shell("med3dvlm", "index", chests.clip, chests.root / "prepared", tmp_path / "index")
+        assert cli.main(["index", str(chests.clip), str(chests.root / "prepared"), str(tmp_path / "index")]) == 0
     if line.startswith("med3dvlm audit"):
         line += f" --out {tmp_path}"
     if line.startswith("python eval/speed.py"):
@@ -86,7 +95,15 @@ def test_command_runs(  # type: ignore[no-untyped-def]
     for name, place in places.items():
         line = line.replace(name, place)
     program, *arguments = shlex.split(line)
-    assert shell(program, *arguments)
+    if program == "med3dvlm":
+        assert cli.main(arguments) == 0
+    elif "speed.py" in line:  # these measure a process of their own
+        subprocess.run([sys.executable, *arguments], check=True)
+    else:
+        script, *arguments = arguments
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(script, run_name="__main__")
+    assert capfd.readouterr().out
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("deepspeed")])

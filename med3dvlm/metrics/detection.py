@@ -70,9 +70,9 @@ def detection_scores(
     }
     stated = (log_odds >= cuts).astype(np.float64)
     statistics: dict[str, Statistic] = {
-        "auroc": _of_known(auroc_of, labels, log_odds),
-        "auprc": _of_known(average_precision_of, labels, log_odds),
-        "f1": _of_known(f1_of, np.where(np.isnan(cuts), np.nan, labels), stated),
+        "auroc": of_known(auroc_of, labels, log_odds),
+        "auprc": of_known(average_precision_of, labels, log_odds),
+        "f1": of_known(f1_of, np.where(np.isnan(cuts), np.nan, labels), stated),
     }
     whole = np.flatnonzero(~np.isnan(labels).any(axis=1))
     published, published_statistics = _published(labels[whole], log_odds[whole], cuts, nearest) if len(whole) else (None, {})
@@ -203,7 +203,7 @@ def _published(labels: Table, log_odds: Table, cuts: Table, nearest: Table) -> t
     }
 
 
-def _of_known(make: Callable[[Any, Any], Statistic], labels: Table, scores: Table) -> Statistic:
+def of_known(make: Callable[[Any, Any], Statistic], labels: Table, scores: Table) -> Statistic:
     """A statistic of K findings, each from the studies whose label of it is known; findings that the same studies know are one call."""
     known = ~np.isnan(labels)
     patterns, which = np.unique(known, axis=1, return_inverse=True)

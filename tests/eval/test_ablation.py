@@ -260,7 +260,13 @@ def test_one_row_of_each_kind_for_real(
     (smoke / "done").mkdir()
     for step in ("phantoms", "prepare", "stage0"):
         (smoke / "done" / step).touch()
-    settings = {"OUTPUTS": str(tmp_path), "ROWS": "vit3d_clip spatial_pooling", "PYTHONPATH": str(repository), "CUDA_VISIBLE_DEVICES": ""}
+    settings = {
+        "OUTPUTS": str(tmp_path),
+        "LAUNCHER": "python",
+        "ROWS": "vit3d_clip spatial_pooling",
+        "PYTHONPATH": str(repository),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = shell(repository, "stages/ablation.sh", "smoke", programs=Path(sys.executable).parent, **settings)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert "== stage0: done before" in done.stdout

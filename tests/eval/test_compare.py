@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.evaluation.detection import label_table, row
 from med3dvlm.evaluation.reports import report_scores
 from med3dvlm.metrics.classification import precision_recall_f1
 from med3dvlm.metrics.findings import FINDINGS, findings_table
@@ -86,6 +87,36 @@ def test_reports(data: PreparedData, studies: list[Study], tmp_path: Path, run: 
         assert entry["p_value"] == pytest.approx(p_value(studies, figure, right, wrong), abs=1e-9)
         assert entry["interval"][0] <= entry["difference"] <= entry["interval"][1] and entry["difference"] > 0
     assert result["token_f1"]["p_value"] < 1
+
+
+def test_detections(chests: SimpleNamespace, tmp_path: Path, run: Run) -> None:
+    """Two runs on different scales, of which only the order counts; a patient's studies change places together; some labels are unknown."""
+    asked = chests.data.studies("valid_fixed")[:10]
+    assert len({study.patient for study in asked}) < 10
+    labels = label_table(asked)
+    random = np.random.default_rng(0)
+    tables = [labels + random.normal(0, 0.4, labels.shape), 50 * random.normal(0, 1, labels.shape) - 300]
+    tables = [np.where(np.isnan(table), 0.25, table).round(1) for table in tables]  # with ties
+    folders = []
+    for name, table in zip("ab", tables, strict=True):
+        rows = [row(study.id, values) for study, values in zip(asked, table, strict=True)]
+        folders.append(write_run(tmp_path / name, chests.data, rows, {"split": "valid_fixed"}))
+    run("compare", *folders, "--output", tmp_path / "out")
+    result = json.loads((tmp_path / "out/comparison.json").read_text())["figures"]
+
+    def macro_area(ranks: list[Any]) -> float:
+        """Of each finding the share of pairs, one with and one without it, in which the first is above."""
+        areas = []
+        for truth, column in zip(labels.T, np.array(ranks).T, strict=True):
+            pairs = [(a > b) + (a == b) / 2 for a in column[truth == 1] for b in column[truth == 0]]
+            areas += [np.mean(pairs)] if pairs else []
+        return float(np.mean(areas))
+
+    first, second = ([list((table < line).sum(axis=0) + (table == line).sum(axis=0) / 2) for line in table] for table in tables)
+    entry = result["AUROC, macro"]
+    assert entry["values"] == pytest.approx([macro_area(first), macro_area(second)], abs=1e-9) and entry["values"][0] > 0.8
+    assert entry["p_value"] == pytest.approx(p_value(asked, macro_area, first, second), abs=1e-9)
+    assert result["AUPRC, macro"]["difference"] > 0
 
 
 def test_a_run_does_not_differ_from_itself(data: PreparedData, studies: list[Study], tmp_path: Path, run: Run) -> None:

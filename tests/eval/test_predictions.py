@@ -113,7 +113,13 @@ def test_lines_of_other_cases_are_refused(tmp_path: Path, whole: bytes) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "launcher"), [("vqa", "torchrun"), ("report_gen", "accelerate"), ("retrieval", "torchrun")])
 def test_two_real_processes_write_what_one_writes(
-    demo: SimpleNamespace, shell: Callable[..., str], free_port: str, tmp_path: Path, script: str, launcher: str
+    demo: SimpleNamespace,
+    shell: Callable[..., str],
+    run_whole: Callable[..., None],
+    free_port: str,
+    tmp_path: Path,
+    script: str,
+    launcher: str,
 ) -> None:
     model, length = (demo.clip, ()) if script == "retrieval" else (demo.model, ("--max_new_tokens", 6))
     arguments = ["--model", model, "--data", demo.root / "prepared", "--batch_size", 1, *length, "--output"]
@@ -133,7 +139,7 @@ def test_two_real_processes_write_what_one_writes(
         ],
     }[launcher]
     shell(launcher, *launch, f"eval/{script}.py", *arguments, tmp_path / "two")
-    shell("python", f"eval/{script}.py", *arguments, tmp_path / "one")
+    run_whole(script, *arguments, tmp_path / "one")
     for path in (tmp_path / "one").iterdir():
         if path.name not in ("run.json", "timings.jsonl"):
             assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes(), path.name
