@@ -7,6 +7,7 @@ A password is kept as scrypt's hash with a salt of its own (RFC 7914; n = 2^15, 
 """
 
 import argparse
+import asyncio
 import getpass
 import hashlib
 import hmac
@@ -20,15 +21,17 @@ from pathlib import Path
 from med3dvlm.files import PART
 
 SHORTEST = 8
+SECONDS_AFTER_WRONG = 1.0
 COST = {"n": 2**15, "r": 8, "p": 1, "maxmem": 2**26}
 
 
 class Accounts:
-    """The accounts of a file. An instance is what Gradio asks: `accounts(name, password)` is whether they fit."""
+    """The accounts of a file; Gradio asks `allows`."""
 
     def __init__(self, hashes: dict[str, str]) -> None:
         self._hashes = hashes
         self._nobody = hashed("", os.urandom(16))  # so that an unknown name takes as long as a known one
+        self._one = asyncio.Lock()
 
     @classmethod
     def load(cls, path: Path) -> "Accounts":
@@ -44,6 +47,14 @@ class Accounts:
         if not hashes:
             raise ValueError(f"{path} holds no account; add one with `python app/accounts.py {path} NAME`.")
         return cls(hashes)
+
+    async def allows(self, name: str, password: str) -> bool:
+        """Whether they fit: one guess at a time and beside everything else, a wrong one takes a second."""
+        async with self._one:
+            if fits := await asyncio.to_thread(self, name, password):
+                return fits
+            await asyncio.sleep(SECONDS_AFTER_WRONG)
+            return False
 
     def __call__(self, name: str, password: str) -> bool:
         kept = bytes.fromhex(self._hashes.get(name, self._nobody))

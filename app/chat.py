@@ -5,8 +5,8 @@
     python app/chat.py --model outputs/demo/model --host 0.0.0.0 --auth-file accounts.json    # for others; see accounts.py
 
 Nothing leaves the machine: the server listens on 127.0.0.1 unless told otherwise, the page fetches nothing from elsewhere, uploads lie in a
-private folder until they were read (DICOM files, which a Structured Report refers to, until the scan is closed), and each browser session has
-a scan of its own.
+private folder until they were read (DICOM files, which a Structured Report refers to, until the scan is closed; what an agent sends, and what
+nobody read, for some minutes), and each browser session has a scan of its own.
 
 Where to find what: page.py (what stands where), desk.py (what can be done), sessions.py (who is there), scans.py (files in),
 viewer.py, viewer.js and pane.js (the viewer), conversation.js, report.js, insight.py (where it looked, similar cases), routes.py (what the
@@ -15,23 +15,33 @@ browser fetches), programs.py (the same for programs), accounts.py (who may come
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import gradio.mcp
+import psutil
 from accounts import Accounts
 from desk import Desk
+from gradio.utils import get_upload_folder
 from insight import load as load_insight
 from page import THEME, build, file
 from routes import routes
+from scans import sweep
 
 from med3dvlm.prompts import RESEARCH_NOTICE
 
 HERE_ONLY = ("127.0.0.1", "localhost", "::1")
+PRIVATE = "med3dvlm-chat-"  # begins the name of the folder of uploads, then the process
+SECONDS_UNREAD = 300.0  # after which an upload that nobody read goes
 
 
 def launch(
@@ -41,11 +51,37 @@ def launch(
     # run_history would keep questions and answers in the browser
     off = dict.fromkeys(("share", "run_history", "enable_monitoring", "ssr_mode", "pwa"), False)
     look: dict[str, Any] = {"theme": THEME, "css": file("style.css"), "footer_links": [], "quiet": True}
+    gradio.mcp.DEFAULT_TEMP_DIR = get_upload_folder()  # it read the environment when it was imported
     blocks.launch(
-        server_name=host, server_port=port, prevent_thread_lock=True, max_file_size=desk.most_bytes, auth=accounts, mcp_server=mcp,
-        auth_message=RESEARCH_NOTICE if accounts else None, app_kwargs={"routes": routes(desk)}, **look, **off,
+        server_name=host, server_port=port, prevent_thread_lock=True, max_file_size=desk.most_bytes, mcp_server=mcp,
+        auth=accounts.allows if accounts else None, auth_message=RESEARCH_NOTICE if accounts else None,
+        app_kwargs={"routes": routes(desk)}, **look, **off,
     )  # fmt: skip
+    if blocks.mcp_error:
+        raise ImportError(f"There are no MCP tools: {blocks.mcp_error}")
     return str(blocks.local_url)
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """Where uploads lie, for this user alone; empty again at the end. What a chat that was killed left of its own goes, too."""
+    for stale in Path(tempfile.gettempdir()).glob(f"{PRIVATE}*"):
+        process = stale.name.removeprefix(PRIVATE).partition("-")[0]
+        if process.isdigit() and stale.stat().st_uid == os.getuid() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{PRIVATE}{os.getpid()}-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        ended = threading.Event()
+
+        def sweep_now_and_then() -> None:
+            while not ended.wait(SECONDS_UNREAD / 10):
+                sweep(Path(folder), SECONDS_UNREAD)
+
+        threading.Thread(target=sweep_now_and_then, daemon=True).start()
+        try:
+            yield Path(folder)
+        finally:
+            ended.set()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,22 +106,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"--host {arguments.host} would let others in without a password; give --auth-file, too (see app/accounts.py)."
             )
+        if arguments.mcp and arguments.auth_file is not None:
+            raise ValueError("--mcp has no accounts, so that it would let in whoever finds it; leave out --mcp or --auth-file.")
         if min(arguments.limit, arguments.parallel) < 1:
             raise ValueError(f"--limit {arguments.limit} and --parallel {arguments.parallel} must be at least 1.")
         accounts = None if arguments.auth_file is None else Accounts.load(arguments.auth_file)
         chat = load(arguments.model)
         insight = load_insight(chat, arguments.contrastive, arguments.index)
-        with tempfile.TemporaryDirectory(prefix="med3dvlm-chat-") as private:  # only this user can look into it
-            os.environ["GRADIO_TEMP_DIR"] = private
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(ending, signal.default_int_handler)  # so that the private folder goes then, too
+        warnings.simplefilter("ignore")  # a library's may quote a header
+        with private_folder():
             desk = Desk(chat, "/".join(arguments.model.resolve().parts[-2:]), arguments.limit * 2**20, insight)
             blocks = build(desk, arguments.parallel)
             address = launch(blocks, desk, arguments.port, arguments.host, accounts, arguments.mcp)
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the private folder goes then, too
             print(f"Med3DVLM listens on {address} (Ctrl+C ends it). {RESEARCH_NOTICE}", flush=True)
             blocks.block_thread()
     except (ImportError, OSError, ValueError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while the model was loaded
+        return 130
     return 0
 
 

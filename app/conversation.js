@@ -3,7 +3,7 @@
 // Everything that somebody wrote, the model included, enters the page as text, never as HTML and never through a template.
 
 const log = element.querySelector(".log"), hints = element.querySelector(".hints"), plea = element.querySelector(".plea");
-let shownTurns = [], editing = false;
+let shownTurns = [], editing = null;  // the question that is being changed
 
 function make(tag, kind, words = "", more = {}) {
   const node = document.createElement(tag);
@@ -28,7 +28,7 @@ function asked(turn, last) {
 function edit(row, turn) {
   const field = make("textarea", "editor", "", { value: turn.question, rows: 3 });
   field.setAttribute("aria-label", "The question, to be changed");
-  const done = () => { editing = false; shownTurns = []; update(); };
+  const done = () => { editing = null; shownTurns = []; update(); };
   const send = () => { const words = field.value; done(); trigger("edit", { value: words }); };
   field.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); send(); }
@@ -37,7 +37,7 @@ function edit(row, turn) {
   const choices = make("div", "choices");
   choices.append(button("Cancel", "quiet", done), button("Ask again", "strong", send));
   row.replaceChildren(field, choices);
-  editing = true;
+  editing = turn.question;
   field.focus();
 }
 
@@ -63,8 +63,11 @@ function answered(turn, last, index, explained) {
 
 function update() {
   const { turns, suggestions, problem, explained, scan } = props.value;
-  if (editing && turns.some((turn) => turn.open)) editing = false;
-  if (editing) return;
+  const lately = turns[turns.length - 1];
+  if (editing !== null && (!lately || lately.open || lately.question !== editing)) [editing, shownTurns] = [null, []];  // it is gone
+  plea.textContent = problem;
+  plea.hidden = !problem;
+  if (editing !== null) return;
   const low = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
   turns.forEach((turn, index) => {
     const last = index === turns.length - 1, state = JSON.stringify([turn, last]);
@@ -86,8 +89,6 @@ function update() {
   if (low) log.scrollTop = log.scrollHeight;
   element.dataset.state = turns.length ? "talking" : scan ? "ready" : "empty";
   hints.replaceChildren(...suggestions.map((words) => button(words, "hint", () => trigger("example_select", { value: words }))));
-  plea.textContent = problem;
-  plea.hidden = !problem;
 }
 
 watch("value", update);

@@ -3,6 +3,7 @@
 Every function takes the Session that it acts for; what it gives back is plain data for the page's components.
 """
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import psutil
 from insight import Case, Cells, Insight
 from scans import EXAMPLES, OpenScan, example, read_uploads
-from sessions import BUSY, MOST_CHARACTERS, NO_SCAN, Session, Sessions, Turn, history
+from sessions import BUSY, MOST_CHARACTERS, NO_SCAN, Session, Sessions, Turn, history, sentence
 from viewer import overlay
 
 from med3dvlm.prompts import REPORT_PROMPTS
@@ -20,6 +22,7 @@ from med3dvlm.reporting import read_report, report_dicom, report_json, report_ma
 from med3dvlm.volume import Volume, VolumeError
 
 MOST_BYTES = 4 * 2**30  # of an upload
+MOST_REPORT = 20_000  # characters
 EXPLAINED = (
     "The geometric mean of the probabilities that the model gave to the words it wrote. It says how sure the model is of its words, "
     "not whether they are true. Below 50 % the model would have said something else about every other time at each word."
@@ -36,26 +39,37 @@ class Desk:
     model: str = "model"
     most_bytes: int = MOST_BYTES
     insight: Insight = Insight()
+    room: int = psutil.virtual_memory().total // 2  # bytes for the scans of all sessions together
     sessions: Sessions = field(default_factory=Sessions)
     # Gradio names an upload by its content: two sessions that send the same file share one path, and the first to read it deletes it. The
     # second gets the first one's scan, which nothing changes, while that is alive.
     _read: WeakValueDictionary[tuple[str, ...], OpenScan] = field(default_factory=WeakValueDictionary)
+    _reading: threading.Lock = field(default_factory=threading.Lock)
 
-    def open_uploads(self, session: Session, uploads: Sequence[str]) -> OpenScan:
-        """Put the uploaded scan on the session's desk. Raises VolumeError, one sentence; the scan that was open then stays."""
+    def open_uploads(self, session: Session, uploads: Sequence[str], keep: bool = False) -> OpenScan:
+        """Put the uploaded scan on the session's desk. Raises VolumeError, one sentence; the scan that was open then stays.
+
+        `keep`: the files stay for others who send them alike, until `sweep` takes them.
+        """
         if not uploads:
             raise VolumeError("No file was sent; choose one.")
-        key = tuple(sorted(uploads))
-        scan = self._read.get(key)
-        if scan is None:
-            paths = [Path(upload) for upload in uploads]
-            if not all(path.exists() for path in paths):
-                raise VolumeError("The upload is not complete; send it again.")
-            self._read[key] = scan = read_uploads(paths, self.most_bytes)
-        else:
-            for upload in uploads:
-                Path(upload).unlink(missing_ok=True)
-        session.put(scan)
+        key = tuple(sorted(set(uploads)))
+        paths = [Path(upload) for upload in key]
+        with self._reading:
+            scan = self._read.get(key)
+            if scan is None:
+                if not all(path.exists() for path in paths):
+                    raise VolumeError("The upload is not complete; send it again.")
+                self._read[key] = scan = read_uploads(paths, self.most_bytes, keep)
+            elif not keep:
+                for path in paths:
+                    path.unlink(missing_ok=True)
+            if self.sessions.bytes_with(session, scan) > self.room:
+                raise VolumeError(
+                    f"The scan needs {scan.nbytes / 2**30:.1f} GiB of memory, which are not free beside the scans that are open; "
+                    "close another page, or crop the scan."
+                )
+            session.put(scan)
         return scan
 
     def open_example(self, session: Session, name: str) -> OpenScan:
@@ -72,8 +86,8 @@ class Desk:
             return ""
         try:
             known = self.chat.familiarity(session.encoded(self.chat))
-        except ValueError as error:
-            return str(error)
+        except Exception as error:  # noqa: BLE001  told in a sentence
+            return sentence(error)
         return (known and known.message) or ""
 
     def answer(self, session: Session, **sampling: float) -> Iterator[Turn]:
@@ -90,7 +104,7 @@ class Desk:
                 yield turn
 
     def draft(self, session: Session) -> Iterator[Turn]:
-        """Let the model write the report; yields it as it grows, and it becomes the session's report. What stood there is replaced.
+        """Let the model write the report; yields it as it grows, and it becomes the session's report in place of what stood there.
 
         Raises:
             ValueError: there is no scan, or a draft is being written already.
@@ -99,13 +113,19 @@ class Desk:
             raise ValueError(NO_SCAN)
         if session.draft is not None and session.draft.open:
             raise ValueError(BUSY)
+        before, shown = session.report, 0.0
         session.draft = turn = Turn(REPORT_PROMPTS[0], state="writing")
-        shown = 0.0
         for _ in session.answer(self.chat, turn):
-            if turn is session.draft and (not turn.open or time.monotonic() - shown > SECONDS_BETWEEN):
+            if not turn.open or time.monotonic() - shown > SECONDS_BETWEEN:
                 shown = time.monotonic()
-                session.report = "" if turn.state == "failed" else turn.answer
-                yield turn
+                if session.write(turn, before if turn.state == "failed" else turn.answer):
+                    yield turn
+
+    def rewrite(self, session: Session, report: str) -> None:
+        """The report as a person changed it. Raises ValueError where it is too long."""
+        if len(report) > MOST_REPORT:
+            raise ValueError(f"The report has {len(report)} characters but at most {MOST_REPORT} are taken; the rest was not kept.")
+        session.report = report
 
     def reading(self, session: Session, problem: str = "") -> dict[str, Any]:
         """What report.js shows below the report: sections, findings, files to save; `problem` as in `talk`."""
@@ -145,8 +165,7 @@ class Desk:
         self._lay(session, scan, self.insight.find(scan.volume, phrase), f"Where the scan resembles “{phrase.strip()}”")
 
     def _lay(self, session: Session, scan: OpenScan, cells: Cells, label: str) -> None:
-        if session.scan is scan:  # else another one was opened meanwhile
-            session.lay(overlay(scan.volume, scan.picture, *cells, label))
+        session.lay(scan, overlay(scan.volume, scan.picture, *cells, label))
 
     def similar(self, session: Session) -> list[Case]:
         """The cases of the index that the scan resembles. Raises ValueError as `explain` does."""

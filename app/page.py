@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from desk import Desk
+from desk import MOST_REPORT, Desk
 from insight import Case
 from PIL import Image
-from programs import endpoints
+from programs import endpoints, sent, session_of
 from scans import EXAMPLES, OpenScan
-from sessions import Session
+from sessions import Session, sentence
 
 from med3dvlm.prompts import RESEARCH_NOTICE
-from med3dvlm.volume import VolumeError
 
 HERE = Path(__file__).parent
 # The browser's own fonts: a theme's may come from a font server.
@@ -59,7 +58,7 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
     """The page around the desk; `parallel` answers are written at a time, the others wait in a queue."""
 
     def of(request: gr.Request) -> Session:
-        return desk.sessions.of(request.session_hash or "")
+        return session_of(desk, request)
 
     with gr.Blocks(title="Med3DVLM", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
         gr.HTML(
@@ -69,7 +68,7 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
         with gr.Row(elem_id="desk", equal_height=False):
             with gr.Column(scale=7, min_width=520, elem_id="left"):
                 with gr.Row(elem_id="open", equal_height=True):
-                    loader = gr.File(label="Open a scan", file_count="multiple", height=76, elem_id="loader", scale=5, min_width=220)
+                    loader = sent(gr.File(label="Open a scan", file_count="multiple", height=76, elem_id="loader", scale=5, min_width=220))
                     with gr.Column(scale=2, min_width=200, elem_id="examples"):
                         examples = [gr.Button(name, size="sm", variant="secondary") for name in EXAMPLES]
                 status = gr.HTML(visible=False, elem_id="status")
@@ -117,7 +116,7 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
                             draft = gr.Button("Draft the report", variant="primary", size="md")
                             end = gr.Button("Stop", variant="secondary", size="md", scale=0, min_width=90)
                         report = gr.Textbox(
-                            show_label=False, label="Report", lines=14, max_lines=30, container=False, elem_id="report",
+                            show_label=False, label="Report", lines=14, max_lines=30, container=False, elem_id="report", max_length=MOST_REPORT,
                             placeholder="Let the model draft it, then change it here: the draft is text like any other.",
                         )  # fmt: skip
                         reading = gr.HTML(
@@ -135,8 +134,8 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
             yield {status: bar("busy", "Reading the scan"), loader: None}
             try:
                 scan = act(session)
-            except VolumeError as error:  # the scan that was open stays open
-                yield {status: bar("error", str(error))}
+            except Exception as error:  # noqa: BLE001  told in a sentence; the scan that was open stays open
+                yield {status: bar("error", sentence(error))}
                 return
             yield {
                 status: bar("busy", ""), viewer: desk.view(session), facts: described(scan), talk: desk.talk(session), notice: bar("busy", ""),
@@ -149,8 +148,10 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
         def take(name: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
             yield from opening(lambda session: desk.open_example(session, name), request)
 
-        def look(request: gr.Request) -> dict[str, Any]:
-            return bar("warning", desk.notice(of(request)))
+        def look(request: gr.Request) -> Any:
+            session = of(request)
+            scan, words = session.scan, desk.notice(session)
+            return bar("warning", words) if session.scan is scan else gr.skip()  # else another scan was opened meanwhile
 
         def pose(act: Callable[[Session], Any], words: str, request: gr.Request) -> tuple[str, dict[str, Any]]:
             session = of(request)
@@ -197,8 +198,12 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
                 yield session.report, desk.reading(session, str(error))
 
         def rewrite(words: str, request: gr.Request) -> dict[str, Any]:
-            of(request).report = words
-            return desk.reading(of(request))
+            session, problem = of(request), ""
+            try:
+                desk.rewrite(session, words)
+            except ValueError as error:
+                problem = str(error)
+            return desk.reading(session, problem)
 
         def explain(event: gr.EventData, request: gr.Request) -> Iterator[tuple[Any, ...]]:
             yield from covering(lambda session: desk.explain(session, int(event.value)), request)
@@ -212,14 +217,17 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
             try:
                 act(session)
                 yield bar("busy", ""), desk.view(session)
-            except ValueError as error:
-                yield bar("error", str(error)), desk.view(session)
+            except Exception as error:  # noqa: BLE001  told in a sentence
+                yield bar("error", sentence(error)), desk.view(session)
 
-        def resemble(request: gr.Request) -> str:
+        def resemble(request: gr.Request) -> Any:
+            session = of(request)
+            scan = session.scan
             try:
-                return compared(desk.similar(of(request)))
-            except ValueError as error:
-                return bar("error", str(error))["value"]
+                found = compared(desk.similar(session))
+            except Exception as error:  # noqa: BLE001  told in a sentence
+                found = bar("error", sentence(error))["value"]
+            return found if session.scan is scan else gr.skip()  # else another scan was opened meanwhile
 
         def end_draft(request: gr.Request) -> None:
             of(request).stop_draft()
@@ -227,13 +235,16 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
         def leave(request: gr.Request) -> None:
             desk.sessions.close(request.session_hash or "")
 
-        opens: dict[str, Any] = {"concurrency_id": "read", "concurrency_limit": 1, "show_progress_on": status, **HIDDEN}
+        # "multiple": a step that Gradio would leave out, because the one before still runs, is another scan's or another question's
+        opens: dict[str, Any] = {
+            "concurrency_id": "read", "concurrency_limit": 1, "show_progress_on": status, "show_progress": "minimal",
+            "api_visibility": "private", "trigger_mode": "multiple",
+        }  # fmt: skip
         modelling: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": parallel}
         endpoints(desk, modelling)  # before the page's own events, which would take their names
-        steps = [loader.upload(read, loader, [loader, *opened], **opens)]
-        steps += [button.click(take, button, [loader, *opened], **opens) for button in examples]
-        for step in steps:
-            step.then(look, None, notice, **modelling, **HIDDEN)
+        for event, act, given in [(loader.upload, read, loader), *((button.click, take, button) for button in examples)]:
+            waiting = event(lambda: bar("busy", "Waiting for the reader"), None, status, **AT_ONCE)
+            waiting.then(act, given, [loader, *opened], **opens).then(look, None, notice, trigger_mode="multiple", **modelling, **HIDDEN)
         asking = [
             question.submit(ask, question, [question, talk], **AT_ONCE),
             talk.example_select(suggested, None, talk, **AT_ONCE),
@@ -242,8 +253,9 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
         ]
         for step in asking:
             step.then(
-                answer, [temperature, top_p], talk, show_progress_on=queue, show_progress="minimal", api_visibility="private", **modelling
-            )
+                answer, [temperature, top_p], talk, show_progress_on=queue, show_progress="minimal", api_visibility="private",
+                trigger_mode="multiple", **modelling,
+            )  # fmt: skip
         talk.stop(stop, None, talk, **AT_ONCE)
         clear.click(empty, None, talk, **AT_ONCE)
         draft.click(write, None, [report, reading], show_progress_on=reading, api_visibility="private", **modelling)
@@ -254,4 +266,5 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
         end.click(end_draft, None, None, **AT_ONCE)
         report.input(rewrite, report, reading, trigger_mode="always_last", **AT_ONCE)
         blocks.unload(leave)
+    blocks.queue(api_open=False)  # nobody passes by the queue
     return blocks

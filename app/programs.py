@@ -13,20 +13,41 @@ would otherwise share one session. They take one file, since Gradio describes a 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from desk import Desk
-from sessions import Session
+from sessions import Session, sentence
 
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
+
+
+def sent(files: gr.File) -> gr.File:
+    """The same component, of which Gradio fetches nothing from an address: files are sent."""
+    move = files.async_move_resource_to_block_cache
+
+    async def take(place: str | Path | None) -> str | None:
+        if place is not None and "://" in str(place):
+            raise gr.Error("Send the file itself: this server fetches nothing from an address.", print_exception=False)
+        return await move(place)
+
+    files.async_move_resource_to_block_cache = take  # type: ignore[method-assign]
+    return files
+
+
+def session_of(desk: Desk, request: gr.Request) -> Session:
+    """Raises gr.Error for a caller who gives no session: all such would share one."""
+    if not request.session_hash:
+        raise gr.Error("Name a session by session_hash, as gradio_client does.", print_exception=False)
+    return desk.sessions.of(request.session_hash)
 
 
 def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
     """Add them to the Blocks that is being built; `modelling` says how many of them may use the model at a time."""
 
     def of(request: gr.Request) -> Session:
-        return desk.sessions.of(request.session_hash or "")
+        return session_of(desk, request)
 
     def told(session: Session) -> dict[str, Any]:
         return {"facts": session.scan.facts, "warnings": session.scan.warnings} if session.scan else {}
@@ -65,7 +86,7 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
         """Answer a question about one scan: a NIfTI, NRRD or MHA file, or a zip of a DICOM series. Research software only."""
         session = Session()
         with sentences():
-            desk.open_uploads(session, [scan] if scan else [])
+            desk.open_uploads(session, [scan] if scan else [], keep=True)
             turn = session.pose(question)
             for _ in desk.answer(session):
                 pass
@@ -78,7 +99,7 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
         return answer(scan, REPORT_PROMPTS[0])
 
     with gr.Column(visible=False):
-        files, scan = gr.File(file_count="multiple", label="Files of a scan"), gr.File(label="Scan")
+        files, scan = sent(gr.File(file_count="multiple", label="Files of a scan")), sent(gr.File(label="Scan"))
         question, said = gr.Textbox(label="Question"), gr.JSON(label="Answer")
         temperature, top_p = gr.Number(0, label="Temperature"), gr.Number(1, label="Top-p")
         name, words, button = gr.Textbox(label="Example"), gr.Textbox(label="Notice"), gr.Button()
@@ -100,5 +121,5 @@ def sentences() -> Iterator[None]:
     """What is wrong with a program's request reaches it as that sentence; Gradio would hide it."""
     try:
         yield
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from None
+    except Exception as error:  # noqa: BLE001  told in a sentence
+        raise gr.Error(sentence(error), print_exception=False) from None

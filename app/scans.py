@@ -5,14 +5,18 @@ log shows the name that it came with.
 """
 
 import dataclasses
+import os
 import re
 import shutil
 import tempfile
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from viewer import Picture, describe, picture
@@ -35,6 +39,7 @@ SIGNS = {
 }
 PICTURES = (".png", ".jpg", ".jpeg")
 MOST_FILES = 20_000
+PREFIX = "scan-"  # of the folders of scans that are read, or open
 EXAMPLES = {"Chest phantom": "chest", "Abdomen phantom": "abdomen"}
 
 
@@ -51,16 +56,23 @@ class OpenScan:
     warnings: tuple[str, ...]
     files: Path | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of memory, for the volume and what the browser is given."""
+        return int(self.volume.array.nbytes + self.picture.stored.nbytes)
 
-def read_uploads(uploads: Sequence[Path], most_bytes: int) -> OpenScan:
+
+def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False) -> OpenScan:
     """The scan in one file, or in all files of a series together; the uploads are deleted, whatever happens, those of DICOM with the scan.
+
+    With `keep` they stay where they are: Gradio gives one place to what several callers send alike, and the next may come for it yet.
 
     Raises:
         VolumeError: they hold no scan, or are larger than `most_bytes` together; one sentence without a file's name.
     """
-    folder = tempfile.mkdtemp(prefix="scan-", dir=uploads[0].parent)
+    folder = tempfile.mkdtemp(prefix=PREFIX, dir=uploads[0].parent)
     try:
-        path, kind = _plainly_named(uploads, Path(folder), most_bytes)
+        path, kind = _plainly_named(uploads, Path(folder), most_bytes, os.link if keep else shutil.move)
         volume = read_volume(path)
         warnings = tuple(_without(folder, warning) for warning in volume.warnings)
         scan = on_the_desk(dataclasses.replace(volume, source="scan", warnings=warnings), kind, path if kind in MAY_BE_DICOM else None)
@@ -70,13 +82,22 @@ def read_uploads(uploads: Sequence[Path], most_bytes: int) -> OpenScan:
             raise VolumeError(_without(folder, str(error))) from None
         raise
     finally:
-        for upload in uploads:
+        for upload in () if keep else uploads:
             upload.unlink(missing_ok=True)
     if scan.files is None:
         shutil.rmtree(folder)
     else:
         weakref.finalize(scan, shutil.rmtree, folder, ignore_errors=True)
     return scan
+
+
+def sweep(private: Path, seconds: float) -> None:
+    """Delete uploads that nobody read for so long: of a page that was closed meanwhile, or cut short. Files of open scans stay."""
+    for path in private.rglob("*"):
+        if not any(part.startswith(PREFIX) for part in path.relative_to(private).parts):
+            with suppress(FileNotFoundError):  # somebody read it just now
+                if path.is_file() and time.time() - path.stat().st_mtime > seconds:
+                    path.unlink()
 
 
 def on_the_desk(volume: Volume, kind: str, files: Path | None = None) -> OpenScan:
@@ -103,7 +124,7 @@ def example(name: str) -> OpenScan:
     return on_the_desk(volume, f"{name}, drawn by this program; no patient")
 
 
-def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int) -> tuple[Path, str]:
+def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int, move: Callable[[Path, Path], Any]) -> tuple[Path, str]:
     """Move the uploads into the folder under plain names; the path to read, and what it is in words."""
     size = sum(upload.stat().st_size for upload in uploads)
     if size > most_bytes:
@@ -115,12 +136,12 @@ def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int) -> tu
         raise VolumeError("An .mhd file has its voxels in another file; save the scan as one .mha file.")
     if len(uploads) == 1:
         path = folder / f"scan{endings[0]}"
-        shutil.move(uploads[0], path)
+        move(uploads[0], path)
         return path, KINDS.get(endings[0], "DICOM")
     if any(ending in READERS and ending != ".dcm" for ending in endings):
         raise VolumeError(f"{len(uploads)} files were sent, and not all are of one DICOM series; open one scan at a time.")
     for number, upload in enumerate(sorted(uploads, key=lambda upload: _natural(upload.name)), start=1):
-        shutil.move(upload, folder / f"{number:05d}{_ending(upload)}")
+        move(upload, folder / f"{number:05d}{_ending(upload)}")
     return folder, "pictures" if set(endings) <= set(PICTURES) else "DICOM series"
 
 

@@ -3,6 +3,7 @@
 Nothing here knows the page. A session ends when its page is closed, or when too many are open and it rested longest; its memory goes then.
 """
 
+import logging
 import secrets
 import threading
 from collections import OrderedDict
@@ -13,6 +14,8 @@ from typing import Any
 from scans import OpenScan
 from viewer import Overlay
 
+logger = logging.getLogger(__name__)
+
 MOST_SESSIONS = 64
 MOST_CHARACTERS = 4000  # of a question, about 700 words
 LOW_CONFIDENCE = 0.5
@@ -20,6 +23,18 @@ NO_SCAN = "Please open a scan first: drop its file on the viewer, or take an exa
 NO_QUESTION = "Please type a question first."
 NO_ANSWER = "The model gave no answer; please ask in other words."
 BUSY = "An answer is being written; wait for it or stop it."
+BROKEN = "Something went wrong here. Try again; with a large scan the machine may be short of memory."
+
+
+def sentence(error: Exception) -> str:
+    """What is said of an error where the user looks. Of the program's own mistakes the log has kind and place alone: the words may name a scan."""
+    if isinstance(error, ValueError):
+        return str(error)
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    logger.error("%s in %s", type(error).__name__, f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "?")
+    return BROKEN
 
 
 @dataclass(eq=False)
@@ -57,12 +72,13 @@ class Session:
     overlays: int = 0  # so far, which numbers them
     draft: Turn | None = None  # of the report, as the model writes it
     report: str = ""  # as it stands in the field, which a person may have changed
-    _claiming: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def put(self, scan: OpenScan) -> None:
         """A new scan: whatever was said about the one before ends and goes."""
-        self.close()
-        self.scan = scan
+        with self._lock:
+            self.close()
+            self.scan = scan
 
     def clear(self) -> None:
         """A new conversation about the same scan."""
@@ -81,17 +97,28 @@ class Session:
         if self.draft is not None:
             self.draft.stop.set()
 
-    def lay(self, overlay: Overlay) -> None:
-        self.overlay = overlay
-        self.overlays += 1
+    def lay(self, scan: OpenScan, overlay: Overlay) -> None:
+        """Put it on the viewer, unless another scan was opened meanwhile."""
+        with self._lock:
+            if self.scan is scan:
+                self.overlay = overlay
+                self.overlays += 1
+
+    def write(self, draft: Turn, report: str) -> bool:
+        """What a draft has come to is the report, unless another one was begun or another scan opened; whether it is."""
+        with self._lock:
+            if self.draft is draft:
+                self.report = report
+            return self.draft is draft
 
     def close(self) -> None:
         """Everything of the scan goes, whatever is being written ends."""
-        self.number += 1
-        self.clear()
-        self.stop_draft()
-        self.scan = self.features = self.draft = self.overlay = None
-        self.report = ""
+        with self._lock:
+            self.number += 1
+            self.clear()
+            self.stop_draft()
+            self.scan = self.features = self.draft = self.overlay = None
+            self.report = ""
 
     def pose(self, question: str) -> Turn:
         """The next turn, still waiting for its answer.
@@ -126,7 +153,7 @@ class Session:
 
     def claim(self) -> Turn | None:
         """The turn that waits for an answer, now being written by whoever called; None where none waits."""
-        with self._claiming:
+        with self._lock:
             turn = self.turns[-1] if self.turns else None
             if turn is None or turn.state != "waiting":
                 return None
@@ -139,9 +166,9 @@ class Session:
         earlier = self.turns[: self.turns.index(turn)] if turn in self.turns else []
         try:
             yield from self._write(chat, turn, history(earlier), **sampling)
-        except ValueError as error:
-            turn.state, turn.answer = "failed", str(error)
-        except BaseException:  # the program's own mistake, or a page that went away: the turn must not stay open
+        except Exception as error:  # noqa: BLE001  told in a sentence, the program's own mistakes in the log, too
+            turn.state, turn.answer = "failed", sentence(error)
+        except BaseException:  # a page that went away: the turn must not stay open
             turn.state = "failed"
             raise
         yield turn
@@ -163,14 +190,15 @@ class Session:
 
     def encoded(self, chat: Any) -> Any:
         """The scan as the language model gets it, computed once."""
-        scan, number = self.scan, self.number
+        with self._lock:
+            scan, features = self.scan, self.features
         if scan is None:
             raise ValueError(NO_SCAN)
-        features = self.features
         if features is None:
             features = chat.encode(scan.volume)
-            if number == self.number:
-                self.features = features
+            with self._lock:
+                if self.scan is scan:
+                    self.features = features
         return features
 
 
@@ -202,7 +230,14 @@ class Sessions:
 
     def by_token(self, token: str) -> Session | None:
         with self._lock:
-            return next((session for session in self._by_name.values() if secrets.compare_digest(session.token, token)), None)
+            sessions = list(self._by_name.values())
+        return next((session for session in sessions if secrets.compare_digest(session.token.encode(), token.encode())), None)
+
+    def bytes_with(self, session: Session, scan: OpenScan) -> int:
+        """What all open scans take once the session has this one; a scan that several share counts once."""
+        with self._lock:
+            others = [other.scan for other in self._by_name.values() if other is not session and other.scan is not None]
+        return sum({id(each): each.nbytes for each in (scan, *others)}.values())
 
     def close(self, name: str) -> None:
         with self._lock:

@@ -78,14 +78,17 @@ async function fetchBytes(url, total, progress) {
 
 async function open(facts) {
   wanted = facts.url;
+  [scan, voxels, wantedHeat] = [null, null, ""];  // nothing of the scan before stands beside what is said of this one
+  uncover();
+  find(".workstation").dataset.state = "loading";
   say("Loading the picture");
   const count = facts.shape.reduce((product, length) => product * length, 1);
   try {
     const bytes = await fetchBytes(facts.url, 2 * count, (percent) => wanted === facts.url && say(`Loading the picture, ${percent} %`));
     if (wanted !== facts.url) return;  // another scan was opened meanwhile
-    [scan, voxels, overlay, heat] = [facts, new Int16Array(bytes), null, null];
+    [scan, voxels] = [facts, new Int16Array(bytes)];
   } catch (error) {
-    if (wanted === facts.url) { wanted = ""; say(`The picture could not be loaded: ${error.message}. Open the scan again.`, "error"); }
+    if (wanted === facts.url) { wanted = ""; find(".workstation").dataset.state = "empty"; say(`The picture could not be loaded: ${error.message}. Open the scan again.`, "error"); }
     return;
   }
   at = scan.shape.map((length) => Math.floor((length - 1) / 2));
@@ -128,8 +131,9 @@ async function lay(facts) {
 }
 
 async function update() {
-  const { scan: facts, overlay: heatFacts } = props.value || {};
-  if (facts && facts.url !== wanted) await open(facts);
+  const now = () => props.value || {};
+  if (now().scan && now().scan.url !== wanted) await open(now().scan);
+  const { scan: facts, overlay: heatFacts } = now();  // one may have come while the picture was loaded
   if (scan && facts && facts.url === scan.url && (heatFacts ? heatFacts.url : "") !== wantedHeat) await lay(heatFacts);
 }
 

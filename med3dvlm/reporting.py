@@ -38,7 +38,7 @@ HEADINGS = {
 KNOWN = "|".join(heading for headings in HEADINGS.values() for heading in headings)
 # A heading opens a line, alone or with a colon, perhaps in Markdown's signs; after a sentence it needs the colon.
 HEADING = re.compile(
-    rf"^[ \t]*[#*_]*[ \t]*(?P<line>{KNOWN})[ \t]*[*_]*[ \t]*(?::[ \t]*[*_]*|$)|(?<=[.;!?])[ \t]+(?P<inline>{KNOWN})[ \t]*:",
+    rf"^[ \t#*_]*(?P<line>{KNOWN})[ \t]*[*_]*[ \t]*(?::[ \t]*[*_]*|$)|(?<=[.;!?])[ \t]+(?P<inline>{KNOWN})[ \t]*:",
     re.IGNORECASE | re.MULTILINE,
 )
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")

@@ -155,6 +155,26 @@ def test_look_and_ask(visit, server, scan) -> None:
     expect(page.get_by_text("Ask about the scan", exact=True)).to_be_visible()
 
 
+def test_nothing_of_the_scan_before_stays(visit, server, scan) -> None:
+    """Not its conversation while a question is edited, not a question that waited behind its answer."""
+    page = visit()
+    opened(page, scan())
+    ask(page, "First?")
+    expect(page.locator(".answered").last).to_contain_text("confidence")
+    page.get_by_role("button", name="Edit").click()
+    upload(page, scan(12))
+    expect(page.locator("#facts")).to_contain_text("12 × 20 × 30")
+    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.get_by_label("The question, to be changed")).to_have_count(0)
+    wait_for(lambda: "/ 12" in count(page))
+    ask(page, "slowly")
+    wait_for(lambda: server.parrot.running)
+    page.get_by_role("button", name="Clear conversation").click()
+    ask(page, "Second?")
+    expect(page.locator(".answered").last).to_contain_text("12 slices. <b>Second?</b>")
+    expect(page.locator(".turn")).to_have_count(1)
+
+
 def test_stop_sampling_and_a_page_that_is_closed_while_an_answer_streams(visit, server, scan) -> None:
     page = visit()
     opened(page, scan())

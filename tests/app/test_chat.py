@@ -1,5 +1,7 @@
 """The program itself: what it refuses, what it serves, what it leaves behind."""
 
+import asyncio
+import inspect
 import json
 import os
 import re
@@ -7,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+import time
 import urllib.request
 from pathlib import Path
 
@@ -48,6 +52,51 @@ def test_others_are_let_in_with_a_password_only(tmp_path, capsys) -> None:
         assert app.main(["--model", str(tmp_path), "--host", "0.0.0.0", "--auth-file", str(path)]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
+
+
+def test_programs_without_accounts_and_accounts_are_no_pair(tmp_path, capsys) -> None:
+    assert app.main(["--model", str(tmp_path), "--mcp", "--auth-file", str(tmp_path / "accounts.json")]) == 2
+    assert "--mcp has no accounts" in capsys.readouterr().err
+
+
+def test_what_a_killed_chat_left_goes_and_what_another_has_stays(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "elsewhere")  # as it was
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    stale, others = tmp_path / f"{app.PRIVATE}{ended.pid}-x", tmp_path / f"{app.PRIVATE}{os.getpid()}-x"
+    for folder in (stale, others):
+        folder.mkdir()
+        (folder / "Doe_Jane.dcm").touch()
+    with app.private_folder() as private:
+        assert private.parent == tmp_path and private.stat().st_mode & 0o077 == 0
+        assert not stale.exists() and list(others.iterdir())
+    assert not private.exists()
+
+
+def test_a_guess_takes_its_time_and_nobody_elses(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("accounts.SECONDS_AFTER_WRONG", 0.2)
+    add(tmp_path / "accounts.json", "anna", "correct horse")
+    accounts = Accounts.load(tmp_path / "accounts.json")
+    assert inspect.iscoroutinefunction(accounts.allows)  # as Gradio asks
+
+    async def guess() -> tuple[list[bool], int]:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.01)
+                ticks += 1
+
+        beside = asyncio.create_task(tick())
+        found = await asyncio.gather(*(accounts.allows("anna", password) for password in ("wrong horse", "correct horse", "no horse")))
+        beside.cancel()
+        return found, ticks
+
+    started = time.monotonic()
+    found, ticks = asyncio.run(guess())
+    assert found == [False, True, False] and time.monotonic() - started > 0.4 and ticks > 20
 
 
 def test_a_password_is_kept_as_its_scrypt_hash(tmp_path, monkeypatch, capsys) -> None:

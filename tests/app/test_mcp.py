@@ -8,8 +8,9 @@ import chat as app
 import pytest
 from desk import Desk
 from page import build
+from scans import sweep
 
-from .conftest import Parrot
+from .conftest import Parrot, files_with_content
 
 pytest.importorskip("mcp", reason="the mcp package is not installed: pip install 'med3dvlm[mcp]'")
 
@@ -36,5 +37,8 @@ def test_answer_and_report_are_tools_and_nothing_else_is(scan, tmp_path, monkeyp
     finally:
         blocks.close(verbose=False)
     assert sorted(tools) == ["answer", "report"]
+    assert files_with_content(tmp_path)  # the scan came here, and nowhere else
+    sweep(tmp_path, 0)
+    assert files_with_content(tmp_path) == []
     answer = ast.literal_eval(told)
     assert "10 slices." in answer["answer"] and "not a medical device" in answer["notice"]

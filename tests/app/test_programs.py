@@ -1,6 +1,7 @@
 """The desk driven by programs over localhost: the example that app/programs.py gives, wrong input, several sessions at once."""
 
 import gc
+import json
 import re
 import socket
 import time
@@ -15,6 +16,7 @@ import programs
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from scans import sweep
 from sessions import BUSY, NO_ANSWER, NO_QUESTION, NO_SCAN
 
 from med3dvlm.prompts import RESEARCH_NOTICE
@@ -101,6 +103,32 @@ def test_an_upload_cannot_name_another_file_of_the_machine(client, tmp_path) -> 
     wrong.write_text(f"{header}ElementDataFile = {private}\n")
     with pytest.raises(AppError, match="names another place for the voxels"):
         read(client(), wrong)
+
+
+def test_nothing_is_fetched_from_an_address(client) -> None:
+    far = {"path": "http://127.0.0.1:9/scan.nii.gz", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(AppError, match="fetches nothing from an address"):
+        client().predict([far], api_name="/open")
+
+
+def test_nobody_passes_by_the_queue_or_goes_without_a_session(server) -> None:
+    for name, body in (("example", {"data": ["Chest phantom"]}), ("stop", {"data": []})):
+        request = urllib.request.Request(
+            f"{server.address}gradio_api/run/{name}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(request, timeout=10)
+    assert server.desk.sessions.of("").scan is None
+
+
+def test_one_file_from_two_at_once_and_twice_in_one_request(server, client, scan) -> None:
+    path = scan(11)
+    jobs = [session.submit(handle_file(path), "Which?", api_name="/answer") for session in (client(), client(), client())]
+    assert all("11 slices." in job.result(timeout=60)["answer"] for job in jobs)
+    sweep(server.uploads, 0)
+    assert files_with_content(server.uploads) == []
+    assert "11 × 20 × 30" in str(read(client(), path, path)["facts"])
+    assert files_with_content(server.uploads) == []
 
 
 def test_an_answer_streams_and_is_remembered(server, client, scan) -> None:
@@ -209,7 +237,7 @@ def test_the_browsers_bytes_need_the_sessions_own_secret(server, client, scan) -
         assert answer.headers["Cache-Control"] == "no-store"
     np.testing.assert_array_equal(stored, desk.scan.picture.stored)
     read(session, scan(12))
-    for wrong in (url, url.replace(desk.token, "A" * 32), url.replace("scan", "report")):
+    for wrong in (url, url.replace(desk.token, "A" * 32), url.replace(desk.token, "%C3%A9"), url.replace("scan", "report")):
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(wrong)
 

@@ -1,6 +1,7 @@
 """Uploads to open scans: every format, several files of a DICOM series, names that say who it is, examples, and what is left on the disk."""
 
 import gc
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import SimpleITK
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-from scans import EXAMPLES, example, read_uploads
+from scans import EXAMPLES, example, read_uploads, sweep
 
 from med3dvlm.volume import VolumeError
 
@@ -111,6 +112,15 @@ def test_files_that_are_no_series_get_a_sentence_without_their_names(tmp_path, s
         read_uploads(uploaded(tmp_path, notes, notes), LIMIT)
     assert "Doe" not in str(told.value) and str(tmp_path) not in str(told.value)
     assert files_with_content(tmp_path / "uploads") == []
+
+
+def test_what_nobody_read_goes_and_an_open_scan_stays(tmp_path) -> None:
+    for place in ("hash/Doe_Jane.nii.gz", "tmpcut", "hash/scan-1/00001.dcm", "new/Doe.nii"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(b"scan")
+        os.utime(tmp_path / place, (0, 0) if "new" not in place else None)
+    sweep(tmp_path, 60)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["00001.dcm", "Doe.nii"]
 
 
 def test_examples_are_phantoms_that_stay_the_same() -> None:

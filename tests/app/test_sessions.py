@@ -1,11 +1,15 @@
 """Sessions without a page: who may ask when, what is remembered, and what a new scan or a closed page does to an answer being written."""
 
+import shutil
 from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from desk import Desk
 from scans import example
-from sessions import BUSY, NO_SCAN, Session, Sessions, Turn, history
+from sessions import BROKEN, BUSY, NO_SCAN, Session, Sessions, Turn, history
+
+from med3dvlm.volume import VolumeError
 
 from .conftest import Parrot
 
@@ -74,17 +78,48 @@ def test_a_new_scan_ends_the_answer_about_the_old_one(session) -> None:
         session.pose("Anything?")
 
 
-def test_the_models_own_mistake_leaves_no_turn_open(session) -> None:
+def test_the_models_own_mistake_is_told_and_its_words_are_not_logged(session, caplog) -> None:
     def fail(*_: object, **__: object) -> Iterator[str]:
         yield "The"
-        raise RuntimeError("the device was lost")
+        raise RuntimeError("no place for Doe^Jane")
 
     session.pose("First?")
     turn = session.claim()
-    with pytest.raises(RuntimeError):
-        list(session.answer(SimpleNamespace(encode=id, stream=fail), turn))
-    assert turn.state == "failed"
+    list(session.answer(SimpleNamespace(encode=id, stream=fail), turn))
+    assert turn.state == "failed" and turn.answer == BROKEN
+    assert f"RuntimeError in {__file__}" in caplog.text and "Doe" not in caplog.text
     session.pose("Second?")
+
+
+def test_nothing_of_an_old_scan_is_taken_for_the_new_ones(session) -> None:
+    old, draft = session.scan, Turn("Report.")
+    session.draft = draft
+    assert session.write(draft, "About the old one.") and session.report == "About the old one."
+
+    def encode(volume: object) -> str:
+        session.put(example("Abdomen phantom"))  # while the encoder is at work
+        return "features of the old one"
+
+    session.encoded(SimpleNamespace(encode=encode))
+    assert session.features is None and session.report == ""
+    assert not session.write(draft, "More about the old one.") and session.report == ""
+    session.lay(old, "heat")
+    assert session.overlay is None
+
+
+def test_a_scan_without_room_beside_the_open_ones_is_refused(scan, tmp_path) -> None:
+    def sent(slices: int) -> list[str]:
+        return [str(shutil.copy(scan(slices), tmp_path / f"{slices}.nii.gz"))]
+
+    desk = Desk(Parrot())
+    one, two = desk.sessions.of("one"), desk.sessions.of("two")
+    scans = [desk.open_uploads(one, sent(10)), desk.open_uploads(two, sent(9))]
+    desk.room = sum(scan.nbytes for scan in scans)
+    with pytest.raises(VolumeError, match="close another page, or crop the scan"):
+        desk.open_uploads(two, sent(11))
+    assert two.scan is scans[1]
+    desk.open_uploads(two, sent(8))  # in place of its own
+    desk.open_uploads(one, sent(11))
 
 
 def test_above_the_limit_the_session_that_rested_longest_closes() -> None:
