@@ -12,6 +12,7 @@ question to its first words. Writes <output>/app.json and .md.
 import argparse
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
@@ -105,7 +106,9 @@ def compare(alone: list[Visit], together: list[Visit | None]) -> dict[str, Any]:
 
 def serve(model: Path, run: Callable[[str], Any]) -> Any:
     """Start the chat on a free port, run against it, and end it."""
-    command = [sys.executable, str(CHAT), "--model", str(model), "--port", "0"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, str(CHAT), "--model", str(model), "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}) as chat:
         try:
             assert chat.stdout is not None
@@ -116,6 +119,7 @@ def serve(model: Path, run: Callable[[str], Any]) -> Any:
             return run(address)
         finally:
             chat.terminate()
+            chat.communicate()  # it says that it ends
 
 
 def main() -> None:
