@@ -1,6 +1,7 @@
 """What stage 1 and the CT-CLIP path share: a Med3DCLIP learns from pairs of volume and report."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,12 +109,27 @@ def train_contrastive(arguments: ContrastiveArguments) -> None:
     finish()
 
 
+def common_words(texts: Iterable[str], size: int) -> dict[str, int]:
+    """A vocabulary for BertTokenizer: its special tokens, every character of the texts, and their commonest words, token -> id.
+
+    The trainer of WordPiece would give another one each time: it orders characters and breaks ties by the seed of a hash.
+    """
+    empty = BertTokenizer()
+    backend, counts = empty.backend_tokenizer, Counter[str]()
+    for text in texts:
+        counts.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)))
+    characters = sorted(set("".join(counts)))
+    fixed = [*sorted(empty.get_vocab(), key=empty.get_vocab().__getitem__), *characters, *(f"##{character}" for character in characters)]
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    return {token: number for number, token in enumerate([*fixed, *words[: max(size - len(fixed), 0)]])}
+
+
 def _text_side(arguments: ContrastiveArguments, reports: Iterable[str]) -> tuple[PreTrainedModel, Any]:
     """The text encoder and its tokenizer."""
     options = dict(arguments.text_options or {})  # type: ignore[arg-type]
     if arguments.text_encoder == NEW:
         config = BertConfig(**options)
-        tokenizer = BertTokenizer().train_new_from_iterator(reports, config.vocab_size)
+        tokenizer = BertTokenizer(common_words(reports, config.vocab_size))
         config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
         return AutoModel.from_config(config), tokenizer
     path = locate_model(arguments.text_encoder)

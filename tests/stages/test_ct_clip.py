@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from med3dvlm import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.checkpoints import load_clip
+from med3dvlm.contrastive_training import common_words
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import PairDataset
 from med3dvlm.training import launch
@@ -75,6 +76,17 @@ def test_a_new_text_encoder_has_the_words_of_the_training_reports(train, prepare
     assert tokenizer.model_max_length == 256
     report = PreparedData(prepared).studies("train")[0].report
     assert tokenizer.unk_token_id not in tokenizer(report)["input_ids"]
+
+
+def test_the_vocabulary_is_special_tokens_characters_and_the_commonest_words() -> None:
+    texts = ["Mass, no mass.", "A mass is no cyst.", "Cyst: 12 mm"]
+    vocabulary = common_words(texts, 1000)
+    assert vocabulary == common_words(reversed(texts), 1000)
+    assert list(vocabulary.values()) == list(range(len(vocabulary)))
+    characters = sorted(set("mass,noais.cyt:12"))
+    assert list(vocabulary)[5:] == [*characters, *(f"##{c}" for c in characters), "mass", "cyst", "no", "12", "is", "mm"]
+    assert BertTokenizer(vocabulary).tokenize("Mass, moss") == ["mass", ",", "m", "##o", "##s", "##s"]
+    assert list(common_words(texts, len(vocabulary) - 2)) == list(vocabulary)[:-2]
 
 
 def test_sentences_are_drawn_anew_in_every_epoch_and_from_the_report_alone(prepared: Path) -> None:
