@@ -17,6 +17,7 @@ import argparse
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if arguments.mcp and arguments.auth_file is not None:
             raise ValueError("--mcp has no accounts, so that it would let in whoever finds it; leave out --mcp or --auth-file.")
+        check_free(arguments.host, arguments.port)
         if min(arguments.limit, arguments.parallel) < 1:
             raise ValueError(f"--limit {arguments.limit} and --parallel {arguments.parallel} must be at least 1.")
         accounts = None if arguments.auth_file is None else Accounts.load(arguments.auth_file)
@@ -130,8 +132,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def check_free(host: str, port: int) -> None:
+    """Raises ValueError, one sentence, where nothing can listen there."""
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--port {port} is no port; they go from 1 to 65535.")
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"Nothing can listen on {host}, port {port} ({error.strerror}); name another one by --port.") from None
+
+
 def load(model: Path) -> Any:
     """The model, loaded once. Raises FileNotFoundError or ValueError, one sentence, for a directory without one or of another kind."""
+    if model.is_file():
+        raise FileNotFoundError(f"{model} is a file; give the directory of a trained model.")
     if not model.is_dir():
         raise FileNotFoundError(f"There is no model directory {model}; train one with `make demo`.")
     if not any(path.suffix in (".safetensors", ".bin") for path in model.iterdir()):

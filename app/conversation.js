@@ -3,7 +3,7 @@
 // Everything that somebody wrote, the model included, enters the page as text, never as HTML and never through a template.
 
 const log = element.querySelector(".log"), hints = element.querySelector(".hints"), plea = element.querySelector(".plea");
-let shownTurns = [], editing = null;  // the question that is being changed
+let shownTurns = [], told = 0, editing = null;  // the question that is being changed
 
 function make(tag, kind, words = "", more = {}) {
   const node = document.createElement(tag);
@@ -65,8 +65,11 @@ function update() {
   const { turns, suggestions, problem, explained, scan } = props.value;
   const lately = turns[turns.length - 1];
   if (editing !== null && (!lately || lately.open || lately.question !== editing)) [editing, shownTurns] = [null, []];  // it is gone
-  plea.textContent = problem;
-  plea.hidden = !problem;
+  if (problem || !lately || !lately.open || turns.length !== told) {  // the words that stream in do not wipe it away
+    plea.textContent = problem;
+    plea.hidden = !problem;
+  }
+  told = turns.length;
   if (editing !== null) return;
   const low = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
   turns.forEach((turn, index) => {

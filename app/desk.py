@@ -107,12 +107,15 @@ class Desk:
         """Let the model write the report; yields it as it grows, and it becomes the session's report in place of what stood there.
 
         Raises:
-            ValueError: there is no scan, or a draft is being written already.
+            ValueError: there is no scan, a draft is being written already, or a person changed the report: the second call replaces it.
         """
         if session.scan is None:
             raise ValueError(NO_SCAN)
         if session.draft is not None and session.draft.open:
             raise ValueError(BUSY)
+        if session.edited and session.report.strip():
+            session.edited = False
+            raise ValueError("The report was changed by hand. Save it first, or draft once more to replace it.")
         before, shown = session.report, 0.0
         session.draft = turn = Turn(REPORT_PROMPTS[0], state="writing")
         for _ in session.answer(self.chat, turn):
@@ -122,16 +125,36 @@ class Desk:
                     yield turn
 
     def rewrite(self, session: Session, report: str) -> None:
-        """The report as a person changed it. Raises ValueError where it is too long."""
+        """The report as it stands in the field, unless a draft is just being written. Raises ValueError where it is too long."""
+        if report == session.report or (session.draft is not None and session.draft.open):
+            return
         if len(report) > MOST_REPORT:
-            raise ValueError(f"The report has {len(report)} characters but at most {MOST_REPORT} are taken; the rest was not kept.")
-        session.report = report
+            raise ValueError(f"The report has {len(report)} characters but at most {MOST_REPORT} are taken; shorten it.")
+        session.report, session.edited = report, True
+
+    def notes(self, session: Session) -> tuple[str, ...]:
+        """How the report came about: by which model, of what scan, how it ended, whether a person changed it."""
+        scan, draft = session.scan, session.draft
+        notes = [f"Model: {self.model}."]
+        notes += [outside] if (outside := self.notice(session)) else []
+        notes += [f"Of the scan: {warning}" for warning in scan.warnings] if scan is not None else []
+        if draft is not None and draft.state == "stopped":
+            notes.append("Incomplete: the draft was stopped before its end.")
+        if session.edited or draft is None:
+            notes.append("Written or changed by hand.")
+        elif draft.confidence is not None:
+            notes.append(f"The model's confidence in its words: {100 * draft.confidence:.0f} %, which does not say that they are true.")
+        return tuple(notes)
 
     def reading(self, session: Session, problem: str = "") -> dict[str, Any]:
         """What report.js shows below the report: sections, findings, files to save; `problem` as in `talk`."""
         draft, line = session.draft, ""
         if draft is not None and draft.state == "failed":
             problem = problem or draft.answer
+        elif draft is not None and draft.state == "stopped":
+            line = "Stopped before its end: the draft is incomplete."
+        elif draft is not None and session.edited:
+            line = "Changed by hand since it was drafted."
         elif draft is not None and draft.confidence is not None:
             low = ", which is low" if draft.shown()["low"] else ""
             line = f"Drafted in {draft.seconds:.1f} s, {draft.tokens} tokens, with a confidence of {100 * draft.confidence:.0f} %{low}."
@@ -173,9 +196,12 @@ class Desk:
             raise ValueError(NO_SCAN)
         return self.insight.similar(session.scan.volume)
 
-    def save(self, session: Session, kind: str) -> bytes:
-        """The session's report as a file of one of the kinds in SAVES. Raises ValueError, one sentence, where it cannot be."""
-        report = read_report(session.report)
+    def save(self, session: Session, kind: str, text: str) -> bytes:
+        """The report, of which `text` stands in the field, as a file of one of the kinds in SAVES. Raises ValueError where it cannot be."""
+        if session.draft is not None and session.draft.open:
+            raise ValueError("The report is being drafted; wait for it or stop it.")
+        self.rewrite(session, text)
+        report = read_report(session.report, self.notes(session))
         if kind == "dcm":
             if session.scan is None or session.scan.files is None:
                 raise ValueError("A DICOM report belongs to a DICOM scan, which this one is not; save it as text.")

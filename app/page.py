@@ -50,7 +50,7 @@ def compared(cases: list[Case]) -> str:
             buffer = io.BytesIO()
             Image.fromarray(case.picture).save(buffer, "png")
             image = f'<img alt="middle slice" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-        cards.append(f"<article>{image}<div><b>similarity {case.similarity:.2f}</b><p>{html.escape(case.report)}</p></div></article>")
+        cards.append(f"<article>{image}<div><b>similarity {case.similarity:.4f}</b><p>{html.escape(case.report)}</p></div></article>")
     return f'<div class="cases">{"".join(cards)}</div>'
 
 
@@ -79,7 +79,7 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
                 with gr.Row(elem_id="finding", visible=desk.insight.find is not None):
                     phrase = gr.Textbox(
                         show_label=False, label="A finding to look for", placeholder="Where does the scan resemble … (a finding, in words)",
-                        submit_btn="Show", lines=1, max_lines=1, container=False, elem_id="phrase",
+                        submit_btn="Show", lines=1, max_lines=1, container=False, elem_id="phrase", max_length=200,
                     )  # fmt: skip
                 facts = gr.HTML(elem_id="facts")
             with gr.Column(scale=4, min_width=340, elem_id="right"):
@@ -99,7 +99,7 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
                             clear = gr.Button("Clear conversation", size="sm", variant="secondary", scale=0, min_width=150)
                         with gr.Accordion("Sampling", open=False, elem_id="sampling"):
                             temperature = gr.Slider(
-                                0, 1.5, 0, step=0.1, label="Temperature", info="0: always the likeliest word, the same answer every time",
+                                0, 1.5, 0, step=0.1, label="Temperature", info="0: the likeliest word each time, one answer to one conversation",
                                 buttons=[],
                             )  # fmt: skip
                             top_p = gr.Slider(
@@ -137,8 +137,9 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
             except Exception as error:  # noqa: BLE001  told in a sentence; the scan that was open stays open
                 yield {status: bar("error", sentence(error))}
                 return
+            doubts = " ".join(warning[:1].upper() + warning[1:] for warning in scan.warnings)
             yield {
-                status: bar("busy", ""), viewer: desk.view(session), facts: described(scan), talk: desk.talk(session), notice: bar("busy", ""),
+                status: bar("warning", doubts), viewer: desk.view(session), facts: described(scan), talk: desk.talk(session), notice: bar("busy", ""),
                 report: "", reading: desk.reading(session), cases: "",
             }  # fmt: skip
 
@@ -185,9 +186,9 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
             # While the answer is being written, its writer says how it ended; this, arriving later, would say that it is still written.
             return gr.skip() if session.turns and session.turns[-1].open else desk.talk(session)
 
-        def empty(request: gr.Request) -> dict[str, Any]:
+        def empty(request: gr.Request) -> tuple[dict[str, Any], ...]:
             of(request).clear()
-            return desk.talk(of(request))
+            return desk.talk(of(request)), desk.view(of(request))
 
         def write(request: gr.Request) -> Iterator[tuple[str, dict[str, Any]]]:
             session = of(request)
@@ -257,14 +258,14 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
                 trigger_mode="multiple", **modelling,
             )  # fmt: skip
         talk.stop(stop, None, talk, **AT_ONCE)
-        clear.click(empty, None, talk, **AT_ONCE)
+        clear.click(empty, None, [talk, viewer], **AT_ONCE)
         draft.click(write, None, [report, reading], show_progress_on=reading, api_visibility="private", **modelling)
         looking: dict[str, Any] = {**HIDDEN, **modelling}
         talk.select(explain, None, [status, viewer], **looking)
         phrase.submit(find, phrase, [status, viewer], **looking)
         search.click(resemble, None, cases, show_progress="minimal", api_visibility="private", **modelling)
         end.click(end_draft, None, None, **AT_ONCE)
-        report.input(rewrite, report, reading, trigger_mode="always_last", **AT_ONCE)
+        report.change(rewrite, report, reading, trigger_mode="always_last", **AT_ONCE)  # `input` leaves out what is deleted or pasted
         blocks.unload(leave)
     blocks.queue(api_open=False)  # nobody passes by the queue
     return blocks

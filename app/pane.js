@@ -127,6 +127,7 @@ class Pane {
     if (!scan.millimetres) return;
     const length = [200, 100, 50, 20, 10, 5, 2, 1].find((mm) => mm * pixels < width / 3) || 1;
     const right = width - 12 * density, y = height - 8 * density, x = right - length * pixels;
+    [context.shadowColor, context.shadowBlur] = ["#000", 4 * density];
     context.strokeStyle = "#cbd5e1";
     context.lineWidth = density;
     context.beginPath();
@@ -136,6 +137,7 @@ class Pane {
     context.font = `${11 * density}px ui-monospace, monospace`;
     context.textAlign = "right";
     context.fillText(`${length} mm`, right, y - 7 * density);
+    context.shadowBlur = 0;
   }
 
   // Moves the crosshair to a point of the canvas in CSS pixels.

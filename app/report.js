@@ -18,7 +18,7 @@ function complain(words) {
 async function save(url, name) {
   complain("");
   try {
-    const answer = await fetch(url);
+    const answer = await fetch(url, { method: "POST", body: document.querySelector("#report textarea").value });  // what is seen is saved
     if (!answer.ok) return complain(await answer.text());
     const link = make("a", "");
     link.href = URL.createObjectURL(await answer.blob());

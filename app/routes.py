@@ -3,7 +3,8 @@
 Each address holds the session's secret token, which only its own page was told; it ends with the session.
 """
 
-from desk import SAVES, Desk
+from desk import MOST_REPORT, SAVES, Desk
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -29,12 +30,15 @@ def routes(desk: Desk) -> list[Route]:
             return gone()
         return Response(session.overlay.heat.tobytes(), headers=PRIVATE, media_type="application/octet-stream")
 
-    def report(request: Request) -> Response:
+    async def report(request: Request) -> Response:
         session, kind = desk.sessions.by_token(request.path_params["token"]), request.path_params["kind"]
         if session is None or kind not in SAVES:
             return gone()
+        if int(request.headers.get("content-length") or 0) > 8 * MOST_REPORT:
+            return Response(f"The report has more than {MOST_REPORT} characters; shorten it.", 409, PRIVATE, "text/plain")
+        text = (await request.body()).decode("utf-8", "replace")
         try:
-            content = desk.save(session, kind)
+            content = await run_in_threadpool(desk.save, session, kind, text)
         except ValueError as error:
             return Response(str(error), 409, PRIVATE, "text/plain")
         return Response(content, media_type=MEDIA[kind], headers=PRIVATE | {"Content-Disposition": f"attachment; filename=report.{kind}"})
@@ -42,7 +46,7 @@ def routes(desk: Desk) -> list[Route]:
     return [
         Route("/desk/{token}/scan/{number:int}", scan),
         Route("/desk/{token}/overlay/{number:int}", overlay),
-        Route("/desk/{token}/report/{kind}", report),
+        Route("/desk/{token}/report/{kind}", report, methods=["POST"]),
     ]
 
 

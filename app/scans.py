@@ -165,4 +165,5 @@ def _without(folder: str, words: str) -> str:
     """The sentence without the path, which says nothing to whoever dropped a file on a page."""
     words = re.sub(rf"{re.escape(folder)}(/[\w.]+)?: ", "", words)
     words = re.sub(rf"{re.escape(folder)}/?", "", words).strip()
+    words = words.replace("and series= picks another", "and the files of another one alone are another scan")
     return words[:1].upper() + words[1:]

@@ -71,7 +71,8 @@ class Session:
     overlay: Overlay | None = None  # on the viewer
     overlays: int = 0  # so far, which numbers them
     draft: Turn | None = None  # of the report, as the model writes it
-    report: str = ""  # as it stands in the field, which a person may have changed
+    report: str = ""  # as it stands in the field
+    edited: bool = False  # by a person, since it was drafted
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def put(self, scan: OpenScan) -> None:
@@ -83,7 +84,7 @@ class Session:
     def clear(self) -> None:
         """A new conversation about the same scan."""
         self.stop()
-        self.turns = []
+        self.turns, self.overlay = [], None
 
     def stop(self) -> None:
         """End the answer that is being written, if one is."""
@@ -108,7 +109,7 @@ class Session:
         """What a draft has come to is the report, unless another one was begun or another scan opened; whether it is."""
         with self._lock:
             if self.draft is draft:
-                self.report = report
+                self.report, self.edited = report, False
             return self.draft is draft
 
     def close(self) -> None:
@@ -118,7 +119,7 @@ class Session:
             self.clear()
             self.stop_draft()
             self.scan = self.features = self.draft = self.overlay = None
-            self.report = ""
+            self.report, self.edited = "", False
 
     def pose(self, question: str) -> Turn:
         """The next turn, still waiting for its answer.

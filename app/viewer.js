@@ -7,7 +7,7 @@
 const find = (selector) => element.querySelector(selector);
 
 let scan = null, voxels = null, overlay = null, heat = null;
-let at = [0, 0, 0], low = 0, high = 1, tool = "cross", opacity = 0.5, marks = true;
+let at = [0, 0, 0], before = null, low = 0, high = 1, tool = "cross", opacity = 0.5, marks = true;
 let table = new Uint8Array(65536);
 let wanted = "", wantedHeat = "", pending = false;
 const panes = {};
@@ -107,7 +107,13 @@ async function open(facts) {
   setWindow(...scan.window);
 }
 
+function hide() {
+  if (before) at = before;
+  uncover();
+}
+
 function uncover() {
+  before = null;
   [overlay, heat] = [null, null];
   find(".overlay").hidden = true;
   refresh();
@@ -123,8 +129,10 @@ async function lay(facts) {
     const bytes = await fetchBytes(facts.url, count, () => {});
     if (wantedHeat !== facts.url || !scan) return;
     [overlay, heat] = [facts, new Uint8Array(bytes)];
+    before = before || at;
     at = facts.peak.map((place, axis) => clamp(place, 0, scan.shape[axis] - 1));
     refresh();
+    element.scrollIntoView({ block: "nearest" });
   } catch (error) {
     if (wantedHeat === facts.url) find(".overlay .label").textContent = `The overlay could not be loaded: ${error.message}.`;
   }
@@ -145,7 +153,7 @@ for (const button of element.querySelectorAll("[data-tool]")) {
     find(".stage").dataset.tool = tool;
   });
 }
-for (const [name, act] of Object.entries({ reset, uncover, closer: () => scaleAll(1.25), farther: () => scaleAll(0.8) })) {
+for (const [name, act] of Object.entries({ reset, hide, closer: () => scaleAll(1.25), farther: () => scaleAll(0.8) })) {
   find(`[data-do="${name}"]`).addEventListener("click", () => scan && act());
 }
 function scaleAll(factor) { for (const pane of Object.values(panes)) pane.scale(factor); }
@@ -164,13 +172,30 @@ const field = () => document.querySelector("#loader input[type=file]");
 const stage = find(".stage");
 stage.addEventListener("dragover", (event) => { event.preventDefault(); stage.dataset.over = "yes"; });
 stage.addEventListener("dragleave", () => { delete stage.dataset.over; });
-stage.addEventListener("drop", (event) => {
+stage.addEventListener("drop", drop);
+document.querySelector("#loader")?.addEventListener("drop", drop, true);  // Gradio's own takes no folders
+
+async function drop(event) {
   event.preventDefault();
+  event.stopPropagation();
   delete stage.dataset.over;
-  if (!field() || !event.dataTransfer.files.length) return;
-  field().files = event.dataTransfer.files;
+  const dropped = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+  const all = dropped.length ? new DataTransfer() : event.dataTransfer;
+  for (const entry of dropped) for (const file of await filesOf(entry)) all.items.add(file);
+  if (!field() || !all.files.length) return;
+  field().files = all.files;
   field().dispatchEvent(new Event("change", { bubbles: true }));
-});
+}
+
+async function filesOf(entry) {
+  if (entry.isFile) return [await new Promise((done, failed) => entry.file(done, failed))];
+  const reader = entry.createReader(), files = [];
+  for (;;) {  // a reader gives a hundred at a time
+    const some = await new Promise((done, failed) => reader.readEntries(done, failed));
+    if (!some.length) return files;
+    for (const one of some) files.push(...await filesOf(one));
+  }
+}
 find(".invite").addEventListener("click", () => field() && field().click());
 
 watch("value", update);

@@ -55,13 +55,17 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """The sections in the order of the text, and for every finding that it names "present", "uncertain" or "absent"."""
+    """The sections in the order of the text, and for every finding that it names "present", "uncertain" or "absent".
+
+    `notes` are sentences on how it came about, which stand before it in every file.
+    """
 
     sections: tuple[Section, ...]
     findings: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
-def read_report(text: str) -> Report:
+def read_report(text: str, notes: tuple[str, ...] = ()) -> Report:
     """Cut a text at its headings. What stands before the first, or a text without any, is Findings; a heading that comes again goes on.
 
     Raises:
@@ -80,12 +84,12 @@ def read_report(text: str) -> Report:
             parts.setdefault(heading, []).append(words)
     if not parts:
         raise ValueError("The report has headings but no words under them; draft or write it first.")
-    return Report(tuple(Section(heading, "\n".join(words)) for heading, words in parts.items()), finding_states(text))
+    return Report(tuple(Section(heading, "\n".join(words)) for heading, words in parts.items()), finding_states(text), notes)
 
 
 def report_text(report: Report) -> str:
     """Plain text."""
-    parts = [UNVERIFIED, *(f"{section.heading.upper()}\n{section.text}" for section in report.sections)]
+    parts = ["\n".join([UNVERIFIED, *report.notes]), *(f"{section.heading.upper()}\n{section.text}" for section in report.sections)]
     if stated := _stated(report):
         parts.append("\n".join(["RECOGNISED IN THE TEXT", *stated]))
     return "\n\n".join(parts) + "\n"
@@ -93,7 +97,7 @@ def report_text(report: Report) -> str:
 
 def report_markdown(report: Report) -> str:
     """Markdown, in which signs in the report stand for themselves."""
-    parts = ["# Report", f"> {UNVERIFIED}"]
+    parts = ["# Report", "\n>\n".join(f"> {line}" for line in (UNVERIFIED, *map(_plain, report.notes)))]
     parts += [f"## {section.heading}\n\n{_plain(section.text)}" for section in report.sections]
     if stated := _stated(report):
         parts.append("\n".join(["## Recognised in the text", "", *(f"- {line}" for line in stated)]))
@@ -101,7 +105,7 @@ def report_markdown(report: Report) -> str:
 
 
 def report_json(report: Report) -> str:
-    """JSON: "notice", "sections" [{"heading", "text"}], "findings" {name: state}."""
+    """JSON: "notice", "sections" [{"heading", "text"}], "findings" {name: state}, "notes" [sentence]."""
     return json.dumps({"notice": UNVERIFIED, **asdict(report)}, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -117,7 +121,9 @@ def report_dicom(report: Report, scan: str | os.PathLike[str], series: int | Non
     sections = [(section.heading, [section.text]) for section in report.sections]
     if stated := _stated(report):
         sections.append(("Summary", stated))
-    return structured_report(Path(scan), os.fspath(scan), series, UNVERIFIED, sections, f"Med3DVLM {version('med3dvlm')}")
+    return structured_report(
+        Path(scan), os.fspath(scan), series, " ".join([UNVERIFIED, *report.notes]), sections, f"Med3DVLM {version('med3dvlm')}"
+    )
 
 
 def _section(heading: str) -> str:

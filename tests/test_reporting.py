@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -78,6 +79,7 @@ def test_the_files_hold_notice_sections_and_findings() -> None:
         "notice": UNVERIFIED,
         "sections": [{"heading": "Findings", "text": "Possible emphysema."}, {"heading": "Impression", "text": "No nodule."}],
         "findings": stated,
+        "notes": [],
     }
     assert report_text(report) == (
         f"{UNVERIFIED}\n\nFINDINGS\nPossible emphysema.\n\nIMPRESSION\nNo nodule.\n\n"
@@ -88,6 +90,10 @@ def test_the_files_hold_notice_sections_and_findings() -> None:
         "## Recognised in the text\n\n- emphysema: uncertain\n- lung nodule: absent\n"
     )
     assert "not a medical device" in UNVERIFIED
+    noted = replace(report, notes=("Model: a_b.", "Incomplete."))
+    assert report_text(noted) == report_text(report).replace(UNVERIFIED, f"{UNVERIFIED}\nModel: a_b.\nIncomplete.")
+    assert report_markdown(noted) == report_markdown(report).replace(UNVERIFIED, f"{UNVERIFIED}\n>\n> Model: a\\_b.\n>\n> Incomplete.")
+    assert json.loads(report_json(noted))["notes"] == ["Model: a_b.", "Incomplete."]
 
 
 def test_what_was_saved_as_text_is_read_again() -> None:

@@ -33,6 +33,7 @@ class Parrot:
         self.sampling: list[dict[str, float]] = []
         self.encoded: list[int] = []
         self.running = 0
+        self.report = REPORT
 
     def encode(self, volume: Volume) -> Volume:
         self.encoded.append(len(volume.array))
@@ -49,7 +50,7 @@ class Parrot:
         if question == "silence":
             return Answer("", 1, 0.1, 0.9)
         text = f"{len(volume.array)} slices. <b>{question}</b> ${{1 + 1}} & {len(history)}"
-        text = REPORT if question == "Describe the findings." else text + " word" * 10_000 * ("slowly" in question)
+        text = self.report if question == "Describe the findings." else text + " word" * 10_000 * ("slowly" in question)
         self.running += 1
         try:
             for word in text.split(" "):

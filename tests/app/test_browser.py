@@ -11,7 +11,7 @@ import pytest
 
 from med3dvlm.prompts import RESEARCH_NOTICE
 
-from .conftest import files_with_content
+from .conftest import REPORT, files_with_content
 from .test_programs import wait_for
 from .test_scans import dicom_series
 
@@ -189,6 +189,11 @@ def test_stop_sampling_and_a_page_that_is_closed_while_an_answer_streams(visit, 
     assert server.parrot.sampling[-1] == {"temperature": 0.5, "top_p": 1}
     ask(page, "slowly once more")
     wait_for(lambda: server.parrot.running)
+    ask(page, "Meanwhile?")
+    expect(page.locator(".conversation .plea")).to_contain_text("An answer is being written")
+    with changes(lambda: page.locator(".answered").last.text_content()):
+        pass
+    expect(page.locator(".conversation .plea")).to_be_visible()
     page.close()
     wait_for(lambda: not server.parrot.running)
     assert files_with_content(server.uploads) == []
@@ -230,9 +235,42 @@ def test_a_dicom_series_is_reported_and_saved(visit, tmp_path) -> None:
     page.locator("#report textarea").type(" Ascites is present.")
     expect(page.locator(".reading .chip.present")).to_have_count(2)
     for label, words in (("Text", b"Ascites is present."), ("JSON", b'"sections"'), ("DICOM", b"DICM")):
-        with page.expect_download() as download:
-            page.get_by_role("button", name=label).click()
-        assert words in Path(download.value.path()).read_bytes()
+        assert words in saved(page, label)
+    text = saved(page, "Text").decode()
+    assert "Unlike <anything> seen in training." in text and "Model: parrot." in text and "changed by hand" in text
+    page.locator("#report textarea").press("Control+End")
+    for _ in range(len("Ascites is present.")):
+        page.locator("#report textarea").press("Backspace")
+    assert b"Ascites" not in saved(page, "Text")  # what is seen is saved, however it came about
+    expect(page.locator(".reading .chip.present")).to_have_count(1)
+    page.locator("#report textarea").fill("Cardiomegaly.")
+    expect(page.locator(".reading .chip.present")).to_have_text("cardiomegaly")
+    page.get_by_role("button", name="Draft the report").click()
+    expect(page.locator(".reading .plea")).to_contain_text("changed by hand")
+    assert page.locator("#report textarea").input_value() == "Cardiomegaly."
+    page.get_by_role("button", name="Draft the report").click()
+    expect(page.locator(".reading .chip.present")).to_have_text("lung nodule")
+
+
+def saved(page: sync_api.Page, label: str) -> bytes:
+    with page.expect_download() as download:
+        page.get_by_role("button", name=label).click()
+    return Path(download.value.path()).read_bytes()
+
+
+def test_a_draft_that_was_stopped_says_so(visit, server, scan) -> None:
+    page = visit()
+    opened(page, scan())
+    server.parrot.report = "A nodule." + " word" * 10_000
+    try:
+        page.get_by_role("tab", name="Report").click()
+        page.get_by_role("button", name="Draft the report").click()
+        wait_for(lambda: server.parrot.running)
+        page.locator("#drafting").get_by_role("button", name="Stop").click()
+        expect(page.locator(".reading .line")).to_contain_text("incomplete")
+    finally:
+        server.parrot.report = REPORT
+    assert b"Incomplete" in saved(page, "Text")
 
 
 def test_where_it_looked_and_what_is_similar(visit, scan) -> None:
