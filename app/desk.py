@@ -130,7 +130,8 @@ class Desk:
             return
         if len(report) > MOST_REPORT:
             raise ValueError(f"The report has {len(report)} characters but at most {MOST_REPORT} are taken; shorten it.")
-        session.report, session.edited = report, True
+        session.report = report
+        session.edited = session.draft is None or report != session.draft.answer  # a draft's own words may arrive late
 
     def notes(self, session: Session) -> tuple[str, ...]:
         """How the report came about: by which model, of what scan, how it ended, whether a person changed it."""

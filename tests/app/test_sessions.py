@@ -107,6 +107,26 @@ def test_nothing_of_an_old_scan_is_taken_for_the_new_ones(session) -> None:
     assert session.overlay is None
 
 
+def test_a_report_counts_as_changed_by_a_person_alone(session) -> None:
+    """The page tells of every change, a draft's own words too, and some of them late."""
+    desk = Desk(Parrot())
+    for _ in desk.draft(session):
+        if session.draft.open:
+            desk.rewrite(session, session.report[:5])
+    words = session.report
+    assert len(words) > 20 and not session.edited
+    for late in (words[:7], words):
+        desk.rewrite(session, late)
+    assert session.report == words and not session.edited
+    desk.rewrite(session, words + " Changed.")
+    assert session.edited and "Written or changed by hand." in desk.notes(session)
+    with pytest.raises(ValueError, match="changed by hand"):
+        list(desk.draft(session))
+    assert session.report == words + " Changed."
+    list(desk.draft(session))
+    assert session.report == words
+
+
 def test_a_scan_without_room_beside_the_open_ones_is_refused(scan, tmp_path) -> None:
     def sent(slices: int) -> list[str]:
         return [str(shutil.copy(scan(slices), tmp_path / f"{slices}.nii.gz"))]
