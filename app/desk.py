@@ -113,8 +113,8 @@ class Desk:
             raise ValueError(NO_SCAN)
         if session.draft is not None and session.draft.open:
             raise ValueError(BUSY)
-        if session.edited and session.report.strip():
-            session.edited = False
+        if session.edited and session.warned != session.report:
+            session.warned = session.report
             raise ValueError("The report was changed by hand. Save it first, or draft once more to replace it.")
         before, shown = session.report, 0.0
         session.draft = turn = Turn(REPORT_PROMPTS[0], state="writing")
@@ -131,7 +131,6 @@ class Desk:
         if len(report) > MOST_REPORT:
             raise ValueError(f"The report has {len(report)} characters but at most {MOST_REPORT} are taken; shorten it.")
         session.report = report
-        session.edited = session.draft is None or report != session.draft.answer  # a draft's own words may arrive late
 
     def notes(self, session: Session) -> tuple[str, ...]:
         """How the report came about: by which model, of what scan, how it ended, whether a person changed it."""
@@ -141,7 +140,7 @@ class Desk:
         notes += [f"Of the scan: {warning}" for warning in scan.warnings] if scan is not None else []
         if draft is not None and draft.state == "stopped":
             notes.append("Incomplete: the draft was stopped before its end.")
-        if session.edited or draft is None:
+        if session.edited:
             notes.append("Written or changed by hand.")
         elif draft.confidence is not None:
             notes.append(f"The model's confidence in its words: {100 * draft.confidence:.0f} %, which does not say that they are true.")

@@ -37,7 +37,7 @@ def bar(kind: str, text: str) -> dict[str, Any]:
 def described(scan: OpenScan) -> str:
     """Facts and warnings of a scan as HTML."""
     rows = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in scan.facts.items())
-    doubts = "".join(f"<li>{html.escape(warning[:1].upper() + warning[1:])}</li>" for warning in scan.warnings)
+    doubts = "".join(f"<li>{html.escape(warning)}</li>" for warning in scan.warnings)
     return f'<dl class="facts">{rows}</dl>' + (f'<ul class="doubts">{doubts}</ul>' if doubts else "")
 
 
@@ -137,9 +137,9 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
             except Exception as error:  # noqa: BLE001  told in a sentence; the scan that was open stays open
                 yield {status: bar("error", sentence(error))}
                 return
-            doubts = " ".join(warning[:1].upper() + warning[1:] for warning in scan.warnings)
             yield {
-                status: bar("warning", doubts), viewer: desk.view(session), facts: described(scan), talk: desk.talk(session), notice: bar("busy", ""),
+                status: bar("warning", " ".join(scan.warnings)),
+                viewer: desk.view(session), facts: described(scan), talk: desk.talk(session), notice: bar("busy", ""),
                 report: "", reading: desk.reading(session), cases: "",
             }  # fmt: skip
 

@@ -72,7 +72,7 @@ class Session:
     overlays: int = 0  # so far, which numbers them
     draft: Turn | None = None  # of the report, as the model writes it
     report: str = ""  # as it stands in the field
-    edited: bool = False  # by a person, since it was drafted
+    warned: str = ""  # the changed report of which a person was told that a draft would replace it
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def put(self, scan: OpenScan) -> None:
@@ -109,8 +109,15 @@ class Session:
         """What a draft has come to is the report, unless another one was begun or another scan opened; whether it is."""
         with self._lock:
             if self.draft is draft:
-                self.report, self.edited = report, False
+                self.report = report
             return self.draft is draft
+
+    @property
+    def edited(self) -> bool:
+        """Whether the report is a person's: not what the draft came to. A draft's own words may arrive late, while and after it is written."""
+        if self.draft is not None and (self.draft.open or self.report == self.draft.answer):
+            return False
+        return bool(self.report.strip())
 
     def close(self) -> None:
         """Everything of the scan goes, whatever is being written ends."""
@@ -119,7 +126,7 @@ class Session:
             self.clear()
             self.stop_draft()
             self.scan = self.features = self.draft = self.overlay = None
-            self.report, self.edited = "", False
+            self.report = self.warned = ""
 
     def pose(self, question: str) -> Turn:
         """The next turn, still waiting for its answer.

@@ -184,6 +184,7 @@ def test_stop_sampling_and_a_page_that_is_closed_while_an_answer_streams(visit, 
     page.get_by_role("button", name="Sampling").click()
     page.locator("#sampling input[type=number]").first.fill("0.5")
     page.locator("#sampling input[type=number]").first.press("Enter")
+    expect(page.locator("#sampling input[type=range]").first).to_have_value("0.5")  # the page has taken it
     ask(page, "Sampled?")
     expect(page.locator(".answered").last).to_contain_text("confidence")
     assert server.parrot.sampling[-1] == {"temperature": 0.5, "top_p": 1}

@@ -124,7 +124,13 @@ def test_a_report_counts_as_changed_by_a_person_alone(session) -> None:
         list(desk.draft(session))
     assert session.report == words + " Changed."
     list(desk.draft(session))
-    assert session.report == words
+    assert session.report == words and not session.edited
+    desk.rewrite(session, "By hand.")
+    desk.chat = SimpleNamespace(encode=id)  # whose draft fails
+    with pytest.raises(ValueError, match="changed by hand"):
+        list(desk.draft(session))
+    list(desk.draft(session))
+    assert session.report == "By hand." and session.edited
 
 
 def test_a_scan_without_room_beside_the_open_ones_is_refused(scan, tmp_path) -> None:
