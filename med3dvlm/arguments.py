@@ -66,16 +66,6 @@ class ImageArguments(StageArguments):
         self.augmentation = None if chosen is None else chosen.to_dict()  # every amount stands in the record of the run
 
 
-@dataclass
-class ConversationArguments(ImageArguments):
-    """What the stages of the language model need besides."""
-
-    max_length: int = field(default=1024, metadata={"help": "tokens of a conversation, image tokens included"})
-    reports: float = field(default=1.0, metadata={"help": "share of rows with the report as an answer"})
-    closed: float = field(default=0.5, metadata={"help": "share of rows with a question whose choices are spelled out"})
-    follow_ups: float = field(default=0.25, metadata={"help": "share of rows with two questions in one conversation"})
-
-
 Arguments = TypeVar("Arguments", bound=StageArguments)
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import torch
 
 from med3dvlm import Med3DVLM, Med3DVLMProcessor
-from med3dvlm.arguments import ConversationArguments, parse_arguments
+from med3dvlm.arguments import parse_arguments
 from med3dvlm.checkpoints import load_clip, load_language_model
+from med3dvlm.conversation_training import ConversationArguments, conversations
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.torch import load_volumes
-from med3dvlm.training import StageTrainer, conversations, finish, launch, run_training, save_final, train_only
+from med3dvlm.training import StageTrainer, finish, launch, run_training, save_final, train_only
 
 
 @dataclass

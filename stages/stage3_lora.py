@@ -15,13 +15,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from med3dvlm import Med3DVLM
-from med3dvlm.arguments import ConversationArguments, parse_arguments
+from med3dvlm.arguments import parse_arguments
 from med3dvlm.checkpoints import load_vlm, merge_lora
+from med3dvlm.conversation_training import ConversationArguments, conversations
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.familiarity import fit_familiarity, pool_features
-from med3dvlm.training import StageTrainer, conversations, finish, launch, lora_targets, run_training, save_final
+from med3dvlm.training import StageTrainer, finish, launch, lora_targets, run_training, save_final
 
 logger = logging.getLogger(__name__)
 

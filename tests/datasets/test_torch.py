@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from med3dvlm.arguments import ConversationArguments, ImageArguments
+from med3dvlm.arguments import ImageArguments
 from med3dvlm.checkpoints import load_vlm
+from med3dvlm.conversation_training import ConversationArguments, conversations
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset, PairCollator, PairDataset, load_volumes
 from med3dvlm.records import Question
-from med3dvlm.training import StageTrainer, conversations
+from med3dvlm.training import StageTrainer
 
 
 class Eye(nn.Module):
