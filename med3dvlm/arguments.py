@@ -1,6 +1,7 @@
 """The settings of a training: defaults, a YAML, the command line, and which of them make a training this one."""
 
 import json
+import logging
 import os
 import re
 import socket
@@ -11,11 +12,16 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import is_torch_bf16_gpu_available
 
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
+
+logger = logging.getLogger(__name__)
 
 # transformers' settings that shape what is learned. Of a stage's own all do, but for these, which say where to write and how to be quick.
 LEARNING = (
@@ -24,6 +30,20 @@ LEARNING = (
     "dataloader_drop_last", "train_sampling_strategy",
 )  # fmt: skip
 FREE = {"merged", "cache_features", "exclude_failures", "split_file"}  # the split file is in the fingerprint of the data
+# transformers' settings that these models cannot honour: the only value that is allowed, and why.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0.0, "the models compute their losses themselves, and transformers would smooth over positions that are not shifted"),
+    "neftune_noise_alpha": (None, "the noise would reach the words but not the image between them"),
+    "fp16": (False, "the models compute in float32 or bfloat16; pass --bf16 true"),
+    "fp16_full_eval": (False, "the models compute in float32 or bfloat16"),
+    "bf16_full_eval": (False, "it would round the float32 weights that train; with --bf16 true the validation loss is computed in bfloat16 already"),
+    "auto_find_batch_size": (False, "the batch size is a part of what is learned; choose a smaller per_device_train_batch_size"),
+    "use_liger_kernel": (False, "its kernels replace a language model's loss, which is not used here"),
+    "fsdp": (None, "weights are shared out by DeepSpeed; pass --deepspeed ds_configs/zero3.json"),
+    "remove_unused_columns": (False, "the collators need every column of a row"),
+    "dataloader_persistent_workers": (False, "workers that stay do not hear that an epoch is another one"),
+}  # fmt: skip
+ZERO_STAGES = (0, 1, 2, 3)
 
 
 @dataclass
@@ -43,9 +63,33 @@ class StageArguments(TrainingArguments):
             raise ValueError(
                 "save_total_limit must be at least 2: while a checkpoint is being written, the whole one before it has to stay"
             )
-        if self.dataloader_persistent_workers:
-            raise ValueError("dataloader_persistent_workers must be false: workers that stay do not hear that an epoch is another one")
+        for name, (allowed, reason) in REFUSED.items():
+            if (getattr(self, name) or allowed) != allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r} but must be {str(allowed).lower()}: {reason}")
+        if self.train_sampling_strategy == "group_by_length":
+            raise ValueError("train_sampling_strategy 'group_by_length' needs lengths that rows do not have; choose random or sequential")
+        if self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
+            raise ValueError(
+                "bf16 is true but there is no GPU here that computes in bfloat16; pass --use_cpu true to train on the CPU, or --bf16 false"
+            )
         super().__post_init__()
+        self.logging_nan_inf_filter = False  # it would log a loss that is not a number as 0
+        if self.n_gpu > 1:
+            logger.warning(
+                "%d GPUs are visible, but one process trains on one: the first. To use all, start the stage with `deepspeed` or `torchrun`",
+                self.n_gpu,
+            )
+            self._n_gpu = 1
+        if self.deepspeed:
+            _check_engine(self.hf_deepspeed_config, str(self.deepspeed))
+            # Models are loaded whole: transformers would load parts of them as ZeRO-3 shards, in the engine's type, beside parts that are
+            # neither. The engine shares all of them out at once when training starts.
+            unset_hf_deepspeed_config()
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """The type of weights that do not train. Those that train are float32, or DeepSpeed keeps float32 copies of them."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     def open_data(self) -> PreparedData:
         """The prepared data that these settings name."""
@@ -113,6 +157,16 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
         return kind(**values)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def _check_engine(config: Any, path: str) -> None:
+    """Raise ValueError where DeepSpeed's configuration contradicts the settings or names a ZeRO stage that does not exist."""
+    if config.mismatches:
+        contradictions = ", ".join(line.removeprefix("- ds ").replace(" vs hf ", " but ") for line in config.mismatches)
+        raise ValueError(f'{path} contradicts the settings: {contradictions}; write "auto" there or change the setting')
+    stage = config.get_value("zero_optimization.stage")
+    if stage not in (None, *ZERO_STAGES):
+        raise ValueError(f"{path}: zero_optimization.stage is {stage!r} but must be one of {', '.join(map(str, ZERO_STAGES))}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -27,6 +27,7 @@ from med3dvlm.vlm import Med3DVLM
 __all__ = [
     "Conversion",
     "convert_published",
+    "load_adapted",
     "load_clip",
     "load_encoder",
     "load_language_model",
@@ -64,12 +65,16 @@ def locate_model(name: str) -> str:
     return str(found[0])
 
 
-def load_language_model(name: str) -> tuple[PreTrainedModel, Any]:
-    """A causal language model and its tokenizer, from a directory, a hub id, or a package; a GGUF file is unpacked to plain float32 weights."""
+def load_language_model(name: str, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, Any]:
+    """A causal language model and its tokenizer, from a directory, a hub id, or a package.
+
+    Args:
+        dtype: of the weights; "auto" is the type in which they are stored. A GGUF file is unpacked, with "auto" to float32.
+    """
     path = locate_model(name)
     quantised = sorted(Path(path).glob("*.gguf")) if Path(path).is_dir() else []
     if not quantised:
-        return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
     file = quantised[0].name
     tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=file)
     wrapped = AutoModelForCausalLM.from_pretrained(path, gguf_file=file, dtype=torch.float32)
@@ -79,7 +84,7 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, Any]:
     model = AutoModelForCausalLM.from_config(config)  # plain: the loaded one counts as quantised and can be neither trained nor saved
     model.load_state_dict(wrapped.state_dict())
     model.generation_config = wrapped.generation_config
-    return model, tokenizer
+    return model if dtype == "auto" else model.to(dtype), tokenizer
 
 
 def require_weights(path: str | Path) -> Path:
@@ -96,10 +101,10 @@ def require_weights(path: str | Path) -> Path:
     return path
 
 
-def load_clip(path: str | Path) -> tuple[Med3DCLIP, Any, VolumeProcessor]:
-    """A stage-1 model with its tokenizer and VolumeProcessor, in evaluation mode."""
+def load_clip(path: str | Path, **options: Any) -> tuple[Med3DCLIP, Any, VolumeProcessor]:
+    """A stage-1 model with its tokenizer and VolumeProcessor, in evaluation mode; `options` go to `from_pretrained` (dtype)."""
     path = _require_type(path, "med3d_clip")
-    return Med3DCLIP.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path), VolumeProcessor.from_pretrained(path)
+    return Med3DCLIP.from_pretrained(path, **options).eval(), AutoTokenizer.from_pretrained(path), VolumeProcessor.from_pretrained(path)
 
 
 def load_vlm(path: str | Path, **options: Any) -> tuple[Med3DVLM, Med3DVLMProcessor]:
@@ -125,19 +130,29 @@ def load_projector(path: str | Path) -> Projector:
     return _loaded(build_projector(*(settings[key] for key in ("projector", "grids", "widths", "dim", "depth"))), path)
 
 
+def load_adapted(adapter: str | Path) -> tuple[Any, Med3DVLMProcessor]:
+    """A stage-3 adapter over its base, a PeftModel in evaluation mode, with the base's processor.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter, or its base is gone.
+    """
+    from peft import PeftConfig, PeftModel
+
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{adapter} holds no adapter (adapter_config.json); name the output of stages/stage3_lora.py")
+    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    model, processor = load_vlm(base)
+    return PeftModel.from_pretrained(model, str(adapter)).eval(), processor
+
+
 def merge_lora(adapter: str | Path, destination: str | Path) -> Med3DVLM:
     """Merge a stage-3 adapter into its base and write the whole model to `destination`, in the place of one that is there.
 
     What the stage found of its training data (familiarity.safetensors) goes with it; an older one that is there goes away.
     """
-    from peft import PeftConfig, PeftModel
-
     adapter = Path(adapter)
-    if not (adapter / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{adapter} holds no adapter (adapter_config.json); name the output of stages/stage3_lora.py")
-    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    model, processor = load_vlm(base)
-    merged: Med3DVLM = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    adapted, processor = load_adapted(adapter)
+    merged: Med3DVLM = adapted.merge_and_unload()
     destination = Path(destination).resolve()
     aside = destination.with_name(f".{destination.name}-merging")
     shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -59,11 +60,53 @@ def lora_targets(model: Med3DVLM) -> str:
     return rf"language_model\..*\.({'|'.join(kinds)})"
 
 
+class DivergedError(ValueError):
+    """The loss or the weights of a training are no longer numbers."""
+
+
 class StageTrainer(Trainer):
     """A Trainer whose checkpoints count only when they are whole, and which continues from the last whole one.
 
-    Volumes reach the device as they are stored; there they become the model's float32 and, where rows have keys, are augmented.
+    - Volumes reach the device as they are stored; there they become the model's float32 and, where rows have keys, are augmented.
+    - Weights that train are float32, whatever the others are. DeepSpeed casts them and keeps float32 copies that it updates.
+    - Tensors of fewer than two dimensions (biases, gains of norms, layer scales, the temperature) do not decay, as in open_clip. The released
+      script leaves the choice to transformers, which goes by names and lets gains inside nn.Sequential, layer scales and the temperature decay.
+    - A loss or a weight that is not a finite number ends the training before it is saved, so that the last good checkpoint stays.
     """
+
+    def __init__(self, model: nn.Module, args: StageArguments, **options: Any) -> None:
+        if not args.deepspeed:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        else:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)  # which the arguments took back while models were being loaded
+        super().__init__(model=model, args=args, **options)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that decay: those of at least two dimensions."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+        loss = super().training_step(*arguments, **options)
+        if not torch.isfinite(loss):
+            self._stop(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
+        return loss
+
+    def require_finite(self) -> None:
+        """Raise DivergedError, on all processes, where a weight that trains is not a finite number."""
+        shards = [getattr(parameter, "ds_tensor", parameter) for parameter in self.model.parameters() if parameter.requires_grad]
+        spoilt = torch.stack([~torch.isfinite(shard).all() for shard in shards]).any()
+        if self.accelerator.reduce(spoilt.to(self.args.device, torch.float32)) > 0:
+            self._stop(f"weights are no longer finite numbers after step {self.state.global_step}")
+
+    def _stop(self, what: str) -> None:
+        checkpoint = get_last_checkpoint(str(self.args.output_dir))
+        kept = f"; the last good checkpoint is {checkpoint}" if checkpoint else ""
+        raise DivergedError(
+            f"the training diverged: {what}{kept}. Try a smaller learning_rate (now {self.args.learning_rate:g}), a longer warm-up or a "
+            "max_grad_norm, into another --output_dir"
+        )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         batch: dict[str, Any] = super()._prepare_inputs(inputs)
@@ -78,6 +121,7 @@ class StageTrainer(Trainer):
         return batch
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.require_finite()
         super()._save_checkpoint(model, trial)
         if self.args.parallel_mode.value == "distributed":
             torch.distributed.barrier()
@@ -184,6 +228,7 @@ def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerpr
 
 def save_final(trainer: StageTrainer, *processors: Any) -> None:
     """Write model and processors to the output folder, whole or not at all."""
+    trainer.require_finite()
     output = Path(str(trainer.args.output_dir))
     aside = output / "saving"
     trainer.save_model(str(aside))
@@ -204,7 +249,8 @@ def environment() -> dict[str, Any]:
 
 
 def finish() -> None:
-    """Take the process group down: without that the launcher reports a crash."""
+    """Take the process group down: without that the launcher reports a crash. Models are loaded whole again."""
+    unset_hf_deepspeed_config()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -213,7 +259,8 @@ def finish() -> None:
 def launch(main: Callable[[], None]) -> None:
     """Run a stage's `main`. What the user can mend, a file or a setting, ends it with one sentence; a defect with its traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    keep_freed_memory()
+    if not torch.cuda.is_available():  # else it would keep the host's copy of the weights, too, once they are on the GPU
+        keep_freed_memory()
     try:
         main()
     except (OSError, SafetensorError, ValueError) as error:

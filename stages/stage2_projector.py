@@ -33,8 +33,8 @@ def main() -> None:
     data = arguments.open_data()
 
     torch.manual_seed(arguments.seed)
-    clip, _, volumes = load_clip(arguments.clip)
-    language_model, tokenizer = load_language_model(arguments.language_model)
+    clip, _, volumes = load_clip(arguments.clip, dtype=arguments.weights_dtype)
+    language_model, tokenizer = load_language_model(arguments.language_model, arguments.weights_dtype)
     started_from = {"clip": fingerprint(clip), "language_model": fingerprint(language_model)}
     processor = Med3DVLMProcessor(volumes, tokenizer)
     model = Med3DVLM.from_parts(
@@ -46,7 +46,8 @@ def main() -> None:
     dataset, collator = conversations(arguments, data, model, processor, yes_no=False)
     if arguments.standardise:
         with torch.no_grad():
-            model.projector.standardise(*model.eval().cpu().encode_image(load_volumes(data, dataset.studies[:64])))
+            low, high = model.eval().cpu().encode_image(load_volumes(data, dataset.studies[:64]))
+            model.projector.standardise(low.float(), high.float())
     trainer = StageTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor)
     run_training(trainer, arguments, str(data.summary["fingerprint"]), **started_from)
     save_final(trainer)

@@ -3,8 +3,7 @@
     deepspeed stages/stage3_lora.py --config stages/configs/demo/stage3_lora.yaml
     python stages/stage3_lora.py --config stages/configs/smoke/stage3_lora.yaml --lora_rank 8
 
-Writes a PEFT adapter to the output folder and the merged Med3DVLM, ready to use, to `merged`. Under ZeRO-3, whose processes share out every
-model that they load, it says how to merge afterwards.
+Writes a PEFT adapter to the output folder and the merged Med3DVLM, ready to use, to `merged`.
 """
 
 import logging
@@ -12,11 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from med3dvlm import Med3DVLM
 from med3dvlm.arguments import parse_arguments
-from med3dvlm.checkpoints import load_vlm, merge_lora
+from med3dvlm.checkpoints import load_adapted, load_vlm, merge_lora
 from med3dvlm.conversation_training import ConversationArguments, conversations
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
@@ -57,7 +55,7 @@ def main() -> None:
     data = arguments.open_data()
 
     torch.manual_seed(arguments.seed)
-    base, processor = load_vlm(arguments.model)
+    base, processor = load_vlm(arguments.model, dtype=arguments.weights_dtype)
     started_from = fingerprint(base)
     model = add_lora(base, arguments)
     dataset, collator = conversations(arguments, data, base, processor, yes_no=True)
@@ -68,12 +66,9 @@ def main() -> None:
     finish()  # the other processes are done: none waits for the merge
     if not first:
         return
-    if is_deepspeed_zero3_enabled():
-        logger.warning(
-            "not merged, since this ran under ZeRO-3; run: med3dvlm merge %s %s", arguments.output_dir, arguments.merged or "MODEL"
-        )
-        return
-    remember_training_data(base.eval(), data, str(arguments.output_dir))
+    del trainer, model, base
+    adapted, _ = load_adapted(str(arguments.output_dir))
+    remember_training_data(adapted.get_base_model().to(arguments.device), data, str(arguments.output_dir))
     if arguments.merged:
         merge_lora(arguments.output_dir, arguments.merged)
 

@@ -238,15 +238,6 @@ def test_a_merge_replaces_a_model_whole_or_not_at_all(
     assert (merged / "model.safetensors").read_bytes() != before["model.safetensors"]
 
 
-def test_under_zero3_it_says_how_to_merge(
-    run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(stage3_lora, "is_deepspeed_zero3_enabled", lambda: True)
-    result = run(stage3_lora, *TWO_STEPS, "--merged", tmp_path / "merged")
-    assert (result.output / "adapter_config.json").is_file() and not (tmp_path / "merged").exists()
-    assert f"run: med3dvlm merge {result.output} {tmp_path / 'merged'}" in caplog.text
-
-
 @pytest.mark.parametrize(("count", "expected"), [(999, 500), (501, 500), (20, 20)])
 def test_familiarity_rests_on_500_scans_evenly_spread(count: int, expected: int, tmp_path: Path) -> None:
     seen: list[int] = []
