@@ -20,7 +20,7 @@ def main() -> None:
     parser = evaluation.evaluation_parser(__doc__)
     arguments = parser.parse_args()
     data, studies = evaluation.open_data(arguments)
-    model, tokenizer, processor = load_clip(arguments.model)
+    model, tokenizer, processor = load_clip(arguments.model, dtype=torch.float32)
     same_preprocessing(processor, data)
     model.to(arguments.device)
     longest = min(tokenizer.model_max_length, getattr(model.text_encoder.config, "max_position_embeddings", tokenizer.model_max_length))
@@ -31,7 +31,7 @@ def main() -> None:
         model.to(dtype)
         batches = tqdm(evaluation.in_batches(studies, arguments.batch_size), desc=str(dtype).removeprefix("torch."), unit="batch")
         volumes = (load_volumes(data, batch, model.device).to(dtype) for batch in batches)
-        return torch.cat([model.encode_image(volume).float().cpu() for volume in volumes])  # (N, P)
+        return torch.cat([model.encode_image(volume).cpu() for volume in volumes])  # (N, P)
 
     with torch.no_grad():
         reports = model.encode_text(**{name: value.to(model.device) for name, value in texts.items()}).cpu()

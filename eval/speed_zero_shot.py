@@ -60,7 +60,7 @@ def literal(model: Med3DCLIP, tokenize: Callable[[Sequence[str]], Tokens], volum
         volume, found = read(), []
         for pair in PAIRS:
             similar = model.encode_text(**tokenize(pair)) @ model.encode_image(volume)[0]
-            found.append((model.logit_scale.exp() * similar).softmax(dim=0)[0])
+            found.append((model.temperature * similar).softmax(dim=0)[0])
         rows.append(torch.stack(found))
     return torch.stack(rows)
 
@@ -69,7 +69,7 @@ def literal(model: Med3DCLIP, tokenize: Callable[[Sequence[str]], Tokens], volum
 def ours(model: Med3DCLIP, tokenize: Callable[[Sequence[str]], Tokens], volumes: Sequence[Callable[[], Tensor]]) -> Tensor:
     """(N, 18) probabilities, as eval/zero_shot.py computes them."""
     present, absent = (model.encode_text(**tokenize([pair[side] for pair in PAIRS])).double() for side in (0, 1))  # (18, P)
-    directions = model.logit_scale.double().exp() * (present - absent)
+    directions = model.temperature.double() * (present - absent)
     return torch.stack([(directions @ model.encode_image(read())[0].double()).sigmoid() for read in volumes]).float()
 
 

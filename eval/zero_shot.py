@@ -46,7 +46,7 @@ def prompt_directions(embedder: evaluation.Embedder, templates: int) -> Tensor:
     for side in (0, 1):
         embedded = [embedder.texts([pairs[number][side] for pairs in prompts]).double() for number in range(templates)]  # (K, P) each
         sides.append(torch.nn.functional.normalize(torch.stack(embedded).mean(dim=0), dim=-1))
-    return embedder.model.logit_scale.detach().double().cpu().exp() * (sides[0] - sides[1])
+    return embedder.model.temperature.detach().double().cpu() * (sides[0] - sides[1])
 
 
 def main() -> None:

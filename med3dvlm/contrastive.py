@@ -1,10 +1,12 @@
 """Med3DCLIP: a vision encoder and a text encoder that meet in one space, trained by SigLIP or CLIP (Med3DVLM paper, section 3.2.1).
 
-The losses are open_clip's, which gather the texts of every process; this file knows no encoder by name.
+The losses are open_clip's, which gather the texts of every process; this file knows no encoder by name. Whatever type the weights have, all
+that follows the projections is computed in float32, or in float64 where they are: embeddings, temperature, and loss.
 
 Shapes: B volumes, as many texts; L text tokens; P projection width.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +21,7 @@ from med3dvlm.encoders import Size, build_encoder, check_size
 LOSSES = ("siglip", "clip")
 POOLINGS = ("cls", "mean")
 IMAGE_POOLINGS = ("mean", "frames")
+TEMPERATURES = (1.0, 100.0)  # the least and the greatest, as CLIP and open_clip bound it
 
 
 class CXRBertConfig(BertConfig):
@@ -54,6 +57,7 @@ class Med3DCLIPConfig(PretrainedConfig):
 
     model_type = "med3d_clip"
     has_no_defaults_at_init = True
+    sub_configs = {"text_config": AutoConfig}  # `dtype` and `attn_implementation` are handed on to the text encoder
 
     def __init__(
         self,
@@ -94,29 +98,57 @@ class Med3DCLIPConfig(PretrainedConfig):
         self.loss = loss
         self.logit_scale = logit_scale if logit_scale is not None else (2.302585092994046 if siglip else 2.6592600369327779)
         self.logit_bias = logit_bias if logit_bias is not None else (-10.0 if siglip else 0.0)
+        if kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = {}  # None would unset that of a text encoder which is there already
         super().__init__(**kwargs)
 
 
 @dataclass
 class Med3DCLIPOutput(ModelOutput):
-    """`image_embeds` (B, P), `text_embeds` (k*B, P), L2-normalised; `loss` of the batch over all processes, if asked for."""
+    """`image_embeds` (B, P), `text_embeds` (k*B, P), float32, L2-normalised; `loss` of the batch over all processes, if asked for."""
 
     loss: Tensor | None = None
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
 
 
+class _Bounded(torch.autograd.Function):
+    """A tensor within two bounds. Its gradient passes, except where following it would lead out of them, or further out."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(value <= low, value >= high)
+        return value.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        at_low, at_high = ctx.saved_tensors
+        return gradient.masked_fill((at_low & (gradient > 0)) | (at_high & (gradient < 0)), 0), None, None
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class Med3DCLIP(PreTrainedModel):
-    """Vision encoder x text encoder. Both sides are projected linearly and L2-normalised."""
+    """Vision encoder x text encoder. Both sides are projected linearly and L2-normalised.
+
+    A pooler of the text encoder is frozen: texts are pooled without it, so that it never gets a gradient.
+    """
 
     config_class = Med3DCLIPConfig
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # the text encoder says which it knows; nothing else has a choice
 
     def __init__(self, config: Med3DCLIPConfig, text_encoder: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.vision_encoder = build_encoder(config.encoder, size=config.size, **config.encoder_options)
-        self.text_encoder = text_encoder if text_encoder is not None else AutoModel.from_config(config.text_config)
+        if text_encoder is None:
+            text_encoder = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())  # the type of all other parts
+        self.text_encoder = text_encoder
+        if (pooler := getattr(text_encoder, "pooler", None)) is not None:
+            pooler.requires_grad_(False)
         pooled = sum(self.vision_encoder.widths[-config.image_stages :])
         if config.image_pooling == "frames":
             _, height, width = self.vision_encoder.grids(config.size)[-1]
@@ -137,7 +169,7 @@ class Med3DCLIP(PreTrainedModel):
         """Every part brings its own initialisation."""
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, 1, D, H, W) -> (B, P), L2-normalised."""
+        """(B, 1, D, H, W) -> (B, P) float32, L2-normalised."""
         stages = self.vision_encoder(pixel_values)[-self.config.image_stages :]
         if self.config.image_pooling == "frames":
             depth, height, width = pixel_values.shape[2:]
@@ -145,10 +177,10 @@ class Med3DCLIP(PreTrainedModel):
             pooled = stages[0].unflatten(1, (frames, -1)).mean(dim=1).flatten(1)  # (B, h*w*C)
         else:
             pooled = torch.cat([tokens.mean(dim=1) for tokens in stages], dim=-1)  # (B, sum of C)
-        return nn.functional.normalize(self.image_projection(pooled), dim=-1)
+        return self._project(self.image_projection, pooled)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, L) -> (B, P), L2-normalised."""
+        """(B, L) -> (B, P) float32, L2-normalised."""
         return self.project_text(self.pool_text(input_ids, attention_mask))
 
     def pool_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -156,12 +188,27 @@ class Med3DCLIP(PreTrainedModel):
         hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, C)
         if self.config.text_pooling == "cls":
             return hidden[:, 0]
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+        mask = attention_mask.unsqueeze(-1)
+        total = (hidden * mask).sum(dim=1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return (total / mask.sum(dim=1)).to(hidden.dtype)
 
     def project_text(self, pooled: Tensor) -> Tensor:
-        """(B, C) -> (B, P), L2-normalised."""
-        return nn.functional.normalize(self.text_projection(pooled), dim=-1)
+        """(B, C) of any type -> (B, P) float32, L2-normalised."""
+        return self._project(self.text_projection, pooled)
+
+    @staticmethod
+    def _project(projection: nn.Linear, pooled: Tensor) -> Tensor:
+        return nn.functional.normalize(_at_least_float32(projection(pooled.to(projection.weight.dtype))), dim=-1)
+
+    @property
+    def temperature(self) -> Tensor:
+        """(1) float32: what similarities are multiplied by, exp(logit_scale) within TEMPERATURES.
+
+        It is bounded here, not in the parameter, which some engines overwrite with a copy of their own after each step.
+        """
+        low, high = map(math.log, TEMPERATURES)
+        bounded: Tensor = _Bounded.apply(_at_least_float32(self.logit_scale), low, high)
+        return bounded.exp()
 
     def train(self, mode: bool = True) -> "Med3DCLIP":
         """A frozen text encoder stays in evaluation mode, without dropout."""
@@ -181,14 +228,21 @@ class Med3DCLIP(PreTrainedModel):
         """One pair a row: `pixel_values` (B, 1, D, H, W) with `input_ids` and `attention_mask` (B, L), or with what `pool_text` gave for them.
 
         Of several texts a volume, k times B, the first B belong to the volumes in their order, and so do the next. The loss is the mean of theirs.
+
+        Raises:
+            ValueError: texts are given in no form or in both, or not equally many for each volume.
         """
+        texts = input_ids if text_features is None else text_features
+        if texts is None or (input_ids is None) == (text_features is None) or (input_ids is None) != (attention_mask is None):
+            raise ValueError("a Med3DCLIP takes texts as input_ids with attention_mask, or as text_features; pass one of the two")
+        if not len(texts) or len(texts) % len(pixel_values):
+            raise ValueError(f"there are {len(texts)} texts for {len(pixel_values)} volumes; pass equally many for each volume")
         image_embeds = self.encode_image(pixel_values)
-        if text_features is None:
-            assert input_ids is not None and attention_mask is not None
-            parts = zip(input_ids.split(len(image_embeds)), attention_mask.split(len(image_embeds)), strict=True)
+        if attention_mask is not None:
+            parts = zip(texts.split(len(image_embeds)), attention_mask.split(len(image_embeds)), strict=True)
             lengths = ((ids, mask, int(mask.sum(dim=1).max())) for ids, mask in parts)  # second texts may be much shorter
-            text_features = torch.cat([self.pool_text(ids[:, :length], mask[:, :length]) for ids, mask, length in lengths])
-        text_embeds = self.project_text(text_features)
+            texts = torch.cat([self.pool_text(ids[:, :length], mask[:, :length]) for ids, mask, length in lengths])
+        text_embeds = self.project_text(texts)
         loss = None
         if return_loss:
             losses = [self.contrast(image_embeds, part) for part in text_embeds.split(len(image_embeds))]
@@ -197,9 +251,9 @@ class Med3DCLIP(PreTrainedModel):
 
     def contrast(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """The loss of this process's pairs against the texts of all processes; its mean over processes is that of the whole batch."""
-        if self.config.loss == "siglip":
-            return self._loss_function(image_embeds, text_embeds, self.logit_scale.exp(), self.logit_bias).squeeze()
-        return self._loss_function(image_embeds, text_embeds, self.logit_scale.exp()).squeeze()
+        bias = (_at_least_float32(self.logit_bias),) if self.config.loss == "siglip" else ()
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            return self._loss_function(_at_least_float32(image_embeds), _at_least_float32(text_embeds), self.temperature, *bias).squeeze()
 
     @cached_property
     def _loss_function(self) -> nn.Module:

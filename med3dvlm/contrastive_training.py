@@ -59,6 +59,12 @@ class ContrastiveArguments(ImageArguments):
             raise ValueError("with cache_features every report is read once, whole; pass --cache_features false or leave sentences out")
         if self.text_encoder == NEW and not self.train_text:
             raise ValueError("a new text encoder has to learn; pass --train_text true or name a pretrained one")
+        if self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but each part of an accumulated batch would be contrasted "
+                "with itself alone, which is no larger batch; leave it at 1 and raise per_device_train_batch_size, with "
+                "gradient_checkpointing true where memory is short, or start more processes"
+            )
 
 
 def _options(name: str, value: Any, example: str) -> Any:
@@ -94,7 +100,8 @@ def train_contrastive(arguments: ContrastiveArguments) -> None:
     )
     model = Med3DCLIP(config, text_encoder)
     frozen = (() if arguments.train_text else ("text_encoder.",)) + (() if arguments.train_temperature else ("logit_scale",))
-    train_only(model, lambda name: not name.startswith(frozen))
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    train_only(model, lambda name: name in learning and not name.startswith(frozen))
     collator = PairCollator(tokenizer, arguments.max_text_length)
 
     if arguments.cache_features and not arguments.train_text:
@@ -134,4 +141,4 @@ def _text_side(arguments: ContrastiveArguments, reports: Iterable[str]) -> tuple
         return AutoModel.from_config(config), tokenizer
     path = locate_model(arguments.text_encoder)
     config = AutoConfig.from_pretrained(path, **options)
-    return AutoModel.from_pretrained(path, config=config), AutoTokenizer.from_pretrained(path)
+    return AutoModel.from_pretrained(path, config=config, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
