@@ -195,6 +195,20 @@ def _within(start: int, stop: int, begin: int, end: int) -> bool:
     return begin <= start and stop <= end and start < end and (start < stop or begin < start)
 
 
+def answer_lengths(labels: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:
+    """(B, L) labels and branch numbers -> (B, L) whole numbers: for a labelled token how many its conversation has, 0 for any other.
+
+    Only those that are predicted count, so not a row's first token. Divided by them, the losses of a conversation sum to their mean.
+    """
+    counted = labels != IGNORED
+    counted[:, 0] = False
+    rows = torch.arange(len(labels), device=labels.device)[:, None]
+    conversations = rows * (branches.max() + 1) + branches
+    lengths = torch.zeros_like(labels)
+    lengths[counted] = torch.bincount(conversations[counted])[conversations[counted]]
+    return lengths
+
+
 def branch_mask(branches: torch.Tensor) -> torch.Tensor:
     """(B, L) branch numbers -> (B, 1, L, L), True where the token of a row may see that of a column.
 

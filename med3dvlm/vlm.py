@@ -5,9 +5,11 @@ Image features replace the placeholder tokens by mask, and their number is check
 Shapes: B conversations; L tokens; N image tokens; E width of the language model; V its vocabulary.
 """
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,7 @@ class Med3DVLMConfig(PretrainedConfig):
     """
 
     model_type = "med3dvlm"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}  # `dtype` and `attn_implementation` reach the language model
     has_no_defaults_at_init = True
 
     def __init__(
@@ -72,6 +75,9 @@ class Med3DVLMConfig(PretrainedConfig):
         self.text_config = text_config
         self.image_token_id = image_token_id
         self.image_splice = image_splice
+        for name in ("attn_implementation", "experts_implementation"):  # else the base class takes away what a language model runs with
+            if (chosen := getattr(text_config, f"_{name}", None)) is not None:
+                kwargs.setdefault(name, chosen)
         super().__init__(**kwargs)
 
     @cached_property
@@ -111,7 +117,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
     config_class = Med3DVLMConfig
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # the language model, whose attention it is, refuses what it has not
 
     def __init__(
         self, config: Med3DVLMConfig, vision_encoder: nn.Module | None = None, language_model: PreTrainedModel | None = None
@@ -160,6 +166,64 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
+    @property
+    def unpackable(self) -> str | None:
+        """Why several conversations cannot share a row (see `Med3DVLMProcessor.branch`), as a clause; None where they can."""
+        config, decoder = self._language_config, self.language_model.get_decoder()
+        if self.config.image_splice == "published":
+            return "with image_splice 'published' the image takes the place of the first token of the first conversation alone"
+        if (name := str(config._attn_implementation)).startswith("flash"):
+            return f"{name} takes no mask that keeps conversations apart (sdpa and eager do)"
+        kinds = self._attention_kinds
+        if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
+            return f"the language model ({config.model_type}) has layers of {', '.join(unknown)}, for which there is no mask that does so"
+        if getattr(decoder, "_is_stateful", False) or "position_ids" not in inspect.signature(decoder.forward).parameters:
+            return f"the language model ({config.model_type}) goes by the order of tokens, not by position_ids and a mask"
+        return None
+
+    @property
+    def _language_config(self) -> Any:
+        return self.language_model.config.get_text_config()
+
+    @property
+    def _attention_kinds(self) -> set[str]:
+        """The kinds of attention of the language model's layers, in the words of transformers."""
+        config = self._language_config
+        if kinds := getattr(config, "layer_types", None):
+            return set(kinds)
+        if getattr(config, "attention_chunk_size", None):
+            return {"chunked_attention"}
+        return {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
+
+    def _branch_masks(self, mask: Tensor, position_ids: Tensor | None, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """(B, 1, L, L) from `branch_mask` -> the numbers to add to the attention's scores (eager attention would add True as 1).
+
+        A window counts positions, not places in the row: every branch continues where the image ends. A dict by kind where layers differ.
+        """
+        if (reason := self.unpackable) is not None:
+            raise ValueError(f"several conversations cannot share a row: {reason}; give each a row of its own and a mask (B, L)")
+        if position_ids is None:
+            raise ValueError("a mask (B, 1, L, L) needs the position_ids that Med3DVLMProcessor.branch gives with it")
+        masks = {}
+        for kind in self._attention_kinds:
+            seen = mask
+            if kind == "sliding_attention":
+                distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]
+                seen = mask & (distance < self._language_config.sliding_window)
+            masks[kind] = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(..., E) -> (..., V), as the language model's own forward gives them: some families scale or cap what their head computes."""
+        config, logits = self._language_config, self.get_output_embeddings()(hidden)
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
     def encode_image(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, D, H, W) -> the tokens of the last two stages, (B, n_low, C_low) and (B, n_high, C_high)."""
         low, high = self.vision_encoder(pixel_values)[-2:]
@@ -200,6 +264,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
         image_features: tuple[Tensor, Tensor] | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        answer_lengths: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Med3DVLMOutput:
@@ -210,27 +275,32 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
             attention_mask: (B, L), or (B, 1, L, L) from `branch_mask`, then with `position_ids` (B, L).
             pixel_values: (B, 1, D, H, W), or instead
             image_features: what `encode_image` gave for them.
-            num_items_in_batch: labelled tokens of the whole step, by which the loss is divided when gradients are accumulated.
+            answer_lengths: (B, L) from `processing.answer_lengths`: every conversation counts alike, its labelled tokens share its weight.
+                Without, every labelled token counts alike.
+            num_items_in_batch: `count_items` of the whole step, by which the loss is divided when gradients are accumulated.
+
+        Raises:
+            ValueError: image tokens and features do not match, or the mask is of several conversations a row and this model takes one.
         """
         if pixel_values is not None:
             image_features = self.encode_image(pixel_values)
         embeds = self.embed(input_ids, image_features)
+        mask: Any = attention_mask
         if attention_mask is not None and attention_mask.ndim == 4:
-            # As numbers to add: eager attention would add True as 1.
-            attention_mask = torch.zeros_like(attention_mask, dtype=embeds.dtype).masked_fill(
-                ~attention_mask, torch.finfo(embeds.dtype).min
-            )
+            mask = self._branch_masks(attention_mask, position_ids, embeds.dtype)
         decoder = self.language_model.get_decoder()
-        hidden = decoder(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
-        head = self.get_output_embeddings()
+        hidden = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False).last_hidden_state
         if labels is None:
-            return Med3DVLMOutput(logits=head(hidden))
+            return Med3DVLMOutput(logits=self._logits(hidden))
         wanted = labels[:, 1:] != IGNORED  # position i predicts token i + 1
-        logits = head(hidden[:, :-1][wanted]).float()  # (labelled, V)
-        total = nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum")
-        return Med3DVLMOutput(
-            loss=total / (num_items_in_batch if num_items_in_batch is not None else wanted.sum().clamp_min(1)), logits=logits
-        )
+        logits = self._logits(hidden[:, :-1][wanted])  # (labelled, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="none")
+        if answer_lengths is not None:
+            losses = losses / answer_lengths[:, 1:][wanted]
+        if num_items_in_batch is None:
+            num_items_in_batch = count_items({"labels": labels, "answer_lengths": answer_lengths}).clamp_min(1)
+        return Med3DVLMOutput(loss=losses.sum() / num_items_in_batch, logits=logits)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -248,6 +318,20 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+
+
+def count_items(batch: Mapping[str, Any]) -> Tensor:
+    """What the loss of a batch is a mean of, as a float32 scalar: labelled tokens that are predicted, or conversations.
+
+    Over the batches of a step, on all processes, the sum is `num_items_in_batch`.
+
+    Args:
+        batch: `labels` (B, L), and `answer_lengths` (B, L) where every conversation counts alike.
+    """
+    wanted = batch["labels"][:, 1:] != IGNORED
+    if batch.get("answer_lengths") is None:
+        return wanted.sum().float()
+    return (1 / batch["answer_lengths"][:, 1:][wanted].double()).sum().round().float()
 
 
 AutoConfig.register(Med3DVLMConfig.model_type, Med3DVLMConfig)

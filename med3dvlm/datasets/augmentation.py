@@ -7,7 +7,7 @@ The affine is one resampling in plain torch (`grid_sample`), a volume at a time 
 transforms of MONAI and torchio work on the CPU, in the loader's processes, and would send float32 over the bus instead of whole numbers.
 What lies beyond the scan is air, the recipe's lowest value.
 
-A volume's changes follow from (seed, epoch, the study's place in its split) and nothing else; the noise alone also from the kind of device.
+A volume's changes follow from (seed, epoch, the row's place in its data set) and nothing else; the noise alone also from the kind of device.
 """
 
 import json
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from med3dvlm.datasets.streams import Purpose, stream
 
 Matrix = NDArray[np.float64]
 
@@ -108,13 +110,13 @@ class Augmentation:
 
         Args:
             volumes: (B, 1, D, H, W) float32, on any device.
-            keys: (B, 3) whole numbers, each volume's (seed, epoch, place in its split).
+            keys: (B, 3) whole numbers, each volume's (seed, epoch, row).
             bounds: the lowest value, air, and the highest that a model sees (`VolumeProcessor.grid.values`).
         """
         air, top = bounds
         changed = volumes.clone()
         for volume, key in zip(changed, keys.tolist(), strict=True):
-            random = np.random.default_rng(key)
+            random = stream(key, Purpose.AUGMENTATION)
             moves, tints = random.random(2) < self.share
             flipped = [axis + 1 for axis, draw in enumerate(random.random(3)) if draw < 0.5 and AXES[axis] in self.flips]
             matrix, offset = self._draw_affine(random, volume.shape[1:])

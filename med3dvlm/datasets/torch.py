@@ -1,6 +1,6 @@
 """Prepared data -> what a trainer draws batches from: pairs for the contrastive stage, conversations for the language stages.
 
-Everything is a function of (seed, epoch, the study's place in its split): the order of workers and processes changes nothing.
+Everything is a function of (seed, epoch, the row's place in its data set): the order of workers and processes changes nothing.
 
 Volumes leave the loader as the whole numbers that are stored, a quarter or half of the bytes of float32, and become a model's input on the
 device: in training in StageTrainer, which augments them there by their keys, elsewhere in `load_volumes`.
@@ -11,14 +11,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from med3dvlm.datasets.augmentation import Augmentation
+from med3dvlm.datasets.rows import Row, pack
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.processing import Med3DVLMProcessor, Message, branch_mask
+from med3dvlm.datasets.streams import Purpose, stream
+from med3dvlm.processing import Med3DVLMProcessor, Message, answer_lengths, branch_mask
 from med3dvlm.prompts import REPORT_PROMPTS, closed_answer, closed_prompt
 from med3dvlm.records import Question, Study
 
@@ -31,9 +32,9 @@ def load_volumes(data: PreparedData, studies: Iterable[Study], device: torch.dev
 
 
 class StudyDataset(Dataset[dict[str, Any]]):
-    """What the two data sets share: the studies of a split, one row each, and how their volumes are to be augmented, if at all.
+    """What the two data sets share: the studies of a split, by default one row each, and how their volumes are to be augmented, if at all.
 
-    A row has a "volume" (1, D, H, W) of whole numbers and, if it is to be augmented, the "key" that says how: (seed, epoch, index).
+    A row has a "volume" (1, D, H, W) of whole numbers and, if it is to be augmented, the "key" that says how: (seed, epoch, row).
 
     Raises:
         ValueError: the volumes would be flipped, but the texts speak of sides.
@@ -54,8 +55,9 @@ class StudyDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.studies)
 
-    def image(self, index: int) -> dict[str, Tensor]:
-        row = {"volume": self.data.volume(self.studies[index])}
+    def image(self, study: Study, index: int) -> dict[str, Tensor]:
+        """The volume part of row `index`."""
+        row = {"volume": self.data.volume(study)}
         return row if self.augmentation is None else row | {"key": torch.tensor((self.seed, self.epoch, index))}
 
 
@@ -89,12 +91,12 @@ class PairDataset(StudyDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         study = self.studies[index]
-        row: dict[str, Any] = {**self.image(index), "text": study.report, "id": study.id}
+        row: dict[str, Any] = {**self.image(study, index), "text": study.report, "id": study.id}
         if self.text_features is not None:
             row["text_features"] = self.text_features[index]
         if self.sentences is not None:
             told = SENTENCE_END.split(study.report.strip())
-            random = np.random.default_rng((self.seed, self.epoch, index))
+            random = stream((self.seed, self.epoch, index))
             count = min(int(random.integers(1, self.sentences + 1)), len(told))
             row["sentences"] = " ".join(told[place] for place in random.choice(len(told), size=count, replace=False))
         return row
@@ -122,18 +124,30 @@ class PairCollator:
         return {**_stack_images(rows), **self.tokenize(texts)}
 
 
-class ConversationDataset(StudyDataset):
-    """One row a study: its image and conversations about it, each as if it were the first (see Med3DVLMProcessor.branch).
+ROWS = ("study", "conversation")
+LOSS_WEIGHTINGS = ("token", "conversation")
 
-    A row holds every question in its open form, and with the given probabilities the report, a question with its choices spelled out,
-    and a conversation of two questions, from which the model learns to keep what was said in mind.
+
+class ConversationDataset(StudyDataset):
+    """Volumes and conversations about them, each as if it were the first (see Med3DVLMProcessor.branch).
+
+    A row is one of two kinds:
+
+    - "study": the image and all conversations about it. It holds every question in its open form, and with the given probabilities the
+      report, a question with its choices spelled out, and a conversation of two questions, from which the model learns to keep what
+      was said in mind. The image is encoded and read once for all of them. `limit_rows` splits long rows.
+    - "conversation": the image and one conversation, as the papers train. There is one row for every question, with its choices spelled out
+      in a share `closed` of the epochs, and one for the report of a share `reports` of the studies, drawn once by the seed.
 
     Args:
         yes_no: ask the yes/no questions too (stage 3).
         reports, closed, follow_ups: probabilities.
         features: (study) -> image features computed before, instead of the volume.
         image: False puts the report's text in the volume's place, which teaches a new language model its words.
-        augmentation: of volumes; image features stay as they are.
+        augmentation: of volumes; image features stay as they are. Every row draws its own.
+
+    Raises:
+        ValueError: an unknown kind of row, follow-ups in rows of one conversation, or no row at all.
     """
 
     def __init__(
@@ -148,53 +162,164 @@ class ConversationDataset(StudyDataset):
         features: Callable[[Study], tuple[Tensor, Tensor]] | None = None,
         image: bool = True,
         augmentation: Augmentation | None = None,
+        rows: str = "study",
     ) -> None:
+        if rows not in ROWS:
+            raise ValueError(f"rows {rows!r} is unknown; known: {', '.join(ROWS)}")
         super().__init__(data, split, seed, augmentation)
         self.yes_no, self.reports, self.closed, self.follow_ups = yes_no, reports, closed, follow_ups
-        self.features, self.with_image = features, image
+        self.features, self.with_image, self.packed = features, image, rows == "study"
         self.asked: dict[str, list[Question]] = defaultdict(list)
         for question in data.questions(split):
             if yes_no or not question.yes_no:
                 self.asked[question.study].append(question)
+        self.rows = [Row(study) for study in range(len(self.studies))] if self.packed else self._rows_of_one()
+        if not self.rows:
+            raise ValueError(
+                f"split {split!r} has no conversation to learn from: there is no question and reports is {reports}; raise reports"
+            )
+
+    def _rows_of_one(self) -> list[Row]:
+        if self.follow_ups:
+            raise ValueError(f"follow_ups is {self.follow_ups} but must be 0 where a row is one conversation; pass --follow_ups 0")
+        reported = stream(self.seed, Purpose.REPORT_ROWS).random(len(self.studies)) < self.reports
+        rows = []
+        for place, study in enumerate(self.studies):
+            rows += [Row(place, slice(0), ("report",))] if reported[place] else []
+            rows += [Row(place, slice(number, number + 1), ()) for number in range(len(self.asked[study.id]))]
+        return rows
+
+    def limit_rows(self, processor: Med3DVLMProcessor, max_length: int, max_row_length: int) -> None:
+        """Make several rows, all with its volume, of a study whose conversations could together take more than `max_row_length` tokens.
+
+        Which row asks a question follows from the texts alone, so every process and epoch has the same rows. What is drawn in every
+        epoch anew is planned with its longest form, into the first row that has room.
+
+        Tokens are counted only where there could be too many: a text's UTF-8 bytes are never fewer than its tokens.
+
+        Args:
+            max_length: tokens of a conversation, as the collator cuts it.
+
+        Raises:
+            ValueError: a row could not hold one conversation.
+        """
+        if max_row_length < max_length:
+            raise ValueError(
+                f"max_row_length is {max_row_length} but must be at least max_length, {max_length}, or a row holds no conversation"
+            )
+        if not self.packed:
+            return
+
+        def count(messages: Sequence[Message], context: str | None) -> tuple[int, int]:
+            branches = processor.branch([messages], max_length, context)["branches"]
+            return branches.count(0), branches.count(1)
+
+        one = _turn(".", ".")
+        shared, first = count(one, None if self.with_image else "")
+        further = count(one + one, None if self.with_image else "")[1] - first
+        rows: list[Row] = []
+
+        def most(messages: Sequence[Message]) -> int:
+            written = sum(len(message["content"].encode()) for message in messages)
+            return min(first + further * (len(messages) // 2 - 1) + written, max_length - shared)
+
+        for place, study in enumerate(self.studies):
+            context = None if self.with_image else study.report
+            begin = shared + len((context or "").encode())
+            costs = self._costs(study, most)
+            if begin + sum(costs[0]) + sum(costs[1].values()) <= max_row_length:
+                rows.append(Row(place))
+                continue
+            begin, _ = count(one, context)
+            costs = self._costs(study, lambda turn, context=context: count(turn, context)[1])  # type: ignore[misc]
+            rows += [Row(place, *part) for part in pack(*costs, max_row_length - begin)]
+        self.rows = rows
+
+    def _costs(self, study: Study, cost: Callable[[list[Message]], int]) -> tuple[list[int], dict[str, int]]:
+        """Tokens of a study's questions, and of the longest form of each thing that may be drawn."""
+        asked = self.asked[study.id]
+        turns = [_turn(question.text, question.answer) for question in asked]
+        questions, drawn = list(map(cost, turns)), {}
+        if self.reports or not asked:
+            drawn["report"] = max(cost(_turn(prompt, study.report)) for prompt in REPORT_PROMPTS)
+        if self.closed and (spelled := [cost(_closed_turn(question)) for question in asked if _has_closed_form(question)]):
+            drawn["closed"] = max(spelled)
+        if self.follow_ups and len(turns) > 1:
+            first, second = sorted(range(len(turns)), key=questions.__getitem__)[-2:]
+            drawn["follow_up"] = max(cost(turns[first] + turns[second]), cost(turns[second] + turns[first]))
+        return questions, drawn
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        study = self.studies[index]
+        study = self.studies[self.rows[index].study]
         row: dict[str, Any] = {"id": study.id, "conversations": self.conversations(index)}
         if not self.with_image:
             return row | {"context": study.report}
-        return row | ({"features": self.features(study)} if self.features is not None else self.image(index))
+        return row | ({"features": self.features(study)} if self.features is not None else self.image(study, index))
 
     def conversations(self, index: int) -> list[list[Message]]:
-        study = self.studies[index]
-        random = np.random.default_rng((self.seed, self.epoch, index))
-        turns = [_turn(question.text, question.answer) for question in self.asked[study.id]]
-        rows = list(turns)
-        if random.random() < self.reports or not rows:
-            rows.append(_turn(str(random.choice(REPORT_PROMPTS)), study.report))
-        lettered = [question for question in self.asked[study.id] if question.lettered and not question.yes_no]
-        if lettered and random.random() < self.closed:
-            question = lettered[random.integers(len(lettered))]
-            rows.append(_turn(closed_prompt(question.text, question.choices), closed_answer(question.choices, question.answer)))
-        if len(turns) > 1 and random.random() < self.follow_ups:
+        """What row `index` asks and answers in this epoch."""
+        row = self.rows[index]
+        study = self.studies[row.study]
+        asked = self.asked[study.id]
+        random = stream((self.seed, self.epoch, row.study if self.packed else index))
+        if not self.packed and asked[row.questions]:
+            question = asked[row.questions][0]
+            spelled = _has_closed_form(question) and random.random() < self.closed
+            return [_closed_turn(question) if spelled else _turn(question.text, question.answer)]
+        turns = [_turn(question.text, question.answer) for question in asked]
+        told = turns[row.questions]
+        always, drawn = () if told else row.drawn, {}
+        if random.random() < self.reports or "report" in always:
+            drawn["report"] = _turn(str(random.choice(REPORT_PROMPTS)), study.report)
+        lettered = [question for question in asked if _has_closed_form(question)]
+        if lettered and (random.random() < self.closed or "closed" in always):
+            drawn["closed"] = _closed_turn(lettered[random.integers(len(lettered))])
+        if len(turns) > 1 and (random.random() < self.follow_ups or "follow_up" in always):
             first, second = random.choice(len(turns), size=2, replace=False)
-            rows.append(turns[first] + turns[second])
-        return rows
+            drawn["follow_up"] = turns[first] + turns[second]
+        return told + [conversation for name, conversation in drawn.items() if name in row.drawn]
 
 
 def _turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-class ConversationCollator:
-    """Rows of a ConversationDataset -> the arguments of Med3DVLM.forward."""
+def _has_closed_form(question: Question) -> bool:
+    return question.lettered and not question.yes_no
 
-    def __init__(self, processor: Med3DVLMProcessor, max_length: int) -> None:
-        self.processor, self.max_length = processor, max_length
+
+def _closed_turn(question: Question) -> list[Message]:
+    return _turn(closed_prompt(question.text, question.choices), closed_answer(question.choices, question.answer))
+
+
+class ConversationCollator:
+    """Rows of a ConversationDataset -> the arguments of Med3DVLM.forward.
+
+    Where every row holds one conversation, the mask is a plain (B, L), which any language model and any attention takes.
+
+    Args:
+        max_length: tokens of a conversation; longer ones are cut.
+        loss_weighting: "token", or "conversation", by which every conversation counts alike: its labelled tokens share its weight.
+    """
+
+    def __init__(self, processor: Med3DVLMProcessor, max_length: int, loss_weighting: str = "token") -> None:
+        if loss_weighting not in LOSS_WEIGHTINGS:
+            raise ValueError(f"loss_weighting {loss_weighting!r} is unknown; known: {', '.join(LOSS_WEIGHTINGS)}")
+        self.processor, self.max_length, self.loss_weighting = processor, max_length, loss_weighting
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         branched = [self.processor.branch(row["conversations"], self.max_length, row.get("context")) for row in rows]
         batch: dict[str, Any] = self.processor.pad(branched, left=False)
-        batch["attention_mask"] = branch_mask(batch.pop("branches"))
+        branches = batch.pop("branches")
+        if self.loss_weighting == "conversation":
+            batch["answer_lengths"] = answer_lengths(batch["labels"], branches)
+        if branches.max() > 1:
+            batch["attention_mask"] = branch_mask(branches)
+        else:
+            del batch["position_ids"]  # they only count
         if "features" in rows[0]:
             batch["image_features"] = tuple(torch.stack(level) for level in zip(*(row["features"] for row in rows), strict=True))
         elif "volume" in rows[0]:

@@ -20,6 +20,8 @@ from med3dvlm.processing import IGNORED, Med3DVLMProcessor, Message, branch_mask
 from med3dvlm.records import Study
 from med3dvlm.vlm import Med3DVLM
 
+CONVERSATIONS = 64  # in a row, at most
+
 
 def turn(question: str, answer: str) -> list[Message]:
     """A conversation of one question and its answer."""
@@ -72,18 +74,37 @@ def answer_likelihoods(
 ) -> list[list[float]]:
     """Mean log-probability of the assistant's words and turn end, for each of several conversations about each of B volumes.
 
-    All conversations about a volume are one row, so that what stands before the question is computed once (see Med3DVLMProcessor.branch).
-    The mean, not the sum: a long answer must not lose for its length.
+    Conversations about a volume share a row, up to CONVERSATIONS of them, so that what stands before the question is computed once (see
+    Med3DVLMProcessor.branch); where the model cannot take that, each has a row of its own. The mean, not the sum: a long answer must not
+    lose for its length.
 
     Args:
         conversations: for each volume one or more.
         features: for each volume what `Med3DVLM.encode_image` gives.
     """
+    size = CONVERSATIONS if model.unpackable is None else 1
+    rows = [(place, about[start : start + size]) for place, about in enumerate(conversations) for start in range(0, len(about), size)]
+    found: list[list[float]] = [[] for _ in conversations]
+    for start in range(0, len(rows), len(conversations)):
+        batch = rows[start : start + len(conversations)]
+        values = _row_likelihoods(model, processor, [row for _, row in batch], [features[place] for place, _ in batch])
+        for (place, _), row in zip(batch, values, strict=True):
+            found[place] += row
+    return found
+
+
+def _row_likelihoods(
+    model: Med3DVLM, processor: Med3DVLMProcessor, conversations: Sequence[Sequence[Sequence[Message]]], features: Sequence[Features]
+) -> list[list[float]]:
+    """What `answer_likelihoods` gives, of one row for each volume."""
     padded = processor.pad([processor.branch(row) for row in conversations], left=False)
     batch = {name: value.to(model.device) for name, value in padded.items()}
     low, high = (torch.cat(level) for level in zip(*features, strict=True))  # (B, n, C)
     branches, labels = batch["branches"], batch["labels"]  # (B, L)
-    output = model(batch["input_ids"], branch_mask(branches), image_features=(low, high), labels=labels, position_ids=batch["position_ids"])
+    placed = {"attention_mask": batch["attention_mask"]}
+    if branches.max() > 1:
+        placed = {"attention_mask": branch_mask(branches), "position_ids": batch["position_ids"]}
+    output = model(batch["input_ids"], **placed, image_features=(low, high), labels=labels)
     labelled = labels[:, 1:] != IGNORED
     targets = labels[:, 1:][labelled].unsqueeze(1)
     log_probabilities = output.logits.log_softmax(dim=-1).gather(1, targets).squeeze(1).double()  # (labelled, V) -> (labelled)

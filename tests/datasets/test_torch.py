@@ -135,7 +135,7 @@ def test_features_that_are_kept_cannot_be_augmented(prepared: Path, tiny_models:
 
 
 def test_workers_that_stay_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="dataloader_persistent_workers must be false"):
+    with pytest.raises(ValueError, match="dataloader_persistent_workers is True but must be false"):
         settings(tmp_path, dataloader_persistent_workers=True, dataloader_num_workers=1)
 
 
