@@ -34,6 +34,7 @@ def test_memory_is_that_of_all_processes_together(repository: Path, tmp_path: Pa
     subprocess.run(timed(repository, tmp_path / "seconds.jsonl", sys.executable, "-c", two), check=True)
     line = only_line(tmp_path / "seconds.jsonl")
     assert 0.2 <= line["peak_rss_gb"] < 0.35 and line["seconds"] >= 2
+    assert len(line["processes"]) == 2 and all(0.1 <= peak < 0.18 for _, peak in line["processes"])
 
 
 def test_what_is_stopped_counts_too(repository: Path, tmp_path: Path) -> None:
