@@ -1,5 +1,6 @@
 """Med3DVLM: where the image goes in, what comes out, saving, LoRA, and language models of several families."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def test_the_image_stands_where_the_placeholders_stand(model: Med3DVLM) -> None:
         taken = 0
         for position, token in enumerate(ids[row].tolist()):
             if token == IMAGE_TOKEN:
-                assert torch.equal(embeds[row, position], image[row, taken])
+                assert torch.allclose(embeds[row, position], image[row, taken], atol=1e-5)
                 taken += 1
             else:
                 assert torch.equal(embeds[row, position], table[token])
@@ -150,7 +151,9 @@ def test_image_features_computed_before_give_the_same(model: Med3DVLM) -> None:
     pixels = batch.pop("pixel_values")
     with torch.no_grad():
         features = model.encode_image(pixels)
-        assert torch.equal(model(**batch, image_features=features).loss, model(**batch, pixel_values=pixels).loss)
+        assert model(**batch, image_features=features).loss.item() == pytest.approx(
+            model(**batch, pixel_values=pixels).loss.item(), rel=1e-5
+        )
         options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
         prompt = batch["input_ids"][:1, :-6]
         first = model.generate(prompt, pixel_values=pixels[:1], **options)
@@ -207,7 +210,7 @@ def test_saved_and_loaded_model_is_the_same(family: str, tmp_path: Path) -> None
         loaded = kind.from_pretrained(tmp_path)
         assert type(loaded) is Med3DVLM and not loaded.training
         with torch.no_grad():
-            assert torch.equal(loaded(**batch).loss, model(**batch).loss)
+            assert loaded(**batch).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
     weights = {name: tensor for name, tensor in model.state_dict().items()}
     assert weights.keys() == loaded.state_dict().keys()
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in weights.items())
@@ -226,6 +229,61 @@ def test_weights_in_half_precision(tmp_path: Path) -> None:
     with torch.no_grad():
         reference = model(**{**batch, "pixel_values": batch["pixel_values"].float()}).loss
         assert half(**batch).loss.item() == pytest.approx(reference.item(), rel=0.1)
+
+
+@pytest.mark.parametrize("kept", ["saved now", "float32 beside bfloat16", "nothing"])
+def test_a_model_saved_in_bfloat16_is_loaded_in_it_asked_and_merged(kept: str, saved: Any, tmp_path: Path) -> None:
+    """Whatever an older config.json says of the language model's type."""
+    path, model, processor = saved
+    model.to(torch.bfloat16).save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    config["text_config"].pop("dtype", None)
+    if kept != "saved now":
+        config["text_config"] |= {"dtype": "float32"} if kept == "float32 beside bfloat16" else {}
+        (path / "config.json").write_text(json.dumps(config))
+    loaded, _ = load_vlm(path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.config.text_config.dtype == loaded.language_model.dtype == torch.bfloat16
+    wide, _ = load_vlm(path, dtype=torch.float32)
+    assert {parameter.dtype for parameter in wide.parameters()} == {torch.float32}
+
+    rows = [processor.encode(turn("Where?", "Left lobe")), processor.encode(turn("How large is it?", "12 mm"))]
+    batch = processor.pad(rows, left=False) | {"pixel_values": torch.rand(2, 1, 24, 40, 32)}
+    with torch.no_grad():
+        expected, found = wide(**batch), loaded(**batch)
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=0.05)
+    prompt = processor.pad([processor.encode(turn("Where?", "")[:1], generate=True)], left=True)["input_ids"]
+    answer = loaded.generate(prompt, pixel_values=batch["pixel_values"][:1], max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert answer.shape == (1, 3)
+
+    lora = get_peft_model(loaded, LoraConfig(r=4, target_modules=lora_targets(loaded), modules_to_save=["projector"])).train()
+    lora(**batch).loss.backward()
+    lora.eval().save_pretrained(tmp_path / "adapter")
+    merge_lora(tmp_path / "adapter", tmp_path / "merged")
+    merged, _ = load_vlm(tmp_path / "merged")
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    assert verify_equal(loaded, merged, {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}, 0.05) < 0.05
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_that_is_asked_for_arrives(attention: str, tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path)
+    loaded = Med3DVLM.from_pretrained(tmp_path, attn_implementation=attention)
+    layer = loaded.language_model.get_decoder().layers[0].self_attn
+    assert layer.config is loaded.config.text_config and layer.config._attn_implementation == attention
+    batch = batch_of(model)
+    with torch.no_grad():
+        assert loaded(**batch).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_language_model_that_goes_in_keeps_its_attention(attention: str) -> None:
+    text_model = language_model("llama")
+    text_model.set_attn_implementation(attention)
+    config = Med3DVLMConfig("dcformer_nano", ENCODER, (24, 40, 32), text_config=text_model.config, image_token_id=IMAGE_TOKEN)
+    assert Med3DVLM(config, language_model=text_model).language_model.config._attn_implementation == attention
 
 
 def test_the_parts_of_stage_one_go_in_unchanged() -> None:
@@ -318,12 +376,12 @@ def test_lora_is_saved_as_a_peft_adapter_and_merges_to_the_same_model(
 
     again = PeftModel.from_pretrained(load_vlm(path)[0], str(tmp_path / "adapter")).eval()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-    assert verify_equal(model, again, inputs, tolerance=0) == 0
+    assert verify_equal(model, again, inputs) < 1e-4  # of the logits' spread; memory that lies otherwise may be summed in another order
 
     merged = merge_lora(tmp_path / "adapter", tmp_path / "merged")
     loaded, loaded_processor = load_vlm(tmp_path / "merged")
-    assert verify_equal(model, loaded, inputs) < 1e-5
-    assert verify_equal(merged, loaded, inputs, tolerance=0) == 0
+    assert verify_equal(model, loaded, inputs) < 1e-4
+    assert verify_equal(merged, loaded, inputs) < 1e-4
     assert loaded.state_dict().keys() == original.state_dict().keys()
     changed = {name for name, value in loaded.state_dict().items() if not torch.equal(value, original.state_dict()[name])}
     linear = {

@@ -25,7 +25,7 @@ def pack(questions: Sequence[int], drawn: Mapping[str, int], room: int) -> list[
             starts.append(place)
             used.append(0)
         used[-1] += cost
-    parts = [(slice(*ends), list[str]()) for ends in zip(starts, [*starts[1:], len(questions)], strict=True)]
+    parts = [(slice(*ends), list[str]()) for ends in zip(starts, [*starts[1:], len(questions)], strict=False)]
     for name, cost in drawn.items():
         place = next((place for place, taken in enumerate(used) if taken + cost <= room), len(used))
         if place == len(used):
