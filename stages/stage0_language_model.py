@@ -30,6 +30,7 @@ class Stage0Arguments(StageArguments):
     layers: int = field(default=4, metadata={"help": "layers of the language model"})
     heads: int = field(default=4, metadata={"help": "attention heads; half as many for keys and values"})
     max_length: int = field(default=512, metadata={"help": "tokens of a conversation"})
+    max_row_length: int = field(default=4096, metadata={"help": "tokens of a row; a study with more conversations takes several rows"})
     reports: float = field(default=0.3, metadata={"help": "share of rows with the report as an answer"})
     closed: float = field(default=0.25, metadata={"help": "share of rows with a question whose choices are spelled out"})
     follow_ups: float = field(default=0.15, metadata={"help": "share of rows with two questions in one conversation"})
@@ -75,6 +76,7 @@ def main() -> None:
     )
     model = Qwen2ForCausalLM(config)
     processor = Med3DVLMProcessor(data.processor, tokenizer, num_image_tokens=1)
+    texts.limit_rows(processor, arguments.max_length, arguments.max_row_length)
     trainer = StageTrainer(
         model=model,
         args=arguments,

@@ -56,7 +56,7 @@ def test_what_lies_beyond_the_scan_is_air() -> None:
     moved = Augmentation(share=1, scale=0, shift=0, gamma=0, noise=0, zoom=0, crop=0, rotation=0, translation=0.3)
     changed = moved(torch.full((8, 1, 9, 21, 30), 0.75), keys(8), HU)
     assert changed.min() == -1 and changed.max() == pytest.approx(0.75, abs=1e-6)
-    assert (changed == -1).float().mean() > 0.1 and ((changed > -1) & (changed < 0.74)).float().mean() < 0.15
+    assert (changed == -1).float().mean() > 0.1 and ((changed > -1) & (changed < 0.74)).float().mean() < 0.19  # a layer an axis
 
 
 def test_changes_follow_from_the_key_alone() -> None:
