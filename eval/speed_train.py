@@ -22,7 +22,7 @@ from transformers import BertConfig
 from med3dvlm import Med3DCLIP, Med3DCLIPConfig, evaluation
 from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.cli.options import parse_size
-from med3dvlm.encoders.base import bfloat16_is_native
+from med3dvlm.encoders.base import bfloat16_is_fast
 
 WAYS = {"all kept": [], "computed again": ["--recompute"]}
 
@@ -59,9 +59,7 @@ def main() -> None:
     parser.add_argument("--size", type=parse_size, default=(256, 512, 512), metavar="D,H,W", help="default: 256,512,512")
     parser.add_argument("--batch", type=evaluation.positive, default=1, help="volumes (default: %(default)s)")
     parser.add_argument("--runs", type=evaluation.positive, default=2, help="steps after the warm-up (default: %(default)s)")
-    parser.add_argument(
-        "--bfloat16", action="store_true", help="autocast; an encoder on a CPU without instructions for it stays in float32"
-    )
+    parser.add_argument("--bfloat16", action="store_true", help="autocast; the encoder computes in float32 where the CPU is faster at that")
     parser.add_argument("--recompute", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -79,9 +77,7 @@ def main() -> None:
             rows.append((name, f"{cost['seconds']:.1f}", f"{cost['gb']:.1f}"))
         print(f"{name}: {rows[-1][1]} s, {rows[-1][2]} GB", file=sys.stderr)
     size = "x".join(map(str, arguments.size))
-    print(
-        f"{arguments.encoder}, {arguments.batch}x1x{size}, {torch.get_num_threads()} threads, bfloat16 instructions: {bfloat16_is_native()}\n"
-    )
+    print(f"{arguments.encoder}, {arguments.batch}x1x{size}, {torch.get_num_threads()} threads, fast in bfloat16: {bfloat16_is_fast()}\n")
     print(evaluation.markdown_table(("activations between stages", "seconds a step", "GB"), rows))
 
 

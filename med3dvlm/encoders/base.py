@@ -4,13 +4,17 @@ Shapes: B batch; D, H, W voxels of the volume; d, h, w cells of a grid; C channe
 """
 
 import copy
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from med3dvlm.encoders.layers import wide_type
 
 Size = tuple[int, int, int]
 
@@ -18,7 +22,8 @@ Size = tuple[int, int, int]
 class Encoder(nn.Module):
     """`encoder(volume)` gives the tokens (B, d*h*w, C) of every stage, d outermost, the finest grid first.
 
-    A family of encoders fills in `widths`, `stride`, `grids` and `encode`.
+    Weights are float64, float32 or bfloat16, and tokens come in their type; `compute_type` says what is computed in, autocast included.
+    What is kept in float32 then, `layers` says. A family of encoders fills in `widths`, `stride`, `grids` and `encode`.
 
     Attributes:
         widths: channels C of every output.
@@ -56,29 +61,36 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def forward(self, volume: Tensor) -> list[Tensor]:
-        """(B, 1, D, H, W), cast to the type of the weights -> [(B, d*h*w, C) for every stage].
+        """(B, 1, D, H, W) -> [(B, d*h*w, C) for every stage], in the type of the weights.
 
         Raises:
-            ValueError: the shape is another one, or the encoder does not take that size.
+            ValueError: the shape is another one, the encoder does not take that size, or the weights or autocast are float16.
         """
         if volume.ndim != 5 or volume.shape[1] != 1:
             raise ValueError(f"the encoder takes volumes of shape (B, 1, D, H, W), not {tuple(volume.shape)}; add or select axes")
         _, _, depth, height, width = volume.shape
         self.grids((depth, height, width))
-        emulated = volume.device.type == "cpu" and not bfloat16_is_native()
-        with torch.autocast("cpu", enabled=False) if emulated else nullcontext():
-            stages = self.encode(volume.to(next(self.parameters()).dtype))
-        return stages if self.result_dtype is None else [tokens.to(self.result_dtype) for tokens in stages]
+        device, weights = volume.device.type, next(self.parameters()).dtype
+        dtype = compute_type(weights, device)
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            stages = self.encode(volume.to(dtype))
+        return [tokens.to(self.result_dtype or weights) for tokens in stages]
 
     def for_inference(self, dtype: torch.dtype = torch.float32) -> "Encoder":
         """A copy for prediction, whose tokens are in `dtype`: evaluation mode, no gradients.
 
-        It computes in `dtype` too, unless that is bfloat16 on a CPU without instructions for it, where float32 is several times faster.
+        It computes in `dtype` too, unless that is bfloat16 on a CPU that is faster in float32.
+
+        Raises:
+            ValueError: `dtype` is float16, or the weights are.
         """
-        fast = self.fused(copy.deepcopy(self).eval().requires_grad_(False)).requires_grad_(False)
+        own = next(self.parameters())
+        refuse_float16(own.dtype)
+        computing = compute_type(dtype, own.device.type)
+        wide = copy.deepcopy(self).eval().requires_grad_(False).to(wide_type(own.dtype))  # weights are folded before they are rounded
+        fast = self.fused(wide).requires_grad_(False).to(computing)
         fast.result_dtype = dtype
-        emulated = dtype == torch.bfloat16 and next(self.parameters()).device.type == "cpu" and not bfloat16_is_native()
-        return fast.float() if emulated else fast.to(dtype)
+        return fast
 
     @staticmethod
     def fused(encoder: "Encoder") -> "Encoder":
@@ -120,10 +132,55 @@ class _StatisticsKept:
             norm.num_batches_tracked.copy_(batches)
 
 
+def compute_type(weights: torch.dtype, device: str) -> torch.dtype:
+    """The type of an encoder's activations: that of autocast, where it is on, or of the weights; float32 for bfloat16 on CPUs that are slow at it.
+
+    Raises:
+        ValueError: that is float16.
+    """
+    autocast = weights != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    wanted = torch.get_autocast_dtype(device) if autocast else weights
+    refuse_float16(wanted)
+    slow = wanted == torch.bfloat16 and device == "cpu" and not bfloat16_is_fast()
+    return torch.float32 if slow else wanted
+
+
+def refuse_float16(dtype: torch.dtype) -> None:
+    """Raises ValueError for float16."""
+    if dtype == torch.float16:
+        raise ValueError(
+            "encoders do not compute in float16, whose largest number, 65504, their features may exceed; "
+            "use float32 or bfloat16 (--bf16 true, dtype=torch.bfloat16)"
+        )
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def bfloat16_is_native() -> bool:
-    """Whether this CPU computes in bfloat16 itself."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def bfloat16_is_fast() -> bool:
+    """Whether this CPU multiplies matrices much faster in bfloat16 than in float32, measured once in a process.
+
+    Against float32 the emulation of bfloat16 reaches a tenth of the speed, AVX-512's instructions a third to two thirds, AMX six times. Nothing lies
+    near the threshold of 2.5, so that every run on a machine comes to the same answer.
+    """
+    return _bfloat16_speedup() > 2.5
+
+
+@cache
+def _bfloat16_speedup() -> float:
+    """The shortest of four products of small matrices in either type, which take turns, in one thread."""
+    threads = torch.get_num_threads()
+    full = torch.ones(384, 384)
+    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    matrices = {dtype: full.to(dtype) for dtype in seconds}
+    torch.set_num_threads(1)  # several wait for each other, which on a busy machine takes longer than the product
+    try:
+        for _ in range(4):
+            for dtype, matrix in matrices.items():
+                started = time.perf_counter()
+                torch.mm(matrix, matrix)
+                seconds[dtype].append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
 
 
 def check_size(size: Sequence[int]) -> Size:

@@ -11,9 +11,10 @@ Shapes as in `hierarchy`.
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from med3dvlm.encoders.hierarchy import ConvStem, HierarchicalEncoder, MetaNeXtBlock, build_stages
+from med3dvlm.encoders.layers import Conv3d, LayerNorm
 
 # blocks of the four stages, widths of stem and stages
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -24,15 +25,11 @@ SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 EPSILON = 1e-6  # of the layer norms, as in ConvNeXt
 
 
-class DepthwiseConv(nn.Conv3d):
+class DepthwiseConv(Conv3d):
     """Every channel by its own cube of weights: (B, d, h, w, C) -> the same."""
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # In the default memory format: torch 2.14 gives wrong gradients for depthwise channels-last kernels in bfloat16.
-        return super().forward(x.movedim(-1, 1).contiguous()).movedim(1, -1)
 
 
 class ConvNeXt3D(HierarchicalEncoder):
@@ -50,7 +47,7 @@ class ConvNeXt3D(HierarchicalEncoder):
         self, blocks: Sequence[int], widths: Sequence[int], kernel_size: int = 7, stem_stride: int = 4, layer_scale: float = 1e-6
     ) -> None:
         def block(_: int, channels: int) -> nn.Module:
-            return MetaNeXtBlock(channels, DepthwiseConv(channels, kernel_size), layer_scale, nn.LayerNorm(channels, EPSILON))
+            return MetaNeXtBlock(channels, DepthwiseConv(channels, kernel_size), layer_scale, LayerNorm(channels, EPSILON))
 
-        stem = nn.Sequential(ConvStem(widths[0], stem_stride), nn.LayerNorm(widths[0], EPSILON))
+        stem = nn.Sequential(ConvStem(widths[0], stem_stride), LayerNorm(widths[0], EPSILON))
         super().__init__(stem, build_stages(block, blocks, widths), widths, stem_stride)

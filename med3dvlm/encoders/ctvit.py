@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from med3dvlm.encoders.base import Encoder, Size, check_size, written
+from med3dvlm.encoders.layers import Conv3d, LayerNorm, Linear, WideBuffers, wide_type, widened
 
 SLOPE = 0.1  # of the leaky ReLUs in the position bias
 SIMILARITY_SCALE = 8.0  # of the cosines, in place of 1 / sqrt(head width)
@@ -33,13 +34,13 @@ class PositionBias(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         activation = partial(nn.LeakyReLU, SLOPE)
-        self.layers = nn.Sequential(nn.Linear(2, dim), activation(), nn.Linear(dim, dim), activation(), nn.Linear(dim, heads))
+        self.layers = nn.Sequential(Linear(2, dim), activation(), Linear(dim, dim), activation(), Linear(dim, heads))
 
     def forward(self, height: int, width: int) -> Tensor:
-        """-> (A, h*w, h*w). The MLP sees every offset once, not every pair of cells."""
+        """-> (A, h*w, h*w), in float32 at least. The MLP sees every offset once, not every pair of cells."""
         like = next(self.parameters())
         rows, columns = (torch.arange(1 - cells, cells, device=like.device) for cells in (height, width))
-        offsets = torch.cartesian_prod(rows, columns).to(like.dtype)  # ((2h-1)*(2w-1), 2)
+        offsets = torch.cartesian_prod(rows, columns).to(wide_type(like.dtype))  # ((2h-1)*(2w-1), 2)
         table = self.layers(offsets.sign() * offsets.abs().log1p())
         places = (torch.arange(cells, device=like.device) for cells in (height, width))
         row, column = (place[:, None] - place + len(place) - 1 for place in places)  # (h, h), (w, w)
@@ -47,18 +48,14 @@ class PositionBias(nn.Module):
         return table[index.flatten(2).flatten(0, 1)].movedim(-1, 0)
 
 
-class PositionConv(nn.Module):
+class PositionConv(Conv3d):
     """Depthwise 3x3x3 convolution that looks at earlier layers alone (PEG, arXiv 2102.10882): (B, t, h, w, C) -> the same."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
-        reference = nn.Conv3d(dim, dim, 3, groups=dim)
-        self.weight, self.bias = reference.weight, reference.bias
+        super().__init__(dim, dim, 3, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In the default memory format: torch 2.14 gives wrong gradients for depthwise channels-last kernels in bfloat16.
-        x = nn.functional.pad(x.movedim(-1, 1).contiguous(), (1, 1, 1, 1, 2, 0))
-        return nn.functional.conv3d(x, self.weight, self.bias, groups=self.weight.shape[0]).movedim(1, -1)
+        return super().forward(nn.functional.pad(x, (0, 0, 1, 1, 1, 1, 2, 0)))
 
 
 class CosineAttention(nn.Module):
@@ -67,17 +64,19 @@ class CosineAttention(nn.Module):
     def __init__(self, dim: int, heads: int, head_width: int) -> None:
         super().__init__()
         self.head_width = head_width
-        self.norm = nn.LayerNorm(dim)
-        self.query = nn.Linear(dim, heads * head_width, bias=False)
-        self.key_value = nn.Linear(dim, 2 * heads * head_width, bias=False)
+        self.norm = LayerNorm(dim)
+        self.query = Linear(dim, heads * head_width, bias=False)
+        self.key_value = Linear(dim, 2 * heads * head_width, bias=False)
         self.query_scale, self.key_scale = nn.Parameter(torch.ones(head_width)), nn.Parameter(torch.ones(head_width))
-        self.output = nn.Linear(heads * head_width, dim, bias=False)
+        self.output = Linear(heads * head_width, dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         projected = (self.query(self.norm(x)), *self.key_value(x).chunk(2, dim=-1))
         query, key, value = (part.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in projected)  # (G, A, n, C / A)
-        query = nn.functional.normalize(query, dim=-1) * self.query_scale
-        key = nn.functional.normalize(key, dim=-1) * self.key_scale
+        query, key = (
+            (nn.functional.normalize(widened(part), dim=-1) * scale).to(x.dtype)
+            for part, scale in ((query, self.query_scale), (key, self.key_scale))
+        )
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=SIMILARITY_SCALE)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
@@ -88,9 +87,9 @@ class GatedMLP(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         hidden = int(4 * (2 / 3) * dim)
-        self.norm = nn.LayerNorm(dim)
-        self.expand = nn.Linear(dim, 2 * hidden, bias=False)
-        self.reduce = nn.Linear(hidden, dim, bias=False)
+        self.norm = LayerNorm(dim)
+        self.expand = Linear(dim, 2 * hidden, bias=False)
+        self.reduce = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x, gate = self.expand(self.norm(x)).chunk(2, dim=-1)
@@ -112,7 +111,7 @@ class CTViTBlock(nn.Module):
         return x + self.mlp(x)
 
 
-class CTViT(Encoder):
+class CTViT(Encoder, WideBuffers):
     """The encoder of CT-CLIP. Its outputs are the tokens before and after the codebook.
 
     The released model saw values in -1..1, those of the recipe "ct_clip".
@@ -142,14 +141,14 @@ class CTViT(Encoder):
         self.patch = check_size(patch)
         self.widths = (dim, dim)
         voxels = math.prod(patch)
-        self.patch_embedding = nn.Sequential(nn.LayerNorm(voxels), nn.Linear(voxels, dim), nn.LayerNorm(dim))
+        self.patch_embedding = nn.Sequential(LayerNorm(voxels), Linear(voxels, dim), LayerNorm(dim))
         self.position_bias = PositionBias(dim, heads)
         self.spatial = nn.ModuleList(CTViTBlock(dim, heads, head_width) for _ in range(spatial_depth))
-        self.spatial_norm = nn.LayerNorm(dim)
+        self.spatial_norm = LayerNorm(dim)
         self.temporal = nn.ModuleList(CTViTBlock(dim, heads, head_width) for _ in range(temporal_depth))
-        self.temporal_norm = nn.LayerNorm(dim)
+        self.temporal_norm = LayerNorm(dim)
         self.codebook: Tensor
-        self.register_buffer("codebook", nn.functional.normalize(torch.randn(codebook_size, dim), dim=-1))
+        self.register_buffer("codebook", widened(nn.functional.normalize(torch.randn(codebook_size, dim), dim=-1)))
         if size is not None:
             self.grids(size)
 
@@ -180,7 +179,7 @@ class CTViT(Encoder):
         cut = volume.reshape(batch, time, self.patch[0], height, self.patch[1], width, self.patch[2])
         x = self.patch_embedding(cut.permute(0, 1, 3, 5, 2, 4, 6).flatten(4))  # (B, t, h, w, C)
 
-        bias = self.position_bias(height, width)
+        bias = self.position_bias(height, width).to(volume.dtype)
         x = x.flatten(0, 1).flatten(1, 2)  # (B*t, h*w, C)
         for block in self.spatial:
             x = self._run(block, x, grid, bias)
@@ -200,7 +199,7 @@ class CTViT(Encoder):
         """(..., C) -> the entry of the codebook at the smallest angle to each."""
         with torch.no_grad():
             entries = nn.functional.normalize(self.codebook, dim=-1)
-            parts = nn.functional.normalize(tokens, dim=-1).reshape(-1, tokens.shape[-1]).split(CODES_AT_ONCE)
+            parts = nn.functional.normalize(tokens.to(entries.dtype), dim=-1).reshape(-1, tokens.shape[-1]).split(CODES_AT_ONCE)
             nearest = torch.cat([(part @ entries.T).argmax(dim=-1) for part in parts])
-            codes = self.codebook[nearest].view(tokens.shape)
+            codes = self.codebook[nearest].view(tokens.shape).to(tokens.dtype)
         return tokens + (codes - tokens).detach() if self.training else codes

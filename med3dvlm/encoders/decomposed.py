@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from med3dvlm.encoders.hierarchy import ChannelsLastBatchNorm
+from med3dvlm.encoders.layers import BatchNorm, wide_type, widened
 
 aten = torch.ops.aten
 LARGE_VOLUME = 2**20  # numbers in a volume's features from which the products of `_weight_gradient` and convolving again pay
@@ -32,7 +32,7 @@ class AxisConv(nn.Module):
         self.axis, self.stride, self.groups = axis, stride, groups
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(x, self.weight, self.bias)
+        return self.convolve(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """(B, d, h, w, C_in) -> (B, d', h', w', C_out)."""
@@ -66,7 +66,7 @@ class AxisConv(nn.Module):
     def _weight_gradient(self, dy: Tensor, x: Tensor, kernel: int) -> Tensor:
         """Matrix products by tap over slices of each volume: up to seven times faster on CPUs than the convolution's own."""
         cells = x.shape[1 + self.axis]
-        taps = x.new_zeros(kernel, dy.shape[-1], x.shape[-1])
+        taps = x.new_zeros(kernel, dy.shape[-1], x.shape[-1], dtype=wide_type(x.dtype))
         for tap in range(kernel):
             shift = tap - kernel // 2
             overlap = max(cells - abs(shift), 0)
@@ -99,7 +99,7 @@ class DecomposedConv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
         branches: list[Any] = [
-            nn.Sequential(AxisConv(in_channels, out_channels, kernel_size, axis, stride, groups), ChannelsLastBatchNorm(out_channels))
+            nn.Sequential(AxisConv(in_channels, out_channels, kernel_size, axis, stride, groups), BatchNorm(out_channels))
             for axis in range(3)
         ]
         self.depth, self.height, self.width = branches
@@ -112,18 +112,20 @@ class DecomposedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.depth(x) + self.height(x) + self.width(x)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        wide = wide_type(x.dtype)
         parameters = [
-            parameter for conv, norm in self.branches for parameter in (conv.weight.to(dtype), conv.bias.to(dtype), norm.weight, norm.bias)
+            parameter
+            for conv, norm in self.branches
+            for parameter in (conv.weight.to(x.dtype), conv.bias.to(x.dtype), norm.weight.to(wide), norm.bias.to(wide))
         ]
-        with torch.autocast(kind, enabled=False):
-            result: Tensor = _NormalisedSum.apply(x.to(dtype), self.branches, *parameters)
-        return result.to(x.dtype)
+        return _NormalisedSum.apply(x, self.branches, *parameters)
 
 
 class _NormalisedSum(torch.autograd.Function):
-    """The sum over the branches of BatchNorm(conv(x)) in training mode. Parameters: weight and bias of convolution and norm, branch after branch."""
+    """The sum over the branches of BatchNorm(conv(x)) in training mode.
+
+    Parameters, branch after branch: weight and bias of the convolution in the type of x, those of the norm in float32 at least.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, branches: list[Any], *parameters: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ class _NormalisedSum(torch.autograd.Function):
                     "with batches of several (--dataloader_drop_last true leaves out a smaller last one)"
                 )
             # Not torch's own, which sums channels-last data so roughly that gradients of the whole encoder are up to 2 % off.
-            mean = cells.mean(dim=0, dtype=norm.weight.dtype)
+            mean = cells.mean(dim=0, dtype=gain.dtype)
             variance = (cells - mean).square_().mean(dim=0)
             norm.running_mean.lerp_(mean, norm.momentum)
             norm.running_var.lerp_(variance * (len(cells) / (len(cells) - 1)), norm.momentum)
@@ -153,12 +155,12 @@ class _NormalisedSum(torch.autograd.Function):
                 outputs.append(y)
         ctx.save_for_backward(x, *parameters, *statistics, *outputs)
         ctx.branches = branches
-        return total.view(y.shape)
+        return total.view(y.shape).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, *rest = ctx.saved_tensors
-        count = len(ctx.branches)
+        count, cells = len(ctx.branches), (-1, dy.shape[-1])
         parameters, statistics, outputs = rest[: 4 * count], rest[4 * count : 6 * count], rest[6 * count :]
         dx, of_parameters = None, []
         for number, (conv, norm) in enumerate(ctx.branches):
@@ -166,9 +168,9 @@ class _NormalisedSum(torch.autograd.Function):
             mean, inverse = statistics[2 * number : 2 * number + 2]
             y = outputs[number] if outputs else conv.convolve(x, weight, bias)
             dcells, dgain, dshift = aten.native_batch_norm_backward(
-                dy.reshape(-1, dy.shape[-1]), y.reshape(-1, y.shape[-1]), gain, None, None, mean, inverse, True, norm.eps, [True] * 3
+                widened(dy).reshape(cells), widened(y).reshape(cells), gain, None, None, mean, inverse, True, norm.eps, [True] * 3
             )
-            of_input, dweight = conv.gradients(dcells.view(y.shape), x, weight, ctx.needs_input_grad[0])
+            of_input, dweight = conv.gradients(dcells.view(y.shape).to(x.dtype), x, weight, ctx.needs_input_grad[0])
             if of_input is not None:
                 dx = of_input if dx is None else dx.add_(of_input)
             of_parameters += [dweight, torch.zeros_like(bias), dgain, dshift]  # batch norm takes away what a bias adds

@@ -45,7 +45,7 @@ class GatheredConv(nn.Module):
             padding = [0, 0] * (3 - axis) + [reach, reach]
             padded = nn.functional.pad(x[others[0], others[1], others[2], others[3]], padding)
             windows.append(padded.unfold(axis, self.kernel_size, self.stride))  # (B, d, h, w, k)
-        return nn.functional.linear(torch.cat(windows, dim=-1), self.weight, self.bias)
+        return nn.functional.linear(torch.cat(windows, dim=-1), self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class FoldedConv(nn.Module):
@@ -69,9 +69,9 @@ class FoldedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         slices, columns = x.flatten(0, 1).movedim(-1, 1), x.flatten(2, 3).movedim(-1, 1)  # (B*d, C, h, w), (B, C, d, h*w)
         rows: dict[str, Any] = {"padding": (self.reach, 0), "dilation": (self.dilation, 1), "groups": self.groups}
-        y = nn.functional.conv2d(slices, self.width, self.bias, padding=(0, self.reach), groups=self.groups)
-        y += nn.functional.conv2d(slices, self.height, **rows)
-        z = nn.functional.conv2d(columns, self.depth, **rows)
+        y = nn.functional.conv2d(slices, self.width.to(x.dtype), self.bias.to(x.dtype), padding=(0, self.reach), groups=self.groups)
+        y += nn.functional.conv2d(slices, self.height.to(x.dtype), **rows)
+        z = nn.functional.conv2d(columns, self.depth.to(x.dtype), **rows)
         shape = (*x.shape[:4], self.bias.shape[0])
         return z.movedim(1, -1).reshape(shape).add_(y.movedim(1, -1).reshape(shape))
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from med3dvlm.encoders.base import Encoder, Size, check_size, written
+from med3dvlm.encoders.layers import Conv3d, Linear
 
 
 class ConvStem(nn.Module):
@@ -26,10 +27,10 @@ class ConvStem(nn.Module):
 
     def __init__(self, channels: int, stride: int, kernel_size: int = 7) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(1, channels, kernel_size, stride, padding=kernel_size // 2)
+        self.conv = Conv3d(1, channels, kernel_size, stride, padding=kernel_size // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.movedim(-1, 1)).movedim(1, -1)
+        return self.conv(x)
 
 
 class Downsample(nn.Module):
@@ -38,18 +39,11 @@ class Downsample(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.pool = nn.MaxPool3d(kernel_size=3, stride=2, padding=1)
-        self.project = nn.Linear(in_channels, out_channels, bias=False)
+        self.project = Linear(in_channels, out_channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pool(x.movedim(-1, 1)).movedim(1, -1)
         return self.project(pooled)
-
-
-class ChannelsLastBatchNorm(nn.BatchNorm1d):
-    """Batch norm over every axis but the last: (B, d, h, w, C) -> the same."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
 class ChannelMLP(nn.Module):
@@ -57,8 +51,8 @@ class ChannelMLP(nn.Module):
 
     def __init__(self, channels: int, ratio: int = 4) -> None:
         super().__init__()
-        self.expand = nn.Linear(channels, ratio * channels)
-        self.reduce = nn.Linear(ratio * channels, channels)
+        self.expand = Linear(channels, ratio * channels)
+        self.reduce = Linear(ratio * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.reduce(nn.functional.gelu(self.expand(x)))
@@ -81,7 +75,7 @@ class MetaNeXtBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((channels,), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale * self.mlp(self.norm(self.mixer(x)))
+        return x + self.scale.to(x.dtype) * self.mlp(self.norm(self.mixer(x)))
 
 
 class MetaFormerBlock(nn.Module):
@@ -112,7 +106,7 @@ class LayerScale(nn.Module):
         self.factor = nn.Parameter(torch.full((channels,), value))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
+        return x * self.factor.to(x.dtype)
 
 
 def build_stages(block: Callable[[int, int], nn.Module], blocks: Sequence[int], widths: Sequence[int]) -> list[nn.Module]:

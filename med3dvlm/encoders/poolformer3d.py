@@ -15,6 +15,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from med3dvlm.encoders.hierarchy import ConvStem, HierarchicalEncoder, MetaFormerBlock, build_stages
+from med3dvlm.encoders.layers import GroupNorm
 
 # blocks of the four stages, widths of stem and stages
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -44,13 +45,6 @@ class Pooling(nn.Module):
         return z.movedim(1, -1).reshape(x.shape) - x
 
 
-class VolumeNorm(nn.GroupNorm):
-    """Every volume to mean 0 and deviation 1 over all its cells and channels, then a factor and a shift a channel: (B, d, h, w, C) -> the same."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
-
-
 class PoolFormer3D(HierarchicalEncoder):
     """MetaFormer blocks whose mixer learns nothing.
 
@@ -66,6 +60,6 @@ class PoolFormer3D(HierarchicalEncoder):
         self, blocks: Sequence[int], widths: Sequence[int], pool_size: int = 3, stem_stride: int = 4, layer_scale: float = 1e-5
     ) -> None:
         def block(_: int, channels: int) -> nn.Module:
-            return MetaFormerBlock(channels, Pooling(pool_size), partial(VolumeNorm, 1), layer_scale)
+            return MetaFormerBlock(channels, Pooling(pool_size), partial(GroupNorm, 1), layer_scale)
 
         super().__init__(ConvStem(widths[0], stem_stride), build_stages(block, blocks, widths), widths, stem_stride)

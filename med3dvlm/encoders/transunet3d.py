@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from med3dvlm.encoders.hierarchy import ChannelsLastBatchNorm, ConvStem, HierarchicalEncoder, MetaFormerBlock, build_stages
+from med3dvlm.encoders.hierarchy import ConvStem, HierarchicalEncoder, MetaFormerBlock, build_stages
+from med3dvlm.encoders.layers import BatchNorm, Conv3d, LayerNorm
 from med3dvlm.encoders.vit3d import SelfAttention
 
 # blocks of the four stages, widths of stem and stages
@@ -29,13 +30,12 @@ class ConvBlock(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
         super().__init__()
-        self.conv1, self.conv2 = (nn.Conv3d(channels, channels, kernel_size, padding=kernel_size // 2, bias=False) for _ in range(2))
-        self.norm1, self.norm2 = (nn.BatchNorm3d(channels) for _ in range(2))
+        self.conv1, self.conv2 = (Conv3d(channels, channels, kernel_size, padding=kernel_size // 2, bias=False) for _ in range(2))
+        self.norm1, self.norm2 = (BatchNorm(channels) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.movedim(-1, 1)  # (B, C, d, h, w)
         y = nn.functional.relu(self.norm1(self.conv1(x)))
-        return nn.functional.relu(x + self.norm2(self.conv2(y))).movedim(1, -1)
+        return nn.functional.relu(x + self.norm2(self.conv2(y)))
 
 
 class TransUNet3D(HierarchicalEncoder):
@@ -52,9 +52,9 @@ class TransUNet3D(HierarchicalEncoder):
         def block(stage: int, channels: int) -> nn.Module:
             if stage < len(blocks) - 1:
                 return ConvBlock(channels)
-            return MetaFormerBlock(channels, SelfAttention(channels, max(1, channels // head_width)), nn.LayerNorm)
+            return MetaFormerBlock(channels, SelfAttention(channels, max(1, channels // head_width)), LayerNorm)
 
-        stem = nn.Sequential(ConvStem(widths[0], stem_stride), ChannelsLastBatchNorm(widths[0]), nn.ReLU())
+        stem = nn.Sequential(ConvStem(widths[0], stem_stride), BatchNorm(widths[0]), nn.ReLU())
         stages = build_stages(block, blocks, widths)
-        stages[-1] = nn.Sequential(stages[-1], nn.LayerNorm(widths[-1]))
+        stages[-1] = nn.Sequential(stages[-1], LayerNorm(widths[-1]))
         super().__init__(stem, stages, widths, stem_stride)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from med3dvlm.encoders.base import Encoder, Size, check_size, written
 from med3dvlm.encoders.hierarchy import MetaFormerBlock
+from med3dvlm.encoders.layers import LayerNorm, Linear
 
 SIZES: dict[str, dict[str, Any]] = {
     "naive": {"size": (256, 512, 512), "patch": (32, 32, 32), "width": 192, "depth": 10, "heads": 3},
@@ -36,8 +37,8 @@ class SelfAttention(nn.Module):
         if channels % heads:
             raise ValueError(f"{channels} channels cannot be divided among {heads} heads; choose a divisor")
         self.heads = heads
-        self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
-        self.output = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, 3 * channels, bias=qkv_bias)
+        self.output = Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(1, -2)  # (B, n, C)
@@ -75,11 +76,11 @@ class ViT3D(Encoder):
         depth_cells, height_cells, width_cells = (voxels // step for voxels, step in zip(self.size, self.patch, strict=True))
         self.grid: Size = (depth_cells, height_cells, width_cells)
         self.widths = (width,) * STAGES
-        self.patch_embedding = nn.Linear(math.prod(patch), width)
+        self.patch_embedding = Linear(math.prod(patch), width)
         self.positions = nn.Parameter(torch.empty(1, math.prod(self.grid), width))
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
-        self.blocks = nn.ModuleList(MetaFormerBlock(width, SelfAttention(width, heads, qkv_bias), nn.LayerNorm) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(MetaFormerBlock(width, SelfAttention(width, heads, qkv_bias), LayerNorm) for _ in range(depth))
+        self.norm = LayerNorm(width)
         nn.init.trunc_normal_(self.positions, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -109,9 +110,9 @@ class ViT3D(Encoder):
         """(B, 1, D, H, W) -> four times (B, n, C)."""
         steps = [extent for pair in zip(self.grid, self.patch, strict=True) for extent in pair]
         patches = volume.reshape(-1, *steps).permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # (B, n, P)
-        x = self.patch_embedding(patches) + self.positions
+        x = self.patch_embedding(patches) + self.positions.to(volume.dtype)
         if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.class_token.to(volume.dtype).expand(len(x), -1, -1), x], dim=1)
         blocks = list(self.blocks)
         ends = [math.ceil(len(blocks) * stage / STAGES) for stage in range(STAGES + 1)]
         outputs = []

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from med3dvlm.encoders import build_encoder, decomposed
-from med3dvlm.encoders.base import bfloat16_is_native
 from med3dvlm.encoders.decomposed import DecomposedConv
 from med3dvlm.encoders.literal import LiteralConv, literal
 from tests.encoders.small import randomised
@@ -71,14 +70,14 @@ def test_of_a_large_volume_it_keeps_the_input_alone_for_the_backward_pass(monkey
 @pytest.mark.parametrize("layout", ["channels first", "spread"])
 def test_a_gradient_with_gaps_in_memory(layout: str) -> None:
     ours, reference = pair(4, 5, 3)
-    ours, reference = ours.float(), reference.float()
-    x = torch.randn(1, 6, 7, 8, 4)
-    direction = torch.randn(1, 5, 6, 7, 8).movedim(1, -1) if layout == "channels first" else torch.randn(5).expand(1, 6, 7, 8, 5)
+    x = torch.randn(1, 6, 7, 8, 4, dtype=torch.float64)
+    shape = (1, 6, 7, 8, 5)
+    direction = torch.randn(1, 5, 6, 7, 8).movedim(1, -1).double() if layout == "channels first" else torch.randn(5).double().expand(shape)
     (ours(x) ** 3).backward(direction)
     (reference(x.movedim(-1, 1)) ** 3).backward(direction.movedim(-1, 1))
     gradients = dict(ours.named_parameters())
     for name, parameter in reference.named_parameters():
-        torch.testing.assert_close(gradients[name].grad.reshape(parameter.shape), parameter.grad, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(gradients[name].grad.reshape(parameter.shape), parameter.grad, rtol=1e-6, atol=1e-6)
 
 
 def test_a_single_cell_is_refused_as_torch_does() -> None:
@@ -87,27 +86,20 @@ def test_a_single_cell_is_refused_as_torch_does() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("size", "batch"), [((128, 256, 256), 1), ((64, 128, 128), 2), ((32, 64, 64), 5), ((40, 72, 88), 2)], ids=lambda value: str(value)
-)
-def test_gradients_at_the_sizes_where_torchs_own_kernels_fail(size: tuple[int, int, int], batch: int, autocast: bool) -> None:
-    """Channels-last Conv3d in torch 2.14 crashes in the stem or gives garbage weight gradients in bfloat16 in the last stages."""
-    if autocast and not bfloat16_is_native():
-        pytest.skip("this CPU has no bfloat16, so that the encoder computes in float32 as in the other case")
-    torch.manual_seed(0)
+@pytest.mark.parametrize(("size", "batch"), [((128, 256, 256), 1), ((64, 128, 128), 2), ((32, 64, 64), 5), ((40, 72, 88), 2)], ids=str)
+def test_gradients_at_the_sizes_where_torchs_own_kernels_fail(size: tuple[int, int, int], batch: int) -> None:
+    """Of ours in float32 against the literal form in float64. Channels-last Conv3d in torch 2.14 crashes in the stem at some of these sizes.
+
+    Where rounding makes max pooling pick the other of two nearly equal cells, all gradients before it move by up to 2 %, in either form;
+    where a kernel fails they are off by 70 % and more.
+    """
     encoder = build_encoder("dcformer_small", layer_scale=0.1).train()
-    reference = literal(encoder)
+    reference = literal(encoder).double()
     volumes = torch.rand(batch, 1, *size)
-    expected, found = {}, {}
-    for module, gradients, low in ((reference, expected, False), (encoder, found, autocast)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            outputs = module(volumes)
-        sum(tokens.float().square().mean() for tokens in outputs).backward()
-        gradients.update({name: parameter.grad.flatten() for name, parameter in module.named_parameters()})
+    sum(tokens.square().mean() for tokens in reference(volumes.double())).backward()
+    sum(tokens.square().mean() for tokens in encoder(volumes)).backward()
+    expected = {name: parameter.grad.flatten() for name, parameter in reference.named_parameters()}
     floor = 1e-3 * max(float(gradient.norm()) for gradient in expected.values())  # a bias before a batch norm has none but rounding
-    # Where rounding makes max pooling pick the other of two nearly equal cells, all gradients before it move by up to 2 %, in either form;
-    # where a kernel fails they are off by 70 % and more. Exactness is tested above in double precision.
-    tolerance = 0.05
-    for name, gradient in expected.items():
-        assert float((found[name] - gradient).norm()) < tolerance * max(float(gradient.norm()), floor), name
+    for name, parameter in encoder.named_parameters():
+        gradient = expected[name]
+        assert float((parameter.grad.flatten() - gradient).norm()) < 0.05 * max(float(gradient.norm()), floor), name
