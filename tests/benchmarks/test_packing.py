@@ -1,0 +1,18 @@
+"""The benchmark of packing: both kinds of rows hold the same conversations."""
+
+import re
+
+import pytest
+
+from benchmarks import packing
+
+
+def test_it_counts_tokens_and_finds_equal_losses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", "packing --image_tokens 6 --questions 2 --report 9 --layers 1 --width 32 --repeats 1".split())
+    packing.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    texts = (12 + 9) + 2 * (20 + 5) + (45 + 7)
+    assert lines[1][:3] == ["study", str(2 * 6), str(2 * (1 + 6 + texts))]
+    assert lines[2][:3] == ["conversation", str(2 * 4 * 6), str(2 * (4 * (1 + 6) + texts))]
+    assert float(lines[1][4]) == pytest.approx(float(lines[2][4]), abs=2e-4)
+    assert re.fullmatch(r"one conversation a row takes \d+\.\d+ times as long; medians of 1, \d+ threads", " ".join(lines[3]))
