@@ -7,6 +7,7 @@ OUTPUTS ?= outputs
 LM      ?= tiny
 ARGS    ?=
 WORKERS ?= 2
+LEVEL   ?= ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 
 # The stages start programs of the environment by name (deepspeed, ninja).
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -55,6 +56,9 @@ test: install ## run every test in WORKERS processes; ARGS goes to pytest, as in
 
 quick: install ## run the tests that take seconds
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(ARGS)
+
+numerics: install ## compare the encoders with double precision as on a processor without AVX-512; LEVEL="ONEDNN_MAX_CPU_ISA=AVX512_CORE" is another
+	$(LEVEL) OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -m 'not slow' --ignore tests/encoders/test_cost.py tests/encoders $(ARGS)
 
 lint: install ## check the style and the formatting
 	$(RUN) ruff check .
