@@ -2,15 +2,14 @@
 
     python benchmarks/rehearsal_report.py --root outputs/rehearsal
 
-Of each stage: first and last loss, seconds a step (the median), tokens and volumes a second, and the peak memory of its processes; of every
-step its seconds and the most that its processes held together.
+Of each stage: first and last loss, seconds a step (the median), tokens and volumes a second, the peak memory of its processes; of every step
+its seconds and the most that its processes held together.
 """
 
 import argparse
 import json
 import math
 import os
-import platform
 import re
 import statistics
 import sys
@@ -32,48 +31,43 @@ STEPS = (
 )  # fmt: skip
 
 
-def stage_figures(folder: Path) -> dict[str, Any] | None:
-    """Figures of a training from its losses.jsonl and run.json; None where it has logged no step."""
-    lines = read_lines(folder / "losses.jsonl") if (folder / "losses.jsonl").is_file() else []
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return read_lines(path) if path.is_file() else []
+
+
+def json_of(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def stage_figures(folder: Path) -> dict[str, Any]:
+    """Figures of a training from its losses.jsonl and run.json; none where it has logged no step."""
+    lines, record = lines_of(folder / "losses.jsonl"), json_of(folder / "run.json")
     if not lines:
-        return None
-    # A training that went on began its clock anew, and what it did before counts for nothing.
-    pairs = [(before, after) for before, after in pairwise(lines) if after["train_runtime"] > before["train_runtime"]]
-    seconds = [(after["train_runtime"] - before["train_runtime"]) / (after["step"] - before["step"]) for before, after in pairs]
-    figures: dict[str, Any] = {
-        "steps": lines[-1]["step"],
-        "first_loss": lines[0]["loss"],
-        "last_loss": lines[-1]["loss"],
-        "finite": all(math.isfinite(line["loss"]) for line in lines),
-        "seconds_a_step": statistics.median(seconds) if seconds else None,
-    }
-    run = folder / "run.json"
-    if seconds and run.is_file():
-        record = json.loads(run.read_text(encoding="utf-8"))
-        settings = record["settings"]
+        return {}
+    figures = {"steps": lines[-1]["step"], "first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"]}
+    figures["finite"] = all(math.isfinite(line["loss"]) for line in lines)
+    keys = ("train_runtime", "step", "num_input_tokens_seen")
+    changes = [[after[key] - before[key] for key in keys] for before, after in pairwise(lines)]
+    changes = [change for change in changes if change[0] > 0]  # a training that went on began its clock anew
+    if changes and record:
+        seconds, settings = statistics.median(time / steps for time, steps, _ in changes), record["settings"]
         rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * record["processes"]
-        figures |= {
-            "processes": record["processes"],
-            "parameters": record["parameters"],
-            "volumes_a_second": rows / figures["seconds_a_step"],
-        }
+        figures |= {"seconds_a_step": seconds, "volumes_a_second": rows / seconds, "parameters": record["parameters"]}
         if "max_length" in settings:  # stages 2 and 3; in stage 1 the Trainer counts voxels
-            seen = sum(after["num_input_tokens_seen"] - before["num_input_tokens_seen"] for before, after in pairs)
-            figures["tokens_a_second"] = seen / sum(after["train_runtime"] - before["train_runtime"] for before, after in pairs)
+            figures["tokens_a_second"] = sum(tokens for *_, tokens in changes) / sum(time for time, *_ in changes)
     return figures
 
 
 def step_figures(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each step that was begun: its last exit code, the seconds of all its runs, and the peaks of memory among them."""
+    """Of each step that was begun: its last exit code, the seconds of all its runs, and the memory of the one that held the most."""
     steps: dict[str, dict[str, Any]] = {}
     for line in lines:
-        before = steps.get(line["step"], {"seconds": 0.0, "peak_rss_gb": 0.0, "processes": []})
-        most = max(before, line, key=lambda one: one["peak_rss_gb"])
+        before = steps.get(line["step"], {"seconds": 0.0, "peak_rss_gb": 0.0})
+        memory = max(line, before, key=lambda one: one["peak_rss_gb"])
         steps[line["step"]] = {
             "code": line["code"],
             "seconds": round(before["seconds"] + line["seconds"], 1),
-            "peak_rss_gb": most["peak_rss_gb"],
-            "processes": most["processes"],
+            **{key: memory[key] for key in ("peak_rss_gb", "processes")},
         }
     return steps
 
@@ -84,28 +78,28 @@ def machine() -> dict[str, Any]:
     text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
     name = re.search(r"model name\s*:\s*(.+)", text)
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{flag}\b", text)]
+    level, total = torch.backends.cpu.get_cpu_capability(), psutil.virtual_memory().total
     return {
-        "processor": name[1] if name else platform.processor(),
+        "processor": name[1] if name else "unknown processor",
         "instructions": flags,
-        "torch_level": torch.backends.cpu.get_cpu_capability(),
+        "torch_level": level,
         "cores": os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory_gb": round(total / 1e9, 1),
     }
 
 
 def collect(root: Path) -> dict[str, Any]:
     """Everything that goes into report.json."""
-    steps = step_figures(read_lines(root / "seconds.jsonl") if (root / "seconds.jsonl").is_file() else [])
+    steps = step_figures(lines_of(root / "seconds.jsonl"))
     stages = {name: stage_figures(root / name) for name in STAGES}
-    failed = [name for name in STEPS if name in steps and steps[name]["code"] != 0]
-    failed += [f"{name} (a loss is not finite)" for name, figures in stages.items() if figures and not figures["finite"]]
+    failed = [name for name, step in steps.items() if step["code"] != 0]
+    failed += [f"{name} (a loss is not finite)" for name, figures in stages.items() if not figures.get("finite", True)]
     missing = [name for name in STEPS if name not in steps]
-    plan = root / "plan.json"
     return {
         "passed": not failed and not missing,
         "failed": failed,
         "not_run": missing,
-        "plan": json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else None,
+        "plan": json_of(root / "plan.json"),
         "stages": stages,
         "steps": steps,
         "seconds": round(sum(step["seconds"] for step in steps.values()), 1),
@@ -127,24 +121,26 @@ def markdown(report: dict[str, Any]) -> str:
     stages = []
     for name, figures in report["stages"].items():
         peaks = [f"{process} {peak:.2f}" for process, peak in report["steps"].get(name, {}).get("processes", ())]
-        stages.append([name, *((figures or {}).get(key) for key in keys), ", ".join(peaks)])
-    steps = [
-        [name, "passed" if step["code"] == 0 else f"code {step['code']}", step["seconds"], step["peak_rss_gb"]]
-        for name, step in report["steps"].items()
-    ]
+        stages.append([name, *map(figures.get, keys), ", ".join(peaks)])
+    columns = ("stage", "first loss", "last loss", "steps", "s a step", "tokens/s", "volumes/s", "peak GB of each process")
+    steps = [[name, step["code"] or "passed", step["seconds"], step["peak_rss_gb"]] for name, step in report["steps"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return (
-        f"# Rehearsal at real shapes\n\n{verdict}\n\n{planned}\n\n"
-        f"{report['processor']}, {report['cores']} cores, {report['memory_gb']} GB, {', '.join(report['instructions'])} "
-        f"(torch uses {report['torch_level']}); {versions}; commit {report['commit']}.\n\n## Stages\n\n"
-        + markdown_table(
-            ("stage", "first loss", "last loss", "steps", "s a step", "tokens/s", "volumes/s", "peak GB of each process"), stages
-        )
-        + "\n\n## Steps\n\n"
-        + markdown_table(("step", "result", "seconds", "peak GB of all its processes"), steps)
-        + f"\n\n{report['seconds']:.0f} seconds in all, at most {report['peak_rss_gb']} GB at a time. Memory is resident memory, seen twice a "
-        "second; pages that processes share count once for each.\n"
-    )
+    return f"""# Rehearsal at real shapes
+
+{verdict}
+
+{planned}
+
+{report["processor"]}, {report["cores"]} cores, {report["memory_gb"]} GB, {", ".join(report["instructions"])} (torch uses {report["torch_level"]}); \
+{versions}; commit {report["commit"]}.
+
+{markdown_table(columns, stages)}
+
+{markdown_table(("step", "result", "seconds", "peak GB of all its processes"), steps)}
+
+{report["seconds"]:.0f} seconds in all, at most {report["peak_rss_gb"]} GB at a time. Memory is resident memory, seen twice a second; pages that \
+processes share count once for each.
+"""
 
 
 def main() -> int:
