@@ -29,7 +29,13 @@ LEARNING = (
     "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "seed", "data_seed",
     "dataloader_drop_last", "train_sampling_strategy",
 )  # fmt: skip
-FREE = {"merged", "cache_features", "exclude_failures", "split_file"}  # the split file is in the fingerprint of the data
+FREE = {
+    "merged",
+    "cache_features",
+    "exclude_failures",
+    "validation_split",
+    "split_file",
+}  # the split file is in the fingerprint of the data
 # transformers' settings that these models cannot honour: the only value that is allowed, and why.
 REFUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the models compute their losses themselves, and transformers would smooth over positions that are not shifted"),
@@ -54,6 +60,9 @@ class StageArguments(TrainingArguments):
     data: str = field(default="", metadata={"help": "prepared data, see `med3dvlm prepare`"})
     exclude_failures: bool = field(default=False, metadata={"help": "train without the studies that could not be prepared"})
     split_file: str = field(default="", metadata={"help": "JSON of the studies of each split, as `med3dvlm audit` writes it"})
+    validation_split: str = field(
+        default="validation", metadata={"help": "split whose loss is computed every --eval_steps steps, with --eval_strategy steps"}
+    )
     cache_features: bool = field(
         default=False, metadata={"help": "compute a frozen tower's output once a study and keep it in <data>/features"}
     )
@@ -90,6 +99,11 @@ class StageArguments(TrainingArguments):
     def weights_dtype(self) -> torch.dtype:
         """The type of weights that do not train. Those that train are float32, or DeepSpeed keeps float32 copies of them."""
         return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def validates(self) -> bool:
+        """Whether the loss over the validation split is wanted (eval_strategy)."""
+        return str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
 
     def open_data(self) -> PreparedData:
         """The prepared data that these settings name."""

@@ -8,7 +8,6 @@ Shapes: B volumes, as many texts; L text tokens; P projection width.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -249,23 +248,24 @@ class Med3DCLIP(PreTrainedModel):
             loss = torch.stack(losses).mean()
         return Med3DCLIPOutput(loss=loss, image_embeds=image_embeds, text_embeds=text_embeds)
 
-    def contrast(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """The loss of this process's pairs against the texts of all processes; its mean over processes is that of the whole batch."""
-        bias = (_at_least_float32(self.logit_bias),) if self.config.loss == "siglip" else ()
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            return self._loss_function(_at_least_float32(image_embeds), _at_least_float32(text_embeds), self.temperature, *bias).squeeze()
+    def contrast(self, image_embeds: Tensor, text_embeds: Tensor, gather: bool = True) -> Tensor:
+        """The loss of pairs (B, P), as one number.
 
-    @cached_property
-    def _loss_function(self) -> nn.Module:
-        """Made at the first batch, when the processes know of each other."""
+        Args:
+            gather: take the pairs for this process's part of a batch, contrasted with the texts of all processes: the mean over processes is
+                the loss of the whole batch. False takes them for the whole batch.
+        """
         from open_clip.loss import ClipLoss, SigLipLoss
 
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
-        world_size = torch.distributed.get_world_size() if distributed else 1
-        if self.config.loss == "siglip":
-            return SigLipLoss(rank=rank, world_size=world_size, dist_impl="gather")
-        return ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+        distributed = gather and torch.distributed.is_available() and torch.distributed.is_initialized()
+        place = {"rank": torch.distributed.get_rank(), "world_size": torch.distributed.get_world_size()} if distributed else {}
+        embeds = (_at_least_float32(image_embeds), _at_least_float32(text_embeds))
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            if self.config.loss == "siglip":
+                loss = SigLipLoss(dist_impl="gather", **place)(*embeds, self.temperature, _at_least_float32(self.logit_bias))
+            else:
+                loss = ClipLoss(local_loss=True, gather_with_grad=True, **place)(*embeds, self.temperature)
+        return loss.squeeze()
 
 
 AutoConfig.register(Med3DCLIPConfig.model_type, Med3DCLIPConfig)

@@ -16,7 +16,7 @@ from med3dvlm.contrastive import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.features import fingerprint, report_features
 from med3dvlm.datasets.torch import PairCollator, PairDataset
-from med3dvlm.training import StageTrainer, finish, run_training, save_final, train_only
+from med3dvlm.training import StageTrainer, finish, run_training, save_final, train_only, whole
 
 NEW = "new"
 
@@ -76,6 +76,26 @@ def _options(name: str, value: Any, example: str) -> Any:
         raise ValueError(f"{name} {value!r} is no JSON ({error}); write '{example}'") from None
 
 
+class ContrastiveTrainer(StageTrainer):
+    def validation_loss(self) -> float:
+        """The mean loss over batches of the training's size, of validation pairs in their order."""
+        images, texts, numbers = [], [], []
+        for batch, rows in self.validation_batches():
+            output = self.model(**batch, return_loss=False)
+            images.append(output.image_embeds)
+            texts.append(output.text_embeds)
+            numbers += rows
+        gathered = self.accelerator.gather((torch.cat(images), torch.cat(texts), torch.tensor(numbers, device=self.args.device)))
+        image_embeds, text_embeds, order = gathered
+        kept = order.argsort()[(order < 0).sum() :]
+        parts = -(-len(kept) // (self.args.train_batch_size * self.args.world_size))
+        with whole(self.model.logit_scale, self.model.logit_bias):
+            losses = [
+                self.model.contrast(image_embeds[part], text_embeds[part], gather=False) * len(part) for part in kept.tensor_split(parts)
+            ]
+        return float(torch.stack(losses).sum() / len(kept))
+
+
 def train_contrastive(arguments: ContrastiveArguments) -> None:
     """Train, and save model, tokenizer and VolumeProcessor; continues from the last whole checkpoint."""
     data = arguments.open_data()
@@ -110,7 +130,10 @@ def train_contrastive(arguments: ContrastiveArguments) -> None:
             reports = [study.report for study in pairs.studies]
             pairs.text_features = report_features(Path(arguments.data) / "features", model, collator, reports)
 
-    trainer = StageTrainer(model=model, args=arguments, train_dataset=pairs, data_collator=collator, processing_class=tokenizer)
+    trainer = ContrastiveTrainer(
+        model, arguments, train_dataset=pairs, data_collator=collator, processing_class=tokenizer,
+        eval_dataset=PairDataset(data, arguments.validation_split, arguments.seed) if arguments.validates else None,
+    )  # fmt: skip
     run_training(trainer, arguments, str(data.summary["fingerprint"]), text_encoder=fingerprint(model.text_encoder))
     save_final(trainer, data.processor)
     finish()

@@ -1,8 +1,12 @@
 """What stages 2 and 3 share: a Med3DVLM learns from conversations about volumes."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from med3dvlm.arguments import ImageArguments
@@ -10,8 +14,10 @@ from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.features import fingerprint, frozen_features
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import LOSS_WEIGHTINGS, ROWS, ConversationCollator, ConversationDataset, load_volumes
-from med3dvlm.processing import Med3DVLMProcessor
-from med3dvlm.vlm import Med3DVLM
+from med3dvlm.processing import IGNORED, Med3DVLMProcessor
+from med3dvlm.records import Study
+from med3dvlm.training import StageTrainer
+from med3dvlm.vlm import Med3DVLM, count_items
 
 
 @dataclass
@@ -58,10 +64,31 @@ class ConversationArguments(ImageArguments):
             raise ValueError(f"max_row_length is {self.max_row_length} but must be at least max_length, {self.max_length}; raise it")
 
 
+class ConversationTrainer(StageTrainer):
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """What the step's loss is divided by, over all processes and parts of an accumulated batch; None at the end of an epoch."""
+        if not batch_samples:
+            return None
+        items = torch.stack([count_items(batch) for batch in batch_samples]).sum().to(device)
+        return self.accelerator.reduce(items)
+
+    def validation_loss(self) -> float:
+        """The loss over all labelled tokens, or all conversations, of the validation rows."""
+        total = torch.zeros(2, device=self.args.device)  # of the loss and of what it is divided by
+        for batch, numbers in self.validation_batches():
+            batch["labels"][torch.tensor(numbers) < 0] = IGNORED
+            loss = self.model(**batch, num_items_in_batch=1).loss
+            total += torch.stack([loss, count_items(batch).to(loss.device)])
+        loss, items = self.accelerator.reduce(total)
+        return float(loss / items)
+
+
 def conversations(
     arguments: ConversationArguments, data: PreparedData, model: Med3DVLM, processor: Med3DVLMProcessor, yes_no: bool
-) -> tuple[ConversationDataset, ConversationCollator]:
-    """Training data of stages 2 and 3; with `cache_features` the frozen encoder runs once over the training split.
+) -> dict[str, Any]:
+    """What a ConversationTrainer of stages 2 and 3 takes: `train_dataset`, `eval_dataset` (None unless it validates) and `data_collator`.
+
+    With `cache_features` the frozen encoder runs once over each split.
 
     Raises:
         ValueError: the data was prepared in another way than the model takes it, the encoder that is to run once is to be trained, or
@@ -77,21 +104,41 @@ def conversations(
     augmentation = Augmentation.read(arguments.augmentation)
     if arguments.cache_features and augmentation is not None:
         raise ValueError("with cache_features every volume is seen once, unchanged; pass --cache_features false or --augmentation none")
-    dataset = ConversationDataset(
-        data, "train", yes_no, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups, seed=arguments.seed,
-        augmentation=augmentation, rows=arguments.rows,
-    )  # fmt: skip
-    dataset.limit_rows(processor, arguments.max_length, arguments.max_row_length)
-    if arguments.cache_features:
-        name = fingerprint(model.vision_encoder, str(data.summary["fingerprint"]))
-        places = {study.id: index for index, study in enumerate(dataset.studies)}
 
-        def compute(rows: range) -> tuple[Tensor, Tensor]:
-            return model.encode_image(load_volumes(data, [dataset.studies[row] for row in rows], arguments.device))
+    def dataset(split: str, augmentation: Augmentation | None) -> ConversationDataset:
+        rows = ConversationDataset(
+            data, split, yes_no, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups,
+            seed=arguments.seed, augmentation=augmentation, rows=arguments.rows,
+        )  # fmt: skip
+        rows.limit_rows(processor, arguments.max_length, arguments.max_row_length)
+        if arguments.cache_features:
+            rows.features = _cached_features(arguments, data, model, split)
+        return rows
 
-        with arguments.main_process_first(local=False):
-            model.eval().to(arguments.device)
-            path = Path(arguments.data) / "features" / f"image-{name}.safetensors"
-            low, high = frozen_features(path, len(dataset.studies), compute, description="image features")
-        dataset.features = lambda study: (low[places[study.id]], high[places[study.id]])
-    return dataset, ConversationCollator(processor, arguments.max_length, arguments.loss_weighting)
+    return {
+        "train_dataset": dataset("train", augmentation),
+        "eval_dataset": dataset(arguments.validation_split, None) if arguments.validates else None,
+        "data_collator": ConversationCollator(processor, arguments.max_length, arguments.loss_weighting),
+    }
+
+
+def _cached_features(
+    arguments: ConversationArguments, data: PreparedData, model: Med3DVLM, split: str
+) -> Callable[[Study], tuple[Tensor, Tensor]]:
+    """What gives the image features of a study of the split; they are computed by one process, once, and kept beside the data."""
+    studies = data.studies(split)
+    places = {study.id: index for index, study in enumerate(studies)}
+
+    def compute(rows: range) -> tuple[Tensor, Tensor]:
+        return model.encode_image(load_volumes(data, [studies[row] for row in rows], arguments.device))
+
+    with arguments.main_process_first(local=False):
+        model.eval().to(arguments.device)
+        name = fingerprint(model.vision_encoder, str(data.summary["fingerprint"])) + ("" if split == "train" else f"-{split}")
+        path = Path(arguments.data) / "features" / f"image-{name}.safetensors"
+        low, high = frozen_features(path, len(studies), compute, description=f"image features, {split}")
+    return partial(_features_of, places, low, high)  # workers may have to be sent it: no lambda
+
+
+def _features_of(places: Mapping[str, int], low: Tensor, high: Tensor, study: Study) -> tuple[Tensor, Tensor]:
+    return low[places[study.id]], high[places[study.id]]

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 COMPLETE = "complete"  # the file that says a checkpoint was written to its end
 IDENTITY = "identity.json"  # what a training was begun with: only its own checkpoints are continued
+LOSSES = {"losses.jsonl": "loss", "validation_losses.jsonl": "eval_loss"}  # file -> the entry of a log that belongs there
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "open_clip_torch", "monai", "numpy")
 
 
@@ -74,6 +77,8 @@ class StageTrainer(Trainer):
     - A loss or a weight that is not a finite number ends the training before it is saved, so that the last good checkpoint stays.
     """
 
+    model: Any
+
     def __init__(self, model: nn.Module, args: StageArguments, **options: Any) -> None:
         if not args.deepspeed:
             for parameter in model.parameters():
@@ -99,6 +104,40 @@ class StageTrainer(Trainer):
         spoilt = torch.stack([~torch.isfinite(shard).all() for shard in shards]).any()
         if self.accelerator.reduce(spoilt.to(self.args.device, torch.float32)) > 0:
             self._stop(f"weights are no longer finite numbers after step {self.state.global_step}")
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Compute, log and return the loss over the validation split, which does not depend on batch size, workers or processes."""
+        training = self.model.training
+        self.model.eval()
+        if torch.distributed.is_initialized():
+            for buffer in self.model.buffers():  # the running statistics that are saved are those of the first process
+                torch.distributed.broadcast(buffer, 0)
+        with torch.no_grad():
+            metrics = {f"{metric_key_prefix}_loss": self.validation_loss()}
+        self.model.train(training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def validation_loss(self) -> float:
+        """The loss over all rows of `eval_dataset`."""
+        raise NotImplementedError
+
+    def validation_batches(self) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """This process's share of the validation rows as batches on its device, each with the numbers of its rows.
+
+        All processes get equally many batches, since under ZeRO-3 they compute together; a row that only fills up has the number -1.
+        """
+        rows: Any = self.eval_dataset
+        rank, processes = self.args.process_index, self.args.world_size
+        numbers = [number if number < len(rows) else -1 for number in range(rank, -(-len(rows) // processes) * processes, processes)]
+        size = self.args.per_device_eval_batch_size
+        loader = DataLoader(
+            Subset(rows, [max(number, 0) for number in numbers]), size, collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )  # fmt: skip
+        for start, batch in zip(range(0, len(numbers), size), loader, strict=True):
+            yield self._prepare_inputs(batch), numbers[start : start + size]
 
     def _stop(self, what: str) -> None:
         checkpoint = get_last_checkpoint(str(self.args.output_dir))
@@ -149,6 +188,16 @@ class StageTrainer(Trainer):
         return get_last_checkpoint(str(root))
 
 
+def whole(*parameters: nn.Parameter) -> AbstractContextManager[None]:
+    """Within it parameters are there whole, outside of a model's forward, too; ZeRO-3 else leaves each process a shard."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    from deepspeed import zero
+
+    gathered: AbstractContextManager[None] = zero.GatheredParameters(list(parameters))
+    return gathered
+
+
 class EpochSetter(TrainerCallback):
     """Tells data set and sampler which epoch it is.
 
@@ -162,12 +211,16 @@ class EpochSetter(TrainerCallback):
 
 
 class LossRecorder(TrainerCallback):
-    """Appends {"step", "loss", ...} to losses.jsonl at every log, so that the curve is there even when the run was killed."""
+    """Appends {"step", "loss", ...} to losses.jsonl at every log, so that the curve is there even when the run was killed.
+
+    Validation losses go to validation_losses.jsonl as {"step", "eval_loss", ...}.
+    """
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
-            with (Path(str(args.output_dir)) / "losses.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        for name, kind in LOSSES.items():
+            if state.is_world_process_zero and logs and kind in logs:
+                with (Path(str(args.output_dir)) / name).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
 def _same_training(root: Path, identity: dict[str, Any]) -> None:
@@ -206,8 +259,9 @@ def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerpr
             # The trainer would take one step more; counted in epochs, none is left.
             arguments.max_steps, arguments.num_train_epochs = -1, int(state.epoch)
     if trainer.is_world_process_zero():
-        losses = output / "losses.jsonl"  # of steps after the checkpoint a killed run may have logged some; they come again
-        write_lines(losses, [line for line in read_lines(losses) if line["step"] <= steps_before])
+        for name in LOSSES:  # of steps after the checkpoint a killed run may have logged some; they come again
+            if (output / name).is_file():
+                write_lines(output / name, [line for line in read_lines(output / name) if line["step"] <= steps_before])
     trainer.train(resume_from_checkpoint=checkpoint)
     path, steps = output / "run.json", trainer.state.global_step
     if path.is_file() and steps == steps_before == json.loads(path.read_text(encoding="utf-8")).get("steps"):

@@ -13,8 +13,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from med3dvlm import Med3DVLMProcessor
 from med3dvlm.arguments import StageArguments, parse_arguments
+from med3dvlm.conversation_training import ConversationTrainer
 from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset
-from med3dvlm.training import StageTrainer, finish, launch, run_training, save_final
+from med3dvlm.training import finish, launch, run_training, save_final
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -53,11 +54,15 @@ def train_tokenizer(dataset: ConversationDataset, vocabulary: int) -> Qwen2Token
 def main() -> None:
     arguments = parse_arguments(Stage0Arguments)
     data = arguments.open_data()
-    texts = ConversationDataset(
-        data, "train", yes_no=True, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups,
-        seed=arguments.seed, image=False,
-    )  # fmt: skip
 
+    def dataset(split: str) -> ConversationDataset:
+        return ConversationDataset(
+            data, split, yes_no=True, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups,
+            seed=arguments.seed, image=False,
+        )  # fmt: skip
+
+    texts = dataset("train")
+    validation = dataset(arguments.validation_split) if arguments.validates else None
     torch.manual_seed(arguments.seed)
     tokenizer = train_tokenizer(texts, arguments.vocabulary)
     config = Qwen2Config(
@@ -76,14 +81,12 @@ def main() -> None:
     )
     model = Qwen2ForCausalLM(config)
     processor = Med3DVLMProcessor(data.processor, tokenizer, num_image_tokens=1)
-    texts.limit_rows(processor, arguments.max_length, arguments.max_row_length)
-    trainer = StageTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=texts,
+    for rows in filter(None, (texts, validation)):
+        rows.limit_rows(processor, arguments.max_length, arguments.max_row_length)
+    trainer = ConversationTrainer(
+        model, arguments, train_dataset=texts, eval_dataset=validation, processing_class=tokenizer,
         data_collator=ConversationCollator(processor, arguments.max_length),
-        processing_class=tokenizer,
-    )
+    )  # fmt: skip
     run_training(trainer, arguments, str(data.summary["fingerprint"]))
     save_final(trainer)
     finish()

@@ -13,10 +13,10 @@ import torch
 from med3dvlm import Med3DVLM, Med3DVLMProcessor
 from med3dvlm.arguments import parse_arguments
 from med3dvlm.checkpoints import load_clip, load_language_model
-from med3dvlm.conversation_training import ConversationArguments, conversations
+from med3dvlm.conversation_training import ConversationArguments, ConversationTrainer, conversations
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.torch import load_volumes
-from med3dvlm.training import StageTrainer, finish, launch, run_training, save_final, train_only
+from med3dvlm.training import finish, launch, run_training, save_final, train_only
 
 
 @dataclass
@@ -43,12 +43,12 @@ def main() -> None:
     processor.num_image_tokens = model.config.num_image_tokens
     train_only(model, lambda name: name.startswith("projector."))
 
-    dataset, collator = conversations(arguments, data, model, processor, yes_no=False)
+    parts = conversations(arguments, data, model, processor, yes_no=False)
     if arguments.standardise:
         with torch.no_grad():
-            low, high = model.eval().cpu().encode_image(load_volumes(data, dataset.studies[:64]))
+            low, high = model.eval().cpu().encode_image(load_volumes(data, data.studies("train")[:64]))
             model.projector.standardise(low.float(), high.float())
-    trainer = StageTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor)
+    trainer = ConversationTrainer(model, arguments, **parts, processing_class=processor)
     run_training(trainer, arguments, str(data.summary["fingerprint"]), **started_from)
     save_final(trainer)
     finish()

@@ -15,12 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from med3dvlm import Med3DVLM
 from med3dvlm.arguments import parse_arguments
 from med3dvlm.checkpoints import load_adapted, load_vlm, merge_lora
-from med3dvlm.conversation_training import ConversationArguments, conversations
+from med3dvlm.conversation_training import ConversationArguments, ConversationTrainer, conversations
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.familiarity import fit_familiarity, pool_features
-from med3dvlm.training import StageTrainer, finish, launch, lora_targets, run_training, save_final
+from med3dvlm.training import finish, launch, lora_targets, run_training, save_final
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ def main() -> None:
     base, processor = load_vlm(arguments.model, dtype=arguments.weights_dtype)
     started_from = fingerprint(base)
     model = add_lora(base, arguments)
-    dataset, collator = conversations(arguments, data, base, processor, yes_no=True)
-    trainer = StageTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor)
+    parts = conversations(arguments, data, base, processor, yes_no=True)
+    trainer = ConversationTrainer(model, arguments, **parts, processing_class=processor)
     run_training(trainer, arguments, str(data.summary["fingerprint"]), model=started_from)
     save_final(trainer)
     first = trainer.is_world_process_zero()
