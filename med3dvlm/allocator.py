@@ -8,11 +8,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's malloc to reuse what it has instead of giving large blocks back; does nothing where there is no glibc.
+    """Tell glibc's malloc to reuse what it has instead of giving large blocks back.
 
+    Does nothing where there is no glibc, or where there is a GPU: weights that have moved there would keep their place in the host's memory.
     For programs to call at their start, before threads are there: it holds for the whole process.
     """
-    if not sys.platform.startswith("linux"):
+    import torch
+
+    if not sys.platform.startswith("linux") or torch.cuda.is_available():
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -78,6 +78,7 @@ class StageTrainer(Trainer):
     """
 
     model: Any
+    args: StageArguments
 
     def __init__(self, model: nn.Module, args: StageArguments, **options: Any) -> None:
         if not args.deepspeed:
@@ -281,8 +282,11 @@ def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerpr
 
 
 def save_final(trainer: StageTrainer, *processors: Any) -> None:
-    """Write model and processors to the output folder, whole or not at all."""
+    """Write model and processors to the output folder, whole or not at all. The weights are in one type, as DeepSpeed leaves them."""
     trainer.require_finite()
+    if not trainer.args.deepspeed:
+        for parameter in trainer.model.parameters():
+            parameter.data = parameter.data.to(trainer.args.weights_dtype)
     output = Path(str(trainer.args.output_dir))
     aside = output / "saving"
     trainer.save_model(str(aside))
@@ -313,8 +317,7 @@ def finish() -> None:
 def launch(main: Callable[[], None]) -> None:
     """Run a stage's `main`. What the user can mend, a file or a setting, ends it with one sentence; a defect with its traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    if not torch.cuda.is_available():  # else it would keep the host's copy of the weights, too, once they are on the GPU
-        keep_freed_memory()
+    keep_freed_memory()
     try:
         main()
     except (OSError, SafetensorError, ValueError) as error:

@@ -1,6 +1,7 @@
 """Arguments, what trains, and a trainer that is interrupted: checked on a model of four weights, whose every step can be followed."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
-from med3dvlm import Med3DVLM
+import med3dvlm.arguments
+from med3dvlm import Med3DCLIP, Med3DVLM
 from med3dvlm.arguments import StageArguments, parse_arguments
 from med3dvlm.training import (
     COMPLETE,
@@ -70,14 +72,28 @@ def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
         ("colour: blue\n", [], "--data is missing"),
         ("- data\n", [], "must hold lines of `name: value`, not a list"),
         ("data: {\n", [], "toy.yaml is no YAML"),
+        ("data: x\nlabel_smoothing_factor: 0.1\n", [], "label_smoothing_factor is 0.1 but must be 0.0: the models compute their losses"),
+        ("data: x\nfp16: true\nuse_cpu: true\n", [], "fp16 is True but must be false: the models compute in float32 or bfloat16"),
+        ("data: x\n", ["--neftune_noise_alpha", "5"], "neftune_noise_alpha is 5.0 but must be none"),
+        ("data: x\n", ["--train_sampling_strategy", "group_by_length"], "needs lengths that rows do not have"),
+        ("data: x\nbf16: true\n", [], "no GPU here that computes in bfloat16; pass --use_cpu true to train on the CPU, or --bf16 false"),
+        (
+            "data: x\nuse_cpu: true\nbf16: true\ndeepspeed: {folder}/off.json\n",
+            [],
+            "bf16.enabled=False but bf16|bf16_full_eval=True; write",
+        ),
+        ("data: x\nuse_cpu: true\ndeepspeed: {folder}/five.json\n", [], "zero_optimization.stage is 5 but must be one of 0, 1, 2, 3"),
         ("data: x\n", ["--config"], "--config: expected one argument"),
     ],
 )
 def test_a_wrong_setting_is_named_in_a_sentence(
-    text: str, flags: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str, flags: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(med3dvlm.arguments, "is_torch_bf16_gpu_available", lambda: False)
+    (tmp_path / "off.json").write_text('{"bf16": {"enabled": false}, "zero_optimization": {"stage": 2}}')
+    (tmp_path / "five.json").write_text('{"zero_optimization": {"stage": 5}}')
     with pytest.raises(SystemExit) as stop:
-        parse_arguments(ToyArguments, ["--config", yaml_file(tmp_path, text), *flags])
+        parse_arguments(ToyArguments, ["--config", yaml_file(tmp_path, text.replace("{folder}", str(tmp_path))), *flags])
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert sentence in said and len(said.splitlines()) <= 2  # how it is called, and what is wrong
@@ -116,6 +132,42 @@ def test_lora_goes_to_every_linear_layer_of_the_language_model(tiny_models: Any)
     expected = {name for name in linear if name.startswith("language_model.") and "lm_head" not in name}
     assert {name for name, _ in model.named_modules() if pattern.fullmatch(name)} == expected
     assert len(expected) == 7 * model.config.text_config.num_hidden_layers
+
+
+def toy_arguments(folder: Path, **settings: Any) -> ToyArguments:
+    return ToyArguments(str(folder), use_cpu=True, logging_steps=1, report_to="none", disable_tqdm=True, data="x", **settings)
+
+
+def test_of_several_gpus_one_process_takes_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The Trainer would wrap the model in DataParallel, which these models do not survive."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self._n_gpu or 4))  # on the CPU transformers counts none
+    arguments = toy_arguments(tmp_path)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == arguments.per_device_train_batch_size
+    assert "4 GPUs are visible" in caplog.text and "start the stage with `deepspeed` or `torchrun`" in caplog.text
+
+
+def test_tensors_of_fewer_than_two_dimensions_do_not_decay(tiny_models: Any, tmp_path: Path) -> None:
+    """open_clip's rule; the names show what transformers' own, by name, would let decay."""
+    model = Med3DCLIP.from_pretrained(tiny_models.clip)
+    trainer = StageTrainer(model=model, args=toy_arguments(tmp_path, weight_decay=0.1), train_dataset=Rows())
+    trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decays = {names[id(one)]: group["weight_decay"] for group in trainer.optimizer.param_groups for one in group["params"]}
+    assert decays == {name: 0.1 if len(parameter.shape) > 1 else 0.0 for name, parameter in model.named_parameters()}
+    for name in ("logit_scale", "vision_encoder.stem.0.depth.1.weight", "vision_encoder.stages.0.1.scale"):
+        assert decays[name] == 0.0
+
+
+def test_weights_that_train_are_float32_and_the_others_stay(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"frozen": nn.Linear(2, 2), "trained": nn.Linear(2, 2)}).bfloat16()
+    model["frozen"].requires_grad_(False)
+    StageTrainer(model=model, args=toy_arguments(tmp_path), train_dataset=Rows())
+    assert {name: parameter.dtype for name, parameter in model.named_parameters() if name.endswith("weight")} == {
+        "frozen.weight": torch.bfloat16,
+        "trained.weight": torch.float32,
+    }
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -161,7 +213,7 @@ def train(folder: Path, stop_after: int | None = None, data: str = "f1", weights
     """Ten steps of four rows in epochs of four steps, a checkpoint every second, a constant rate of learning."""
     values = {"max_steps": 10, "save_steps": 2, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant", "learning_rate": 0.1}
     values |= settings
-    arguments = ToyArguments(str(folder), use_cpu=True, logging_steps=1, report_to="none", disable_tqdm=True, data="x", **values)
+    arguments = toy_arguments(folder, **values)
     model = Toy()
     trainer = StageTrainer(model=model, args=arguments, train_dataset=Rows())
     if stop_after is not None:
@@ -301,6 +353,35 @@ def test_the_record_of_a_run(tmp_path: Path, repository: Path) -> None:
 def test_the_record_does_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert environment()["commit"] is None
+
+
+@pytest.mark.parametrize(("spoilt", "stopped_at"), [("loss", 7), ("gradient", 6)])
+def test_a_training_that_diverges_stops_before_it_is_saved(
+    spoilt: str, stopped_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints come every second step: the last good one is that of step 4 or 6, and it is whole."""
+    forward = Toy.forward
+
+    def diverging(self: Toy, row: Tensor, x: Tensor) -> dict[str, Tensor]:
+        loss = forward(self, row, x)["loss"]
+        if spoilt == "loss" and len(self.seen) == 7:
+            loss = loss * float("nan")
+        if spoilt == "gradient" and len(self.seen) == 6:  # the loss is a number, the weights after the step are none
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return {"loss": loss}
+
+    monkeypatch.setattr(Toy, "forward", diverging)
+    with pytest.raises(SystemExit, match="2"):
+        launch(lambda: train(tmp_path) and None)
+    said = capsys.readouterr().err
+    last = tmp_path / f"checkpoint-{6 if spoilt == 'loss' else 4}"
+    assert (
+        f"the training diverged: {'the loss is nan at' if spoilt == 'loss' else 'weights are no longer finite numbers after'} step" in said
+    )
+    assert f"step {stopped_at}; the last good checkpoint is {last}. Try a smaller learning_rate (now 0.1)" in said
+    assert (last / COMPLETE).is_file() and not (tmp_path / "run.json").exists()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*"))[-1] == last.name
+    assert all(math.isfinite(loss) and loss for _, loss in losses(tmp_path))
 
 
 def failing(error: Exception) -> Callable[[], None]:

@@ -52,7 +52,7 @@ LAUNCHERS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "deepspeed": ("deepspeed", 1, ZERO2),
     "deepspeed on two": ("deepspeed", 2, ZERO2),
     "python": ("python", 1, ()),
-    "torchrun on two": ("torchrun", 2, ()),
+    "torchrun on two": ("torchrun", 2, ("--gradient_checkpointing", "true")),  # the text encoder has a pooler that never gets a gradient
     "ZeRO-3 on two": ("deepspeed", 2, ("--deepspeed", "ds_configs/zero3.json")),
 }
 
