@@ -31,9 +31,11 @@ write() {
 }
 
 # stage NAME SCRIPT OPTIONS...: a training that saves halfway and at the end; its checkpoints are of no use once it is finished
+#
+# Without workers: one that is forked at an epoch's begin shares the memory that a training on the CPU has filled, until that is written again.
 stage() {
   OMP_NUM_THREADS=$threads train "$1" "$2" "$1" "$steps" --save_steps $(((steps + 1) / 2)) --logging_steps 1 \
-    --include_num_input_tokens_seen true "${@:3}"
+    --include_num_input_tokens_seen true --dataloader_num_workers 0 "${@:3}"
   rm -rf "$root/$1"/checkpoint-*
 }
 
@@ -47,11 +49,9 @@ step phantoms "$root/phantoms/M3D_Cap/M3D_Cap.json" med3dvlm phantom "$root/phan
 step prepare "$data/summary.json" med3dvlm prepare m3d "$root/phantoms" "$data" --recipe m3d --size "$size"
 write text_encoder "$root/text_encoder" $models text_encoder "$data" "$root/text_encoder" "${tiny[@]}"
 write language_model "$root/language_model" $models language_model "$data" "$root/language_model" --layers "$layers" "${tiny[@]}"
-stage stage1 stage1_siglip --text_encoder "$root/text_encoder" --per_device_train_batch_size 2 --dataloader_num_workers 1
-# Workers share the language model's memory with the process that they come from, but would be counted as if each held it.
-stage stage2 stage2_projector --clip "$root/stage1" --language_model "$root/language_model" --per_device_train_batch_size 1 \
-  --dataloader_num_workers 0
-stage stage3 stage3_lora --model "$root/stage2" --per_device_train_batch_size 1 --dataloader_num_workers 0
+stage stage1 stage1_siglip --text_encoder "$root/text_encoder" --per_device_train_batch_size 2
+stage stage2 stage2_projector --clip "$root/stage1" --language_model "$root/language_model" --per_device_train_batch_size 1
+stage stage3 stage3_lora --model "$root/stage2" --per_device_train_batch_size 1
 write merge "$root/merged" med3dvlm merge "$root/stage3" "$root/merged"
 step merge_same "$root" $models same "$root/model" "$root/merged"
 for model in stage1 merged; do

@@ -69,6 +69,7 @@ def main() -> None:
     del trainer, model, base
     adapted, _ = load_adapted(str(arguments.output_dir))
     remember_training_data(adapted.get_base_model().to(arguments.device), data, str(arguments.output_dir))
+    del adapted  # the merge loads the base anew, and need not hold it twice
     if arguments.merged:
         merge_lora(arguments.output_dir, arguments.merged)
 
@@ -83,7 +84,7 @@ def remember_training_data(model: Med3DVLM, data: PreparedData, folder: str) -> 
     like = next(model.vision_encoder.parameters())
     for split in ("train", "validation"):
         studies = data.studies(split)
-        batches = torch.linspace(0, len(studies) - 1, min(len(studies), 500)).round().int().split(16)
+        batches = torch.linspace(0, len(studies) - 1, min(len(studies), 500)).round().int().split(4)
         with torch.no_grad():
             volumes = (load_volumes(data, [studies[index] for index in batch], like.device) for batch in batches)
             pooled[split] = torch.cat([pool_features(model.encode_image(batch.to(like))) for batch in volumes])
