@@ -20,7 +20,7 @@ from med3dvlm.encoders import Size, build_encoder, check_size
 LOSSES = ("siglip", "clip")
 POOLINGS = ("cls", "mean")
 IMAGE_POOLINGS = ("mean", "frames")
-TEMPERATURES = (1.0, 100.0)  # the least and the greatest, as CLIP and open_clip bound it
+MAX_TEMPERATURE = 100.0  # as CLIP and open_clip bound it
 
 
 class CXRBertConfig(BertConfig):
@@ -111,18 +111,18 @@ class Med3DCLIPOutput(ModelOutput):
     text_embeds: Tensor | None = None
 
 
-class _Bounded(torch.autograd.Function):
-    """A tensor within two bounds. Its gradient passes, except where following it would lead out of them, or further out."""
+class _AtMost(torch.autograd.Function):
+    """A tensor, bounded above. Its gradient passes, except where following it would lead above the bound, or further above."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, low: float, high: float) -> Tensor:
-        ctx.save_for_backward(value <= low, value >= high)
-        return value.clamp(low, high)
+    def forward(ctx: Any, value: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(value >= bound)
+        return value.clamp(max=bound)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        at_low, at_high = ctx.saved_tensors
-        return gradient.masked_fill((at_low & (gradient > 0)) | (at_high & (gradient < 0)), 0), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (at_bound,) = ctx.saved_tensors
+        return gradient.masked_fill(at_bound & (gradient < 0), 0), None
 
 
 def _at_least_float32(values: Tensor) -> Tensor:
@@ -201,12 +201,11 @@ class Med3DCLIP(PreTrainedModel):
 
     @property
     def temperature(self) -> Tensor:
-        """(1) float32: what similarities are multiplied by, exp(logit_scale) within TEMPERATURES.
+        """(1) float32: what similarities are multiplied by, exp(logit_scale), at most MAX_TEMPERATURE.
 
         It is bounded here, not in the parameter, which some engines overwrite with a copy of their own after each step.
         """
-        low, high = map(math.log, TEMPERATURES)
-        bounded: Tensor = _Bounded.apply(_at_least_float32(self.logit_scale), low, high)
+        bounded: Tensor = _AtMost.apply(_at_least_float32(self.logit_scale), math.log(MAX_TEMPERATURE))
         return bounded.exp()
 
     def train(self, mode: bool = True) -> "Med3DCLIP":

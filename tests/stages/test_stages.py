@@ -457,12 +457,3 @@ def test_torchrun(tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, 
 def test_accelerate_launch(tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str]) -> None:
     shell("accelerate", "launch", "--cpu", *smoke(stage3_lora, prepared, tmp_path / "out", tiny_models), "--max_steps", 2)
     assert load_vlm(tmp_path / "merged")
-
-
-@pytest.mark.slow
-def test_plain_python_takes_the_deepspeed_setting_too(
-    tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str]
-) -> None:
-    command = smoke(stage0_language_model, prepared, tmp_path / "out", tiny_models)
-    shell("python", *command, "--max_steps", 2, "--deepspeed", "ds_configs/zero2.json")
-    assert load_language_model(str(tmp_path / "out"))
