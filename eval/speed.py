@@ -6,8 +6,8 @@ of reports (eval/speed_eval.py), and so on: every other eval/speed_*.py is named
     python eval/speed.py encoder --allocation system
     python eval/speed.py encoder --encoder dcformer_tiny --size 64,128,128 --runs 9
 
-Every form has the same weights and the same volume. The forms take turns in one process, after one warm-up each, and the median counts; the memory
-of a training step is that of a process of its own. The programs of this project keep freed memory for the next tensor (med3dvlm/allocator.py);
+Every form has the same weights and the same volume. The forms take turns in one process, after one warm-up each, and the median counts; so does that
+of the processor's seconds, in which other programs show less. The memory of a training step is that of a process of its own. The programs of this project keep freed memory for the next tensor (med3dvlm/allocator.py);
 `--allocation system` leaves that as the system has it. Writes <output>/encoder_<allocation>.json and .md.
 """
 
@@ -137,7 +137,7 @@ def inference(forms: dict[str, Form], volume: Tensor, runs: int) -> dict[str, di
         expected = forms[LITERAL](volume)
         differences = {name: max(map(relative, form(volume), expected)) for name, form in forms.items()}
         seconds = timed({name: lambda form=form: form(volume) for name, form in forms.items()}, runs)
-    return {name: {"seconds": seconds[name], "difference": differences[name]} for name in forms}
+    return {name: {**seconds[name], "difference": differences[name]} for name in forms}
 
 
 def training(forms: dict[str, Form], volumes: Tensor, runs: int) -> dict[str, dict[str, float]]:
@@ -152,13 +152,13 @@ def training(forms: dict[str, Form], volumes: Tensor, runs: int) -> dict[str, di
             for key, gradient in expected.items()
         )
     seconds = timed({name: lambda form=form: gradients(form, volumes) for name, form in forms.items()}, runs)
-    return {name: {"seconds": seconds[name], "difference": differences[name]} for name in forms}
+    return {name: {**seconds[name], "difference": differences[name]} for name in forms}
 
 
 def gradients(form: Form, volumes: Tensor) -> dict[str, Tensor]:
-    """Of the mean square of every stage's tokens, by the parameter's name."""
+    """Of the mean square of the last two stages' tokens, which are those that projectors take, by the parameter's name."""
     form.module.zero_grad(set_to_none=True)
-    sum(tokens.square().mean() for tokens in form(volumes)).backward()  # type: ignore[union-attr]
+    sum(tokens.square().mean() for tokens in form(volumes)[-2:]).backward()  # type: ignore[union-attr]
     return {name: parameter.grad for name, parameter in form.module.named_parameters() if parameter.grad is not None}
 
 
@@ -166,15 +166,16 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.std())
 
 
-def timed(calls: dict[str, Any], runs: int) -> dict[str, float]:
-    """The median seconds of each call; they take turns, so that a slow moment of the machine does not meet one alone."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+def timed(calls: dict[str, Any], runs: int) -> dict[str, dict[str, float]]:
+    """The median seconds of each call, and the processor's; they take turns, so that a slow moment of the machine does not meet one alone."""
+    clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
+    taken: dict[str, list[list[float]]] = {name: [] for name in calls}
     for _ in range(runs):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = [clock() for clock in clocks.values()]
             call()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            taken[name].append([clock() - start for clock, start in zip(clocks.values(), started, strict=True)])
+    return {name: dict(zip(clocks, map(statistics.median, zip(*rows, strict=True)), strict=True)) for name, rows in taken.items()}
 
 
 def step_memory(form: Form, volumes: Tensor) -> float:
@@ -195,11 +196,11 @@ def machine() -> dict[str, Any]:
     for dtype in (torch.float32, torch.bfloat16):
         side = 2048 if dtype == torch.float32 or bfloat16_is_fast() else 256
         matrix = torch.rand(side, side).to(dtype)
-        seconds = timed({"product": lambda matrix=matrix: matrix @ matrix}, 5)["product"]
+        seconds = timed({"product": lambda matrix=matrix: matrix @ matrix}, 5)["product"]["seconds"]
         facts[f"gflops_{str(dtype).removeprefix('torch.')}"] = 2 * side**3 / seconds / 1e9
     source = torch.rand(1 << 26)
     target = torch.empty_like(source)
-    facts["copy_gb_per_second"] = 2 * source.nbytes / timed({"copy": lambda: target.copy_(source)}, 5)["copy"] / 1e9
+    facts["copy_gb_per_second"] = 2 * source.nbytes / timed({"copy": lambda: target.copy_(source)}, 5)["copy"]["seconds"] / 1e9
     return facts
 
 
@@ -215,11 +216,17 @@ def table(results: dict[str, Any]) -> str:
     ]
     for what, volumes in (("inference", "1 volume"), ("training", "forward and backward")):
         rows = results[what]
-        lines += ["", f"| {what}, {volumes} | seconds | x {LITERAL} | x {LITERAL_BF16} | difference | GB |", "|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"| {what}, {volumes} | seconds | CPU seconds | x {LITERAL} | x {LITERAL_BF16} | difference | GB |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for name, row in rows.items():
             ratios = (f"{rows[other]['seconds'] / row['seconds']:.2f}" if other in rows else "" for other in (LITERAL, LITERAL_BF16))
             memory = f"{row['step_gb']:.2f}" if "step_gb" in row else ""
-            lines.append(f"| {name} | {row['seconds']:.3f} | {' | '.join(ratios)} | {row['difference']:.1e} | {memory} |")
+            lines.append(
+                f"| {name} | {row['seconds']:.3f} | {row['cpu_seconds']:.3f} | {' | '.join(ratios)} | {row['difference']:.1e} | {memory} |"
+            )
     return "\n".join(lines) + "\n"
 
 

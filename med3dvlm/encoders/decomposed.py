@@ -17,11 +17,18 @@ aten = torch.ops.aten
 LARGE_VOLUME = 2**20  # numbers in a volume's features from which the products of `_weight_gradient` and convolving again pay
 
 
+def windows(x: Tensor, axis: int, kernel: int, stride: int) -> Tensor:
+    """The cells along an axis that a convolution of one channel sees, zeros beyond the grid: (B, D, H, W, 1) -> (B, d, h, w, k)."""
+    thinned = x[tuple(slice(None, None, 1 if other in (0, axis + 1) else stride) for other in range(4))][..., 0]
+    padding = [0, 0] * (2 - axis) + [kernel // 2, kernel // 2]
+    return nn.functional.pad(thinned, padding).unfold(axis + 1, kernel, stride)
+
+
 class AxisConv(nn.Module):
     """A 1D convolution along one axis of (B, d, h, w, C), strided along all three.
 
     Computed as a 2D convolution over a view that folds the other axes: no copy, and on CPUs several times faster than the Conv3d with the same
-    weights, whose channels-last kernels besides are wrong or crash at some sizes in torch 2.14.
+    weights, whose channels-last kernels besides are wrong or crash at some sizes in torch 2.14. Of one channel it is a product of gathered cells.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, axis: int, stride: int = 1, groups: int = 1) -> None:
@@ -36,6 +43,9 @@ class AxisConv(nn.Module):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """(B, d, h, w, C_in) -> (B, d', h', w', C_out)."""
+        if x.shape[-1] == 1:
+            gathered = windows(x, self.axis, weight.shape[2], self.stride).contiguous()
+            return nn.functional.linear(gathered, weight[:, 0], bias)
         x = self._thinned(x)
         image, stride, padding = self._geometry(weight)
         y = nn.functional.conv2d(self._folded(x), image, bias, stride, padding, groups=self.groups).movedim(1, -1)
@@ -45,26 +55,34 @@ class AxisConv(nn.Module):
         """Of the input (if wanted) and of the weight, given that of the output."""
         thinned = self._thinned(x)
         image, stride, padding = self._geometry(weight)
-        by_products = x.device.type == "cpu" and self.groups == self.stride == 1 and x[0].numel() >= LARGE_VOLUME
+        large = x.device.type == "cpu" and self.groups == self.stride == 1 and x[0].numel() >= LARGE_VOLUME
+        by_products = large and self.axis < 2 or x.shape[-1] == 1  # along W, whose slices have gaps, the convolution's own is as fast
+        if by_products:
+            dweight = self._weight_gradient(dy, x, weight.shape[2]).reshape(weight.shape).to(weight.dtype)
+            if not of_input:
+                return None, dweight
         arguments = (self._folded(dy), self._folded(thinned), image)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.groups > 1:
             # In torch 2.14 the weight's gradient of a depthwise convolution in bfloat16 is garbage on CPUs where the kernel is longer than the axis.
             arguments = tuple(tensor.float() for tensor in arguments)  # type: ignore[assignment]
-        dx, dweight, _ = aten.convolution_backward(
+        dx, of_weight, _ = aten.convolution_backward(
             *arguments, None, stride, padding, (1, 1), False, (0, 0), self.groups, (of_input, not by_products, False)
         )
-        if by_products:
-            dweight = self._weight_gradient(dy, x, weight.shape[2])
+        if not by_products:
+            dweight = of_weight.reshape(weight.shape).to(weight.dtype)
         if of_input:
             dx = dx.movedim(1, -1).reshape(thinned.shape).to(x.dtype)
             if self.stride > 1:
                 spread = torch.zeros_like(x)
                 self._thinned(spread).copy_(dx)
                 dx = spread
-        return dx, dweight.reshape(weight.shape).to(weight.dtype)
+        return dx, dweight
 
     def _weight_gradient(self, dy: Tensor, x: Tensor, kernel: int) -> Tensor:
-        """Matrix products by tap over slices of each volume: up to seven times faster on CPUs than the convolution's own."""
+        """Matrix products by tap over slices of each volume: up to seven times faster on CPUs than the convolution's own. (C_out, C_in, k)"""
+        if x.shape[-1] == 1:
+            gathered = windows(x, self.axis, kernel, self.stride).reshape(-1, kernel)
+            return (gathered.T @ dy.reshape(-1, dy.shape[-1])).T.unsqueeze(1)  # twelve times faster than its transpose
         cells = x.shape[1 + self.axis]
         taps = x.new_zeros(kernel, dy.shape[-1], x.shape[-1], dtype=wide_type(x.dtype))
         for tap in range(kernel):
@@ -74,7 +92,7 @@ class AxisConv(nn.Module):
                 inputs = inputs.narrow(self.axis, min(max(shift, 0), cells), overlap).flatten(1, 2)
                 outputs = outputs.narrow(self.axis, min(max(-shift, 0), cells), overlap).flatten(1, 2)
                 taps[tap] += (outputs.transpose(1, 2) @ inputs).sum(dim=0)
-        return taps.movedim(0, -1)  # (C_out, C_in, k)
+        return taps.movedim(0, -1)
 
     def _thinned(self, x: Tensor) -> Tensor:
         """What the strides leave along the other two axes."""
@@ -130,6 +148,7 @@ class _NormalisedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, branches: list[Any], *parameters: Tensor) -> Tensor:
         total: Any = None
+        offset = parameters[3].new_zeros(())
         statistics, outputs = [], []
         for number, (conv, norm) in enumerate(branches):
             weight, bias, gain, shift = parameters[4 * number : 4 * number + 4]
@@ -148,14 +167,14 @@ class _NormalisedSum(torch.autograd.Function):
             norm.num_batches_tracked += 1
             inverse = torch.rsqrt(variance + norm.eps)
             factor = gain * inverse
-            offset = shift - mean * factor
-            total = torch.addcmul(offset, cells, factor) if total is None else total.addcmul_(cells, factor).add_(offset)
+            offset = offset + (shift - mean * factor)
+            total = cells * factor if total is None else total.addcmul_(cells, factor)
             statistics += [mean, inverse]
             if x[0].numel() < LARGE_VOLUME:
                 outputs.append(y)
         ctx.save_for_backward(x, *parameters, *statistics, *outputs)
         ctx.branches = branches
-        return total.view(y.shape).to(x.dtype)
+        return total.add_(offset).view(y.shape).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -173,5 +192,6 @@ class _NormalisedSum(torch.autograd.Function):
             of_input, dweight = conv.gradients(dcells.view(y.shape).to(x.dtype), x, weight, ctx.needs_input_grad[0])
             if of_input is not None:
                 dx = of_input if dx is None else dx.add_(of_input)
+            del y, dcells, of_input  # before the next branch makes its own
             of_parameters += [dweight, torch.zeros_like(bias), dgain, dshift]  # batch norm takes away what a bias adds
         return (dx, None, *of_parameters)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from med3dvlm.encoders.decomposed import DecomposedConv
+from med3dvlm.encoders.decomposed import DecomposedConv, windows
 from med3dvlm.encoders.hierarchy import ChannelMLP, MetaNeXtBlock
 
 CHANNELS_LAST = torch.channels_last
@@ -38,14 +38,8 @@ class GatheredConv(nn.Module):
         self.bias = nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, reach = x[..., 0], self.kernel_size // 2
-        windows = []
-        for axis in (1, 2, 3):
-            others = [slice(None) if other in (0, axis) else slice(None, None, self.stride) for other in range(4)]
-            padding = [0, 0] * (3 - axis) + [reach, reach]
-            padded = nn.functional.pad(x[others[0], others[1], others[2], others[3]], padding)
-            windows.append(padded.unfold(axis, self.kernel_size, self.stride))  # (B, d, h, w, k)
-        return nn.functional.linear(torch.cat(windows, dim=-1), self.weight.to(x.dtype), self.bias.to(x.dtype))
+        gathered = torch.cat([windows(x, axis, self.kernel_size, self.stride) for axis in range(3)], dim=-1)
+        return nn.functional.linear(gathered, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class FoldedConv(nn.Module):
