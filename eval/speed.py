@@ -6,9 +6,10 @@ of reports (eval/speed_eval.py), and so on: every other eval/speed_*.py is named
     python eval/speed.py encoder --allocation system
     python eval/speed.py encoder --encoder dcformer_tiny --size 64,128,128 --runs 9
 
-Every form has the same weights and the same volume. The forms take turns in one process, after one warm-up each, and the median counts; so does that
-of the processor's seconds, in which other programs show less. The memory of a training step is that of a process of its own. The programs of this project keep freed memory for the next tensor (med3dvlm/allocator.py);
-`--allocation system` leaves that as the system has it. Writes <output>/encoder_<allocation>.json and .md.
+Every form has the same weights and the same volume. The forms take turns in one process, after one warm-up each, and the medians count, of seconds
+and of the processor's seconds (of all threads), in which other programs show less. The memory of a training step is that of a process of its own.
+The programs of this project keep freed memory for the next tensor (med3dvlm/allocator.py); `--allocation system` leaves that as the system has it.
+Writes <output>/encoder_<allocation>.json and .md.
 """
 
 import argparse
