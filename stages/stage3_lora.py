@@ -6,6 +6,7 @@
 Writes a PEFT adapter to the output folder and the merged Med3DVLM, ready to use, to `merged`.
 """
 
+import gc
 import logging
 from dataclasses import dataclass, field
 
@@ -66,7 +67,8 @@ def main() -> None:
     finish()  # the other processes are done: none waits for the merge
     if not first:
         return
-    del trainer, model, base
+    del trainer, model, base, parts
+    gc.collect()  # engine and model refer to each other
     adapted, _ = load_adapted(str(arguments.output_dir))
     remember_training_data(adapted.get_base_model().to(arguments.device), data, str(arguments.output_dir))
     del adapted  # the merge loads the base anew, and need not hold it twice

@@ -177,6 +177,8 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     for file in (tmp_path / "without").glob("token*"):
         file.unlink()
     released.refused("no tokenizer in .* by --base", tmp_path / "without", tmp_path / "ours")
+    texts = released.text_encoder(tmp_path / "words", "clip_text_config.json")
+    released.refused("--text-encoder is for an image-text model, but this is", tmp_path / "without", tmp_path / "ours", text_encoder=texts)
     released.refused("no config.json", released.write_pickle(tmp_path / "alone" / "all.bin", released.vlm_weights()), tmp_path / "ours",
             base=text_only(tmp_path / "text"))  # fmt: skip
     released.refused("model type 'llava-x'; known are vlm_qwen", released.vlm(tmp_path / "llava", model_type="llava-x"), tmp_path / "ours")
