@@ -114,6 +114,7 @@ def run_part(name: str, arguments: argparse.Namespace, deadline: float) -> dict[
         return result | {"reason": f"{missing[0]} is not there; an earlier part would have written it"}
     log, lines = (arguments.output / "logs" / f"{name}.{kind}" for kind in ("log", "jsonl"))
     variables = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    variables["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # for the environment's own ninja
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     if arguments.device == "cpu":
         variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

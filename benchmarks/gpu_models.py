@@ -48,7 +48,11 @@ def attended(settings: Settings, model: nn.Module, call: Callable[[], Any], mask
         call()
     kernels = {event.key.removeprefix(prefix) for event in profile.key_averages() if event.key.startswith(prefix)}
     kernels = {kernel for kernel in kernels if "backward" not in kernel}
-    figures: Figures = {"configured": ", ".join(f"{name} {value}" for name, value in configured.items()), "kernels": ", ".join(sorted(kernels)), "masked": masked}
+    figures: Figures = {
+        "configured": ", ".join(f"{name} {value}" for name, value in configured.items()),
+        "kernels": ", ".join(sorted(kernels)),
+        "masked": masked,
+    }
     if "eager" in configured.values():
         figures["error"] = "a sub-model is configured to run eager attention"
     elif not kernels:
