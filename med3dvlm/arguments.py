@@ -23,20 +23,14 @@ from med3dvlm.datasets.store import PreparedData
 
 logger = logging.getLogger(__name__)
 
-# transformers' settings that shape what is learned. Of a stage's own all do, but for these, which say where to write and how to be quick.
+# transformers' settings that shape what is learned. Of a stage's own all do, but for those in FREE.
 LEARNING = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "seed", "data_seed",
-    "dataloader_drop_last", "train_sampling_strategy",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy",
 )  # fmt: skip
-FREE = {
-    "merged",
-    "cache_features",
-    "exclude_failures",
-    "validation_split",
-    "split_file",
-}  # the split file is in the fingerprint of the data
-# transformers' settings that these models cannot honour: the only value that is allowed, and why.
+# Where to write, what to measure, and how to be quick; the split file is in the fingerprint of the data.
+FREE = {"merged", "cache_features", "exclude_failures", "validation_split", "split_file"}
+# Settings of transformers that are refused: the only value that is allowed, and why.
 REFUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the models compute their losses themselves, and transformers would smooth over positions that are not shifted"),
     "neftune_noise_alpha": (None, "the noise would reach the words but not the image between them"),
@@ -44,8 +38,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "fp16_full_eval": (False, "the models compute in float32 or bfloat16"),
     "bf16_full_eval": (False, "it would round the float32 weights that train; with --bf16 true the validation loss is computed in bfloat16 already"),
     "auto_find_batch_size": (False, "the batch size is a part of what is learned; choose a smaller per_device_train_batch_size"),
+    "average_tokens_across_devices": (True, "else the gradients would be divided by the number of processes"),
     "use_liger_kernel": (False, "its kernels replace a language model's loss, which is not used here"),
     "fsdp": (None, "weights are shared out by DeepSpeed; pass --deepspeed ds_configs/zero3.json"),
+    "accelerator_config": (None, "it may change what a batch is"),
     "remove_unused_columns": (False, "the collators need every column of a row"),
     "dataloader_persistent_workers": (False, "workers that stay do not hear that an epoch is another one"),
 }  # fmt: skip
@@ -73,15 +69,16 @@ class StageArguments(TrainingArguments):
                 "save_total_limit must be at least 2: while a checkpoint is being written, the whole one before it has to stay"
             )
         for name, (allowed, reason) in REFUSED.items():
-            if (getattr(self, name) or allowed) != allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r} but must be {str(allowed).lower()}: {reason}")
+            if (value := getattr(self, name)) not in (allowed, None, ""):
+                raise ValueError(f"{name} is {value!r} but must be {str(allowed).lower()}: {reason}")
         if self.train_sampling_strategy == "group_by_length":
             raise ValueError("train_sampling_strategy 'group_by_length' needs lengths that rows do not have; choose random or sequential")
-        if self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
+        if self.bf16 and not self.use_cpu and not _gpu_has_bfloat16():
             raise ValueError(
                 "bf16 is true but there is no GPU here that computes in bfloat16; pass --use_cpu true to train on the CPU, or --bf16 false"
             )
         super().__post_init__()
+        self._check_launcher()
         self.logging_nan_inf_filter = False  # it would log a loss that is not a number as 0
         if self.n_gpu > 1:
             logger.warning(
@@ -95,6 +92,15 @@ class StageArguments(TrainingArguments):
             # neither. The engine shares all of them out at once when training starts.
             unset_hf_deepspeed_config()
 
+    def _check_launcher(self) -> None:
+        """Raise ValueError where `accelerate launch` brings an engine or a precision that the settings do not name."""
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or (self.deepspeed_plugin and not self.deepspeed):
+            raise ValueError("accelerate launch brings an engine of its own; leave it out there and pass --deepspeed ds_configs/zero2.json")
+        if self.mixed_precision != ("bf16" if self.bf16 else "no"):
+            raise ValueError(
+                f"accelerate launch brings --mixed_precision {self.mixed_precision}, but bf16 is {self.bf16}; leave it out there and pass --bf16"
+            )
+
     @property
     def weights_dtype(self) -> torch.dtype:
         """The type of weights that do not train. Those that train are float32, or DeepSpeed keeps float32 copies of them."""
@@ -102,8 +108,8 @@ class StageArguments(TrainingArguments):
 
     @property
     def validates(self) -> bool:
-        """Whether the loss over the validation split is wanted (eval_strategy)."""
-        return str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
+        """Whether the loss over the validation split is wanted (eval_strategy, eval_on_start)."""
+        return self.eval_on_start or str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
 
     def open_data(self) -> PreparedData:
         """The prepared data that these settings name."""
@@ -173,11 +179,24 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
         parser.error(str(error))
 
 
+def _gpu_has_bfloat16() -> bool:
+    """Whether there is a GPU, or another accelerator, that computes in bfloat16 itself."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(is_torch_bf16_gpu_available())
+
+
 def _check_engine(config: Any, path: str) -> None:
     """Raise ValueError where DeepSpeed's configuration contradicts the settings or names a ZeRO stage that does not exist."""
     if config.mismatches:
         contradictions = ", ".join(line.removeprefix("- ds ").replace(" vs hf ", " but ") for line in config.mismatches)
         raise ValueError(f'{path} contradicts the settings: {contradictions}; write "auto" there or change the setting')
+    for part, reason in (
+        ("optimizer", "it would let biases, norms and the temperature decay; the settings optim and weight_decay choose it"),
+        ("torch_autocast", "it would keep frozen weights in float32; the setting bf16 chooses the precision"),
+    ):
+        if part in config.config:
+            raise ValueError(f"{path} has a part {part!r}: {reason}; leave it out")
     stage = config.get_value("zero_optimization.stage")
     if stage not in (None, *ZERO_STAGES):
         raise ValueError(f"{path}: zero_optimization.stage is {stage!r} but must be one of {', '.join(map(str, ZERO_STAGES))}")
@@ -219,5 +238,8 @@ def identity_of(arguments: StageArguments, data_fingerprint: str, started_from: 
     ours = {field.name for field in fields(arguments) if field.init} - {field.name for field in fields(TrainingArguments)} - FREE
     batch_size = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     identity = {name: settings[name] for name in (*LEARNING, *sorted(ours)) if name in settings}
-    identity |= {"batch_size": batch_size, "data": data_fingerprint, **started_from}
+    # DeepSpeed's checkpoints hold its own copies of the weights, in one part for each process.
+    engine = f"ZeRO-{arguments.hf_deepspeed_config.get_value('zero_optimization.stage', 0)}" if arguments.deepspeed else None
+    identity |= {"batch_size": batch_size, "engine": engine and f"{engine} on {arguments.world_size} processes"}
+    identity |= {"data": data_fingerprint, **started_from}
     return dict(json.loads(json.dumps(identity)))

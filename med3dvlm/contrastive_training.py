@@ -78,7 +78,7 @@ def _options(name: str, value: Any, example: str) -> Any:
 
 class ContrastiveTrainer(StageTrainer):
     def validation_loss(self) -> float:
-        """The mean loss over batches of the training's size, of validation pairs in their order."""
+        """The mean loss over the validation pairs in their order, in equal parts of the training's whole batch at most."""
         images, texts, numbers = [], [], []
         for batch, rows in self.validation_batches():
             output = self.model(**batch, return_loss=False)

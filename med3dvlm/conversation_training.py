@@ -41,7 +41,11 @@ class ConversationArguments(ImageArguments):
         default=4096, metadata={"help": "tokens of a row of several conversations; a study with more takes several rows"}
     )
     reports: float = field(
-        default=1.0, metadata={"help": "share of rows with the report as an answer; of studies, where a row is one conversation"}
+        default=1.0,
+        metadata={
+            "help": "share of rows with the report as an answer (all, where a study has no question); of studies, where a row is one "
+            "conversation"
+        },
     )
     closed: float = field(
         default=0.5,

@@ -95,19 +95,19 @@ class StageTrainer(Trainer):
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         loss = super().training_step(*arguments, **options)
-        if not torch.isfinite(loss):
+        if not torch.isfinite(self.accelerator.reduce(loss.detach())):  # that all processes stop, not those alone that see it
             self._stop(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
         return loss
 
     def require_finite(self) -> None:
         """Raise DivergedError, on all processes, where a weight that trains is not a finite number."""
-        shards = [getattr(parameter, "ds_tensor", parameter) for parameter in self.model.parameters() if parameter.requires_grad]
+        shards = [_own_part(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
         spoilt = torch.stack([~torch.isfinite(shard).all() for shard in shards]).any()
         if self.accelerator.reduce(spoilt.to(self.args.device, torch.float32)) > 0:
             self._stop(f"weights are no longer finite numbers after step {self.state.global_step}")
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Compute, log and return the loss over the validation split, which does not depend on batch size, workers or processes."""
+        """Compute, log and return the loss over the validation split, which does not depend on how its rows are batched and shared out."""
         training = self.model.training
         self.model.eval()
         if torch.distributed.is_initialized():
@@ -187,6 +187,14 @@ class StageTrainer(Trainer):
                     logger.warning("deleting %s, which was not written to its end", folder)
                     shutil.rmtree(folder)
         return get_last_checkpoint(str(root))
+
+
+def _own_part(parameter: Any) -> Tensor:
+    """The parameter, or under ZeRO-3 this process's part of it, without what fills the last part up and is never written."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter
+    part, rank = parameter.ds_tensor, torch.distributed.get_rank()
+    return part.flatten()[: max(0, parameter.ds_numel - rank * part.numel())]
 
 
 def whole(*parameters: nn.Parameter) -> AbstractContextManager[None]:
@@ -304,6 +312,14 @@ def environment() -> dict[str, Any]:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
         commit = git.stdout.strip() or None
     return {"versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}, "commit": commit}
+
+
+def release(trainer: StageTrainer) -> None:
+    """Let the engine's memory go before another model is loaded."""
+    engine: Any = trainer.model_wrapped
+    trainer.accelerator.free_memory()
+    if trainer.args.deepspeed:
+        engine.destroy()
 
 
 def finish() -> None:

@@ -172,7 +172,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
         config, decoder = self._language_config, self.language_model.get_decoder()
         if self.config.image_splice == "published":
             return "with image_splice 'published' the image takes the place of the first token of the first conversation alone"
-        if (name := str(config._attn_implementation)).startswith("flash"):
+        if "flash" in (name := str(config._attn_implementation)):
             return f"{name} takes no mask that keeps conversations apart (sdpa and eager do)"
         kinds = self._attention_kinds
         if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
@@ -193,6 +193,10 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
             return set(kinds)
         if getattr(config, "attention_chunk_size", None):
             return {"chunked_attention"}
+        if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
+            return {"local_attention"}
+        if getattr(config, "alibi", False):  # Falcon, Bloom, MPT: their biases go by places in the row
+            return {"alibi"}
         return {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
 
     def _branch_masks(self, mask: Tensor, position_ids: Tensor | None, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
@@ -216,6 +220,8 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
     def _logits(self, hidden: Tensor) -> Tensor:
         """(..., E) -> (..., V), as the language model's own forward gives them: some families scale or cap what their head computes."""
         config, logits = self._language_config, self.get_output_embeddings()(hidden)
+        if (factor := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
+            logits = logits * factor
         if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
             logits = logits * scale
         if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite

@@ -21,7 +21,7 @@ from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.familiarity import fit_familiarity, pool_features
-from med3dvlm.training import finish, launch, lora_targets, run_training, save_final
+from med3dvlm.training import finish, launch, lora_targets, release, run_training, save_final
 
 logger = logging.getLogger(__name__)
 
@@ -64,14 +64,17 @@ def main() -> None:
     run_training(trainer, arguments, str(data.summary["fingerprint"]), model=started_from)
     save_final(trainer)
     first = trainer.is_world_process_zero()
+    release(trainer)
     finish()  # the other processes are done: none waits for the merge
     if not first:
         return
     del trainer, model, base, parts
-    gc.collect()  # engine and model refer to each other
+    gc.collect()
     adapted, _ = load_adapted(str(arguments.output_dir))
-    remember_training_data(adapted.get_base_model().to(arguments.device), data, str(arguments.output_dir))
-    del adapted  # the merge loads the base anew, and need not hold it twice
+    trained = adapted.get_base_model()
+    trained.vision_encoder.to(arguments.device)
+    remember_training_data(trained, data, str(arguments.output_dir))
+    del adapted, trained  # the merge loads the base anew
     if arguments.merged:
         merge_lora(arguments.output_dir, arguments.merged)
 

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -23,7 +24,13 @@ def context() -> ForkServerContext:
     """The server, started at first use, whose processes have one thread, see no GPU and reach no network."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(IMPORTS)
+    before = dict(os.environ)
     os.environ |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ |= before
     return forks
 
 
@@ -37,17 +44,18 @@ def launch(launcher: str, processes: int, script: str, *flags: object, log: Path
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    started = []
+    started, forks = [], context()
     for rank in range(processes):
         told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         argv = [script, *map(str, flags)]
         if launcher == "deepspeed":
             argv.insert(1, f"--local_rank={rank}")
-        started.append(context().Process(target=_run, args=(argv, {} if launcher == "python" else told, str(log))))
+        started.append(forks.Process(target=_run, args=(argv, {} if launcher == "python" else told, str(log))))
         started[-1].start()
+    deadline = time.monotonic() + TIMEOUT
     while kill_at is not None and started[0].is_alive():
-        if kill_at.exists():
+        if kill_at.exists() or time.monotonic() > deadline:
             os.kill(int(started[0].pid or 0), signal.SIGKILL)
         time.sleep(0.01)
     for process in started:

@@ -82,6 +82,9 @@ def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
             [],
             "bf16.enabled=False but bf16|bf16_full_eval=True; write",
         ),
+        ("data: x\nuse_cpu: true\ndeepspeed: {folder}/adam.json\n", [], "adam.json has a part 'optimizer': it would let biases"),
+        ("data: x\naverage_tokens_across_devices: false\n", [], "average_tokens_across_devices is False but must be true"),
+        ("data: x\n", ["--accelerator_config", '{"split_batches": true}'], "accelerator_config is"),
         ("data: x\nuse_cpu: true\ndeepspeed: {folder}/five.json\n", [], "zero_optimization.stage is 5 but must be one of 0, 1, 2, 3"),
         ("data: x\n", ["--config"], "--config: expected one argument"),
     ],
@@ -91,12 +94,31 @@ def test_a_wrong_setting_is_named_in_a_sentence(
 ) -> None:
     monkeypatch.setattr(med3dvlm.arguments, "is_torch_bf16_gpu_available", lambda: False)
     (tmp_path / "off.json").write_text('{"bf16": {"enabled": false}, "zero_optimization": {"stage": 2}}')
+    (tmp_path / "adam.json").write_text('{"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}')
     (tmp_path / "five.json").write_text('{"zero_optimization": {"stage": 5}}')
     with pytest.raises(SystemExit) as stop:
         parse_arguments(ToyArguments, ["--config", yaml_file(tmp_path, text.replace("{folder}", str(tmp_path))), *flags])
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert sentence in said and len(said.splitlines()) <= 2  # how it is called, and what is wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "accelerate launch brings --mixed_precision fp16, but bf16 is False"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "accelerate launch brings --mixed_precision bf16, but bf16 is False"),
+        ("ACCELERATE_USE_FSDP", "true", "accelerate launch brings an engine of its own"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "accelerate launch brings an engine of its own"),
+    ],
+)
+def test_what_accelerate_launch_brings_is_refused(
+    name: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(ToyArguments, ["--data", "x", "--use_cpu", "true"])
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_missing_config_is_named(capsys: pytest.CaptureFixture[str]) -> None:

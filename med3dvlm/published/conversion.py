@@ -284,7 +284,9 @@ def _text_files(layout: Layout, home: Path, text_encoder: str | Path | None) -> 
         return None
     if text_encoder is not None:
         if layout.makes != "clip":
-            raise ValueError(f"--text-encoder is for an image-text model, but this is {layout.title}; give its tokenizer's folder by --base")
+            raise ValueError(
+                f"--text-encoder is for an image-text model, but this is {layout.title}; give its tokenizer's folder by --base"
+            )
         return _fetch(text_encoder, side_files=True)
     if not any(home.glob("*token*.json")) and not any(home.glob("vocab.*")):
         option, known = ("--base", "Qwen/Qwen2.5-7B-Instruct") if layout.makes == "vlm" else ("--text-encoder", _text_encoder_of(layout))
