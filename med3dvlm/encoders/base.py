@@ -160,8 +160,8 @@ def bfloat16_is_fast() -> bool:
     """Whether this CPU multiplies matrices faster in bfloat16 than in float32, measured once in a process.
 
     Emulated bfloat16 reached 0.02 to 0.4 times the speed of float32, AVX-512's instructions 0.67 on one processor and 2.1 on another (where an
-    encoder was as a whole 1.5 times as fast in training and 2 times in inference), AMX 6. Nothing lies near the threshold, so that every run on a
-    machine comes to the same answer.
+    encoder was as a whole 1.5 times as fast in training and 2 times in inference), AMX 6. No processor seen so far lies near the threshold,
+    so that all processes and runs on a machine have come to the same answer.
     """
     return _bfloat16_speedup() > BFLOAT16_SPEEDUP
 

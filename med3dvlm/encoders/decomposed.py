@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from med3dvlm.encoders.layers import BatchNorm, wide_type, widened
+from med3dvlm.encoders.layers import BatchNorm, require_cells, wide_type, widened
 
 aten = torch.ops.aten
 LARGE_VOLUME = 2**20  # numbers in a volume's features from which the products of `_weight_gradient` and convolving again pay
@@ -154,11 +154,7 @@ class _NormalisedSum(torch.autograd.Function):
             weight, bias, gain, shift = parameters[4 * number : 4 * number + 4]
             y = conv.convolve(x, weight, bias)
             cells = y.reshape(-1, y.shape[-1])  # (cells, C)
-            if len(cells) == 1:
-                raise ValueError(
-                    "a batch of one volume has a single cell left here, from which batch norm learns nothing; train with larger volumes, or "
-                    "with batches of several (--dataloader_drop_last true leaves out a smaller last one)"
-                )
+            require_cells(cells)
             # Not torch's own, which sums channels-last data so roughly that gradients of the whole encoder are up to 2 % off.
             mean = cells.mean(dim=0, dtype=gain.dtype)
             variance = (cells - mean).square_().mean(dim=0)

@@ -2,7 +2,7 @@
 `.to(torch.bfloat16)` or a loader does to the weights:
 
 - Products are computed in the type of the input. The weights are cast to it at the call, which costs nothing where the types are equal, and which
-  gradient checkpointing and ZeRO-3 (it brings the parameters at the call) repeat by themselves.
+  gradient checkpointing and ZeRO-3 (it brings parameters when a layer is called, or when another module reads them) repeat by themselves.
 - Norms compute their statistics and what they make of them in float32 (in float64 for float64) and give the type of the input.
 - Running statistics, and CT-ViT's codebook, are stored in float32 at least: `WideBuffers`.
 - `Encoder.forward` decides the type of the activations once, where the volume enters, and switches autocast off: see `base.compute_type`.
@@ -79,6 +79,15 @@ class WideBuffers(nn.Module):
         return self
 
 
+def require_cells(cells: Tensor) -> None:
+    """Raises ValueError where a batch (cells, C) is too small for batch norm to learn from."""
+    if len(cells) == 1:
+        raise ValueError(
+            "a batch of one volume has a single cell left here, from which batch norm learns nothing; train with larger volumes, or "
+            "with batches of several (--dataloader_drop_last true leaves out a smaller last one)"
+        )
+
+
 class BatchNorm(nn.BatchNorm1d, WideBuffers):
     """Batch norm over every axis but the last: (..., C) -> the same."""
 
@@ -95,6 +104,7 @@ class BatchNorm(nn.BatchNorm1d, WideBuffers):
     def forward(self, x: Tensor) -> Tensor:
         cells = widened(x).reshape(-1, x.shape[-1])
         if self.training:
+            require_cells(cells)
             self.num_batches_tracked.add_(1)
         weight, bias = self.weight.to(cells.dtype), self.bias.to(cells.dtype)
         y = F.batch_norm(cells, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps)

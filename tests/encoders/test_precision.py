@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from med3dvlm import Med3DVLM, Med3DVLMConfig
 from med3dvlm.encoders import Encoder, Size, base, build_encoder
 from med3dvlm.encoders.layers import BatchNorm
 from tests.encoders.small import SMALL, randomised
+from tests.tiny_parts import language_model
 
 # The hierarchies with two stages, so that batch norm has 36 cells at least: over a few, it makes much of rounding.
 SIZE: Size = (20, 28, 40)
@@ -112,6 +114,39 @@ def test_values_and_gradients_are_those_of_float64(
     for name, reference in expected_buffers.items():
         assert buffers[name].dtype == (FLOAT32 if reference.is_floating_point() else reference.dtype), name
         assert difference(buffers[name], reference.double(), 1e-30) < of_tokens, name  # the count of batches may be 0
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("layout", ["autocast", "deepspeed", "bfloat16"])
+@pytest.mark.parametrize("family", SMALL)
+def test_frozen_inside_a_model_that_trains_it_gives_the_tokens_of_evaluation(
+    family: str, layout: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in stages 2 and 3: the projector learns from them, and statistics stay."""
+    monkeypatch.setattr(base, "bfloat16_is_fast", lambda: fast)
+    stored = layout != "autocast"
+    encoder, volumes = build(family, stored)
+    size = tuple(volumes.shape[2:])
+    words = language_model()
+    config = Med3DVLMConfig(size=size, projector="mlp", text_config=words.config)
+    model = Med3DVLM(config, laid_out(encoder.requires_grad_(False), layout), laid_out(words, layout)).train()
+    before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+    with torch.autocast("cpu", BFLOAT16, enabled=layout == "autocast"):
+        low, high = model.encode_image(volumes)
+        model.projector(low.float(), high.float()).float().square().mean().backward()
+    of_tokens, _ = TOLERANCES[BFLOAT16 if fast else FLOAT32, BFLOAT16 if stored else FLOAT32]
+    reference = exact(family, stored, "without gradients")[0][-2:]
+    assert difference(low, reference[0]) < of_tokens
+    if family != "ctvit":  # its codes jump
+        assert difference(high, reference[1]) < of_tokens
+    assert all(parameter.grad is not None for parameter in model.projector.parameters())
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in encoder.named_buffers())
+
+
+def test_a_single_cell_is_refused_in_a_sentence_by_every_batch_norm() -> None:
+    with pytest.raises(ValueError, match="single cell left here, from which batch norm learns nothing"):
+        BatchNorm(4).train()(torch.rand(1, 1, 1, 1, 4))
 
 
 @pytest.mark.parametrize("cast", [lambda module: module.bfloat16(), lambda module: module.half(), lambda module: module.to(BFLOAT16)])
