@@ -151,17 +151,26 @@ def run_cases(name: str, settings: Settings, path: Path) -> None:
             figures: dict[str, Any] = {"case": title}
             try:
                 figures |= case()
-            except ModuleNotFoundError:
-                raise
             except Exception as error:
+                if absent_package(error):
+                    raise
                 traceback.print_exc()
                 figures["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
             append(path, figures | {"wall": round(time.monotonic() - started, 1)})
-    except ModuleNotFoundError as error:
-        if str(error.name).split(".")[0] in OWN:
+    except ImportError as error:
+        if not (reason := absent_package(error)):
             raise
         traceback.print_exc()
-        append(path, {"case": name, "left_out": f"the package {error.name} is not installed"})
+        append(path, {"case": name, "left_out": reason})
+
+
+def absent_package(error: Exception) -> str | None:
+    """What the error says of a package that is not installed; None where it is about something else."""
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] not in OWN:
+        return f"the package {error.name} is not installed"
+    if type(error) is ImportError and error.name is None:  # transformers' own word; that of Python names the module
+        return str(error).strip().splitlines()[0]
+    return None
 
 
 def append(path: Path, figures: dict[str, Any]) -> None:

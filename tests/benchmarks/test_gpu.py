@@ -74,13 +74,22 @@ def test_a_case_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPa
 def test_a_missing_package_leaves_a_part_out_but_a_missing_module_of_ours_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    table(monkeypatch, ModuleNotFoundError("No module named 'deepspeed.ops'", name="deepspeed.ops"), {"seconds": 1.0})
-    gpu.run_cases("one", tiny(tmp_path), tmp_path / "one.jsonl")
-    (line,) = (tmp_path / "one.jsonl").read_text().splitlines()
-    assert json.loads(line)["left_out"] == "the package deepspeed.ops is not installed"
-    table(monkeypatch, ModuleNotFoundError("No module named 'med3dvlm.no'", name="med3dvlm.no"))
-    with pytest.raises(ModuleNotFoundError):
+    for error, said in (
+        (ModuleNotFoundError("No module named 'deepspeed.ops'", name="deepspeed.ops"), "the package deepspeed.ops is not installed"),
+        (ImportError("\nIt requires the Torchvision library.\nSee its page."), "It requires the Torchvision library."),
+    ):
+        table(monkeypatch, error, {"seconds": 1.0})
         gpu.run_cases("one", tiny(tmp_path), tmp_path / "one.jsonl")
+        *_, line = (tmp_path / "one.jsonl").read_text().splitlines()
+        assert json.loads(line) == {"case": "one", "left_out": said}
+    for error in (
+        ModuleNotFoundError("No module named 'med3dvlm.no'", name="med3dvlm.no"),
+        ImportError("cannot import name 'new' from 'torch'", name="torch"),
+    ):
+        table(monkeypatch, error)
+        gpu.run_cases("one", tiny(tmp_path), tmp_path / "one.jsonl")
+        *_, line = (tmp_path / "one.jsonl").read_text().splitlines()
+        assert json.loads(line)["error"] == f"{type(error).__name__}: {error}"
 
 
 def part_of(tmp_path: Path, name: str, seconds: float) -> dict[str, Any]:
