@@ -11,7 +11,8 @@ what torch.compile makes of the encoders. Each is a process of its own, which fa
 minutes are nearly used up, and the one that still runs is ended then. Writes results.json and results.md, after every part anew, and the words of
 the parts to logs/, all into --output. Exit code 0, 1 where a part failed, 2 where there is no GPU.
 
-It needs torch, transformers and pytest, whose tolerances it takes; `stage*` and `ct_clip` need deepspeed, peft and open_clip, too.
+All of it needs torch, torchvision, transformers and pytest, whose tolerances it takes; data, models and stages need deepspeed, accelerate, peft,
+open_clip_torch, monai, nibabel, pydicom and matplotlib, too. The package itself need not be installed.
 """
 
 import argparse

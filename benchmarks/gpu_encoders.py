@@ -57,6 +57,7 @@ def allow_tf32(allowed: bool) -> None:
 def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.init()  # without it there is no peak to reset
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
