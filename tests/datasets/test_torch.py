@@ -130,7 +130,8 @@ def test_features_that_are_kept_cannot_be_augmented(prepared: Path, tiny_models:
     arguments = settings(tmp_path, Talk, cache_features=True, augmentation="default")
     with pytest.raises(ValueError, match="every volume is seen once, unchanged; pass --cache_features false or --augmentation none"):
         conversations(arguments, data, model, processor, yes_no=True)
-    dataset, _ = conversations(settings(tmp_path, Talk, augmentation='{"zoom": 0}'), data, model, processor, yes_no=True)
+    parts = conversations(settings(tmp_path, Talk, augmentation='{"zoom": 0}'), data, model, processor, yes_no=True)
+    dataset = parts["train_dataset"]
     assert dataset.augmentation == Augmentation(zoom=0) and dataset[2]["key"].tolist() == [42, 0, 2]
 
 
