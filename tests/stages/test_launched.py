@@ -5,6 +5,7 @@ Each stage takes what the one before wrote in bfloat16. Tiny models, the real sc
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,12 @@ class Trainer:
         program, processes, engine = LAUNCHERS[launcher]
         output = self.root / name / stage
         places = {other: self.parents / other for other in STAGES} | {stage: output, "zero3": self.root / "zero3.json"}
+        is_place = re.compile(r"\{(stage|zero)\w+\}").match
+        named = (str(flag).format(**places) if is_place(str(flag)) else flag for flag in (*STAGES[stage], *engine))
         flags = (
-            "--learning_rate", 0.01, *(str(flag).format(**places) if str(flag).startswith(("{stage", "{zero")) else flag for flag in (*STAGES[stage], *engine)),
-            *self.data,
-            "--bf16", bf16, "--output_dir", output, "--per_device_train_batch_size", 4 // processes, "--max_steps", STEPS[stage], "--save_steps",
-            1000, "--lr_scheduler_type", "constant", "--disable_tqdm", "true", *flags,
+            "--learning_rate", 0.01, *named, *self.data, "--bf16", bf16, "--output_dir", output, "--per_device_train_batch_size",
+            4 // processes, "--max_steps", STEPS[stage], "--save_steps", 1000, "--lr_scheduler_type", "constant", "--disable_tqdm", "true",
+            *flags,
         )  # fmt: skip
         log, kill = self.root / f"{name}.log", None if kill_at is None else output / kill_at
         codes = launch(program, processes, f"stages/{stage}.py", *flags, log=log, kill_at=kill)
