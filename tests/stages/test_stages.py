@@ -455,5 +455,6 @@ def test_torchrun(tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, 
 
 @pytest.mark.slow
 def test_accelerate_launch(tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str]) -> None:
-    shell("accelerate", "launch", "--cpu", *smoke(stage3_lora, prepared, tmp_path / "out", tiny_models), "--max_steps", 2)
+    command = smoke(stage3_lora, prepared, tmp_path / "out", tiny_models)
+    shell("accelerate", "launch", "--cpu", *command, "--max_steps", 2, "--bf16", "true")
     assert load_vlm(tmp_path / "merged")
