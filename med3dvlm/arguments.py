@@ -77,6 +77,11 @@ class StageArguments(TrainingArguments):
             raise ValueError(
                 "bf16 is true but there is no GPU here that computes in bfloat16; pass --use_cpu true to train on the CPU, or --bf16 false"
             )
+        if isinstance(self.deepspeed, str) and self.deepspeed and not Path(self.deepspeed).is_file():
+            raise ValueError(
+                f"{self.deepspeed}, DeepSpeed's configuration, is missing; the path starts from where the stage is started, "
+                "as in ds_configs/zero2.json"
+            )
         super().__post_init__()
         self._check_launcher()
         self.logging_nan_inf_filter = False  # it would log a loss that is not a number as 0

@@ -145,7 +145,7 @@ class StageTrainer(Trainer):
         kept = f"; the last good checkpoint is {checkpoint}" if checkpoint else ""
         raise DivergedError(
             f"the training diverged: {what}{kept}. Try a smaller learning_rate (now {self.args.learning_rate:g}), a longer warm-up or a "
-            "max_grad_norm, into another --output_dir"
+            "smaller max_grad_norm, into another --output_dir"
         )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +239,11 @@ def _same_training(root: Path, identity: dict[str, Any]) -> None:
     before = json.loads(path.read_text(encoding="utf-8"))
     different = [name for name, value in identity.items() if before.get(name, value) != value]
     if different:
-        raise ValueError(f"{root} holds a training with another {' and '.join(different)}; delete it or choose another --output_dir")
+        values = (" and ".join(str(settings[name]) for name in different) for settings in (before, identity))
+        raise ValueError(
+            f"{root} holds a training with another {' and '.join(different)}: {' then, '.join(values)} now; start it as it was begun, delete it "
+            "or choose another --output_dir"
+        )
 
 
 def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerprint: str, **started_from: str) -> None:

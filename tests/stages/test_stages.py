@@ -305,7 +305,8 @@ def test_a_stage_is_not_continued_from_other_weights(
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(SystemExit):
         run(*flags, output=first.output)
-    assert f"holds a training with another {name}; delete it or choose another --output_dir" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"holds a training with another {name}: " in said and "delete it or choose another --output_dir" in said
 
 
 def test_the_smoke_recipes_in_a_row(run: Callable[..., Run], tmp_path: Path) -> None:
