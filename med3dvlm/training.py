@@ -95,8 +95,9 @@ class StageTrainer(Trainer):
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         loss = super().training_step(*arguments, **options)
-        if not torch.isfinite(self.accelerator.reduce(loss.detach())):  # that all processes stop, not those alone that see it
-            self._stop(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
+        total = self.accelerator.reduce(loss.detach())  # so that all processes stop, not only those whose part is spoilt
+        if not torch.isfinite(total):
+            self._stop(f"the loss is {total.item()} at step {self.state.global_step + 1}")
         return loss
 
     def require_finite(self) -> None:
