@@ -23,6 +23,7 @@ class Parts(NamedTuple):
     - `axes` is 3x3: its columns lead, in RAS mm, from one voxel to the next along x, y, z (W, H, D), as in an affine.
     - `spacing`: (z, y, x) in mm, for a file that states it without axes.
     - `direction`: as `axes` but of length 1, for a file that states where the axes lead and not the spacing.
+    - `slice_positions`: (D,), the slices' heights in mm along their normal, in order, where their distances differ; else None.
     - `modality`: DICOM's, such as "CT"; "unknown" where DICOM leaves it out, None in a format that names none.
     - `warnings`: sentences about what was assumed or left out, without the path, ending in a full stop.
     - `rescale`: the (slope, intercept) that the header stated and that is in `array`; None for none and for (1, 0),
@@ -41,6 +42,7 @@ class Parts(NamedTuple):
     hu: bool = False
     series: tuple[str, ...] = ()
     direction: NDArray[np.float64] | None = None
+    slice_positions: tuple[float, ...] | None = None
 
 
 def damaged(source: str, kind: str) -> VolumeError:
