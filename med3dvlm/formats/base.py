@@ -29,6 +29,7 @@ class Parts(NamedTuple):
     - `rescale`: the (slope, intercept) that the header stated and that is in `array`; None for none and for (1, 0),
       NaN where they differ from slice to slice.
     - `hu`: the header itself says that `array` is in Hounsfield units.
+    - `quantity`: what the header itself says that `array` holds where that is no HU, such as "Z_EFF"; None where it says nothing.
     - `series`: for DICOM, a line of words for each series found, first the one read. A line begins with the number by
       which `series=` picks it (1 for the largest): "2: 40 slices of 512 x 512, CT". `read_volume` warns of several.
     """
@@ -40,6 +41,7 @@ class Parts(NamedTuple):
     warnings: tuple[str, ...] = ()
     rescale: tuple[float, float] | None = None
     hu: bool = False
+    quantity: str | None = None
     series: tuple[str, ...] = ()
     direction: NDArray[np.float64] | None = None
     slice_positions: tuple[float, ...] | None = None

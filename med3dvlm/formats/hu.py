@@ -18,15 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from med3dvlm.formats.base import Parts, VolumeError
+from med3dvlm.formats.hu_values import AIR, SCALES, TISSUE, Spread
 
 HU_POLICIES = ("auto", "header", "csv", "already_hu")
-AIR, DENSEST = -1100, 4000  # HU; nearly all of a CT lies between
-LIGHTEST = -900  # HU; air lies between AIR and this
-AIRLESS = 1e-4  # a smaller share of air is none
 LOWEST_PADDING = -3100  # HU; below air, scanners write padding such as -2000 or -3024
-TISSUE = -200  # HU; only fat's edges, lung and air lie below
-UNRESCALED = (700, 1300)  # where soft tissue lies before 1024 is subtracted, and in HU nothing but bone
-SAMPLE = 2**20  # voxels that shares are counted in
 
 
 class Meaning(NamedTuple):
@@ -50,54 +45,65 @@ def interpret(parts: Parts, source: str, policy: str = "auto", rescale: Sequence
     look like HU, or that the header rescaled, is an error: it would be done twice. So it is, in both, where soft tissue near
     0 would become air.
 
-    "auto" without `rescale`: HU if the header says so (DICOM) and there are negative values, or, unless the header names a
-    modality other than CT, if the values look like HU and the lowest is not below -3100, with a warning where there is no
-    air; else "unit" within 0..1, else "arbitrary".
+    "auto" without `rescale`: not HU if the header names another quantity. HU if the header says so (DICOM) and there are
+    negative values, or, unless the header names a modality other than CT, if the values look like HU and the lowest is not
+    below -3100, with a warning where there is no air; but neither where soft tissue seems to lie near -1000. Else "unit"
+    within 0..1, else "arbitrary", with a warning where the values would be HU on another scale, such as 10 x HU.
+
+    Under every policy, negative numbers that were read as unsigned ones of 16 bits are made negative again, with a warning.
 
     Raises:
         VolumeError: contradicting wishes, slope and intercept applied twice, or values that cannot be the stated HU.
     """
     slope, intercept = _checked_wishes(source, policy, rescale, unit)
-    array = parts.array
-    notes = []
+    notes, warnings = [], []
+    if (unwrapped := Spread(parts.array).unwrapped(parts.rescale)) is not None:
+        warnings.append("values above 57344 are negative numbers that were written as unsigned ones; 65536 is subtracted from them.")
+        parts = parts._replace(array=unwrapped)
     if parts.rescale is not None and policy != "already_hu":
         notes.append(f"the header's {_named(parts.rescale)} are applied.")
     if unit is not None and unit != "HU":
-        return Meaning(array, unit, (*notes, f"the unit is {unit!r}, as stated."))
+        return Meaning(parts.array, unit, (*notes, f"the unit is {unit!r}, as stated."), tuple(warnings))
     if policy == "auto" and rescale is None and unit is None:
-        return _guess(parts, tuple(notes))
+        meaning = _guess(parts)
+    else:
+        array, reason = _by_wish(parts, source, policy, slope, intercept, rescale is not None)
+        spread = Spread(array)
+        if problem := spread.impossible:
+            raise VolumeError(f"{source}: as HU the values cannot be right: {problem}; choose another hu= or unit='arbitrary'.")
+        doubts = [f"the header says that the values are {parts.quantity} and no HU."] if parts.quantity else []
+        meaning = Meaning(array, "HU", (reason,), (*_padding(spread), *doubts, *_sunk(spread, parts)))
+    return meaning._replace(notes=(*notes, *meaning.notes), warnings=(*warnings, *meaning.warnings))
 
+
+def _by_wish(parts: Parts, source: str, policy: str, slope: float, intercept: float, stated: bool) -> tuple[NDArray[Any], str]:
+    """The array in HU and the reason, where a policy, slope and intercept (`stated`) or the unit HU are stated."""
+    array, spread = parts.array, Spread(parts.array)
     if policy == "csv":
-        reason = f"the stated {_named((slope, intercept))} are applied, as hu='csv' says."
         if parts.rescale is not None:
             raise VolumeError(
                 f"{source}: the header states {_named(parts.rescale)}, so hu='csv' would rescale twice; use hu='header', or 'auto'."
             )
-        if (slope, intercept) != (1, 0) and _looks_like_hu(array):
-            raise VolumeError(f"{source}: {_spread(array)}, so they are HU already and hu='csv' would rescale twice; use hu='already_hu'.")
-        if _sinks(array, slope, intercept):
+        if (slope, intercept) != (1, 0) and spread.looks_like_hu and not spread.looks_sunk:
+            raise VolumeError(f"{source}: {spread}, so they are HU already and hu='csv' would rescale twice; use hu='already_hu'.")
+        if spread.sinks(slope, intercept):
             raise VolumeError(
-                f"{source}: soft tissue seems to lie near 0 ({_spread(array)}) and the stated {_named((slope, intercept))} would "
+                f"{source}: soft tissue seems to lie near 0 ({spread}) and the stated {_named((slope, intercept))} would "
                 "make air of it, so the values are HU already and hu='csv' would rescale twice; use hu='already_hu'."
             )
-        array = _rescaled(array, slope, intercept)
-    elif policy == "already_hu":
-        reason = "the stored values are HU, as hu='already_hu' says; no slope and intercept are applied."
+        return _rescaled(array, slope, intercept), f"the stated {_named((slope, intercept))} are applied, as hu='csv' says."
+    if policy == "already_hu":
         if parts.rescale is not None and np.isnan(parts.rescale).any():
             raise VolumeError(
                 f"{source}: slope and intercept differ from slice to slice, so hu='already_hu' cannot be meant; use 'header'."
             )
-        if parts.rescale is not None:
-            array = _stored(array, *parts.rescale)
-    elif policy == "header":
-        reason = "the values are HU by the header, as hu='header' says."
-    elif rescale is None:
-        reason = "the values are HU, as unit='HU' says."
-    else:
-        array, reason = _decided(parts, source, slope, intercept)
-    if problem := _impossible(array):
-        raise VolumeError(f"{source}: as HU the values cannot be right: {problem}; choose another hu= or unit='arbitrary'.")
-    return Meaning(array, "HU", (*notes, reason), _padding(array))
+        array = array if parts.rescale is None else _stored(array, *parts.rescale)
+        return array, "the stored values are HU, as hu='already_hu' says; no slope and intercept are applied."
+    if policy == "header":
+        return array, "the values are HU by the header, as hu='header' says."
+    if not stated:
+        return array, "the values are HU, as unit='HU' says."
+    return _decided(parts, source, slope, intercept)
 
 
 def _checked_wishes(source: str, policy: str, rescale: Sequence[float] | None, unit: str | None) -> tuple[float, float]:
@@ -116,120 +122,98 @@ def _checked_wishes(source: str, policy: str, rescale: Sequence[float] | None, u
 
 def _decided(parts: Parts, source: str, slope: float, intercept: float) -> tuple[NDArray[Any], str]:
     """Policy "auto" with a stated slope and intercept: the array in HU and the reason."""
-    array, stated = parts.array, _named((slope, intercept))
-    already = f"the values are HU already ({_spread(array)}); the stated {stated} are not applied."
-    looks = _looks_like_hu(array)
-    if looks and (parts.rescale is not None or _airy(array) > 0.001):
+    array, spread, stated = parts.array, Spread(parts.array), _named((slope, intercept))
+    if parts.quantity:
+        raise VolumeError(
+            f"{source}: the header says that the values are {parts.quantity}, yet slope and intercept are stated for HU; leave them out, "
+            "or overrule the header with hu='csv' or hu='already_hu'."
+        )
+    already = f"the values are HU already ({spread}); the stated {stated} are not applied."
+    looks = spread.looks_like_hu
+    if looks and (parts.rescale is not None or spread.airy > 0.001):
         return array, already
     if parts.rescale is not None:
         raise VolumeError(
-            f"{source}: the header's {_named(parts.rescale)} are applied, yet the values do not look like HU ({_spread(array)}), and "
+            f"{source}: the header's {_named(parts.rescale)} are applied, yet the values do not look like HU ({spread}), and "
             f"others are stated ({stated}); say which are right with hu='header' or hu='already_hu'."
         )
-    rescaled = _rescaled(array, slope, intercept)
-    if _looks_like_hu(rescaled) and not _sinks(array, slope, intercept) and (not looks or _airy(rescaled) > 0.001):
-        return rescaled, f"the values as stored are no HU ({_spread(array)}) and are after the stated {stated}, which are applied."
+    rescaled = Spread(_rescaled(array, slope, intercept))
+    if rescaled.looks_like_hu and not spread.sinks(slope, intercept) and (not looks or rescaled.airy > 0.001):
+        return rescaled.array, f"the values as stored are no HU ({spread}) and are after the stated {stated}, which are applied."
     if looks:
         return array, already
     raise VolumeError(
-        f"{source}: neither as stored ({_spread(array)}) nor after the stated {stated} do the values look like HU; "
+        f"{source}: neither as stored ({spread}) nor after the stated {stated} do the values look like HU; "
         "say which they are with hu='csv' or hu='already_hu'."
     )
 
 
-def _guess(parts: Parts, notes: tuple[str, ...]) -> Meaning:
+def _guess(parts: Parts) -> Meaning:
     """Policy "auto" without a stated slope and intercept."""
-    array, modality = parts.array, parts.modality
-    low, high = float(array.min()), float(array.max())
+    array, modality, spread = parts.array, parts.modality, Spread(parts.array)
+    low, high = spread.low, spread.high
+    if parts.quantity:
+        return Meaning(array, "arbitrary", (f"the unit is arbitrary: the header says that the values are {parts.quantity}.",))
+    sunk = _sunk(spread, parts)
     if parts.hu:
-        problem = _impossible(array) if low < 0 else f"they are {low:g} to {high:g}"
-        if problem is None:
-            return Meaning(array, "HU", (*notes, "the unit is HU, as the header says."), _padding(array))
-        doubt = f"the header says CT but the values look un-rescaled or changed: {problem}."
-        return Meaning(array, "arbitrary", notes, (doubt,))
-    if modality in (None, "CT") and low >= LOWEST_PADDING and _looks_like_hu(array):
-        doubts = () if _has_air(array) else ("the unit is taken to be HU, yet no values lie near -1000 as air does; state it with unit=.",)
-        return Meaning(array, "HU", (*notes, f"the unit is HU by the values: {_spread(array)}, as in a CT."), (*_padding(array), *doubts))
-    warnings = []
-    if modality in (None, "CT") and LOWEST_PADDING <= low <= TISSUE and not _has_air(array) and _within(array) >= 0.99:
+        problem = spread.impossible if low < 0 else f"they are {low:g} to {high:g}"
+        if problem is not None:
+            doubt = f"the header says CT but the values look un-rescaled or changed: {problem}."
+            return Meaning(array, "arbitrary", warnings=(doubt, *_other_scale(spread, parts)))
+        if not sunk:
+            return Meaning(array, "HU", ("the unit is HU, as the header says.",), _padding(spread))
+        return Meaning(array, "arbitrary", ("the unit is arbitrary: the header says HU and the values contradict it.",), sunk)
+    if modality not in (None, "CT"):
+        return Meaning(array, *_no_hu(spread, f"the header says {modality}"))
+    if low >= LOWEST_PADDING and spread.looks_like_hu and not sunk:
+        doubts = () if spread.has_air else ("the unit is taken to be HU, yet no values lie near -1000 as air does; state it with unit=.",)
+        return Meaning(array, "HU", (f"the unit is HU by the values: {spread}, as in a CT.",), (*_padding(spread), *doubts))
+    warnings = [*sunk] or [*_other_scale(spread, parts)]
+    if LOWEST_PADDING <= low <= TISSUE and not spread.has_air and spread.within >= 0.99 and not warnings:
         warnings.append("no values lie near -1000 as air does, so they are not taken as HU; if they are, state unit='HU'.")
-    unrescaled = _looks_unrescaled(array) if low < 0 else 1500 <= high <= 4200
-    if modality in (None, "CT") and unrescaled and (array == np.rint(array)).all():
+    unrescaled = spread.looks_unrescaled if low < 0 else 1500 <= high <= 4200
+    if unrescaled and not warnings and (array == np.rint(array)).all():
         warnings.append(f"values are whole numbers from {low:g} to {high:g}; if this is a CT, it looks un-rescaled.")
-    if 0 <= low and high <= 1:
-        return Meaning(array, "unit", (*notes, "the values lie within 0..1."), tuple(warnings))
-    why = f"the header says {modality}" if modality else f"the header names no unit and the values do not look like HU ({_spread(array)})"
-    return Meaning(array, "arbitrary", (*notes, f"the unit is arbitrary: {why}."), tuple(warnings))
+    why = "the values may be HU rescaled twice" if sunk else f"the header names no unit and the values do not look like HU ({spread})"
+    return Meaning(array, *_no_hu(spread, why), tuple(warnings))
 
 
-def _looks_like_hu(array: NDArray[Any]) -> bool:
-    cut_off = AIR <= array.min() <= TISSUE and (_sample(array) == array.min()).mean() >= 0.01  # as by a window, below it
-    return bool((_has_air(array) or cut_off) and _within(array) >= 0.99 and not _looks_unrescaled(array))
+def _no_hu(spread: Spread, why: str) -> tuple[str, tuple[str, ...]]:
+    """The unit of values that are no HU, and a note of the reason."""
+    if 0 <= spread.low and spread.high <= 1:
+        return "unit", ("the values lie within 0..1.",)
+    return "arbitrary", (f"the unit is arbitrary: {why}.",)
 
 
-def _has_air(array: NDArray[Any]) -> bool:
-    sample = _sample(array)
-    return bool(((sample >= AIR) & (sample <= LIGHTEST)).mean() >= AIRLESS)
+def _other_scale(spread: Spread, parts: Parts) -> tuple[str, ...]:
+    """What the values would be HU after, and how to say so."""
+    if spread.scale is None or 0 <= spread.low <= spread.high <= 1:
+        return ()
+    slope, intercept = SCALES[spread.scale]
+    how = "un-rescaled" if intercept < 0 else "rescaled twice" if intercept > 0 else "scaled"
+    return (f"the values look like a CT in {spread.scale}, {how}; if it is one, {_remedy(parts, slope, intercept)}.",)
 
 
-def _looks_unrescaled(array: NDArray[Any]) -> bool:
-    above = _above_lowest(array)
-    return bool(_airy(array) <= 0.001 and ((above >= UNRESCALED[0]) & (above <= UNRESCALED[1])).mean() > 0.1)
+def _padding(spread: Spread) -> tuple[str, ...]:
+    return (f"the lowest value is {spread.low:g} HU, below that of air; it is probably padding.",) if spread.low < AIR else ()
 
 
-def _airy(array: NDArray[Any]) -> float:
-    """The share of air, lung and their edges in what is not the lowest value."""
-    above = _above_lowest(array)
-    return float(((above >= AIR) & (above <= TISSUE)).mean())
+def _sunk(spread: Spread, parts: Parts) -> tuple[str, ...]:
+    """The doubt whether 1024 was subtracted twice, with what helps."""
+    if not spread.looks_sunk:
+        return ()
+    return (
+        "apart from a filling, nearly all values lie near -1000 as air does and hardly any near 0, so HU may have been rescaled twice; "
+        f"if so, {_remedy(parts, 1, 1024)}, and if they are HU, state unit='HU'.",
+    )
 
 
-def _sinks(stored: NDArray[Any], slope: float, intercept: float) -> bool:
-    """Whether rescaling would make air of soft tissue: of a body in HU alone, on 0 or cut off, which does not show that it is HU."""
-    above = _above_lowest(stored)
-    return bool((slope * above + intercept < TISSUE).mean() > 0.99 and (np.abs(above) <= -TISSUE).mean() > 0.5)
-
-
-def _above_lowest(array: NDArray[Any]) -> NDArray[Any]:
-    """What is neither padding nor cut off: those of the sample above the lowest value, which is itself the answer where there are none."""
-    sample = _sample(array).astype(np.float64)
-    above: NDArray[Any] = sample[sample > array.min()]
-    return above if above.size else sample
-
-
-def _impossible(array: NDArray[Any]) -> str | None:
-    """Why values cannot be HU; None where they may be."""
-    low, high = float(array.min()), float(array.max())
-    if low < -32768 or high > 32767:
-        return f"they are {low:g} to {high:g}, beyond what 16 bits hold"
-    if low >= 0 and high <= 1:
-        return "they lie within 0..1, so they were scaled"
-    if low > 0:
-        return f"the lowest is {low:g}, so there is no air, fat or water"
-    if _looks_unrescaled(array):
-        return "soft tissue seems to lie near 1000 and there is no air near -1000, so they are un-rescaled"
-    if (within := _within(array)) < 0.9:
-        return f"only {within:.0%} lie within {AIR}..{DENSEST}, so they were rescaled twice or not at all"
-    return None
-
-
-def _within(array: NDArray[Any]) -> float:
-    """The share of voxels that lie where a CT's do, or are padding."""
-    sample = _sample(array)
-    return float((((sample >= AIR) & (sample <= DENSEST)) | (sample == array.min())).mean())
-
-
-def _sample(array: NDArray[Any]) -> NDArray[Any]:
-    """About a million voxels of a large array, evenly spread; the odd step keeps away from rows of an even length."""
-    return array.reshape(-1)[:: array.size // SAMPLE | 1]
-
-
-def _spread(array: NDArray[Any]) -> str:
-    return f"they reach from {array.min():g} to {array.max():g}, {_within(array):.0%} of them within {AIR}..{DENSEST} or padding"
-
-
-def _padding(array: NDArray[Any]) -> tuple[str, ...]:
-    low = float(array.min())
-    return (f"the lowest value is {low:g} HU, below that of air; it is probably padding.",) if low < AIR else ()
+def _remedy(parts: Parts, slope: float, intercept: float) -> str:
+    """How to say that slope and intercept lead to HU."""
+    if parts.rescale is None:
+        return f"state rescale=({slope:g}, {intercept:g}) with hu='csv'"
+    taken_back = slope == 1 and abs(intercept + parts.rescale[1]) < 100  # never for NaN
+    return "state hu='already_hu'" if taken_back and parts.rescale[0] == 1 else "export the scan again without slope and intercept"
 
 
 def _rescaled(array: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
