@@ -19,7 +19,7 @@ PYTHON_CHECK = import sys; sys.version_info >= (3, 10) or \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-full demo-ct-clip compare-encoders ablation rehearsal test quick lint format types imports check clean clean-venv clean-outputs
+.PHONY: help install demo demo-full demo-ct-clip compare-encoders ablation rehearsal docs docs-serve test quick lint format types imports check clean clean-venv clean-outputs
 
 help: ## list these commands
 	@echo "make [target] [PYTHON=$(PYTHON)] [VENV=$(VENV)] [OUTPUTS=$(OUTPUTS)] [LM=$(LM)] [ARGS=...] [WORKERS=$(WORKERS)]"
@@ -51,6 +51,12 @@ ablation: install ## Tables 5 to 8 of the paper on phantoms, the paper's figures
 rehearsal: install ## the paper's recipes at their real shapes, a few steps of each: what breaks breaks here (half an hour on 2 cores, 20 GB)
 	OUTPUTS='$(OUTPUTS)' bash benchmarks/rehearsal.sh $(ARGS)
 
+docs: install ## build the documentation into site/ and check its links
+	$(VENV)/bin/zensical build --strict
+
+docs-serve: install ## show the documentation at localhost:8000 while you write
+	$(VENV)/bin/zensical serve
+
 test: install ## run every test in WORKERS processes; ARGS goes to pytest, as in ARGS='-k volume'
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
@@ -77,7 +83,7 @@ imports: install ## check that each module imports only what lies before it
 check: lint types imports test ## everything that has to pass before a change goes in
 
 clean: ## remove caches and build files; keeps the environment and the outputs
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf build dist site .cache *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find app benchmarks eval med3dvlm stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv: ## remove the environment

@@ -1,4 +1,4 @@
-"""Every command and every example of the README runs: on tiny models where it names the demo's, parsed alone where it would train for days.
+"""Every command and example of the README and the pages runs: on tiny models where it names the demo's, only parsed where it would train for days.
 
 Commands run in this process, which has imported what each of them would take seconds for; that they start as programs is for other tests.
 """
@@ -18,15 +18,46 @@ import pytest
 from med3dvlm import cli
 from tests.eval.conftest import chests  # noqa: F401
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+NOTEBOOKS = [
+    REPOSITORY / "docs" / "notebooks" / f"{name}.md" for name in ("scan", "train", "evaluate", "search")
+]  # in the order of reading
+TEXT = "\n".join([README, *(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md")))])
+COMMANDS = list(dict.fromkeys(line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()))
+EXAMPLES = list(dict.fromkeys(re.findall(r"```python\n(.*?)```", TEXT, re.S)))
 
 
-def test_the_two_commands_are_targets(repository: Path) -> None:
-    for target in re.findall(r"^    make (\S+)$", README, re.M):
+def test_make_commands_are_targets(repository: Path) -> None:
+    for target in {*re.findall(r"^ +make (\S+)$", TEXT, re.M), *re.findall(r"`make ([a-z-]+)`", TEXT)}:
         subprocess.run(["make", "--dry-run", target], cwd=repository, check=True, capture_output=True)
     assert "    make demo\n    make test\n" in README
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_every_page_and_notebook_is_in_the_contents() -> None:
+    pages = {path.relative_to(REPOSITORY / "docs").as_posix() for path in (REPOSITORY / "docs").rglob("*.md")}
+    assert pages == set(re.findall(r"^ +- (\S+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"), re.M))
+    assert {path.relative_to(REPOSITORY).as_posix() for path in NOTEBOOKS} <= set(re.findall(r"\((docs/\S+?\.md)\)", README))
+
+
+@pytest.mark.slow
+def test_notebooks_run(tmp_path: Path) -> None:
+    """In the order of reading, in one copy of the repository's folder: later ones use what earlier ones leave."""
+    jupytext, nbclient = import_module("jupytext"), import_module("nbclient")
+    for name in ("pyproject.toml", "med3dvlm", "stages", "eval", "ds_configs"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    check = "assert globals().get('_exit_code', 0) == 0, 'the command above failed'"  # IPython's, of the last line that begins with !
+    for path in NOTEBOOKS:
+        notebook = jupytext.read(path)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                lines = cell.source.splitlines()
+                cell.source = "\n".join(each for line in lines for each in ([line, check] if line.startswith("!") else [line]))
+        nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
 @pytest.fixture
@@ -43,6 +74,7 @@ def places(
         "outputs/demo/model": str(tiny_models.vlm),
         "outputs/paper/model": str(tiny_models.vlm),
         "outputs/paper/stage1": str(tiny_models.clip),
+        "outputs/demo/stage1": str(tiny_models.clip),
         "outputs/paper/ct_clip": str(chests.clip),
         "outputs/paper/index": str(tmp_path / "index"),
         "data/ct_rate_256": str(chests.root / "prepared"),
