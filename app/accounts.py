@@ -39,7 +39,7 @@ class Accounts:
         if not path.is_file():
             raise FileNotFoundError(f"There is no accounts file {path}; make one with `python app/accounts.py {path} NAME`.")
         try:
-            hashes = json.loads(path.read_text(encoding="utf-8"))
+            hashes = json.loads(path.read_text(encoding="utf-8-sig"))
             if not all(isinstance(value, str) and len(bytes.fromhex(value)) == 48 for value in hashes.values()):
                 raise ValueError("an entry is no hash")
         except (ValueError, AttributeError) as error:

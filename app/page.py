@@ -26,7 +26,7 @@ AT_ONCE: dict[str, Any] = HIDDEN | {"queue": False}
 
 
 def file(name: str) -> str:
-    return (HERE / name).read_text(encoding="utf-8")
+    return (HERE / name).read_text(encoding="utf-8-sig")
 
 
 def bar(kind: str, text: str) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def prepare(settings: Settings, name: str, layout: str, size: str) -> Figures:
     main(["--traceback", "phantom", str(phantoms), "--layout", layout, "--studies", "14", "--seed", "0", *detail, *workers])
     prepared = settings.work / name
     main(["--traceback", "prepare", layout, str(phantoms), str(prepared), "--recipe", layout, "--size", size, *workers])
-    return {"size": size, "splits": json.dumps(json.loads((prepared / "summary.json").read_text(encoding="utf-8"))["splits"])}
+    return {"size": size, "splits": json.dumps(json.loads((prepared / "summary.json").read_text(encoding="utf-8-sig"))["splits"])}
 
 
 def models(settings: Settings) -> Cases:

@@ -61,7 +61,7 @@ def plan(root: Path, layers: int, steps: int, processes: int) -> tuple[int, int]
         reduced = "" if fit == (layers, steps) else f"Asked for were {layers} layers and {steps} steps: more than memory or speed allow."
         planned = {"layers": fit[0], "steps": fit[1], "processes": processes, "reduced": reduced}
         write_json(path, planned | {"bfloat16_gflops": round(speed, 1), "free_gb": round(free, 1)})
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = json.loads(path.read_text(encoding="utf-8-sig"))
     return kept["layers"], kept["steps"]
 
 
@@ -131,7 +131,7 @@ class Published:
     """
 
     def __init__(self, model: Path) -> None:
-        self.settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        self.settings = json.loads((model / "config.json").read_text(encoding="utf-8-sig"))
         layout = LAYOUTS["clip" if self.settings["model_type"] == "med3d_clip" else f"vlm_{self.settings['projector']}"]
         self.ours = Checkpoint(sorted(model.glob("model*.safetensors")))
         stem = sorted({int(number) for number in re.findall(r"encoder\.stem\.(\d+)\.", " ".join(self.ours.tensors))})

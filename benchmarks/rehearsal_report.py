@@ -36,7 +36,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def json_of(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else None
 
 
 def stage_figures(folder: Path) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def step_figures(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def machine() -> dict[str, Any]:
     """The processor, what it computes bfloat16 with, and its memory."""
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    text = cpuinfo.read_text(encoding="utf-8-sig") if cpuinfo.is_file() else ""
     name = re.search(r"model name\s*:\s*(.+)", text)
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{flag}\b", text)]
     level, total = torch.backends.cpu.get_cpu_capability(), psutil.virtual_memory().total

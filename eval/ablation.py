@@ -40,7 +40,7 @@ PROJECTORS = {
 PAPER = "paper"
 M3D_LAMED = "paper, M3D-LaMed"  # the one published model with this projector; its encoder and language model are others too
 
-PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))["tables"]
+PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8-sig"))["tables"]
 
 
 def figures(table: str, method: str) -> list[tuple[float, ...]]:
@@ -87,7 +87,7 @@ def collect(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def training(*stages: Path) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Figure(NamedTuple):
 def read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; name a folder that a script of eval/ wrote")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def open_run(folder: Path) -> Run:

@@ -153,12 +153,12 @@ def main() -> None:
         write_lines(blind, [detection.row("air", all_findings(probe, encoder.pooled(evaluation.air(data)[None, None]))[0])])
         for path, part in parts.items():
             write_predictions(path, part, features[path], probe, controls)
-        record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        record = json.loads((output / "run.json").read_text(encoding="utf-8-sig"))
         write_json(output / "run.json", record | {"seconds": round(record["seconds"] + time.perf_counter() - started, 1)})
 
     rows = {path: evaluation.predictions(path, [{"id": study.id} for study in part]) for path, part in parts.items()}
     log_odds = {path: detection.log_odds_table(line["log_odds"] for line in lines) for path, lines in rows.items()}
-    record = json.loads((output / "run.json").read_text(encoding="utf-8"))["identity"]
+    record = json.loads((output / "run.json").read_text(encoding="utf-8-sig"))["identity"]
     control = shuffled_labels(rows[output / "predictions.jsonl"], studies)
     published = runpy.run_path(str(PUBLISHED))
     tables = detection.report(

@@ -69,7 +69,7 @@ def write_page(root: Path, name: str, cases: int | None = None, megabytes: float
     data = PreparedData(root / "prepared", exclude_failures=True)
     for run in runs.values():
         studies = COMPARE["studies_of"](run, data.root)
-    scores = {task: json.loads((root / "eval" / task / "scores.json").read_text(encoding="utf-8")) for task in runs}
+    scores = {task: json.loads((root / "eval" / task / "scores.json").read_text(encoding="utf-8-sig")) for task in runs}
     sections = {"retrieval": retrieval, "vqa": questions, "report": reports}
     found = {task: sections[task](run, scores[task], studies) for task, run in runs.items()}
     environment = jinja2.Environment(

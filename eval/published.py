@@ -27,7 +27,7 @@ BERTSCORE_MODEL = "roberta-large, layer 17"  # the papers'
 
 def beside_papers(runs: Sequence[Path], data_name: str) -> tuple[str, dict[str, Any]]:
     """The papers' tables that some run has figures for, and our rows by table."""
-    published = yaml.safe_load(TABLES.read_text(encoding="utf-8"))
+    published = yaml.safe_load(TABLES.read_text(encoding="utf-8-sig"))
     measures = published["measures"]
     parts, ours, used = [], {}, dict[str, None]()
     for name, table in published["tables"].items():
@@ -127,7 +127,7 @@ def write_beside(folder: Path, data_name: str) -> str:
 
 def frequencies() -> dict[str, tuple[float, float]]:
     """The share of CT-RATE's training and validation split that shows a finding (DCFormer paper, Table 5), by our name of it."""
-    table = yaml.safe_load(TABLES.read_text(encoding="utf-8"))["tables"]["dcformer_5"]
+    table = yaml.safe_load(TABLES.read_text(encoding="utf-8-sig"))["tables"]["dcformer_5"]
     return {row[0].lower().replace(" ", "_"): (row[3], row[4]) for row in table["rows"]}
 
 
@@ -140,7 +140,7 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ TARGETS: Targets = {
 def read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; write it with eval/retrieval.py, eval/vqa.py and eval/report_gen.py first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def collect(root: Path) -> dict[str, Any]:

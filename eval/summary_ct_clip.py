@@ -34,7 +34,7 @@ def read(root: Path, name: str) -> Any:
     path = root / "eval" / name / "scores.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; write it with eval/{name}.py first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def collect(root: Path) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def main() -> None:
     )
     parts = [f"# {arguments.name}: what was reached", f"*{RESEARCH_NOTICE}*", targets]
     for name, heading in (("zero_shot", "Zero-shot"), ("linear_probe", "Linear probe"), ("retrieval", "Retrieval")):
-        parts += [f"## {heading}", (arguments.root / "eval" / name / "scores.md").read_text(encoding="utf-8").strip()]
+        parts += [f"## {heading}", (arguments.root / "eval" / name / "scores.md").read_text(encoding="utf-8-sig").strip()]
     write_text(arguments.root / "report.md", "\n\n".join([*parts, "## Time", minutes]) + "\n")
     print(targets)
 

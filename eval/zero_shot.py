@@ -91,7 +91,7 @@ def main() -> None:
 
     rows = {path: evaluation.predictions(path, [about(study) for study in part]) for path, part in paths.items()}
     log_odds, *threshold_log_odds = (detection.log_odds_table(line["log_odds"] for line in lines) for lines in rows.values())
-    record = json.loads((arguments.output / "run.json").read_text(encoding="utf-8"))["identity"]
+    record = json.loads((arguments.output / "run.json").read_text(encoding="utf-8-sig"))["identity"]
     published = runpy.run_path(str(PUBLISHED))
     tables = detection.report(
         arguments.output,

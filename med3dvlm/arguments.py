@@ -153,7 +153,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
         if not path.is_file():
             parser.error(f"{path} is missing; the recipes are in stages/configs")
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            settings = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             parser.error(f"{path} is no YAML: {' '.join(str(error).split())}")
         if not isinstance(settings, dict):

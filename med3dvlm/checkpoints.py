@@ -187,7 +187,7 @@ def model_type(path: str | Path) -> str:
 
 
 def _settings(path: str | Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    settings: dict[str, Any] = json.loads((Path(path) / "config.json").read_text(encoding="utf-8-sig"))
     return settings
 
 

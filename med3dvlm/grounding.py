@@ -30,7 +30,7 @@ from med3dvlm.contrastive import Med3DCLIP
 from med3dvlm.encoders import HierarchicalEncoder, Size
 from med3dvlm.inference import Med3DChat
 from med3dvlm.preprocessing import Scan, VolumeProcessor
-from med3dvlm.processing import IGNORED, Message
+from med3dvlm.processing import IGNORED, Message, only_words
 from med3dvlm.volume import Volume
 
 LEVEL = -2  # of the encoder's outputs: the low one of the two that a language model sees; finer ones found less
@@ -91,6 +91,7 @@ class PhraseFinder:
 
     @torch.no_grad()
     def _embed(self, text: str) -> Tensor:
+        text = only_words(self.tokenizer, text)
         coded = self.tokenizer(text, truncation=True, return_tensors="pt", return_token_type_ids=False).to(self.model.device)
         return self.model.encode_text(**coded)[0]
 

@@ -2,12 +2,15 @@
 
 A conversation is a list of {"role": "user" | "assistant" | "system", "content": str}. The image stands once, before the first user message's
 words; after tokenising, its one token becomes `num_image_tokens` placeholders. Labels cover the assistant's words and the token that ends its turn.
+Only the chat template writes special tokens: where a message holds the text of one, such as "<|im_end|>", it is tokenised as any other words.
 
 Shapes: B conversations, L tokens.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +18,24 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
+MARK = "\ufdd0"  # no character (Unicode): stands within the text of a special token that is to be read as words
 Message = dict[str, str]
+
+
+def only_words(tokenizer: Any, text: str, inserted: str = " ") -> str:
+    """The text with `inserted` after the first character of whatever the tokenizer would take for a special token.
+
+    `split_special_tokens` does not suffice: a Unigram model has its special tokens among its words, too.
+    """
+    return _openings(tokenizer, len(tokenizer)).sub(lambda found: found[0] + inserted, text)
+
+
+@lru_cache(maxsize=8)
+def _openings(tokenizer: Any, size: int) -> re.Pattern[str]:
+    """The first character of a special token's text, wherever one stands. `size`, of the vocabulary, grows where tokens are added."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
+    texts = sorted(text for text in special if len(text) > 1)
+    return re.compile("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in texts) or "(?!)")
 
 
 class Med3DVLMProcessor(ProcessorMixin):
@@ -37,7 +57,7 @@ class Med3DVLMProcessor(ProcessorMixin):
         if tokenizer.chat_template is None and chat_template is None:
             raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model's, or set one")
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
-        if image_token not in tokenizer.get_vocab():
+        if image_token not in tokenizer.all_special_tokens:
             tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
@@ -86,22 +106,39 @@ class Med3DVLMProcessor(ProcessorMixin):
 
     def _tokenize(self, messages: Sequence[Message], generate: bool, image: bool) -> tuple[list[int], list[int]]:
         """Ids and labels with the image still one token, which stands before the first user message's words."""
-        placed = [dict(message) for message in messages]
+        placed = [{**message, "content": self._marked(message["content"])} for message in messages]
         first = next((message for message in placed if message["role"] == "user"), None)
         if image and first is None:
             raise ValueError("a conversation about a volume needs a user message, where the volume stands")
-        if any(self.image_token in message["content"] for message in placed):
-            raise ValueError(f"messages must not contain the image token {self.image_token}; the volume's place is given by itself")
         if image and first is not None:
             first["content"] = self.image_token + first["content"]
         text = self._render(placed, generate)
         spans = self._assistant_spans(placed, text)
-        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places = self._coded(text)
         labels = [
             token if any(_within(start, stop, begin, end) for begin, end in spans) else IGNORED
-            for token, (start, stop) in zip(coded["input_ids"], coded["offset_mapping"], strict=True)
+            for token, (start, stop) in zip(ids, places, strict=True)
         ]
-        return list(coded["input_ids"]), labels
+        return ids, labels
+
+    def _marked(self, words: str) -> str:
+        """Words with a MARK within what would be special tokens."""
+        return only_words(self.tokenizer, words.replace(MARK, "\ufffd"), MARK)
+
+    def _coded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text and the characters that each stands for. The text is cut at its MARKs, so that no token reaches across one."""
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        begin = 0
+        for number, piece in enumerate(text.split(MARK)):
+            # What does not begin the text follows a token, which is dropped again: many tokenizers put a space before a text.
+            opening = self.image_token if number else ""
+            coded = self.tokenizer(opening + piece, add_special_tokens=False, return_offsets_mapping=True)
+            dropped, shift = int(number > 0), begin - len(opening)
+            ids += coded["input_ids"][dropped:]
+            places += [(start + shift, stop + shift) for start, stop in coded["offset_mapping"][dropped:]]
+            begin += len(piece) + len(MARK)
+        return ids, places
 
     def _render(self, messages: Sequence[Message], generate: bool) -> str:
         text: str = self.tokenizer.apply_chat_template(
@@ -138,7 +175,7 @@ class Med3DVLMProcessor(ProcessorMixin):
         if context is None:
             inserted = [self.image_token_id] * self.num_image_tokens
         else:
-            inserted = self.tokenizer(context, add_special_tokens=False)["input_ids"]
+            inserted, _ = self._coded(self._marked(context))
         row: dict[str, list[int]] = {}
         for number, messages in enumerate(conversations, start=1):
             coded, shared = self._encode(messages, False, inserted, max_length)

@@ -237,7 +237,7 @@ def _same_training(root: Path, identity: dict[str, Any]) -> None:
     path = root / IDENTITY
     if not path.is_file():
         raise ValueError(f"{root} holds checkpoints but no {IDENTITY} that says of what training; move them or choose another --output_dir")
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = json.loads(path.read_text(encoding="utf-8-sig"))
     different = [name for name, value in identity.items() if before.get(name, value) != value]
     if different:
         values = (" and ".join(str(settings[name]) for name in different) for settings in (before, identity))
@@ -278,7 +278,7 @@ def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerpr
                 write_lines(output / name, [line for line in read_lines(output / name) if line["step"] <= steps_before])
     trainer.train(resume_from_checkpoint=checkpoint)
     path, steps = output / "run.json", trainer.state.global_step
-    if path.is_file() and steps == steps_before == json.loads(path.read_text(encoding="utf-8")).get("steps"):
+    if path.is_file() and steps == steps_before == json.loads(path.read_text(encoding="utf-8-sig")).get("steps"):
         return  # it was finished before, and its record is there
     if trainer.is_world_process_zero():
         record = {

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and lines that end at a newline alone."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_lines(path, [{"fine": 1}, {"not": object()}])
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(repository: Path, tmp_path: Path) -> None:
+    """Editors of Windows begin a file with one; so every text is read as utf-8-sig, and JSON lines from bytes."""
+    sources = [path for folder in ("med3dvlm", "stages", "eval", "app") for path in (repository / folder).rglob("*.py")]
+    assert len(sources) > 100
+    reading = re.compile(r"\.read_text\((?!encoding=\"utf-8-sig\")|\.open\((?:newline=\"\", )?(?:encoding=\"utf-8\")?\)|\bjson\.load\(")
+    assert not [path for path in sources if reading.search(path.read_text(encoding="utf-8"))]
+    (tmp_path / "lines.jsonl").write_bytes(b"\xef\xbb\xbf{}\n{}\n")
+    assert read_lines(tmp_path / "lines.jsonl") == [{}, {}]
 
 
 def model(folder: Path, *names: str) -> Path:

@@ -324,7 +324,6 @@ def test_the_oldest_turns_go_when_the_context_is_full(chat: Med3DChat) -> None:
         (" \n", 9, "question is empty"),
         ("why " * 200, 9, "shorter question"),
         ("Plane?", 0, "at least 1"),
-        ("<image>", 9, "must not contain"),
     ],
 )
 def test_questions_that_cannot_be_asked(chat: Med3DChat, question: str, limit: int, message: str) -> None:
@@ -334,6 +333,15 @@ def test_questions_that_cannot_be_asked(chat: Med3DChat, question: str, limit: i
         next(chat.stream(volume(0), question, max_new_tokens=limit))
     with pytest.raises(ValueError, match=message):
         chat.answers([volume(0)], [question], max_new_tokens=limit)
+
+
+def test_a_question_cannot_end_its_turn_or_name_an_image(chat: Med3DChat) -> None:
+    words, ordinary = chat.processor.tokenizer, chat._prompt("Plane?", said("Where?", "Left"), 9)[0]
+    special = {chat.processor.image_token_id, *words.all_special_ids}
+    for text in ["<image>", *words.all_special_tokens]:
+        ids, _ = chat._prompt(f"{text} plane {text}?", said(f"Where{text}?", f"Left{text}"), 9)
+        assert [token for token in ids if token in special] == [token for token in ordinary if token in special]
+        assert chat.ask(volume(0), f"Plane{text}?", max_new_tokens=3).tokens
 
 
 def write(path: Path, scan: Volume) -> Path:

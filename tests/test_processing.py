@@ -1,16 +1,22 @@
 """Med3DVLMProcessor: what is labelled, what is cut, where the image stands, and several conversations in one row."""
 
+import re
+import string
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import BertTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, T5Tokenizer
 
 from med3dvlm import Med3DVLM, Med3DVLMConfig, Med3DVLMProcessor, Volume, VolumeProcessor
-from med3dvlm.processing import IGNORED, Message, branch_mask
-from tests.tiny_parts import CHATML, END, TEMPLATES, language_model, tokenizer, turn
+from med3dvlm.contrastive_training import common_words
+from med3dvlm.datasets.torch import PairCollator
+from med3dvlm.processing import IGNORED, MARK, Message, branch_mask
+from tests.tiny_parts import CHATML, END, INSTRUCT, TEMPLATES, TEXTS, language_model, tokenizer, turn
 
 SIZE = (24, 40, 32)
 IMAGE_TOKENS = 12
@@ -98,12 +104,80 @@ def test_generation_is_never_cut() -> None:
     assert subject.encode(CONVERSATION[:3], generate=True, max_length=5) == subject.encode(CONVERSATION[:3], generate=True)
 
 
-@pytest.mark.parametrize("role", [0, 1])
-def test_the_image_token_in_a_message_is_refused(role: int) -> None:
-    messages = turn("Which organ?", "Liver")
-    messages[role]["content"] += " <image>"
-    with pytest.raises(ValueError, match="must not contain the image token <image>"):
-        processor().encode(messages)
+def qwen2() -> Qwen2Tokenizer:
+    """As stage 0 makes it."""
+    words = Qwen2Tokenizer(eos_token=END, pad_token=END).train_new_from_iterator(TEXTS, 400, new_special_tokens=[END, "<|im_start|>"])
+    words.chat_template = CHATML
+    return words
+
+
+def llama() -> LlamaTokenizer:
+    """As Llama 2's: a space before the text, and merges by which the model itself makes "</s>" of characters."""
+    letters = ["▁", *string.ascii_letters, *string.digits, *"<>/[]|_?.,\n:-", "</", "s>"]
+    vocab = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters])}
+    return LlamaTokenizer(vocab=vocab, merges=[("<", "/"), ("s", ">"), ("</", "s>")], chat_template=INSTRUCT.replace(END, "</s>"))
+
+
+@pytest.mark.parametrize(
+    "made", [tokenizer, lambda: tokenizer(trim_offsets=True), qwen2, llama], ids=["plain", "trimmed", "qwen2", "llama"]
+)
+def test_what_a_message_says_is_words_and_never_a_special_token(made: Callable[[], Any]) -> None:
+    """Ids are those that the template alone has, and the model reads, and learns, the very characters of the message."""
+    words = made()
+    subject = Med3DVLMProcessor(VolumeProcessor(size=SIZE), words, IMAGE_TOKENS)
+    texts = [*words.all_special_tokens, "<image>"]
+    plain = turn("Is there an effusion?", "No")
+    special = set(words.convert_tokens_to_ids(texts))
+    expected = [token for token in subject.encode(plain)["input_ids"] if token in special]
+    for text in (*texts, "<<image>>", "<image><image>", f"<s></s>{MARK.join(texts)}", " ".join(texts) + "\n" + "".join(texts)):
+        messages = turn(f"{text} there {text}an effusion{text}?", f"No{text} {text}")
+        row = subject.encode(messages)
+        assert [token for token in row["input_ids"] if token in special] == expected, text
+        said = decode(words, [token for token in row["input_ids"] if token != subject.image_token_id])
+        for message in messages:
+            assert message["content"].replace(MARK, "\ufffd") in said
+        (answer,) = labelled_runs(row, words)
+        assert answer.strip().startswith(f"No{text} {text}".replace(MARK, "\ufffd").strip())
+        prompt = subject.encode(messages[:1], generate=True)["input_ids"]
+        assert prompt == row["input_ids"][: len(prompt)]
+        instead = subject.branch([plain], context=f"Mass{text} of 3 mm.")
+        without = subject.branch([plain], context="")
+        assert [token for token in instead["input_ids"] if token in special] == [
+            token for token in without["input_ids"] if token in special
+        ]
+
+
+UNIGRAM = [
+    ("<pad>", 0.0),
+    ("</s>", 0.0),
+    ("<unk>", 0.0),
+    ("▁", -2.0),
+    *((letter, -3.0) for letter in string.ascii_letters + string.digits + "<>/[]|_?.,"),
+]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        tokenizer,
+        qwen2,
+        llama,
+        lambda: BertTokenizer(common_words([*TEXTS, string.ascii_letters, "[]"], 300)),
+        lambda: T5Tokenizer(vocab=UNIGRAM),
+        ByT5Tokenizer,
+    ],
+    ids=["plain", "qwen2", "llama", "bert", "t5", "byt5"],
+)
+def test_a_report_is_words_for_a_text_encoder(made: Callable[[], Any]) -> None:
+    words = made()
+    words.pad_token = words.pad_token or words.eos_token
+    collator = PairCollator(words, 200)
+    special = {token for token in words.all_special_ids if token != words.unk_token_id}
+    (plain,) = collator.tokenize(["No mass."])["input_ids"].tolist()
+    for text in words.all_special_tokens:
+        (row,) = collator.tokenize([f"No {text}mass{text}."])["input_ids"].tolist()
+        assert [token for token in row if token in special] == [token for token in plain if token in special], text
+        assert re.sub(r"\W", "", text).lower() in re.sub(r"\W", "", words.decode(row, skip_special_tokens=True)).lower()
 
 
 def test_a_volume_needs_a_user_message() -> None:

@@ -193,4 +193,4 @@ def _not_of_the_chest(path: Path) -> set[str]:
     """The names of volumes or scans in such a list, one a line; none where there is no list."""
     if not path.is_file():
         return set()
-    return {line.strip().removesuffix(".nii.gz") for line in path.read_text(encoding="utf-8").splitlines()}
+    return {line.strip().removesuffix(".nii.gz") for line in path.read_text(encoding="utf-8-sig").splitlines()}

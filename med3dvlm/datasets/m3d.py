@@ -104,7 +104,7 @@ def _listing(root: Path) -> tuple[Path, dict[str, list[dict[str, str]]]]:
     if path is None:
         raise FileNotFoundError(f"{places[0]} is missing; an M3D root holds M3D_Cap/M3D_Cap.json and M3D_VQA/*.csv")
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(entries, dict) or not all(isinstance(listed, list) for listed in entries.values()):
@@ -133,7 +133,7 @@ def _read_report(path: Path, name: str) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{name} is missing")
     try:
-        report = report_text(path.read_text(encoding="utf-8"))
+        report = report_text(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is no UTF-8 text; save it as such") from error
     if not report:

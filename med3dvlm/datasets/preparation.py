@@ -272,7 +272,7 @@ def finish(
         "fingerprint": hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16],
     }
     place, picture = destination / "summary.json", destination / "summary.png"
-    there = place.is_file() and picture.is_file() and json.loads(place.read_text(encoding="utf-8")) == summary
+    there = place.is_file() and picture.is_file() and json.loads(place.read_text(encoding="utf-8-sig")) == summary
     if there and all((destination / name).is_file() and checksum((destination / name).read_bytes()) == sums[name] for name in CHECKED):
         return summary
     place.unlink(missing_ok=True)  # until the files below belong together

@@ -98,7 +98,7 @@ class PreparedData:
         self.root = Path(root)
         if not (self.root / "summary.json").is_file():
             raise FileNotFoundError(f"{self.root} holds no finished preparation (no summary.json); run: med3dvlm prepare")
-        self.summary = json.loads((self.root / "summary.json").read_text(encoding="utf-8"))
+        self.summary = json.loads((self.root / "summary.json").read_text(encoding="utf-8-sig"))
         for name in CHECKED:
             path = self.root / name
             if not path.is_file() or checksum(path.read_bytes()) != self.summary.get("checksums", {}).get(name):
@@ -119,7 +119,7 @@ class PreparedData:
 
     def _split_by(self, path: Path) -> None:
         try:
-            listed = json.loads(path.read_text(encoding="utf-8"))
+            listed = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{path}, the split file, is no JSON ({error})") from error
         if not isinstance(listed, dict) or not all(isinstance(ids, list) for ids in listed.values()):

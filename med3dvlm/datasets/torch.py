@@ -19,7 +19,7 @@ from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.rows import Row, pack
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.streams import Purpose, stream
-from med3dvlm.processing import Med3DVLMProcessor, Message, answer_lengths, branch_mask
+from med3dvlm.processing import Med3DVLMProcessor, Message, answer_lengths, branch_mask, only_words
 from med3dvlm.prompts import REPORT_PROMPTS, closed_answer, closed_prompt
 from med3dvlm.records import Question, Study
 
@@ -112,9 +112,8 @@ class PairCollator:
         self.tokenizer, self.max_length = tokenizer, max_length
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        coded = self.tokenizer(
-            list(texts), padding=True, padding_side="right", truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
+        words = [only_words(self.tokenizer, text) for text in texts]
+        coded = self.tokenizer(words, padding=True, padding_side="right", truncation=True, max_length=self.max_length, return_tensors="pt")
         return {key: coded[key] for key in ("input_ids", "attention_mask")}
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -174,7 +174,7 @@ def resident() -> tuple[int, int]:
     """Bytes of memory that this process holds, and held at most."""
     status = Path("/proc/self/status")
     if status.exists():  # on Linux `getrusage` would start from the parent's peak
-        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8-sig").splitlines())
         return tuple(1024 * int(lines[key].split()[0]) for key in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
     import resource
 

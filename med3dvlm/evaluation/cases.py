@@ -111,7 +111,7 @@ def predict(
             progress.update(len(missing_cases))
     for part in _part_files(path):
         part.unlink()
-    record = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
+    record = json.loads((path.parent / "run.json").read_text(encoding="utf-8-sig"))
     write_json(path.parent / "run.json", record | {"seconds": round(record["seconds"] + time.perf_counter() - started, 1)})
     return True
 

@@ -56,7 +56,7 @@ class FrozenEncoder:
             self.encoder, self.name, processor = vlm.vision_encoder, vlm.config.encoder, words.image_processor
         elif kind == "med3d_encoder":
             self.encoder, processor = load_encoder(path), VolumeProcessor.from_pretrained(path)
-            self.name = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["encoder"]
+            self.name = json.loads((Path(path) / "config.json").read_text(encoding="utf-8-sig"))["encoder"]
         else:
             raise ValueError(
                 f"{path} holds a {kind} model, which has no image encoder; name a Med3DCLIP, a Med3DVLM or a converted encoder"
@@ -122,7 +122,7 @@ class LinearProbe:
         for name in (WEIGHTS_FILE, SETTINGS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} is missing; name the output of a run of eval/linear_probe.py that trained")
-        about = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        about = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8-sig"))
         names, stored = tuple(about.pop("names")), load_file(folder / WEIGHTS_FILE)
         if stored.keys() != {"weight", "bias"} or not len(names) == len(stored["weight"]) == len(stored["bias"]):
             raise ValueError(f"{folder / WEIGHTS_FILE} and {SETTINGS_FILE} do not belong together; train the probe anew")

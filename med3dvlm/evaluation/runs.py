@@ -133,7 +133,7 @@ def _about(arguments: argparse.Namespace, data: PreparedData) -> dict[str, Any]:
 
 
 def _check_identity(path: Path, identity: dict[str, Any]) -> None:
-    before = json.loads(path.read_text(encoding="utf-8")).get("identity", {})
+    before = json.loads(path.read_text(encoding="utf-8-sig")).get("identity", {})
     if different := [name for name, value in identity.items() if before.get(name) != value]:
         others = " and ".join(different)
         raise ValueError(f"{path.parent} holds predictions that were made with another {others}; {ELSEWHERE}")

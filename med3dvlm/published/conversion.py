@@ -340,4 +340,4 @@ def _fetch(name: str | Path, side_files: bool = False) -> Path:
 
 def _json(file: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing if there is none."""
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return dict(json.loads(file.read_text(encoding="utf-8-sig"))) if file.is_file() else {}

@@ -149,7 +149,7 @@ def find_weights(folder: Path) -> list[Path]:
     """
     for ending in ENDINGS:
         for index in sorted(folder.glob(f"*{ending}.index.json")):
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
             return _complete([folder / name for name in names])
         files = sorted(path for path in folder.glob(f"*{ending}") if not NOT_WEIGHTS.fullmatch(path.stem))
         if shards := [path for path in files if SHARD.fullmatch(path.stem)]:

@@ -117,7 +117,7 @@ class LinearClassifier:
         for file in (settings_file, weights_file):
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing; a classifier is the folder that `med3dvlm findings train` wrote")
-        settings = json.loads(settings_file.read_text(encoding="utf-8"))
+        settings = json.loads(settings_file.read_text(encoding="utf-8-sig"))
         if settings["rules"] and settings["rules_sha256"] != _rules_digest():
             raise ValueError(f"{folder} was trained on what other rules read ({RULES_FILE.name} has changed since); train it again")
         names, rules, vocabulary = (tuple(settings[key]) for key in ("names", "rules", "vocabulary"))

@@ -56,12 +56,18 @@ class RadBertClassifier:
         import torch
         from tqdm import tqdm
 
+        from med3dvlm.processing import only_words
+
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # alike lengths need little padding
         result = np.zeros((len(texts), len(self.names)))
         for start in tqdm(range(0, len(order), batch_size), desc="RadBERT", unit="batch", disable=None):
             rows = order[start : start + batch_size]
             tokens = self.tokenizer(
-                [texts[row] for row in rows], max_length=MAX_TOKENS, truncation=True, padding=True, return_tensors="pt"
+                [only_words(self.tokenizer, texts[row]) for row in rows],
+                max_length=MAX_TOKENS,
+                truncation=True,
+                padding=True,
+                return_tensors="pt",
             ).to(self.device)
             with torch.inference_mode():
                 pooled = self.encoder(

@@ -77,7 +77,7 @@ class CaseIndex:
         self.folder, self.device = Path(folder), device
         if not (self.folder / "index.json").is_file():
             raise FileNotFoundError(f"{folder} holds no index of cases (no index.json); make one with: med3dvlm index MODEL DATA {folder}")
-        self.facts: dict[str, Any] = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+        self.facts: dict[str, Any] = json.loads((self.folder / "index.json").read_text(encoding="utf-8-sig"))
         self.model = Path(model or self.facts["model"])
         with safe_open(self.folder / "embeddings.safetensors", "pt") as file:  # by torch, which maps the file into memory
             self.scans: Vectors = file.get_tensor("scans").numpy()
@@ -231,7 +231,7 @@ def _fingerprint(embedder: Embedder) -> str:
 def _embed(embedder: Embedder, data: PreparedData, studies: Sequence[Study], batch_size: int, part: Path, facts: dict[str, Any]) -> Vectors:
     """(N, P) of the studies' scans, kept in the folder `part` as they are made, which also says what it is a part of."""
     about, grown = part / "index.json", part / "scans.float32"
-    if about.is_file() and json.loads(about.read_text(encoding="utf-8")) != facts:
+    if about.is_file() and json.loads(about.read_text(encoding="utf-8-sig")) != facts:
         logger.warning("%s was begun with another model or other data; the index is made from the start", part)
         shutil.rmtree(part)
     part.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ def write_phantoms(root: str | Path, studies: int = 800, seed: int = 0, detail: 
     plans = plan_phantoms(studies, seed, detail)
     settings = root / SETTINGS_FILE
     wanted = {"studies": studies, "seed": seed, "detail": detail, "plan": _digest(plans)}
-    if settings.is_file() and json.loads(settings.read_text(encoding="utf-8")) != wanted:
+    if settings.is_file() and json.loads(settings.read_text(encoding="utf-8-sig")) != wanted:
         raise ValueError(
             f"{root} holds phantoms of other settings or of another version ({settings}), not {wanted}; choose another folder or delete it"
         )
@@ -124,7 +124,7 @@ def read_plans(root: str | Path) -> list[Plan]:
     path = Path(root) / SETTINGS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; name a folder that `med3dvlm phantom` wrote")
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = json.loads(path.read_text(encoding="utf-8-sig"))
     plans = plan_phantoms(settings["studies"], settings["seed"], settings["detail"])
     if _digest(plans) != settings["plan"]:
         raise ValueError(f"{root} holds phantoms of another version, whose lesions this one would draw elsewhere; write them anew")

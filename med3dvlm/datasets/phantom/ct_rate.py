@@ -27,7 +27,7 @@ from med3dvlm.datasets.phantom.canvas import Acquisition
 from med3dvlm.files import whole_file, write_json
 from med3dvlm.metrics.findings import FINDINGS_CT_RATE
 
-KINDS: dict[str, dict[str, Any]] = yaml.safe_load(files(__package__).joinpath("ct_rate_findings.yaml").read_text(encoding="utf-8"))
+KINDS: dict[str, dict[str, Any]] = yaml.safe_load(files(__package__).joinpath("ct_rate_findings.yaml").read_text(encoding="utf-8-sig"))
 MOST_FINDINGS = 7
 DENIALS = ("No {} is observed.", "{} is not present.", "There is no {}.")
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
@@ -134,7 +134,7 @@ def write_ct_rate(
     settings = root / "phantoms.json"
     content = json.dumps([asdict(plan) for plan in plans])
     wanted = {"volumes": volumes, "seed": seed, "detail": detail, "plan": hashlib.sha256(content.encode()).hexdigest()[:16]}
-    if settings.is_file() and json.loads(settings.read_text(encoding="utf-8")) != wanted:
+    if settings.is_file() and json.loads(settings.read_text(encoding="utf-8-sig")) != wanted:
         raise ValueError(
             f"{root} holds phantoms of other settings or of another version ({settings}), not {wanted}; choose another folder or delete it"
         )

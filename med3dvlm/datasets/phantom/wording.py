@@ -11,7 +11,7 @@ from med3dvlm.datasets.phantom.body import PHASES, Body
 from med3dvlm.datasets.phantom.canvas import PLANES
 from med3dvlm.records import Question
 
-KINDS: dict[str, dict] = yaml.safe_load(files(__package__).joinpath("findings.yaml").read_text(encoding="utf-8"))  # type: ignore[type-arg]
+KINDS: dict[str, dict] = yaml.safe_load(files(__package__).joinpath("findings.yaml").read_text(encoding="utf-8-sig"))  # type: ignore[type-arg]
 
 TECHNIQUE = (
     "{Plane} CT of the {region}, {phase}.",

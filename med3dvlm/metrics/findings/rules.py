@@ -136,7 +136,7 @@ class _Rules:
 def _rules() -> _Rules:
     import yaml
 
-    data: dict[str, Any] = yaml.safe_load(RULES_FILE.read_text(encoding="utf-8"))
+    data: dict[str, Any] = yaml.safe_load(RULES_FILE.read_text(encoding="utf-8-sig"))
     cues = [data[kind] for kind in ("negation", "history", "doubt")]
     return _Rules(
         {
