@@ -27,6 +27,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, Te
 
 from med3dvlm.checkpoints import load_vlm, model_type
 from med3dvlm.familiarity import Familiarity, FamiliarityModel, Features, pool_features
+from med3dvlm.formats import state_of
 from med3dvlm.preprocessing import Scan
 from med3dvlm.processing import IGNORED, Med3DVLMProcessor, Message
 from med3dvlm.prompts import REPORT_PROMPTS
@@ -309,7 +310,6 @@ def _identity(scan: Any) -> Hashable:
         return None
     path = Path(scan).resolve()
     try:
-        states = [file.stat() for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        return path, state_of(path)
     except OSError:  # reading the scan will say it better
         return None
-    return path, *((state.st_mtime_ns, state.st_size) for state in states)

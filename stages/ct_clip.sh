@@ -47,7 +47,7 @@ data=$root/prepared pool=100
 step phantoms "$root/phantoms/multi_abnormality_labels/valid_predicted_labels.csv" \
   med3dvlm phantom "$root/phantoms" --layout ct_rate --studies "$volumes" --seed 0
 step prepare "$data/summary.json" \
-  med3dvlm prepare ct_rate "$root/phantoms" "$data" --recipe ct_rate --size 40,64,48 --spacing 7,5.4,5.4
+  med3dvlm prepare ct_rate "$root/phantoms" "$data" --recipe ct_rate --size 40,64,48 --target_spacing 7,5.4,5.4
 
 if [ "$size" != encoders ]; then
   detect "" ""

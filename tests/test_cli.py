@@ -171,6 +171,7 @@ def test_an_encoder_by_a_wrong_name(run: Run) -> None:
         (["prepare", "m3d", "a", "b", "--size", "1,2"], "three whole numbers"),
         (["prepare", "m3d", "a", "b", "--shard", "3"], "'3' must be I/N, as in 1/8 to 8/8"),
         (["prepare", "m3d", "a", "b", "--size", "64x64x64"], "three whole numbers"),
+        (["prepare", "m3d", "a", "b", "--spacing", "1,1,1"], "of the prepared volumes is --target_spacing"),
         (["inspect", "scan.npy", "--spacing", "1,2"], "must be numbers Z,Y,X with commas"),
         (["inspect", "scan.npy", "--hu", "mine"], "invalid choice"),
         (["dance"], "invalid choice"),

@@ -2,6 +2,8 @@
 
 import gc
 import math
+import os
+import shutil
 import threading
 import time
 import weakref
@@ -13,14 +15,17 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from scipy.spatial.distance import mahalanobis
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from med3dvlm import Med3DChat, Med3DVLM, Med3DVLMConfig, Med3DVLMProcessor, Volume, VolumeProcessor
+from med3dvlm import Med3DChat, Med3DVLM, Med3DVLMConfig, Med3DVLMProcessor, Volume, VolumeProcessor, read_volume
 from med3dvlm.familiarity import FamiliarityModel, fit_familiarity, pool_features
 from med3dvlm.prompts import REPORT_PROMPTS
+from med3dvlm.volume import VolumeError
+from tests.formats.dicom_files import write_series
 
 SIZE = (32, 64, 64)
 TEMPLATE = (
@@ -372,15 +377,29 @@ def test_a_scan_is_encoded_once(chat: Med3DChat, tmp_path: Path) -> None:
     assert watched() is None  # no scan is kept alive
 
 
-def test_a_folder_whose_files_change_is_another_scan(chat: Med3DChat, tmp_path: Path) -> None:
-    from med3dvlm.inference import _identity
-
-    (tmp_path / "1.dcm").write_bytes(b"one")
-    first = _identity(tmp_path)
-    assert first == _identity(str(tmp_path)) and hash(first) == hash(_identity(tmp_path))
-    (tmp_path / "1.dcm").write_bytes(b"other")
-    assert first != _identity(tmp_path)
-    assert _identity(tmp_path / "missing.nii") is None
+@pytest.mark.parametrize("kind", ["folder", "header"])
+def test_a_scan_replaced_in_place_is_read_anew(chat: Med3DChat, tmp_path: Path, kind: str) -> None:
+    """A DICOM export, in folders within folders, and voxels beside an .mhd file, of the same size and date."""
+    root = tmp_path / "export" if kind == "folder" else tmp_path / "scan.mhd"
+    texts = []
+    for number in range(2):
+        values = volume(number).array.astype(np.int16)
+        if kind == "folder":
+            shutil.rmtree(root, ignore_errors=True)
+            write_series(root / "ST1" / "SE1", values)
+        else:
+            sitk.WriteImage(sitk.GetImageFromArray(values), tmp_path / "new.mhd")
+            shutil.copy(tmp_path / "new.raw", tmp_path / "scan.raw")
+            header = (tmp_path / "new.mhd").read_text().replace("new.raw", "scan.raw")
+            if not number:
+                root.write_text(header + "\n")
+        for file in tmp_path.rglob("*"):
+            os.utime(file, (1e9, 1e9))
+        texts.append([chat.ask(root, "Which organ has a lesion?").text, chat.ask(read_volume(root), "Which organ has a lesion?").text])
+    assert texts[0][0] == texts[0][1] != texts[1][0] == texts[1][1]
+    assert len([key for key in chat._encoded if isinstance(key, tuple)]) == 2
+    with pytest.raises(VolumeError, match="no such file"):
+        chat.encode(tmp_path / "missing.nii")
 
 
 def test_a_saved_model_gives_the_same_answers(chat: Med3DChat, directory: Path, tmp_path: Path) -> None:

@@ -35,11 +35,12 @@ def add_commands(commands: Commands) -> None:
         "--size", type=parse_size, metavar="D,H,W", help="voxels of the result (default: the recipe's; 128,256,256 for m3d)"
     )
     prepare.add_argument(
-        "--spacing",
+        "--target_spacing",
         type=numbers("Z,Y,X"),
         metavar="Z,Y,X",
-        help="mm along D, H and W, for ct_rate and ct_clip (default: the recipe's)",
+        help="mm along D, H and W of the result, for ct_rate and ct_clip (default: the recipe's)",
     )
+    prepare.add_argument("--spacing", type=_renamed, help=argparse.SUPPRESS)
     prepare.add_argument(
         "--shard", type=parse_shard, metavar="I/N", help="the I-th of N parts; once all are done, run without this to finish"
     )
@@ -61,6 +62,10 @@ def add_commands(commands: Commands) -> None:
     findings = commands.add_parser("findings", help="read findings in reports: train a reader on labelled reports, or score one")
     report_labels.add_arguments(findings)
     findings.set_defaults(run=_findings)
+
+
+def _renamed(_: str) -> None:
+    raise argparse.ArgumentTypeError("is the spacing that a scan has, as inspect takes it; that of the prepared volumes is --target_spacing")
 
 
 def _phantom(arguments: argparse.Namespace) -> None:
@@ -105,7 +110,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.dataset not in DATASETS:
         raise ValueError(f"data set {arguments.dataset!r} is unknown; known: {', '.join(DATASETS)}")
     dataset, source, destination = DATASETS[arguments.dataset], arguments.source, arguments.destination
-    processor = VolumeProcessor(arguments.recipe, size=arguments.size, spacing=arguments.spacing)
+    processor = VolumeProcessor(arguments.recipe, size=arguments.size, spacing=arguments.target_spacing)
     missed: dict[str, list[dict[str, str]]] = {split: [] for split in dataset.splits(source)}
     splits = {split: dataset.read(source, split, missed[split]) for split in missed}
     parts = parts_of_splits({split: found for split, (found, _) in splits.items()})

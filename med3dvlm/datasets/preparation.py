@@ -15,7 +15,6 @@ seconds to make; the summary counts them, and nobody reads them.
 """
 
 import dataclasses
-import glob
 import hashlib
 import json
 import logging
@@ -40,7 +39,7 @@ from tqdm import tqdm
 from med3dvlm.datasets.statistics import BINS, statistics
 from med3dvlm.datasets.store import CHECKED, checksum, read_voxels, volume_path
 from med3dvlm.files import PART, json_lines, read_lines, whole_file, write_json, write_text
-from med3dvlm.formats import VERSION
+from med3dvlm.formats import VERSION, state_of
 from med3dvlm.preprocessing import RECIPES, VolumeProcessor
 from med3dvlm.records import Question, Study, check_ids
 from med3dvlm.volume import Volume, read_volume
@@ -169,29 +168,19 @@ def _header(path: Path) -> Line | None:
 
 def _is_current(source: Path, destination: Path, settings: str, study: Study, line: Line | None) -> bool:
     """Whether the prepared volume is there and was made from the scan as it is now, in this way."""
-    if line is None or not volume_path(destination, study).is_file():
+    if line is None or not volume_path(destination, study).is_file() or not _stamp(settings, study).items() <= line.items():
         return False
-    try:
-        return _stamp(source, settings, study).items() <= line.items()
-    except OSError:  # the scan is gone, which preparing it says better
+    scan = source / study.image
+    try:  # what the files hold is looked at where they are others, as after a copy
+        return scan.exists() and (line.get("untouched") == state_of(scan) or line["files"] == state_of(scan, contents=True))
+    except OSError:  # which preparing it says better
         return False
 
 
-def _stamp(source: Path, settings: str, study: Study) -> Line:
-    """From what and how a volume is made: scan, the state of its files, what the data set says, settings, the readers' version."""
-    reading, files = json.loads(json.dumps(study.reading)), _state(source / study.image)
-    return {"study": study.id, "image": study.image, "reading": reading, "files": files, "settings": settings, "readers": VERSION}
-
-
-def _state(scan: Path) -> str:
-    """16 hexadecimal digits of names, sizes and times of change (ns) of what a scan is read from: its file, for .mhd those beside it that
-    are called the same but for the ending, of a folder all files below. Links to nothing are left out; whether they matter, reading says."""
-    if scan.is_dir():
-        places = scan.rglob("*")
-    else:
-        places = scan.parent.glob(f"{glob.escape(scan.stem)}.*" if scan.suffix.lower() == ".mhd" else glob.escape(scan.name))
-    states = ((place.relative_to(scan.parent).as_posix(), place.stat()) for place in places if place.is_file())
-    return checksum(json.dumps(sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)).encode())
+def _stamp(settings: str, study: Study) -> Line:
+    """In which way a volume is made: scan, what the data set says of it, settings, the readers' version."""
+    reading = json.loads(json.dumps(study.reading))
+    return {"study": study.id, "image": study.image, "reading": reading, "settings": settings, "readers": VERSION}
 
 
 def _is_whole(destination: Path, study: Study, expected: str) -> bool:
@@ -206,7 +195,9 @@ def prepare_one(source: Path, destination: Path, processor: VolumeProcessor, set
     """The volume's line, or the reason why there is none."""
     scan, path = source / study.image, volume_path(destination, study)
     try:
-        stamp = _stamp(source, settings, study) if scan.exists() else {}  # before it is read
+        stamp = _stamp(settings, study)
+        if scan.exists():
+            stamp |= {"files": state_of(scan, contents=True), "untouched": state_of(scan)}  # before it is read
         volume = read_volume(scan, **study.reading)
         voxels = processor.quantize(processor.transform(volume))[0].contiguous()
     except (OSError, ValueError) as error:  # VolumeError is a ValueError

@@ -6,10 +6,11 @@ from pathlib import Path
 from med3dvlm.formats import archive, arrays, dicom, folders, itk, nifti
 from med3dvlm.formats.base import Parts, VolumeError
 from med3dvlm.formats.hu import HU_POLICIES
+from med3dvlm.formats.sources import scan_files, state_of
 
-__all__ = ["HU_POLICIES", "READERS", "VERSION", "Parts", "VolumeError", "read"]
+__all__ = ["HU_POLICIES", "READERS", "VERSION", "Parts", "VolumeError", "read", "scan_files", "state_of"]
 
-VERSION = 1  # raised when a file is read otherwise than before: prepared volumes are then made anew
+VERSION = 2  # raised when a file is read otherwise than before: prepared volumes are then made anew
 
 WITH_SERIES: dict[str, Callable[[Path, str, int | None], Parts]] = {
     ".dcm": dicom.read,

@@ -91,6 +91,15 @@ def _voxel_file(path: Path, header: bytes) -> Path:
     return path.parent / os.fsdecode(found[1].strip()) if found else path
 
 
+def voxel_files(path: Path) -> list[Path]:
+    """The files beside a header that hold its voxels, as far as it is one that may be read; else none."""
+    ending = path.suffix.lower()
+    try:
+        return [_voxel_file(path, _checked_header(path, ending, ""))] if ending == ".mhd" else []
+    except (OSError, VolumeError):  # which reading says better
+        return []
+
+
 def _checked_header(path: Path, ending: str, source: str) -> bytes:
     """The first 64 KiB of a NRRD or MetaImage file, which must not name another place for its voxels.
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from med3dvlm import VolumeProcessor, read_volume
 from med3dvlm.datasets import m3d
-from med3dvlm.datasets.preparation import _state, parts_of_splits, prepare
+from med3dvlm.datasets.preparation import parts_of_splits, prepare
 from med3dvlm.datasets.statistics import kind_of
 from med3dvlm.datasets.store import PreparedData, volume_path
 from med3dvlm.files import read_lines
@@ -123,35 +123,33 @@ def test_a_slice_added_to_a_folder_is_a_change(tmp_path: Path) -> None:
     assert run() > second
 
 
-def rewrite(scan: Path, names: list[str]) -> None:
-    """Other bytes, of the same number and as old as before the last change."""
-    for name in names:
-        path = scan / name
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
-        os.utime(path, (1e9, 1e9))
-
-
-def test_every_file_of_a_scan_counts(tmp_path: Path) -> None:
-    """Voxels beside an .mhd, slices in a subfolder, older slices of the same size copied over a folder; a link to nothing does not."""
+@pytest.mark.parametrize("kept", [True, False])
+def test_voxels_beside_a_header_are_a_part_of_the_scan(tmp_path: Path, kept: bool) -> None:
+    """Named otherwise than the header; other voxels of the same number and date are another scan, a copy elsewhere is the same."""
     import SimpleITK as sitk
 
-    array = np.random.default_rng(0).integers(-1000, 1000, (10, 20, 30), np.int16)
-    sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "a[1].mhd"))
-    deep = tmp_path / "b" / "deep"
-    deep.mkdir(parents=True)
-    for number in range(4):
-        (deep / f"{number}.dcm").write_bytes(bytes(100))
-    states = {name: _state(tmp_path / name) for name in ("a[1].mhd", "b")}
-    (tmp_path / "b" / ".#lock").symlink_to("nowhere")
-    assert {name: _state(tmp_path / name) for name in states} == states
-    rewrite(tmp_path, ["a[1].raw"])
-    rewrite(deep, ["2.dcm"])
-    after = {name: _state(tmp_path / name) for name in states}
-    assert after["a[1].mhd"] != states["a[1].mhd"] and after["b"] != states["b"]
-    (deep / "2.dcm").rename(deep / "9.dcm")
-    assert _state(tmp_path / "b") != after["b"]
+    study, random = Study("a", "a", "in/scan.mhd", "Report.", {}, "train", "test"), np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    sitk.WriteImage(sitk.GetImageFromArray(random.integers(-1000, 1000, (10, 20, 30), np.int16)), tmp_path / "in" / "scan.mhd")
+    voxels = (tmp_path / "in" / "scan.raw").rename(tmp_path / "in" / "0001.img")
+    header = tmp_path / "in" / "scan.mhd"
+    header.write_text(header.read_text().replace("scan.raw", "0001.img"))
+
+    def run() -> str:
+        prepare(tmp_path, [study], [], VolumeProcessor("m3d", size=SIZE), tmp_path / "store", workers=1)
+        return str(read_lines(tmp_path / "store" / "index.jsonl")[0]["checksum"])
+
+    first, state = run(), voxels.stat()
+    made = volume_path(tmp_path / "store", study).stat().st_mtime_ns
+    if kept:
+        shutil.copytree(tmp_path / "in", tmp_path / "copy")
+        shutil.rmtree(tmp_path / "in")
+        (tmp_path / "copy").rename(tmp_path / "in")
+        assert run() == first and volume_path(tmp_path / "store", study).stat().st_mtime_ns == made
+    else:
+        voxels.write_bytes(random.integers(-1000, 1000, 6000, np.int16).tobytes())
+        os.utime(voxels, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert run() != first
 
 
 def test_another_reader_is_a_change(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
