@@ -46,8 +46,9 @@ class Volume:
 
     `array` is (D, H, W), int16 or float32, finite and not constant; `spacing` is (z, y, x) in mm; `spacing`,
     `orientation` and `direction` are None when nobody knows them. `source` is the path as given; `warnings` are
-    sentences about what is doubtful or was assumed, `notes` about what was decided, such as the unit, and why. Raises
-    VolumeError for anything else.
+    sentences about what is doubtful or was assumed, `notes` about what was decided, such as the unit, and why.
+    Of a DICOM scan, `modality` is what its header states, `window` the lowest and the highest value that it wants shown, and
+    `series` a line for each series found, first the one read. Raises VolumeError for anything else.
     """
 
     array: NDArray[np.int16] | NDArray[np.float32]
@@ -58,6 +59,9 @@ class Volume:
     source: str = "volume"
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    modality: str | None = None
+    window: tuple[float, float] | None = None
+    series: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if problem := self._problem():
@@ -161,12 +165,14 @@ def read_volume(
     geometry = (millimetres, letters, direction)
     Volume(array, *geometry, source=source)  # a scan at all, before its values are interpreted
     meaning = interpret(parts._replace(array=array), source, hu, rescale, unit)
-    if meaning.array is not array:
-        array = _smallest_exact_type(meaning.array, source)
+    window = parts.window
+    if meaning.array is not array:  # the window was meant for other values
+        window, array = None, _smallest_exact_type(meaning.array, source)
     warnings += meaning.warnings
     if _looks_like_labels(array):
         warnings.append("the values are few small whole numbers in solid patches; this may be a segmentation instead of a scan.")
-    return Volume(array, *geometry, meaning.unit, source, tuple(warnings), meaning.notes)
+    notes = meaning.notes
+    return Volume(array, *geometry, meaning.unit, source, tuple(warnings), notes, parts.modality, window, parts.series)
 
 
 def _smallest_exact_type(array: NDArray[Any], source: str) -> NDArray[np.int16] | NDArray[np.float32]:

@@ -30,6 +30,7 @@ class Parts(NamedTuple):
       NaN where they differ from slice to slice.
     - `hu`: the header itself says that `array` is in Hounsfield units.
     - `quantity`: what the header itself says that `array` holds where that is no HU, such as "Z_EFF"; None where it says nothing.
+    - `window`: the lowest and the highest value that the header wants shown.
     - `series`: for DICOM, a line of words for each series found, first the one read. A line begins with the number by
       which `series=` picks it (1 for the largest): "2: 40 slices of 512 x 512, CT". `read_volume` warns of several.
     """
@@ -45,6 +46,7 @@ class Parts(NamedTuple):
     series: tuple[str, ...] = ()
     direction: NDArray[np.float64] | None = None
     slice_positions: tuple[float, ...] | None = None
+    window: tuple[float, float] | None = None
 
 
 def damaged(source: str, kind: str) -> VolumeError:

@@ -53,7 +53,9 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
     if len({each.rescale for each in stack}) > 1:
         rescale = (math.nan, math.nan)
     hu = all(each.hu for each in stack)
-    return Parts(array, modality=first.modality, warnings=tuple(warnings), rescale=rescale, hu=hu, series=tuple(lines), **geometry)
+    window = stack[len(stack) // 2].window
+    said: dict[str, Any] = {"warnings": tuple(warnings), "rescale": rescale, "hu": hu, "series": tuple(lines), "window": window}
+    return Parts(array, modality=first.modality, **said, **geometry)
 
 
 def files_of(path: Path, source: str, series: int | None = None) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ NO_SLICES = {0x00181063, 0x00181065, 0x00540070, 0x00540100, 0x00540090}
 KEYWORDS = """SOPClassUID SOPInstanceUID ImageType Modality PatientID SeriesInstanceUID InstanceNumber ImagePositionPatient
     ImageOrientationPatient SamplesPerPixel PhotometricInterpretation NumberOfFrames FrameIncrementPointer Rows Columns BitsAllocated
     PixelRepresentation PixelSpacing ImagerPixelSpacing SpacingBetweenSlices PixelPaddingValue PixelPaddingRangeLimit RescaleSlope
-    RescaleIntercept RescaleType ModalityLUTSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence""".split()
+    RescaleIntercept RescaleType ModalityLUTSequence WindowCenter WindowWidth SharedFunctionalGroupsSequence
+    PerFrameFunctionalGroupsSequence""".split()
 
 
 class Slice(NamedTuple):
@@ -38,6 +40,7 @@ class Slice(NamedTuple):
     rescale: tuple[float, float] | None = None  # slope, intercept
     hu: bool = False  # the header says that they lead to HU
     padding: tuple[int, int] | None = None  # lowest and highest stored value that stand for "no image here"
+    window: tuple[float, float] | None = None  # lowest and highest value, rescaled, that the header wants shown
 
 
 def slices_of(file: Path, header: Any) -> Iterator[Slice]:
@@ -97,7 +100,20 @@ def _of_frame(constant: Slice, places: Sequence[Any], positions: int) -> Slice:
         distance=distance[0] if distance and distance[0] > 0 else None,
         rescale=rescale,
         hu=constant.modality == "CT" and rescale is not None and str(meaning or "HU").strip().upper() == "HU",
+        window=_window(places),
     )
+
+
+def _window(places: Sequence[Any]) -> tuple[float, float] | None:
+    """The first window that a header states; one that is no pair of numbers is nothing to refuse a scan for."""
+    with suppress(ValueError, TypeError):
+        centre, width = (
+            float(value[0] if isinstance(value, Sequence) and not isinstance(value, str) else value)
+            for value in (_stated(places, "FrameVOILUTSequence", keyword) for keyword in ("WindowCenter", "WindowWidth"))
+        )
+        if math.isfinite(centre) and 0 < width < math.inf:
+            return centre - width / 2, centre + width / 2
+    return None
 
 
 def _stated(places: Sequence[Any], sequence: str, keyword: str) -> Any:

@@ -346,3 +346,24 @@ def test_a_packed_picture_of_another_size_than_the_header(tmp_path: Path) -> Non
         item.Rows = 20
         item.save_as(odd)
         refused(folder, "1 of the DICOM slices are damaged")
+
+
+@pytest.mark.parametrize(
+    ("centre", "width", "window"),
+    [
+        (40, 400, (-160, 240)),
+        ([50, -600], [350, 1500], (-125, 225)),  # the first of several
+        ("40.5", "1", (40, 41)),
+        (40, 0, None),
+        (40, None, None),
+    ],
+)
+def test_the_headers_window_is_that_of_its_rescaled_values(tmp_path: Path, centre: object, width: object, window: object) -> None:
+    def edit(item: Dataset, _: int) -> None:
+        item.WindowCenter, item.WindowWidth = centre, width
+
+    folder = write_series(tmp_path / "scan", scan(), edit=edit)
+    assert read_volume(folder).window == window
+    assert (read_volume(folder).modality, len(read_volume(folder).series)) == ("CT", 1)
+    plain = write_series(tmp_path / "plain", scan() + 1024, rescale=(1, 0), edit=edit)
+    assert read_volume(plain, hu="csv", rescale=(1, -1024)).window is None  # it was meant for other values
