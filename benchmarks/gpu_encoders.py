@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.literal_encoder import literal
 from med3dvlm.encoders import build_encoder
 from med3dvlm.encoders.base import bfloat16_is_fast
-from med3dvlm.encoders.literal import literal
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 NUMBERS = ("float32", "tf32", "bfloat16")  # what the encoder's products are computed in

@@ -7,7 +7,7 @@
 The published protocol: softmax over the similarities of a volume to "{Pathology} is present." and "{Pathology} is not present.". Here the
 model's own temperature multiplies them; whether it did in the published figures, the papers do not say. That is the sigmoid of temperature
 times the difference, so each volume is encoded once and the 36 prompts once; the literal way encodes the volume with each of the 18 pairs
-(`python eval/speed.py zero_shot`). The temperature changes neither AUROC nor what is above 0.5. With --templates, the embeddings of several
+(`python -m benchmarks.zero_shot`). The temperature changes neither AUROC nor what is above 0.5. With --templates, the embeddings of several
 prompts are averaged (prompts.py).
 
 Volumes are encoded one by one: predictions are the same bytes for every batch size and number of processes.

@@ -5,7 +5,7 @@
               those of the PROBES nearest cells, and the CANDIDATES nearest of them are then compared exactly. What is returned has exact
               similarities; what can be missed is a neighbour in a cell that was not looked at.
 
-Why this index: `python eval/speed.py search --others` measures it beside two more on vectors that lie in clusters, as embeddings do. It is made of
+Why this index: `python -m benchmarks.search --others` measures it beside two more on vectors that lie in clusters, as embeddings do. It is made of
 a million vectors of 512 numbers in half a minute of CPU time. A graph (HNSW; usearch, 8 bits a number) took twice that for the first tenth of
 them. Signs alone (1 bit a number) need no training, but all of them have to be scanned and thousands of candidates compared exactly for the
 same recall, which takes longer. faiss is MIT-licensed, and one wheel serves every Python from 3.10.

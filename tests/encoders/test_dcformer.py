@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.literal_encoder import LiteralDownsample, literal
 from med3dvlm.encoders import build_encoder, count_parameters, list_encoders
 from med3dvlm.encoders.dcformer import SIZES, DCFormer
 from med3dvlm.encoders.decomposed import AxisConv
 from med3dvlm.encoders.hierarchy import Downsample
 from med3dvlm.encoders.layers import BatchNorm
-from med3dvlm.encoders.literal import LiteralDownsample, literal
 from tests.encoders.small import randomised
 
 ODD = (10, 20, 30)

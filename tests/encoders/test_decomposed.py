@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.literal_encoder import LiteralConv, literal
 from med3dvlm.encoders import build_encoder, decomposed
 from med3dvlm.encoders.decomposed import DecomposedConv
-from med3dvlm.encoders.literal import LiteralConv, literal
 from tests.encoders.small import randomised
 
 

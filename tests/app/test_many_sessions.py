@@ -1,8 +1,8 @@
-"""`python eval/speed.py app` against the served page: it counts what is lost or mixed up."""
+"""`python -m benchmarks.chat` against the served page: it counts what is lost or mixed up."""
 
 from dataclasses import replace
 
-from eval.speed_app import QUESTIONS, Visit, attempt, compare, visit, write_scans
+from benchmarks.chat import QUESTIONS, Visit, attempt, compare, visit, write_scans
 
 
 def test_several_sessions_are_told_what_each_was_told_alone(server, tmp_path) -> None:

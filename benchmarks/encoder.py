@@ -1,10 +1,8 @@
-"""How fast the encoder is beside the paper's definition taken literally (med3dvlm/encoders/literal.py), and how near this machine's limits.
-`python eval/speed.py data` measures loading and preparation instead (eval/speed_data.py), `python eval/speed.py eval` the writing and scoring
-of reports (eval/speed_eval.py), and so on: every other eval/speed_*.py is named by its last word and has flags of its own.
+"""How fast the encoder is beside the paper's definition taken literally (literal_encoder.py), and how near this machine's limits.
 
-    python eval/speed.py encoder
-    python eval/speed.py encoder --allocation system
-    python eval/speed.py encoder --encoder dcformer_tiny --size 64,128,128 --runs 9
+    python -m benchmarks.encoder
+    python -m benchmarks.encoder --allocation system
+    python -m benchmarks.encoder --encoder dcformer_tiny --size 64,128,128 --runs 9
 
 Every form has the same weights and the same volume. The forms take turns in one process, after one warm-up each, and the medians count, of seconds
 and of the processor's seconds (of all threads), in which other programs show less. The memory of a training step is that of a process of its own.
@@ -14,7 +12,6 @@ Writes <output>/encoder_<allocation>.json and .md.
 
 import argparse
 import platform
-import runpy
 import statistics
 import subprocess
 import sys
@@ -26,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.literal_encoder import literal
 from med3dvlm import evaluation
 from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.encoders import build_encoder
 from med3dvlm.encoders.base import bfloat16_is_fast
 from med3dvlm.encoders.cost import count, resident
-from med3dvlm.encoders.literal import literal
 from med3dvlm.files import write_json
 
 LITERAL = "literal, float32"
@@ -51,13 +48,7 @@ class Form:
 
 
 def main() -> None:
-    parts = sorted(path.stem.removeprefix("speed_") for path in Path(__file__).parent.glob("speed_*.py"))
-    if sys.argv[1:2] and sys.argv[1] in parts:
-        part = sys.argv.pop(1)
-        runpy.run_path(str(Path(__file__).with_name(f"speed_{part}.py")), run_name="__main__")
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["encoder", *parts])
     parser.add_argument("--encoder", default="dcformer_small", help="a DCFormer (default: %(default)s)")
     parser.add_argument("--size", default="128,256,256", help="D,H,W of the volume (default: %(default)s)")
     parser.add_argument("--batch", type=evaluation.positive, default=2, help="volumes in a training step (default: %(default)s)")
@@ -82,7 +73,9 @@ def main() -> None:
     results["inference"] = inference(inference_forms(encoder), volumes[:1], arguments.runs)
     results["training"] = training(training_forms(encoder), volumes, arguments.runs)
     for name, row in results["training"].items():
-        child = subprocess.run([sys.executable, *sys.argv, "--memory_of", name], check=True, capture_output=True, text=True)
+        child = subprocess.run(
+            [sys.executable, "-m", "benchmarks.encoder", *sys.argv[1:], "--memory_of", name], check=True, capture_output=True, text=True
+        )
         row["step_gb"] = float(child.stdout)
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"encoder_{arguments.allocation}.json"

@@ -1,8 +1,8 @@
 """How fast volumes are loaded from a store and prepared for it, beside reading prepared .nii.gz files as M3D's release has them.
 
-    python eval/speed.py data
-    python eval/speed.py data --scan head.nii.gz --volumes 16 --runs 7
-    python eval/speed.py data --memory 5000
+    python -m benchmarks.loading
+    python -m benchmarks.loading --scan head.nii.gz --volumes 16 --runs 7
+    python -m benchmarks.loading --memory 5000
 
 Without --scan the volumes are phantoms. Loading: an epoch through a DataLoader, ready as a float32 batch on the CPU, and for a
 device that normalises, as the store has it; by the program itself, which is the work alone, and by one worker process, which has to send

@@ -1,4 +1,4 @@
-"""`python eval/speed.py zero_shot`, small: that both ways agree and how often each encodes, not how fast this machine is."""
+"""`python -m benchmarks.zero_shot`, small: that both ways agree and how often each encodes, not how fast this machine is."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eval.speed_zero_shot import check_equal
+from benchmarks import zero_shot
+from benchmarks.zero_shot import check_equal
 from med3dvlm import Med3DCLIP
 
 
@@ -20,7 +21,7 @@ def test_a_random_model(run: Callable[..., None], tmp_path: Path, capsys: pytest
         patch.setattr(
             Med3DCLIP, "encode_text", lambda self, **tokens: texts.append(len(tokens["input_ids"])) or encode_text(self, **tokens)
         )
-        run("speed_zero_shot", "--size", "16,32,32", "--studies", 3, "--runs", 1, "--output", tmp_path)
+        run(Path(zero_shot.__file__), "--size", "16,32,32", "--studies", 3, "--runs", 1, "--output", tmp_path)
     results = json.loads((tmp_path / "zero_shot.json").read_text())
     assert len(images) == (18 + 1) * (1 + 3)  # a warm-up volume and three
     assert sum(texts) == 36 * (1 + 1) + 36 * (3 + 1)
@@ -30,10 +31,10 @@ def test_a_random_model(run: Callable[..., None], tmp_path: Path, capsys: pytest
 
 def test_a_trained_model(run: Callable[..., None], chests: SimpleNamespace, tmp_path: Path) -> None:
     data = ("--data", chests.root / "prepared", "--split", "valid_fixed")
-    run("speed_zero_shot", "--model", chests.clip, *data, "--studies", 2, "--runs", 1, "--output", tmp_path)
+    run(Path(zero_shot.__file__), "--model", chests.clip, *data, "--studies", 2, "--runs", 1, "--output", tmp_path)
     assert json.loads((tmp_path / "zero_shot.json").read_text())["size"] == [32, 64, 64]
     with pytest.raises(ValueError, match="--model and --data belong together"):
-        run("speed_zero_shot", "--model", chests.clip)
+        run(Path(zero_shot.__file__), "--model", chests.clip)
 
 
 def test_ways_that_differ_do_not_compare() -> None:

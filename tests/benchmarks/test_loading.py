@@ -1,4 +1,4 @@
-"""`python eval/speed.py data`, small: that it measures what it says, not how fast this machine is."""
+"""`python -m benchmarks.loading`, small: that it measures what it says, not how fast this machine is."""
 
 import json
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval.speed_data import BASELINE, BYTES, FLOAT, WORKERS, growth
+from benchmarks.loading import BASELINE, BYTES, FLOAT, WORKERS, growth
 
 
 @pytest.mark.slow
 def test_loading_and_preparation(shell: Callable[..., str], tmp_path: Path) -> None:
-    said = shell("python", "eval/speed.py", "data", "--size", "16,32,24", "--volumes", 6, "--runs", 1, "--output", tmp_path)
+    said = shell("python", "-m", "benchmarks.loading", "--size", "16,32,24", "--volumes", 6, "--runs", 1, "--output", tmp_path)
     results = json.loads((tmp_path / "data.json").read_text())
     assert set(results["loading"]) == set(WORKERS)
     for rows in results["loading"].values():
@@ -25,7 +25,7 @@ def test_loading_and_preparation(shell: Callable[..., str], tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_memory(shell: Callable[..., str], tmp_path: Path) -> None:
-    shell("python", "eval/speed.py", "data", "--size", "16,32,24", "--memory", 60, "--batch", 3, "--output", tmp_path)
+    shell("python", "-m", "benchmarks.loading", "--size", "16,32,24", "--memory", 60, "--batch", 3, "--output", tmp_path)
     results = json.loads((tmp_path / "data_memory.json").read_text())
     assert [volumes for volumes, _ in results["megabytes"]] == list(range(3, 61, 3))
     with Image.open(tmp_path / "data_memory.png") as picture:

@@ -1,4 +1,4 @@
-"""`python eval/speed.py eval`, small: that both ways say the same and the counters count, not how fast this machine is."""
+"""`python -m benchmarks.report_evaluation`, small: that both ways say the same and the counters count, not how fast this machine is."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from eval.speed_eval import check_equal
+from benchmarks.report_evaluation import check_equal
 
 
 @pytest.mark.slow
@@ -17,7 +17,7 @@ def test_writing_and_scoring(demo: SimpleNamespace, shell: Callable[..., str], t
     for name, source in (("model", demo.model), ("stage1", demo.clip), ("prepared", demo.root / "prepared")):
         (root / name).symlink_to(source)
     small = ("--studies", 4, "--runs", 1, "--max_new_tokens", 8, "--batch_size", 3, "--output", tmp_path / "out")
-    said = shell("python", "eval/speed.py", "eval", "--root", root, *small)
+    said = shell("python", "-m", "benchmarks.report_evaluation", "--root", root, *small)
     results = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert (tmp_path / "out" / "eval.md").read_text() in said
     assert set(results["published"]["parts"]) == set(results["ours"]["parts"]) == {"writing", "words", "BERTScore"}

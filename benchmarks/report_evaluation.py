@@ -1,7 +1,7 @@
 """How fast reports are written and scored, beside the protocol of the published evaluation, by the same model, with the same outcome.
 
-    python eval/speed.py eval
-    python eval/speed.py eval --root outputs/demo --studies 64 --runs 3
+    python -m benchmarks.report_evaluation
+    python -m benchmarks.report_evaluation --root outputs/demo --studies 64 --runs 3
 
 The published way takes one study at a time: encoder as trained, generation for a batch of one, each metric called for each study, and
 BERTScore's model loaded anew each time. Ours encodes with the fused encoder, generates in batches, scores all at once and loads BERTScore once.
@@ -106,7 +106,7 @@ def encoded(script: str, *arguments: object) -> int:
             seen[0] += len(inputs[0])
 
     hook, before = register_module_forward_hook(count), sys.argv
-    path = Path(__file__).with_name(f"{script}.py")
+    path = Path(__file__).parents[1] / "eval" / f"{script}.py"
     sys.argv = [str(path), *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -1,7 +1,7 @@
 """Seconds and memory of ranking a large pool, both ways, by the function that eval/retrieval.py ranks with.
 
-    python eval/speed.py retrieval
-    python eval/speed.py retrieval --pairs 2000 --width 768
+    python -m benchmarks.retrieval
+    python -m benchmarks.retrieval --pairs 2000 --width 768
 
 The embeddings are random, a text near its image. Ranks of some queries are compared with those of one query at a time, or the program fails.
 The memory is the most that the process held, embeddings and libraries included. Writes <output>/retrieval.json.

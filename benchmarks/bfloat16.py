@@ -1,6 +1,6 @@
 """What bfloat16 changes: the embeddings of a Med3DCLIP against those in float32, and the ranks of each scan's report.
 
-    python eval/precision.py --model outputs/demo/stage1 --data outputs/demo/prepared --limit 50 --output outputs/demo/eval/precision
+    python -m benchmarks.bfloat16 --model outputs/demo/stage1 --data outputs/demo/prepared --limit 50 --output outputs/demo/eval/precision
 
 Writes scores.json: the least and the mean cosine between a volume's two embeddings, recall in both types, and how far ranks move.
 """

@@ -1,7 +1,7 @@
 """How the chat serves many people at once: each with a scan of its own, all asking at the same time, beside one after the other.
 
-    python eval/speed.py app --model outputs/demo/model
-    python eval/speed.py app --address http://127.0.0.1:7860 --sessions 20
+    python -m benchmarks.chat --model outputs/demo/model
+    python -m benchmarks.chat --address http://127.0.0.1:7860 --sessions 20
 
 Without --address the chat is started for the measurement, and ended. Every session is a gradio_client of its own with its own phantom. First the
 sessions ask one after the other; what they are told then is what they must be told together, word for word, since answers are greedy and a

@@ -1,7 +1,7 @@
 """What one training step of the CT-CLIP path costs at the paper's size: seconds and memory, with all activations kept and with them computed again.
 
-    python eval/speed.py train
-    python eval/speed.py train --encoder dcformer_nano --size 128,256,256 --batch 2 --runs 3
+    python -m benchmarks.ct_clip_training
+    python -m benchmarks.ct_clip_training --encoder dcformer_nano --size 128,256,256 --batch 2 --runs 3
 
 The text encoder has CXR-BERT's size and random weights (109 million parameters), its texts are full, 512 tokens; AdamW steps. The loss of a
 single pair is 0, so that of a second, made of fixed numbers, keeps its gradients alive. Each way runs in a process of its own, whose largest
@@ -68,7 +68,7 @@ def main() -> None:
         return
     rows = []
     for name, flags in WAYS.items():
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", *flags]
+        command = [sys.executable, "-m", "benchmarks.ct_clip_training", *sys.argv[1:], "--one", *flags]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             rows.append((name, None, f"ended with {done.returncode}"))  # -9: the system had no memory left

@@ -1,8 +1,8 @@
 """How fast the nearest of very many embeddings are found: exactly, and by the vector index, with what the index misses.
 
-    python eval/speed.py search
-    python eval/speed.py search --others
-    python eval/speed.py search --count 200000 --spread 0.6
+    python -m benchmarks.search
+    python -m benchmarks.search --others
+    python -m benchmarks.search --count 200000 --spread 0.6
 
 The embeddings are drawn, not those of a model: 2000 clusters of very different sizes, their centres and what varies within them of decaying
 spectrum, all turned towards a common side as embeddings of one kind are. `--spread` is how far a cluster reaches, relative to its centres'; the

@@ -1,4 +1,4 @@
-"""`python eval/speed.py search`, small: that it measures what it says, not how fast this machine is."""
+"""`python -m benchmarks.search`, small: that it measures what it says, not how fast this machine is."""
 
 import json
 from collections.abc import Callable
@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.speed_search import TOP, Space, measure
+from benchmarks.search import TOP, Space, measure
 from med3dvlm.search.vectors import Nearest, Vectors
 
 
 @pytest.mark.slow
 def test_every_way_is_measured(shell: Callable[..., str], tmp_path: Path) -> None:
     small = ("--count", 5001, "--width", 64, "--spread", 0.6, "--queries", 6, "--others", "--output", tmp_path)
-    said = shell("python", "eval/speed.py", "search", *small)
+    said = shell("python", "-m", "benchmarks.search", *small)
     results = json.loads((tmp_path / "search.json").read_text())
     assert (tmp_path / "search.md").read_text() in said
     assert {path.name for path in tmp_path.iterdir()} == {"search.json", "search.md", "shell.log"}  # no embeddings, no index

@@ -1,8 +1,8 @@
 """How fast the 18 findings are detected zero-shot, beside the literal protocol, by the same model and with the same probabilities.
 
-    python eval/speed.py zero_shot
-    python eval/speed.py zero_shot --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --studies 32
-    python eval/speed.py zero_shot --encoder dcformer_tiny --size 64,128,128 --studies 4
+    python -m benchmarks.zero_shot
+    python -m benchmarks.zero_shot --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --studies 32
+    python -m benchmarks.zero_shot --encoder dcformer_tiny --size 64,128,128 --studies 4
 
 The literal way shows the model each volume with each of the 18 pairs of prompts, so it encodes a volume 18 times and every prompt as often as
 there are volumes. Ours encodes volumes one by one and prompts once, as eval/zero_shot.py does. Both read a volume once, and begin with a
