@@ -10,9 +10,13 @@
                and one of plane, phase, organ, abnormality, location, other
     label:<finding>
                optional, as many as there are: 0, 1, or empty where nobody looked
+    series, hu, rescale (or slope, intercept), spacing, unit
+               optional: what `read_volume` is told of the scan, as by the options of `inspect`; several numbers as "1,-1024" (in .jsonl
+               also a list)
 
-Any other column is an error. A scan with several questions has several rows; what a later row leaves empty is as in the first. In
-ten lines, with scans in the folder "mine":
+Any other column is an error; capital letters in their names do not matter. A scan with several questions has several rows; what a later
+row leaves empty is as in the first. Cells of nan, None, NULL, NA are empty (an answer may be "None" or "NA"), and 2.0 is 2. In ten lines,
+with scans in the folder "mine":
 
     from pathlib import Path
     from med3dvlm.datasets import table
@@ -29,19 +33,42 @@ From there, `med3dvlm prepare table mine prepared`.
 """
 
 import hashlib
+import logging
+import math
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from med3dvlm.datasets.csv_files import check_columns, csv_rows, json_rows, label_value
+from med3dvlm.datasets.csv_files import check_columns, csv_rows, is_missing, json_rows, label_value, own_names
 from med3dvlm.records import Question, Study, check_ids, check_inside
-from med3dvlm.volume import READERS
+from med3dvlm.volume import HU_POLICIES, READERS, UNITS
+
+logger = logging.getLogger(__name__)
 
 NEEDED = ("image", "report")
 ABOUT_THE_STUDY = ("report", "id", "patient", "split")
 ABOUT_A_QUESTION = ("question", "answer", "choices", "kind")
+ABOUT_THE_SCAN = {"series": 1, "hu": 0, "rescale": 2, "slope": 1, "intercept": 1, "spacing": 3, "unit": 0}  # how many numbers
+COLUMNS = ("image", *ABOUT_THE_STUDY, *ABOUT_A_QUESTION, *ABOUT_THE_SCAN)
+WORDS = {"hu": HU_POLICIES, "unit": UNITS}
 LABEL = "label:"
+ENDINGS = (".csv", ".tsv", ".jsonl")
 SHARES = {"train": 80, "validation": 10, "test": 10}
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev", "development"),
+    "test": ("test", "testing"),
+}
+MAY_SAY_NONE = ("none", "na", "n/a")  # an answer, too
+# What language models have for special tokens. The text of one is read as words; most often it was left in by mistake.
+TOKEN = re.compile(
+    r"<\|[^<>|\s]+\|>|</?(?:s|image|img|video|pad|unk|mask|bos|eos|cls|sep|im_\w+|image_\w+|(?:start|end)_of_\w+)>"
+    r"|\[/?(?:CLS|SEP|PAD|UNK|MASK|BOS|EOS|INST|IMG)\]|<</?SYS>>"
+)
+SHOWN = 10
 
 
 def splits(root: str | Path) -> list[str]:
@@ -73,11 +100,15 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
 
 
 def table_of(root: Path) -> Path:
-    """The table in the folder: the only .csv or .jsonl file there, or the one named table. Raises FileNotFoundError or ValueError."""
-    found = sorted(path for path in root.glob("*") if path.suffix in (".csv", ".jsonl"))
-    named = [path for path in found if path.stem == "table"]
+    """The table in the folder: the only file there that ends as one, or the one named table. Raises FileNotFoundError or ValueError."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder; name the one that holds the scans and the table")
+    found = sorted(path for path in root.iterdir() if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
+    named = [path for path in found if path.stem.lower() == "table"]
     if not found:
-        raise FileNotFoundError(f"{root} has no table; put one there, say table.csv with the columns image and report")
+        raise FileNotFoundError(
+            f"{root} has no table ({', '.join(ENDINGS)}); put one there, say table.csv with the columns image and report"
+        )
     if len(found) > 1 and len(named) != 1:
         names = ", ".join(path.name for path in found)
         raise ValueError(f"{root} has several tables ({names}); name the one that describes the scans table.csv or table.jsonl")
@@ -96,20 +127,35 @@ def dealt(patient: str) -> str:
 def _read(root: Path) -> tuple[list[Study], list[Question], dict[str, str]]:
     """All studies and questions, and where each study is first mentioned."""
     path = table_of(root)
+    state = path.stat()
+    return _parsed(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=1)  # each split asks for it
+def _parsed(path: Path, changed: int, size: int) -> tuple[list[Study], list[Question], dict[str, str]]:
     known: dict[str, dict[str, Any]] = {}  # image -> what its rows say
     asked: list[tuple[str, str, dict[str, str]]] = []
+    spelled: dict[str, str] = {}  # splits
+    doubts = _Doubts(path)
     has_splits = False
-    for where, row in _rows(path):
+    for where, cells in _rows(path):
         try:
+            row = {name: _text(name, value) for name, value in cells.items()}
+            doubts.look(where, row)
+            row = {name: "" if _means_nothing(name, text, row) else text for name, text in row.items()}
             image = row["image"]
+            if not image:
+                raise ValueError("image is empty; name the scan's file or folder")
             check_inside(image, "image")
             labels = {name: label_value(name, text) for name, text in row.items() if name.startswith(LABEL)}
-            said = {name: row.get(name, "") for name in ABOUT_THE_STUDY} | {
-                name: value for name, value in labels.items() if value is not None
-            }
+            said: dict[str, Any] = {name: row[name] for name in ABOUT_THE_STUDY if row.get(name)}
+            if "split" in said:
+                said["split"] = _split(said["split"], spelled)
+            said |= {name: value for name, value in labels.items() if value is not None}
+            said |= {name: _told(name, row[name]) for name in ABOUT_THE_SCAN if row.get(name)}
             before = known.setdefault(image, {"where": where})
             for name, value in said.items():
-                if value != "" and before.setdefault(name, value) != value:
+                if before.setdefault(name, value) != value:
                     raise ValueError(f"{name} is {value!r} but {before['where']} says {before[name]!r} of the same image")
             if any(row.get(name) for name in ABOUT_A_QUESTION):
                 asked.append((where, image, row))
@@ -118,6 +164,7 @@ def _read(root: Path) -> tuple[list[Study], list[Question], dict[str, str]]:
         has_splits |= "split" in row
     if not known:
         raise ValueError(f"{path} has no rows")
+    doubts.tell()
     studies = {image: _study(image, facts, has_splits) for image, facts in known.items()}
     try:
         check_ids(studies.values())
@@ -136,9 +183,20 @@ def _study(image: str, facts: Mapping[str, Any], has_splits: bool) -> Study:
         raise ValueError(f"{facts['where']}: split is empty; name one, or delete the column to have patients dealt out")
     labels = {column.removeprefix(LABEL): value for column, value in facts.items() if column.startswith(LABEL)}
     try:
-        return Study(name, patient, image, facts.get("report", ""), labels, split, "table")
+        return Study(name, patient, image, facts.get("report", ""), labels, split, "table", _reading(facts))
     except ValueError as error:
         raise ValueError(f"{facts['where']}: {error}") from error
+
+
+def _reading(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `read_volume`."""
+    reading = {name: facts[name] for name in ("series", "hu", "rescale", "spacing", "unit") if name in facts}
+    pair = [facts[name] for name in ("slope", "intercept") if name in facts]
+    if len(pair) == 1:
+        raise ValueError("of slope and intercept one is empty; state both or neither")
+    if pair and reading.setdefault("rescale", pair) != pair:
+        raise ValueError(f"rescale is {reading['rescale']} but slope and intercept are {pair}; state them once")
+    return reading
 
 
 def _question(where: str, study: str, row: Mapping[str, str]) -> Question:
@@ -151,28 +209,114 @@ def _question(where: str, study: str, row: Mapping[str, str]) -> Question:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each row as texts without white space around them, with columns that are known."""
-    for where, row in csv_rows(path, NEEDED) if path.suffix == ".csv" else json_rows(path):
-        _check(path if path.suffix == ".csv" else Path(where), list(row))
-        yield where, {name: _text(where, name, value) for name, value in row.items()}
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row with columns that are known, in our spelling."""
+    in_json = path.suffix.lower() == ".jsonl"
+    for where, row in json_rows(path) if in_json else csv_rows(path, NEEDED, COLUMNS):
+        names = [re.sub(rf"(?i)^{LABEL}\s*", LABEL, name) for name in own_names(list(row), COLUMNS)]
+        _check(Path(where) if in_json else path, names)
+        yield where, dict(zip(names, row.values(), strict=True))
 
 
 def _check(place: Path, columns: list[str]) -> None:
     check_columns(place, columns, NEEDED)
-    allowed = ("image", *ABOUT_THE_STUDY, *ABOUT_A_QUESTION)
-    if unknown := [name for name in columns if name not in allowed and not (name.startswith(LABEL) and name != LABEL)]:
+    if unknown := [name for name in columns if name not in COLUMNS and not (name.startswith(LABEL) and name != LABEL)]:
         raise ValueError(
-            f"{place} has the unknown columns {unknown}; known are {', '.join(allowed)}, and {LABEL}<finding> for a column of 0 and 1"
+            f"{place} has the unknown columns {unknown}; known are {', '.join(COLUMNS)}, and {LABEL}<finding> for a column of 0 and 1"
         )
 
 
-def _text(where: str, name: str, value: Any) -> str:
-    """A cell; in JSON also null, a number, and a list of choices."""
-    if value is None:
+def _text(name: str, value: Any) -> str:
+    """A cell without white space around it; in JSON also null or NaN, a number, and a list of choices or numbers."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    if name == "choices" and isinstance(value, list) and all(isinstance(choice, str) and "|" not in choice for choice in value):
-        return "|".join(value)
-    if isinstance(value, bool | dict | list):
-        raise ValueError(f"{where}: {name} is {value!r} but must be a text or a number")
-    return str(value).strip()
+    if name.startswith(LABEL) and str(value).strip().casefold() in ("true", "false"):
+        return str(int(str(value).strip().casefold() == "true"))
+    if isinstance(value, list) and name in ("choices", "rescale", "spacing"):
+        parts = [_text(name, part) if not isinstance(part, list) else "" for part in value]
+        if not all(parts) or any("|" in part for part in parts):
+            raise ValueError(f"{name} is {value!r} but must be a list of texts or numbers, none of them empty or with a '|' in it")
+        return ("|" if name == "choices" else ",").join(parts)
+    if isinstance(value, str):
+        text = value.strip()
+        if name in ("id", "patient", "split", "series"):
+            if re.fullmatch(r"-?\d(\.\d+)?[eE]\+\d+", text):
+                raise ValueError(f"{name} is {text!r}, which a spreadsheet has rounded; have its column hold text there")
+            text = re.sub(r"(?<=\d)\.0+$", "", text) if re.fullmatch(r"-?\d+\.0+", text) else text
+        return text
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 2**53)
+    if isinstance(value, bool | dict | list) or name in ("report", "question"):
+        raise ValueError(f"{name} is {value!r} but must be a text")
+    if not math.isfinite(value) or not (whole or name in ("answer", "choices", *ABOUT_THE_SCAN) or name.startswith(LABEL)):
+        raise ValueError(f"{name} is {value!r} but must be a text or a whole number")
+    return str(int(value)) if whole else repr(value)
+
+
+def _means_nothing(name: str, text: str, row: Mapping[str, str]) -> bool:
+    """Whether a cell counts as empty. "None" is an answer where a question is asked."""
+    told = name == "answer" and text.casefold() in MAY_SAY_NONE and not is_missing(row.get("question", ""))
+    return is_missing(text) and not told
+
+
+def _split(text: str, spelled: dict[str, str]) -> str:
+    """Its usual name, "validation" for "Val"; another one as it is. Raises ValueError where two differ in capital letters alone."""
+    folded = text.casefold()
+    for name, spellings in SPLITS.items():
+        if folded in spellings:
+            return name
+    if spelled.setdefault(folded, text) != text:
+        raise ValueError(f"split is {text!r} but other rows write {spelled[folded]!r}; write it in one way")
+    return text
+
+
+def _told(name: str, text: str) -> Any:
+    """The value of a column about the scan."""
+    if name in WORDS:
+        for word in WORDS[name]:
+            if text.casefold() == word.casefold():
+                return word
+        raise ValueError(f"{name} is {text!r} but must be one of {', '.join(WORDS[name])}")
+    count = ABOUT_THE_SCAN[name]
+    try:
+        numbers = [float(part) for part in re.split(r"\s*[,;x]\s*|\s+", text.strip("[]() "))]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        form = {1: "a number", 2: "slope and intercept, as 1,-1024", 3: "mm between slices, rows and columns, as 2.5,0.8,0.8"}[count]
+        raise ValueError(f"{name} is {text!r} but must be {form}")
+    if name == "series":
+        if numbers[0] < 1 or numbers[0] % 1:
+            raise ValueError(f"series is {text!r} but must be the number of a series in the list that `med3dvlm inspect` shows")
+        return int(numbers[0])
+    if min(numbers) <= 0 and name in ("spacing", "slope"):
+        raise ValueError(f"{name} is {text!r} but must be above 0")
+    return numbers if count > 1 else numbers[0]
+
+
+class _Doubts:
+    """What a table holds that is most likely no intention of its author, counted, to be told once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tokens: list[str] = []
+        self.missing: dict[tuple[str, str], list[str]] = defaultdict(list)
+
+    def look(self, where: str, row: Mapping[str, str]) -> None:
+        line = where.rpartition(" ")[2]
+        for name, text in row.items():
+            if name in ("report", "question", "answer", "choices") and (found := TOKEN.search(text)):
+                self.tokens.append(f"line {line}, {name}: {found[0]}")
+            elif text and _means_nothing(name, text, row):
+                self.missing[name, text].append(line)
+
+    def tell(self) -> None:
+        if self.tokens:
+            more = f"; and {len(self.tokens) - SHOWN} more" if len(self.tokens) > SHOWN else ""
+            logger.warning(
+                "%s: the text of a special token stands in %d cells (%s%s). Models read it as words; delete it if it was left in by mistake.",
+                self.path, len(self.tokens), "; ".join(self.tokens[:SHOWN]), more,
+            )  # fmt: skip
+        for (name, text), lines in self.missing.items():
+            logger.warning(
+                "%s: %s is %r in %d rows, the first in line %s; it counts as empty.", self.path, name, text, len(lines), lines[0]
+            )

@@ -150,7 +150,7 @@ def test_missing_volumes_and_reports_are_failures(root: Path) -> None:
     assert [study.id for study in studies] == ["train/train_53/train_53_b/train_53_b_1"]
     assert [failure["study"].rpartition("/")[2] for failure in failures] == ["train_1_a_1", "train_1_a_2", "train_7_a_1"]
     assert [set(failure) for failure in failures] == [{"study", "file", "reason"}] * 3
-    reasons = ("the volume of .*train_reports.csv line 3, is missing", "line 4: neither findings nor impressions", "has no report in")
+    reasons = ("the volume of .*train_reports.csv line 2, is missing", "line 4: neither findings nor impressions", "has no report in")
     for failure, reason in zip(failures, reasons, strict=True):
         with pytest.raises(AssertionError, match=reason):
             raise AssertionError(failure["reason"])

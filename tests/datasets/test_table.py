@@ -66,8 +66,8 @@ def test_json_lines_say_the_same_as_csv(tmp_path: Path) -> None:
     rows[0] |= {"choices": ["Axial", "Coronal", "Sagittal", "Oblique"], "kind": "plane", "label:mass": 1}
     first = write(tmp_path / "csv", csv)
     second = write(tmp_path / "json", "\n\n".join(map(json.dumps, rows)), "scans.jsonl")  # no line end at the end
-    assert table.splits(first) == table.splits(second) == ["train", "val"]
-    for split in ("train", "val"):
+    assert table.splits(first) == table.splits(second) == ["train", "validation"]
+    for split in ("train", "validation"):
         assert table.read(first, split) == table.read(second, split)
     (study,), (question,) = table.read(first, "train")
     assert (study.patient, study.labels, question.kind, question.letter) == ("7", {"mass": 1}, "plane", "A")
@@ -110,7 +110,7 @@ def test_a_study_without_report_is_a_failure(tmp_path: Path) -> None:
         ("image,report\na.nii\n", "table.csv line 2: the row ends before report"),
         ("image,report\na.nii,A mass, 3 cm\n", "table.csv line 2: the row has more values than there are columns"),
         ("image,report\n../a.nii,x\n", "table.csv line 2: image is '../a.nii', but it must be a path relative to"),
-        ("image,report\n,x\n", "table.csv line 2: image is '', but it must be a path"),
+        ("image,report\n,x\n", "table.csv line 2: image is empty; name the scan's file or folder"),
         ("image,report,id\na.nii,x,/etc\n", "table.csv line 2: id of study '/etc' is '/etc'"),
         ("image,report\na.nii,x\na.nii,y\n", "table.csv line 3: report is 'y' but table.csv line 2 says 'x' of the same image"),
         ("image,report,label:mass\na.nii,x,1\na.nii,,0\n", "line 3: label:mass is 0 but .*line 2 says 1 of the same image"),
@@ -139,9 +139,9 @@ def test_a_wrong_table_is_named_by_file_and_line(tmp_path: Path, text: str, mess
     [
         ('{"image": "a.nii"}', r"table.jsonl line 2 lacks the columns \['report'\]"),
         ('{"image": "a.nii", "report": "x", "age": 4}', r"table.jsonl line 2 has the unknown columns \['age'\]"),
-        ('{"image": "a.nii", "report": ["x"]}', r"table.jsonl line 2: report is \['x'\] but must be a text or a number"),
+        ('{"image": "a.nii", "report": ["x"]}', r"table.jsonl line 2: report is \['x'\] but must be a text"),
         ('{"image": "a.nii", ', "table.jsonl line 2 is no JSON: "),
-        ("[1]", "table.jsonl line 2 is no JSON object but list"),
+        ("[1]", "table.jsonl line 2: it holds no JSON object but a list"),
     ],
 )
 def test_a_wrong_json_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -160,10 +160,12 @@ def test_which_table_is_read(tmp_path: Path) -> None:
         table.splits(root)
     (root / "scans.csv").rename(root / "table.csv")
     assert table.splits(root) == ["train"]
-    with pytest.raises(FileNotFoundError, match="has no table; put one there, say table.csv with the columns image and report"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no table \(.csv, .tsv, .jsonl\); put one there, say table.csv with the columns image and report"
+    ):
         table.splits(tmp_path)
     (root / "table.csv").write_bytes(b"image,report\na.nii,M\xfcller\n")
-    with pytest.raises(ValueError, match="table.csv is no UTF-8 text"):
+    with pytest.raises(ValueError, match="table.csv line 2 is no UTF-8 text"):
         table.splits(root)
 
 
@@ -171,3 +173,123 @@ def test_a_question_of_another_kind_is_no_question_of_m3d(tmp_path: Path) -> Non
     study = Study("a", "a", "a.nii", "x", {}, "train", "table")
     with pytest.raises(ValueError, match="is of kind 'other'; M3D-VQA knows plane, phase"):
         m3d.write(tmp_path, [study], [Question("a", "other", "Why?", ("Yes", "No"), "Yes")])
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "NULL", "null", "NA", "N/A", "<NA>", "#N/A"])
+def test_what_a_program_writes_for_no_value_is_no_value(word: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = "image,report,id,patient,question,answer,label:mass,series\n" + f"a.nii,x,{word},{word},{word},{word},{word},{word}\n"
+    missing = f"b.nii,{word},,p1,,,,\n"
+    root = write(tmp_path / "mine", text + missing)
+    failures: list[dict[str, str]] = []
+    found = [table.read(root, split, failures) for split in table.splits(root)]
+    assert [study for studies, _ in found for study in studies] == [Study("a", "a", "a.nii", "x", {}, table.dealt("a"), "table")]
+    assert not any(questions for _, questions in found) and [failure["study"] for failure in failures] == ["b"]
+    assert f"table.csv: patient is '{word}' in 1 rows, the first in line 2; it counts as empty." in caplog.text
+
+
+def test_none_may_be_an_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write(tmp_path / "mine", "image,report,split,question,answer,choices\na.nii,x,train,Which organ has a lesion?,None,Liver|None\n")
+    assert [question.answer for question in table.read(root, "train")[1]] == ["None"] and not caplog.text
+
+
+def test_a_missing_value_in_json_is_no_name(tmp_path: Path) -> None:
+    """As pandas writes them: NaN, and whole numbers of a column with a gap as floats. 7 and 7.0 are one patient, in one split."""
+    nan = float("nan")
+    lines = [{"image": f"{n}.nii", "report": "x", "patient": nan, "id": None, "split": nan} for n in range(20)]
+    lines += [{"image": "a.nii", "report": "x", "patient": 7, "id": "s7"}, {"image": "b.nii", "report": "x", "patient": 7.0, "id": 88.0}]
+    for line in lines:
+        line.pop("split", None)
+    root = write(tmp_path / "mine", "\n".join(map(json.dumps, lines)), "table.JSONL")
+    studies = [study for split in table.splits(root) for study in table.read(root, split)[0]]
+    assert {study.patient for study in studies} == {*map(str, range(20)), "7"} and len({study.split for study in studies}) > 1
+    assert {study.id: study.split for study in studies if study.patient == "7"} == dict.fromkeys(("7", "s7", "88"), table.dealt("7"))
+    csv = write(tmp_path / "csv", "image,report,patient\na.nii,x,7\nb.nii,x,7.0\nc.nii,x,007\n")
+    patients = {study.id: study.patient for split in table.splits(csv) for study in table.read(csv, split)[0]}
+    assert patients == {"a": "7", "b": "7", "c": "007"}
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"report": 7}, "report is 7 but must be a text"),
+        ({"report": True}, "report is True but must be a text"),
+        ({"question": 1.0, "answer": "x"}, "question is 1.0 but must be a text"),
+        ({"patient": True}, "patient is True but must be a text"),
+        ({"patient": 2.5}, "patient is 2.5 but must be a text or a whole number"),
+        ({"patient": 1e17}, r"patient is 1e\+17 but must be a text or a whole number"),
+        ({"patient": "1.23E+17"}, r"patient is '1.23E\+17', which a spreadsheet has rounded"),
+        ({"patient": ["p1"]}, r"patient is \['p1'\] but must be a text"),
+        ({"id": {"a": 1}}, "id is {'a': 1} but must be a text"),
+        ({"split": float("inf")}, "split is inf but must be a text or a whole number"),
+        ({"label:mass": 0.5}, "label:mass is '0.5' but must be 0, 1 or empty"),
+        ({"choices": ["a", None]}, r"choices is \['a', None\] but must be a list of texts or numbers, none of them empty"),
+        ({"series": 0}, "series is '0' but must be the number of a series in the list"),
+        ({"series": 1.5}, "series is '1.5' but must be the number of a series"),
+        ({"hu": "yes"}, "hu is 'yes' but must be one of auto, header, csv, already_hu"),
+        ({"unit": "HE"}, "unit is 'HE' but must be one of HU, unit, arbitrary"),
+        ({"spacing": [1, 1]}, "spacing is '1,1' but must be mm between slices, rows and columns, as 2.5,0.8,0.8"),
+        ({"spacing": "2.5,0,0.8"}, "spacing is '2.5,0,0.8' but must be above 0"),
+        ({"rescale": "1"}, "rescale is '1' but must be slope and intercept, as 1,-1024"),
+        ({"slope": 1}, "of slope and intercept one is empty; state both or neither"),
+        ({"slope": "one", "intercept": 0}, "slope is 'one' but must be a number"),
+        ({"slope": 1, "intercept": -1024, "rescale": "1,0"}, "state them once"),
+        ({"Image": "b.nii"}, r"has the columns \['image'\] twice"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(cells: dict[str, object], message: str, tmp_path: Path) -> None:
+    good = {"image": "a.nii", "report": "x", "split": "train"}
+    root = write(tmp_path / "mine", json.dumps(good | {"image": "b.nii"}) + "\n" + json.dumps(good | cells) + "\n", "table.jsonl")
+    with pytest.raises(ValueError, match=rf"table.jsonl line 2.*{message}"):
+        table.read(root, "train")
+
+
+def test_what_is_told_of_a_scan_reaches_its_reader(tmp_path: Path) -> None:
+    head = "image,report,split,Series,HU,rescale,slope,intercept,spacing,unit\n"
+    body = "a,x,train,2.0,Auto,,1,-1024,,\nb.npy,x,train,,csv,[1; -8192.5],,,2.5 x 0.8 x 0.8,\nc.nii,x,train,,,,,,,hu\n"
+    expected = [
+        {"series": 2, "hu": "auto", "rescale": [1.0, -1024.0]},
+        {"hu": "csv", "rescale": [1.0, -8192.5], "spacing": [2.5, 0.8, 0.8]},
+        {"unit": "HU"},
+    ]
+    root = write(tmp_path / "mine", head + body)
+    assert [study.reading for study in table.read(root, "train")[0]] == expected
+    lines = [
+        {"image": "a", "report": "x", "split": "train", "series": 2, "hu": "auto", "rescale": [1, -1024]},
+        {"image": "b.npy", "report": "x", "split": "train", "hu": "csv", "slope": 1, "intercept": -8192.5, "spacing": [2.5, 0.8, 0.8]},
+        {"image": "c.nii", "report": "x", "split": "train", "unit": "HU", "series": None},
+    ]
+    other = write(tmp_path / "json", "\n".join(map(json.dumps, lines)), "table.jsonl")
+    assert [study.reading for study in table.read(other, "train")[0]] == expected
+    scan = np.random.default_rng(0).integers(7200, 9000, (10, 20, 30)).astype(np.int16)
+    np.save(root / "b.npy", scan)
+    volume = read_volume(root / "b.npy", **expected[1])
+    assert volume.spacing == (2.5, 0.8, 0.8) and np.array_equal(volume.array, scan - np.float32(8192.5))
+
+
+def test_a_split_has_one_name(tmp_path: Path) -> None:
+    spellings = {
+        "train": ["Train", " TRAIN ", "training"],
+        "validation": ["val", "Valid", "validation", "DEV"],
+        "test": ["test", "Testing"],
+    }
+    written = [(name, spelling) for name, group in spellings.items() for spelling in [*group, "external site"]]
+    root = write(
+        tmp_path / "mine", "IMAGE,Report,SPLIT\n" + "".join(f"{n}.nii,x,{text}\n" for n, (_, text) in enumerate(written)), "My.CSV"
+    )
+    assert sorted(table.splits(root)) == ["external site", "test", "train", "validation"]
+    for name, group in spellings.items():
+        assert len(table.read(root, name)[0]) == len(group)
+    write(root, "image,report,split\na.nii,x,fold 1\nb.nii,x,Fold 1\n", "My.CSV")
+    with pytest.raises(ValueError, match="My.CSV line 3: split is 'Fold 1' but other rows write 'fold 1'; write it in one way"):
+        table.splits(root)
+
+
+def test_the_text_of_a_special_token_is_told_with_its_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokens = ["<image>", "<|im_end|>", "<|endoftext|>", "</s>", "<s>", "[SEP]", "[INST]", "<|vision_start|>", "<start_of_turn>", "<<SYS>>"]
+    body = "".join(f"{n}.nii,x,train,{token} Mass?,Yes\n" for n, token in enumerate(tokens))
+    root = write(tmp_path / "mine", "image,report,split,question,answer\n" + body + "a.nii,x </s>,train,Is it <3 cm or >2?,[left]\n")
+    studies, questions = table.read(root, "train")
+    assert len(studies) == 11 and questions[0].text == "<image> Mass?"
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "table.csv: the text of a special token stands in 11 cells (line 2, question: <image>; line 3, question: <|im_end|>; " in told
+    assert "line 11, question: <<SYS>>; and 1 more). Models read it as words; delete it if it was left in by mistake." in told
