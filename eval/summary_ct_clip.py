@@ -2,7 +2,7 @@
 
     python eval/summary_ct_clip.py --root outputs/demo-ct-clip --name demo-ct-clip
 
-Compares with the figures that are asked of the run of that name and says which are reached; it never fails because of one.
+Sets the figures that are expected of the run of that name beside those that were reached; it never fails because of one.
 """
 
 import argparse
@@ -66,16 +66,16 @@ def collect(root: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, type=Path, help="folder of the run, with eval/ in it")
-    parser.add_argument("--name", default=DEMO, help="a name of which nothing is asked, or %(default)s (default)")
+    parser.add_argument("--name", default=DEMO, help="%(default)s (the default), or a name of which nothing is expected")
     arguments = parser.parse_args()
     summary = collect(arguments.root)
     summary["reached"] = compare(summary, TARGETS, arguments.name)
     evaluation.write_scores(arguments.root / "summary.json", summary)
-    targets = target_table(summary["reached"], arguments.name)
+    targets = target_table(summary["reached"])
     minutes = evaluation.markdown_table(
         ("step", "minutes"), [(step, f"{value / 60:.1f}") for step, value in summary["seconds"].items() if value]
     )
-    parts = [f"# {arguments.name}: what was reached", f"*{RESEARCH_NOTICE}*", targets]
+    parts = [f"# {arguments.name}: results", f"*{RESEARCH_NOTICE}*", targets]
     for name, heading in (("zero_shot", "Zero-shot"), ("linear_probe", "Linear probe"), ("retrieval", "Retrieval")):
         parts += [f"## {heading}", (arguments.root / "eval" / name / "scores.md").read_text(encoding="utf-8-sig").strip()]
     write_text(arguments.root / "report.md", "\n\n".join([*parts, "## Time", minutes]) + "\n")

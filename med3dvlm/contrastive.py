@@ -51,7 +51,8 @@ class Med3DCLIPConfig(PretrainedConfig):
         projection_dim: width of the common space.
         projection_bias: whether the projections into it have one; CT-CLIP's have none.
         loss: "siglip" or "clip".
-        logit_scale, logit_bias: initial log temperature and bias. None takes SigLIP's own, log 10 and -10; for "clip" log(1/0.07) and no bias.
+        logit_scale: initial log temperature. None takes SigLIP's own, log 10; for "clip" log(1/0.07).
+        logit_bias: initial bias. None takes SigLIP's own, -10; "clip" has none.
     """
 
     model_type = "med3d_clip"

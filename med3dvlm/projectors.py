@@ -178,7 +178,8 @@ def build_projector(name: str, grids: tuple[Grid, Grid], widths: tuple[int, int]
     """The projector of that name; `num_tokens` of it says how many image tokens it makes.
 
     Args:
-        grids, widths: (d, h, w) and channels of the encoder's last two stages (low, high).
+        grids: (d, h, w) of the encoder's last two stages (low, high).
+        widths: their channels.
         dim: width of the language model.
         depth: mixer layers a stream, "mixer" alone.
 

@@ -39,8 +39,11 @@ class Med3DVLMConfig(PretrainedConfig):
     """Settings of a Med3DVLM.
 
     Args:
-        encoder, encoder_options, size: the vision encoder, as in Med3DCLIPConfig.
-        projector, projector_depth: see `build_projector`.
+        encoder: name of the vision encoder, as in Med3DCLIPConfig.
+        encoder_options: its options.
+        size: (D, H, W) of the volumes.
+        projector: name of the projector, see `build_projector`.
+        projector_depth: its depth.
         text_config: configuration of the language model, any type that AutoModelForCausalLM knows.
         image_token_id: the placeholder's id; it may lie beyond the language model's vocabulary, since it is never looked up.
         image_splice: "mask", or "published" for weights converted from the released model, which was trained with the
@@ -277,7 +280,8 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
         """Next-token logits, or the loss over the labelled tokens.
 
         Args:
-            input_ids, labels: (B, L); a label of -100 is left out.
+            input_ids: (B, L).
+            labels: (B, L); -100 is left out.
             attention_mask: (B, L), or (B, 1, L, L) from `branch_mask`, then with `position_ids` (B, L).
             pixel_values: (B, 1, D, H, W), or instead
             image_features: what `encode_image` gave for them.

@@ -1,35 +1,36 @@
-"""What is asked of a run's figures, and whether it is reached."""
+"""The figures that a run of a demo is expected to reach, beside those that it reached."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from med3dvlm.tables import markdown_table
 
-# figure: (least or most, {name of the run: the figure asked for}, what would be good)
+# figure: ("at least" or "at most", {name of the run: the expected figure}, a good figure)
 Targets = Mapping[str, tuple[str, dict[str, float], float | None]]
 
 
 def at(scores: Any, path: str) -> Any:
-    """What lies on a path of keys; None where it ends before, as where an evaluation was asked for no such row."""
+    """What lies on a path of keys; None where it ends before, as where an evaluation has no such row."""
     for key in path.split("."):
         scores = scores.get(key) if isinstance(scores, dict) else None
     return scores
 
 
 def compare(summary: dict[str, Any], targets: Targets, name: str) -> dict[str, dict[str, Any]]:
-    """Each target with its value and whether it is reached; None where nothing is asked of a run of this name, or there is no value."""
+    """Each figure with its value and whether that is as expected; None where nothing is expected of this run, or there is no value."""
     compared = {}
-    for figure, (bound, asked_of, aim) in targets.items():
-        value, asked = at(summary, figure), asked_of.get(name)
-        reached = None if asked is None or value is None else value >= asked if bound == "at least" else value <= asked
-        compared[figure] = {"value": value, "bound": bound, "asked": asked, "aim": aim, "reached": reached}
+    for figure, (bound, expectations, aim) in targets.items():
+        value, expected = at(summary, figure), expectations.get(name)
+        reached = None if expected is None or value is None else value >= expected if bound == "at least" else value <= expected
+        compared[figure] = {"value": value, "bound": bound, "expected": expected, "aim": aim, "reached": reached}
     return compared
 
 
-def target_table(compared: dict[str, dict[str, Any]], name: str) -> str:
-    words = {True: "reached", False: "NOT REACHED", None: "-"}
+def target_table(compared: dict[str, dict[str, Any]]) -> str:
+    """The same as a Markdown table."""
+    words = {True: "yes", False: "NO", None: "-"}
     rows = []
     for figure, entry in compared.items():
-        asked = None if entry["asked"] is None else f"{entry['bound']} {entry['asked']:g}"
-        rows.append([figure, entry["value"], asked, entry["aim"], words[entry["reached"]]])
-    return markdown_table(("figure", name, "asked", "aim", "what is asked is"), rows)
+        expected = None if entry["expected"] is None else f"{entry['bound']} {entry['expected']:g}"
+        rows.append([figure, entry["value"], expected, words[entry["reached"]]])
+    return markdown_table(("figure", "reached", "expected", "as expected"), rows)

@@ -77,7 +77,7 @@ def intervals(
     Args:
         statistics: figures by name.
         groups: N patient identifiers (`range(N)` where every study is its own patient).
-        samples, level, seed: as for `bootstrap_interval`.
+        samples: as for `bootstrap_interval`, like level and seed.
 
     Returns:
         (low, high) of a figure that is one number, a list of K such pairs of a figure that is K. A pair is None where
@@ -130,7 +130,8 @@ def paired_test(
         figure: makes the statistic from the rows of both runs, the second's under the first's: (2N, ...). `mean_of`
             does; of what needs labels too: `lambda stated: macro_f1_of(np.concatenate([labels, labels]), stated)`. It
             must give one number. Scores that are ranked together (AUROC) must be on the same scale.
-        first, second: (N, ...), what the runs gave, row i of both about the same study.
+        first: (N, ...), what the first run gave.
+        second: (N, ...), what the second run gave, row i about the same study.
         groups: N patient identifiers.
         samples: how many swaps.
         seed: of the swaps; the same seed gives the same p-value.

@@ -27,8 +27,8 @@ def retrieval_scores(
     """Recall@k, median rank and mean reciprocal rank of each one's partner, in both directions.
 
     Args:
-        image_embeddings, text_embeddings: torch tensors or arrays (N, d), row i of both from the same study;
-            normalised here.
+        image_embeddings: torch tensor or array (N, d), normalised here.
+        text_embeddings: the same; row i of both comes from the same study.
         ks: the k of recall@k; k of the pool or more is always found.
         pool: take the first `pool` pairs only, as the papers do with 100, 500, 1000 and 2000; None takes all.
         groups: N identifiers, equal for studies of equal content (the same report word for word, the same scan twice).
