@@ -13,12 +13,14 @@ from weakref import WeakValueDictionary
 
 import psutil
 from insight import Case, Cells, Insight
+from key_images import MOST as MOST_KEY_IMAGES
+from key_images import key_image
 from scans import EXAMPLES, OpenScan, example, read_uploads
 from sessions import BUSY, MOST_CHARACTERS, NO_SCAN, Session, Sessions, Turn, history, sentence
 from viewer import overlay
 
 from med3dvlm.prompts import REPORT_PROMPTS
-from med3dvlm.reporting import read_report, report_dicom, report_json, report_markdown, report_text
+from med3dvlm.reporting import KeyImage, origin, read_report, report_dicom, report_json, report_markdown, report_text, report_zip
 from med3dvlm.volume import Volume, VolumeError
 
 MOST_BYTES = 4 * 2**30  # of an upload
@@ -27,7 +29,7 @@ EXPLAINED = (
     "The geometric mean of the probabilities that the model gave to the words it wrote. It says how sure the model is of its words, "
     "not whether they are true. Below 50 % the model would have said something else about every other time at each word."
 )
-SAVES = {"txt": "Text", "md": "Markdown", "json": "JSON", "dcm": "DICOM Structured Report"}
+SAVES = {"txt": "Text", "md": "Markdown", "json": "JSON", "zip": "All, with key images", "dcm": "DICOM Structured Report"}
 SECONDS_BETWEEN = 0.05  # at least, between two states of an answer that are sent to the page
 
 
@@ -133,21 +135,20 @@ class Desk:
         session.report = report
 
     def notes(self, session: Session) -> tuple[str, ...]:
-        """How the report came about: by which model, of what scan, how it ended, whether a person changed it."""
+        """What a reader of the report has to know of the scan and of how the draft came about."""
         scan, draft = session.scan, session.draft
-        notes = [f"Model: {self.model}."]
+        notes = [f"About the scan: {warning}" for warning in scan.warnings] if scan is not None else []
+        if session.author == "hand":
+            return tuple(notes)
         notes += [outside] if (outside := self.notice(session)) else []
-        notes += [f"Of the scan: {warning}" for warning in scan.warnings] if scan is not None else []
         if draft is not None and draft.state == "stopped":
             notes.append("Incomplete: the draft was stopped before its end.")
-        if session.edited:
-            notes.append("Written or changed by hand.")
-        elif draft.confidence is not None:
+        if session.author == "model" and draft is not None and draft.confidence is not None:
             notes.append(f"The model's confidence in its words: {100 * draft.confidence:.0f} %, which does not say that they are true.")
         return tuple(notes)
 
     def reading(self, session: Session, problem: str = "") -> dict[str, Any]:
-        """What report.js shows below the report: sections, findings, files to save; `problem` as in `talk`."""
+        """What report.js shows below the report: sections, findings, files to save, key images [label, address, number]; `problem` as in `talk`."""
         draft, line = session.draft, ""
         if draft is not None and draft.state == "failed":
             problem = problem or draft.answer
@@ -158,16 +159,17 @@ class Desk:
         elif draft is not None and draft.confidence is not None:
             low = ", which is low" if draft.shown()["low"] else ""
             line = f"Drafted in {draft.seconds:.1f} s, {draft.tokens} tokens, with a confidence of {100 * draft.confidence:.0f} %{low}."
+        pictures = [[image.label, f"desk/{session.token}/picture/{number}", number] for number, image in session.key_images.items()]
         try:
             report = read_report(session.report)
         except ValueError:  # nothing written yet
-            return {"sections": [], "findings": [], "saves": [], "line": line, "problem": problem}
+            return {"sections": [], "findings": [], "saves": [], "line": line, "problem": problem, "pictures": pictures}
         saves = [[label, f"desk/{session.token}/report/{kind}", f"report.{kind}"] for kind, label in SAVES.items()]
         if session.scan is None or session.scan.files is None:
             del saves[list(SAVES).index("dcm")]
         findings = [[name.replace("_", " "), state] for name, state in report.findings.items()]
         sections = [section.heading for section in report.sections]
-        return {"sections": sections, "findings": findings, "saves": saves, "line": line, "problem": problem}
+        return {"sections": sections, "findings": findings, "saves": saves, "line": line, "problem": problem, "pictures": pictures}
 
     def explain(self, session: Session, number: int) -> None:
         """Lay on the viewer what moved the answer of that number. Raises ValueError, one sentence, where that cannot be."""
@@ -196,19 +198,45 @@ class Desk:
             raise ValueError(NO_SCAN)
         return self.insight.similar(session.scan.volume)
 
+    def add_key_image(self, session: Session, plane: str, index: int, window: tuple[float, float]) -> KeyImage:
+        """Mark a slice as seen in the viewer: of "axial", "coronal" or "sagittal" number `index` from 0, shown from window[0] to window[1].
+
+        Raises:
+            ValueError: there is no scan, no such slice, or there are too many; one sentence.
+        """
+        scan = session.scan
+        if scan is None:
+            raise ValueError(NO_SCAN)
+        if len(session.key_images) >= MOST_KEY_IMAGES:
+            raise ValueError(f"A report takes at most {MOST_KEY_IMAGES} key images; remove one first.")
+        image = key_image(scan, plane, index, window)
+        session.marked += 1
+        session.key_images[session.marked] = image
+        return image
+
+    def remove_key_image(self, session: Session, number: int) -> None:
+        """Take the key image of that number out of the report again."""
+        session.key_images.pop(number, None)
+
     def save(self, session: Session, kind: str, text: str) -> bytes:
         """The report, of which `text` stands in the field, as a file of one of the kinds in SAVES. Raises ValueError where it cannot be."""
         if session.draft is not None and session.draft.open:
             raise ValueError("The report is being drafted; wait for it or stop it.")
         self.rewrite(session, text)
-        report = read_report(session.report, self.notes(session))
+        scan, author = session.scan, session.author
+        source = {} if scan is None else origin(scan.volume, None if author == "hand" else self.model)
+        pictures = tuple(session.key_images.values())
+        report = read_report(session.report, self.notes(session), author=author, origin=source, key_images=pictures)
+        session.saved = session.report
         if kind == "dcm":
-            if session.scan is None or session.scan.files is None:
+            if scan is None or scan.files is None:
                 raise ValueError("A DICOM report belongs to a DICOM scan, which this one is not; save it as text.")
             try:
-                return report_dicom(report, session.scan.files)
+                return report_dicom(report, scan.files)
             except VolumeError as error:
-                raise ValueError(str(error).replace(f"{session.scan.files}: ", "").replace(str(session.scan.files), "the scan")) from None
+                raise ValueError(str(error).replace(f"{scan.files}: ", "").replace(str(scan.files), "the scan")) from None
+        if kind == "zip":
+            return report_zip(report)
         return {"txt": report_text, "md": report_markdown, "json": report_json}[kind](report).encode()
 
     def talk(self, session: Session, problem: str = "") -> dict[str, Any]:

@@ -230,6 +230,19 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
                 found = bar("error", sentence(error))["value"]
             return found if session.scan is scan else gr.skip()  # else another scan was opened meanwhile
 
+        def mark(event: gr.EventData, request: gr.Request) -> tuple[Any, Any]:
+            session = of(request)
+            try:
+                low, high = event.value["window"]
+                desk.add_key_image(session, event.value["plane"], int(event.value["index"]), (float(low), float(high)))
+            except ValueError as error:
+                return bar("error", str(error)), gr.skip()
+            return bar("busy", ""), desk.reading(session)
+
+        def unmark(event: gr.EventData, request: gr.Request) -> dict[str, Any]:
+            desk.remove_key_image(of(request), int(event.value))
+            return desk.reading(of(request))
+
         def end_draft(request: gr.Request) -> None:
             of(request).stop_draft()
 
@@ -263,6 +276,8 @@ def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
         looking: dict[str, Any] = {**HIDDEN, **modelling}
         talk.select(explain, None, [status, viewer], **looking)
         phrase.submit(find, phrase, [status, viewer], **looking)
+        viewer.select(mark, None, [status, reading], **AT_ONCE)
+        reading.select(unmark, None, reading, **AT_ONCE)
         search.click(resemble, None, cases, show_progress="minimal", api_visibility="private", **modelling)
         end.click(end_draft, None, None, **AT_ONCE)
         report.change(rewrite, report, reading, trigger_mode="always_last", **AT_ONCE)  # `input` leaves out what is deleted or pasted

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-MEDIA = {"txt": "text/plain", "md": "text/markdown", "json": "application/json", "dcm": "application/dicom"}
+MEDIA = {"txt": "text/plain", "md": "text/markdown", "json": "application/json", "zip": "application/zip", "dcm": "application/dicom"}
 PRIVATE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
@@ -43,7 +43,14 @@ def routes(desk: Desk) -> list[Route]:
             return Response(str(error), 409, PRIVATE, "text/plain")
         return Response(content, media_type=MEDIA[kind], headers=PRIVATE | {"Content-Disposition": f"attachment; filename=report.{kind}"})
 
+    def picture(request: Request) -> Response:
+        session = desk.sessions.by_token(request.path_params["token"])
+        if session is None or (image := session.key_images.get(request.path_params["number"])) is None:
+            return gone()
+        return Response(image.png, headers=PRIVATE, media_type="image/png")
+
     return [
+        Route("/desk/{token}/picture/{number:int}", picture),
         Route("/desk/{token}/scan/{number:int}", scan),
         Route("/desk/{token}/overlay/{number:int}", overlay),
         Route("/desk/{token}/report/{kind}", report, methods=["POST"]),

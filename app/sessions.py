@@ -14,6 +14,8 @@ from typing import Any
 from scans import OpenScan
 from viewer import Overlay
 
+from med3dvlm.reporting import KeyImage
+
 logger = logging.getLogger(__name__)
 
 MOST_SESSIONS = 64
@@ -72,6 +74,9 @@ class Session:
     overlays: int = 0  # so far, which numbers them
     draft: Turn | None = None  # of the report, as the model writes it
     report: str = ""  # as it stands in the field
+    key_images: dict[int, KeyImage] = field(default_factory=dict)  # that go with the report, by number
+    marked: int = 0  # of them so far, which numbers them
+    saved: str = ""  # the report as it was saved last
     warned: str = ""  # the changed report of which a person was told that a draft would replace it
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
@@ -113,6 +118,13 @@ class Session:
             return self.draft is draft
 
     @property
+    def author(self) -> str:
+        """Who wrote the report, a key of `reporting.NOTICES`."""
+        if self.draft is None or not self.draft.answer.strip() or self.draft.state == "failed":
+            return "hand"
+        return "model, changed by hand" if self.edited else "model"
+
+    @property
     def edited(self) -> bool:
         """Whether the report is a person's: not what the draft came to. A draft's own words may arrive late, while and after it is written."""
         if self.draft is not None and (self.draft.open or self.report == self.draft.answer):
@@ -126,7 +138,8 @@ class Session:
             self.clear()
             self.stop_draft()
             self.scan = self.features = self.draft = self.overlay = None
-            self.report = self.warned = ""
+            self.report = self.warned = self.saved = ""
+            self.key_images = {}
 
     def pose(self, question: str) -> Turn:
         """The next turn, still waiting for its answer.

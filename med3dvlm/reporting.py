@@ -5,21 +5,39 @@
     report.findings   # {"lung_nodule": "present", "pleural_effusion": "absent"}
     report_markdown(report), report_dicom(report, "scan_dicom/")
 
-Whatever it is saved as, it begins with the notice that it is research output and that nobody has verified it.
+Whatever it is saved as, it begins with the notice that it is research output and that nobody has verified it, and with what
+`origin` gives: when it was saved, by which model it was drafted, and of what scan. Nothing in it names the patient; a DICOM report,
+which is filed with the patient's study, takes the identity from the scan's own files.
 """
 
+import hashlib
+import io
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+import zipfile
+from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from med3dvlm.formats.dicom_report import structured_report
 from med3dvlm.metrics.findings import finding_states
 from med3dvlm.prompts import RESEARCH_NOTICE
+from med3dvlm.volume import Volume
 
-UNVERIFIED = f"Draft by a model, verified by nobody. {RESEARCH_NOTICE}"
+NOTICES = {
+    author: f"{words} Nobody has verified it. {RESEARCH_NOTICE}"
+    for author, words in {
+        "model": "Draft written by a model.",
+        "model, changed by hand": "Draft written by a model and changed by hand.",
+        "hand": "Written by hand, not by a model.",
+    }.items()
+}
+UNVERIFIED = NOTICES["model"]
 # Section -> the headings that open it, as reports have them
 HEADINGS = {
     "History": (
@@ -41,6 +59,10 @@ HEADING = re.compile(
     rf"^[ \t#*_]*(?P<line>{KNOWN})[ \t]*[*_]*[ \t]*(?::[ \t]*[*_]*|$)|(?<=[.;!?])[ \t]+(?P<inline>{KNOWN})[ \t]*:",
     re.IGNORECASE | re.MULTILINE,
 )
+PRINTED = {
+    "date": "Saved", "model": "Model", "modality": "Modality", "shape": "Size (slices x rows x columns)", "spacing": "Spacing (z, y, x) in mm",
+    "orientation": "Orientation", "unit": "Unit", "sha256": "SHA-256 of the voxels",
+}  # fmt: skip
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 MARKDOWN_SIGNS = re.compile(r"([\\`*_{}\[\]<>#|&])")
 
@@ -54,19 +76,52 @@ class Section:
 
 
 @dataclass(frozen=True)
+class KeyImage:
+    """A picture that goes with a report: `label` says what `png` shows, `place` which slice (D, from 0) it is, if it is one."""
+
+    label: str
+    png: bytes = field(repr=False)
+    place: int | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """The sections in the order of the text, and for every finding that it names "present", "uncertain" or "absent".
 
-    `notes` are sentences on how it came about, which stand before it in every file.
+    `author` is a key of `NOTICES`; `origin` (see the function) and `notes`, sentences on how the report came about, stand before it
+    in every file.
     """
 
     sections: tuple[Section, ...]
     findings: dict[str, str]
     notes: tuple[str, ...] = ()
+    author: str = "model"
+    origin: dict[str, Any] = field(default_factory=dict)
+    key_images: tuple[KeyImage, ...] = ()
 
 
-def read_report(text: str, notes: tuple[str, ...] = ()) -> Report:
+def origin(volume: Volume, model: str | None = None) -> dict[str, Any]:
+    """When a report was saved, by which model it was drafted, and of what scan, as values for JSON; nothing that names a patient.
+
+    `sha256` is that of the voxels: `hashlib.sha256(read_volume(scan).array.tobytes()).hexdigest()` finds the scan again.
+    """
+    modality = volume.modality if volume.modality and re.fullmatch("[A-Z]{2,4}", volume.modality) else None
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **({"model": model} if model else {}),
+        "modality": modality or ("CT" if volume.unit == "HU" else "unknown"),
+        "shape": list(volume.shape),
+        "spacing": volume.spacing and [round(mm, 4) for mm in volume.spacing],
+        "orientation": volume.orientation,
+        "unit": volume.unit,
+        "sha256": hashlib.sha256(np.ascontiguousarray(volume.array).data).hexdigest(),
+    }
+
+
+def read_report(text: str, notes: tuple[str, ...] = (), **more: Any) -> Report:
     """Cut a text at its headings. What stands before the first, or a text without any, is Findings; a heading that comes again goes on.
+
+    `notes` and `more` (author, origin, key_images) are the report's fields of these names.
 
     Raises:
         ValueError: the text is empty.
@@ -84,29 +139,54 @@ def read_report(text: str, notes: tuple[str, ...] = ()) -> Report:
             parts.setdefault(heading, []).append(words)
     if not parts:
         raise ValueError("The report has headings but no words under them; draft or write it first.")
-    return Report(tuple(Section(heading, "\n".join(words)) for heading, words in parts.items()), finding_states(text), notes)
+    return Report(tuple(Section(heading, "\n".join(words)) for heading, words in parts.items()), finding_states(text), notes, **more)
 
 
 def report_text(report: Report) -> str:
     """Plain text."""
-    parts = ["\n".join([UNVERIFIED, *report.notes]), *(f"{section.heading.upper()}\n{section.text}" for section in report.sections)]
+    parts = ["\n".join(_before(report)), *(f"{section.heading.upper()}\n{section.text}" for section in report.sections)]
     if stated := _stated(report):
         parts.append("\n".join(["RECOGNISED IN THE TEXT", *stated]))
+    if labels := _labels(report):
+        parts.append("\n".join(["KEY IMAGES", *labels]))
     return "\n\n".join(parts) + "\n"
 
 
 def report_markdown(report: Report) -> str:
     """Markdown, in which signs in the report stand for themselves."""
-    parts = ["# Report", "\n>\n".join(f"> {line}" for line in (UNVERIFIED, *map(_plain, report.notes)))]
+    parts = ["# Report", "\n>\n".join(f"> {_plain(line)}" for line in _before(report))]
     parts += [f"## {section.heading}\n\n{_plain(section.text)}" for section in report.sections]
     if stated := _stated(report):
         parts.append("\n".join(["## Recognised in the text", "", *(f"- {line}" for line in stated)]))
+    if labels := _labels(report):
+        parts.append("\n".join(["## Key images", "", *(f"- {_plain(line)}" for line in labels)]))
     return "\n\n".join(parts) + "\n"
 
 
 def report_json(report: Report) -> str:
-    """JSON: "notice", "sections" [{"heading", "text"}], "findings" {name: state}, "notes" [sentence]."""
-    return json.dumps({"notice": UNVERIFIED, **asdict(report)}, indent=1, ensure_ascii=False) + "\n"
+    """JSON: "notice", "author", "origin" {...}, "notes" [sentence], "sections" [{"heading", "text"}], "findings" {name: state}, "key_images"."""
+    content = {
+        "notice": NOTICES[report.author],
+        "author": report.author,
+        "origin": report.origin,
+        "notes": report.notes,
+        "sections": [{"heading": section.heading, "text": section.text} for section in report.sections],
+        "findings": report.findings,
+        "key_images": [{"label": image.label, "slice": image.place} for image in report.key_images],
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def report_zip(report: Report) -> bytes:
+    """A zip of the report as text, Markdown and JSON, and of its key images as key_image_1.png and so on."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("report.txt", report_text(report))
+        archive.writestr("report.md", report_markdown(report))
+        archive.writestr("report.json", report_json(report))
+        for number, image in enumerate(report.key_images, start=1):
+            archive.writestr(f"key_image_{number}.png", image.png)
+    return stream.getvalue()
 
 
 def report_dicom(report: Report, scan: str | os.PathLike[str], series: int | None = None) -> bytes:
@@ -121,14 +201,28 @@ def report_dicom(report: Report, scan: str | os.PathLike[str], series: int | Non
     sections = [(section.heading, [section.text]) for section in report.sections]
     if stated := _stated(report):
         sections.append(("Summary", stated))
-    return structured_report(
-        Path(scan), os.fspath(scan), series, " ".join([UNVERIFIED, *report.notes]), sections, f"Med3DVLM {version('med3dvlm')}"
-    )
+    pictures = [(image.label, image.place) for image in report.key_images]
+    software = f"Med3DVLM {version('med3dvlm')}"
+    return structured_report(Path(scan), os.fspath(scan), series, "\n".join(_before(report)), sections, software, pictures)
 
 
 def _section(heading: str) -> str:
     """The section that a matched heading opens."""
     return next(name for name, known in HEADINGS.items() if re.fullmatch("|".join(known), heading, re.IGNORECASE))
+
+
+def _before(report: Report) -> list[str]:
+    """What stands before the report: the notice, where it comes from, the notes; a line each."""
+    lines = []
+    for name, value in report.origin.items():
+        if value is not None:
+            lines.append(f"{PRINTED.get(name, name)}: {' x '.join(f'{part:g}' for part in value) if isinstance(value, list) else value}")
+    return [NOTICES[report.author], *lines, *report.notes]
+
+
+def _labels(report: Report) -> list[str]:
+    """A line a key image."""
+    return [f"{number}: {image.label}" for number, image in enumerate(report.key_images, start=1)]
 
 
 def _stated(report: Report) -> list[str]:

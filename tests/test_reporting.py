@@ -1,12 +1,30 @@
 """Drafted reports: sections by their headings, findings with their state, and the files."""
 
+import hashlib
+import io
 import json
 import re
+import zipfile
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 
+import numpy as np
 import pytest
 
-from med3dvlm.reporting import HEADINGS, UNVERIFIED, Report, Section, read_report, report_json, report_markdown, report_text
+from med3dvlm.reporting import (
+    HEADINGS,
+    UNVERIFIED,
+    KeyImage,
+    Report,
+    Section,
+    origin,
+    read_report,
+    report_json,
+    report_markdown,
+    report_text,
+    report_zip,
+)
+from med3dvlm.volume import Volume
 
 PLAIN = "Axial CT of the chest. Lung nodule of 18 mm in the left upper lobe. No pleural effusion or emphysema."
 
@@ -77,6 +95,9 @@ def test_the_files_hold_notice_sections_and_findings() -> None:
     assert report.findings == stated
     assert json.loads(report_json(report)) == {
         "notice": UNVERIFIED,
+        "author": "model",
+        "origin": {},
+        "key_images": [],
         "sections": [{"heading": "Findings", "text": "Possible emphysema."}, {"heading": "Impression", "text": "No nodule."}],
         "findings": stated,
         "notes": [],
@@ -94,6 +115,41 @@ def test_the_files_hold_notice_sections_and_findings() -> None:
     assert report_text(noted) == report_text(report).replace(UNVERIFIED, f"{UNVERIFIED}\nModel: a_b.\nIncomplete.")
     assert report_markdown(noted) == report_markdown(report).replace(UNVERIFIED, f"{UNVERIFIED}\n>\n> Model: a\\_b.\n>\n> Incomplete.")
     assert json.loads(report_json(noted))["notes"] == ["Model: a_b.", "Incomplete."]
+
+
+def test_a_file_says_of_what_scan_when_and_by_whom() -> None:
+    array = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)
+    volume = Volume(array, (2.5, 0.7, 0.71234567), "SPL", unit="HU", source="Doe_Jane.nii")
+    before = datetime.now(timezone.utc) - timedelta(seconds=1)
+    report = read_report("A nodule.", origin=origin(volume, "demo/model"), author="hand")
+    found = json.loads(report_json(report))
+    assert before < datetime.fromisoformat(found["origin"].pop("date")) <= datetime.now(timezone.utc)
+    voxels = hashlib.sha256(b"".join(int(value).to_bytes(2, "little") for value in range(24))).hexdigest()
+    assert found["origin"] == {
+        "model": "demo/model", "modality": "CT", "shape": [2, 3, 4], "spacing": [2.5, 0.7, 0.7123], "orientation": "SPL", "unit": "HU",
+        "sha256": voxels,
+    }  # fmt: skip
+    for written in (report_text(report), report_markdown(report).replace("\\", "")):
+        assert "Written by hand, not by a model. Nobody has verified it." in written and "Draft" not in written
+        for line in ("Model: demo/model", "Size (slices x rows x columns): 2 x 3 x 4", f"SHA-256 of the voxels: {voxels}", "Saved: 20"):
+            assert line in written
+        assert "Doe" not in written
+    named = replace(volume, modality="DOE^JANE")
+    assert origin(named)["modality"] == "CT" and origin(replace(volume, modality="MR", unit="arbitrary"))["modality"] == "MR"
+
+
+def test_a_zip_holds_the_report_and_its_key_images() -> None:
+    report = read_report("A nodule.", key_images=(KeyImage("axial, slice 1 of 2", b"one", 1), KeyImage("coronal", b"two")))
+    with zipfile.ZipFile(io.BytesIO(report_zip(report))) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    assert files.pop("key_image_1.png") == b"one" and files.pop("key_image_2.png") == b"two"
+    assert files == {
+        "report.txt": report_text(report).encode(),
+        "report.md": report_markdown(report).encode(),
+        "report.json": report_json(report).encode(),
+    }
+    assert "KEY IMAGES\n1: axial, slice 1 of 2\n2: coronal" in report_text(report)
+    assert json.loads(report_json(report))["key_images"][0] == {"label": "axial, slice 1 of 2", "slice": 1}
 
 
 def test_what_was_saved_as_text_is_read_again() -> None:

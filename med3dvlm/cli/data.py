@@ -65,7 +65,9 @@ def add_commands(commands: Commands) -> None:
 
 
 def _renamed(_: str) -> None:
-    raise argparse.ArgumentTypeError("is the spacing that a scan has, as inspect takes it; that of the prepared volumes is --target_spacing")
+    raise argparse.ArgumentTypeError(
+        "is the spacing that a scan has, as inspect takes it; that of the prepared volumes is --target_spacing"
+    )
 
 
 def _phantom(arguments: argparse.Namespace) -> None:

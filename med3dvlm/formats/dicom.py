@@ -24,7 +24,7 @@ from med3dvlm.formats.dicom_pixels import pictures
 from med3dvlm.formats.dicom_slices import Slice
 from med3dvlm.formats.dicom_stacks import Stack, chosen, described, stacks_of
 
-__all__ = ["files_of", "is_dicom", "read"]
+__all__ = ["is_dicom", "read", "stack_of"]
 
 
 def read(path: Path, source: str, series: int | None = None) -> Parts:
@@ -58,8 +58,8 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
     return Parts(array, modality=first.modality, **said, **geometry)
 
 
-def files_of(path: Path, source: str, series: int | None = None) -> list[Path]:
-    """The files that hold the slices of the scan that `read` gives for the same arguments, by name.
+def stack_of(path: Path, source: str, series: int | None = None) -> Stack:
+    """The slices of the scan that `read` gives for the same arguments, in its order.
 
     Raises:
         VolumeError: as `read`, where headers are damaged or hold no stack of slices.
@@ -67,7 +67,7 @@ def files_of(path: Path, source: str, series: int | None = None) -> list[Path]:
     with python_warnings.catch_warnings():
         python_warnings.simplefilter("ignore")
         slices, warnings = read_headers(path, source)
-        return sorted({each.path for each in chosen(stacks_of(slices, source, warnings), series, source)})
+        return geometry_of(chosen(stacks_of(slices, source, warnings), series, source), source, warnings)[0]
 
 
 def _decoded(stack: Stack, source: str) -> list[NDArray[Any]]:

@@ -18,6 +18,7 @@ from typing import Any
 from med3dvlm.formats import archive, dicom
 from med3dvlm.formats.base import VolumeError
 from med3dvlm.formats.dicom_header import damaged_slices, dicom_files
+from med3dvlm.formats.dicom_slices import Slice
 
 UTF_8 = "ISO_IR 192"
 SERIES_NUMBER = 9000  # far from those that scanners give
@@ -39,10 +40,17 @@ CODES = {
     "Recommendation": (("121074", "Recommendations"), ("121075", "Recommendation")),
     "Summary": (("121111", "Summary"), ("121071", "Finding")),
 }
+KEY_IMAGES, KEY_IMAGE, LABEL = ("121180", "Key Images"), ("121080", "Best illustration of finding"), ("121106", "Comment")
 
 
 def structured_report(
-    path: Path, source: str, series: int | None, notice: str, sections: Sequence[tuple[str, Sequence[str]]], software: str
+    path: Path,
+    source: str,
+    series: int | None,
+    notice: str,
+    sections: Sequence[tuple[str, Sequence[str]]],
+    software: str,
+    pictures: Sequence[tuple[str, int | None]] = (),
 ) -> bytes:
     """The bytes of a DICOM file: a report about the scan that `formats.read` gives for the first three arguments.
 
@@ -50,18 +58,20 @@ def structured_report(
         notice: what stands before everything else.
         sections: headings, keys of `CODES`, each with its texts.
         software: name and version of what wrote it.
+        pictures: key images: what each shows in words, and which slice of the scan (D, from 0) it is, None for a cut through several.
 
     Raises:
         VolumeError: the path holds no DICOM scan, its files lack the numbers (UIDs) to refer to, or their values cannot be written.
     """
     with python_warnings.catch_warnings():  # pydicom's quote values, which may tell who the patient is
         python_warnings.simplefilter("ignore")
-        with _files(path, source, series) as files:
-            headers = [_header(file, source) for file in files]
-            report = _document(headers, notice, sections, software)
+        with _stack(path, source, series) as stack:
+            headers = {file: _header(file, source) for file in sorted({each.path for each in stack})}
+            marked = [(label, None if place is None else (headers[stack[place].path], stack[place].frame)) for label, place in pictures]
+            report = _document(list(headers.values()), notice, sections, software, marked)
             stream = io.BytesIO()
             try:
-                _identify(report, headers[0])
+                _identify(report, next(iter(headers.values())))
                 report.save_as(stream, enforce_file_format=True)
             except Exception:  # pydicom raises nearly anything on values that break the standard, and quotes them
                 raise VolumeError(
@@ -72,11 +82,11 @@ def structured_report(
 
 
 @contextmanager
-def _files(path: Path, source: str, series: int | None) -> Iterator[list[Path]]:
-    """The files of the scan; those of an archive are gone afterwards."""
+def _stack(path: Path, source: str, series: int | None) -> Iterator[list[Slice]]:
+    """The slices of the scan; the files of an archive are gone afterwards."""
     if path.is_file() and not dicom.is_dicom(path) and path.suffix.lower() == ".zip":
-        with archive.unpacked(path, source) as folder, _files(folder, source, series) as files:
-            yield files
+        with archive.unpacked(path, source) as folder, _stack(folder, source, series) as stack:
+            yield stack
         return
     if not path.exists():
         raise VolumeError(f"{source}: the scan is no longer there, and a DICOM report is made from its files; give the scan again.")
@@ -84,7 +94,7 @@ def _files(path: Path, source: str, series: int | None) -> Iterator[list[Path]]:
         raise VolumeError(
             f"{source}: the scan was not DICOM, so there is no study to file a DICOM report with; save it as text, Markdown or JSON."
         )
-    yield dicom.files_of(path, source, series)
+    yield dicom.stack_of(path, source, series)
 
 
 def _header(file: Path, source: str) -> Any:
@@ -96,7 +106,9 @@ def _header(file: Path, source: str) -> Any:
     import pydicom
 
     try:
-        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*REFERENCE, *IDENTITY, "SpecificCharacterSet"], force=True)
+        header = pydicom.dcmread(
+            file, stop_before_pixels=True, specific_tags=[*REFERENCE, *IDENTITY, "NumberOfFrames", "SpecificCharacterSet"], force=True
+        )
         header.decode()  # texts, by the character set that the file names
         missing = [keyword for keyword in REFERENCE if not header.get(keyword)]
     except Exception:
@@ -106,8 +118,14 @@ def _header(file: Path, source: str) -> Any:
     return header
 
 
-def _document(headers: Sequence[Any], notice: str, sections: Sequence[tuple[str, Sequence[str]]], software: str) -> Any:
-    """The report, of nobody yet."""
+def _document(
+    headers: Sequence[Any],
+    notice: str,
+    sections: Sequence[tuple[str, Sequence[str]]],
+    software: str,
+    pictures: Sequence[tuple[str, tuple[Any, int] | None]],
+) -> Any:
+    """The report, of nobody yet; of each picture its words and, where it is a slice, the header and the frame (from 0) of its file."""
     from highdicom import UID
     from highdicom.sr import (
         CodedConcept,
@@ -115,6 +133,7 @@ def _document(headers: Sequence[Any], notice: str, sections: Sequence[tuple[str,
         ContentSequence,
         DeviceObserverIdentifyingAttributes,
         EnhancedSR,
+        ImageContentItem,
         LanguageOfContentItemAndDescendants,
         ObserverContext,
         RelationshipTypeValues,
@@ -130,6 +149,25 @@ def _document(headers: Sequence[Any], notice: str, sections: Sequence[tuple[str,
     def text(code: tuple[str, str], words: str) -> TextContentItem:
         return TextContentItem(coded(code), words, relationship_type=RelationshipTypeValues.CONTAINS)
 
+    def key_images() -> ContainerContentItem:
+        container = ContainerContentItem(coded(KEY_IMAGES), is_content_continuous=False, relationship_type=RelationshipTypeValues.CONTAINS)
+        content = ContentSequence()
+        for label, slice_ in pictures:
+            content.append(text(LABEL, label))
+            if slice_ is not None:
+                header, frame = slice_
+                content.append(
+                    ImageContentItem(
+                        coded(KEY_IMAGE),
+                        header.SOPClassUID,
+                        header.SOPInstanceUID,
+                        referenced_frame_numbers=[frame + 1] if header.get("NumberOfFrames") else None,
+                        relationship_type=RelationshipTypeValues.CONTAINS,
+                    )
+                )
+        container.ContentSequence = content
+        return container
+
     root = ContainerContentItem(codes.LN.DiagnosticImagingReport, is_content_continuous=False, template_id="2000")
     observer = DeviceObserverIdentifyingAttributes(UID(), name=software)
     items = ContentSequence()
@@ -141,6 +179,8 @@ def _document(headers: Sequence[Any], notice: str, sections: Sequence[tuple[str,
         section = ContainerContentItem(coded(of_section), is_content_continuous=False, relationship_type=RelationshipTypeValues.CONTAINS)
         section.ContentSequence = ContentSequence([text(of_text, words) for words in texts])
         items.append(section)
+    if pictures:
+        items.append(key_images())
     root.ContentSequence = items
 
     evidence = []

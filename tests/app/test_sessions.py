@@ -1,11 +1,17 @@
 """Sessions without a page: who may ask when, what is remembered, and what a new scan or a closed page does to an answer being written."""
 
+import hashlib
+import io
+import json
 import shutil
+import zipfile
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from desk import Desk
+from PIL import Image
 from scans import example
 from sessions import BROKEN, BUSY, NO_SCAN, Session, Sessions, Turn, history
 
@@ -119,7 +125,7 @@ def test_a_report_counts_as_changed_by_a_person_alone(session) -> None:
         desk.rewrite(session, late)
     assert session.report == words and not session.edited
     desk.rewrite(session, words + " Changed.")
-    assert session.edited and "Written or changed by hand." in desk.notes(session)
+    assert session.edited and session.author == "model, changed by hand"
     with pytest.raises(ValueError, match="changed by hand"):
         list(desk.draft(session))
     assert session.report == words + " Changed."
@@ -131,6 +137,53 @@ def test_a_report_counts_as_changed_by_a_person_alone(session) -> None:
         list(desk.draft(session))
     list(desk.draft(session))
     assert session.report == "By hand." and session.edited
+
+
+def test_a_saved_report_says_of_what_scan_and_who_wrote_it(session) -> None:
+    desk = Desk(Parrot(), "demo/parrot")
+    saved = json.loads(desk.save(session, "json", "Typed by hand."))
+    assert saved["author"] == "hand" and "Draft" not in saved["notice"] and "model" not in saved["origin"]
+    assert saved["origin"]["sha256"] == hashlib.sha256(session.scan.volume.array.tobytes()).hexdigest()
+    session.report = ""
+    list(desk.draft(session))
+    words = session.report
+    saved = json.loads(desk.save(session, "json", words))
+    assert saved["author"] == "model" and saved["origin"]["model"] == "demo/parrot"
+    assert any("confidence" in note for note in saved["notes"])
+    saved = desk.save(session, "txt", words + " And more.").decode()
+    assert saved.startswith("Draft written by a model and changed by hand.") and "confidence" not in saved
+
+
+def test_key_images_are_the_slices_that_the_viewer_shows(session) -> None:
+    desk, scan = Desk(Parrot()), session.scan
+    with pytest.raises(ValueError, match="no plane 'oblique'"):
+        desk.add_key_image(session, "oblique", 0, (0, 1))
+    with pytest.raises(ValueError, match="no slice 9999"):
+        desk.add_key_image(session, "axial", 9998, (0, 1))
+    with pytest.raises(ValueError, match="window"):
+        desk.add_key_image(session, "axial", 0, (1, 1))
+    for number, plane in enumerate(("axial", "coronal", "sagittal")):
+        image = desk.add_key_image(session, plane, 3, (-160, 240))
+        shown = np.asarray(Image.open(io.BytesIO(image.png)), dtype=float)
+        stored = np.take(scan.picture.stored, 3, number).astype(float)
+        expected = 255 * np.clip((stored + 160) / 400, 0, 1)
+        rows, columns = (np.linspace(0, stored.shape[i] - 1, shown.shape[i]).round().astype(int) for i in range(2))
+        assert abs(np.median(shown - expected[np.ix_(rows, columns)])) <= 1
+        height, width = np.delete(np.multiply(scan.picture.stored.shape, scan.picture.facts["spacing"]), number)  # mm
+        assert shown.shape[0] / shown.shape[1] == pytest.approx(height / width, rel=0.02)
+        assert (image.place is None) == (plane != "axial")
+    place = session.key_images[1].place
+    np.testing.assert_array_equal(scan.picture.stored[3], scan.volume.array[place])  # an axial phantom, rows and columns as on a screen
+    with zipfile.ZipFile(io.BytesIO(desk.save(session, "zip", "A nodule."))) as archive:
+        assert archive.read("key_image_3.png") == image.png and "sagittal, slice 4 of" in archive.read("report.txt").decode()
+    desk.remove_key_image(session, 2)
+    assert [label.partition(",")[0] for label, _, _ in desk.reading(session)["pictures"]] == ["axial", "sagittal"]
+    for _ in range(18):
+        desk.add_key_image(session, "axial", 0, (0, 1))
+    with pytest.raises(ValueError, match="at most 20"):
+        desk.add_key_image(session, "axial", 0, (0, 1))
+    session.put(example("Abdomen phantom"))
+    assert session.key_images == {}
 
 
 def test_a_scan_without_room_beside_the_open_ones_is_refused(scan, tmp_path) -> None:

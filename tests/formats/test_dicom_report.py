@@ -4,6 +4,7 @@ import io
 import logging
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pydicom
@@ -13,7 +14,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import EnhancedSRStorage
 
 from med3dvlm import read_volume
-from med3dvlm.reporting import UNVERIFIED, read_report, report_dicom
+from med3dvlm.reporting import UNVERIFIED, KeyImage, read_report, report_dicom
 from med3dvlm.volume import VolumeError
 from tests.formats.dicom_files import scan, write_enhanced, write_series
 
@@ -90,6 +91,29 @@ def test_of_several_series_it_refers_to_the_one_that_was_read(series: Path, tmp_
         assert len(read_back(report_dicom(REPORT, tmp_path / "both", number)).get_evidence()) == slices
     with pytest.raises(VolumeError, match="no series 3"):
         report_dicom(REPORT, tmp_path / "both", 3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_key_images_refer_to_their_slices_in_the_scans_order(series: Path, tmp_path: Path, packed: bool) -> None:
+    pictures = (KeyImage("axial, slice 3 of 10", b"", 7), KeyImage("coronal, slice 1 of 20", b"", None), KeyImage("axial", b"", 0))
+    report = replace(REPORT, key_images=pictures)
+    where = shutil.make_archive(str(tmp_path / "scan"), "zip", series) if packed else series
+    (section,) = (
+        item
+        for item in read_back(report_dicom(report, where)).ContentSequence
+        if item.ConceptNameCodeSequence[0].CodeMeaning == "Key Images"
+    )
+    kinds = [item.ValueType for item in section.ContentSequence]
+    assert kinds == ["TEXT", "IMAGE", "TEXT", "TEXT", "IMAGE"]
+    assert [item.TextValue for item in section.ContentSequence if item.ValueType == "TEXT"] == [image.label for image in pictures]
+    upwards = sorted((pydicom.dcmread(file) for file in series.glob("*.dcm")), key=lambda item: item.ImagePositionPatient[2])
+    referenced = [item.ReferencedSOPSequence[0] for item in section.ContentSequence if item.ValueType == "IMAGE"]
+    assert [item.ReferencedSOPInstanceUID for item in referenced] == [upwards[7].SOPInstanceUID, upwards[0].SOPInstanceUID]
+    assert not any("ReferencedFrameNumber" in item for item in referenced)
+
+    whole = write_enhanced(tmp_path / "enhanced.dcm", scan(), order=range(9, -1, -1))
+    content = read_back(report_dicom(report, whole)).ContentSequence[-1].ContentSequence
+    assert [item.ReferencedSOPSequence[0].ReferencedFrameNumber for item in content if item.ValueType == "IMAGE"] == [3, 10]
 
 
 def test_archives_and_multi_frame_files(series: Path, tmp_path: Path) -> None:
