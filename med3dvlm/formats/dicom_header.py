@@ -1,56 +1,74 @@
 """What the headers of DICOM files say: every slice below a folder, before any pixel is decoded.
 
-dicom_slices.py says what a header means.
+dicom_slices.py says what a header means. Each file is opened once here, and once more for its pixels.
 """
 
 import os
 import re
-import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import BinaryIO, NoReturn
 
 from med3dvlm.formats.base import VolumeError
+from med3dvlm.formats.dicom_elements import DAMAGED, Header, PixelElement, elements_before, reason, unusable
+from med3dvlm.formats.dicom_pixels import DEFLATED, PIXELS, inflated
 from med3dvlm.formats.dicom_slices import KEYWORDS, Slice, slices_of
 
 MOST_FILES = 50_000  # in a folder and its subfolders; more is an archive of many studies
 MOST_SLICES = 50_000  # in all files
-MOST_INFLATED = 2**30  # bytes of a file that is packed as a whole
+BUFFER = 2**15  # bytes; most headers are shorter
 
 
 def is_dicom(path: Path) -> bool:
     """Whether a file begins as DICOM does, with or without the 128 bytes and "DICM" before its first element."""
     with path.open("rb") as file:
-        start = file.read(132)
+        return _begins_as_dicom(file.read(132))
+
+
+def _begins_as_dicom(start: bytes) -> bool:
     little = start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0"
-    return start[128:] == b"DICM" or little or start[:3] == b"\0\x08\0"
+    return start[128:132] == b"DICM" or little or start[:3] == b"\0\x08\0"
 
 
 def read_headers(path: Path, source: str) -> tuple[list[Slice], list[str]]:
     """Every slice in the file or below the folder `path`, and warnings. Of files that are copies one counts.
 
     Raises:
-        VolumeError: there is no image, or the header of one is damaged.
+        VolumeError: there is no image, or slices are damaged or cannot be read.
     """
     slices: list[Slice] = []
     seen: dict[str, Path] = {}  # by SOPInstanceUID
+    problems = Counter[tuple[str, str]]()
+    found: list[Path] = []
+    others: list[Path] = []
     copies = 0
-    files, damaged = dicom_files(path, source)
-    for file in files:
+    for file in _files(path, source):
         try:
-            header = _header(file)
+            with _opened(file, source) as stream:
+                if stream is None or not (_begins_as_dicom(stream.read(132)) or file == path):
+                    others.append(file)
+                    continue
+                found.append(file)
+                header = _header(stream, file)
             if header is None:
                 continue
             other = seen.setdefault(str(header.get("SOPInstanceUID") or file), file)
             if other is not file and other.read_bytes() == file.read_bytes():
                 copies += 1
-            else:
-                slices += slices_of(file, header)
-        except Exception:  # pydicom raises nearly anything on damaged bytes; they are counted and refused
-            damaged += 1
+                continue
+            those = list(slices_of(file, header))
+            slices += [each._replace(notes=(*each.notes, *header.notes)) for each in those] if header.notes else those
+        except VolumeError:
+            raise
+        except Exception as error:
+            problems[reason(error)] += 1
         if len(slices) > MOST_SLICES:
             raise VolumeError(f"{source}: there are more than {MOST_SLICES} slices; give the folder of one study.")
-    if damaged:
-        raise damaged_slices(damaged, source)
+    problems[DAMAGED] += _left_by_a_copy(found, others)
+    if problems.total():
+        raise unusable(problems, source)
     if not slices and path.is_file():
         raise VolumeError(f"{source}: this is no DICOM image but a report, a directory or the like; give the folder with the slices.")
     if not slices:
@@ -58,39 +76,62 @@ def read_headers(path: Path, source: str) -> tuple[list[Slice], list[str]]:
     return slices, [f"{copies} files are exact copies of others and are left out."] if copies else []
 
 
-def damaged_slices(count: int, source: str) -> VolumeError:
-    """The error for slices that cannot be read."""
-    return VolumeError(f"{source}: {count} of the DICOM slices are damaged or cut short; copy them again.")
-
-
-def dicom_files(path: Path, source: str) -> tuple[list[Path], int]:
-    """The DICOM files at or below a path, in the order of their names, and how many others have a DICOM slice's name.
-
-    Those are empty, zeroed or dangling links, as an interrupted copy leaves them. Links to folders are not followed.
+def dicom_files(path: Path, source: str) -> list[Path]:
+    """The DICOM files at or below a path, in the order of their names. Links to folders are not followed.
 
     Raises:
         VolumeError: something below cannot be read, or there are too many files.
     """
+    found = []
+    for file in _files(path, source):
+        with _opened(file, source) as stream:
+            if stream is not None and _begins_as_dicom(stream.read(132)):
+                found.append(file)
+    return found
+
+
+def _files(path: Path, source: str) -> Iterator[Path]:
+    """What lies at or below a path, in the order of names."""
     if path.is_file():
-        return [path], 0
+        yield path
+        return
 
-    def unreadable(error: OSError) -> NoReturn:  # its own text would name what lies below
-        raise VolumeError(f"{source}: something below cannot be read ({error.strerror}); ask for access or copy it again.") from error
+    def unreadable(error: OSError) -> NoReturn:
+        raise _unreadable(error, source) from error
 
-    found: list[Path] = []
-    others: list[Path] = []
+    count = 0
     for folder, folders, names in os.walk(path, onerror=unreadable):
         folders.sort()
-        for file in (Path(folder, name) for name in sorted(names)):
-            try:
-                (found if file.is_file() and is_dicom(file) else others).append(file)
-            except OSError as error:
-                unreadable(error)
-        if len(found) + len(others) > MOST_FILES:
+        count += len(names)
+        if count > MOST_FILES:
             raise VolumeError(f"{source}: there are more than {MOST_FILES} files below; give the folder of one study.")
+        yield from (Path(folder, name) for name in sorted(names))
+
+
+@contextmanager
+def _opened(file: Path, source: str) -> Iterator[BinaryIO | None]:
+    """A file, open; None for what is none, such as a link that leads nowhere."""
+    try:
+        stream = open(file, "rb", buffering=BUFFER) if file.is_file() else None
+    except OSError as error:
+        raise _unreadable(error, source) from error
+    if stream is None:
+        yield None
+        return
+    with stream:
+        yield stream
+
+
+def _unreadable(error: OSError, source: str) -> VolumeError:
+    """The error's own text would name what lies below."""
+    return VolumeError(f"{source}: something below cannot be read ({error.strerror}); ask for access or copy it again.")
+
+
+def _left_by_a_copy(found: list[Path], others: list[Path]) -> int:
+    """How many of the other files have a DICOM slice's name: empty, zeroed or dangling links, as an interrupted copy leaves them."""
     forms = {_form(file) for file in found}
     visible = [file for file in others if not file.name.startswith(".")]
-    return found, sum(file.suffix.lower() in (".dcm", ".ima") or _form(file) in forms for file in visible)
+    return sum(file.suffix.lower() in (".dcm", ".ima") or _form(file) in forms for file in visible)
 
 
 def _form(file: Path) -> str:
@@ -98,44 +139,57 @@ def _form(file: Path) -> str:
     return re.sub(r"\d+", "0", file.name.lower())
 
 
-def _header(file: Path) -> Any:
-    """The pydicom dataset of an image without its pixels; None for DICOM that is no image, such as a report or a directory.
+def _header(stream: BinaryIO, file: Path) -> Header | None:
+    """The header of an image, with the place of its pixels; None for DICOM that is no image, such as a report or a directory.
 
     Raises:
-        Exception: the header is damaged.
+        Exception: it is damaged.
     """
-    import pydicom
-
-    with file.open("rb") as stream:
-        certain = stream.read(132)[128:] == b"DICM"
+    stream.seek(0)
+    certain = stream.read(132)[128:] == b"DICM"
     try:
-        _check_inflated(file)
-        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*KEYWORDS], force=True)
-        stored = pydicom.uid.UID(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
+        header, stored = _read(stream, file, 132 if certain else 0)
     except Exception:
         if certain:
             raise
         return None
-    if "Rows" in header and "Columns" in header:
-        return header
-    if certain and (not stored or "Image Storage" in stored.name):
-        raise ValueError("an image that was cut short")
-    return None
+    if header.pixels is None and certain and _is_image(stored):
+        raise EOFError("an image that was cut short")
+    return None if header.pixels is None else header
 
 
-def _check_inflated(file: Path) -> None:
-    """Raises an Exception where a file that is packed as a whole unpacks to too much; pydicom would unpack it into memory."""
-    from pydicom.filereader import read_dataset, read_preamble
-    from pydicom.uid import DeflatedExplicitVRLittleEndian
+def _is_image(stored: str) -> bool:
+    """Whether an object of this kind (SOP class) has pixels; one that is cut short before it says its kind may have."""
+    from pydicom.uid import UID
 
-    with file.open("rb") as stream:
-        read_preamble(stream, True)
-        meta = read_dataset(stream, False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != 2)
-        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
-            return
-        inflater, size, packed = zlib.decompressobj(-zlib.MAX_WBITS), 0, stream.read()
-    while packed and not inflater.eof:
-        size += len(inflater.decompress(packed, 2**20))
-        packed = inflater.unconsumed_tail
-        if size > MOST_INFLATED:
-            raise ValueError("too much to unpack")
+    return not stored or "Image Storage" in UID(stored).name
+
+
+def _read(stream: BinaryIO, file: Path, start: int) -> tuple[Header, str]:
+    """The elements of a file up to its pixels, and its kind (SOP class).
+
+    How they are written is seen from the first of them, whatever transfer syntax the file states.
+    """
+    stream.seek(start)
+    meta, _ = elements_before(stream, lambda tag: tag >> 16 != 2, ["TransferSyntaxUID", "MediaStorageSOPClassUID"], False, True)
+    syntax = str(Header(meta).get("TransferSyntaxUID", ""))
+    packed_from = stream.tell() if syntax == DEFLATED else None
+    body = stream if packed_from is None else inflated(stream)
+    if _next(body, 2) == b"\0\0":  # elements of a message, as a network leaves them
+        elements_before(body, lambda tag: tag >> 16 != 0, [], True, True)
+    first = _next(body, 6)
+    little_endian = first[:1] != b"\0"
+    explicit = first[4:].isalpha() and first[4:].isupper()
+    elements, pixels = elements_before(body, lambda tag: tag in PIXELS, KEYWORDS, not explicit, little_endian)
+    header = Header(elements)
+    if pixels is not None:
+        header.pixels = PixelElement(file, syntax, pixels.tag, pixels.length, pixels.place, little_endian, packed_from)
+    return header, str(header.get("SOPClassUID") or Header(meta).get("MediaStorageSOPClassUID") or "")
+
+
+def _next(stream: BinaryIO, count: int) -> bytes:
+    """The next bytes, which are read again."""
+    place = stream.tell()
+    content = stream.read(count)
+    stream.seek(place)
+    return content

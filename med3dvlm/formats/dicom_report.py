@@ -17,7 +17,8 @@ from typing import Any
 
 from med3dvlm.formats import archive, dicom
 from med3dvlm.formats.base import VolumeError
-from med3dvlm.formats.dicom_header import damaged_slices, dicom_files
+from med3dvlm.formats.dicom_elements import DAMAGED, unusable
+from med3dvlm.formats.dicom_header import dicom_files
 from med3dvlm.formats.dicom_slices import Slice
 
 UTF_8 = "ISO_IR 192"
@@ -90,7 +91,7 @@ def _stack(path: Path, source: str, series: int | None) -> Iterator[list[Slice]]
         return
     if not path.exists():
         raise VolumeError(f"{source}: the scan is no longer there, and a DICOM report is made from its files; give the scan again.")
-    if not (dicom.is_dicom(path) if path.is_file() else dicom_files(path, source)[0]):
+    if not (dicom.is_dicom(path) if path.is_file() else dicom_files(path, source)):
         raise VolumeError(
             f"{source}: the scan was not DICOM, so there is no study to file a DICOM report with; save it as text, Markdown or JSON."
         )
@@ -112,7 +113,7 @@ def _header(file: Path, source: str) -> Any:
         header.decode()  # texts, by the character set that the file names
         missing = [keyword for keyword in REFERENCE if not header.get(keyword)]
     except Exception:
-        raise damaged_slices(1, source) from None
+        raise unusable({DAMAGED: 1}, source) from None
     if missing:
         raise VolumeError(f"{source}: the DICOM files state no {missing[0]}, by which a report would refer to them; export them again.")
     return header

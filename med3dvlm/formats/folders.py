@@ -14,7 +14,7 @@ def read(folder: Path, source: str, series: int | None = None) -> Parts:
         VolumeError: there is neither, or what there is, is no single sound scan.
     """
     found = pictures.pictures(folder)
-    if found and not dicom_files(folder, source)[0]:  # beside or above DICOM, a picture is a preview
+    if found and not dicom_files(folder, source):  # beside or above DICOM, a picture is a preview
         no_series(series, source)
         return pictures.read(folder, source)
     return dicom.read(folder, source, series)

@@ -57,18 +57,19 @@ def interpret(parts: Parts, source: str, policy: str = "auto", rescale: Sequence
     """
     slope, intercept = _checked_wishes(source, policy, rescale, unit)
     notes, warnings = [], []
-    if (unwrapped := Spread(parts.array).unwrapped(parts.rescale)) is not None:
+    spread = Spread(parts.array)
+    if (unwrapped := spread.unwrapped(parts.rescale)) is not None:
         warnings.append("values above 57344 are negative numbers that were written as unsigned ones; 65536 is subtracted from them.")
-        parts = parts._replace(array=unwrapped)
+        parts, spread = parts._replace(array=unwrapped), Spread(unwrapped)
     if parts.rescale is not None and policy != "already_hu":
         notes.append(f"the header's {_named(parts.rescale)} are applied.")
     if unit is not None and unit != "HU":
         return Meaning(parts.array, unit, (*notes, f"the unit is {unit!r}, as stated."), tuple(warnings))
     if policy == "auto" and rescale is None and unit is None:
-        meaning = _guess(parts)
+        meaning = _guess(parts, spread)
     else:
-        array, reason = _by_wish(parts, source, policy, slope, intercept, rescale is not None)
-        spread = Spread(array)
+        array, reason = _by_wish(parts, spread, source, policy, slope, intercept, rescale is not None)
+        spread = spread if array is parts.array else Spread(array)
         if problem := spread.impossible:
             raise VolumeError(f"{source}: as HU the values cannot be right: {problem}; choose another hu= or unit='arbitrary'.")
         doubts = [f"the header says that the values are {parts.quantity} and no HU."] if parts.quantity else []
@@ -76,9 +77,11 @@ def interpret(parts: Parts, source: str, policy: str = "auto", rescale: Sequence
     return meaning._replace(notes=(*notes, *meaning.notes), warnings=(*warnings, *meaning.warnings))
 
 
-def _by_wish(parts: Parts, source: str, policy: str, slope: float, intercept: float, stated: bool) -> tuple[NDArray[Any], str]:
+def _by_wish(
+    parts: Parts, spread: Spread, source: str, policy: str, slope: float, intercept: float, stated: bool
+) -> tuple[NDArray[Any], str]:
     """The array in HU and the reason, where a policy, slope and intercept (`stated`) or the unit HU are stated."""
-    array, spread = parts.array, Spread(parts.array)
+    array = parts.array
     if policy == "csv":
         if parts.rescale is not None:
             raise VolumeError(
@@ -103,7 +106,7 @@ def _by_wish(parts: Parts, source: str, policy: str, slope: float, intercept: fl
         return array, "the values are HU by the header, as hu='header' says."
     if not stated:
         return array, "the values are HU, as unit='HU' says."
-    return _decided(parts, source, slope, intercept)
+    return _decided(parts, spread, source, slope, intercept)
 
 
 def _checked_wishes(source: str, policy: str, rescale: Sequence[float] | None, unit: str | None) -> tuple[float, float]:
@@ -120,9 +123,9 @@ def _checked_wishes(source: str, policy: str, rescale: Sequence[float] | None, u
     return numbers[0], numbers[1]
 
 
-def _decided(parts: Parts, source: str, slope: float, intercept: float) -> tuple[NDArray[Any], str]:
+def _decided(parts: Parts, spread: Spread, source: str, slope: float, intercept: float) -> tuple[NDArray[Any], str]:
     """Policy "auto" with a stated slope and intercept: the array in HU and the reason."""
-    array, spread, stated = parts.array, Spread(parts.array), _named((slope, intercept))
+    array, stated = parts.array, _named((slope, intercept))
     if parts.quantity:
         raise VolumeError(
             f"{source}: the header says that the values are {parts.quantity}, yet slope and intercept are stated for HU; leave them out, "
@@ -148,9 +151,9 @@ def _decided(parts: Parts, source: str, slope: float, intercept: float) -> tuple
     )
 
 
-def _guess(parts: Parts) -> Meaning:
+def _guess(parts: Parts, spread: Spread) -> Meaning:
     """Policy "auto" without a stated slope and intercept."""
-    array, modality, spread = parts.array, parts.modality, Spread(parts.array)
+    array, modality = parts.array, parts.modality
     low, high = spread.low, spread.high
     if parts.quantity:
         return Meaning(array, "arbitrary", (f"the unit is arbitrary: the header says that the values are {parts.quantity}.",))

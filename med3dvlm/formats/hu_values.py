@@ -59,8 +59,13 @@ class Spread:
     @cached_property
     def filling(self) -> float | None:
         """The commonest value, where one voxel in ten has it; None where that is no voxel in ten's."""
-        values, counts = np.unique(self.sample, return_counts=True)
-        return float(values[counts.argmax()]) if counts.max() >= FILLED * self.sample.size else None
+        if self.array.dtype == np.int16:  # counting is quicker than sorting
+            counts = np.bincount((self.sample - self.low).astype(np.intp))
+            commonest = self.low + int(counts.argmax())
+        else:
+            values, counts = np.unique(self.sample, return_counts=True)
+            commonest = float(values[counts.argmax()])
+        return commonest if counts.max() >= FILLED * self.sample.size else None
 
     @cached_property
     def within(self) -> float:
