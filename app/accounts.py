@@ -31,7 +31,7 @@ class Accounts:
     def __init__(self, hashes: dict[str, str]) -> None:
         self._hashes = hashes
         self._nobody = hashed("", os.urandom(16))  # so that an unknown name takes as long as a known one
-        self._one = asyncio.Lock()
+        self._few = asyncio.Semaphore(2)  # at a time, as each takes 32 MiB and a core
 
     @classmethod
     def load(cls, path: Path) -> "Accounts":
@@ -49,12 +49,12 @@ class Accounts:
         return cls(hashes)
 
     async def allows(self, name: str, password: str) -> bool:
-        """Whether they fit: one guess at a time and beside everything else, a wrong one takes a second."""
-        async with self._one:
-            if fits := await asyncio.to_thread(self, name, password):
-                return fits
+        """Whether they fit. Who guessed wrong waits a second more, and nobody else does; guard.py limits how often one client may guess."""
+        async with self._few:
+            fits = await asyncio.to_thread(self, name, password)
+        if not fits:
             await asyncio.sleep(SECONDS_AFTER_WRONG)
-            return False
+        return fits
 
     def __call__(self, name: str, password: str) -> bool:
         kept = bytes.fromhex(self._hashes.get(name, self._nobody))

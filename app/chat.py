@@ -9,8 +9,9 @@ private folder until they were read (DICOM files, which a Structured Report refe
 nobody read, for some minutes), and each browser session has a scan of its own.
 
 Where to find what: page.py (what stands where), desk.py (what can be done), sessions.py (who is there), scans.py (files in),
-viewer.py, viewer.js and pane.js (the viewer), conversation.js, report.js, insight.py (where it looked, similar cases), routes.py (what the
-browser fetches), programs.py (the same for programs), accounts.py (who may come in).
+viewer.py, viewer.js and pane.js (the viewer), conversation.js, report.js, insight.py (where it looked, similar cases), key_images.py
+(slices for the report), routes.py (what the browser fetches), programs.py (the same for programs), tools.py (for agents), accounts.py and
+guard.py (who may come in).
 """
 
 import argparse
@@ -33,10 +34,12 @@ import psutil
 from accounts import Accounts
 from desk import Desk
 from gradio.utils import get_upload_folder
+from guard import Guard
 from insight import load as load_insight
 from page import THEME, build, file
 from routes import routes
 from scans import sweep
+from starlette.middleware import Middleware
 
 from med3dvlm.prompts import RESEARCH_NOTICE
 
@@ -46,9 +49,15 @@ SECONDS_UNREAD = 300.0  # after which an upload that nobody read goes
 
 
 def launch(
-    blocks: gr.Blocks, desk: Desk, port: int | None = None, host: str = HERE_ONLY[0], accounts: Accounts | None = None, mcp: bool = False
+    blocks: gr.Blocks,
+    desk: Desk,
+    port: int | None = None,
+    host: str = HERE_ONLY[0],
+    accounts: Accounts | None = None,
+    mcp: bool = False,
+    hosts: Sequence[str] = (),
 ) -> str:
-    """Serve without blocking; returns the address. Port None: the first free one from 7860."""
+    """Serve without blocking; returns the address. Port None: the first free one from 7860; `hosts`: other names of the server."""
     # run_history would keep questions and answers in the browser
     off = dict.fromkeys(("share", "run_history", "enable_monitoring", "ssr_mode", "pwa"), False)
     look: dict[str, Any] = {"theme": THEME, "css": file("style.css"), "footer_links": [], "quiet": True}
@@ -56,7 +65,7 @@ def launch(
     blocks.launch(
         server_name=host, server_port=port, prevent_thread_lock=True, max_file_size=desk.most_bytes, mcp_server=mcp,
         auth=accounts.allows if accounts else None, auth_message=RESEARCH_NOTICE if accounts else None,
-        app_kwargs={"routes": routes(desk)}, **look, **off,
+        app_kwargs={"routes": routes(desk), "middleware": [Middleware(Guard, tuple(hosts))]}, **look, **off,
     )  # fmt: skip
     if blocks.mcp_error:
         raise ImportError(f"There are no MCP tools: {blocks.mcp_error}")
@@ -94,6 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--host", default=HERE_ONLY[0], help="address to listen on; any but this machine's own needs --auth-file (%(default)s)"
     )
     parser.add_argument("--auth-file", type=Path, help="accounts that may use the page, made by app/accounts.py")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME[:PORT]",
+        help="another name under which browsers find the server (repeatable)",
+    )
     parser.add_argument("--limit", type=int, default=4096, metavar="MIB", help="largest upload (default: %(default)s MiB)")
     parser.add_argument("--parallel", type=int, default=4, help="answers written at a time, the others queue (default: %(default)s)")
     parser.add_argument(
@@ -120,8 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # a library's may quote a header
         with private_folder():
             desk = Desk(chat, "/".join(arguments.model.resolve().parts[-2:]), arguments.limit * 2**20, insight)
-            blocks = build(desk, arguments.parallel)
-            address = launch(blocks, desk, arguments.port, arguments.host, accounts, arguments.mcp)
+            blocks = build(desk, arguments.parallel, accounts is not None)
+            address = launch(blocks, desk, arguments.port, arguments.host, accounts, arguments.mcp, arguments.allow_host)
             print(f"Med3DVLM listens on {address} (Ctrl+C ends it). {RESEARCH_NOTICE}", flush=True)
             blocks.block_thread()
     except (ImportError, OSError, ValueError) as error:

@@ -77,7 +77,7 @@ class Desk:
     def open_example(self, session: Session, name: str) -> OpenScan:
         """Put one of EXAMPLES there. Raises VolumeError for another name."""
         if name not in EXAMPLES:
-            raise VolumeError(f"There is no example {name[:40]!r}; there are {', '.join(EXAMPLES)}.")
+            raise VolumeError(f"There is no example {str(name)[:40]!r}; there are {', '.join(EXAMPLES)}.")
         scan = example(name)
         session.put(scan)
         return scan

@@ -13,7 +13,7 @@ from insight import Case
 from PIL import Image
 from programs import endpoints, sent, session_of
 from scans import EXAMPLES, OpenScan
-from sessions import Session, sentence
+from sessions import MALFORMED, Session, log, sentence
 
 from med3dvlm.prompts import RESEARCH_NOTICE
 
@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 # The browser's own fonts: a theme's may come from a font server.
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
 THEME = gr.themes.Base(primary_hue="sky", secondary_hue="sky", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"])
+LOG_OUT = '<a class="log-out" href="logout">Log out</a>'
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 AT_ONCE: dict[str, Any] = HIDDEN | {"queue": False}
 
@@ -54,16 +55,31 @@ def compared(cases: list[Case]) -> str:
     return f'<div class="cases">{"".join(cards)}</div>'
 
 
-def build(desk: Desk, parallel: int = 2) -> gr.Blocks:
-    """The page around the desk; `parallel` answers are written at a time, the others wait in a queue."""
+class Page(gr.Blocks):
+    """Blocks that tell a caller in a sentence what Gradio would print, with the question in it, and answer by null."""
+
+    async def process_api(self, *args: Any, **more: Any) -> dict[str, Any]:
+        try:
+            return await super().process_api(*args, **more)
+        except gr.Error as error:
+            error.print_exception = False
+            raise
+        except Exception as error:  # noqa: BLE001  told in a sentence
+            log(error)
+            raise gr.Error(MALFORMED, print_exception=False) from None
+
+
+def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
+    """The page around the desk; `parallel` answers are written at a time, the others wait in a queue. With `accounts` people can log out."""
 
     def of(request: gr.Request) -> Session:
         return session_of(desk, request)
 
-    with gr.Blocks(title="Med3DVLM", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
+    with Page(title="Med3DVLM", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
         gr.HTML(
             f'<header class="masthead"><h1>Med3DVLM</h1><span class="model">{html.escape(desk.model)}</span>'
-            f'<span class="research" role="note">{RESEARCH_NOTICE}</span></header>'
+            f'<span class="research" role="note">{RESEARCH_NOTICE}</span>'
+            f"{LOG_OUT if accounts else ''}</header>"
         )
         with gr.Row(elem_id="desk", equal_height=False):
             with gr.Column(scale=7, min_width=520, elem_id="left"):

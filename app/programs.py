@@ -18,7 +18,7 @@ from typing import Any
 
 import gradio as gr
 from desk import Desk
-from sessions import Session, sentence
+from sessions import MALFORMED, Session, sentence
 
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 
@@ -70,6 +70,8 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
 
     def sample(question: str, temperature: float, top_p: float, request: gr.Request) -> Iterator[dict[str, Any]]:
         session = of(request)
+        if None in (question, temperature, top_p):
+            raise gr.Error(MALFORMED, print_exception=False)
         with sentences():
             turn = session.pose(question)
         for _ in desk.answer(session, temperature=temperature, top_p=top_p):

@@ -28,15 +28,26 @@ BUSY = "An answer is being written; wait for it or stop it."
 BROKEN = "Something went wrong here. Try again; with a large scan the machine may be short of memory."
 
 
+MALFORMED = (
+    "This call does not fit: a value is missing, of another kind, or a path that was not sent to this server. app/programs.py says how the "
+    "functions are called."
+)
+
+
 def sentence(error: Exception) -> str:
-    """What is said of an error where the user looks. Of the program's own mistakes the log has kind and place alone: the words may name a scan."""
+    """What is said of an error where the user looks: the words of a ValueError, which say what is wrong with what was given."""
     if isinstance(error, ValueError):
         return str(error)
+    log(error)
+    return BROKEN
+
+
+def log(error: Exception) -> None:
+    """Note kind and place of an error and nothing else: its words may quote a question or name a scan."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
     logger.error("%s in %s", type(error).__name__, f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "?")
-    return BROKEN
 
 
 @dataclass(eq=False)

@@ -238,7 +238,7 @@ def test_a_dicom_series_is_reported_and_saved(visit, tmp_path) -> None:
     for label, words in (("Text", b"Ascites is present."), ("JSON", b'"sections"'), ("DICOM", b"DICM")):
         assert words in saved(page, label)
     text = saved(page, "Text").decode()
-    assert "Unlike <anything> seen in training." in text and "Model: parrot." in text and "changed by hand" in text
+    assert "Unlike <anything> seen in training." in text and "Model: parrot" in text and "changed by hand" in text
     page.locator("#report textarea").press("Control+End")
     for _ in range(len("Ascites is present.")):
         page.locator("#report textarea").press("Backspace")
