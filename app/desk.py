@@ -42,6 +42,7 @@ class Desk:
     most_bytes: int = MOST_BYTES
     insight: Insight = Insight()
     room: int = psutil.virtual_memory().total // 2  # bytes for the scans of all sessions together
+    straighten: bool = False  # scans are read as the model's processor wants them, so that overlays lie on what is shown
     sessions: Sessions = field(default_factory=Sessions)
     # Gradio names an upload by its content: two sessions that send the same file share one path, and the first to read it deletes it. The
     # second gets the first one's scan, which nothing changes, while that is alive.
@@ -62,7 +63,7 @@ class Desk:
             if scan is None:
                 if not all(path.exists() for path in paths):
                     raise VolumeError("The upload is not complete; send it again.")
-                self._read[key] = scan = read_uploads(paths, self.most_bytes, keep)
+                self._read[key] = scan = read_uploads(paths, self.most_bytes, keep, self.straighten)
             elif not keep:
                 for path in paths:
                     path.unlink(missing_ok=True)

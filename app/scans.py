@@ -62,10 +62,11 @@ class OpenScan:
         return int(self.volume.array.nbytes + self.picture.stored.nbytes)
 
 
-def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False) -> OpenScan:
+def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False, straighten: bool = False) -> OpenScan:
     """The scan in one file, or in all files of a series together; the uploads are deleted, whatever happens, those of DICOM with the scan.
 
     With `keep` they stay where they are: Gradio gives one place to what several callers send alike, and the next may come for it yet.
+    `straighten` is for `read_volume`.
 
     Raises:
         VolumeError: they hold no scan, or are larger than `most_bytes` together; one sentence without a file's name.
@@ -73,7 +74,7 @@ def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False) -
     folder = tempfile.mkdtemp(prefix=PREFIX, dir=uploads[0].parent)
     try:
         path, kind = _plainly_named(uploads, Path(folder), most_bytes, os.link if keep else shutil.move)
-        volume = read_volume(path)
+        volume = read_volume(path, straighten=straighten)
         warnings = tuple(_without(folder, warning) for warning in volume.warnings)
         scan = on_the_desk(dataclasses.replace(volume, source="scan", warnings=warnings), kind, path if kind in MAY_BE_DICOM else None)
     except BaseException as error:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from med3dvlm.geometry import SECOND_LETTER, letters_towards
 from med3dvlm.volume import Volume
 
 # The letters at a picture's edges: top, bottom, left, right.
 EDGES = {"axial": "APRL", "coronal": "SIRL", "sagittal": "SIAP"}
+AXES = {"axial": (1, 2), "coronal": (0, 2), "sagittal": (0, 1)}  # of (z, y, x), down a picture and across it
 STORED_NAMES = {"axial": "slices", "coronal": "rows", "sagittal": "columns"}  # where the orientation is unknown
 DISPLAY_AXES = "IPL"  # the direction in which the index grows along z, y, x
 OPPOSITE = dict(zip("SIAPLR", "ISPARL", strict=True))
@@ -76,10 +78,19 @@ def picture(volume: Volume, most_voxels: int = MOST_SHOWN) -> Picture:
         "window": default_window(volume),
         "presets": [[name, *window] for name, window in WINDOWS.items()] if volume.unit == "HU" else [],
         "names": {plane: plane if known else STORED_NAMES[plane] for plane in EDGES},
-        "edges": EDGES if known else {},
+        "edges": edges(volume) if known else {},
         "note": f"Shown {block} times coarser within its slices than it is; the model reads all of it." if block > 1 else "",
     }
     return Picture(shown, facts, block)
+
+
+def edges(volume: Volume) -> dict[str, Any]:
+    """The letters at the edges of each plane's picture, as EDGES has them; two or three, as "LA", where an edge lies between directions."""
+    if volume.direction is None or (volume.oblique or 0) < SECOND_LETTER:
+        return dict(EDGES)
+    order, flips = display_order(volume)
+    towards = [(flip.step or 1) * volume.direction[:, axis] for axis, flip in zip(order, flips, strict=True)]  # as z, y and x grow
+    return {plane: [letters_towards(sign * towards[axis]) for axis in axes for sign in (-1, 1)] for plane, axes in AXES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +150,8 @@ def describe(volume: Volume, kind: str) -> dict[str, str]:
     if volume.orientation is None:
         rows["Orientation"] = "unknown, shown as stored"
     else:
-        tilt = f", tilted by {volume.oblique:.0f}°" if (volume.oblique or 0) >= 1 else ""
-        rows["Orientation"] = f"{volume.orientation}, {volume.plane} slices{tilt}"
+        turned = f", turned by {volume.oblique:.1f}°" if (volume.oblique or 0) >= 0.5 else ""
+        rows["Orientation"] = f"{volume.orientation}, {volume.plane} slices{turned}"
     rows["Modality"] = "CT (by its Hounsfield units)" if volume.unit == "HU" else "not known to be CT"
     rows["Unit"] = UNITS.get(volume.unit, volume.unit)
     rows["Values"] = f"{volume.array.min():g} to {volume.array.max():g}"

@@ -210,7 +210,7 @@ RECIPES: dict[str, Recipe] = {
     "ct_rate": Recipe(ct_rate, (256, 512, 512), (1.5, 0.75, 0.75), "trilinear"),
     "ct_clip": Recipe(ct_rate, (240, 480, 480), (1.5, 0.75, 0.75), "trilinear"),
 }
-SETTINGS = ("recipe", "size", "spacing", "hu_range", "resize")
+SETTINGS = ("recipe", "size", "spacing", "hu_range", "resize", "straighten")
 
 
 class VolumeKwargs(TypedDict, total=False):
@@ -221,6 +221,7 @@ class VolumeKwargs(TypedDict, total=False):
     spacing: Sequence[float] | None
     hu_range: Sequence[float]
     resize: str | None
+    straighten: bool
     return_tensors: str | None
 
 
@@ -233,6 +234,7 @@ class VolumeProcessor(BaseImageProcessor):
     - `hu_range`: the window in HU of all but "m3d", which does not use it; for the CT recipes whole numbers in -1000..1000.
     - `resize`: "area", MONAI's default, averages whatever falls into a new voxel, so that small lesions leave a trace;
       "trilinear" samples between the eight nearest voxels, as the released M3D preparation script and the CT recipes do.
+    - `straighten`: first resample tilted or unevenly spaced slices to a regular grid (`Volume.straighten`); the published recipes do not.
 
         processor = VolumeProcessor("m3d", size=(128, 256, 256))
         processor("scan.nii.gz")["pixel_values"]  # (1, 1, 128, 256, 256) float32 in 0..1
@@ -248,6 +250,7 @@ class VolumeProcessor(BaseImageProcessor):
         hu_range: Sequence[float] = (-1000.0, 1000.0),
         resize: str | None = None,
         spacing: Sequence[float] | None = None,
+        straighten: bool = False,
         **kwargs: Any,
     ) -> None:
         """Raises ValueError for an unknown recipe or resize mode, for impossible numbers, and for settings that the recipe does not have."""
@@ -281,6 +284,7 @@ class VolumeProcessor(BaseImageProcessor):
         self.spacing = None if spacing is None else tuple(float(mm) for mm in spacing)
         self.hu_range = tuple(float(limit) for limit in hu_range)
         self.resize = resize
+        self.straighten = bool(straighten)
 
     @property
     def grid(self) -> Grid:
@@ -316,10 +320,12 @@ class VolumeProcessor(BaseImageProcessor):
         index (D, H, W, 1) in `volume.array`, whole numbers being the middles of voxels.
 
         No recipe rotates, so each row and column of its 3x3 part has one number other than 0. A voxel that is padding lies outside.
-        Raises VolumeError as `transform` does.
+        Raises VolumeError as `transform` does, and for a volume that the processor straightens first.
         """
         from nibabel.orientations import inv_ornt_aff
 
+        if self.straighten and not volume.regular:
+            raise VolumeError(f"{volume.source}: the processor straightens this scan first; give what volume.straighten() returns.")
         # MONAI's transforms keep account of what they crop, pad and resize.
         kept = self._made(volume).affine.numpy()
         wanted = display(volume) if self.spacing is None else CANONICAL
@@ -328,11 +334,11 @@ class VolumeProcessor(BaseImageProcessor):
 
     def _made(self, volume: Volume) -> Any:
         """What the recipe's steps make of the volume, before it is on the grid: a MONAI MetaTensor (1, D, H, W)."""
-        data: Any = volume
+        data: Any = volume.straighten() if self.straighten else volume
         for step in RECIPES[self.recipe].steps(self):
             depth, height, width = data.shape[-3:]
             if min(depth, height, width) < SMALLEST:
-                what = "the volume has" if data is volume else "its foreground has"
+                what = "the volume has" if isinstance(data, Volume) else "its foreground has"
                 few = f"only {depth}x{height}x{width} voxels but at least {SMALLEST} are needed along each axis"
                 raise VolumeError(f"{volume.source}: {what} {few}; give a larger scan.")
             data = step(data)

@@ -11,13 +11,14 @@ Conventions, written once and used everywhere:
 - **Orientation** is three letters, one an axis, saying where the patient's anatomy goes as the index grows: "SPL"
   means slices run towards Superior, rows towards Posterior, columns towards the patient's Left.
 - **Direction** is a 3x3 matrix whose columns are the unit vectors of the D, H and W axes in the RAS+ frame (x towards
-  Right, y Anterior, z Superior).
+  Right, y Anterior, z Superior). They are not at right angles where a CT gantry was tilted; see `Volume.straighten`.
 - **Unit** is "HU" (Hounsfield units), "unit" (all values within 0..1) or "arbitrary".
 
 The formats stand in `formats/`, one module a family; whether the numbers are Hounsfield units is decided in formats/hu.py.
 Nothing that names a patient leaves this module: messages hold the path as the caller gave it, sizes and numbers only.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm import formats
+from med3dvlm import formats, geometry
 from med3dvlm.formats import HU_POLICIES, READERS, VolumeError
 from med3dvlm.formats.base import colour
 from med3dvlm.formats.hu import interpret
@@ -37,7 +38,10 @@ __all__ = ["HU_POLICIES", "READERS", "UNITS", "Volume", "VolumeError", "read_vol
 
 UNITS = ("HU", "unit", "arbitrary")
 PLANES = {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal", "L": "sagittal", "R": "sagittal"}
-OBLIQUE_DEGREES = 15.0  # beyond this tilt, calling a scan by its nearest plane is worth a warning
+OBLIQUE_DEGREES = 15.0  # beyond this, calling an axis by the nearest anatomical direction is worth a warning
+AMBIGUOUS_DEGREES = 35.0  # beyond this, another direction is about as near
+FINEST, COARSEST = 0.05, 50.0  # mm; a scan has no finer and no coarser voxels
+STRAIGHTEN = "straighten=True (--straighten)"  # as messages tell of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +52,9 @@ class Volume:
     `orientation` and `direction` are None when nobody knows them. `source` is the path as given; `warnings` are
     sentences about what is doubtful or was assumed, `notes` about what was decided, such as the unit, and why.
     Of a DICOM scan, `modality` is what its header states, `window` the lowest and the highest value that it wants shown, and
-    `series` a line for each series found, first the one read. Raises VolumeError for anything else.
+    `series` a line for each series found, first the one read. `slice_positions` are D heights in mm along the normal of the
+    slices, growing, where their distances differ, so that the spacing along D is only the usual one; else None.
+    Raises VolumeError for anything else.
     """
 
     array: NDArray[np.int16] | NDArray[np.float32]
@@ -62,6 +68,7 @@ class Volume:
     modality: str | None = None
     window: tuple[float, float] | None = None
     series: tuple[str, ...] = ()
+    slice_positions: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if problem := self._problem():
@@ -83,6 +90,8 @@ class Volume:
             return f"every voxel is {low:g}, so there is no image to see; export the scan again"
         if spacing is not None and not (len(spacing) == 3 and all(0 < mm < math.inf for mm in spacing)):
             return f"spacing is {spacing} but must be three positive numbers (z, y, x) in mm"
+        if (heights := self.slice_positions) is not None and not (len(heights) == len(array) and (np.diff(heights) > 0).all()):
+            return f"slice_positions must be {len(array)} growing numbers, one for each slice; leave them out"
         if letters is not None and sorted(PLANES.get(x, "?") for x in letters) != ["axial", "coronal", "sagittal"]:
             return f"orientation is {letters!r} but must be one letter each of L/R, A/P and I/S, such as 'SPL'"
         if self.unit not in UNITS:
@@ -104,8 +113,38 @@ class Volume:
 
     @property
     def oblique(self) -> float | None:
-        """Angle in degrees between the D axis and the anatomical axis nearest to it; None when unknown."""
-        return None if self.direction is None else _angle(np.abs(self.direction[:, 0]).max())
+        """The largest angle in degrees between an axis and its anatomical one, by tilt or by rotation; None when unknown."""
+        return None if self.direction is None else geometry.turn(self.direction)[1]
+
+    @property
+    def regular(self) -> bool:
+        """Whether slices are evenly spaced and, as far as is known, stacked at right angles."""
+        return self.slice_positions is None and (self.direction is None or geometry.shear(self.direction) < geometry.SHEARED)
+
+    def straighten(self) -> "Volume":
+        """The volume itself where it is regular, else its values resampled to evenly spaced slices stacked at right angles.
+
+        A gantry's tilt is taken back by moving each slice within its plane; uneven slices come to lie at the smallest distance among them
+        (see `geometry.straightened`). `notes` say so, and what `warnings` said of it goes.
+
+        Raises:
+            VolumeError: the spacing is unknown.
+        """
+        if self.regular:
+            return self
+        if self.spacing is None:
+            raise VolumeError(f"{self.source}: the slices cannot be straightened as the spacing is unknown; state spacing=(z, y, x) in mm.")
+        known = np.eye(3) if self.direction is None else self.direction
+        array, spacing, direction = geometry.straightened(self.array, self.spacing, known, self.slice_positions)
+        letters, facing = self.orientation, None
+        if self.direction is not None:
+            letters, facing = geometry.nearest_letters(direction), direction
+        doubts = _doubts(self)
+        notes = (*self.notes, f"the slices are resampled to a regular grid ({'; '.join(_irregular(self))}).")
+        grid: dict[str, Any] = {"spacing": spacing, "orientation": letters, "direction": facing, "slice_positions": None}
+        made = dataclasses.replace(self, array=array, notes=notes, **grid)
+        kept = [warning for warning in self.warnings if warning not in doubts]
+        return dataclasses.replace(made, warnings=(*kept, *_doubts(made)))
 
 
 def read_volume(
@@ -117,6 +156,7 @@ def read_volume(
     hu: str = "auto",
     rescale: Sequence[float] | None = None,
     series: int | None = None,
+    straighten: bool = False,
 ) -> Volume:
     """Read a scan: a file with one of the endings in `READERS`, or a folder of DICOM files or of numbered pictures.
 
@@ -129,6 +169,7 @@ def read_volume(
         rescale: (slope, intercept) from a table beside the file, as CT-RATE's metadata has them; "auto" applies them only
             where the file is not in HU already.
         series: the number of a DICOM series in the list that the warning about several prints; None reads the largest.
+        straighten: resample tilted or unevenly spaced slices to a regular grid, as `Volume.straighten` does.
 
     The values are int16 when they are all whole numbers within its range, else float32. Raises VolumeError, one sentence,
     for anything that is not one sound 3D scan, and for slope and intercept that would be applied twice.
@@ -144,26 +185,29 @@ def read_volume(
         number = parts.series[0].partition(":")[0]
         listed = "; ".join(sorted(parts.series, key=lambda line: int(line.partition(":")[0])))
         warnings.append(f"there are {len(parts.series)} series ({listed}); number {number} is read, and series= picks another.")
-    found, direction = parts.spacing, None if parts.direction is None else parts.direction[:, ::-1]
+    found, direction, heights = parts.spacing, None if parts.direction is None else parts.direction[:, ::-1], parts.slice_positions
     if parts.axes is not None:
-        found, direction = _split(parts.axes, warnings)
+        found, direction = _split(parts.axes, warnings, parts.modality is None)
+    elif found is not None and not all(0 < mm < math.inf for mm in found):
+        warnings.append(f"the file says spacing {_mm(found)}, which is none, and is ignored.")
+        found = None
 
     millimetres: Any = found if spacing is None else tuple(float(mm) for mm in spacing)  # Volume checks the length
     if spacing is not None and found is not None and _mm(found) != _mm(millimetres):
         warnings.append(f"the file says spacing {_mm(found)}; the stated {_mm(millimetres)} is used.")
+        heights = None
     if millimetres is None:
         warnings.append("the spacing is unknown; state it with spacing=(z, y, x) in mm.")
-    letters = _letters(direction)
+    letters = None if direction is None else geometry.nearest_letters(direction)
     if orientation is not None and orientation != letters:
         if letters is not None:
             warnings.append(f"the file says orientation {letters}; the stated {orientation} is used.")
         letters, direction = orientation, None
     if letters is None:
         warnings.append("the orientation is unknown; slices are taken to be as displayed on a screen.")
-    elif direction is not None and (tilt := _angle(np.abs(direction[:, 0]).max())) > OBLIQUE_DEGREES:
-        warnings.append(f"slices are tilted by {tilt:.0f} degrees; they count as the nearest anatomical plane.")
-    geometry = (millimetres, letters, direction)
-    Volume(array, *geometry, source=source)  # a scan at all, before its values are interpreted
+    # A scan at all, before its values are interpreted.
+    bare = Volume(array, millimetres, letters, direction, source=source, slice_positions=heights)
+    warnings += _doubts(bare)
     meaning = interpret(parts._replace(array=array), source, hu, rescale, unit)
     window = parts.window
     if meaning.array is not array:  # the window was meant for other values
@@ -171,8 +215,9 @@ def read_volume(
     warnings += meaning.warnings
     if _looks_like_labels(array):
         warnings.append("the values are few small whole numbers in solid patches; this may be a segmentation instead of a scan.")
-    notes = meaning.notes
-    return Volume(array, *geometry, meaning.unit, source, tuple(warnings), notes, parts.modality, window, parts.series)
+    about: dict[str, Any] = {"modality": parts.modality, "window": window, "series": parts.series}
+    volume = dataclasses.replace(bare, array=array, unit=meaning.unit, warnings=tuple(warnings), notes=meaning.notes, **about)
+    return volume.straighten() if straighten else volume
 
 
 def _smallest_exact_type(array: NDArray[Any], source: str) -> NDArray[np.int16] | NDArray[np.float32]:
@@ -204,32 +249,52 @@ def _looks_like_labels(array: NDArray[Any]) -> bool:
     return bool((inside & (left == right)).sum() >= 0.9 * inside.sum() > 0)
 
 
-def _split(axes: NDArray[np.float64], warnings: list[str]) -> tuple[Any, NDArray[np.float64] | None]:
+def _split(axes: NDArray[np.float64], warnings: list[str], identity_means_unknown: bool) -> tuple[Any, NDArray[np.float64] | None]:
     """Spacing (z, y, x) and direction (columns D, H, W), or (None, None) for a matrix that is no geometry."""
     columns = np.asarray(axes, dtype=np.float64)[:, ::-1]
-    lengths = np.linalg.norm(columns, axis=0)
-    if not (np.isfinite(lengths).all() and lengths.min() > 0 and abs(np.linalg.det(columns / lengths)) > 0.01):
-        warnings.append("the file's affine matrix is singular and is ignored.")
+    if not geometry.is_geometry(columns):
+        warnings.append("the file's axes are singular or not finite and are ignored.")
         return None, None
-    if np.array_equal(np.abs(axes), np.eye(3)):
+    if identity_means_unknown and np.array_equal(np.abs(axes), np.eye(3)):
         warnings.append("the geometry is the 1 mm identity, which programs write when they know none; it may be wrong.")
+    lengths = np.linalg.norm(columns, axis=0)
     return tuple(float(mm) for mm in lengths), columns / lengths
 
 
-def _letters(direction: NDArray[np.float64] | None) -> str | None:
-    """The anatomical letter nearest to each column of a direction matrix, each axis used once."""
-    from nibabel.orientations import aff2axcodes
+def _irregular(volume: Volume) -> list[str]:
+    """What keeps a volume from being a regular grid, in words."""
+    found = []
+    if volume.direction is not None and (angle := geometry.shear(volume.direction)) >= geometry.SHEARED:
+        found.append(f"the stack is sheared by {_degrees(angle)}, as by a tilted gantry")
+    if volume.slice_positions is not None:
+        gaps = np.diff(volume.slice_positions)
+        found.append(f"slice distances vary from {gaps.min():.2f} to {gaps.max():.2f} mm")
+    return found
 
-    if direction is None:
-        return None
-    affine = np.eye(4)
-    affine[:3, :3] = direction
-    return "".join(aff2axcodes(affine))
+
+def _doubts(volume: Volume) -> list[str]:
+    """Warnings about a volume's geometry."""
+    found = []
+    if volume.spacing is not None and not FINEST <= min(volume.spacing) <= max(volume.spacing) <= COARSEST:
+        found.append(
+            f"the spacing of {_mm(volume.spacing)} is none that a scan has, so the file's unit of length may be wrong; "
+            "state the true spacing=(z, y, x) in mm."
+        )
+    for irregular in _irregular(volume):
+        found.append(f"{irregular}; voxels are used as if they were a regular grid, and {STRAIGHTEN} resamples them to one.")
+    if volume.direction is None:
+        return found
+    tilt, turn = geometry.turn(volume.direction)
+    choice = ", but another one is about as near" if turn > AMBIGUOUS_DEGREES else ""
+    if tilt > OBLIQUE_DEGREES:
+        found.append(f"slices are tilted by {_degrees(tilt)}; they count as the nearest anatomical plane{choice}.")
+    elif turn > OBLIQUE_DEGREES:
+        found.append(f"the axes are turned by {_degrees(turn)}; each is called by the nearest anatomical direction{choice}.")
+    return found
 
 
-def _angle(cosine: Any) -> float:
-    """Degrees."""
-    return math.degrees(math.acos(min(1.0, float(cosine))))
+def _degrees(angle: float) -> str:
+    return f"{round(angle, 1):g} degrees"
 
 
 def _mm(spacing: Sequence[float]) -> str:

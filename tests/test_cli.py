@@ -252,6 +252,17 @@ def test_inspect_is_told_what_the_file_does_not_say(run: Run, tmp_path: Path) ->
     assert (code, output) == (2, "") and "no DICOM" in sentence(error)
 
 
+def test_inspect_straightens_where_asked(run: Run, tmp_path: Path) -> None:
+    affine = np.array([[-0.7, 0, 0, 0], [0, -0.8, 0.9, 0], [0, 0, 2.4, 0], [0, 0, 0, 1]])
+    array = np.random.default_rng(0).integers(-900, 1200, (30, 20, 10)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(array, affine), tmp_path / "tilted.nii")
+    tilted = run("inspect", tmp_path / "tilted.nii")[1]
+    assert "sheared by 20.6 degrees" in tilted and "turned by 20.6 degrees" in tilted and "10 x 20 x 30 voxels" in tilted
+    straight = run("inspect", tmp_path / "tilted.nii", "--straighten")[1]
+    assert "10 x 31 x 30 voxels" in straight and "Note         the slices are resampled to a regular grid" in straight
+    assert "2.4 x 0.8 x 0.7 mm" in straight and "turned" not in straight and "--straighten" not in straight
+
+
 def test_ask_and_report_from_a_shell(model: Path, scan: Path, tmp_path: Path) -> None:
     """stdout has the model's words and nothing else."""
     environment = {**os.environ, "PYTHONWARNINGS": "default"}

@@ -79,6 +79,20 @@ def test_montage_turns_slices_as_a_radiologist_expects(tmp_path: Path) -> None:
         assert np.array_equal(first[:height], other[:height])
 
 
+def test_edges_between_two_directions_are_named_by_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan turned by 40 degrees within its slices has no edge that is left alone."""
+    from matplotlib.axes import Axes
+
+    said, cosine, sine = list[str](), np.cos(np.radians(40)), np.sin(np.radians(40))
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, words, **style: said.append(words))
+    turned = np.array([[0, sine, -cosine], [0, -cosine, sine], [1, 0, 0]])
+    for direction in (turned, np.array([[0, 0, -1], [0, -1, 0], [1, 0, 0]]), None):
+        plots.montage(VOLUME, (1, 1, 1), tmp_path / "a.png", orientation="SPL", columns=1, rows=1, direction=direction)
+    letters = [words for words in said if words.isalpha()]
+    assert letters[:4] == ["RP", "LA", "AL", "PR"]  # left, right, top, bottom of an axial slice
+    assert letters[12:16] == letters[24:28] == ["R", "L", "A", "P"]
+
+
 def test_montage_keeps_true_proportions(tmp_path: Path) -> None:
     """A cube of 20 mm in anisotropic voxels is square in every plane."""
     spacing = (5.0, 1.0, 2.0)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -408,6 +409,7 @@ def test_save_and_load(tmp_path: Path) -> None:
         "recipe": "hu_window",
         "resize": "trilinear",
         "size": [8, 16, 12],
+        "straighten": False,
     }
     loaded = VolumeProcessor.from_pretrained(tmp_path)
     assert loaded.to_dict() == processor.to_dict()
@@ -436,6 +438,28 @@ def test_settings_can_be_replaced_when_loading_and_are_checked(tmp_path: Path) -
     assert (loaded.size, loaded.recipe) == ((4, 8, 8), "hu_window")
     with pytest.raises(ValueError, match="Unknown recipe"):
         VolumeProcessor.from_pretrained(tmp_path, recipe="m4d")
+
+
+@pytest.mark.parametrize("recipe", ["m3d", "ct_rate"])
+def test_straightening_is_a_setting_that_is_off(tmp_path: Path, recipe: str) -> None:
+    """Off, a tilted or uneven scan goes as it is stored; on, as `Volume.straighten` returns it, after saving and loading, too."""
+    lean = np.array([[0, 0, -1], [math.sin(0.3), -1, 0], [math.cos(0.3), 0, 0]])
+    tilted = Volume(phantom(), (3, 1.5, 1.5), "SPL", lean, "HU")
+    uneven = Volume(phantom(), (3, 1.5, 1.5), "SPL", unit="HU", slice_positions=tuple(np.cumsum(3 + 2 * (np.arange(len(phantom())) > 5))))
+    upright = Volume(phantom(), (3, 1.5, 1.5), "SPL", unit="HU")
+    off = VolumeProcessor(recipe, SIZE)
+    VolumeProcessor(recipe, SIZE, straighten=True).save_pretrained(tmp_path)
+    on = VolumeProcessor.from_pretrained(tmp_path)
+    assert on.straighten and on.to_dict() != off.to_dict()
+    for volume in (tilted, uneven):
+        straight = volume.straighten()
+        assert straight.array.shape != volume.array.shape
+        assert torch.equal(off.transform(volume), off.transform(upright))
+        assert torch.equal(on.transform(volume), off.transform(straight)) and torch.equal(on.transform(straight), off.transform(straight))
+        np.testing.assert_array_equal(on.placement(straight), off.placement(straight))
+        with pytest.raises(VolumeError, match=r"straightens this scan first; give what volume.straighten\(\) returns"):
+            on.placement(volume)
+    assert torch.equal(on.transform(upright), off.transform(upright))
 
 
 class ScanConfig(PreTrainedConfig):

@@ -40,6 +40,7 @@ def add_commands(commands: Commands) -> None:
         metavar="Z,Y,X",
         help="mm along D, H and W of the result, for ct_rate and ct_clip (default: the recipe's)",
     )
+    prepare.add_argument("--straighten", action="store_true", help="first resample tilted or unevenly spaced slices to a regular grid")
     prepare.add_argument("--spacing", type=_renamed, help=argparse.SUPPRESS)
     prepare.add_argument(
         "--shard", type=parse_shard, metavar="I/N", help="the I-th of N parts; once all are done, run without this to finish"
@@ -112,7 +113,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.dataset not in DATASETS:
         raise ValueError(f"data set {arguments.dataset!r} is unknown; known: {', '.join(DATASETS)}")
     dataset, source, destination = DATASETS[arguments.dataset], arguments.source, arguments.destination
-    processor = VolumeProcessor(arguments.recipe, size=arguments.size, spacing=arguments.target_spacing)
+    processor = VolumeProcessor(arguments.recipe, size=arguments.size, spacing=arguments.target_spacing, straighten=arguments.straighten)
     missed: dict[str, list[dict[str, str]]] = {split: [] for split in dataset.splits(source)}
     splits = {split: dataset.read(source, split, missed[split]) for split in missed}
     parts = parts_of_splits({split: found for split, (found, _) in splits.items()})

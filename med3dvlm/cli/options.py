@@ -23,6 +23,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--spacing", type=numbers("Z,Y,X"), metavar="Z,Y,X", help="mm between slices, rows and columns (default: the file's)")
+    add("--straighten", action="store_true", help="resample tilted or unevenly spaced slices to a regular grid")
     add("--unit", choices=UNITS, help="of the values (default: by the header and the values)")
     add("--hu", choices=HU_POLICIES, default="auto", help="whose slope and intercept make the values HU (default: %(default)s)")
     add("--rescale", type=numbers("S,I"), metavar="S,I", help="slope and intercept from a table beside the file, as in 1,-1024")
@@ -31,7 +32,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 def reading(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `read_volume` that `add_reading` took."""
-    return {name: getattr(arguments, name) for name in ("spacing", "unit", "hu", "rescale", "series")}
+    return {name: getattr(arguments, name) for name in ("spacing", "straighten", "unit", "hu", "rescale", "series")}
 
 
 def numbers(form: str) -> Callable[[str], tuple[float, ...]]:

@@ -32,7 +32,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(f"{label:<12} {value}")
     if arguments.out:
         require_writable(arguments.out.parent)
-        montage(volume.array, volume.spacing, arguments.out, orientation=volume.orientation)
+        montage(volume.array, volume.spacing, arguments.out, orientation=volume.orientation, direction=volume.direction)
         print(f"{'Picture':<12} {arguments.out}")
 
 
@@ -48,8 +48,8 @@ def _facts(volume: "Volume", percentiles: Sequence[float]) -> Iterator[tuple[str
     if volume.orientation is None:
         yield "Orientation", "unknown"
     else:
-        tilt = f", tilted by {volume.oblique:.0f} degrees" if (volume.oblique or 0) >= 1 else ""
-        yield "Orientation", f"{volume.orientation} (where slices, rows and columns go), {volume.plane} slices{tilt}"
+        turned = f", turned by {volume.oblique:.1f} degrees" if (volume.oblique or 0) >= 0.5 else ""
+        yield "Orientation", f"{volume.orientation} (where slices, rows and columns go), {volume.plane} slices{turned}"
     yield "Unit", {"HU": "HU (Hounsfield units)", "unit": "within 0..1"}.get(volume.unit, volume.unit)
     low, first, median, last, high = percentiles
     yield "Values", f"{low:g} to {high:g}; 1 % below {first:g}, half below {median:g}, 99 % below {last:g}"

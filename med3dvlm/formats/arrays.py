@@ -55,8 +55,8 @@ def read_npz(path: Path, source: str) -> Parts:
         raise damaged(source, "NumPy arrays (.npz)") from error
     if spacing is None:
         return Parts(_without_channel(array))
-    if spacing.shape != (3,) or spacing.dtype.kind not in "iuf":
-        raise VolumeError(f"{source}: its 'spacing' must be three numbers (z, y, x) in mm; save it so or leave it out.")
+    if spacing.shape != (3,) or spacing.dtype.kind not in "iuf" or not (np.isfinite(spacing) & (spacing > 0)).all():
+        raise VolumeError(f"{source}: its 'spacing' must be three positive numbers (z, y, x) in mm; save it so or leave it out.")
     return Parts(_without_channel(array), spacing=tuple(float(mm) for mm in spacing))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from med3dvlm.geometry import letters_towards
 from med3dvlm.plots.canvas import BLUE, LABEL_BACKGROUND, new_page, save
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def montage(
     rows: int = 3,
     orientation: str | None = None,
     window: tuple[float, float] | None = None,
+    direction: NDArray[np.float64] | None = None,
 ) -> Path:
     """Slices evenly spread over D, then the two middle reformats, all in true aspect ratio.
 
@@ -89,6 +91,7 @@ def montage(
         spacing: (z, y, x) in mm; None draws voxels as cubes and says so.
         orientation: three letters, the direction in which index grows along D, H, W ("SPL"); slices are then turned as
             a radiologist expects and their edges named. None draws rows and columns as stored.
+        direction: 3x3, the axes' vectors as a Volume has them; edges that lie between two directions are then named by both, as "LA".
         window: intensities drawn black and white; by default the 1st and 99.5th percentile.
 
     Raises:
@@ -122,7 +125,7 @@ def montage(
     dark = LABEL_BACKGROUND | {"facecolor": "black"}
     for cell_index, index in enumerate(indices):
         axes = page.add_subplot(upper[cell_index // columns, cell_index % columns])
-        _show(axes, volume, 0, int(index), spacing, orientation, window, letters=cell_index == 0)
+        _show(axes, volume, 0, int(index), spacing, orientation, window, direction, letters=cell_index == 0)
         axes.text(
             0.98,
             0.02,
@@ -137,7 +140,7 @@ def montage(
     lower = page.add_gridspec(1, 2, left=0.005, right=0.995, top=(foot + reformats_height) / total, bottom=foot / total, wspace=0.03)
     for plane in (1, 2):
         axes = page.add_subplot(lower[0, plane - 1])
-        _show(axes, volume, plane, volume.shape[plane] // 2, spacing, orientation, window, letters=True)
+        _show(axes, volume, plane, volume.shape[plane] // 2, spacing, orientation, window, direction, letters=True)
         axes.set_title(f"reformat at {'row' if plane == 1 else 'column'} {volume.shape[plane] // 2}", fontsize=8, pad=3)
     return save(page, path)
 
@@ -184,6 +187,7 @@ def _show(
     spacing: Any,
     orientation: str | None,
     window: tuple[float, float],
+    direction: NDArray[np.float64] | None = None,
     letters: bool = False,
     anchor: str = "C",
 ) -> None:
@@ -198,13 +202,20 @@ def _show(
     axes.set_anchor(anchor)
     axes.axis("off")
     if letters and orientation is not None:
-        right = OPPOSITE[orientation[horizontal]] if flip_horizontal else orientation[horizontal]
-        bottom = OPPOSITE[orientation[vertical]] if flip_vertical else orientation[vertical]
         style: dict[str, Any] = {"transform": axes.transAxes, "color": "#F0E442", "fontsize": 8, "fontweight": "bold"}
-        axes.text(0.02, 0.5, OPPOSITE[right], ha="left", va="center", **style)
+        left, right = _edges(horizontal, orientation, direction)[:: -1 if flip_horizontal else 1]
+        top, bottom = _edges(vertical, orientation, direction)[:: -1 if flip_vertical else 1]
+        axes.text(0.02, 0.5, left, ha="left", va="center", **style)
         axes.text(0.98, 0.5, right, ha="right", va="center", **style)
-        axes.text(0.5, 0.98, OPPOSITE[bottom], ha="center", va="top", **style)
+        axes.text(0.5, 0.98, top, ha="center", va="top", **style)
         axes.text(0.5, 0.02, bottom, ha="center", va="bottom", **style)
+
+
+def _edges(axis: int, orientation: str, direction: NDArray[np.float64] | None) -> tuple[str, str]:
+    """What is named at the beginning and at the end of an axis of the volume."""
+    if direction is None:
+        return OPPOSITE[orientation[axis]], orientation[axis]
+    return letters_towards(-direction[:, axis]), letters_towards(direction[:, axis])
 
 
 def _case_text(study: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:

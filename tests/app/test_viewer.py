@@ -47,6 +47,17 @@ def test_every_orientation_is_shown_as_a_radiologist_looks_at_it(orientation: st
     assert facts["edges"] == {"axial": "APRL", "coronal": "SIRL", "sagittal": "SIAP"}
 
 
+@pytest.mark.parametrize("flipped", [1, -1])
+def test_edges_between_two_directions_are_named_by_both(flipped: int) -> None:
+    """Turned by 40 degrees within the axial plane, from left towards the front: the right edge is left and less to the front."""
+    cosine, sine = np.cos(np.radians(40)), np.sin(np.radians(40))
+    direction = np.array([[0, sine, -cosine * flipped], [0, -cosine, sine * flipped], [1, 0, 0]])  # columns D, H, W
+    array = np.arange(6000, dtype=np.int16).reshape(10, 20, 30)
+    shown = unpacked(volume_of(array, "SPL" if flipped > 0 else "SPR", direction=direction))[1]["edges"]
+    assert shown["axial"] == ["AL", "PR", "RP", "LA"]
+    assert shown["coronal"] == ["S", "I", "RP", "LA"] and shown["sagittal"] == ["S", "I", "AL", "PR"]
+
+
 def test_fractions_keep_their_value_to_one_step_of_65534() -> None:
     array = np.random.default_rng(1).normal(3, 7, (10, 20, 30)).astype(np.float32)
     values, facts = unpacked(volume_of(array))
@@ -94,7 +105,7 @@ def test_description_states_what_was_read_and_nothing_that_identifies() -> None:
     volume = Volume(array, (1.5, 0.75, 0.75), "SPL", tilt, "HU", "/tmp/secret/Doe^Jane.nii", ("The slices are uneven.",))
     rows = describe(volume, "NIfTI")
     text = str(rows)
-    for fact in ("10 × 20 × 30", "1.5 × 0.75 × 0.75 mm", "15 × 15 × 22 mm", "SPL, axial slices, tilted by 11°", "NIfTI"):
+    for fact in ("10 × 20 × 30", "1.5 × 0.75 × 0.75 mm", "15 × 15 × 22 mm", "SPL, axial slices, turned by 11.5°", "NIfTI"):
         assert fact in text
     for fact in ("Hounsfield units", "0 to 700", "CT (by its Hounsfield units)"):
         assert fact in text

@@ -43,7 +43,7 @@ def test_npz_that_is_no_single_scan(tmp_path: Path) -> None:
     np.savez(tmp_path / "none.npz", spacing=[1, 1, 1])
     refused(tmp_path / "none.npz", "holds no array")
     np.savez(tmp_path / "spacing.npz", image=scan(), spacing=[1, 1])
-    refused(tmp_path / "spacing.npz", "'spacing' must be three numbers")
+    refused(tmp_path / "spacing.npz", "'spacing' must be three positive numbers")
     np.savez(tmp_path / "negative.npz", image=scan(), spacing=[1, -1, 1])
     refused(tmp_path / "negative.npz", "three positive numbers")
 
