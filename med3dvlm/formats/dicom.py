@@ -1,7 +1,8 @@
 """DICOM: one file or a folder of them, in any of the compressions that scanners and archives use.
 
 dicom_header.py finds the files and reads their headers, whose elements dicom_elements.py converts; dicom_slices.py says what they mean,
-dicom_quantity.py what the numbers are; dicom_stacks.py finds which slices make one scan, dicom_geometry.py where they lie;
+dicom_quantity.py what the numbers are, dicom_attributes.py by what else slices differ; dicom_stacks.py finds which slices make one
+scan, dicom_geometry.py where they lie;
 dicom_pixels.py and codestreams.py get at the stored numbers of a file, dicom_values.py at those of the scan.
 
 What would give a wrong volume is refused (several images at one place, mixed orientations, damaged slices); what a reader of the scan
@@ -17,14 +18,15 @@ from typing import Any
 from med3dvlm.formats.base import Parts
 from med3dvlm.formats.dicom_geometry import geometry_of
 from med3dvlm.formats.dicom_header import is_dicom, read_headers
-from med3dvlm.formats.dicom_stacks import Stack, chosen, described, stacks_of
+from med3dvlm.formats.dicom_slices import Stack
+from med3dvlm.formats.dicom_stacks import choose
 from med3dvlm.formats.dicom_values import decoded, rescaled, rescales_of
 
 __all__ = ["is_dicom", "read", "stack_of"]
 
 
 def read(path: Path, source: str, series: int | None = None) -> Parts:
-    """The scan in a DICOM file, or in a folder and its subfolders: the largest stack, or number `series` of `Parts.series`.
+    """The scan in a DICOM file, or in a folder and its subfolders: the likeliest stack, or number `series` of `Parts.series`.
 
     Slices run along the normal (row x column direction), rows and columns as stored. Slope and intercept of each slice are applied
     once; values are int16 where slopes and intercepts are whole and none lies beyond it, else float32. MONOCHROME1 concerns the display and changes
@@ -36,15 +38,13 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
     with python_warnings.catch_warnings():  # pydicom's quote values, which may tell who the patient is
         python_warnings.simplefilter("ignore")
         slices, warnings = read_headers(path, source)
-        stacks = stacks_of(slices, source, warnings)
-        stack = chosen(stacks, series, source)
-        stack, geometry = geometry_of(stack, source, warnings)
+        stack, lines, told = choose(slices, series, source)
+        warnings += told
+        stack, geometry = geometry_of(stack, warnings)
         stored = decoded(stack, source, warnings)
     rescales = rescales_of(stored, stack, source, warnings)
     array = rescaled(stored, stack, rescales, warnings)
     warnings += sorted({note for each in stack for note in (*each.notes, *each.quantity.notes)})
-    lines = [f"{number}: {described(each)}" for number, each in enumerate(stacks, start=1)]
-    lines.insert(0, lines.pop(0 if series is None else series - 1))
     first, quantities = stack[0], [each.quantity for each in stack]
     rescale = None if rescales[0] == (1, 0) else rescales[0]
     if len(set(rescales)) > 1:
@@ -53,7 +53,7 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
     other = next((each.other for each in quantities if each.other), None)
     window = stack[len(stack) // 2].window
     meaning: dict[str, Any] = {"rescale": rescale, "hu": hu, "quantity": other, "window": window}
-    return Parts(array, modality=first.modality, warnings=tuple(warnings), series=tuple(lines), **meaning, **geometry)
+    return Parts(array, modality=first.modality, warnings=tuple(warnings), series=lines, **meaning, **geometry)
 
 
 def stack_of(path: Path, source: str, series: int | None = None) -> Stack:
@@ -64,5 +64,4 @@ def stack_of(path: Path, source: str, series: int | None = None) -> Stack:
     """
     with python_warnings.catch_warnings():
         python_warnings.simplefilter("ignore")
-        slices, warnings = read_headers(path, source)
-        return geometry_of(chosen(stacks_of(slices, source, warnings), series, source), source, warnings)[0]
+        return geometry_of(choose(read_headers(path, source)[0], series, source).stack, [])[0]
