@@ -30,7 +30,7 @@ from med3dvlm.evaluation.detection_tables import COMPARED, detection_tables
 from med3dvlm.evaluation.runs import strangers, training_split, write_scores
 from med3dvlm.files import write_text
 from med3dvlm.metrics.classification import THRESHOLD_RULES
-from med3dvlm.metrics.detection import choose_cuts, detection_scores, label_control, reliability
+from med3dvlm.metrics.detection import choose_known_thresholds, detection_scores, label_control, reliability
 from med3dvlm.metrics.findings import FINDINGS_CT_RATE
 from med3dvlm.records import Study
 
@@ -163,7 +163,7 @@ def report(
     rules = {rule: np.zeros(len(FINDINGS_CT_RATE))}
     if others:
         known = np.where(np.isnan(other_log_odds), np.nan, label_table(others))
-        rules = {name: choose_cuts(known, other_log_odds, name) for name in (rule, "nearest")}
+        rules = {name: choose_known_thresholds(known, other_log_odds, name) for name in (rule, "nearest")}
     columns = {"model": log_odds}
     if blind is not None:
         columns["blind"] = np.tile(blind, (len(studies), 1))

@@ -1,17 +1,17 @@
-"""Scores of yes/no decisions on several findings at once.
+"""Scores of yes/no decisions on several findings at once, each computed by scikit-learn.
 
-Shapes: N = studies, K = findings. `labels` and `predictions` are (N, K) of 0 and 1, `scores` (N, K) of real numbers
-that grow with belief. The published figures of CT-RATE differ by what they average and where they cut, so each has a
-function of its own name; a threshold comes from the validation split, never from what is scored.
+Shapes: N = studies, K = findings. `labels` and `predictions` are (N, K) of 0 and 1; `scores` are (N, K) real numbers, the higher
+the likelier. The published figures of CT-RATE differ in what they average and in their thresholds, so each has a function of its own
+name. A threshold comes from the validation split, never from what is scored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm.metrics.intervals import average_precision_of, crg_of
+from med3dvlm.metrics.intervals import crg_of
 
 THRESHOLD_RULES = ("youden", "nearest", "f1")
 
@@ -21,41 +21,35 @@ def precision_recall_f1(labels: Any, predictions: Any, names: Sequence[str] | No
 
     Returns:
         `{"per_class": {name: {"precision", "recall", "f1", "support", "predicted"}}, "macro": {...}, "micro": {...},
-        "weighted": {...}}`; names are "0".."K-1" unless given. A 0/0 counts as 0, as in scikit-learn, with one
-        exception: a finding that neither labels nor predictions contain tells nothing, has None for all three and is
-            left out of the macro average.
+        "weighted": {...}}`; names are "0".."K-1" unless given. A 0/0 counts as 0, with one exception: a finding that neither labels nor
+        predictions contain has None for all three and is left out of the averages.
 
     Raises:
         ValueError: if the shapes differ, are not (N, K), or hold anything but 0 and 1.
     """
-    truth, stated = _binary(labels, "labels"), _binary(predictions, "predictions")
-    if truth.shape != stated.shape:
-        raise ValueError(f"labels are {truth.shape} and predictions {stated.shape}; both must be (studies, findings).")
-    names = _class_names(names, truth.shape[1])
-    hits, predicted, support = (truth & stated).sum(axis=0), stated.sum(axis=0), truth.sum(axis=0)  # each (K,)
-    per_class: dict[str, dict[str, float | int | None]] = {}
-    for index, name in enumerate(names):
-        counts = int(hits[index]), int(predicted[index]), int(support[index])
-        scores: dict[str, Any] = {"precision": None, "recall": None, "f1": None}
-        if counts[1] or counts[2]:
-            scores = dict(_scores(*counts))
-        per_class[name] = scores | {"support": counts[2], "predicted": counts[1]}
-    told = [entry for entry in per_class.values() if entry["f1"] is not None]
-    weights = [float(entry["support"] or 0) for entry in told]
+    labels, predictions = _binary(labels, "labels"), _binary(predictions, "predictions")
+    if labels.shape != predictions.shape:
+        raise ValueError(f"labels are {labels.shape} and predictions {predictions.shape}; both must be (studies, findings).")
+    per_class: dict[str, dict[str, Any]] = {}
+    for name, label, prediction in zip(_class_names(names, labels.shape[1]), labels.T, predictions.T, strict=True):
+        scores = _scores(label, prediction) if (label | prediction).any() else dict.fromkeys(("precision", "recall", "f1"))
+        per_class[name] = {**scores, "support": int(label.sum()), "predicted": int(prediction.sum())}
+    defined = [entry for entry in per_class.values() if entry["f1"] is not None]
+    support = [entry["support"] for entry in defined]
     return {
         "per_class": per_class,
-        "macro": {key: _average([entry[key] for entry in told]) for key in ("precision", "recall", "f1")},
-        "micro": _scores(int(hits.sum()), int(predicted.sum()), int(support.sum())),
-        "weighted": {key: _average([entry[key] for entry in told], weights) for key in ("precision", "recall", "f1")},
+        "macro": {key: _average([entry[key] for entry in defined]) for key in ("precision", "recall", "f1")},
+        "micro": _scores(labels.ravel(), predictions.ravel()),
+        "weighted": {key: _average([entry[key] for entry in defined], support) for key in ("precision", "recall", "f1")},
     }
 
 
-def accuracy(references: Sequence[Any] | NDArray[Any], predictions: Sequence[Any] | NDArray[Any]) -> float:
-    """Share of equal entries: of answers (N,) of any kind, or of all decisions (N, K)."""
-    truth, stated = np.asarray(references), np.asarray(predictions)
-    if truth.shape != stated.shape or not truth.size:
-        raise ValueError(f"References are {truth.shape} and predictions {stated.shape}; pass equally many, at least one.")
-    return float(np.mean(truth == stated))
+def accuracy(labels: Sequence[Any] | NDArray[Any], predictions: Sequence[Any] | NDArray[Any]) -> float:
+    """The share of equal entries: of answers (N,) of any kind, or of all decisions (N, K)."""
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    if labels.shape != predictions.shape or not labels.size:
+        raise ValueError(f"labels are {labels.shape} and predictions {predictions.shape}; pass equally many, at least one.")
+    return float(np.mean(labels == predictions))
 
 
 def auroc(labels: Any, scores: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -68,34 +62,23 @@ def auroc(labels: Any, scores: Any, names: Sequence[str] | None = None) -> dict[
     Raises:
         ValueError: if the shapes differ, labels are not 0 or 1, or a score is NaN.
     """
-    from scipy.stats import rankdata
+    from sklearn.metrics import roc_auc_score
 
-    truth, belief = _scored(labels, scores)
-    areas: dict[str, float | None] = {}
-    for name, positive, score in zip(_class_names(names, truth.shape[1]), truth.T, belief.T, strict=True):
-        positives, negatives = int(positive.sum()), int((~positive).sum())
-        if positives and negatives:
-            above = rankdata(score)[positive].sum() - positives * (positives + 1) / 2  # Mann-Whitney's U
-            areas[name] = float(above / (positives * negatives))
-        else:
-            areas[name] = None
-    return {"per_class": areas, "macro": _average([area for area in areas.values() if area is not None])}
+    return _areas(labels, scores, names, lambda label, score: None if label.all() else float(roc_auc_score(label, score)))
 
 
 def auprc(labels: Any, scores: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Area under the precision-recall curve as scikit-learn's average precision: sum of precision times gain in recall.
+    """Area under the precision-recall curve as average precision: the sum of precision times the gain in recall.
 
     Returns and raises as `auroc`; a finding that no study has has no area. Guessing gives the finding's frequency.
     """
-    truth, belief = _scored(labels, scores)
-    values = average_precision_of(truth, belief)(np.ones((1, len(truth))))[0]
-    pairs = zip(_class_names(names, truth.shape[1]), values.tolist(), strict=True)
-    areas = {name: None if np.isnan(value) else value for name, value in pairs}
-    return {"per_class": areas, "macro": _average([area for area in areas.values() if area is not None])}
+    from sklearn.metrics import average_precision_score
+
+    return _areas(labels, scores, names, lambda label, score: float(average_precision_score(label, score)))
 
 
 def choose_thresholds(labels: Any, scores: Any, rule: str = "youden") -> NDArray[np.float64]:
-    """(K,) thresholds from the validation split: state a finding where its score is the threshold or more.
+    """(K,) thresholds from the validation split: a finding is predicted where its score is the threshold or more.
 
     Args:
         rule: "youden" has the highest recall + specificity, "nearest" the ROC point nearest to (0, 1) (CT-CLIP's rule),
@@ -107,85 +90,41 @@ def choose_thresholds(labels: Any, scores: Any, rule: str = "youden") -> NDArray
     Raises:
         ValueError: as `auroc`, or if the rule is unknown.
     """
+    from sklearn.metrics import roc_curve
+
     if rule not in THRESHOLD_RULES:
         raise ValueError(f"Unknown threshold rule {rule!r}; known are {', '.join(THRESHOLD_RULES)}.")
-    truth, belief = _scored(labels, scores)
-    thresholds = np.full(truth.shape[1], np.nan)
-    for finding, (positive, score) in enumerate(zip(truth.T, belief.T, strict=True)):
-        if positive.all() or not positive.any():
+    labels, scores = _scored(labels, scores)
+    thresholds = np.full(labels.shape[1], np.nan)
+    for finding, (label, score) in enumerate(zip(labels.T, scores.T, strict=True)):
+        if label.all() or not label.any():
             continue
-        candidates = np.unique(score)[::-1]  # falling
-        hits, alarms = _at_least(score[positive], candidates), _at_least(score[~positive], candidates)
-        recall, fallout = hits / positive.sum(), alarms / (~positive).sum()
-        merit = {
-            "youden": recall - fallout,
-            "nearest": -np.hypot(1 - recall, fallout),
-            "f1": 2 * hits / (hits + alarms + positive.sum()),
+        false_positive_rate, recall, candidates = (values[1:] for values in roc_curve(label, score, drop_intermediate=False))
+        positives, negatives = int(label.sum()), int((~label).sum())
+        quality = {
+            "youden": recall - false_positive_rate,
+            "nearest": -np.hypot(1 - recall, false_positive_rate),
+            "f1": 2 * recall * positives / (recall * positives + false_positive_rate * negatives + positives),
         }[rule]
-        thresholds[finding] = candidates[merit.argmax()]
+        thresholds[finding] = candidates[quality.argmax()]  # the first and so the highest of equals
     return thresholds
 
 
-def detection_scores(labels: Any, scores: Any, thresholds: Any = 0.5, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Every score of this module by name.
-
-    Args:
-        thresholds: one for all or (K,), from `choose_thresholds` on the validation split.
-
-    Returns:
-        `precision_recall_f1` of the decisions, to each class added "auroc", "auprc", "accuracy" and "threshold", to
-        "macro" the means of the first three; "published": `{"dcformer", "ct_clip", "vlm3d"}`, see the functions of these
-        names ("dcformer" is None where scores are no probabilities). A finding whose threshold is NaN has None for
-        what needs one and is left out of the averages; "undecided" lists these.
-
-    Raises:
-        ValueError: as `auroc`, or if there is not one threshold or K, or all are NaN.
-    """
-    truth, belief = _scored(labels, scores)
-    names = _class_names(names, truth.shape[1])
-    cuts = _thresholds(thresholds, truth.shape[1])
-    decided = np.flatnonzero(~np.isnan(cuts))
-    stated = belief >= cuts
-    chosen = [names[index] for index in decided.tolist()]
-    result = precision_recall_f1(truth[:, decided], stated[:, decided], chosen)
-    areas = {"auroc": auroc(truth, belief, names), "auprc": auprc(truth, belief, names)}
-    right = dict(zip(chosen, (truth == stated)[:, decided].mean(axis=0).tolist(), strict=True))
-    cut_of = dict(zip(chosen, cuts[decided].tolist(), strict=True))
-    nothing = {"precision": None, "recall": None, "f1": None, "predicted": None}
-    per_class = {}
-    for index, name in enumerate(names):
-        entry = result["per_class"].get(name, {**nothing, "support": int(truth[:, index].sum())})
-        per_class[name] = {
-            **entry,
-            **{area: values["per_class"][name] for area, values in areas.items()},
-            "accuracy": right.get(name),
-            "threshold": cut_of.get(name),
-        }
-    result["per_class"] = per_class
-    result["macro"] |= {area: values["macro"] for area, values in areas.items()} | {"accuracy": _average(list(right.values()))}
-    probable = bool(((belief >= 0) & (belief <= 1)).all())
-    result["published"] = {
-        "dcformer": dcformer_scores(truth, belief) if probable else None,
-        "ct_clip": ct_clip_scores(truth, belief, cuts),
-        "vlm3d": vlm3d_scores(truth[:, decided], stated[:, decided], belief[:, decided]),
-    }
-    return result | {"undecided": [name for name in names if name not in cut_of]}
-
-
 def dcformer_scores(labels: Any, probabilities: Any) -> dict[str, float]:
-    """As the DCFormer paper's Tables 1 and 2 were computed: stated above 0.5; accuracy of all N x K decisions, micro precision
+    """As the DCFormer paper's Tables 1 and 2 were computed: predicted above 0.5; accuracy of all N x K decisions, micro precision
     and recall, and the mean of F1 weighted by how many studies have the finding.
 
     Raises:
         ValueError: as `auroc`, or if a probability is not in 0..1.
     """
-    truth, belief = _scored(labels, probabilities)
-    if ((belief < 0) | (belief > 1)).any():
-        raise ValueError(f"Probabilities must lie in 0..1, got {belief.min():g} to {belief.max():g}; pass the softmax of the two prompts.")
-    stated = belief > 0.5
-    scores = precision_recall_f1(truth, stated)
+    labels, probabilities = _scored(labels, probabilities)
+    if ((probabilities < 0) | (probabilities > 1)).any():
+        low, high = probabilities.min(), probabilities.max()
+        raise ValueError(f"Probabilities must lie in 0..1, got {low:g} to {high:g}; pass the softmax of the two prompts.")
+    predictions = probabilities > 0.5
+    scores = precision_recall_f1(labels, predictions)
     return {
-        "accuracy": accuracy(truth, stated),
+        "accuracy": accuracy(labels, predictions),
         "f1": scores["weighted"]["f1"] or 0.0,  # no study has anything: 0, as in scikit-learn
         "precision": scores["micro"]["precision"],
         "recall": scores["micro"]["recall"],
@@ -199,73 +138,74 @@ def ct_clip_scores(labels: Any, scores: Any, thresholds: Any) -> dict[str, Any]:
     `thresholds` (K,) are those of `choose_thresholds(..., "nearest")`, here from the validation split; CT-CLIP chose them
     on the test set. Findings without a threshold or an AUROC are left out; "findings" says how many are in.
     """
-    truth, belief = _scored(labels, scores)
-    cuts = _thresholds(thresholds, truth.shape[1])
-    areas = auroc(truth, belief)["per_class"]
+    labels, scores = _scored(labels, scores)
+    thresholds = _thresholds(thresholds, labels.shape[1])
+    areas = auroc(labels, scores)["per_class"]
     rows = []
-    for finding, cut in enumerate(cuts):
-        if np.isnan(cut) or areas[str(finding)] is None:
+    for finding, threshold in enumerate(thresholds):
+        if np.isnan(threshold) or areas[str(finding)] is None:
             continue
-        positive, stated = truth[:, finding], belief[:, finding] >= cut
-        present = _scores(int((positive & stated).sum()), int(stated.sum()), int(positive.sum()))
-        absent = _scores(int((~positive & ~stated).sum()), int((~stated).sum()), int((~positive).sum()))
-        share = positive.mean()
-        f1 = share * present["f1"] + (1 - share) * absent["f1"]
-        rows.append((areas[str(finding)], np.mean(positive == stated), f1, present["precision"]))
+        label, prediction = labels[:, finding], scores[:, finding] >= threshold
+        present, absent = _scores(label, prediction), _scores(~label, ~prediction)
+        f1 = label.mean() * present["f1"] + (1 - label.mean()) * absent["f1"]
+        rows.append((areas[str(finding)], accuracy(label, prediction), f1, present["precision"]))
     means = np.mean(rows, axis=0).tolist() if rows else [None] * 4
     return dict(zip(("auroc", "accuracy", "f1", "precision"), means, strict=True)) | {"findings": len(rows)}
 
 
 def vlm3d_scores(labels: Any, predictions: Any, scores: Any | None = None) -> dict[str, float | None]:
     """As the VLM3D challenge: means over all K findings of precision, recall, F1 and accuracy, a 0/0 counting as 0 even
-    where a finding neither occurs nor is stated; of AUROC (None without `scores`) over those that have one; and CRG.
+    where a finding neither occurs nor is predicted; of AUROC (None without `scores`) over those that have one; and CRG.
     """
-    truth, stated = _binary(labels, "labels"), _binary(predictions, "predictions")
-    entries = precision_recall_f1(truth, stated)["per_class"].values()
+    labels, predictions = _binary(labels, "labels"), _binary(predictions, "predictions")
+    entries = precision_recall_f1(labels, predictions)["per_class"].values()
     means = {key: float(np.mean([entry[key] or 0.0 for entry in entries])) for key in ("precision", "recall", "f1")}
-    area = None if scores is None else auroc(truth, scores)["macro"]
-    return {**means, "accuracy": accuracy(truth, stated), "auroc": area, "crg": crg(truth, stated)}
+    area = None if scores is None else auroc(labels, scores)["macro"]
+    return {**means, "accuracy": accuracy(labels, predictions), "auroc": area, "crg": crg(labels, predictions)}
 
 
 def crg(labels: Any, predictions: Any) -> float | None:
     """CRG of the VLM3D challenge (see `intervals.crg_of`); None where no study has any finding."""
-    truth, stated = _binary(labels, "labels"), _binary(predictions, "predictions")
-    if truth.shape != stated.shape:
-        raise ValueError(f"labels are {truth.shape} and predictions {stated.shape}; both must be (studies, findings).")
-    value = float(crg_of(truth, stated)(np.ones((1, len(truth))))[0])
+    labels, predictions = _binary(labels, "labels"), _binary(predictions, "predictions")
+    if labels.shape != predictions.shape:
+        raise ValueError(f"labels are {labels.shape} and predictions {predictions.shape}; both must be (studies, findings).")
+    value = float(crg_of(labels, predictions)(np.ones((1, len(labels))))[0])
     return None if np.isnan(value) else value
 
 
-def _at_least(scores: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray[np.int64]:
-    """(T,) how many of the scores reach each threshold."""
-    return len(scores) - np.searchsorted(np.sort(scores), thresholds, side="left")
+def _areas(labels: Any, scores: Any, names: Sequence[str] | None, area: Callable[[Any, Any], float | None]) -> dict[str, Any]:
+    """`area(label, score)` of each finding that some study has, and their mean."""
+    labels, scores = _scored(labels, scores)
+    columns = zip(_class_names(names, labels.shape[1]), labels.T, scores.T, strict=True)
+    areas = {name: area(label, score) if label.any() else None for name, label, score in columns}
+    return {"per_class": areas, "macro": _average([value for value in areas.values() if value is not None])}
+
+
+def _scores(labels: NDArray[np.bool_], predictions: NDArray[np.bool_]) -> dict[str, Any]:
+    """Precision, recall and F1 of (N,) decisions."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    values = precision_recall_fscore_support(labels, predictions, average="binary", pos_label=True, zero_division=0)[:3]
+    return dict(zip(("precision", "recall", "f1"), map(float, values), strict=True))
 
 
 def _thresholds(thresholds: Any, count: int) -> NDArray[np.float64]:
     array = np.asarray(thresholds, dtype=np.float64)
     if array.shape not in ((), (count,)):
         raise ValueError(f"Got thresholds of shape {array.shape} for {count} findings; give one for all or one each.")
-    cuts = np.broadcast_to(array, (count,))
-    if np.isnan(cuts).all():
+    thresholds = np.broadcast_to(array, (count,))
+    if np.isnan(thresholds).all():
         raise ValueError("No finding has a threshold; choose them on a split where some studies have the findings and some have not.")
-    return cuts
+    return thresholds
 
 
 def _scored(labels: Any, scores: Any) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    truth, belief = _binary(labels, "labels"), np.asarray(scores, dtype=np.float64)
-    if truth.shape != belief.shape:
-        raise ValueError(f"labels are {truth.shape} and scores {belief.shape}; both must be (studies, findings).")
-    if np.isnan(belief).any():
-        raise ValueError(f"{int(np.isnan(belief).sum())} of {belief.size} scores are NaN; scores must be numbers that can be ordered.")
-    return truth, belief
-
-
-def _scores(hits: int, predicted: int, support: int) -> dict[str, float]:
-    return {
-        "precision": hits / predicted if predicted else 0.0,
-        "recall": hits / support if support else 0.0,
-        "f1": 2 * hits / (predicted + support) if predicted + support else 0.0,
-    }
+    labels, scores = _binary(labels, "labels"), np.asarray(scores, dtype=np.float64)
+    if labels.shape != scores.shape:
+        raise ValueError(f"labels are {labels.shape} and scores {scores.shape}; both must be (studies, findings).")
+    if np.isnan(scores).any():
+        raise ValueError(f"{int(np.isnan(scores).sum())} of {scores.size} scores are NaN; scores must be numbers that can be ordered.")
+    return labels, scores
 
 
 def _average(values: Sequence[Any], weights: Sequence[float] | None = None) -> float | None:

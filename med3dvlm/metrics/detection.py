@@ -4,7 +4,7 @@ A finding's own figures are those of the studies whose label of it is known. The
 whole rows only, and so are those of the studies that have a label of every finding that any study has one of.
 
 Shapes: N studies, K findings. `labels` are (N, K) of 0, 1 and NaN, unknown; `log_odds` (N, K), of which 0 is a probability of 0.5;
-`cuts` (K,) thresholds on the scale of the log-odds, NaN where there is none.
+`thresholds` (K,) are on the scale of the log-odds, NaN where there is none.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,22 +29,22 @@ Table = NDArray[np.float64]
 NOTHING = {"precision": None, "recall": None, "f1": None, "predicted": None, "accuracy": None, "threshold": None}
 
 
-def choose_cuts(labels: Table, log_odds: Table, rule: str) -> Table:
+def choose_known_thresholds(labels: Table, log_odds: Table, rule: str) -> Table:
     """(K,) thresholds by a rule of `choose_thresholds`, each from the studies that have its label; NaN where these have it all, or none."""
-    cuts = np.full(labels.shape[1], np.nan)
+    thresholds = np.full(labels.shape[1], np.nan)
     for finding, rows in enumerate(_known(labels)):
         if len(rows):
-            cuts[finding] = choose_thresholds(labels[rows][:, [finding]], log_odds[rows][:, [finding]], rule)[0]
-    return cuts
+            thresholds[finding] = choose_thresholds(labels[rows][:, [finding]], log_odds[rows][:, [finding]], rule)[0]
+    return thresholds
 
 
 def detection_scores(
-    labels: Table, log_odds: Table, cuts: Table, names: Sequence[str], patients: Sequence[Any], nearest: Table | None = None
+    labels: Table, log_odds: Table, thresholds: Table, names: Sequence[str], patients: Sequence[Any], nearest: Table | None = None
 ) -> dict[str, Any]:
     """Every figure of a detection, those of a finding's studies and the published ones, with 95 % bootstrap intervals over patients.
 
     Args:
-        nearest: (K,) thresholds by CT-CLIP's rule "nearest" for CT-CLIP's figures; `cuts` where not given.
+        nearest: (K,) thresholds by CT-CLIP's rule "nearest" for CT-CLIP's figures; `thresholds` where not given.
 
     Returns:
         `{"studies", "per_class": {name: {"studies", "support", "auroc", "auprc", "precision", "recall", "f1", "predicted", "accuracy",
@@ -56,26 +56,28 @@ def detection_scores(
     Raises:
         ValueError: if shapes do not fit or no label is known.
     """
-    if not labels.shape == log_odds.shape == (len(patients), len(names)) or cuts.shape != (len(names),):
-        raise ValueError(f"labels are {labels.shape}, log-odds {log_odds.shape} and thresholds {cuts.shape}; all are of the same findings")
+    if not labels.shape == log_odds.shape == (len(patients), len(names)) or thresholds.shape != (len(names),):
+        raise ValueError(
+            f"labels are {labels.shape}, log-odds {log_odds.shape} and thresholds {thresholds.shape}; all are of the same findings"
+        )
     looked_for = np.flatnonzero(~np.isnan(labels).all(axis=0))
     if not len(looked_for):
         raise ValueError("no label of any finding is known, so there is nothing to score")
-    labels, log_odds, cuts = labels[:, looked_for], log_odds[:, looked_for], cuts[looked_for]
-    nearest = cuts if nearest is None else nearest[looked_for]
+    labels, log_odds, thresholds = labels[:, looked_for], log_odds[:, looked_for], thresholds[looked_for]
+    nearest = thresholds if nearest is None else nearest[looked_for]
     names = [names[index] for index in looked_for.tolist()]
     per_class = {
-        name: _finding(labels[rows, finding], log_odds[rows, finding], float(cuts[finding]))
+        name: _finding(labels[rows, finding], log_odds[rows, finding], float(thresholds[finding]))
         for finding, (name, rows) in enumerate(zip(names, _known(labels), strict=True))
     }
-    stated = (log_odds >= cuts).astype(np.float64)
+    predictions = (log_odds >= thresholds).astype(np.float64)
     statistics: dict[str, Statistic] = {
         "auroc": of_known(auroc_of, labels, log_odds),
         "auprc": of_known(average_precision_of, labels, log_odds),
-        "f1": of_known(f1_of, np.where(np.isnan(cuts), np.nan, labels), stated),
+        "f1": of_known(f1_of, np.where(np.isnan(thresholds), np.nan, labels), predictions),
     }
     whole = np.flatnonzero(~np.isnan(labels).any(axis=1))
-    published, published_statistics = _published(labels[whole], log_odds[whole], cuts, nearest) if len(whole) else (None, {})
+    published, published_statistics = _published(labels[whole], log_odds[whole], thresholds, nearest) if len(whole) else (None, {})
     spans = intervals(statistics | {f"macro.{name}": mean_over(statistic) for name, statistic in statistics.items()}, patients)
     for name in statistics:
         spans |= {f"{name}.{finding}": span for finding, span in zip(names, spans.pop(name), strict=True)}
@@ -94,11 +96,8 @@ def detection_scores(
 
 def macro_auroc(labels: Table, log_odds: Table) -> float:
     """The mean over the findings that are present in some studies and absent in others; NaN where there is none."""
-    areas = [
-        auroc(labels[rows][:, [finding]], log_odds[rows][:, [finding]])["macro"] for finding, rows in enumerate(_known(labels)) if len(rows)
-    ]
-    found = [area for area in areas if area is not None]
-    return float(np.mean(found)) if found else float("nan")
+    areas = of_known(auroc_of, labels, log_odds)(np.ones((1, len(labels))))[0]
+    return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
 
 
 def permuted(patients: Sequence[Any], seed: int) -> list[int]:
@@ -119,7 +118,7 @@ def permuted(patients: Sequence[Any], seed: int) -> list[int]:
 
 
 def label_control(labels: Table, log_odds: Table, patients: Sequence[Any], permutations: int = 100) -> dict[str, Any]:
-    """Macro AUROC against labels that were dealt out anew among the patients, with seeds 0, 1, ...
+    """Macro AUROC against labels that were permuted among the patients, with seeds 0, 1, ...
 
     Returns:
         `{"permutations", "macro_auroc": their mean, near 0.5, "range": the middle 95 %, "p_value": how often as good as with the true
@@ -146,14 +145,14 @@ def reliability(labels: Table, log_odds: Table, bins: int = 10) -> dict[str, Any
         calibration error, the mean distance of the first two over all decisions, "brier": the mean squared error}`.
     """
     known = ~np.isnan(labels)
-    truth, belief = labels[known], expit(log_odds[known])
-    place = np.minimum((belief * bins).astype(int), bins - 1)
+    labels, probabilities = labels[known], expit(log_odds[known])
+    place = np.minimum((probabilities * bins).astype(int), bins - 1)
     counts = np.bincount(place, minlength=bins)
     filled = np.flatnonzero(counts)
-    means, shares = (np.bincount(place, values, bins)[filled] / counts[filled] for values in (belief, truth))
+    means, shares = (np.bincount(place, values, bins)[filled] / counts[filled] for values in (probabilities, labels))
     error = float((np.abs(means - shares) * counts[filled]).sum() / counts.sum())
     rows = list(zip(means.tolist(), shares.tolist(), counts[filled].tolist(), strict=True))
-    return {"bins": rows, "ece": error, "brier": float(((belief - truth) ** 2).mean())}
+    return {"bins": rows, "ece": error, "brier": float(((probabilities - labels) ** 2).mean())}
 
 
 def _known(labels: Table) -> list[NDArray[np.int64]]:
@@ -161,38 +160,38 @@ def _known(labels: Table) -> list[NDArray[np.int64]]:
     return [np.flatnonzero(~np.isnan(column)) for column in labels.T]
 
 
-def _finding(labels: Table, log_odds: Table, cut: float) -> dict[str, Any]:
+def _finding(labels: Table, log_odds: Table, threshold: float) -> dict[str, Any]:
     """The figures of one finding, labels and log-odds (n,) of the studies that have its label."""
-    truth, belief = labels[:, None], log_odds[:, None]
+    columns = labels[:, None], log_odds[:, None]
     entry = {
         "studies": len(labels),
         "support": int(labels.sum()),
-        "auroc": auroc(truth, belief)["macro"],
-        "auprc": auprc(truth, belief)["macro"],
+        "auroc": auroc(*columns)["macro"],
+        "auprc": auprc(*columns)["macro"],
     }
-    if np.isnan(cut):
+    if np.isnan(threshold):
         return entry | NOTHING
-    stated = belief >= cut
-    decided = precision_recall_f1(truth, stated)["per_class"]["0"]
+    predictions = columns[1] >= threshold
+    decided = precision_recall_f1(columns[0], predictions)["per_class"]["0"]
     del decided["support"]
-    return entry | decided | {"accuracy": float((truth == stated).mean()), "threshold": float(expit(cut))}
+    return entry | decided | {"accuracy": float((columns[0] == predictions).mean()), "threshold": float(expit(threshold))}
 
 
-def _published(labels: Table, log_odds: Table, cuts: Table, nearest: Table) -> tuple[dict[str, Any], Mapping[str, Statistic]]:
+def _published(labels: Table, log_odds: Table, thresholds: Table, nearest: Table) -> tuple[dict[str, Any], Mapping[str, Statistic]]:
     """The published figures of studies that have all labels, and the statistics of DCFormer's."""
-    decided = ~np.isnan(cuts)
-    stated = (log_odds >= cuts)[:, decided]
+    decided = ~np.isnan(thresholds)
+    predictions = (log_odds >= thresholds)[:, decided]
     figures = {
         "dcformer": dcformer_scores(labels, expit(log_odds)),
         "ct_clip": None if np.isnan(nearest).all() else ct_clip_scores(labels, log_odds, nearest),
-        "vlm3d": vlm3d_scores(labels[:, decided], stated, log_odds[:, decided]) if decided.any() else None,
+        "vlm3d": vlm3d_scores(labels[:, decided], predictions, log_odds[:, decided]) if decided.any() else None,
     }
     above = (log_odds > 0).astype(np.float64)
     hits = labels * above
 
     def weighted_f1(weights: Table) -> Table:
-        hit, said, support = weights @ hits, weights @ above, weights @ labels  # (S, K)
-        f1 = 2 * hit / np.maximum(said + support, 1)
+        hit, predicted, support = weights @ hits, weights @ above, weights @ labels  # (S, K)
+        f1 = 2 * hit / np.maximum(predicted + support, 1)
         return (f1 * support).sum(axis=1) / np.maximum(support.sum(axis=1), 1)
 
     return figures, {

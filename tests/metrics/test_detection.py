@@ -7,7 +7,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support, roc_auc_score
 
 from med3dvlm.metrics.classification import choose_thresholds, ct_clip_scores, vlm3d_scores
-from med3dvlm.metrics.detection import choose_cuts, detection_scores, label_control, macro_auroc, permuted, reliability
+from med3dvlm.metrics.detection import choose_known_thresholds, detection_scores, label_control, macro_auroc, permuted, reliability
 from med3dvlm.metrics.intervals import bootstrap_interval
 
 NAMES = ("a", "b", "c", "d", "e")
@@ -27,7 +27,7 @@ def tables(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def test_each_finding_as_scikit_learn_scores_the_studies_that_know_it() -> None:
     labels, log_odds = tables()
-    cuts = choose_cuts(*tables(1), "youden")
+    cuts = choose_known_thresholds(*tables(1), "youden")
     assert np.isnan(cuts[3:]).all() and not np.isnan(cuts[:3]).any()
     scores = detection_scores(labels, log_odds, cuts, NAMES, PATIENTS)
     assert list(scores["per_class"]) == ["a", "b", "c", "d"]
@@ -54,7 +54,7 @@ def test_each_finding_as_scikit_learn_scores_the_studies_that_know_it() -> None:
 def test_thresholds_are_those_of_the_studies_that_know_the_finding() -> None:
     labels, log_odds = tables(1)
     for rule in ("youden", "nearest", "f1"):
-        cuts = choose_cuts(labels, log_odds, rule)
+        cuts = choose_known_thresholds(labels, log_odds, rule)
         for finding in range(3):
             rows = ~np.isnan(labels[:, finding])
             assert cuts[finding] == choose_thresholds(labels[rows][:, [finding]], log_odds[rows][:, [finding]], rule)[0]
