@@ -29,17 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import gradio.mcp
 import psutil
 from accounts import Accounts
 from desk import Desk
-from gradio.utils import get_upload_folder
 from guard import Guard
 from insight import load as load_insight
 from page import THEME, build, file
 from routes import routes
 from scans import sweep
 from starlette.middleware import Middleware
+from tools import tools
 
 from med3dvlm.prompts import RESEARCH_NOTICE
 
@@ -61,14 +60,12 @@ def launch(
     # run_history would keep questions and answers in the browser
     off = dict.fromkeys(("share", "run_history", "enable_monitoring", "ssr_mode", "pwa"), False)
     look: dict[str, Any] = {"theme": THEME, "css": file("style.css"), "footer_links": [], "quiet": True}
-    gradio.mcp.DEFAULT_TEMP_DIR = get_upload_folder()  # it read the environment when it was imported
+    more, lifespan = tools(desk) if mcp else ([], None)
     blocks.launch(
-        server_name=host, server_port=port, prevent_thread_lock=True, max_file_size=desk.most_bytes, mcp_server=mcp,
+        server_name=host, server_port=port, prevent_thread_lock=True, max_file_size=desk.most_bytes, mcp_server=False,
         auth=accounts.allows if accounts else None, auth_message=RESEARCH_NOTICE if accounts else None,
-        app_kwargs={"routes": routes(desk), "middleware": [Middleware(Guard, tuple(hosts))]}, **look, **off,
+        app_kwargs={"routes": [*routes(desk), *more], "lifespan": lifespan, "middleware": [Middleware(Guard, tuple(hosts))]}, **look, **off,
     )  # fmt: skip
-    if blocks.mcp_error:
-        raise ImportError(f"There are no MCP tools: {blocks.mcp_error}")
     return str(blocks.local_url)
 
 

@@ -1,4 +1,4 @@
-"""The desk for programs: named endpoints that gradio_client calls, and the tools of `--mcp`.
+"""The desk for programs: named endpoints that gradio_client calls.
 
     from gradio_client import Client, handle_file
     client = Client("http://127.0.0.1:7860")
@@ -7,8 +7,7 @@
     for state in client.submit("And where?", api_name="/ask"): ...          # the same while it is written
     client.predict(handle_file("scan.nii.gz"), "Which organ is abnormal?", api_name="/answer")  # both in one, nothing is kept
 
-A Client is a session of its own, as a browser's page is. `/answer` and `/report` belong to none; they are the tools of `--mcp`, whose callers
-would otherwise share one session. They take one file, since Gradio describes a list of files to such callers wrongly.
+A Client is a session of its own, as a browser's page is. `/answer` and `/report` belong to none; tools.py offers the same to agents.
 """
 
 from collections.abc import Iterator
@@ -86,15 +85,8 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
 
     def answer(scan: str | None, question: str) -> dict[str, Any]:
         """Answer a question about one scan: a NIfTI, NRRD or MHA file, or a zip of a DICOM series. Research software only."""
-        session = Session()
         with sentences():
-            desk.open_uploads(session, [scan] if scan else [], keep=True)
-            turn = session.pose(question)
-            for _ in desk.answer(session):
-                pass
-        outside = desk.notice(session)
-        session.close()
-        return turn.shown() | {"outside_training_data": outside, "notice": RESEARCH_NOTICE}
+            return once(desk, Session(), [scan] if scan else [], question)
 
     def report(scan: str | None) -> dict[str, Any]:
         """Draft the report of one scan: a NIfTI, NRRD or MHA file, or a zip of a DICOM series. Research software only."""
@@ -116,6 +108,20 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
     button.click(clear, None, None, api_name="clear", queue=False, **session_only)
     button.click(answer, [scan, question], said, api_name="answer", **modelling)
     button.click(report, scan, said, api_name="report", **modelling)
+
+
+def once(desk: Desk, session: Session, uploads: list[str], question: str, keep: bool = True) -> dict[str, Any]:
+    """Open, ask, and close again; `keep` as in `Desk.open_uploads`. Raises ValueError, one sentence, where there is no answer."""
+    try:
+        desk.open_uploads(session, uploads, keep)
+        turn = session.pose(question)
+        for _ in desk.answer(session):
+            pass
+        if turn.state == "failed":
+            raise ValueError(turn.answer)
+        return turn.shown() | {"outside_training_data": desk.notice(session), "notice": RESEARCH_NOTICE}
+    finally:
+        session.close()
 
 
 @contextmanager

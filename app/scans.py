@@ -23,12 +23,14 @@ from viewer import Picture, describe, picture
 
 from med3dvlm.datasets.phantom import Acquisition, draw, plan_phantoms
 from med3dvlm.formats import READERS
+from med3dvlm.formats.dicom import is_dicom
 from med3dvlm.volume import Volume, VolumeError, read_volume
 
 KINDS = {
     ".nii": "NIfTI", ".nii.gz": "NIfTI", ".nrrd": "NRRD", ".mha": "MetaImage", ".npy": "NumPy array", ".npz": "NumPy array",
     ".dcm": "DICOM", ".zip": "zip archive",
 }  # fmt: skip
+OPENED = "a NIfTI (.nii, .nii.gz), NRRD, MHA, npy or npz file, a zip, or all files of a DICOM series"
 MAY_BE_DICOM = ("DICOM", "DICOM series", "zip archive")
 SIGNS = {
     ".nii.gz": (0, b"\x1f\x8b"),
@@ -136,6 +138,8 @@ def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int, move:
     if ".mhd" in endings:
         raise VolumeError("An .mhd file has its voxels in another file; save the scan as one .mha file.")
     if len(uploads) == 1:
+        if uploads[0].stat().st_size and not (endings[0] in KINDS or is_dicom(uploads[0])):
+            raise VolumeError(f"This is no scan that can be opened here; open {OPENED}.")
         path = folder / f"scan{endings[0]}"
         move(uploads[0], path)
         return path, KINDS.get(endings[0], "DICOM")

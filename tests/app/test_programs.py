@@ -54,7 +54,7 @@ def test_a_scan_is_described_without_its_name_and_not_kept(server, client, scan)
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("<img src=x>notes.txt", "not a known scan format"),
+        ("<img src=x>notes.txt", "no scan that can be opened here; open a NIfTI"),
         ("text.nii.gz", "cannot be read"),
         ("empty.nii.gz", "empty"),
         ("cut.nii.gz", "cannot be read"),
