@@ -133,7 +133,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # a library's may quote a header
         with private_folder():
             desk = Desk(chat, "/".join(arguments.model.resolve().parts[-2:]), arguments.limit * 2**20, insight)
-            desk.straighten = chat.processor.image_processor.straighten
             blocks = build(desk, arguments.parallel, accounts is not None)
             address = launch(blocks, desk, arguments.port, arguments.host, accounts, arguments.mcp, arguments.allow_host)
             print(f"Med3DVLM listens on {address} (Ctrl+C ends it). {RESEARCH_NOTICE}", flush=True)

@@ -42,12 +42,17 @@ class Desk:
     most_bytes: int = MOST_BYTES
     insight: Insight = Insight()
     room: int = psutil.virtual_memory().total // 2  # bytes for the scans of all sessions together
-    straighten: bool = False  # scans are read as the model's processor wants them, so that overlays lie on what is shown
     sessions: Sessions = field(default_factory=Sessions)
     # Gradio names an upload by its content: two sessions that send the same file share one path, and the first to read it deletes it. The
     # second gets the first one's scan, which nothing changes, while that is alive.
     _read: WeakValueDictionary[tuple[str, ...], OpenScan] = field(default_factory=WeakValueDictionary)
     _reading: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def straighten(self) -> bool:
+        """Whether the model's processor straightens scans: they are then read so, that overlays lie on what is shown."""
+        processor = getattr(self.chat, "processor", None)  # a stand-in has none
+        return processor is not None and processor.image_processor.straighten
 
     def open_uploads(self, session: Session, uploads: Sequence[str], keep: bool = False) -> OpenScan:
         """Put the uploaded scan on the session's desk. Raises VolumeError, one sentence; the scan that was open then stays.

@@ -5,14 +5,17 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK
+from desk import Desk
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from scans import EXAMPLES, example, read_uploads, sweep
+from sessions import Session
 
 from med3dvlm.volume import VolumeError
 
@@ -129,3 +132,16 @@ def test_examples_are_phantoms_that_stay_the_same() -> None:
         assert scan is example(name)
         assert scan.volume.unit == "HU" and scan.volume.plane == "axial" and "no patient" in scan.facts["Read from"]
         assert scan.volume.array.min() < -900 and scan.volume.array.max() > 300
+
+
+def test_a_scan_is_read_as_the_models_processor_wants_it(tmp_path: Path) -> None:
+    """Straightened, where the model was trained on straightened scans: an overlay then lies on what is shown."""
+    values = SimpleITK.GetImageFromArray(np.random.default_rng(0).integers(-1000, 1000, (6, 20, 30)).astype(np.int16))
+    values.SetDirection([1, 0, 0, 0, 1, 0.5, 0, 0, 0.75**0.5])
+    for straighten in (False, True):
+        path = tmp_path / str(straighten) / "scan.mha"
+        path.parent.mkdir()
+        SimpleITK.WriteImage(values, path)
+        processor = SimpleNamespace(image_processor=SimpleNamespace(straighten=straighten))
+        scan = Desk(SimpleNamespace(processor=processor)).open_uploads(Session(), [str(path)])
+        assert scan.volume.regular == straighten and scan.picture.stored.shape == scan.volume.shape
