@@ -171,7 +171,7 @@ def test_an_encoder_by_a_wrong_name(run: Run) -> None:
         (["prepare", "m3d", "a", "b", "--size", "1,2"], "three whole numbers"),
         (["prepare", "m3d", "a", "b", "--shard", "3"], "'3' must be I/N, as in 1/8 to 8/8"),
         (["prepare", "m3d", "a", "b", "--size", "64x64x64"], "three whole numbers"),
-        (["prepare", "m3d", "a", "b", "--spacing", "1,1,1"], "of the prepared volumes is --target_spacing"),
+        (["prepare", "m3d", "a", "b", "--spacing", "1,1,1"], "that of the result is --target-spacing"),
         (["inspect", "scan.npy", "--spacing", "1,2"], "must be numbers Z,Y,X with commas"),
         (["inspect", "scan.npy", "--hu", "mine"], "invalid choice"),
         (["dance"], "invalid choice"),
@@ -313,7 +313,7 @@ def test_prepare_goes_on_after_bad_samples_and_names_them(run: Run, phantoms: Pa
     arguments = ("prepare", "m3d", source, prepared, "--size", "16,32,24", "--workers", 1)
     code, output, error = run(*arguments)
     summary = json.loads((prepared / "summary.json").read_text())
-    assert code == 0
+    assert code == 1
     assert (summary["studies"], summary["failures"]) == (10, 2)
     assert "Warning: 2 of 12 studies could not be prepared" in error and "Traceback" not in error
     for path in bad:
@@ -339,7 +339,7 @@ def test_a_split_within_another_is_prepared_once(run: Run, phantoms: Path, tmp_p
     (source / listing["train"][0]["image"]).unlink()
     code, _, error = run("prepare", "m3d", source, prepared, "--size", "16,32,24", "--workers", 1)
     summary, split_file = json.loads((prepared / "summary.json").read_text()), prepared / "split_part.json"
-    assert (code, summary["studies"], summary["failures"]) == (0, 11, 1) and "part" not in summary["splits"]
+    assert (code, summary["studies"], summary["failures"]) == (1, 11, 1) and "part" not in summary["splits"]
     assert f"pass --split_file {split_file}" in error
     whole, part = PreparedData(prepared, True), PreparedData(prepared, True, split_file)
     assert [study.id for study in part.studies("part")] == [study.id for study in whole.studies("train")[:2]]
@@ -365,7 +365,7 @@ def test_prepare_goes_on_after_missing_reports(run: Run, phantoms: Path, tmp_pat
     empty.write_text(" ")
     code, _, error = run("prepare", "m3d", source, prepared, "--size", "16,32,24", "--workers", 1)
     summary = json.loads((prepared / "summary.json").read_text())
-    assert (code, summary["studies"], summary["failures"]) == (0, 10, 2)
+    assert (code, summary["studies"], summary["failures"]) == (1, 10, 2)
     assert "Warning: 2 of 12 studies could not be prepared" in error
     assert f"{lost}, the report of" in error and "is missing" in error and f"{empty}, the report of" in error and "is empty" in error
     assert len(PreparedData(prepared, exclude_failures=True).questions("train")) > 0

@@ -1,7 +1,8 @@
 """The command line: `med3dvlm COMMAND --help` says what each takes.
 
-Results go to stdout; warnings, progress and notices to stderr. The exit code is 0, or 2 with one sentence where the input
-or the place of the output is at fault, or 130 after Ctrl+C. Files appear under their names when they are whole.
+Results go to stdout; warnings, progress and notices to stderr. The exit code is 0, or 1 where `prepare` had to leave studies
+out, or 2 with one sentence where the input or the place of the output is at fault, or 130 after Ctrl+C. Files appear under
+their names when they are whole.
 """
 
 # Each group of commands stands in a module of its own, which imports at its top only what starts at once: torch, transformers and the
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (OSError, ValueError, SafetensorError, BrokenExecutor) as error:
         if arguments.traceback:
             raise
@@ -47,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("med3dvlm: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

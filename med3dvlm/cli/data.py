@@ -3,9 +3,22 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from med3dvlm.cli.options import Commands, add_workers, check_workers, numbers, parse_shard, parse_size, require_writable
+from med3dvlm.cli.options import (
+    MEANING,
+    Commands,
+    add_meaning,
+    add_workers,
+    check_workers,
+    numbers,
+    parse_shard,
+    parse_size,
+    reading,
+    require_writable,
+)
 
 FAILURES_SHOWN = 10
 
@@ -35,12 +48,13 @@ def add_commands(commands: Commands) -> None:
         "--size", type=parse_size, metavar="D,H,W", help="voxels of the result (default: the recipe's; 128,256,256 for m3d)"
     )
     prepare.add_argument(
-        "--target_spacing",
+        "--target-spacing", "--target_spacing",
         type=numbers("Z,Y,X"),
         metavar="Z,Y,X",
         help="mm along D, H and W of the result, for ct_rate and ct_clip (default: the recipe's)",
-    )
+    )  # fmt: skip
     prepare.add_argument("--straighten", action="store_true", help="first resample tilted or unevenly spaced slices to a regular grid")
+    add_meaning(prepare.add_argument_group("scans of which the table does not say it"))
     prepare.add_argument("--spacing", type=_renamed, help=argparse.SUPPRESS)
     prepare.add_argument(
         "--shard", type=parse_shard, metavar="I/N", help="the I-th of N parts; once all are done, run without this to finish"
@@ -67,7 +81,7 @@ def add_commands(commands: Commands) -> None:
 
 def _renamed(_: str) -> None:
     raise argparse.ArgumentTypeError(
-        "is the spacing that a scan has, as inspect takes it; that of the prepared volumes is --target_spacing"
+        "is the spacing of one scan, as inspect takes it: state it in the table's column spacing; that of the result is --target-spacing"
     )
 
 
@@ -103,7 +117,8 @@ def _phantom_m3d(arguments: argparse.Namespace) -> None:
         print(f"  {kind:<12} {accuracy:.3f}")
 
 
-def _prepare(arguments: argparse.Namespace) -> None:
+def _prepare(arguments: argparse.Namespace) -> int:
+    """Gives the exit code: 1 where some studies could not be prepared."""
     from med3dvlm.datasets import DATASETS
     from med3dvlm.datasets.preparation import parts_of_splits, prepare
     from med3dvlm.files import read_lines, write_json
@@ -113,12 +128,16 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.dataset not in DATASETS:
         raise ValueError(f"data set {arguments.dataset!r} is unknown; known: {', '.join(DATASETS)}")
     dataset, source, destination = DATASETS[arguments.dataset], arguments.source, arguments.destination
+    told = reading(arguments, MEANING)
+    if told and arguments.dataset == "ct_rate":
+        raise ValueError(f"--{min(told)} is for scans of which nobody has said it, but the metadata of CT-RATE do; leave it out")
     processor = VolumeProcessor(arguments.recipe, size=arguments.size, spacing=arguments.target_spacing, straighten=arguments.straighten)
     missed: dict[str, list[dict[str, str]]] = {split: [] for split in dataset.splits(source)}
     splits = {split: dataset.read(source, split, missed[split]) for split in missed}
     parts = parts_of_splits({split: found for split, (found, _) in splits.items()})
     wholes = [split for split in splits if split not in parts]
     studies, questions = ([record for split in wholes for record in splits[split][kind]] for kind in (0, 1))
+    studies = [replace(study, reading=_beside(told, study.reading)) for study in studies] if told else studies
     unread = [failure for split in wholes for failure in missed[split]]
     require_writable(destination)
     shard, options = arguments.shard, {"shard": arguments.shard, "verify": arguments.verify}
@@ -133,7 +152,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         for name, value in (("Splits", summary["splits"]), ("Units", summary["units"]), ("Warnings", summary["warnings"])):
             print(f"{name:<12} " + (", ".join(f"{key} {count}" for key, count in value.items()) or "none"))
         print(f"{'Prepared':<12} {summary['studies']} studies, {summary['questions']} questions, fingerprint {summary['fingerprint']}")
-        print(f"{'Details':<12} {destination / 'summary.json'}, {destination / 'summary.png'}")
+        doubts = f", {destination / 'warnings.jsonl'}" if summary["warnings"] else ""
+        print(f"{'Details':<12} {destination / 'summary.json'}, {destination / 'summary.png'}{doubts}")
     if failures and len(failures) == total and not shard:
         raise ValueError(f"none of the {total} studies of {source} could be prepared; {listing} says why.")
     for part, listed in parts.items() if not shard else ():
@@ -148,6 +168,13 @@ def _prepare(arguments: argparse.Namespace) -> None:
             print(f"  {failure['study']}: {failure['reason']}", file=sys.stderr)
         if len(failures) > FAILURES_SHOWN:
             print(f"  and {len(failures) - FAILURES_SHOWN} more", file=sys.stderr)
+    return 1 if failures and not shard else 0
+
+
+def _beside(told: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
+    """What is told of all scans, but for what the table states of one; what the values mean it states as a whole."""
+    meaning = {"unit", "hu", "rescale"}
+    return {name: value for name, value in told.items() if not (name in meaning and meaning & stated.keys())} | stated
 
 
 def _audit(arguments: argparse.Namespace) -> None:

@@ -3,11 +3,12 @@
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # what `add_subparsers` gives
+MEANING = ("unit", "hu", "rescale", "series")
 SCANS = "a file, a zip, or a folder with a DICOM series or numbered PNG or JPEG slices"
 
 
@@ -19,20 +20,28 @@ def add_scan(parser: argparse.ArgumentParser) -> None:
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """What `read_volume` may be told about a scan."""
+    parser.add_argument(
+        "--spacing", type=numbers("Z,Y,X"), metavar="Z,Y,X", help="mm between slices, rows and columns (default: the file's)"
+    )
+    parser.add_argument("--straighten", action="store_true", help="resample tilted or unevenly spaced slices to a regular grid")
+    add_meaning(parser)
+
+
+def add_meaning(parser: argparse._ActionsContainer) -> None:
+    """What it may be told about the values, and which series they are of."""
     from med3dvlm.volume import HU_POLICIES, UNITS
 
     add = parser.add_argument
-    add("--spacing", type=numbers("Z,Y,X"), metavar="Z,Y,X", help="mm between slices, rows and columns (default: the file's)")
-    add("--straighten", action="store_true", help="resample tilted or unevenly spaced slices to a regular grid")
     add("--unit", choices=UNITS, help="of the values (default: by the header and the values)")
-    add("--hu", choices=HU_POLICIES, default="auto", help="whose slope and intercept make the values HU (default: %(default)s)")
+    add("--hu", choices=HU_POLICIES, help="whose slope and intercept make the values HU (default: auto)")
     add("--rescale", type=numbers("S,I"), metavar="S,I", help="slope and intercept from a table beside the file, as in 1,-1024")
     add("--series", type=int, metavar="N", help="number of a DICOM series in the list that inspect shows (default: the largest)")
 
 
-def reading(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `read_volume` that `add_reading` took."""
-    return {name: getattr(arguments, name) for name in ("spacing", "straighten", "unit", "hu", "rescale", "series")}
+def reading(arguments: argparse.Namespace, names: Sequence[str] = ("spacing", "straighten", *MEANING)) -> dict[str, Any]:
+    """The keyword arguments of `read_volume` that were given, of some names."""
+    given = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def numbers(form: str) -> Callable[[str], tuple[float, ...]]:

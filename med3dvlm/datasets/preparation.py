@@ -246,9 +246,11 @@ def finish(
     others = set(volumes) - {volume_path(destination, study) for study in kept}
     if others:
         logger.warning("%s: kept %d volumes of studies that are not, or no longer, among those prepared", destination, len(others))
+    doubts = [{"study": line["study"], "file": line["image"], "warnings": line["warnings"]} for line in index if line["warnings"]]
     records = (map(dataclasses.asdict, kept), map(dataclasses.asdict, asked), index, failed)
     texts = {name: json_lines(rows) for name, rows in zip(CHECKED, records, strict=True)}
     sums = {name: checksum(text.encode()) for name, text in texts.items()}
+    texts["warnings.jsonl"] = json_lines(doubts)
     voxels = [line["checksum"] for line in index]
     parts = (json.dumps(processor.to_dict(), sort_keys=True), texts["studies.jsonl"], texts["questions.jsonl"], str(voxels))
     summary: dict[str, Any] = {
@@ -264,7 +266,7 @@ def finish(
     }
     place, picture = destination / "summary.json", destination / "summary.png"
     there = place.is_file() and picture.is_file() and json.loads(place.read_text(encoding="utf-8-sig")) == summary
-    if there and all((destination / name).is_file() and checksum((destination / name).read_bytes()) == sums[name] for name in CHECKED):
+    if there and all((destination / name).is_file() and (destination / name).read_bytes() == text.encode() for name, text in texts.items()):
         return summary
     place.unlink(missing_ok=True)  # until the files below belong together
     for name, text in texts.items():

@@ -11,6 +11,7 @@ from med3dvlm.preprocessing import VolumeProcessor
 
 BINS = 50  # of a volume's histogram
 NUMBERS = re.compile(r"-?\d[\d.]*(?:(?:, | x )-?\d[\d.]*)*")
+SERIES = re.compile(r"\(#: .*\)")
 
 
 def statistics(index: Sequence[dict[str, Any]], processor: VolumeProcessor) -> dict[str, Any]:
@@ -30,8 +31,8 @@ def statistics(index: Sequence[dict[str, Any]], processor: VolumeProcessor) -> d
 
 
 def kind_of(warning: str) -> str:
-    """The warning with its numbers left out: "slices are tilted by # degrees; they count as the nearest anatomical plane."."""
-    return NUMBERS.sub("#", warning)
+    """The warning with its numbers, and a list of series, left out: "there are # series (...); number # is read, ..."."""
+    return SERIES.sub("(...)", NUMBERS.sub("#", warning))
 
 
 def _spread(rows: Sequence[Sequence[float]]) -> dict[str, Any]:

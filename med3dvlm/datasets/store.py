@@ -6,6 +6,7 @@
     <root>/volumes/<study id>.safetensors     "voxels" (D, H, W) uint8 or int16, and in the header the volume's line of the index
     <root>/index.jsonl                        a line a volume: from which scan, in which state, read how; checksum; what was found
     <root>/failures.jsonl                     studies that could not be prepared: study, file, reason
+    <root>/warnings.jsonl                     what is doubtful about the others, such as which of several series was taken: study, file, warnings
     <root>/summary.json  summary.png          counts, distributions and a fingerprint of records, settings and volumes
 
 Volumes leave the store as they lie in it. `VolumeProcessor.dequantize` makes them what the model sees, after they have been moved to
@@ -105,10 +106,10 @@ class PreparedData:
                 raise ValueError(f"{path} is not the file that was written with summary.json; run: med3dvlm prepare")
         failures = read_lines(self.root / "failures.jsonl")
         if failures and not exclude_failures:
-            first = failures[0]
+            first, reason = failures[0]["study"], failures[0]["reason"].rstrip(".")
             raise ValueError(
-                f"{len(failures)} studies of {self.root} could not be prepared, the first is {first['study']}: {first['reason']} "
-                "Mend the files and prepare again, or pass --exclude_failures true."
+                f"{len(failures)} studies of {self.root} could not be prepared; mend them and run `med3dvlm prepare` again, or pass "
+                f"--exclude_failures true. The first is {first}: {reason}."
             )
         self.processor = VolumeProcessor.from_pretrained(self.root)
         self._studies = read_studies(self.root / "studies.jsonl")
