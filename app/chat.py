@@ -9,9 +9,9 @@ private folder until they were read (DICOM files, which a Structured Report refe
 nobody read, for some minutes), and each browser session has a scan of its own.
 
 Where to find what: page.py (what stands where), desk.py (what can be done), sessions.py (who is there), scans.py (files in),
-viewer.py, viewer.js and pane.js (the viewer), conversation.js, report.js, insight.py (where it looked, similar cases), key_images.py
-(slices for the report), routes.py (what the browser fetches), programs.py (the same for programs), tools.py (for agents), accounts.py and
-guard.py (who may come in).
+viewer.py and viewer.js (the viewer; page.py lists its other scripts), common.js, conversation.js, report.js, leave.js, insight.py (where it
+looked, similar cases), key_images.py (slices for the report), routes.py (what the browser fetches), programs.py (the same for programs),
+tools.py (for agents), accounts.py and guard.py (who may come in).
 """
 
 import argparse

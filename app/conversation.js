@@ -1,22 +1,15 @@
-// The conversation. gr.HTML runs this file once, with `element`, `props`, `trigger` and `watch`; `props.value` is what desk.py's `talk` gives.
+// The conversation. gr.HTML runs this file once, after common.js, with `element`, `props`, `trigger` and `watch`; `props.value` is what desk.py's
+// `talk` gives.
 //
 // Everything that somebody wrote, the model included, enters the page as text, never as HTML and never through a template.
 
 const log = element.querySelector(".log"), hints = element.querySelector(".hints"), plea = element.querySelector(".plea");
 let shownTurns = [], told = 0, editing = null;  // the question that is being changed
+let follow = true;  // the newest answer stays in sight, until somebody scrolls up
 
-function make(tag, kind, words = "", more = {}) {
-  const node = document.createElement(tag);
-  node.className = kind;
-  node.textContent = words;
-  return Object.assign(node, more);
-}
-
-function button(words, kind, act, title = "") {
-  const node = make("button", kind, words, { type: "button", title });
-  node.addEventListener("click", act);
-  return node;
-}
+log.addEventListener("scroll", () => { follow = log.scrollHeight - log.scrollTop - log.clientHeight < 60; });
+new ResizeObserver(toNewest).observe(log);  // what stands below it comes and goes
+function toNewest() { if (follow) log.scrollTop = log.scrollHeight; }
 
 function asked(turn, last) {
   const row = make("div", "asked"), bubble = make("div", "bubble", turn.question);
@@ -46,8 +39,9 @@ function answered(turn, last, index, explained) {
   if (turn.state === "waiting") text.replaceChildren(make("span", "dots", "Waiting for the model"));
   card.append(text);
   const line = make("div", "line");
+  if (turn.broken) line.append(make("span", "chip low", "connection lost"));
   if (turn.open) line.append(button("Stop", "strong", () => trigger("stop"), "End this answer here"));
-  if (turn.state === "stopped") line.append(make("span", "chip", "stopped"));
+  if (turn.state === "stopped" && !turn.broken) line.append(make("span", "chip", "stopped"));
   if (turn.confidence !== null) {
     const percent = `${Math.round(100 * turn.confidence)} %`;
     const chip = make("span", turn.low ? "chip low" : "chip", turn.low ? `low confidence, ${percent}` : `confidence ${percent}`, { title: explained, tabIndex: 0 });
@@ -62,16 +56,18 @@ function answered(turn, last, index, explained) {
 }
 
 function update() {
-  const { turns, suggestions, problem, explained, scan } = props.value;
+  const { suggestions, problem, explained, scan } = props.value;
+  const turns = props.value.turns.map((turn) => (turn.open && desk.lost ? { ...turn, open: false, state: "stopped", broken: true } : turn));
   const lately = turns[turns.length - 1];
   if (editing !== null && (!lately || lately.open || lately.question !== editing)) [editing, shownTurns] = [null, []];  // it is gone
   if (problem || !lately || !lately.open || turns.length !== told) {  // the words that stream in do not wipe it away
     plea.textContent = problem;
     plea.hidden = !problem;
   }
+  if (turns.length > told) follow = true;
   told = turns.length;
+  tell({ scan, turns: turns.length, answering: Boolean(lately && lately.open) });
   if (editing !== null) return;
-  const low = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
   turns.forEach((turn, index) => {
     const last = index === turns.length - 1, state = JSON.stringify([turn, last]);
     if (shownTurns[index] === state) return;
@@ -89,10 +85,11 @@ function update() {
   });
   while (log.children.length > turns.length) log.lastChild.remove();
   shownTurns.length = turns.length;
-  if (low) log.scrollTop = log.scrollHeight;
   element.dataset.state = turns.length ? "talking" : scan ? "ready" : "empty";
   hints.replaceChildren(...suggestions.map((words) => button(words, "hint", () => trigger("example_select", { value: words }))));
+  toNewest();
 }
 
+desk.parts.push(update);
 watch("value", update);
 update();

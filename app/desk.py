@@ -156,6 +156,7 @@ class Desk:
     def reading(self, session: Session, problem: str = "") -> dict[str, Any]:
         """What report.js shows below the report: sections, findings, files to save, key images [label, address, number]; `problem` as in `talk`."""
         draft, line = session.draft, ""
+        drafting = draft is not None and draft.open
         if draft is not None and draft.state == "failed":
             problem = problem or draft.answer
         elif draft is not None and draft.state == "stopped":
@@ -169,13 +170,21 @@ class Desk:
         try:
             report = read_report(session.report)
         except ValueError:  # nothing written yet
-            return {"sections": [], "findings": [], "saves": [], "line": line, "problem": problem, "pictures": pictures}
+            return {"sections": [], "findings": [], "saves": [], "line": line, "problem": problem, "pictures": pictures, "open": drafting}
         saves = [[label, f"desk/{session.token}/report/{kind}", f"report.{kind}"] for kind, label in SAVES.items()]
         if session.scan is None or session.scan.files is None:
             del saves[list(SAVES).index("dcm")]
         findings = [[name.replace("_", " "), state] for name, state in report.findings.items()]
         sections = [section.heading for section in report.sections]
-        return {"sections": sections, "findings": findings, "saves": saves, "line": line, "problem": problem, "pictures": pictures}
+        return {
+            "sections": sections,
+            "findings": findings,
+            "saves": saves,
+            "line": line,
+            "problem": problem,
+            "pictures": pictures,
+            "open": drafting,
+        }
 
     def explain(self, session: Session, number: int) -> None:
         """Lay on the viewer what moved the answer of that number. Raises ValueError, one sentence, where that cannot be."""

@@ -22,12 +22,18 @@ HERE = Path(__file__).parent
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
 THEME = gr.themes.Base(primary_hue="sky", secondary_hue="sky", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"])
 LOG_OUT = '<a class="log-out" href="logout">Log out</a>'
+VIEWER = ("common.js", "voxels.js", "pane.js", "hands.js", "viewer.js")  # of one scope, in this order
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 AT_ONCE: dict[str, Any] = HIDDEN | {"queue": False}
 
 
 def file(name: str) -> str:
     return (HERE / name).read_text(encoding="utf-8-sig")
+
+
+def files(*names: str) -> str:
+    """Scripts that run one after the other in one scope."""
+    return "".join(file(name) for name in names)
 
 
 def bar(kind: str, text: str) -> dict[str, Any]:
@@ -89,7 +95,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
                         examples = [gr.Button(name, size="sm", variant="secondary") for name in EXAMPLES]
                 status = gr.HTML(visible=False, elem_id="status")
                 viewer = gr.HTML(
-                    desk.view(Session()), html_template=file("viewer.html"), js_on_load=file("pane.js") + file("viewer.js"),
+                    desk.view(Session()), html_template=file("viewer.html"), js_on_load=files(*VIEWER),
                     apply_default_css=False, elem_id="viewer",
                 )  # fmt: skip
                 with gr.Row(elem_id="finding", visible=desk.insight.find is not None):
@@ -103,7 +109,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
                 with gr.Tabs():
                     with gr.Tab("Conversation", id="conversation"):
                         talk = gr.HTML(
-                            desk.talk(Session()), html_template=file("conversation.html"), js_on_load=file("conversation.js"),
+                            desk.talk(Session()), html_template=file("conversation.html"), js_on_load=files("common.js", "conversation.js"),
                             apply_default_css=False, elem_id="talk",
                         )  # fmt: skip
                         question = gr.Textbox(
@@ -112,7 +118,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
                         )  # fmt: skip
                         with gr.Row(elem_id="below"):
                             queue = gr.HTML('<span class="ready"></span>', elem_id="queue")
-                            clear = gr.Button("Clear conversation", size="sm", variant="secondary", scale=0, min_width=150)
+                            clear = gr.Button("Clear conversation", size="sm", variant="secondary", scale=0, min_width=150, elem_id="clear")
                         with gr.Accordion("Sampling", open=False, elem_id="sampling"):
                             temperature = gr.Slider(
                                 0, 1.5, 0, step=0.1, label="Temperature", info="0: the likeliest word each time, one answer to one conversation",
@@ -129,18 +135,18 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
                             )
                     with gr.Tab("Report", id="report"):
                         with gr.Row(elem_id="drafting"):
-                            draft = gr.Button("Draft the report", variant="primary", size="md")
-                            end = gr.Button("Stop", variant="secondary", size="md", scale=0, min_width=90)
+                            draft = gr.Button("Draft the report", variant="primary", size="md", elem_id="draft")
+                            end = gr.Button("Stop", variant="secondary", size="md", scale=0, min_width=90, elem_id="end-draft")
                         report = gr.Textbox(
                             show_label=False, label="Report", lines=14, max_lines=30, container=False, elem_id="report", max_length=MOST_REPORT,
                             placeholder="Let the model draft it, then change it here: the draft is text like any other.",
                         )  # fmt: skip
                         reading = gr.HTML(
-                            desk.reading(Session()), html_template=file("report.html"), js_on_load=file("report.js"),
+                            desk.reading(Session()), html_template=file("report.html"), js_on_load=files("common.js", "report.js"),
                             apply_default_css=False, elem_id="reading",
                         )  # fmt: skip
                     with gr.Tab("Similar cases", id="cases", visible=desk.insight.similar is not None):
-                        search = gr.Button("Find similar cases", variant="primary", size="md")
+                        search = gr.Button("Find similar cases", variant="primary", size="md", elem_id="search")
                         cases = gr.HTML(elem_id="cases")
 
         opened = [status, viewer, facts, talk, notice, report, reading, cases]
@@ -230,7 +236,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
 
         def covering(act: Callable[[Session], None], request: gr.Request) -> Iterator[tuple[Any, ...]]:
             session = of(request)
-            yield bar("busy", "Looking where it looked"), desk.view(session)
+            yield bar("busy", "Computing the overlay"), desk.view(session)
             try:
                 act(session)
                 yield bar("busy", ""), desk.view(session)

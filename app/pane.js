@@ -1,4 +1,4 @@
-// One of the viewer's planes: its canvas, what is drawn on it, and what mouse, finger and keys do there. Runs before viewer.js, in its scope.
+// One of the viewer's planes: its canvas, and what is drawn on it. Runs before viewer.js, in its scope.
 
 const PLANES = { axial: [0, 1, 2], coronal: [1, 0, 2], sagittal: [2, 0, 1] };  // cut axis, axis of the rows, axis of the columns
 const COLOURS = ["#f2b84b", "#6fd08c", "#6cb6ff"];  // of the lines that show where the axial, coronal and sagittal slice lie
@@ -13,6 +13,7 @@ class Pane {
     this.slider = this.box.querySelector("input");
     this.slice = document.createElement("canvas");
     this.heat = document.createElement("canvas");
+    this.pointer = null;  // the voxel under the mouse, as [column, row]
     this.home();
     this.listen();
   }
@@ -25,6 +26,7 @@ class Pane {
     const [height, width] = [scan.shape[this.rows], scan.shape[this.columns]];
     [this.slice.width, this.slice.height] = [width, height];
     this.image = new ImageData(width, height);
+    this.pointer = null;
     this.home();
     this.slider.max = scan.shape[this.cut] - 1;
     this.text("name", scan.names[this.name]);
@@ -43,6 +45,16 @@ class Pane {
     };
   }
 
+  // [column, row] of a mouse event: whole numbers at the voxels' edges, also beyond the picture.
+  voxel(event) {
+    const density = window.devicePixelRatio || 1, { left, top, across, down } = this.place(), area = this.canvas.getBoundingClientRect();
+    return [((event.clientX - area.left) * density - left) / across, ((event.clientY - area.top) * density - top) / down];
+  }
+
+  inside([column, row]) {
+    return column >= 0 && row >= 0 && column < scan.shape[this.columns] && row < scan.shape[this.rows];
+  }
+
   draw() {
     const density = window.devicePixelRatio || 1, { clientWidth, clientHeight } = this.canvas;
     const [width, height] = [Math.round(clientWidth * density), Math.round(clientHeight * density)];
@@ -58,24 +70,25 @@ class Pane {
     if (heat && this.cutHeat()) this.drawHeat(context, left, top, across, down);
     if (marks) this.drawMarks(context, left, top, across, down, density);
     this.drawScale(context, pixels, width, height, density);
-    const number = at[this.cut], millimetres = (number * scan.spacing[this.cut]).toFixed(1);
-    const count = `${number + 1} / ${scan.shape[this.cut]}`;
-    this.text("count", scan.millimetres ? `${count}  ·  ${millimetres} mm` : count);
+    const number = at[this.cut], millimetres = scan.millimetres ? `  ·  ${(number * scan.spacing[this.cut]).toFixed(1)} mm` : "";
+    this.text("number", `${number + 1} / ${scan.shape[this.cut]}`);
+    this.text("mm", clientWidth < 330 ? "" : millimetres);
     this.slider.value = number;
     this.box.setAttribute("aria-valuenow", number + 1);
     this.box.setAttribute("aria-valuemax", scan.shape[this.cut]);
-    this.box.setAttribute("aria-valuetext", `${scan.names[this.name]} ${this.box.querySelector(".count").textContent}`);
+    this.box.setAttribute("aria-valuetext", `${scan.names[this.name]} ${number + 1} / ${scan.shape[this.cut]}${millimetres}`);
+    this.readOut();
+  }
+
+  // The value under the mouse, or in the axial plane, where there is none, under the crosshair.
+  readOut() {
+    const place = this.pointer || (this.name === "axial" && !anyPointer() ? [at[this.columns], at[this.rows]] : null);
+    this.text("value", place ? `${figure(valueAt(this, place))} ${scan.unit}`.trim() : "");
   }
 
   cutSlice() {
-    const strides = [scan.shape[1] * scan.shape[2], scan.shape[2], 1];
-    const pixels = new Uint32Array(this.image.data.buffer), [down, across] = [strides[this.rows], strides[this.columns]];
-    let row = at[this.cut] * strides[this.cut], target = 0;
-    for (let y = 0; y < this.image.height; y++, row += down) {
-      for (let x = 0, place = row; x < this.image.width; x++, place += across) {
-        pixels[target++] = 0xff000000 | table[voxels[place] + 32768] * 0x010101;
-      }
-    }
+    const pixels = new Uint32Array(this.image.data.buffer), values = section(this.cut, at[this.cut]);
+    for (let index = 0; index < values.length; index++) pixels[index] = 0xff000000 | table[values[index] + 32768] * 0x010101;
     this.slice.getContext("2d").putImageData(this.image, 0, 0);
   }
 
@@ -140,65 +153,27 @@ class Pane {
     context.shadowBlur = 0;
   }
 
-  // Moves the crosshair to a point of the canvas in CSS pixels.
-  point(event) {
-    const density = window.devicePixelRatio || 1, { left, top, across, down } = this.place(), area = this.canvas.getBoundingClientRect();
-    const x = ((event.clientX - area.left) * density - left) / across, y = ((event.clientY - area.top) * density - top) / down;
-    at[this.columns] = clamp(Math.floor(x), 0, scan.shape[this.columns] - 1);
-    at[this.rows] = clamp(Math.floor(y), 0, scan.shape[this.rows] - 1);
-    refresh();
-  }
-
   step(slices) {
     at[this.cut] = clamp(at[this.cut] + slices, 0, scan.shape[this.cut] - 1);
     refresh();
   }
 
-  scale(factor) {
-    this.zoom = clamp(this.zoom * factor, 0.5, 20);
-    if (this.zoom <= 1) this.shift = [0, 0];
+  // Moves the crosshair within the plane.
+  move(columns, rows) {
+    at[this.columns] = clamp(at[this.columns] + columns, 0, scan.shape[this.columns] - 1);
+    at[this.rows] = clamp(at[this.rows] + rows, 0, scan.shape[this.rows] - 1);
     refresh();
   }
 
-  listen() {
-    let held = null, wheel = 0;
-    this.canvas.addEventListener("pointerdown", (event) => {
-      if (!scan) return;
-      held = event.button === 2 || event.shiftKey ? "window" : event.button === 1 || event.ctrlKey ? "pan" : tool;
-      this.canvas.setPointerCapture(event.pointerId);
-      this.box.focus({ preventScroll: true });
-      event.preventDefault();
-      if (held === "cross") this.point(event);
-    });
-    this.canvas.addEventListener("pointermove", (event) => {
-      if (!held || !scan) return;
-      const density = window.devicePixelRatio || 1;
-      if (held === "cross") this.point(event);
-      if (held === "pan") { this.shift[0] += event.movementX * density; this.shift[1] += event.movementY * density; refresh(); }
-      if (held === "window") dragWindow(event.movementX, event.movementY);
-    });
-    for (const end of ["pointerup", "pointercancel"]) this.canvas.addEventListener(end, () => { held = null; });
-    this.canvas.addEventListener("contextmenu", (event) => event.preventDefault());
-    this.canvas.addEventListener("wheel", (event) => {
-      if (!scan) return;
-      event.preventDefault();
-      if (event.ctrlKey) return this.scale(event.deltaY < 0 ? 1.15 : 1 / 1.15);
-      wheel += event.deltaMode ? event.deltaY * 30 : event.deltaY;  // a notch is about 100, a finger's stroke many small ones
-      const slices = Math.abs(event.deltaY) >= 50 || event.deltaMode ? Math.sign(event.deltaY) : Math.trunc(wheel / 25);
-      if (slices) { wheel = 0; this.step(slices); }
-    }, { passive: false });
-    this.canvas.addEventListener("dblclick", () => enlarge(this.name));
-    this.slider.addEventListener("input", () => { at[this.cut] = Number(this.slider.value); refresh(); });
-    this.box.addEventListener("keydown", (event) => {
-      if (!scan || event.target === this.slider || event.ctrlKey || event.metaKey || event.altKey) return;
-      const act = {
-        ArrowUp: () => this.step(-1), ArrowDown: () => this.step(1), ArrowLeft: () => this.step(-1), ArrowRight: () => this.step(1),
-        PageUp: () => this.step(-10), PageDown: () => this.step(10), Home: () => this.step(-1e9), End: () => this.step(1e9),
-        "+": () => this.scale(1.25), "=": () => this.scale(1.25), "-": () => this.scale(0.8), Enter: () => enlarge(this.name),
-        0: reset, r: reset, c: () => { marks = !marks; refresh(); },
-      }[event.key] || (scan.presets[Number(event.key) - 1] && (() => setWindow(...scan.presets[Number(event.key) - 1].slice(1))));
-      if (act) { event.preventDefault(); act(); }
-    });
+  // Larger or smaller, with the voxel [column, row] where it is: that under the mouse, or under the crosshair.
+  scale(factor, still = this.pointer || [at[this.columns] + 0.5, at[this.rows] + 0.5]) {
+    const old = this.place();
+    this.zoom = clamp(this.zoom * factor, 0.5, 40);
+    const now = this.place();
+    this.shift[0] += old.left + still[0] * old.across - now.left - still[0] * now.across;
+    this.shift[1] += old.top + still[1] * old.down - now.top - still[1] * now.down;
+    if (this.zoom <= 1) this.shift = [0, 0];
+    refresh();
   }
 }
 

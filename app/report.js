@@ -1,13 +1,31 @@
 // What stands below the report: its sections, the findings that it names, and the files that it can be saved as.
-// gr.HTML runs this file once, with `element`, `props` and `watch`; `props.value` is what desk.py's `reading` gives.
+// gr.HTML runs this file once, after common.js, with `element`, `props` and `watch`; `props.value` is what desk.py's `reading` gives.
 
-const find = (selector) => element.querySelector(selector);
+const field = () => document.querySelector("#report textarea");
+let typed = false, kept = "";  // whether a person wrote there, and what was saved last
 
-function make(tag, kind, words = "") {
-  const node = document.createElement(tag);
-  node.className = kind;
-  node.textContent = words;
-  return node;
+desk.unsaved = () => typed && Boolean(field()?.value.trim()) && field().value !== kept;
+document.addEventListener("input", (event) => { if (event.target === field()) typed = true; });
+
+// Another scan has another report: what would be lost is asked about before anything is opened.
+for (const kind of ["click", "change"]) {
+  document.addEventListener(kind, (event) => {
+    const opens = event.target.closest?.(kind === "click" ? "#examples button" : "#loader input[type=file]");
+    if (!opens || !desk.unsaved() || confirm("The report was changed and not saved. Opening another scan discards it. Open the other scan?")) return;
+    event.stopImmediatePropagation();
+    event.preventDefault();
+    if (kind === "change") opens.value = "";
+  }, true);
+}
+document.addEventListener("click", (event) => {
+  if (event.target.closest?.("#draft")) lock(true);  // until the server says how it went
+}, true);
+
+function lock(locked) {
+  const text = field();
+  if (!text) return;
+  text.readOnly = locked;
+  text.title = locked ? "The model is writing here; wait for it or stop it" : "";
 }
 
 function complain(words) {
@@ -17,21 +35,36 @@ function complain(words) {
 
 async function save(url, name) {
   complain("");
+  const words = field().value;  // what is seen is saved
   try {
-    const answer = await fetch(url, { method: "POST", body: document.querySelector("#report textarea").value });  // what is seen is saved
+    const answer = await fetch(url, { method: "POST", body: words });
+    if (answer.status === 404) return rescue(words, "The server no longer has this scan");
     if (!answer.ok) return complain(await answer.text());
-    const link = make("a", "");
-    link.href = URL.createObjectURL(await answer.blob());
-    link.download = name;
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);  // at once would be before a busy browser has it
+    download(await answer.blob(), name);
+    [kept, typed] = [words, false];
   } catch (error) {
+    if (error instanceof TypeError) return rescue(words, "The connection to the server is lost");
     complain(`The report could not be saved: ${error.message}.`);
   }
 }
 
+function rescue(words, why) {
+  download(new Blob([words], { type: "text/plain" }), "report.txt");
+  [kept, typed] = [words, false];
+  complain(`${why}. The words of the report were saved as report.txt, without notes on the model and the scan.`);
+}
+
+function download(blob, name) {
+  const link = make("a", "", "", { href: URL.createObjectURL(blob), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);  // at once would be before a busy browser has it
+}
+
 function update() {
-  const { sections, findings, saves, line, problem } = props.value;
+  const { sections, findings, saves, line, problem, open } = props.value, drafting = Boolean(open && !desk.lost);
+  if (drafting) typed = false;
+  lock(drafting);
+  tell({ drafting });
   find(".line").textContent = line;
   complain(problem);
   const rows = [];
@@ -41,12 +74,7 @@ function update() {
     if (named.length) rows.push(row(state[0].toUpperCase() + state.slice(1), named.map(([words]) => make("span", `chip ${state}`, words))));
   }
   find(".found").replaceChildren(...rows);
-  find(".saves").replaceChildren(...saves.map(([label, url, name]) => {
-    const button = make("button", "save", label);
-    button.type = "button";
-    button.addEventListener("click", () => save(url, name));
-    return button;
-  }));
+  find(".saves").replaceChildren(...saves.map(([label, url, name]) => button(label, "save", () => save(url, name))));
 }
 
 function row(name, chips) {
@@ -56,5 +84,6 @@ function row(name, chips) {
   return node;
 }
 
+desk.parts.push(update);
 watch("value", update);
 update();

@@ -3,10 +3,12 @@
 Each address holds the session's secret token, which only its own page was told; it ends with the session.
 """
 
+from pathlib import Path
+
 from desk import MOST_REPORT, SAVES, Desk
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 MEDIA = {"txt": "text/plain", "md": "text/markdown", "json": "application/json", "zip": "application/zip", "dcm": "application/dicom"}
@@ -49,8 +51,13 @@ def routes(desk: Desk) -> list[Route]:
             return gone()
         return Response(image.png, headers=PRIVATE, media_type="image/png")
 
+    def first_script(request: Request) -> Response:
+        return FileResponse(Path(__file__).parent / "leave.js", headers=PRIVATE, media_type="text/javascript")
+
     return [
         Route("/desk/{token}/picture/{number:int}", picture),
+        # The one script that Gradio's page asks for before its own; it is for pages in frames of others, which this one is not.
+        Route("/static/js/iframeResizer.contentWindow.min.js", first_script),
         Route("/desk/{token}/scan/{number:int}", scan),
         Route("/desk/{token}/overlay/{number:int}", overlay),
         Route("/desk/{token}/report/{kind}", report, methods=["POST"]),

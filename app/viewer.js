@@ -1,13 +1,12 @@
 // The viewer: three linked planes of a volume that the browser holds, drawn on 2D canvases. No library, no network beyond this server.
 //
-// gr.HTML runs this file once, with `element` (its root, filled by viewer.html), `props` and `watch`. `props.value` is
+// gr.HTML runs this file once, after common.js, voxels.js, pane.js and hands.js, with `element` (its root, filled by viewer.html), `props` and
+// `watch`. `props.value` is
 // {scan, overlay}: `scan` are the facts of viewer.py's Picture and the `url` of its bytes, `overlay` the same for a heat map.
 // Display axes are z, y, x (viewer.py); `at` is the crosshair in voxels along them.
 
-const find = (selector) => element.querySelector(selector);
-
 let scan = null, voxels = null, overlay = null, heat = null;
-let at = [0, 0, 0], before = null, low = 0, high = 1, tool = "cross", opacity = 0.5, marks = true;
+let at = [0, 0, 0], before = null, jumped = "", low = 0, high = 1, tool = "cross", opacity = 0.5, marks = true;
 let table = new Uint8Array(65536);
 let wanted = "", wantedHeat = "", pending = false;
 const panes = {};
@@ -19,8 +18,6 @@ function refresh() {
     pending = false;
     if (!scan) return;
     for (const pane of Object.values(panes)) pane.draw();
-    const stored = voxels[(at[0] * scan.shape[1] + at[1]) * scan.shape[2] + at[2]];
-    find(".value").textContent = `${Number((scan.slope * stored + scan.intercept).toPrecision(4))} ${scan.unit}`.trim();
     element.dataset.at = at.join(",");  // for whoever drives the page
   });
 }
@@ -30,10 +27,10 @@ function setWindow(from, to) {
   for (let index = 0; index < 65536; index++) {
     table[index] = clamp(Math.round(255 * (scan.slope * (index - 32768) + scan.intercept - low) / (high - low)), 0, 255);
   }
-  find(".level").value = Number(((low + high) / 2).toPrecision(4));
-  find(".width").value = Number((high - low).toPrecision(4));
-  for (const button of element.querySelectorAll(".presets button")) {
-    button.setAttribute("aria-pressed", Number(button.dataset.low) === low && Number(button.dataset.high) === high);
+  find(".level").value = figure((low + high) / 2, 1);
+  find(".width").value = figure(high - low, 1);
+  for (const preset of element.querySelectorAll(".presets button")) {
+    preset.setAttribute("aria-pressed", Number(preset.dataset.low) === low && Number(preset.dataset.high) === high);
   }
   refresh();
 }
@@ -78,7 +75,7 @@ async function fetchBytes(url, total, progress) {
 
 async function open(facts) {
   wanted = facts.url;
-  [scan, voxels, wantedHeat] = [null, null, ""];  // nothing of the scan before stands beside what is said of this one
+  [scan, voxels, wantedHeat, before] = [null, null, "", null];  // nothing of the scan before stands beside what is said of this one
   uncover();
   find(".workstation").dataset.state = "loading";
   say("Loading the picture");
@@ -94,11 +91,9 @@ async function open(facts) {
   at = scan.shape.map((length) => Math.floor((length - 1) / 2));
   const presets = find(".presets");
   presets.replaceChildren(...scan.presets.map(([name, from, to], index) => {
-    const button = document.createElement("button");
-    [button.type, button.textContent, button.title] = ["button", name, `${from} to ${to} HU (key ${index + 1})`];
-    [button.dataset.low, button.dataset.high] = [from, to];
-    button.addEventListener("click", () => setWindow(from, to));
-    return button;
+    const preset = button(name, "", () => setWindow(from, to), `${from} to ${to} ${scan.unit} (key ${index + 1})`);
+    [preset.dataset.low, preset.dataset.high] = [from, to];
+    return preset;
   }));
   find(".workstation").dataset.state = "open";
   find(".note").textContent = scan.note;
@@ -107,12 +102,9 @@ async function open(facts) {
   setWindow(...scan.window);
 }
 
-function hide() {
-  if (before) at = before;
-  uncover();
-}
-
+// Takes the overlay away; the crosshair goes back to where it was, unless somebody has moved it since.
 function uncover() {
+  if (before && at.join() === jumped) at = before;
   before = null;
   [overlay, heat] = [null, null];
   find(".overlay").hidden = true;
@@ -129,8 +121,11 @@ async function lay(facts) {
     const bytes = await fetchBytes(facts.url, count, () => {});
     if (wantedHeat !== facts.url || !scan) return;
     [overlay, heat] = [facts, new Uint8Array(bytes)];
-    before = before || at;
-    at = facts.peak.map((place, axis) => clamp(place, 0, scan.shape[axis] - 1));
+    if (facts.peak) {
+      if (!before || at.join() !== jumped) before = at;
+      at = facts.peak.map((place, axis) => clamp(place, 0, scan.shape[axis] - 1));
+      jumped = at.join();
+    }
     refresh();
     element.scrollIntoView({ block: "nearest" });
   } catch (error) {
@@ -146,20 +141,19 @@ async function update() {
 }
 
 for (const name of Object.keys(PLANES)) panes[name] = new Pane(name);
-for (const button of element.querySelectorAll("[data-tool]")) {
-  button.addEventListener("click", () => {
-    tool = button.dataset.tool;
-    for (const other of element.querySelectorAll("[data-tool]")) other.setAttribute("aria-pressed", other === button);
-    find(".stage").dataset.tool = tool;
-  });
+function take(name) {
+  tool = name;
+  for (const choice of element.querySelectorAll("button[data-tool]")) choice.setAttribute("aria-pressed", choice.dataset.tool === tool);
+  find(".stage").dataset.drag = tool;
 }
-for (const [name, act] of Object.entries({ reset, hide, closer: () => scaleAll(1.25), farther: () => scaleAll(0.8) })) {
+for (const choice of element.querySelectorAll("button[data-tool]")) choice.addEventListener("click", () => take(choice.dataset.tool));
+for (const [name, act] of Object.entries({ reset, hide: uncover, closer: () => scaleAll(1.25), farther: () => scaleAll(0.8) })) {
   find(`[data-do="${name}"]`).addEventListener("click", () => scan && act());
 }
 function scaleAll(factor) { for (const pane of Object.values(panes)) pane.scale(factor); }
 for (const field of [".level", ".width"]) {
   find(field).addEventListener("change", () => {
-    const level = Number(find(".level").value), width = Number(find(".width").value);
+    const level = find(".level").valueAsNumber, width = find(".width").valueAsNumber;  // NaN where nothing stands
     if (scan && Number.isFinite(level) && width > 0) setWindow(level - width / 2, level + width / 2);
     else if (scan) setWindow(low, high);
   });

@@ -8,12 +8,13 @@ unknown is shown as stored: its own (D, H, W) stand for (z, y, x).
 Shapes: D, H, W the volume's own axes; Z, Y, X the display axes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from med3dvlm.geometry import SECOND_LETTER, letters_towards
 from med3dvlm.volume import Volume
@@ -34,6 +35,9 @@ WINDOWS = {
     "Liver": (-45.0, 105.0),
 }
 UNITS = {"HU": "Hounsfield units", "unit": "0 to 1", "arbitrary": "arbitrary, no physical unit"}
+COARSER = (
+    "Shown {block} times coarser than the scan: each voxel is the mean of {block} × {block} within a slice. The model reads the full scan."
+)
 MOST_SHOWN = 512 * 512 * 512  # voxels that a browser is given, 256 MiB of them; a larger scan is shown coarser within its slices
 
 
@@ -79,7 +83,8 @@ def picture(volume: Volume, most_voxels: int = MOST_SHOWN) -> Picture:
         "presets": [[name, *window] for name, window in WINDOWS.items()] if volume.unit == "HU" else [],
         "names": {plane: plane if known else STORED_NAMES[plane] for plane in EDGES},
         "edges": edges(volume) if known else {},
-        "note": f"Shown {block} times coarser within its slices than it is; the model reads all of it." if block > 1 else "",
+        "metric": metric(volume, spacing).tolist(),
+        "note": COARSER.format(block=block) if block > 1 else "",
     }
     return Picture(shown, facts, block)
 
@@ -88,9 +93,26 @@ def edges(volume: Volume) -> dict[str, Any]:
     """The letters at the edges of each plane's picture, as EDGES has them; two or three, as "LA", where an edge lies between directions."""
     if volume.direction is None or (volume.oblique or 0) < SECOND_LETTER:
         return dict(EDGES)
-    order, flips = display_order(volume)
-    towards = [(flip.step or 1) * volume.direction[:, axis] for axis, flip in zip(order, flips, strict=True)]  # as z, y and x grow
+    towards = directions(volume).T
     return {plane: [letters_towards(sign * towards[axis]) for axis in axes for sign in (-1, 1)] for plane, axes in AXES.items()}
+
+
+def directions(volume: Volume) -> NDArray[np.float64]:
+    """Unit vectors (right, anterior, superior), in the columns, in which the display axes z, y, x grow; of letters alone the patient's axes."""
+    if volume.direction is None:
+        return np.array([[0, 0, -1], [0, -1, 0], [-1, 0, 0]], dtype=np.float64)
+    order, flips = display_order(volume)
+    return volume.direction[:, order] * [flip.step or 1 for flip in flips]
+
+
+def metric(volume: Volume, spacing: Sequence[float]) -> NDArray[np.float64]:
+    """(3, 3) in mm²: a step of (z, y, x) voxels has the squared length step @ metric @ step, also where the axes are not at right angles.
+
+    `spacing` is that of the stored axes, as shown.
+    """
+    grows = directions(volume)
+    along = np.array(spacing)[list(display_order(volume)[0])]
+    return (grows.T @ grows) * np.outer(along, along)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +124,10 @@ class Overlay:
 
 
 def overlay(volume: Volume, shown: Picture, cells: NDArray[np.float32], step: int, label: str) -> Overlay:
-    """Heat 0..1 at every `step`-th voxel of the volume (d, h, w), from the first, as something to lay over its picture."""
+    """Heat 0..1 at every `step`-th voxel of the volume (d, h, w), from the first, as something to lay over its picture.
+
+    `facts["peak"]` is the voxel of the picture in the middle of the hottest place, None where nothing is hotter than the rest.
+    """
     order, flips = display_order(volume)
     heat = np.ascontiguousarray(np.round(255 * cells).astype(np.uint8).transpose(order)[flips])
     origin, steps = [], []
@@ -111,9 +136,29 @@ def overlay(volume: Volume, shown: Picture, cells: NDArray[np.float32], step: in
         first, last = (np.array([0, (cells.shape[axis] - 1) * step]) - (block - 1) / 2) / block  # the outer cells' middles, as stored
         origin.append(float(first if flip.step == 1 else length - 1 - last))
         steps.append(step / block)
-    peak = np.unravel_index(int(heat.argmax()), heat.shape)
-    place = [round(start + int(cell) * width) for start, cell, width in zip(origin, peak, steps, strict=True)]
-    return Overlay(heat, {"shape": heat.shape, "origin": origin, "step": steps, "peak": place, "label": label})
+    peak = None
+    if heat.max() > heat.min():
+        middle = [start + cell * width for start, cell, width in zip(origin, hottest(heat), steps, strict=True)]
+        peak = [int(np.clip(np.floor(place + 0.5), 0, length - 1)) for place, length in zip(middle, shown.stored.shape, strict=True)]
+    return Overlay(heat, {"shape": heat.shape, "origin": origin, "step": steps, "peak": peak, "label": label})
+
+
+def hottest(heat: NDArray[np.uint8]) -> list[float]:
+    """The middle of the largest connected place of greatest heat, as an index along each axis.
+
+    Heat is flat from the middle of an outermost cell to where the scan ends, or what the model saw of it, beyond which it falls to 0. There
+    the middle of the cell is the inner end of the flat stretch.
+    """
+    places, _ = ndimage.label(heat == heat.max())
+    largest = places == 1 + np.bincount(places.ravel())[1:].argmax()
+    middle = []
+    for axis, length in enumerate(heat.shape):
+        others = tuple(other for other in range(heat.ndim) if other != axis)
+        first, last = np.flatnonzero(largest.any(axis=others))[[0, -1]]
+        along = heat.max(axis=others, where=largest.any(axis=axis, keepdims=True), initial=0)
+        ends = first == 0 or along[first - 1] == 0, last == length - 1 or along[last + 1] == 0
+        middle.append(float((first + last) / 2 if ends[0] == ends[1] else last if ends[0] else first))
+    return middle
 
 
 def coarser(array: NDArray[Any], most_voxels: int) -> tuple[NDArray[Any], int]:

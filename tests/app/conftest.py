@@ -22,6 +22,8 @@ from page import build
 from med3dvlm.inference import Answer
 from med3dvlm.volume import Volume
 
+from .browsing import browser, visit  # noqa: F401  fixtures
+
 REPORT = "Findings: A nodule of 8 mm in the right upper lobe. No pleural effusion.\nImpression: Nodule."
 
 

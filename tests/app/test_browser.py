@@ -1,98 +1,16 @@
 """The page in a real browser: Chromium, driven by Playwright, against a model that only repeats what it was given."""
 
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from med3dvlm.prompts import RESEARCH_NOTICE
 
+from .browsing import ask, changes, count, expect, grey, opened, upload, wait_for
 from .conftest import REPORT, files_with_content
-from .test_programs import wait_for
 from .test_scans import dicom_series
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium; .ci/run installs Debian's")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-expect = sync_api.expect
-PATIENCE = 60_000  # ms, for a machine that is busy with other tests
-expect.set_options(timeout=PATIENCE)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser: sync_api.Browser, server: SimpleNamespace) -> Iterator[Callable[..., sync_api.Page]]:
-    """visit(width, height, color_scheme) is the page of a new person. At the end no page may have complained or asked another machine."""
-    complaints, contexts = [], []
-
-    def open_page(width: int = 1280, height: int = 800, color_scheme: str = "light") -> sync_api.Page:
-        contexts.append(browser.new_context(viewport={"width": width, "height": height}, color_scheme=color_scheme, accept_downloads=True))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(PATIENCE)
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: complaints.append(request.url) if not local(request.url, server.address) else None)
-        page.goto(server.address)
-        page.wait_for_selector(".workstation")
-        page.wait_for_selector("#talk [data-state]")  # the right side is there, too
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
-
-
-def local(url: str, address: str) -> bool:
-    return url.startswith((address, "data:", "blob:"))
-
-
-def upload(page: sync_api.Page, *paths: Path) -> None:
-    page.locator("#loader input[type=file]").set_input_files(paths)
-
-
-def opened(page: sync_api.Page, *paths: Path) -> None:
-    upload(page, *paths)
-    page.wait_for_selector(".workstation[data-state=open]")
-    page.wait_for_function("document.querySelector('.stage .count').textContent.includes('/')")
-
-
-def ask(page: sync_api.Page, words: str) -> None:
-    page.get_by_label("Your question").fill(words)
-    page.get_by_label("Your question").press("Enter")
-
-
-def count(page: sync_api.Page, plane: str = "axial") -> str:
-    return page.locator(f"[data-plane={plane}] .count").text_content() or ""
-
-
-def grey(page: sync_api.Page, plane: str = "axial") -> int:
-    """A hundred times the mean red of the plane's canvas: it tells two pictures apart."""
-    return page.evaluate(
-        """plane => { const canvas = document.querySelector(`[data-plane=${plane}] canvas`);
-        const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-        return Math.round(400 * pixels.reduce((sum, value, index) => sum + (index % 4 ? 0 : value), 0) / pixels.length) }""",
-        plane,
-    )
-
-
-@contextmanager
-def changes(look: Callable[[], object]) -> Iterator[None]:
-    before = look()
-    yield
-    wait_for(lambda: look() != before)
 
 
 def test_look_and_ask(visit, server, scan) -> None:
@@ -253,7 +171,7 @@ def test_a_dicom_series_is_reported_and_saved(visit, tmp_path) -> None:
     expect(page.locator(".reading .chip.present")).to_have_text("lung nodule")
 
 
-def saved(page: sync_api.Page, label: str) -> bytes:
+def saved(page: Any, label: str) -> bytes:
     with page.expect_download() as download:
         page.get_by_role("button", name=label).click()
     return Path(download.value.path()).read_bytes()

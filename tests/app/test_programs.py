@@ -4,7 +4,6 @@ import gc
 import json
 import re
 import socket
-import time
 import urllib.error
 import urllib.request
 import weakref
@@ -21,6 +20,7 @@ from sessions import BUSY, NO_ANSWER, NO_QUESTION, NO_SCAN
 
 from med3dvlm.prompts import RESEARCH_NOTICE
 
+from .browsing import wait_for
 from .conftest import files_with_content
 
 APP = Path(__file__).parents[2] / "app"
@@ -254,10 +254,3 @@ def test_the_server_is_local_and_the_page_fetches_nothing_from_elsewhere(server)
     assert '"stylesheets":[]' in page.replace(" ", "") and '"analytics_enabled":false' in page.replace(" ", "")
     with pytest.raises(urllib.error.HTTPError):
         urllib.request.urlopen(f"{server.address}gradio_api/file={APP / 'chat.py'}")
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)

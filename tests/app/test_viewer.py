@@ -11,8 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "app"))
 
-from viewer import WINDOWS, coarser, default_window, describe, overlay, picture
+from viewer import WINDOWS, coarser, default_window, describe, display_order, overlay, picture
 
+from med3dvlm.grounding import Heat, place
+from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.volume import Volume
 
 ORIENTATIONS = ["".join(o) for axes in itertools.permutations(("LR", "PA", "IS")) for o in itertools.product(*axes)]
@@ -128,3 +130,53 @@ def test_an_overlay_lies_where_its_voxels_are_shown(orientation: str, step: int,
     exact = np.array(laid.facts["origin"]) + np.array(laid.facts["step"]) * np.argwhere(laid.heat)[0]  # of the one hot cell's middle
     assert np.abs(exact - seen).max() <= (0 if block == 1 else 0.34)
     assert laid.facts["peak"] == list(seen) and laid.heat.max() == 255 and laid.facts["shape"] == laid.heat.shape
+
+
+@pytest.mark.parametrize("orientation", ["SPL", "LIP", "RAI"])
+@pytest.mark.parametrize("recipe", ["m3d", "ct_rate"])
+def test_the_crosshair_jumps_to_the_middle_of_the_hottest_cell_also_at_the_edge(orientation: str, recipe: str) -> None:
+    """`place` leaves heat flat beyond the outermost cells, and leaves out what was cropped away."""
+    size = (32, 64, 64)
+    options = {"spacing": (3.0, 2.0, 2.0)} if recipe == "ct_rate" else {}
+    processor = VolumeProcessor(recipe, size=size, **options)
+    generator = np.random.default_rng(3)
+    body = np.zeros((60, 96, 90), np.int16)
+    body[4:, 8:90, 6:84] = generator.integers(100, 900, (56, 82, 78))
+    volume = volume_of(body, orientation, spacing=(1.5, 1.25, 1.0), unit="HU")
+    shown = picture(volume)
+    order, flips = display_order(volume)
+    first, step = (7.5, 7.5, 7.5), (16, 16, 16)
+    cells = np.diag([*step, 1.0])
+    cells[:3, 3] = first
+    for hot in ((0, 0, 0), (1, 3, 3), (0, 3, 1), (1, 1, 2)):
+        values = generator.uniform(0, 0.4, (2, 4, 4)).astype(np.float32)
+        values[hot] = 1
+        laid = overlay(volume, shown, place(Heat(values, cells, size), volume, processor, 2), 2, "a phrase")
+        middle = (processor.placement(volume) @ [*(np.array(first) + np.array(step) * hot), 1])[:3]  # in voxels of the volume
+        middle = np.clip(middle, 0, np.array(volume.shape) - 1)
+        seen = np.array(
+            [middle[axis] if flip.step == 1 else volume.shape[axis] - 1 - middle[axis] for axis, flip in zip(order, flips, strict=True)]
+        )
+        assert np.abs(np.array(laid.facts["peak"]) - seen).max() <= 2.5  # heat stands at every second voxel
+    flat = overlay(volume, shown, np.zeros((30, 48, 45), np.float32), 2, "a phrase")
+    assert flat.facts["peak"] is None
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS[::7])
+def test_lengths_are_those_of_the_patient_also_where_axes_are_sheared(orientation: str) -> None:
+    array = np.arange(6000, dtype=np.int16).reshape(10, 20, 30)
+    spacing = np.array([2.5, 0.8, 0.6])
+    codes = nibabel.orientations.axcodes2ornt(tuple(orientation))
+    direction = np.zeros((3, 3))
+    for column, (axis, sign) in enumerate(codes):
+        direction[int(axis), column] = sign
+    tilted = direction[:, 0] + 0.35 * direction[:, 1]  # the stack leans along its rows, as with a tilted gantry
+    direction[:, 0] = tilted / np.linalg.norm(tilted)
+    volume = volume_of(array, orientation, spacing=tuple(spacing), direction=direction)
+    order, flips = display_order(volume)
+    found = np.array(picture(volume).facts["metric"])
+    for step in np.random.default_rng(5).normal(size=(5, 3)):
+        stored = np.zeros(3)
+        for shown, (axis, flip) in enumerate(zip(order, flips, strict=True)):
+            stored[axis] = step[shown] * (flip.step or 1)
+        assert np.sqrt(step @ found @ step) == pytest.approx(np.linalg.norm(direction @ (stored * spacing)))
