@@ -112,6 +112,8 @@ def test_controls_that_can_do_nothing_are_disabled(visit, scan) -> None:
     expect(page.locator(".answered.done")).to_have_count(1)
     expect(buttons["Clear conversation"]).to_be_enabled()
     ask(page, "slowly")
+    expect(page.locator(".answered.writing")).to_be_visible()
+    expect(page.get_by_label("Your question")).to_have_value("")
     page.get_by_label("Your question").fill("meanwhile")
     expect(buttons["Ask"]).to_be_disabled()
     page.get_by_role("button", name="Stop").first.click()
