@@ -2,7 +2,6 @@
 
 import base64
 import io
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -76,19 +75,12 @@ def marks_of(reference: str, prediction: str) -> dict[str, str]:
 
 def marked(text: str, marks: Mapping[str, str]) -> Iterator[tuple[str, str | None, str | None]]:
     """The text in pieces, (words, mark, finding) where a finding of `marks` is stated and (words, None, None) between."""
-    spans: list[tuple[int, int, str | None]] = []  # of the denied ones too: the same words may be stated later in the sentence
-    start = 0
-    for mention in find_mentions(text):
-        start = max(text.find(mention.sentence, start), start)  # mentions come in reading order
-        for found in re.compile(re.escape(mention.phrase)).finditer(text, start):
-            if not any(found.start() < end and begin < found.end() for begin, end, _ in spans):
-                spans.append((*found.span(), mention.finding if mention.present else None))
-                break
     done = 0
-    for begin, end, finding in sorted(spans, key=lambda span: span[0]):
-        if finding in marks:
+    for mention in find_mentions(text):
+        begin, end = mention.start, mention.start + len(mention.phrase)
+        if mention.present and mention.finding in marks and begin >= done:
             yield text[done:begin], None, None
-            yield text[begin:end], marks[finding], finding
+            yield text[begin:end], marks[mention.finding], mention.finding
             done = end
     yield text[done:], None, None
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from med3dvlm.formats.dicom_report import structured_report
-from med3dvlm.metrics.findings import finding_states
+from med3dvlm.metrics.findings import finding_states, headings
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.volume import Volume
 
@@ -38,27 +38,6 @@ NOTICES = {
     }.items()
 }
 UNVERIFIED = NOTICES["model"]
-# Section -> the headings that open it, as reports have them
-HEADINGS = {
-    "History": (
-        "history",
-        "clinical (?:information|history|indication|data)",
-        "indications?",
-        "reason for (?:the )?(?:exam|examination|study)",
-    ),
-    "Technique": ("technique", "procedure", "examination"),
-    "Comparison": ("comparisons?", "prior (?:studies|examinations?)"),
-    "Findings": ("(?:study )?findings?", "results?", "report", "description", "discussion"),
-    "Impression": ("impressions?", "opinion", "assessment"),
-    "Conclusion": ("conclusions?",),
-    "Recommendation": ("recommendations?",),
-}
-KNOWN = "|".join(heading for headings in HEADINGS.values() for heading in headings)
-# A heading opens a line, alone or with a colon, perhaps in Markdown's signs; after a sentence it needs the colon.
-HEADING = re.compile(
-    rf"^[ \t#*_]*(?P<line>{KNOWN})[ \t]*[*_]*[ \t]*(?::[ \t]*[*_]*|$)|(?<=[.;!?])[ \t]+(?P<inline>{KNOWN})[ \t]*:",
-    re.IGNORECASE | re.MULTILINE,
-)
 PRINTED = {
     "date": "Saved", "model": "Model", "modality": "Modality", "shape": "Size (slices x rows x columns)", "spacing": "Spacing (z, y, x) in mm",
     "orientation": "Orientation", "unit": "Unit", "sha256": "SHA-256 of the voxels",
@@ -69,7 +48,7 @@ MARKDOWN_SIGNS = re.compile(r"([\\`*_{}\[\]<>#|&])")
 
 @dataclass(frozen=True)
 class Section:
-    """A key of `HEADINGS` and the words under it."""
+    """A key of `sections` in `metrics/findings/rules.yaml` and the words under it."""
 
     heading: str
     text: str
@@ -129,12 +108,12 @@ def read_report(text: str, notes: tuple[str, ...] = (), **more: Any) -> Report:
     text = CONTROL.sub("", text.replace("\r\n", "\n"))
     if not text.strip():
         raise ValueError("The report is empty; draft or write it first.")
-    found = list(HEADING.finditer(text))
-    starts = [0, *(match.end() for match in found)]
-    ends = [*(match.start() for match in found), len(text)]
-    headings = ["Findings", *(_section(match["line"] or match["inline"]) for match in found)]
+    found = headings(text)
+    starts = [0, *(heading.end for heading in found)]
+    ends = [*(heading.start for heading in found), len(text)]
+    names = ["Findings", *(heading.section for heading in found)]
     parts: dict[str, list[str]] = {}
-    for heading, start, end in zip(headings, starts, ends, strict=True):
+    for heading, start, end in zip(names, starts, ends, strict=True):
         if words := text[start:end].strip():
             parts.setdefault(heading, []).append(words)
     if not parts:
@@ -204,11 +183,6 @@ def report_dicom(report: Report, scan: str | os.PathLike[str], series: int | Non
     pictures = [(image.label, image.place) for image in report.key_images]
     software = f"Med3DVLM {version('med3dvlm')}"
     return structured_report(Path(scan), os.fspath(scan), series, "\n".join(_before(report)), sections, software, pictures)
-
-
-def _section(heading: str) -> str:
-    """The section that a matched heading opens."""
-    return next(name for name, known in HEADINGS.items() if re.fullmatch("|".join(known), heading, re.IGNORECASE))
 
 
 def _before(report: Report) -> list[str]:

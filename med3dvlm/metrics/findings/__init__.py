@@ -1,18 +1,20 @@
-"""Findings in reports: `rules.py` reads them by the rules of `rules.yaml`, `states.py` says how sure a report is of each, `scores.py` compares
-what two readers read."""
+"""Findings in reports: `rules.py` reads them by the rules of `rules.yaml`, from the clauses that `clauses.py` cuts a report into; `scores.py`
+compares what two readers read."""
 
+from med3dvlm.metrics.findings.cues import STATES
+from med3dvlm.metrics.findings.phrases import RULES_FILE
 from med3dvlm.metrics.findings.rules import (
     FINDINGS,
     FINDINGS_ABDOMEN,
     FINDINGS_CT_RATE,
-    RULES_FILE,
     Mention,
     find_mentions,
+    finding_states,
     findings_table,
     read_findings,
 )
 from med3dvlm.metrics.findings.scores import crg, error_kind, finding_scores
-from med3dvlm.metrics.findings.states import STATES, finding_states
+from med3dvlm.metrics.findings.sections import headings
 
 __all__ = [
     "FINDINGS",
@@ -27,5 +29,6 @@ __all__ = [
     "finding_scores",
     "finding_states",
     "findings_table",
+    "headings",
     "read_findings",
 ]

@@ -1,19 +1,21 @@
-"""Which findings a free-text report states as present, by rules that stand beside this file in `rules.yaml`.
+"""Which findings a free-text report names, and what it says of them, by rules that stand beside this file in `rules.yaml`.
 
-The rules are those of NegEx (Chapman et al. 2001) in plain words: a phrase names a finding, and the finding counts
-unless a negation, a history or a doubt reaches it within its sentence. Same finding stated several times: one present
-mention is enough.
+The rules are those of NegEx and ConText (Chapman et al. 2001, Harkema et al. 2009) in plain words: a phrase names a finding, and cues around it
+in its clause (`clauses.py`) say that it is denied, past, asked for or doubted. Same finding named several times: one present mention is enough.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from med3dvlm.metrics.findings.answers import answer_state
+from med3dvlm.metrics.findings.clauses import clauses
+from med3dvlm.metrics.findings.cues import KINDS, STATES, reaches
+from med3dvlm.metrics.findings.phrases import Phrases, Span, overlaps, rules_data
 
 FINDINGS_CT_RATE = (
     "medical_material",
@@ -49,22 +51,20 @@ FINDINGS_ABDOMEN = (
 )
 FINDINGS = FINDINGS_CT_RATE + FINDINGS_ABDOMEN
 
-RULES_FILE = Path(__file__).with_name("rules.yaml")
-# A period inside 5.5 mm ends nothing, nor does the question mark of "(cyst?)".
-SENTENCE_END = re.compile(r"""(?:\.(?!\d)|[;!\n"“”•·]|\?(?!\s*\)))+""")
-WORDS_BETWEEN = 12  # how many words "..." may stand for
-
 
 @dataclass(frozen=True)
 class Mention:
     """One place where a report names a finding.
 
-    `present` is False where `cue` ("no", "history of", ...) takes it back; `cue` is None where nothing does.
+    `state` is "present", "uncertain" or "absent"; `present` is what a label of 0 and 1 would be, true for most of what is uncertain.
+    `phrase` are the words that name it, from `start` of the report, `cue` those that make it uncertain or absent ("no", "history of", ...).
     """
 
     finding: str
     phrase: str
+    start: int
     sentence: str
+    state: str
     present: bool
     cue: str | None
 
@@ -80,6 +80,24 @@ def read_findings(text: str, names: Sequence[str] | None = None) -> dict[str, bo
     return {name: name in present for name in names}
 
 
+def finding_states(text: str, names: Sequence[str] | None = None) -> dict[str, str]:
+    """`{finding: one of STATES}` of those findings that the text names, in the order in which it first names them.
+
+    A finding stated plainly anywhere is present. One that is named only with doubt is uncertain, and one that is denied, or belongs to the
+    past, is absent. What the text does not name is not in the result: a report's silence is no statement.
+
+    Args:
+        names: findings to look for, all of `FINDINGS` by default.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    states: dict[str, str] = {}
+    for mention in find_mentions(text, names):
+        states[mention.finding] = min(states.get(mention.finding, mention.state), mention.state, key=STATES.index)
+    return states
+
+
 def findings_table(texts: Iterable[str], names: Sequence[str] | None = None) -> NDArray[np.int64]:
     """(N, K) of 0 and 1: `read_findings` of N texts, columns in the order of `names`."""
     names = FINDINGS if names is None else tuple(names)
@@ -90,128 +108,70 @@ def findings_table(texts: Iterable[str], names: Sequence[str] | None = None) -> 
 def find_mentions(text: str, names: Sequence[str] | None = None) -> list[Mention]:
     """Every mention in reading order, with what took it back: use this to see why a report was read as it was."""
     names = FINDINGS if names is None else tuple(names)
-    rules = _rules()
-    unknown = [name for name in names if name not in rules.findings]
-    if unknown:
-        raise ValueError(f"Unknown finding {', '.join(map(repr, unknown))}; known are {', '.join(rules.findings)}.")
-    sentences = SENTENCE_END.split(rules.skipped.sub("\n", text))
-    return [mention for sentence in sentences for mention in _read_sentence(sentence, names)]
+    if unknown := [name for name in names if name not in _rules()]:
+        raise ValueError(f"Unknown finding {', '.join(map(repr, unknown))}; known are {', '.join(_rules())}.")
+    mentions = {}
+    for clause in clauses(text):
+        for mention in _read_clause(clause.text, clause.answers, names):
+            start = clause.start + mention.start
+            words = text[start : start + len(mention.phrase)]
+            # A line that ends in a colon is read again with each of its bullets.
+            mentions[mention.finding, start, clause.start, clause.text] = replace(mention, start=start, phrase=words)
+    return sorted(mentions.values(), key=lambda mention: mention.start)
 
 
-@dataclass(frozen=True)
-class _Phrases:
-    """Patterns, each with a run of letters that it cannot do without: to look for that first saves most of the time."""
+class _Finding(NamedTuple):
+    """The phrases of a finding in rules.yaml, by their keys."""
 
-    patterns: tuple[tuple[str, re.Pattern[str]], ...]
-
-    @classmethod
-    def of(cls, phrases: Iterable[str]) -> "_Phrases":
-        return cls(tuple((_needed(phrase), re.compile(_to_regex(phrase), re.IGNORECASE)) for phrase in phrases))
-
-    def find(self, sentence: str) -> list[re.Match[str]]:
-        lowered = sentence.lower()
-        return [match for needed, pattern in self.patterns if needed in lowered for match in pattern.finditer(sentence)]
-
-
-@dataclass(frozen=True)
-class _Finding:
-    phrases: _Phrases
-    context: _Phrases
-    unless: _Phrases
-    ordinary: _Phrases
-
-
-@dataclass(frozen=True)
-class _Rules:
-    findings: dict[str, _Finding]
-    before: re.Pattern[str]  # cues that reach forward
-    after: re.Pattern[str]  # cues that reach back
-    ignore: re.Pattern[str]
-    stops: re.Pattern[str]
-    aside: _Phrases
-    skipped: re.Pattern[str]  # sections that are not read, heading included
+    phrases: Phrases
+    context: Phrases
+    unless: Phrases
+    ordinary: Phrases
+    structures: Phrases
 
 
 @lru_cache(maxsize=1)
-def _rules() -> _Rules:
-    import yaml
-
-    data: dict[str, Any] = yaml.safe_load(RULES_FILE.read_text(encoding="utf-8-sig"))
-    cues = [data[kind] for kind in ("negation", "history", "doubt")]
-    return _Rules(
-        {
-            name: _Finding(*(_Phrases.of(rule.get(key, ())) for key in ("phrases", "context", "unless", "ordinary")))
-            for name, rule in data["findings"].items()
-        },
-        before=_any_of(phrase for kind in cues for phrase in kind["before"]),
-        after=_any_of(phrase for kind in cues for phrase in kind["after"]),
-        ignore=_any_of(data["negation"]["ignore"]),
-        stops=_any_of(data["negation"]["stops"]),
-        aside=_Phrases.of(data["negation"]["aside"]),
-        skipped=_sections(data["sections"]),
-    )
-
-
-def _sections(headings: dict[str, list[str]]) -> re.Pattern[str]:
-    """A section that is not read: from its heading up to the next heading, else to the end of its sentence or line."""
-    skip, read = ("|".join(map(_to_regex, headings[kind])) for kind in ("skip", "read"))
-    start = r"(?:^|(?<=[.;\n\"]))\s*"
-    to_next = rf"(?:(?!\n\s*\n).)*?(?={start}(?:{skip}|{read})\s*:)"
-    return re.compile(rf"{start}(?:{skip})\s*:(?:{to_next}|[^.\n]*)", re.IGNORECASE | re.DOTALL)
-
-
-def _any_of(phrases: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(rf"(?:{_to_regex(phrase)})" for phrase in phrases), re.IGNORECASE)
-
-
-def _to_regex(phrase: str) -> str:
-    """One phrase of rules.yaml as a regular expression; the notation is explained at the head of that file."""
-    space, gap = r"(?:[\s-]+)", rf"(?:[\s-]+\S+){{0,{WORDS_BETWEEN}}}?[\s-]+"
-    parts = {" ... ": gap, " ": space, "*": r"\w*"}
-    pattern = re.sub(r" \.\.\. | |\*", lambda found: parts[found.group()], phrase)
-    start = "" if phrase.startswith((",", "-")) else r"(?<!\w)"
-    return rf"{start}(?:{pattern})(?!\w)"
-
-
-def _needed(phrase: str) -> str:
-    """The longest run of letters outside all parentheses, lower case; "" where there is none."""
-    while "(" in phrase:
-        phrase = re.sub(r"\([^()]*\)", " ", phrase)
-    return max(re.findall("[a-z]+", phrase.lower()), key=len, default="")
+def _rules() -> dict[str, _Finding]:
+    return {name: _Finding(*(Phrases.of(rule.get(key, ())) for key in _Finding._fields)) for name, rule in rules_data()["findings"].items()}
 
 
 @lru_cache(maxsize=1 << 16)  # most sentences of a report are those of other reports
-def _read_sentence(sentence: str, names: tuple[str, ...]) -> tuple[Mention, ...]:
-    rules = _rules()
-    mentions, reaches = [], None
+def _read_clause(text: str, answers: tuple[tuple[int, str], ...], names: tuple[str, ...]) -> tuple[Mention, ...]:
+    """The mentions of a clause; their `start` is a place in it."""
+    mentions: list[Mention] = []
+    sentence = " ".join(text.split())
     for name in names:
-        finding = rules.findings[name]
-        matches = {match.span(): match for match in finding.phrases.find(sentence)}  # two phrases may match the same words
-        if not matches or (finding.context.patterns and not finding.context.find(sentence)) or finding.unless.find(sentence):
-            continue
-        elsewhere = [other.span() for other in finding.ordinary.find(sentence)]
-        reaches = list(_reaches(sentence, rules)) if reaches is None else reaches
-        for span, found in matches.items():
-            if _overlaps(span, elsewhere):
-                continue
-            cue = next((word for start, end, word in reaches if _overlaps(span, [(start, end)])), None)
-            mentions.append((found.start(), Mention(name, found.group(), sentence.strip(), cue is None, cue)))
-    return tuple(mention for _, mention in sorted(mentions, key=lambda pair: pair[0]))
+        spans = _named(text, _rules()[name])
+        for span in spans:
+            state, present, cue = _stated(span, text, _rules()[name])
+            label, answer = next(((end, answer) for end, answer in answers if span[1] <= end), (0, ""))
+            if label and state != "absent":
+                said = None if any(start >= label for start, _ in spans) else answer_state(answer)
+                if said is None:
+                    continue  # the answer names the finding itself, or says nothing of it
+                if STATES.index(said[0]) > STATES.index(state):
+                    (state, present), cue = said, answer
+            mentions.append(Mention(name, text[slice(*span)], span[0], sentence, state, present, cue))
+    return tuple(mentions)
 
 
-def _reaches(sentence: str, rules: _Rules) -> Iterator[tuple[int, int, str]]:
-    """(start, end, cue) of every stretch of the sentence that a negation, a history or a doubt takes back."""
-    asides = [aside.span() for aside in rules.aside.find(sentence)]
-    stops = [stop.span() for stop in rules.stops.finditer(sentence) if not _overlaps(stop.span(), asides)]
-    ignored = [other.span() for other in rules.ignore.finditer(sentence)]
-
-    for cue in rules.before.finditer(sentence):
-        if not _overlaps(cue.span(), ignored):
-            yield cue.start(), min((start for start, _ in stops if start >= cue.end()), default=len(sentence)), cue.group()
-    for cue in rules.after.finditer(sentence):
-        if not _overlaps(cue.span(), ignored):
-            yield max((end for _, end in stops if end <= cue.start()), default=0), cue.end(), cue.group()
+def _named(text: str, finding: _Finding) -> list[Span]:
+    """Where a clause names a finding."""
+    spans = dict.fromkeys(finding.phrases.spans(text))  # two phrases may match the same words
+    if not spans or (finding.context.patterns and not finding.context.is_in(text)) or finding.unless.is_in(text):
+        return []
+    elsewhere = finding.ordinary.spans(text)
+    return [span for span in spans if not overlaps(span, elsewhere)]
 
 
-def _overlaps(span: tuple[int, int], others: Iterable[tuple[int, int]]) -> bool:
-    return any(start < span[1] and span[0] < end for start, end in others)
+def _stated(span: Span, text: str, finding: _Finding) -> tuple[str, bool, str | None]:
+    """State, label and cue of a mention by the words around it."""
+    for reach in _reaches(text):
+        kind = reach.cue.kind
+        is_structure = kind == "normal" and not overlaps(span, [reach.cue.span])
+        if overlaps(span, [reach.span]) and not (is_structure and not finding.structures.is_in(text[slice(*span)])):
+            return *KINDS[kind], reach.cue.words
+    return "present", True, None
+
+
+_reaches = lru_cache(maxsize=1 << 8)(reaches)  # the same for all findings of a clause
