@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
 
 from med3dvlm.contrastive import Med3DCLIP
 from med3dvlm.encoders import Encoder, build_encoder
@@ -48,9 +49,17 @@ def locate_model(name: str) -> str:
     """A directory or hub id as transformers takes it; `package:NAME` is the model that an installed Python package ships.
 
     Raises:
-        FileNotFoundError: the package is not installed or ships no model.
+        FileNotFoundError: there is no such directory, hub model or package, or it ships no model.
     """
     if not name.startswith(PACKAGE_PREFIX):
+        if not Path(name).is_dir():
+            try:
+                cached_file(name, "config.json")
+            except OSError as error:
+                raise FileNotFoundError(
+                    f"{name} is neither a folder here nor a model that the Hugging Face hub, or its cache on this machine, gives; "
+                    "check the path, or the name and the network"
+                ) from error
         return name
     package = name.removeprefix(PACKAGE_PREFIX)
     spec = importlib.util.find_spec(package)

@@ -65,6 +65,7 @@ def audit(root: str | Path, out: str | Path | None = None, workers: int = 2, by_
     result: dict[str, Any] = {
         "data": data.summary["fingerprint"],
         "studies": {split: len(data.studies(split)) for split in splits},
+        "words": {split: report_lengths(data.studies(split)) for split in splits},
         "thresholds": {"volumes": duplicates.SAME_VOLUME, "reports": duplicates.SAME_REPORT},
         "patients_in_several_splits": _several_splits(studies),
         "duplicates": {
@@ -178,6 +179,13 @@ def tells_answer(question: Question) -> bool:
     return told == [question.answer] and bool(duplicates.words(question.answer))
 
 
+def report_lengths(studies: Iterable[Study]) -> dict[str, int]:
+    """Words of a report. A text encoder reads a limited number of tokens, of which there are more than words; what is beyond is cut."""
+    lengths = [len(study.report.split()) for study in studies]
+    found = np.percentile(lengths, (0, 50, 95, 100), method="lower").tolist()
+    return dict(zip(("least", "median", "95 %", "most"), map(int, found), strict=True))
+
+
 def label_frequencies(studies: Iterable[Study]) -> dict[str, dict[str, list[int]]]:
     """Label -> split -> [positive, stated]."""
     found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
@@ -238,6 +246,9 @@ def report(result: Mapping[str, Any]) -> str:
     parts = [
         "# Audit of the data",
         f"Data {result['data']}: {', '.join(f'{count} {split}' for split, count in result['studies'].items())}.",
+        markdown_table(
+            ("words of a report", "least", "median", "95 %", "most"), [[name, *row.values()] for name, row in result["words"].items()]
+        ),
         "## Duplicates",
         markdown_table(header, [[name, *(facts[key] for key in counts)] for name, facts in found.items()]),
         f"Near: once aligned, the texture of volumes correlates at {result['thresholds']['volumes']} or more; reports share "

@@ -108,8 +108,8 @@ class PreparedData:
         if failures and not exclude_failures:
             first, reason = failures[0]["study"], failures[0]["reason"].rstrip(".")
             raise ValueError(
-                f"{len(failures)} studies of {self.root} could not be prepared; mend them and run `med3dvlm prepare` again, or pass "
-                f"--exclude_failures true. The first is {first}: {reason}."
+                f"{len(failures)} studies of {self.root} could not be prepared, the first is {first}: {reason}; mend the files and prepare "
+                "again, or pass --exclude_failures true"
             )
         self.processor = VolumeProcessor.from_pretrained(self.root)
         self._studies = read_studies(self.root / "studies.jsonl")

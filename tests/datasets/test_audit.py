@@ -15,7 +15,16 @@ from scipy import ndimage
 from med3dvlm import VolumeProcessor
 from med3dvlm.cli import main
 from med3dvlm.datasets import duplicates, m3d
-from med3dvlm.datasets.audit import audit, choice_habits, deduplicate, question_facts, split_order, tells_answer, text_only_baselines
+from med3dvlm.datasets.audit import (
+    audit,
+    choice_habits,
+    deduplicate,
+    question_facts,
+    report_lengths,
+    split_order,
+    tells_answer,
+    text_only_baselines,
+)
 from med3dvlm.datasets.phantom import write_phantoms
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
@@ -235,6 +244,11 @@ def test_answers_without_the_scan_by_hand() -> None:
     habits = choice_habits(train, test)
     assert habits["chance"] == {"plane": 0.25} and habits["letter"] == {"plane": 1 / 3}
     assert habits["longest"] == {"plane": 0.0}  # "Sagittal" is the longest
+
+
+def test_lengths_of_reports_by_hand() -> None:
+    studies = [Study(str(n), "p", "a.nii", "word " * n, {}, "train", "test") for n in range(1, 101)]
+    assert report_lengths(studies) == {"least": 1, "median": 50, "95 %": 95, "most": 100}
 
 
 def test_a_question_of_more_choices_than_letters_has_no_letter() -> None:

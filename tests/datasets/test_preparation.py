@@ -276,7 +276,10 @@ def test_bad_samples_are_listed_and_the_others_prepared(prepared_from: Callable[
         assert word in failure["reason"]
     assert len(list(root.rglob("*.safetensors"))) == 1 and not list(root.rglob("*.part"))
 
-    with pytest.raises(ValueError, match=r"4 studies of .*--exclude_failures true. The first is case/0/Axial: "):
+    with pytest.raises(
+        ValueError,
+        match=r"4 studies of .* the first is case/0/Axial: .*[^.]; mend the files and prepare again, or pass --exclude_failures true$",
+    ):
         PreparedData(root)
     data = PreparedData(root, exclude_failures=True)
     assert [study.id for study in data.studies("train")] == ["case/4/Axial"]

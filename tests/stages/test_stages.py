@@ -336,7 +336,7 @@ def spoilt(prepared: Path, destination: Path) -> Path:
     ("stage", "flags", "sentence"),
     [
         (stage1_siglip, ("--data", "{tmp}/nothing"), "nothing holds no finished preparation (no summary.json); run: med3dvlm prepare"),
-        (stage1_siglip, ("--data", "{spoilt}"), "the first is ct_case/9/Axial: x.nii.gz is truncated."),
+        (stage1_siglip, ("--data", "{spoilt}"), "the first is ct_case/9/Axial: x.nii.gz is truncated; mend the files"),
         (stage2_projector, ("--data", "{spoilt}"), "1 studies of"),
         (stage1_siglip, ("--encoder", "dcformer_tinny"), "known: dcformer_nano"),
         (stage1_siglip, ("--encoder_options", "stem_stride"), "is no JSON"),
@@ -344,7 +344,7 @@ def spoilt(prepared: Path, destination: Path) -> Path:
         (stage1_siglip, ("--encoder_options", '{"stem_stride": 32}'), "32x64x64 voxels is too small"),
         (stage1_siglip, ("--loss", "sigclip"), "known: siglip, clip"),
         (stage1_siglip, ("--text_encoder", "package:no_such_package"), "the package no_such_package is not installed"),
-        (stage1_siglip, ("--text_encoder", "{tmp}/nothing"), "nothing"),
+        (stage1_siglip, ("--text_encoder", "{tmp}/nothing"), "nothing is neither a folder here nor a model that the Hugging Face hub"),
         (stage1_siglip, ("--output_dir", "{tmp}/file/out"), "file"),
         (stage2_projector, ("--clip", "{tmp}/empty"), "empty holds no model: config.json and *.safetensors are expected"),
         (stage2_projector, ("--clip", "{tmp}/nothing"), "nothing is no directory"),
