@@ -25,6 +25,7 @@ ATTRIBUTES = {
     "phase": Attribute("temporal position {}", "TemporalPositionIdentifier FrameContentSequence/TemporalPositionIndex"),
     "cardiac phase": Attribute("cardiac phase {} %", "CardiacSynchronizationSequence/NominalPercentageOfCardiacPhase"),
     "delay": Attribute("trigger delay {} ms", "TriggerTime CardiacSynchronizationSequence/NominalCardiacTriggerDelayTime"),
+    "frame time": Attribute("frame time {} ms", "FrameReferenceTime"),
     "contrast": Attribute("contrast agent", "ContrastBolusAgent"),
     "acquisition": Attribute("acquisition {}", "AcquisitionNumber FrameContentSequence/FrameAcquisitionNumber"),
     "echo": Attribute("echo {}", "EchoNumbers"),
@@ -55,8 +56,8 @@ TIMES = (
     ("AcquisitionDate", "AcquisitionTime"),
     ("ContentTime",),
 )
-# What else may stand among the marks; numbered. Passes are found, not stated.
-OTHERS = {"time": "time", "file": "file", "pass": "pass in the order of acquisition"}
+# What else may stand among the marks; numbered. Fields (where the image begins within its plane) and passes are found, not stated.
+OTHERS = {"field": "field", "time": "time", "file": "file", "pass": "pass in the order of acquisition"}
 KEYWORDS = {path.split("/")[-1] for paths in ATTRIBUTES.values() for path in paths.keywords.split()} | {
     path.split("/")[-1] for paths in TIMES for path in paths
 }

@@ -124,6 +124,8 @@ def _of_frame(constant: Slice, places: Sequence[Any], in_groups: bool) -> Slice:
     spacing = _numbers(stated(places, "PixelMeasuresSequence", "PixelSpacing"), 2)
     distance = _numbers(stated(places, "PixelMeasuresSequence", "SpacingBetweenSlices"), 1)
     marks = marks_of(places)
+    if position and orientation:
+        marks["field"] = " ".join(f"{np.dot(axis, position):.0f}" for axis in (orientation[:3], orientation[3:]))
     return constant._replace(
         kind=SCOUT if "LOCALIZER" in marks.get("type", "").split("\\") else constant.kind,
         location=location[0] if location and not in_groups else None,
@@ -133,7 +135,7 @@ def _of_frame(constant: Slice, places: Sequence[Any], in_groups: bool) -> Slice:
         distance=distance[0] if distance and distance[0] > 0 else None,
         quantity=quantity_of(places, constant.modality),
         window=_window(places),
-        marks={**marks, "file": str(constant.path)} if in_groups else marks,
+        marks=marks | ({"file": str(constant.path)} if in_groups else {}),
     )
 
 

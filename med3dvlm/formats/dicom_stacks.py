@@ -172,6 +172,7 @@ def _parts(stack: Stack, heights: NDArray[np.float64], places: NDArray[np.intp],
     excess, most = len(stack) - len(counts), int(counts.max())
     if not excess and not in_space:
         return None
+    names = [*ATTRIBUTES, *OTHERS, *sorted({name for each in stack for name in each.marks} - {*ATTRIBUTES, *OTHERS})]
     if excess:
 
         def separates(labels: NDArray[np.intp]) -> bool:
@@ -179,7 +180,7 @@ def _parts(stack: Stack, heights: NDArray[np.float64], places: NDArray[np.intp],
             rest = len(stack) - len(np.unique(np.stack([labels, places]), axis=1)[0])
             return 1 < len(sizes) <= 2 * most and sizes[sizes == 1].sum() <= len(stack) / 4 and rest <= excess / 10
 
-        attributes = _attributes(stack, 2 * most)
+        attributes = _attributes(stack, names, 2 * most)
         pairs = ((one * (int(other.max()) + 1) + other) for one, other in combinations(attributes, 2))
         candidates = [attributes, [np.unique(each, return_inverse=True)[1] for each in pairs]]
     else:
@@ -187,7 +188,9 @@ def _parts(stack: Stack, heights: NDArray[np.float64], places: NDArray[np.intp],
         def separates(labels: NDArray[np.intp]) -> bool:
             return _interleave([heights[labels == label] for label in range(int(labels.max()) + 1)], heights)
 
-        candidates = [_attributes(stack, len(stack) // FEWEST)]
+        # An MR may take every second slice first; in two times alone it is one stack.
+        names = [name for name in names if name != "time" or stack[0].modality != "MR"]
+        candidates = [_attributes(stack, names, len(stack) // FEWEST)]
     passes = [labels for labels in _passes(stack, heights, places) if np.bincount(labels).min() > 1 and (excess or uneven(heights))]
     best = [labels for group in (*candidates, passes) for labels in group if separates(labels)]
     if not best:
@@ -198,9 +201,8 @@ def _parts(stack: Stack, heights: NDArray[np.float64], places: NDArray[np.intp],
     return _by(stack, labels)
 
 
-def _attributes(stack: Stack, most: int) -> list[NDArray[np.intp]]:
+def _attributes(stack: Stack, names: Iterable[str], most: int) -> list[NDArray[np.intp]]:
     """For each attribute that has 2 to `most` values among the slices: their numbers (slices,)."""
-    names = [*ATTRIBUTES, *OTHERS, *sorted({name for each in stack for name in each.marks} - {*ATTRIBUTES, *OTHERS})]
     found = []
     for name in names:
         values = [each.marks.get(name, "") for each in stack]
