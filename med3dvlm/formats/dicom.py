@@ -2,7 +2,7 @@
 
 dicom_header.py finds the files and reads their headers, whose elements dicom_elements.py converts; dicom_slices.py says what they mean,
 dicom_quantity.py what the numbers are, dicom_attributes.py by what else slices differ; dicom_stacks.py finds which slices make one
-scan, dicom_geometry.py where they lie;
+stack, dicom_choice.py which stack is the scan, dicom_geometry.py where it lies;
 dicom_pixels.py and codestreams.py get at the stored numbers of a file, dicom_values.py at those of the scan.
 
 What would give a wrong volume is refused (several images at one place, mixed orientations, damaged slices); what a reader of the scan
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from med3dvlm.formats.base import Parts
+from med3dvlm.formats.dicom_choice import choose
 from med3dvlm.formats.dicom_geometry import geometry_of
 from med3dvlm.formats.dicom_header import is_dicom, read_headers
 from med3dvlm.formats.dicom_slices import Stack
-from med3dvlm.formats.dicom_stacks import choose
 from med3dvlm.formats.dicom_values import decoded, rescaled, rescales_of
 
 __all__ = ["is_dicom", "read", "stack_of"]

@@ -48,19 +48,18 @@ ATTRIBUTES = {
     "study": Attribute("study", "StudyInstanceUID", False),
     "reference": Attribute("frame of reference", "FrameOfReferenceUID", False),
 }
-INDEX = "FrameContentSequence/DimensionIndexValues"  # several, each of which is a mark
+PATHS = {name: [path.split("/") for path in attribute.keywords.split()] for name, attribute in ATTRIBUTES.items()}
+INDEX = [["FrameContentSequence", "DimensionIndexValues"]]  # several, each of which is a mark
 # When a slice was taken, by the first of these that is stated; day and hour make one text.
 TIMES = (
-    ("FrameContentSequence/FrameAcquisitionDateTime",),
-    ("AcquisitionDateTime",),
-    ("AcquisitionDate", "AcquisitionTime"),
-    ("ContentTime",),
+    [["FrameContentSequence", "FrameAcquisitionDateTime"]],
+    [["AcquisitionDateTime"]],
+    [["AcquisitionDate"], ["AcquisitionTime"]],
+    [["ContentTime"]],
 )
 # What else may stand among the marks; numbered. Fields (where the image begins within its plane) and passes are found, not stated.
 OTHERS = {"field": "field", "time": "time", "file": "file", "pass": "pass in the order of acquisition"}
-KEYWORDS = {path.split("/")[-1] for paths in ATTRIBUTES.values() for path in paths.keywords.split()} | {
-    path.split("/")[-1] for paths in TIMES for path in paths
-}
+KEYWORDS = {path[-1] for paths in (*PATHS.values(), INDEX, *TIMES) for path in paths}
 # Words of a SeriesDescription that name no one.
 PLAIN_WORDS = frozenset(
     """abdomen abdominal adrenal angio aorta arterial arteriell ax axial axiale bone brain breath bolus cardiac cerebral cervical chest
@@ -76,27 +75,25 @@ REFORMATS = {"SECONDARY", "MIP", "MINIP", "MPR", "REFORMATTED", "AVERAGE", "PROJ
 
 def marks_of(places: Sequence[Any]) -> dict[str, str]:
     """The attributes of a frame by name, from its functional groups, those of all frames, the header itself."""
-    found = {name: value for name, attribute in ATTRIBUTES.items() if (value := _stated(places, *attribute.keywords.split()))}
-    index = _stated(places, INDEX)
-    found.update({f"index {number}": value for number, value in enumerate(index.split("\\") if index else (), start=1)})
-    for paths in TIMES:
-        moment = [_stated(places, path) for path in paths]
-        if moment[-1]:
-            found["time"] = "".join(moment)
+    found = {name: value for name, paths in PATHS.items() if (value := _stated(places, paths))}
+    if index := _stated(places, INDEX):
+        found.update({f"index {number}": value for number, value in enumerate(index.split("\\"), start=1)})
+    for parts in TIMES:
+        if hour := _stated(places, parts[-1:]):
+            found["time"] = "".join([*(_stated(places, [path]) for path in parts[:-1]), hour])
             break
     return found
 
 
-def _stated(places: Sequence[Any], *paths: str) -> str:
+def _stated(places: Sequence[Any], paths: Iterable[Sequence[str]]) -> str:
     """The first value of a keyword, below its sequences or beside them, as a text; "" for none."""
     for place in places:
-        for path in paths:
-            *sequences, keyword = path.split("/")
+        for *sequences, keyword in paths:
             inner = place
             for sequence in sequences:
                 inner = (inner.get(sequence) or [inner])[0]
-            if value := text_of(inner.get(keyword)):
-                return value
+            if (value := inner.get(keyword)) is not None and (text := text_of(value)):
+                return text
     return ""
 
 

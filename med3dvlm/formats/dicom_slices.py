@@ -77,7 +77,7 @@ def slices_of(file: Path, header: Header) -> Iterator[Slice]:
         yield constant
         return
     frames = int(header.get("NumberOfFrames") or 1)
-    shared, groups = header.get("SharedFunctionalGroupsSequence") or [{}], header.get("PerFrameFunctionalGroupsSequence")
+    shared, groups = header.get("SharedFunctionalGroupsSequence") or [], header.get("PerFrameFunctionalGroupsSequence")
     if not 1 <= frames <= MOST_FRAMES or min(size) < 1:
         raise Unusable(f"state {frames} frames of {size[0]} x {size[1]} pixels (NumberOfFrames, Rows, Columns)")
     if groups and len(groups) != frames:
@@ -86,11 +86,11 @@ def slices_of(file: Path, header: Header) -> Iterator[Slice]:
     number = None if number is None else int(number)
     constant = constant._replace(number=number, instance=instance, padding=padding_of(header), pixels=packing_of(header, frames))
     if frames == 1 or not groups:
-        first = _of_frame(constant, [*([groups[0]] if groups else []), shared[0], header], in_groups=False)
+        first = _of_frame(constant, [*(groups or [])[:1], *shared[:1], header], in_groups=False)
         yield from [first] if frames == 1 else _following(first, header, frames)
         return
     for frame in range(frames):
-        yield _of_frame(constant._replace(frame=frame), [groups[frame], shared[0], header], in_groups=True)
+        yield _of_frame(constant._replace(frame=frame), [groups[frame], *shared[:1], header], in_groups=True)
 
 
 def _following(first: Slice, header: Any, frames: int) -> Iterator[Slice]:
@@ -125,7 +125,7 @@ def _of_frame(constant: Slice, places: Sequence[Any], in_groups: bool) -> Slice:
     distance = _numbers(stated(places, "PixelMeasuresSequence", "SpacingBetweenSlices"), 1)
     marks = marks_of(places)
     if position and orientation:
-        marks["field"] = " ".join(f"{np.dot(axis, position):.0f}" for axis in (orientation[:3], orientation[3:]))
+        marks["field"] = f"{_dot(orientation[:3], position):.0f} {_dot(orientation[3:], position):.0f}"
     return constant._replace(
         kind=SCOUT if "LOCALIZER" in marks.get("type", "").split("\\") else constant.kind,
         location=location[0] if location and not in_groups else None,
@@ -188,5 +188,9 @@ def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
 
 def _is_direction(orientation: Sequence[float]) -> bool:
     """Whether these are two vectors of length 1 at a right angle."""
-    row, column = np.reshape(orientation, (2, 3))
-    return np.allclose([row @ row, column @ column, row @ column], [1, 1, 0], atol=0.01)
+    row, column = orientation[:3], orientation[3:]
+    return max(abs(_dot(row, row) - 1), abs(_dot(column, column) - 1), abs(_dot(row, column))) < 0.01
+
+
+def _dot(one: Sequence[float], other: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from med3dvlm.formats.base import MOST_VOXELS, VolumeError
+from med3dvlm.formats.dicom_choice import described
 from med3dvlm.formats.dicom_elements import reason, unusable
 from med3dvlm.formats.dicom_pixels import frames_of, picture_of, values_of
 from med3dvlm.formats.dicom_slices import Slice, Stack
-from med3dvlm.formats.dicom_stacks import described
 
 MOST_THREADS = 8
 CLEARLY = 3  # times as far from the neighbouring slices: sure evidence

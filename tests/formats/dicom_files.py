@@ -232,6 +232,16 @@ def _text(number: float) -> float:
     return float(f"{number:.9g}")
 
 
+def move(*places: float | tuple[float, float, float]) -> Callable[[Dataset, int], None]:
+    """Slices at these heights, or positions, in mm."""
+
+    def edit(item: Dataset, index: int) -> None:
+        place = places[index]
+        item.ImagePositionPatient = list(place) if isinstance(place, tuple) else [0.0, 0.0, place]
+
+    return edit
+
+
 # What tests ask of a reader
 
 
