@@ -168,7 +168,7 @@ def read_volume(
             values and says why in `notes`, "header", "csv" (those in `rescale`), "already_hu" (none). See formats/hu.py.
         rescale: (slope, intercept) from a table beside the file, as CT-RATE's metadata has them; "auto" applies them only
             where the file is not in HU already.
-        series: the number of a DICOM series in the list that the warning about several prints; None reads the largest.
+        series: the number of a DICOM series in the list that the warning about several prints; None reads the likeliest.
         straighten: resample tilted or unevenly spaced slices to a regular grid, as `Volume.straighten` does.
 
     The values are int16 when they are all whole numbers within its range, else float32. Raises VolumeError, one sentence,

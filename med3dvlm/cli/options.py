@@ -35,7 +35,7 @@ def add_meaning(parser: argparse._ActionsContainer) -> None:
     add("--unit", choices=UNITS, help="of the values (default: by the header and the values)")
     add("--hu", choices=HU_POLICIES, help="whose slope and intercept make the values HU (default: auto)")
     add("--rescale", type=numbers("S,I"), metavar="S,I", help="slope and intercept from a table beside the file, as in 1,-1024")
-    add("--series", type=int, metavar="N", help="number of a DICOM series in the list that inspect shows (default: the largest)")
+    add("--series", type=int, metavar="N", help="number of a DICOM series in the list that inspect shows (default: the likeliest)")
 
 
 def reading(arguments: argparse.Namespace, names: Sequence[str] = ("spacing", "straighten", *MEANING)) -> dict[str, Any]:

@@ -31,7 +31,7 @@ READERS: dict[str, Callable[..., Parts]] = {
 def read(path: Path, source: str, series: int | None = None) -> Parts:
     """What a scan file or folder holds: a file by its ending in `READERS` or as DICOM, a folder or an archive by its content.
 
-    `source` names the path in messages. `series` picks one of several DICOM series, from 1; None is the largest.
+    `source` names the path in messages. `series` picks one of several DICOM series, from 1; None is the likeliest.
 
     Raises:
         VolumeError: the format is unknown, or the reader finds no scan.

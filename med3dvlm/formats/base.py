@@ -32,7 +32,7 @@ class Parts(NamedTuple):
     - `quantity`: what the header itself says that `array` holds where that is no HU, such as "Z_EFF"; None where it says nothing.
     - `window`: the lowest and the highest value that the header wants shown.
     - `series`: for DICOM, a line of words for each series found, first the one read. A line begins with the number by
-      which `series=` picks it (1 for the largest): "2: 40 slices of 512 x 512, CT". `read_volume` warns of several.
+      which `series=` picks it (1 for the likeliest): "2: 40 slices of 512 x 512, CT". `read_volume` warns of several.
     """
 
     array: NDArray[Any]

@@ -8,7 +8,7 @@ from med3dvlm.formats.dicom_header import dicom_files
 
 
 def read(folder: Path, source: str, series: int | None = None) -> Parts:
-    """The DICOM series (the largest, or number `series`) in a folder and those below it, or the pictures that lie in it.
+    """The DICOM series (the likeliest, or number `series`) in a folder and those below it, or the pictures that lie in it.
 
     Raises:
         VolumeError: there is neither, or what there is, is no single sound scan.
