@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
 THEME = gr.themes.Base(primary_hue="sky", secondary_hue="sky", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"])
 LOG_OUT = '<a class="log-out" href="logout">Log out</a>'
-VIEWER = ("common.js", "voxels.js", "pane.js", "hands.js", "viewer.js")  # of one scope, in this order
+VIEWER = ("common.js", "voxels.js", "pane.js", "measure.js", "hands.js", "play.js", "viewer.js")  # of one scope, in this order
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 AT_ONCE: dict[str, Any] = HIDDEN | {"queue": False}
 

@@ -51,6 +51,12 @@ class Pane {
     return [((event.clientX - area.left) * density - left) / across, ((event.clientY - area.top) * density - top) / down];
   }
 
+  // The place of [column, row] on the canvas.
+  onCanvas([column, row]) {
+    const { left, top, across, down } = this.place();
+    return [left + column * across, top + row * down];
+  }
+
   inside([column, row]) {
     return column >= 0 && row >= 0 && column < scan.shape[this.columns] && row < scan.shape[this.rows];
   }
@@ -69,6 +75,7 @@ class Pane {
     context.drawImage(this.slice, ...area);
     if (heat && this.cutHeat()) this.drawHeat(context, left, top, across, down);
     if (marks) this.drawMarks(context, left, top, across, down, density);
+    drawMeasures(context, this, density);
     this.drawScale(context, pixels, width, height, density);
     const number = at[this.cut], millimetres = scan.millimetres ? `  ·  ${(number * scan.spacing[this.cut]).toFixed(1)} mm` : "";
     this.text("number", `${number + 1} / ${scan.shape[this.cut]}`);
@@ -83,12 +90,13 @@ class Pane {
   // The value under the mouse, or in the axial plane, where there is none, under the crosshair.
   readOut() {
     const place = this.pointer || (this.name === "axial" && !anyPointer() ? [at[this.columns], at[this.rows]] : null);
-    this.text("value", place ? `${figure(valueAt(this, place))} ${scan.unit}`.trim() : "");
+    const shown = slab.mode ? `${slab.mode} ` : "";
+    this.text("value", place ? `${shown}${figure(valueAt(this, place), slab.mode === "Mean" ? 1 : 0)} ${scan.unit}`.trim() : "");
   }
 
   cutSlice() {
     const pixels = new Uint32Array(this.image.data.buffer), values = section(this.cut, at[this.cut]);
-    for (let index = 0; index < values.length; index++) pixels[index] = 0xff000000 | table[values[index] + 32768] * 0x010101;
+    for (let index = 0; index < values.length; index++) pixels[index] = 0xff000000 | table[Math.round(values[index]) + 32768] * 0x010101;
     this.slice.getContext("2d").putImageData(this.image, 0, 0);
   }
 

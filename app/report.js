@@ -1,10 +1,11 @@
 // What stands below the report: its sections, the findings that it names, and the files that it can be saved as.
-// gr.HTML runs this file once, after common.js, with `element`, `props` and `watch`; `props.value` is what desk.py's `reading` gives.
+// gr.HTML runs this file once, after common.js, with `element`, `props`, `trigger` and `watch`; `props.value` is what desk.py's `reading` gives.
 
 const field = () => document.querySelector("#report textarea");
-let typed = false, kept = "";  // whether a person wrote there, and what was saved last
+let typed = false, kept = "", keptPictures = "";  // whether a person wrote there, and what was saved last
 
-desk.unsaved = () => typed && Boolean(field()?.value.trim()) && field().value !== kept;
+const pictured = () => props.value.pictures.map(([, url]) => url).join();
+desk.unsaved = () => (typed && Boolean(field()?.value.trim()) && field().value !== kept) || (pictured() !== "" && pictured() !== keptPictures);
 document.addEventListener("input", (event) => { if (event.target === field()) typed = true; });
 
 // Another scan has another report: what would be lost is asked about before anything is opened.
@@ -41,7 +42,7 @@ async function save(url, name) {
     if (answer.status === 404) return rescue(words, "The server no longer has this scan");
     if (!answer.ok) return complain(await answer.text());
     download(await answer.blob(), name);
-    [kept, typed] = [words, false];
+    [kept, typed, keptPictures] = [words, false, pictured()];
   } catch (error) {
     if (error instanceof TypeError) return rescue(words, "The connection to the server is lost");
     complain(`The report could not be saved: ${error.message}.`);
@@ -61,7 +62,7 @@ function download(blob, name) {
 }
 
 function update() {
-  const { sections, findings, saves, line, problem, open } = props.value, drafting = Boolean(open && !desk.lost);
+  const { sections, findings, saves, line, problem, pictures, open } = props.value, drafting = Boolean(open && !desk.lost);
   if (drafting) typed = false;
   lock(drafting);
   tell({ drafting });
@@ -74,6 +75,12 @@ function update() {
     if (named.length) rows.push(row(state[0].toUpperCase() + state.slice(1), named.map(([words]) => make("span", `chip ${state}`, words))));
   }
   find(".found").replaceChildren(...rows);
+  find(".pictures").replaceChildren(...pictures.map(([label, url, number]) => {
+    const figure = make("figure", ""), remove = button("×", "remove", () => trigger("select", { value: number }), "Remove this image from the report");
+    remove.setAttribute("aria-label", `Remove ${label}`);
+    figure.append(make("img", "", "", { src: url, alt: label }), make("figcaption", "", label), remove);
+    return figure;
+  }));
   find(".saves").replaceChildren(...saves.map(([label, url, name]) => button(label, "save", () => save(url, name))));
 }
 

@@ -1,7 +1,7 @@
 // The viewer: three linked planes of a volume that the browser holds, drawn on 2D canvases. No library, no network beyond this server.
 //
-// gr.HTML runs this file once, after common.js, voxels.js, pane.js and hands.js, with `element` (its root, filled by viewer.html), `props` and
-// `watch`. `props.value` is
+// gr.HTML runs this file once, after the scripts that page.py lists before it, with `element` (its root, filled by viewer.html), `props`, `trigger`
+// and `watch`. `props.value` is
 // {scan, overlay}: `scan` are the facts of viewer.py's Picture and the `url` of its bytes, `overlay` the same for a heat map.
 // Display axes are z, y, x (viewer.py); `at` is the crosshair in voxels along them.
 
@@ -17,6 +17,7 @@ function refresh() {
   requestAnimationFrame(() => {
     pending = false;
     if (!scan) return;
+    followCrosshair();
     for (const pane of Object.values(panes)) pane.draw();
     element.dataset.at = at.join(",");  // for whoever drives the page
   });
@@ -77,6 +78,8 @@ async function open(facts) {
   wanted = facts.url;
   [scan, voxels, wantedHeat, before] = [null, null, "", null];  // nothing of the scan before stands beside what is said of this one
   uncover();
+  pause();
+  [measures, drawn] = [[], null];
   find(".workstation").dataset.state = "loading";
   say("Loading the picture");
   const count = facts.shape.reduce((product, length) => product * length, 1);
@@ -98,6 +101,7 @@ async function open(facts) {
   find(".workstation").dataset.state = "open";
   find(".note").textContent = scan.note;
   for (const pane of Object.values(panes)) pane.open();
+  listMeasures();
   say("");
   setWindow(...scan.window);
 }
@@ -141,13 +145,13 @@ async function update() {
 }
 
 for (const name of Object.keys(PLANES)) panes[name] = new Pane(name);
-function take(name) {
+function choose(name) {
   tool = name;
   for (const choice of element.querySelectorAll("button[data-tool]")) choice.setAttribute("aria-pressed", choice.dataset.tool === tool);
   find(".stage").dataset.drag = tool;
 }
-for (const choice of element.querySelectorAll("button[data-tool]")) choice.addEventListener("click", () => take(choice.dataset.tool));
-for (const [name, act] of Object.entries({ reset, hide: uncover, closer: () => scaleAll(1.25), farther: () => scaleAll(0.8) })) {
+for (const choice of element.querySelectorAll("button[data-tool]")) choice.addEventListener("click", () => choose(choice.dataset.tool));
+for (const [name, act] of Object.entries({ reset, hide: uncover, play, full: fullScreen, add: addToReport, closer: () => scaleAll(1.25), farther: () => scaleAll(0.8) })) {
   find(`[data-do="${name}"]`).addEventListener("click", () => scan && act());
 }
 function scaleAll(factor) { for (const pane of Object.values(panes)) pane.scale(factor); }

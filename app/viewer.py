@@ -80,7 +80,7 @@ def picture(volume: Volume, most_voxels: int = MOST_SHOWN) -> Picture:
         "intercept": intercept,
         "unit": "HU" if volume.unit == "HU" else "",
         "window": default_window(volume),
-        "presets": [[name, *window] for name, window in WINDOWS.items()] if volume.unit == "HU" else [],
+        "presets": presets(volume),
         "names": {plane: plane if known else STORED_NAMES[plane] for plane in EDGES},
         "edges": edges(volume) if known else {},
         "metric": metric(volume, spacing).tolist(),
@@ -175,10 +175,18 @@ def coarser(array: NDArray[Any], most_voxels: int) -> tuple[NDArray[Any], int]:
     return (np.round(means).astype(np.int16) if array.dtype == np.int16 else means), block
 
 
+def presets(volume: Volume) -> list[list[Any]]:
+    """[name, lowest, highest] of the windows to choose from: those of CT for Hounsfield units, and the one that the file asks for."""
+    named = [[name, *window] for name, window in WINDOWS.items()] if volume.unit == "HU" else []
+    return [*named, *([["From file", *volume.window]] if volume.window else [])]
+
+
 def default_window(volume: Volume) -> tuple[float, float]:
-    """Soft tissue for a CT in Hounsfield units, else the volume's least and greatest value."""
+    """Soft tissue for a CT in Hounsfield units, else what the file asks for, or the volume's least and greatest value."""
     if volume.unit == "HU":
         return WINDOWS["Soft tissue"]
+    if volume.window:
+        return volume.window
     return float(volume.array.min()), float(volume.array.max())
 
 

@@ -87,6 +87,10 @@ def test_windows() -> None:
     assert facts["presets"] == [[name, *window] for name, window in WINDOWS.items()]
     assert facts["window"] == [-160, 240] and facts["unit"] == "HU"
     assert default_window(volume_of(ramp)) == (-1000, 999)
+    own = unpacked(volume_of(ramp, unit="HU", window=(-20.0, 130.0)))[1]  # offered; a CT opens as every CT does
+    assert own["presets"] == [*facts["presets"], ["From file", -20, 130]] and own["window"] == [-160, 240]
+    other = unpacked(volume_of(ramp, window=(-20.0, 130.0)))[1]
+    assert other["presets"] == [["From file", -20, 130]] and other["window"] == [-20, 130]
     assert all(low < high for low, high in WINDOWS.values())
 
 

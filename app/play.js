@@ -1,0 +1,54 @@
+// Slabs, cine, full screen, and slices for the report. Runs after hands.js and before viewer.js, in the viewer's scope.
+
+const MODES = ["", "MIP", "MinIP", "Mean"];
+let playing = null;
+
+function setSlab(mode, thickness) {
+  Object.assign(slab, { mode, thickness });
+  find(".slab select").value = mode;
+  find(".slab input").value = thickness;
+  find(".slab input").disabled = !mode;
+  if (scan) listMeasures();
+  refresh();
+}
+function nextSlab() { setSlab(MODES[(MODES.indexOf(slab.mode) + 1) % MODES.length], slab.thickness); }
+
+// Runs through the slices of the plane that was used last, again from the first after the last.
+function play() {
+  if (playing) return pause();
+  const pane = panes[active], rate = clamp(find(".rate").valueAsNumber || 10, 1, 60);
+  playing = setInterval(() => pane.step(at[pane.cut] + 1 < scan.shape[pane.cut] ? 1 : -at[pane.cut]), 1000 / rate);
+  showPlaying();
+}
+
+function pause() {
+  clearInterval(playing);
+  playing = null;
+  showPlaying();
+}
+
+function showPlaying() {
+  const control = find('[data-do="play"]');
+  control.textContent = playing ? "Pause" : "Play";
+  control.setAttribute("aria-pressed", Boolean(playing));
+}
+
+function fullScreen() {
+  if (document.fullscreenElement) document.exitFullscreen();
+  else find(".workstation").requestFullscreen().catch((error) => say(`The browser does not show the viewer in full screen: ${error.message}.`, "error"));
+}
+
+// page.py's `mark` takes the slice; what it says of it stands above the viewer.
+function addToReport() {
+  const pane = panes[active], number = at[pane.cut];
+  trigger("select", { value: { plane: pane.name, index: number, window: [low, high] } });
+  say(`Added to the report: ${scan.names[pane.name]} slice ${number + 1}${slab.mode ? ", alone, without the slab" : ""}.`);
+  setTimeout(() => say(""), 2500);
+}
+
+find(".slab select").addEventListener("change", (event) => setSlab(event.target.value, slab.thickness));
+find(".slab input").addEventListener("change", (event) => {
+  const thickness = event.target.valueAsNumber;
+  setSlab(slab.mode, thickness > 0 ? Math.min(thickness, 1000) : slab.thickness);
+});
+find(".rate").addEventListener("change", () => { if (playing) { pause(); play(); } });
