@@ -78,19 +78,23 @@ function drawWithKeys(kind, pane) {
 
 function finish() {
   const measure = drawn;
+  lead();  // a quick hand is ahead of the drawing
   drawn = null;
   if (!sides(measure).some(Boolean)) discard(measure);
 }
 
-function crosshair(pane) { return [at[pane.columns] + 0.5, at[pane.rows] + 0.5]; }
-
-// Before each drawing: the open end goes where the crosshair is; leaving the slice ends it.
-function followCrosshair() {
-  if (!drawn) return;
-  if (at[drawn.pane.cut] !== drawn.number) return finish();
+// The open end goes where the crosshair is, as long as that stays in the slice.
+function lead() {
+  if (at[drawn.pane.cut] !== drawn.number) return false;
   drawn.points[1] = crosshair(drawn.pane);
   listMeasures();
+  return true;
 }
+
+function crosshair(pane) { return [at[pane.columns] + 0.5, at[pane.rows] + 0.5]; }
+
+// Before each drawing; leaving the slice ends what is drawn there.
+function followCrosshair() { if (drawn && !lead()) finish(); }
 
 // The measure of this slice, and which of its points, lies under a place of the canvas; null where none does.
 function grab(pane, place, reach) {
