@@ -75,10 +75,27 @@ def run_lengths(packed: bytes, size: tuple[int, int], kind: np.dtype[Any]) -> ND
     """
     import imagecodecs
 
-    content = imagecodecs.dicomrle_decode(packed, kind.newbyteorder("<"))
     count = size[0] * size[1]
+    try:
+        content = imagecodecs.dicomrle_decode(packed, kind.newbyteorder("<"))
+    except RuntimeError:
+        if not packed.endswith(b"\0\0"):
+            raise
+        content = imagecodecs.dicomrle_decode(
+            packed[: _end_of_runs(packed, count)], kind.newbyteorder("<")
+        )  # zeros behind it are runs, too
     larger = len(content) >= (count + 2) * kind.itemsize  # each run of bytes may have one to spare
     return np.frombuffer(content, kind.newbyteorder("<"), -1 if larger else count).reshape((1, -1) if larger else size)
+
+
+def _end_of_runs(packed: bytes, count: int) -> int:
+    """Where the last segment of run lengths has given `count` bytes."""
+    place, given = int(np.frombuffer(packed[:64], "<u4")[segments_of(packed)]), 0
+    while given < count and place < len(packed):
+        head = packed[place]  # so many bytes and one follow as they are, or beyond 128 one that is repeated
+        given += head + 1 if head < 128 else 257 - head if head > 128 else 0
+        place += head + 2 if head < 128 else 2 if head > 128 else 1
+    return place
 
 
 def segments_of(packed: bytes) -> int:

@@ -98,17 +98,22 @@ def _stored(stack: Stack, pictures: list[NDArray[Any]], low: bool, place: int) -
     return values_of(pictures[place], packing, 0 if low else packing.shift)
 
 
+def threads() -> int:
+    """As many as this process has processors, at most `MOST_THREADS`."""
+    return min(MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 def in_order(function: Callable[[Input], Output], inputs: Iterable[Input]) -> Iterator[Output]:
-    """As `map`, by as many threads as this process has processors, at most `MOST_THREADS`; few inputs are taken before they are needed."""
-    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if threads == 1:
+    """As `map`, by several threads; few inputs are taken before they are needed."""
+    count = threads()
+    if count == 1:
         yield from map(function, inputs)
         return
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(count) as pool:
         waiting: deque[Future[Output]] = deque()
         for each in inputs:
             waiting.append(pool.submit(function, each))
-            if len(waiting) > 2 * threads:
+            if len(waiting) > 2 * count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

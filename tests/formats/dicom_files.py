@@ -185,6 +185,14 @@ def save(item: FileDataset, syntax: UID = ExplicitVRLittleEndian) -> Path:
     return path
 
 
+def rewrite(path: Path, change: Callable[[Dataset], None]) -> Path:
+    """The same file with other elements, its pixels as they are."""
+    item = dcmread(path)
+    change(item)
+    item.save_as(path)
+    return path
+
+
 def _by_itk(compressor: str) -> Callable[[np.ndarray], bytes]:
     """A picture as JPEG (process 14, first-order prediction) or JPEG2000, packed by GDCM."""
 
