@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from med3dvlm.formats.base import VolumeError
-from med3dvlm.formats.dicom_elements import DAMAGED, Header, PixelElement, elements_before, reason, unusable
+from med3dvlm.formats.dicom_elements import DAMAGED, Header, PixelElement, Unusable, elements_before, reason, unusable
 from med3dvlm.formats.dicom_pixels import DEFLATED, PIXELS, inflated
-from med3dvlm.formats.dicom_slices import KEYWORDS, Slice, slices_of
+from med3dvlm.formats.dicom_slices import KEYWORDS, Slice, series_of, slices_of
 
 MOST_FILES = 50_000  # in a folder and its subfolders; more is an archive of many studies
 MOST_SLICES = 50_000  # in all files
@@ -41,10 +41,12 @@ def read_headers(path: Path, source: str) -> tuple[list[Slice], list[str]]:
     slices: list[Slice] = []
     seen: dict[str, Path] = {}  # by SOPInstanceUID
     problems = Counter[tuple[str, str]]()
+    odd: list[tuple[tuple[str, str], str]] = []  # problem and series of what is whole but cannot be read
     found: list[Path] = []
     others: list[Path] = []
     copies = 0
     for file in _files(path, source):
+        header = None
         try:
             with _opened(file, source) as stream:
                 if stream is None or not (_begins_as_dicom(stream.read(132)) or file == path):
@@ -63,17 +65,24 @@ def read_headers(path: Path, source: str) -> tuple[list[Slice], list[str]]:
         except VolumeError:
             raise
         except Exception as error:
-            problems[reason(error)] += 1
+            if header is not None and isinstance(error, Unusable):
+                odd.append((reason(error), series_of(header)))
+            else:
+                problems[reason(error)] += 1
         if len(slices) > MOST_SLICES:
             raise VolumeError(f"{source}: there are more than {MOST_SLICES} slices; give the folder of one study.")
     problems[DAMAGED] += _left_by_a_copy(found, others)
+    read = {each.series[-1] for each in slices}
+    problems.update(problem for problem, series in odd if series in read or not slices)
     if problems.total():
         raise unusable(problems, source)
     if not slices and path.is_file():
         raise VolumeError(f"{source}: this is no DICOM image but a report, a directory or the like; give the folder with the slices.")
     if not slices:
         raise VolumeError(f"{source}: the folder holds no DICOM images; give the folder with the slices.")
-    return slices, [f"{copies} files are exact copies of others and are left out."] if copies else []
+    left = Counter(problem for (problem, _), series in odd if series not in read)
+    warnings = [f"{count} DICOM slices of other series {problem}; they are left out." for problem, count in left.items()]
+    return slices, [*warnings, *([f"{copies} files are exact copies of others and are left out."] if copies else [])]
 
 
 def dicom_files(path: Path, source: str) -> list[Path]:

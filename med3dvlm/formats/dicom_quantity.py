@@ -66,10 +66,11 @@ def quantity_of(places: Sequence[Any], modality: str) -> Quantity:
     if table:
         kind, rescale = table[0].get("ModalityLUTType"), None
         notes.append("the header's table of values (Modality LUT) is applied.")
-    term = str(kind or "").strip().upper()
+    stated_term = str(kind or "").strip()
+    term = stated_term.upper()
     if term == MODIFIED:
         notes.append("the header says that the HU are modified (HU_MOD), as where a material was taken out.")
-    other = _other(places, term)
+    other = _other(places, stated_term)
     hu = modality == "CT" and (rescale is not None or table is not None) and sure and other is None
     hu = hu and term in HU | {MODIFIED} | ({""} if table is None else set())
     return Quantity(rescale, hu, other, _table(table[0], places[-1]) if table else None, tuple(notes))
@@ -77,7 +78,7 @@ def quantity_of(places: Sequence[Any], modality: str) -> Quantity:
 
 def _other(places: Sequence[Any], term: str) -> str | None:
     """The quantity that a header names where it is not HU."""
-    if term not in HU | UNNAMED and term != MODIFIED:
+    if term.upper() not in HU | UNNAMED | {MODIFIED}:
         return _named(term)
     units = [str(places[-1].get("Units") or "")]
     for place in places:

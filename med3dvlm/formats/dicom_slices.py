@@ -68,9 +68,7 @@ def slices_of(file: Path, header: Header) -> Iterator[Slice]:
     modality, notes = str(header.get("Modality") or "unknown"), []
     if header.get("PhotometricInterpretation") == "MONOCHROME1":
         notes.append("the images are meant to be displayed inverted (MONOCHROME1); the values are kept as they are.")
-    # De-identification may have removed the series' UID, and its number is the next best.
-    series = str(header.get("SeriesInstanceUID") or f"number {header.get('SeriesNumber')}")
-    identity = str(header.get("PatientID")), str(header.get("StudyInstanceUID")), series
+    identity = str(header.get("PatientID")), str(header.get("StudyInstanceUID")), series_of(header)
     size = int(header.Rows), int(header.Columns)
     constant = Slice(file, identity, _kind(header, modality), modality, size, tuple(notes))
     if constant.kind not in ("", SECONDARY):  # what else its header says is not needed, nor always sound
@@ -91,6 +89,11 @@ def slices_of(file: Path, header: Header) -> Iterator[Slice]:
         return
     for frame in range(frames):
         yield _of_frame(constant._replace(frame=frame), [groups[frame], *shared[:1], header], in_groups=True)
+
+
+def series_of(header: Header) -> str:
+    """What tells a series from others: where de-identification has removed its UID, its number is the next best."""
+    return str(header.get("SeriesInstanceUID") or f"number {header.get('SeriesNumber')}")
 
 
 def _following(first: Slice, header: Any, frames: int) -> Iterator[Slice]:

@@ -18,7 +18,7 @@ from med3dvlm.formats.dicom_pixels import frames_of, picture_of, values_of
 from med3dvlm.formats.dicom_slices import Slice, Stack
 
 MOST_THREADS = 8
-CLEARLY = 3  # times as far from the neighbouring slices: sure evidence
+CLEARLY = 3  # times as far from the neighbouring slice, by three of four voxels: sure evidence
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -192,7 +192,8 @@ def _through_table(picture: NDArray[Any], each: Slice) -> NDArray[Any]:
 def rescales_of(stored: list[NDArray[Any]], stack: Stack, source: str, warnings: list[str]) -> list[Rescale]:
     """Slope and intercept of each slice, (1, 0) where a header states none and no other one either.
 
-    Where only some state them, the neighbouring slices show whether they hold for the others, too.
+    Where only some state them, the neighbouring slices show whether they hold for the others, too: for all of these or for none, and
+    those that show nothing, such as slices of air alone, follow the rest.
 
     Raises:
         VolumeError: they do not show it.
@@ -202,25 +203,24 @@ def rescales_of(stored: list[NDArray[Any]], stack: Stack, source: str, warnings:
     missing = [place for place, rescale in enumerate(found) if rescale is None and stack[place].quantity.table is None]
     if not missing or all(found[place] == (1, 0) for place in known):
         return [rescale or (1.0, 0.0) for rescale in found]
-    answers = []
+    others: dict[int, Rescale] = {}
+    shown = set[bool]()
     for place in missing:
         nearest = min(known, key=lambda other: abs(other - place))
-        slope, intercept = rescale = found[nearest] or (1.0, 0.0)
-        neighbour = slope * stored[nearest].astype(np.float64) + intercept
+        slope, intercept = others[place] = found[nearest] or (1.0, 0.0)
+        own, neighbour = (stored[each].astype(np.float64) for each in (place, nearest))
         without, within = (
-            float(np.abs(own - neighbour).mean())
-            for own in (stored[place].astype(np.float64), slope * stored[place].astype(np.float64) + intercept)
+            float(np.quantile(np.abs(values - slope * neighbour - intercept), 0.75)) for values in (own, slope * own + intercept)
         )
-        answers.append((1.0, 0.0) if CLEARLY * without < within else rescale if CLEARLY * within < without else None)
-    applied = [answer != (1, 0) for answer in answers]
-    if None in answers or len(set(applied)) > 1:
+        shown |= {within < without} if CLEARLY * min(without, within) < max(without, within) else set()
+    if len(shown) != 1:
         raise VolumeError(
             f"{source}: {len(missing)} of {len(stack)} slices state no RescaleSlope and RescaleIntercept, and the neighbouring slices do not "
             "show whether those of the others hold for them, too; export the series again."
         )
-    how = "those of the others are applied" if applied[0] else "their values are left as they are stored"
+    applied = shown.pop()
+    how = "those of the others are applied" if applied else "their values are left as they are stored"
     warnings.append(
         f"{len(missing)} of {len(stack)} slices state no RescaleSlope and RescaleIntercept; {how}, as the neighbouring slices show."
     )
-    by_place = dict(zip(missing, answers, strict=True))
-    return [by_place.get(place) or rescale or (1.0, 0.0) for place, rescale in enumerate(found)]
+    return [rescale or (others[place] if applied and place in others else (1.0, 0.0)) for place, rescale in enumerate(found)]
