@@ -48,9 +48,9 @@ def places_of(heights: NDArray[np.float64], near: float) -> NDArray[np.intp]:
 
 
 def uneven(heights: NDArray[np.float64]) -> int:
-    """How many of the distances between neighbours, in any order, differ from the usual one."""
+    """How often, from slice to slice, the distance to the next changes: never in an even stack, once between two slabs."""
     gaps = np.diff(np.sort(heights))
-    return int((np.abs(gaps - np.median(gaps)) > UNEVEN * np.median(gaps)).sum()) if len(gaps) else 0
+    return int((np.abs(np.diff(gaps)) > UNEVEN * np.minimum(gaps[1:], gaps[:-1])).sum())
 
 
 def geometry_of(stack: Stack, warnings: list[str]) -> tuple[Stack, dict[str, Any]]:

@@ -130,14 +130,16 @@ def _parts(stack: Stack, heights: NDArray[np.float64], places: NDArray[np.intp],
         pairs = ((one * (int(other.max()) + 1) + other) for one, other in combinations(attributes, 2))
         candidates = [*attributes, *(np.unique(each, return_inverse=True)[1] for each in pairs)]
     else:
-        together, in_one_pass = uneven(heights), any(not labels.any() for labels in passes)
-        if not together and in_one_pass:
+        even, in_one_pass = not uneven(heights), any(not labels.any() for labels in passes)
+        if even and in_one_pass:
             return None
 
         def separates(labels: NDArray[np.intp]) -> bool:
-            return _interleave([heights[labels == label] for label in range(int(labels.max()) + 1)], heights)
+            return _interleave([heights[labels == label] for label in range(int(labels.max()) + 1)], heights, in_one_pass)
 
-        candidates, passes = _attributes(stack, len(stack) // FEWEST), passes if together else []
+        candidates = _attributes(stack, len(stack) // FEWEST)
+        if even and stack[0].modality != "CT":  # an MR may take every second slice first
+            passes = []
     best = [labels for labels in (*candidates, *(each for each in passes if np.bincount(each).min() > 1)) if separates(labels)]
     if not best:
         return None
@@ -159,19 +161,19 @@ def _attributes(stack: Stack, most: int) -> list[NDArray[np.intp]]:
     return found
 
 
-def _interleave(parts: list[NDArray[np.float64]], heights: NDArray[np.float64]) -> bool:
-    """Whether slices at `heights`, one at each place, are stacks that lie among each other: some of the parts overlap, and each part is evenly
-    spaced where all together are not, or all are but each part has wider distances of its own."""
+def _interleave(parts: list[NDArray[np.float64]], heights: NDArray[np.float64], in_one_pass: bool) -> bool:
+    """Whether slices at `heights`, one at each place, are stacks that lie among each other: some of the parts overlap, and their distances change
+    less often than those of all together, by more than a missing slice does; or never, and are wider, unless all were taken in one pass."""
     if min(map(len, parts)) < FEWEST:
         return False
     ends = sorted((part.min(), part.max()) for part in parts)
     if all(after[0] > before[1] for before, after in pairwise(ends)):
         return False
     together, alone = uneven(heights), sum(map(uneven, parts))
-    if together:
-        return alone < together / 2
-    usual = np.median(np.diff(np.sort(heights)))
-    return not alone and all(np.median(np.diff(np.sort(part))) > 1.5 * usual for part in parts)
+    if together - alone > 2 and alone < together / 2:
+        return True
+    nearest = np.diff(np.sort(heights)).min()
+    return not alone and not in_one_pass and all(np.diff(np.sort(part)).min() > 1.5 * nearest for part in parts)
 
 
 def _passes(stack: Stack, heights: NDArray[np.float64], places: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
