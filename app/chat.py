@@ -8,10 +8,10 @@ Nothing leaves the machine: the server listens on 127.0.0.1 unless told otherwis
 private folder until they were read (DICOM files, which a Structured Report refers to, until the scan is closed; what an agent sends, and what
 nobody read, for some minutes), and each browser session has a scan of its own.
 
-Where to find what: page.py (what stands where), desk.py (what can be done), sessions.py (who is there), scans.py (files in),
-viewer.py and viewer.js (the viewer; page.py lists its other scripts), common.js, conversation.js, report.js, leave.js, insight.py (where it
-looked, similar cases), key_images.py (slices for the report), routes.py (what the browser fetches), programs.py (the same for programs),
-tools.py (for agents), accounts.py and guard.py (who may come in).
+Where to find what: page.py (what stands where), desk.py (what can be done), sessions.py and turns.py (who is there and what was said),
+scans.py (files in), viewer.py and viewer.js (the viewer; page.py lists its other scripts), common.js, conversation.js, report.js, arrive.js,
+leave.js, insight.py (overlays, similar cases), key_images.py (slices for the report), routes.py (what the browser fetches), programs.py (the
+same for programs), tools.py (for agents), accounts.py and guard.py (who may come in).
 """
 
 import argparse
@@ -57,6 +57,7 @@ def launch(
     hosts: Sequence[str] = (),
 ) -> str:
     """Serve without blocking; returns the address. Port None: the first free one from 7860; `hosts`: other names of the server."""
+    checks = [Middleware(Guard, hosts, desk.sessions.connection)]
     # run_history would keep questions and answers in the browser
     off = dict.fromkeys(("share", "run_history", "enable_monitoring", "ssr_mode", "pwa"), False)
     look: dict[str, Any] = {"theme": THEME, "css": file("style.css"), "footer_links": [], "quiet": True}
@@ -64,7 +65,7 @@ def launch(
     blocks.launch(
         server_name=host, server_port=port, prevent_thread_lock=True, max_file_size=desk.most_bytes, mcp_server=False,
         auth=accounts.allows if accounts else None, auth_message=RESEARCH_NOTICE if accounts else None,
-        app_kwargs={"routes": [*routes(desk), *more], "lifespan": lifespan, "middleware": [Middleware(Guard, tuple(hosts))]}, **look, **off,
+        app_kwargs={"routes": [*routes(desk), *more], "lifespan": lifespan, "middleware": checks}, **look, **off,
     )  # fmt: skip
     return str(blocks.local_url)
 

@@ -16,7 +16,8 @@ from insight import Case, Cells, Insight
 from key_images import MOST as MOST_KEY_IMAGES
 from key_images import key_image
 from scans import EXAMPLES, OpenScan, example, read_uploads
-from sessions import BUSY, MOST_CHARACTERS, NO_SCAN, Session, Sessions, Turn, history, sentence
+from sessions import BUSY, MOST_CHARACTERS, NO_SCAN, Session, Sessions
+from turns import Turn, history, sentence
 from viewer import overlay
 
 from med3dvlm.prompts import REPORT_PROMPTS
@@ -72,6 +73,8 @@ class Desk:
             elif not keep:
                 for path in paths:
                     path.unlink(missing_ok=True)
+            while self.sessions.bytes_with(session, scan) > self.room and self.sessions.close_gone():
+                pass
             if self.sessions.bytes_with(session, scan) > self.room:
                 raise VolumeError(
                     f"The scan needs {scan.nbytes / 2**30:.1f} GiB of memory, which are not free beside the scans that are open; "
@@ -111,20 +114,26 @@ class Desk:
                 shown = time.monotonic()
                 yield turn
 
-    def draft(self, session: Session) -> Iterator[Turn]:
+    def draft(self, session: Session, report: str | None = None) -> Iterator[Turn]:
         """Let the model write the report; yields it as it grows, and it becomes the session's report in place of what stood there.
 
+        `report` is what stands in the field, where a person may have written something that is still on its way.
+
         Raises:
-            ValueError: there is no scan, a draft is being written already, or a person changed the report: the second call replaces it.
+            ValueError: there is no scan, a draft is being written already, or a person changed the report and did not save it: the
+                second call replaces it.
         """
         if session.scan is None:
             raise ValueError(NO_SCAN)
         if session.draft is not None and session.draft.open:
             raise ValueError(BUSY)
-        if session.edited and session.warned != session.report:
+        if report is not None:
+            self.rewrite(session, report)
+        if session.unsaved and session.warned != session.report:
             session.warned = session.report
-            raise ValueError("The report was changed by hand. Save it first, or draft once more to replace it.")
-        before, shown = session.report, 0.0
+            raise ValueError("The report was changed by hand and not saved. Save it first, or draft once more to replace it.")
+        session.before = before = session.report
+        shown = 0.0
         session.draft = turn = Turn(REPORT_PROMPTS[0], state="writing")
         for _ in session.answer(self.chat, turn):
             if not turn.open or time.monotonic() - shown > SECONDS_BETWEEN:
@@ -133,12 +142,12 @@ class Desk:
                     yield turn
 
     def rewrite(self, session: Session, report: str) -> None:
-        """The report as it stands in the field, unless a draft is just being written. Raises ValueError where it is too long."""
-        if report == session.report or (session.draft is not None and session.draft.open):
+        """The report as it stands in the field (see `Session.typed`). Raises ValueError where it is too long."""
+        if report == session.report:
             return
         if len(report) > MOST_REPORT:
             raise ValueError(f"The report has {len(report)} characters but at most {MOST_REPORT} are taken; shorten it.")
-        session.report = report
+        session.typed(report)
 
     def notes(self, session: Session) -> tuple[str, ...]:
         """What a reader of the report has to know of the scan and of how the draft came about."""

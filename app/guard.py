@@ -10,14 +10,16 @@ out of the log.
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
 
-from sessions import MALFORMED, log
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from turns import MALFORMED, log
 
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 CLIENT: ContextVar[str] = ContextVar("client", default="")  # the address that the request being answered came from
@@ -34,14 +36,18 @@ HEADERS = {
 }
 # What counts together -> how many calls at once, and how many a second from then on
 RATES = {"/login": (60, 1.0), "": (600, 20.0)}
+HEARTBEAT = "/gradio_api/heartbeat/"
 MOST_CLIENTS = 4096  # whose calls are counted
 
 
 class Guard:
-    """ASGI middleware. `hosts` are more names, with or without a port, under which the server may be addressed."""
+    """ASGI middleware. `hosts` are more names, with or without a port, under which the server may be addressed; `connection(name)` is held
+    as long as the session of that name has Gradio's heartbeat."""
 
-    def __init__(self, app: ASGIApp, hosts: tuple[str, ...] = ()) -> None:
-        self.app, self.hosts = app, {host.lower() for host in hosts}
+    def __init__(
+        self, app: ASGIApp, hosts: Iterable[str] = (), connection: Callable[[str], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self.app, self.hosts, self.connection = app, {host.lower() for host in hosts}, connection
         self._rates = {path: Rate(*limits) for path, limits in RATES.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +72,9 @@ class Guard:
             return
         token = CLIENT.set(client)
         try:
-            await self.app(scope, receive, sent)
+            held = scope["path"].startswith(HEARTBEAT)
+            with self.connection(scope["path"].removeprefix(HEARTBEAT)) if held else nullcontext():
+                await self.app(scope, receive, sent)
         except Exception as error:  # noqa: BLE001  the server's log would quote it
             log(error)
             if not started:

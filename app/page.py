@@ -13,7 +13,8 @@ from insight import Case
 from PIL import Image
 from programs import endpoints, sent, session_of
 from scans import EXAMPLES, OpenScan
-from sessions import MALFORMED, Session, log, sentence
+from sessions import Session
+from turns import MALFORMED, log, sentence
 
 from med3dvlm.prompts import RESEARCH_NOTICE
 
@@ -87,6 +88,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
             f'<span class="research" role="note">{RESEARCH_NOTICE}</span>'
             f"{LOG_OUT if accounts else ''}</header>"
         )
+        ticket = gr.Textbox(visible="hidden", elem_id="ticket")
         with gr.Row(elem_id="desk", equal_height=False):
             with gr.Column(scale=7, min_width=520, elem_id="left"):
                 with gr.Row(elem_id="open", equal_height=True):
@@ -151,19 +153,24 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
 
         opened = [status, viewer, facts, talk, notice, report, reading, cases]
 
+        def shown(session: Session) -> dict[Any, Any]:
+            scan = session.scan
+            assert scan is not None
+            return {
+                status: bar("warning", " ".join(scan.warnings)),
+                viewer: desk.view(session), facts: described(scan), talk: desk.talk(session), notice: bar("busy", ""),
+                report: session.report, reading: desk.reading(session), cases: "",
+            }  # fmt: skip
+
         def opening(act: Callable[[Session], OpenScan], request: gr.Request) -> Iterator[dict[Any, Any]]:
             session = of(request)
             yield {status: bar("busy", "Reading the scan"), loader: None}
             try:
-                scan = act(session)
+                act(session)
             except Exception as error:  # noqa: BLE001  told in a sentence; the scan that was open stays open
                 yield {status: bar("error", sentence(error))}
                 return
-            yield {
-                status: bar("warning", " ".join(scan.warnings)),
-                viewer: desk.view(session), facts: described(scan), talk: desk.talk(session), notice: bar("busy", ""),
-                report: "", reading: desk.reading(session), cases: "",
-            }  # fmt: skip
+            yield shown(session)
 
         def read(uploads: list[str] | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
             yield from opening(lambda session: desk.open_uploads(session, uploads or []), request)
@@ -212,10 +219,10 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
             of(request).clear()
             return desk.talk(of(request)), desk.view(of(request))
 
-        def write(request: gr.Request) -> Iterator[tuple[str, dict[str, Any]]]:
+        def write(words: str, request: gr.Request) -> Iterator[tuple[str, dict[str, Any]]]:
             session = of(request)
             try:
-                for _ in desk.draft(session):
+                for _ in desk.draft(session, words):
                     yield session.report, desk.reading(session)
             except ValueError as error:
                 yield session.report, desk.reading(session, str(error))
@@ -268,8 +275,15 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
         def end_draft(request: gr.Request) -> None:
             of(request).stop_draft()
 
+        def arrive(token: str, request: gr.Request) -> dict[Any, Any]:
+            try:
+                session = desk.sessions.arrive(request.session_hash or "", token or "", request.username)
+            except ValueError as error:
+                return {status: bar("error", str(error))}
+            return {ticket: session.token} | (shown(session) if session.scan is not None else {})
+
         def leave(request: gr.Request) -> None:
-            desk.sessions.close(request.session_hash or "")
+            desk.sessions.leave(request.session_hash or "")
 
         # "multiple": a step that Gradio would leave out, because the one before still runs, is another scan's or another question's
         opens: dict[str, Any] = {
@@ -294,7 +308,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
             )  # fmt: skip
         talk.stop(stop, None, talk, **AT_ONCE)
         clear.click(empty, None, [talk, viewer], **AT_ONCE)
-        draft.click(write, None, [report, reading], show_progress_on=reading, api_visibility="private", **modelling)
+        draft.click(write, report, [report, reading], show_progress_on=reading, api_visibility="private", **modelling)
         looking: dict[str, Any] = {**HIDDEN, **modelling}
         talk.select(explain, None, [status, viewer], **looking)
         phrase.submit(find, phrase, [status, viewer], **looking)
@@ -303,6 +317,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
         search.click(resemble, None, cases, show_progress="minimal", api_visibility="private", **modelling)
         end.click(end_draft, None, None, **AT_ONCE)
         report.change(rewrite, report, reading, trigger_mode="always_last", **AT_ONCE)  # `input` leaves out what is deleted or pasted
+        blocks.load(arrive, ticket, [ticket, *opened], js=file("arrive.js"), **AT_ONCE)
         blocks.unload(leave)
     blocks.queue(api_open=False)  # nobody passes by the queue
     return blocks

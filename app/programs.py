@@ -17,7 +17,8 @@ from typing import Any
 
 import gradio as gr
 from desk import Desk
-from sessions import MALFORMED, Session, sentence
+from sessions import Session
+from turns import MALFORMED, sentence
 
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 
@@ -39,7 +40,8 @@ def session_of(desk: Desk, request: gr.Request) -> Session:
     """Raises gr.Error for a caller who gives no session: all such would share one."""
     if not request.session_hash:
         raise gr.Error("Name a session by session_hash, as gradio_client does.", print_exception=False)
-    return desk.sessions.of(request.session_hash)
+    with sentences():
+        return desk.sessions.of(request.session_hash)
 
 
 def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:

@@ -1,75 +1,36 @@
 """Who is at the desk: for each browser session its scan, its conversation, its report; nothing of one is seen by another.
 
-Nothing here knows the page. A session ends when its page is closed, or when too many are open and it rested longest; its memory goes then.
+Nothing here knows the page. A program's session ends with its connection. A page's is kept for some minutes, and for hours with a report
+that was not saved, so that a page that is loaded again, or was cut off, finds everything as it was. `Sessions` says who gives way to whom
+where too many are open.
 """
 
-import logging
 import secrets
 import threading
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from scans import OpenScan
+from turns import Turn, history, sentence
 from viewer import Overlay
 
 from med3dvlm.reporting import KeyImage
 
-logger = logging.getLogger(__name__)
-
 MOST_SESSIONS = 64
+SECONDS_KEPT = 600.0  # a session whose page is gone
+SECONDS_UNSAVED = 4 * 3600.0  # one with a report that a person wrote and did not save
+SECONDS_FORGOTTEN = 12 * 3600.0  # after which a session ends of which nothing was heard
 MOST_CHARACTERS = 4000  # of a question, about 700 words
-LOW_CONFIDENCE = 0.5
 NO_SCAN = "Please open a scan first: drop its file on the viewer, or take an example."
 NO_QUESTION = "Please type a question first."
 NO_ANSWER = "The model gave no answer; please ask in other words."
+FULL = "All places at this server are taken; close another page of it, or try again later."
 BUSY = "An answer is being written; wait for it or stop it."
-BROKEN = "Something went wrong here. Try again; with a large scan the machine may be short of memory."
-
-
-MALFORMED = (
-    "This call does not fit: a value is missing, of another kind, or a path that was not sent to this server. app/programs.py says how the "
-    "functions are called."
-)
-
-
-def sentence(error: Exception) -> str:
-    """What is said of an error where the user looks: the words of a ValueError, which say what is wrong with what was given."""
-    if isinstance(error, ValueError):
-        return str(error)
-    log(error)
-    return BROKEN
-
-
-def log(error: Exception) -> None:
-    """Note kind and place of an error and nothing else: its words may quote a question or name a scan."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    logger.error("%s in %s", type(error).__name__, f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "?")
-
-
-@dataclass(eq=False)
-class Turn:
-    """A question and what became of it. `state`: waiting, writing, done, stopped or failed (`answer` then says why)."""
-
-    question: str
-    answer: str = ""
-    state: str = "waiting"
-    seconds: float | None = None
-    tokens: int | None = None
-    confidence: float | None = None
-    stop: threading.Event = field(default_factory=threading.Event, repr=False)
-
-    @property
-    def open(self) -> bool:
-        return self.state in ("waiting", "writing")
-
-    def shown(self) -> dict[str, Any]:
-        """For the page and for programs."""
-        names = ("question", "answer", "state", "open", "seconds", "tokens", "confidence")
-        return {name: getattr(self, name) for name in names} | {"low": self.confidence is not None and self.confidence < LOW_CONFIDENCE}
 
 
 @dataclass(eq=False)
@@ -88,7 +49,12 @@ class Session:
     key_images: dict[int, KeyImage] = field(default_factory=dict)  # that go with the report, by number
     marked: int = 0  # of them so far, which numbers them
     saved: str = ""  # the report as it was saved last
+    before: str = ""  # the report that a draft replaces
     warned: str = ""  # the changed report of which a person was told that a draft would replace it
+    page: bool = False  # a browser shows it, or did before it left; else a program's
+    owner: str | None = None  # the account of who sees the page
+    seen: float = field(default_factory=time.monotonic)  # the last sign of life
+    left: float | None = None  # when the page was closed, loaded again or cut off
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def put(self, scan: OpenScan) -> None:
@@ -142,6 +108,31 @@ class Session:
             return False
         return bool(self.report.strip())
 
+    @property
+    def unsaved(self) -> bool:
+        """Whether a person wrote or changed the report and it was not saved since."""
+        return self.edited and self.report != self.saved
+
+    def typed(self, report: str) -> None:
+        """The report as it stands in the field. While a draft is written, its own words come back, some late; a person's own end the draft."""
+        with self._lock:
+            draft = self.draft
+            if draft is not None and draft.open:
+                if report == self.before or draft.answer.startswith(report):
+                    return
+                draft.stop.set()
+                self.draft = replace(draft, state="stopped")  # the writer's own is not this one any more
+            self.report = report
+
+    def leave(self) -> None:
+        """The page is gone, for a while or for good: nobody reads what is being written."""
+        self.stop()
+        self.stop_draft()
+        for turn in (*self.turns, *([self.draft] if self.draft else [])):
+            if turn.open:
+                turn.state = "stopped"
+        self.left = time.monotonic()
+
     def close(self) -> None:
         """Everything of the scan goes, whatever is being written ends."""
         with self._lock:
@@ -149,7 +140,7 @@ class Session:
             self.clear()
             self.stop_draft()
             self.scan = self.features = self.draft = self.overlay = None
-            self.report = self.warned = self.saved = ""
+            self.report = self.warned = self.saved = self.before = ""
             self.key_images = {}
 
     def pose(self, question: str) -> Turn:
@@ -201,7 +192,7 @@ class Session:
         except Exception as error:  # noqa: BLE001  told in a sentence, the program's own mistakes in the log, too
             turn.state, turn.answer = "failed", sentence(error)
         except BaseException:  # a page that went away: the turn must not stay open
-            turn.state = "failed"
+            turn.state = "stopped"
             raise
         yield turn
 
@@ -234,31 +225,100 @@ class Session:
         return features
 
 
-def history(turns: list[Turn]) -> list[dict[str, str]]:
-    """What the model is told was said before: answered and stopped turns, not failed ones."""
-    messages = []
-    for turn in turns:
-        if turn.state in ("done", "stopped") and turn.answer.strip():
-            messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
-    return messages
-
-
 class Sessions:
-    """All desks, by the name that Gradio gives a browser session."""
+    """All desks, by the name that Gradio gives a browser session.
+
+    Above `most`, the session that rested longest gives way, of those that have no connection and write no answer. A page takes a
+    program's place, too, and that of a page which is gone. Nobody else's place is taken: the newcomer is refused.
+    """
 
     def __init__(self, most: int = MOST_SESSIONS) -> None:
         self._by_name: OrderedDict[str, Session] = OrderedDict()
+        self._connections: Counter[str] = Counter()
         self._most, self._lock = most, threading.Lock()
 
     def of(self, name: str) -> Session:
-        """The session of that name, a new one at its first sign of life; above `most`, the one that rested longest is closed."""
+        """The session of that name, a new one at its first sign of life. Raises ValueError, one sentence, where there is no place."""
+        return self._enter(name, page=False)
+
+    def arrive(self, name: str, token: str = "", owner: str | None = None) -> Session:
+        """The session of a page that was just loaded: the one of that token, if the same person had it before, else a new one.
+
+        Raises:
+            ValueError: there is no place; one sentence.
+        """
+        found = self.by_token(token)
+        if found is None or not found.page or found.owner != owner:
+            session = self._enter(name, page=True)
+            session.owner = owner
+            return session
         with self._lock:
-            session = self._by_name.setdefault(name, Session())
+            for old in [old for old, session in self._by_name.items() if session is found]:
+                del self._by_name[old]
+            empty = self._by_name.pop(name, None)
+            self._by_name[name] = found
+            found.seen, found.left = time.monotonic(), None
+        if empty is not None:
+            empty.close()
+        return found
+
+    @contextmanager
+    def connection(self, name: str) -> Iterator[None]:
+        """While a page or a program holds its connection open, nobody takes the session's place."""
+        with self._lock:
+            self._connections[name] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._connections[name] -= 1
+                self._connections += Counter()  # without those at 0
+
+    def leave(self, name: str) -> None:
+        """Its connection ended: a program's session is closed, a page's kept for a while."""
+        with self._lock:
+            session = self._by_name.get(name)
+        if session is None or not session.page:
+            self.close(name)
+            return
+        session.leave()
+        seconds = SECONDS_UNSAVED if session.unsaved else SECONDS_KEPT
+        timer = threading.Timer(seconds, self._forget, (session, session.left))
+        timer.daemon = True
+        timer.start()
+
+    def _forget(self, session: Session, left: float) -> None:
+        """Close a session that nobody came back to since."""
+        if session.left == left:
+            for name in [name for name, each in list(self._by_name.items()) if each is session]:
+                self.close(name)
+
+    def _enter(self, name: str, page: bool) -> Session:
+        with self._lock:
+            session, closed = self._by_name.get(name), []
+            if session is None:
+                closed = self._make_room(page)
+                session = self._by_name[name] = Session()
             self._by_name.move_to_end(name)
-            surplus = self._by_name.popitem(last=False)[1] if len(self._by_name) > self._most else None
-        if surplus is not None:
-            surplus.close()
+            session.page |= page
+            session.seen, session.left = time.monotonic(), None
+        for each in closed:
+            each.close()
         return session
+
+    def _make_room(self, page: bool) -> list[Session]:
+        """Take the sessions out that give way to a new one. Raises ValueError where none does."""
+        sessions = self._by_name
+        closed = [sessions.pop(name) for name in list(sessions) if time.monotonic() - sessions[name].seen > SECONDS_FORGOTTEN]
+        if len(sessions) < self._most:
+            return closed
+        programs = [name for name in sessions if not sessions[name].page]
+        resting = (name for name in programs if not self._connections[name] and not any(turn.open for turn in sessions[name].turns))
+        gone = (name for name in sessions if sessions[name].left is not None)
+        name = next(chain(resting, programs, gone) if page else resting, None)
+        if name is None:
+            raise ValueError(FULL)
+        return [*closed, sessions.pop(name)]
 
     def by_token(self, token: str) -> Session | None:
         with self._lock:
@@ -270,6 +330,14 @@ class Sessions:
         with self._lock:
             others = [other.scan for other in self._by_name.values() if other is not session and other.scan is not None]
         return sum({id(each): each.nbytes for each in (scan, *others)}.values())
+
+    def close_gone(self) -> bool:
+        """Close the session that was left longest ago, for its memory; whether there was one. One with an unsaved report stays."""
+        with self._lock:
+            gone = {name: session.left for name, session in self._by_name.items() if session.left is not None and not session.unsaved}
+        if gone:
+            self.close(min(gone, key=lambda name: gone[name] or 0.0))
+        return bool(gone)
 
     def close(self, name: str) -> None:
         with self._lock:

@@ -23,8 +23,9 @@ from gradio.utils import get_upload_folder
 from programs import once
 from pydantic import Field
 from scans import PREFIX
-from sessions import Session, sentence
+from sessions import Session
 from starlette.routing import BaseRoute, Route
+from turns import sentence
 
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 

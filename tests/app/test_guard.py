@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from guard import Rate
-from sessions import MALFORMED
+from turns import MALFORMED
 
 WORDS = "Is-there-a-secret-finding?"
 

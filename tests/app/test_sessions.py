@@ -3,17 +3,20 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from desk import Desk
 from PIL import Image
 from scans import example
-from sessions import BROKEN, BUSY, NO_SCAN, Session, Sessions, Turn, history
+from sessions import BUSY, FULL, NO_SCAN, Session, Sessions
+from turns import BROKEN, Turn, history
 
 from med3dvlm.volume import VolumeError
 
@@ -212,3 +215,99 @@ def test_above_the_limit_the_session_that_rested_longest_closes() -> None:
     assert sessions.by_token(one.token) is one and sessions.by_token(two.token) is None
     sessions.close("one")
     assert one.scan is None and sessions.of("three") is three
+
+
+def test_programs_do_not_take_the_place_of_who_works() -> None:
+    sessions = Sessions(most=3)
+    page = sessions.arrive("page")
+    page.put(example("Chest phantom"))
+    with sessions.connection("connected"):
+        connected = sessions.of("connected")
+        connected.put(example("Chest phantom"))
+        for number in range(70):
+            sessions.of(f"call {number}")
+        assert page.scan is not None and connected.scan is not None and len(sessions) == 3
+        asked = sessions.of("call 69")
+        asked.put(example("Chest phantom"))
+        asked.pose("Which?")
+        with pytest.raises(ValueError, match=re.escape(FULL)):
+            sessions.of("one more")  # an answer is being written there
+        asked.stop()
+        sessions.of("one more")
+        assert asked.scan is None
+        sessions.arrive("second page")
+        sessions.arrive("third page")  # takes a program's place
+        assert connected.scan is None and page.scan is not None
+    with pytest.raises(ValueError, match=re.escape(FULL)):
+        sessions.arrive("fourth page")
+    sessions.leave("page")
+    sessions.arrive("fourth page")  # takes the place of one that is gone
+    assert page.scan is None
+
+
+def test_a_page_that_is_loaded_again_goes_on_where_it_was(monkeypatch) -> None:
+    sessions, parrot = Sessions(), Parrot()
+    page = sessions.arrive("before", "", "anna")
+    page.put(example("Chest phantom"))
+    page.report = "Typed by hand."
+    page.pose("slowly")
+    writing = page.answer(parrot, page.claim())
+    while not page.turns[0].answer:
+        next(writing)
+    sessions.leave("before")
+    assert [turn.state for turn in page.turns] == ["stopped"]
+    writing.close()
+    assert [turn.state for turn in page.turns] == ["stopped"] and page.turns[0].answer
+    for token, owner in (("", "anna"), ("wrong", "anna"), (page.token, "ben"), (page.token, None)):
+        other = sessions.arrive("another", token, owner)
+        assert other is not page and other.scan is None
+        sessions.close("another")
+    sessions.of("after")  # what the page asked for before it said who it is
+    assert sessions.arrive("after", page.token, "anna") is page and sessions.of("after") is page and len(sessions) == 1
+    assert page.scan is not None and page.report == "Typed by hand." and page.left is None
+    sessions.leave("after")  # cut off
+    assert sessions.of("after") is page and page.left is None
+
+
+def test_a_page_that_stays_away_is_forgotten_later_with_an_unsaved_report(monkeypatch) -> None:
+    planned = []
+    monkeypatch.setattr("sessions.threading.Timer", lambda seconds, act, given: planned.append((seconds, lambda: act(*given))) or Mock())
+    sessions = Sessions()
+    for name, report, saved, seconds in (
+        ("none", "", "", 600),
+        ("unsaved", "Mine.", "", 4 * 3600),
+        ("saved", "Mine.", "Mine.", 600),
+    ):
+        page = sessions.arrive(name)
+        page.put(example("Chest phantom"))
+        page.report, page.saved = report, saved
+        sessions.leave(name)
+        assert planned[-1][0] == seconds
+    sessions.of("saved")  # came back
+    for _, act in planned:
+        act()
+    assert len(sessions) == 1 and sessions.of("saved").scan is not None
+
+    sessions.leave("saved")
+    back = sessions.arrive("unsaved")
+    back.report = "Mine."
+    sessions.leave("unsaved")
+    assert sessions.close_gone() and not sessions.close_gone() and sessions.of("unsaved") is back  # memory is needed
+
+
+def test_words_typed_while_a_draft_is_written_stay(session) -> None:
+    desk = Desk(Parrot())
+    writing = desk.draft(session, "")
+    for _ in range(3):
+        next(writing)
+    desk.rewrite(session, "A nodule that I see.")
+    assert list(writing) == [] and session.report == "A nodule that I see." and session.author == "model, changed by hand"
+    session.put(example("Abdomen phantom"))
+    with pytest.raises(ValueError, match="changed by hand and not saved"):
+        list(desk.draft(session, "Typed just now."))
+    assert session.report == "Typed just now."
+    desk.save(session, "txt", "Typed just now.")
+    for _ in desk.draft(session, "Typed just now."):  # saved, so nothing is lost
+        if session.draft.open:
+            desk.rewrite(session, "Typed just now.")  # comes late
+    assert session.author == "model"
