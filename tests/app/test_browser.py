@@ -192,6 +192,35 @@ def test_a_draft_that_was_stopped_says_so(visit, server, scan) -> None:
     assert b"Incomplete" in saved(page, "Text")
 
 
+def test_a_page_that_is_loaded_again_is_as_it_was(visit, server, scan) -> None:
+    page = visit()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.locator("#loader input[type=file]").set_input_files(scan(13))
+    page.wait_for_selector(".workstation[data-state=open]")
+    page.get_by_label("Your question").fill("Which organ?")
+    page.keyboard.press("Enter")
+    expect(page.locator(".answered.done")).to_have_count(1)
+    page.get_by_role("tab", name="Report").click()
+    page.locator("#report textarea").type("Typed by hand.")
+    expect(page.locator(".reading .save").first).to_be_visible()
+    token = page.locator("#ticket textarea, #ticket input").input_value()
+    session = server.desk.sessions.by_token(token)
+    wait_for(lambda: session.report == "Typed by hand.")
+    assert page.evaluate("sessionStorage.length") == 0
+    page.reload()
+    page.wait_for_selector(".workstation[data-state=open]")
+    assert "/ 13" in count(page)
+    expect(page.locator(".answered.done")).to_contain_text("13 slices.")
+    page.get_by_role("tab", name="Report").click()
+    expect(page.locator("#report textarea")).to_have_value("Typed by hand.")
+    assert b"Typed by hand." in saved(page, "Text")
+    assert server.desk.sessions.by_token(token) is session and session.left is None
+    assert page.evaluate("sessionStorage.length") == 0
+    page.goto("about:blank")
+    wait_for(lambda: session.left is not None)
+    assert session.scan is not None
+
+
 def test_where_it_looked_and_what_is_similar(visit, scan) -> None:
     page = visit()
     opened(page, scan())
