@@ -135,8 +135,8 @@ def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int, move:
     if len(uploads) > MOST_FILES:
         raise VolumeError(f"{len(uploads)} files were sent but at most {MOST_FILES} are taken; give one series, or a zip of it.")
     endings = [_ending(upload) for upload in uploads]
-    if ".mhd" in endings:
-        raise VolumeError("An .mhd file has its voxels in another file; save the scan as one .mha file.")
+    if {".mhd", ".nhdr"} & set(endings):
+        raise VolumeError("An .mhd or .nhdr file has its voxels in another file; save the scan as one .mha or .nrrd file.")
     if len(uploads) == 1:
         if uploads[0].stat().st_size and not (endings[0] in KINDS or is_dicom(uploads[0])):
             raise VolumeError(f"This is no scan that can be opened here; open {OPENED}.")

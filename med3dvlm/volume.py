@@ -185,10 +185,12 @@ def read_volume(
         number = parts.series[0].partition(":")[0]
         listed = "; ".join(sorted(parts.series, key=lambda line: int(line.partition(":")[0])))
         warnings.append(f"there are {len(parts.series)} series ({listed}); number {number} is read, and series= picks another.")
-    found, direction, heights = parts.spacing, None if parts.direction is None else parts.direction[:, ::-1], parts.slice_positions
-    if parts.axes is not None:
-        found, direction = _split(parts.axes, warnings, parts.modality is None)
-    elif found is not None and not all(0 < mm < math.inf for mm in found):
+    found, direction, heights = parts.spacing, None, parts.slice_positions
+    axes = parts.direction if parts.axes is None else parts.axes
+    if axes is not None:
+        lengths, direction = _split(axes, warnings, parts)
+        found = found if parts.axes is None else lengths
+    if found is not None and not all(0 < mm < math.inf for mm in found):
         warnings.append(f"the file says spacing {_mm(found)}, which is none, and is ignored.")
         found = None
 
@@ -221,16 +223,16 @@ def read_volume(
 
 
 def _smallest_exact_type(array: NDArray[Any], source: str) -> NDArray[np.int16] | NDArray[np.float32]:
-    """int16 where that loses nothing, else float32."""
+    """int16 where that loses nothing, else float32; in order, and writable where the array is a view of a file's bytes."""
     if array.dtype.fields is not None:
         raise colour(source)
     if array.dtype.kind not in "iufb":
         raise VolumeError(f"{source}: values are of type {array.dtype} but real numbers are needed; convert them.")
     if array.size and array.min() >= -32768 and array.max() <= 32767:
         if array.dtype.kind != "f" or (array == np.rint(array)).all():
-            return np.ascontiguousarray(array, dtype=np.int16)
+            return np.require(array, np.int16, ["C", "W"])
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which Volume refuses
-        return np.ascontiguousarray(array, dtype=np.float32)
+        return np.require(array, np.float32, ["C", "W"])
 
 
 def _looks_like_labels(array: NDArray[Any]) -> bool:
@@ -249,13 +251,13 @@ def _looks_like_labels(array: NDArray[Any]) -> bool:
     return bool((inside & (left == right)).sum() >= 0.9 * inside.sum() > 0)
 
 
-def _split(axes: NDArray[np.float64], warnings: list[str], identity_means_unknown: bool) -> tuple[Any, NDArray[np.float64] | None]:
+def _split(axes: NDArray[np.float64], warnings: list[str], parts: formats.Parts) -> tuple[Any, NDArray[np.float64] | None]:
     """Spacing (z, y, x) and direction (columns D, H, W), or (None, None) for a matrix that is no geometry."""
     columns = np.asarray(axes, dtype=np.float64)[:, ::-1]
     if not geometry.is_geometry(columns):
         warnings.append("the file's axes are singular or not finite and are ignored.")
         return None, None
-    if identity_means_unknown and np.array_equal(np.abs(axes), np.eye(3)):
+    if parts.axes is not None and parts.modality is None and np.array_equal(np.abs(axes), np.eye(3)):
         warnings.append("the geometry is the 1 mm identity, which programs write when they know none; it may be wrong.")
     lengths = np.linalg.norm(columns, axis=0)
     return tuple(float(mm) for mm in lengths), columns / lengths
@@ -298,4 +300,4 @@ def _degrees(angle: float) -> str:
 
 
 def _mm(spacing: Sequence[float]) -> str:
-    return " x ".join(f"{mm:.3g}" for mm in spacing) + " mm"
+    return " x ".join(f"{mm:.3g}" if mm < 1000 else f"{mm:.0f}" for mm in spacing) + " mm"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from PIL import Image
+from pydicom.dataset import Dataset
 
 from med3dvlm.volume import READERS, Volume, VolumeError, read_volume
 from tests.formats.dicom_files import write_enhanced, write_series
@@ -20,6 +21,28 @@ def test_stated_spacing_replaces_the_files_with_a_warning(tmp_path: Path) -> Non
     assert any("2.5 x 0.8 x 0.7 mm; the stated 5 x 0.8 x 0.7 mm" in warning for warning in volume.warnings)
 
 
+@pytest.mark.parametrize(
+    ("factor", "unit", "words"),
+    [
+        (0.001, "unknown", "0.0025 x 0.0008 x 0.0007 mm is none that a scan has"),
+        (1, "meter", "2500 x 800 x 700 mm is none that a scan has"),
+        (1, "micron", "0.0025 x 0.0008 x 0.0007 mm is none that a scan has"),
+        (1000, "unknown", "2500 x 800 x 700 mm is none that a scan has"),
+        (1000, "micron", ""),
+        (0.001, "meter", ""),
+        (0.1, "mm", ""),  # a dental scan
+        (10, "mm", ""),
+    ],
+)
+def test_a_spacing_that_no_scan_has_is_doubted(tmp_path: Path, factor: float, unit: str, words: str) -> None:
+    image = nibabel.Nifti1Image(scan().transpose(), np.diag([0.7 * factor, 0.8 * factor, 2.5 * factor, 1]))
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, tmp_path / "scan.nii")
+    told = [warning for warning in read_volume(tmp_path / "scan.nii").warnings if "unit of length" in warning]
+    assert words in " ".join(told) and bool(told) == bool(words)
+    assert not any("unit of length" in text for text in read_volume(tmp_path / "scan.nii", spacing=(2.5, 0.8, 0.7)).warnings)
+
+
 # DICOM, whose readers have tests of their own
 
 
@@ -30,6 +53,27 @@ def test_a_dicom_series_is_hu_by_its_header(tmp_path: Path) -> None:
     assert volume.spacing == pytest.approx((2.5, 0.8, 0.7)) and volume.warnings == ()
     assert volume.notes == ("the header's slope 1 and intercept -1024 are applied.", "the unit is HU, as the header says.")
     assert "secret" not in repr(volume).lower()
+
+
+def test_dicom_of_1_mm_is_not_doubted_and_its_tilt_and_slabs_are_straightened(tmp_path: Path) -> None:
+    """No program writes DICOM of 1 mm for want of knowledge. Slabs of 2 and 3 mm, leaning by half a mm a mm towards the back."""
+    one = read_volume(write_series(tmp_path / "one", scan(), np.diag([-1.0, -1.0, 1.0, 1.0])))
+    assert one.spacing == (1, 1, 1) and one.warnings == ()
+    heights = np.cumsum([0, *[2.0] * 4, *[3.0] * 5])
+
+    def move(item: Dataset, place: int) -> None:
+        item.ImagePositionPatient = [0.0, 0.5 * heights[place], heights[place]]
+
+    folder = write_series(tmp_path / "tilted", scan(), np.diag([-1.0, -1.0, 2.0, 1.0]), edit=move)
+    volume = read_volume(folder)
+    assert sum("--straighten" in warning for warning in volume.warnings) == 2
+    assert any("sheared by 26.6 degrees" in warning for warning in volume.warnings)
+    assert any("slice distances vary from 2.00 to 3.00 mm" in warning for warning in volume.warnings)
+    straight = read_volume(folder, straighten=True)
+    assert straight.spacing == (2, 1, 1) and straight.shape[0] * 2 == pytest.approx(heights[-1] + 2, abs=1)
+    assert straight.warnings == () and straight.modality == "CT" and straight.unit == "HU"
+    rows = [np.argwhere(each.array > -480).max(axis=0)[1] for each in (volume, straight)]
+    assert rows[1] - rows[0] == pytest.approx(0.5 * heights[7], abs=1)
 
 
 def test_dicom_policies(tmp_path: Path) -> None:

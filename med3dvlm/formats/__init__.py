@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from med3dvlm.formats import archive, arrays, dicom, folders, itk, nifti
+from med3dvlm.formats import archive, arrays, dicom, folders, metaimage, nifti, nrrd
 from med3dvlm.formats.base import Parts, VolumeError
 from med3dvlm.formats.hu import HU_POLICIES
 from med3dvlm.formats.sources import scan_files, state_of
@@ -19,9 +19,10 @@ WITH_SERIES: dict[str, Callable[[Path, str, int | None], Parts]] = {
 READERS: dict[str, Callable[..., Parts]] = {
     ".nii": nifti.read,
     ".nii.gz": nifti.read,
-    ".nrrd": itk.read,
-    ".mha": itk.read,
-    ".mhd": itk.read,
+    ".nrrd": nrrd.read,
+    ".nhdr": nrrd.read,
+    ".mha": metaimage.read,
+    ".mhd": metaimage.read,
     ".npy": arrays.read_npy,
     ".npz": arrays.read_npz,
     **WITH_SERIES,

@@ -1,105 +1,178 @@
 """NIfTI-1 and -2, compressed or not."""
 
-import gzip
-import io
+import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from med3dvlm.formats.base import Parts, VolumeError, check_size, damaged
+from med3dvlm.formats.packed import GZIP, behind, inflated
+from med3dvlm.geometry import is_geometry
 
-GZIP = b"\x1f\x8b"
-AFTER_THE_VOXELS = 2**20  # bytes; more than that behind the last voxel is not NIfTI
-BEFORE_THE_VOXELS = 2**20  # bytes of header and extensions
+START = 65536  # bytes that are unpacked to see the header
 
 
 def read(path: Path, source: str) -> Parts:
-    """A .nii or .nii.gz file. A .gz file is unpacked to its end, so that its checksum is verified, but not beyond what
-    its header announces.
+    """A .nii or .nii.gz file. A .gz file is unpacked to its end, so that its checksum is verified; what follows the voxels is not kept.
 
-    The affine is the sform's, else the qform's; a file with neither has a spacing alone.
+    The affine is the sform's, where that is one, else the qform's; a file with neither has a spacing alone. A slope of 0 or NaN means
+    that values are not scaled.
 
     Raises:
-        VolumeError: the file is damaged or announces an impossible size.
+        VolumeError: the file is damaged, announces an impossible size or holds values that are not real.
     """
-    import nibabel
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-    from nibabel.wrapstruct import WrapStructError
-
-    try:
-        content = _content(path, source)
-        image: Any = _image_type(content).from_bytes(content)
-        header, proxy = image.header, image.dataobj
-        rescale = None if (proxy.slope, proxy.inter) == (1, 0) else (float(proxy.slope), float(proxy.inter))
-        # Unscaled whole numbers stay so, whatever their size.
-        array = np.asanyarray(proxy) if rescale is None else np.asanyarray(proxy, dtype=np.float32)
-        qform, sform = header.get_qform(coded=True)[0], header.get_sform(coded=True)[0]
-        to_mm = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres and microns
-    except VolumeError:
-        raise
-    except (
-        ImageFileError,
-        HeaderDataError,
-        WrapStructError,
-        EOFError,
-        OSError,
-        ArithmeticError,
-        LookupError,
-        ValueError,
-        zlib.error,
-    ) as error:
-        raise damaged(source, "NIfTI") from error
-    if array.ndim > 3 and set(array.shape[3:]) == {1}:
-        array = array.reshape(array.shape[:3])
-    if sform is None and qform is None:
-        zooms = tuple(to_mm * float(mm) for mm in reversed(header.get_zooms()[:3]))
-        spacing = zooms if min(zooms) > 0 else None
-        return Parts(array.T, None, spacing, warnings=("the file has no qform and no sform.",), rescale=rescale)
-    affine = qform if sform is None else sform
-    conflict = sform is not None and qform is not None and nibabel.aff2axcodes(qform) != nibabel.aff2axcodes(sform)
-    warnings = ["qform and sform contradict each other; the sform is used."] if conflict else []
-    pixdim, lengths = np.array(header.get_zooms()[:3]), np.linalg.norm(affine[:3, :3], axis=0)[: array.ndim]
-    if pixdim.min() > 0 and not np.allclose(pixdim, lengths, rtol=0.01, atol=0):  # pixdim, which is the qform's voxel size, too
-        stated, used = (" x ".join(f"{to_mm * mm:.3g}" for mm in reversed(size)) for size in (pixdim, lengths))
-        warnings.append(f"the header says spacing {stated} mm (pixdim) and {used} mm (sform); the sform is used.")
-    return Parts(array.T, to_mm * affine[:3, :3], warnings=tuple(warnings), rescale=rescale)
-
-
-def _content(path: Path, source: str) -> bytes:
-    """The whole file, unpacked, its announced size checked first."""
     packed = path.read_bytes()
-    if not packed.startswith(GZIP):
-        _announced(packed, len(packed), source)
-        return packed
-    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
-        announced = _announced(file.read(1024), len(packed), source)
-        file.seek(0)
-        content = file.read(announced + AFTER_THE_VOXELS)
-        if file.read(1):
-            raise ValueError("there is more in the file than its header announces")
-    return content
+    try:
+        header = _header(packed, source)
+        offset, sizes, dtype = _layout(header, source)
+        check_size((offset,), 1, len(packed), source, "NIfTI")
+        check_size(sizes, dtype.itemsize, len(packed), source, "NIfTI")
+        size = offset + math.prod(sizes) * dtype.itemsize
+        content, more, beside = inflated(packed, size) if packed.startswith(GZIP) else (packed, len(packed) - size, 0)
+        stored: NDArray[Any] = np.frombuffer(content, dtype, math.prod(sizes), offset).reshape(sizes[::-1])
+    except OverflowError as error:
+        raise VolumeError(f"{source}: this cannot be read as NIfTI: far more follows than the header announces; save it again.") from error
+    except (EOFError, ValueError, zlib.error) as error:
+        if isinstance(error, VolumeError):
+            raise
+        raise damaged(source, "NIfTI") from error
+    while stored.ndim > 3 and stored.shape[0] == 1:
+        stored = stored[0]
+    warnings = list(behind(more, beside))
+    rescale = _rescale(float(header["scl_slope"]), float(header["scl_inter"]), warnings)
+    if dtype.fields is not None:  # colours, which are not rescaled
+        rescale = None
+    array = stored if rescale is None else _rescaled(stored, *rescale)
+    geometry = _geometry(header, warnings) if stored.ndim == 3 else {}
+    return Parts(array, warnings=tuple(warnings), rescale=rescale, **geometry)
 
 
-def _announced(start: bytes, file_bytes: int, source: str) -> int:
-    """The number of bytes, from the file's first to that of the last voxel, by the header in `start`."""
-    header = _image_type(start).header_class.from_fileobj(io.BytesIO(start), check=False)
-    shape, voxel_bytes = header.get_data_shape(), header.get_data_dtype().itemsize
-    check_size(shape, voxel_bytes, file_bytes, source, "NIfTI")
-    if header.get_data_dtype().kind == "c":
-        raise VolumeError(f"{source}: values are complex numbers but real ones are needed; save magnitude or phase by itself.")
-    if header["vox_offset"] > BEFORE_THE_VOXELS:
-        raise ValueError("the voxels begin too far behind the header")
-    return int(header["vox_offset"]) + int(np.prod(shape, dtype=np.int64)) * voxel_bytes
-
-
-def _image_type(content: bytes) -> Any:
+def _header(packed: bytes, source: str) -> Any:
+    """nibabel's header object, as stored. Raises ValueError, EOFError or zlib.error where there is none."""
     import nibabel
 
-    if content[4:8] == b"n+2\0":
-        return nibabel.Nifti2Image
-    if content[344:348] != b"n+1\0":
+    start = packed[:START]
+    if start.startswith(GZIP):
+        start = zlib.decompressobj(47).decompress(start, 1024)
+    if start[344:348] == b"ni1\0":
+        raise VolumeError(f"{source}: this is one of the two files of a .hdr and .img pair; save the scan as one .nii file.")
+    if start[4:8] == b"n+2\0":
+        return nibabel.Nifti2Header(start[:540], check=False)
+    if start[344:348] != b"n+1\0":
         raise ValueError("no NIfTI signature")
-    return nibabel.Nifti1Image
+    return nibabel.Nifti1Header(start[:348], check=False)
+
+
+def _layout(header: Any, source: str) -> tuple[int, list[int], np.dtype[Any]]:
+    """Where the voxels begin, the lengths of the axes, the fastest first, and the type of the values. Raises ValueError for none."""
+    from nibabel.spatialimages import HeaderDataError
+
+    dimension, offset = int(header["dim"][0]), float(header["vox_offset"])
+    sizes = [int(length) for length in header["dim"][1 : dimension + 1]]
+    while len(sizes) > 3 and sizes[-1] in (0, 1):
+        sizes.pop()
+    try:
+        dtype = header.get_data_dtype()
+    except (HeaderDataError, KeyError) as error:
+        raise ValueError("no such type of values") from error
+    if not 1 <= dimension <= 7 or min(sizes) < 1 or not (offset == 0 or header.sizeof_hdr <= offset < math.inf):
+        raise ValueError("no such number of voxels")
+    if dtype.kind == "c":
+        raise VolumeError(f"{source}: values are complex numbers but real ones are needed; save magnitude or phase by itself.")
+    return int(offset) or header.single_vox_offset, sizes, dtype
+
+
+def _rescale(slope: float, intercept: float, warnings: list[str]) -> tuple[float, float] | None:
+    """Slope and intercept to apply; oddities go into `warnings`."""
+    if math.isnan(slope) or slope == 0:
+        if math.isfinite(intercept) and intercept:
+            warnings.append(f"the header's slope is {slope:g}, which means no scaling; its intercept {intercept:g} is not applied.")
+        return None
+    if math.isinf(slope):
+        warnings.append("the header's slope is infinite; values are not scaled.")
+        return None
+    if not math.isfinite(intercept):
+        warnings.append(f"the header's intercept is {intercept:g}; 0 counts instead.")
+        intercept = 0.0
+    return None if (slope, intercept) == (1, 0) else (slope, intercept)
+
+
+def _rescaled(stored: NDArray[Any], slope: float, intercept: float) -> NDArray[np.float32]:
+    array = np.empty(stored.shape, np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused later
+        for place, picture in enumerate(stored):
+            array[place] = picture * np.float64(slope) + intercept
+    return array
+
+
+def _geometry(header: Any, warnings: list[str]) -> dict[str, Any]:
+    """What is known of the fields axes and spacing of `Parts`; what is odd goes into `warnings`."""
+    from nibabel import aff2axcodes
+
+    to_mm = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres and microns
+    pixdim = np.array(header["pixdim"][1:4], dtype=np.float64)
+    qform, sform = _qform(header, pixdim, warnings), _sform(header, warnings)
+    measured = bool(np.isfinite(pixdim).all() and pixdim.min() > 0)
+    if sform is not None and qform is not None:
+        unit = np.allclose(np.linalg.norm(sform, axis=0), 1, rtol=0, atol=1e-6)
+        if unit and not np.allclose(pixdim, 1, rtol=0.01):
+            warnings.append(f"the sform states 1 mm voxels beside a qform of {_mm(to_mm * pixdim)} mm; the qform is used.")
+            sform = None
+        elif aff2axcodes(_affine(qform)) != aff2axcodes(_affine(sform)):
+            warnings.append("qform and sform contradict each other; the sform is used.")
+    axes = qform if sform is None else sform
+    if axes is None:
+        if not (header["qform_code"] > 0 or header["sform_code"] > 0):
+            warnings.append("the file has no qform and no sform.")
+        return {"spacing": tuple(float(mm) for mm in to_mm * pixdim[::-1])} if pixdim.any() else {}
+    lengths = np.linalg.norm(axes, axis=0)
+    if measured and not np.allclose(pixdim, lengths, rtol=0.01, atol=0):  # pixdim, which is the qform's voxel size, too
+        stated, used = _mm(to_mm * pixdim), _mm(to_mm * lengths)
+        warnings.append(f"the header says spacing {stated} mm (pixdim) and {used} mm (sform); the sform is used.")
+    return {"axes": to_mm * axes}
+
+
+def _sform(header: Any, warnings: list[str]) -> NDArray[np.float64] | None:
+    """3x3, in the header's unit; None where there is none."""
+    if header["sform_code"] <= 0:
+        return None
+    axes = np.array([header[row][:3] for row in ("srow_x", "srow_y", "srow_z")], dtype=np.float64)
+    if is_geometry(axes):
+        return axes
+    warnings.append("the sform is singular or not finite and is ignored.")
+    return None
+
+
+def _qform(header: Any, pixdim: NDArray[np.float64], warnings: list[str]) -> NDArray[np.float64] | None:
+    """The same of the qform, a quaternion whose first part makes its length 1. A qfac other than -1 counts as 1."""
+    if header["qform_code"] <= 0:
+        return None
+    b, c, d = (float(header[name]) for name in ("quatern_b", "quatern_c", "quatern_d"))
+    rest = 1 - (b * b + c * c + d * d)
+    if not rest > -1e-5 or not (np.isfinite(pixdim).all() and pixdim.min() > 0):
+        warnings.append("the qform's quaternion or voxel sizes are none and it is ignored.")
+        return None
+    a = math.sqrt(max(rest, 0.0))
+    b, c, d = np.array([b, c, d]) / math.sqrt(a * a + b * b + c * c + d * d)
+    turn = np.array(
+        [
+            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+        ]
+    )
+    return turn * pixdim * (1, 1, -1 if header["pixdim"][0] == -1 else 1)
+
+
+def _affine(axes: NDArray[np.float64]) -> NDArray[np.float64]:
+    affine = np.eye(4)
+    affine[:3, :3] = axes
+    return affine
+
+
+def _mm(lengths: Sequence[float] | NDArray[np.float64]) -> str:
+    return " x ".join(f"{mm:.3g}" for mm in reversed(lengths))

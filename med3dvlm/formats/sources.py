@@ -7,9 +7,10 @@ from pathlib import Path
 
 import xxhash
 
-from med3dvlm.formats import itk
+from med3dvlm.formats import metaimage, nrrd
 from med3dvlm.formats.dicom_header import MOST_FILES
 
+HEADERS = {".mhd": metaimage.files_of, ".mha": metaimage.files_of, ".nrrd": nrrd.files_of, ".nhdr": nrrd.files_of}
 SAMPLE = 16384  # bytes at the start, in the middle and at the end of a file; checksums and identifiers stand at its ends
 
 
@@ -18,7 +19,8 @@ def scan_files(scan: Path) -> list[Path]:
     if scan.is_dir():
         below = (Path(folder, name) for folder, _, names in os.walk(scan) for name in names)
         return sorted(file for file in islice(below, MOST_FILES + 1) if file.is_file())  # more are refused
-    return [scan, *(file for file in itk.voxel_files(scan) if file.is_file())]
+    named = HEADERS[scan.suffix.lower()](scan) if scan.suffix.lower() in HEADERS else []
+    return [scan, *(file for file in named if file.is_file())]
 
 
 def state_of(scan: Path, contents: bool = False) -> str:

@@ -65,6 +65,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "scan.mha": write_itk,
     "packed.mha": write_itk,
     "scan.mhd": write_itk,
+    "scan.nhdr": write_itk,
     "scan.npy": write_array,
     "scan.npz": write_arrays,
     "scan.dcm": lambda path: write_enhanced(path, SMALL),
