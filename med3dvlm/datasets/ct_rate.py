@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from med3dvlm.datasets.csv_files import csv_rows, label_value
+from med3dvlm.datasets.csv_files import csv_rows, is_missing, label_value
 from med3dvlm.metrics.findings import FINDINGS_CT_RATE
 from med3dvlm.records import Question, Study
 
@@ -131,9 +131,9 @@ def _parts(volume: str, where: str) -> tuple[str, str, str]:
 
 
 def _report(row: Mapping[str, str]) -> str:
-    """Findings and impressions; white space folded, "Not given." is empty."""
+    """Findings and impressions; white space folded, "Not given." and what programs write for no value are empty."""
     parts = (" ".join(row[column].split()) for column in REPORT_COLUMNS[1:])
-    return " ".join(part for part in parts if part and part.lower() != NOT_GIVEN)
+    return " ".join(part for part in parts if not is_missing(part) and part.lower() != NOT_GIVEN)
 
 
 def _labels(path: Path) -> dict[str, dict[str, int]]:

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from med3dvlm.datasets.csv_files import csv_rows, label_value
+from med3dvlm.datasets.csv_files import csv_rows, is_missing, label_value
 from med3dvlm.files import write_json
 from med3dvlm.records import LETTERS, QUESTION_KINDS, Question, Study, check_ids, check_inside
 from med3dvlm.volume import READERS
@@ -136,8 +136,8 @@ def _read_report(path: Path, name: str) -> str:
         report = report_text(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is no UTF-8 text; save it as such") from error
-    if not report:
-        raise ValueError(f"{name} is empty")
+    if is_missing(report):
+        raise ValueError(f"{name} is {'empty' if not report else repr(report)}; write the report into it, or leave the study out")
     return report
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm.datasets.csv_files import csv_rows, label_value
+from med3dvlm.datasets.csv_files import csv_rows, is_missing, label_value
 
 TEXTS = (("report_text",), ("Findings_EN", "Impressions_EN"), ("report",), ("text",))
 IDS = ("AccessionNo", "VolumeName", "id")
-EMPTY = ("", "Not given.")
+NOT_GIVEN = "Not given."
 HALVES = ("tuning", "held-out")
 
 
@@ -70,11 +70,18 @@ def read_labelled_reports(reports: Path, labels: Path | None = None) -> Labelled
         raise ValueError(f"{labels or reports} has no column of labels: one per finding, 0 or 1 in every row, is needed")
     return LabelledReports(
         ids,
-        [row.get("patient") or "_".join(one.split("_")[:2]) for one, row in zip(ids, rows, strict=True)],
-        [" ".join(row[name].strip() for name in text_columns if row[name].strip() not in EMPTY) for row in rows],
+        [_patient(one, row.get("patient", "")) for one, row in zip(ids, rows, strict=True)],
+        [
+            " ".join(row[name].strip() for name in text_columns if not is_missing(row[name]) and row[name].strip() != NOT_GIVEN)
+            for row in rows
+        ],
         tuple(re.sub(r"\W+", "_", name.strip().lower()) for name in names),
         np.array([[label_value(name, row[name]) for name in names] for row in labelled], dtype=np.int64),
     )
+
+
+def _patient(identity: str, stated: str) -> str:
+    return "_".join(identity.split("_")[:2]) if is_missing(stated) else stated
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -60,7 +60,7 @@ def root(tmp_path: Path) -> Path:
         ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"),
         [
             ("train_1_a_1.nii.gz", "Cough, fever", "Not given.", "Pleural effusion on the right,\n 3 cm.", "Effusion."),
-            ("train_1_a_2.nii.gz", "", "", "Not given.", "Normal chest."),
+            ("train_1_a_2.nii.gz", "", "", "nan", "Normal chest."),  # as pandas may write an empty cell
             ("train_53_b_1.nii.gz", "", "", "Emphysema.", "Not given."),
         ],
     )

@@ -256,6 +256,12 @@ def test_a_report_that_cannot_be_read_is_one_studys_failure(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="b.txt, the report of scans/0002.NRRD by .* is empty"):
         texts[0].write_text("A cyst.")
         m3d.read(tmp_path, "train")
+    texts[1].write_text("nan")
+    with pytest.raises(ValueError, match="b.txt, the report of scans/0002.NRRD by .* is 'nan'"):
+        m3d.read(tmp_path, "train")
+    for text in texts[:3]:
+        text.write_bytes(b"\xef\xbb\xbfA cyst.")  # as editors of Windows begin a file
+    assert [study.report for study in m3d.read(tmp_path, "train")[0][:3]] == ["A cyst."] * 3
 
 
 PICTURES = "M3D_Cap/ct_case/000006/Axial_C__portal_venous_phase"

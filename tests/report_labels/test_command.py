@@ -57,6 +57,12 @@ def test_reports_and_labels_in_two_files(tmp_path: Path) -> None:
         do("score", report_file, "--labels", label_file)
 
 
+def test_a_missing_patient_or_text_has_no_name(tmp_path: Path) -> None:
+    rows: list[list[object]] = [["a_1_x", "nan", "A nodule.", "nan", 1], ["a_1_y", "", "NaN", "Clear.", 0], ["b_2_x", "p", "", "Clear.", 0]]
+    found = read_labelled_reports(write(tmp_path / "r.csv", ["id", "patient", "Findings_EN", "Impressions_EN", "Nodule"], rows))
+    assert (found.patients, found.texts) == (["a_1", "a_1", "p"], ["A nodule.", "Clear.", "Clear."])
+
+
 def test_halves_part_patients(tmp_path: Path) -> None:
     rows = [[f"valid_{number // 2}_a_{number % 2}", "Emphysema.", number % 2] for number in range(100)]
     found = read_labelled_reports(write(tmp_path / "many.csv", ["VolumeName", "report_text", "Emphysema"], rows))
