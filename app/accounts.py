@@ -41,7 +41,7 @@ class Accounts:
         try:
             hashes = json.loads(path.read_text(encoding="utf-8-sig"))
             if not all(isinstance(value, str) and len(bytes.fromhex(value)) == 48 for value in hashes.values()):
-                raise ValueError("an entry is no hash")
+                raise ValueError("an entry is not a hash")
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} is no accounts file ({error}); make one with `python app/accounts.py`.") from None
         if not hashes:

@@ -16,6 +16,7 @@ same for programs), tools.py (for agents), accounts.py and guard.py (who may com
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import socket
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="directory of a trained model")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     parser.add_argument(
-        "--host", default=HERE_ONLY[0], help="address to listen on; any but this machine's own needs --auth-file (%(default)s)"
+        "--host", default=HERE_ONLY[0], help="address to listen on; one that other machines reach needs --auth-file (default: %(default)s)"
     )
     parser.add_argument("--auth-file", type=Path, help="accounts that may use the page, made by app/accounts.py")
     parser.add_argument(
@@ -109,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="another name under which browsers find the server (repeatable)",
     )
     parser.add_argument("--limit", type=int, default=4096, metavar="MIB", help="largest upload (default: %(default)s MiB)")
-    parser.add_argument("--parallel", type=int, default=4, help="answers written at a time, the others queue (default: %(default)s)")
+    parser.add_argument(
+        "--parallel", type=int, default=4, help="how many answers are written at the same time; others wait (default: %(default)s)"
+    )
     parser.add_argument(
         "--contrastive", type=Path, help="directory of a contrastive model (stage 1), which shows where a scan resembles a phrase"
     )
@@ -122,10 +125,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--host {arguments.host} would let others in without a password; give --auth-file, too (see app/accounts.py)."
             )
         if arguments.mcp and arguments.auth_file is not None:
-            raise ValueError("--mcp has no accounts, so that it would let in whoever finds it; leave out --mcp or --auth-file.")
+            raise ValueError("--mcp has no accounts and would let everybody in; leave out --mcp or --auth-file.")
         check_free(arguments.host, arguments.port)
         if min(arguments.limit, arguments.parallel) < 1:
             raise ValueError(f"--limit {arguments.limit} and --parallel {arguments.parallel} must be at least 1.")
+        if wrong := [
+            name for name in arguments.allow_host if not re.fullmatch(r"[\w.-]+(:\d+)?|\[[\da-f:]+\](:\d+)?", name, re.IGNORECASE)
+        ]:
+            raise ValueError(f"--allow-host {wrong[0]} is not a name or an address; give it as scans.example.org or 192.0.2.1:7860.")
         accounts = None if arguments.auth_file is None else Accounts.load(arguments.auth_file)
         chat = load(arguments.model)
         insight = load_insight(chat, arguments.contrastive, arguments.index)
@@ -149,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_free(host: str, port: int) -> None:
     """Raises ValueError, one sentence, where nothing can listen there."""
     if not 1 <= port <= 65535:
-        raise ValueError(f"--port {port} is no port; they go from 1 to 65535.")
+        raise ValueError(f"--port {port} is not a port; ports go from 1 to 65535.")
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:

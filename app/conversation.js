@@ -44,7 +44,8 @@ function answered(turn, last, index, explained) {
   if (turn.state === "stopped" && !turn.broken) line.append(make("span", "chip", "stopped"));
   if (turn.confidence !== null) {
     const percent = `${Math.round(100 * turn.confidence)} %`;
-    const chip = make("span", turn.low ? "chip low" : "chip", turn.low ? `low confidence, ${percent}` : `confidence ${percent}`, { title: explained, tabIndex: 0 });
+    const words = (turn.low ? `low confidence, ${percent}` : `confidence ${percent}`) + (turn.unlike ? ", on a scan unlike the training data" : "");
+    const chip = make("span", turn.low || turn.unlike ? "chip low" : "chip", words, { title: explained, tabIndex: 0 });
     line.append(chip, make("span", "figures", `${turn.seconds.toFixed(1)} s · ${turn.tokens} tokens`));
   }
   if (!turn.open && last) line.append(button("Retry", "quiet", () => trigger("retry"), "Ask the same once more"));

@@ -28,9 +28,10 @@ MOST_BYTES = 4 * 2**30  # of an upload
 MOST_REPORT = 20_000  # characters
 EXPLAINED = (
     "The geometric mean of the probabilities that the model gave to the words it wrote. It says how sure the model is of its words, "
-    "not whether they are true. Below 50 % the model would have said something else about every other time at each word."
+    "not whether they are true. Below 50 %, the model was less sure of a typical word than of all other words together. "
+    "On a scan unlike the training data it means little."
 )
-SAVES = {"txt": "Text", "md": "Markdown", "json": "JSON", "zip": "All, with key images", "dcm": "DICOM Structured Report"}
+SAVES = {"txt": "Text", "md": "Markdown", "json": "JSON", "zip": "Zip with key images", "dcm": "DICOM Structured Report"}
 SECONDS_BETWEEN = 0.05  # at least, between two states of an answer that are sent to the page
 
 
@@ -77,7 +78,7 @@ class Desk:
                 pass
             if self.sessions.bytes_with(session, scan) > self.room:
                 raise VolumeError(
-                    f"The scan needs {scan.nbytes / 2**30:.1f} GiB of memory, which are not free beside the scans that are open; "
+                    f"The scan needs {scan.nbytes / 2**30:.1f} GiB of memory, and the scans that are open leave less than that; "
                     "close another page, or crop the scan."
                 )
             session.put(scan)
@@ -110,6 +111,7 @@ class Desk:
         for _ in session.answer(self.chat, turn, **sampling):
             if turn not in session.turns:  # cleared, or another scan was opened
                 continue
+            turn.unlike = turn.state == "done" and bool(self.notice(session))
             if not turn.open or time.monotonic() - shown > SECONDS_BETWEEN:
                 shown = time.monotonic()
                 yield turn
@@ -136,6 +138,7 @@ class Desk:
         shown = 0.0
         session.draft = turn = Turn(REPORT_PROMPTS[0], state="writing")
         for _ in session.answer(self.chat, turn):
+            turn.unlike = turn.state == "done" and bool(self.notice(session))
             if not turn.open or time.monotonic() - shown > SECONDS_BETWEEN:
                 shown = time.monotonic()
                 if session.write(turn, before if turn.state == "failed" else turn.answer):
@@ -159,7 +162,7 @@ class Desk:
         if draft is not None and draft.state == "stopped":
             notes.append("Incomplete: the draft was stopped before its end.")
         if session.author == "model" and draft is not None and draft.confidence is not None:
-            notes.append(f"The model's confidence in its words: {100 * draft.confidence:.0f} %, which does not say that they are true.")
+            notes.append(f"The model's confidence in its words: {100 * draft.confidence:.0f} %. It does not say whether they are true.")
         return tuple(notes)
 
     def reading(self, session: Session, problem: str = "") -> dict[str, Any]:
@@ -173,8 +176,9 @@ class Desk:
         elif draft is not None and session.edited:
             line = "Changed by hand since it was drafted."
         elif draft is not None and draft.confidence is not None:
-            low = ", which is low" if draft.shown()["low"] else ""
-            line = f"Drafted in {draft.seconds:.1f} s, {draft.tokens} tokens, with a confidence of {100 * draft.confidence:.0f} %{low}."
+            doubt = ", which is low" if draft.shown()["low"] else ""
+            doubt += ", on a scan unlike the training data" if draft.unlike else ""
+            line = f"Drafted in {draft.seconds:.1f} s, {draft.tokens} tokens, with a confidence of {100 * draft.confidence:.0f} %{doubt}."
         pictures = [[image.label, f"desk/{session.token}/picture/{number}", number] for number, image in session.key_images.items()]
         try:
             report = read_report(session.report)
@@ -254,7 +258,7 @@ class Desk:
         session.saved = session.report
         if kind == "dcm":
             if scan is None or scan.files is None:
-                raise ValueError("A DICOM report belongs to a DICOM scan, which this one is not; save it as text.")
+                raise ValueError("A DICOM report needs a DICOM scan, and this scan is not DICOM; save the report as text.")
             try:
                 return report_dicom(report, scan.files)
             except VolumeError as error:

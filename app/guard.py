@@ -12,7 +12,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,7 +21,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from turns import MALFORMED, log
 
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
-CLIENT: ContextVar[str] = ContextVar("client", default="")  # the address that the request being answered came from
 HEADERS = {
     # Gradio's page has scripts of its own inside and makes functions of strings, so these cannot be forbidden; but nothing is loaded from,
     # sent to, or shown inside another place.
@@ -70,7 +68,6 @@ class Guard:
         if wait := self._wait(scope, client):
             await refusal(429, f"These are too many calls at once; try again in {wait:.0f} seconds.", wait)(scope, receive, sent)
             return
-        token = CLIENT.set(client)
         try:
             held = scope["path"].startswith(HEARTBEAT)
             with self.connection(scope["path"].removeprefix(HEARTBEAT)) if held else nullcontext():
@@ -79,8 +76,6 @@ class Guard:
             log(error)
             if not started:
                 await refusal(500, MALFORMED)(scope, receive, sent)
-        finally:
-            CLIENT.reset(token)
 
     def _problem(self, scope: Scope, headers: Headers) -> str:
         """Why the request is none of this server's, in a sentence; "" for one that is."""

@@ -123,7 +123,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
                             clear = gr.Button("Clear conversation", size="sm", variant="secondary", scale=0, min_width=150, elem_id="clear")
                         with gr.Accordion("Sampling", open=False, elem_id="sampling"):
                             temperature = gr.Slider(
-                                0, 1.5, 0, step=0.1, label="Temperature", info="0: the likeliest word each time, one answer to one conversation",
+                                0, 1.5, 0, step=0.1, label="Temperature", info="0 takes the most likely word each time: the same question gets the same answer",
                                 buttons=[],
                             )  # fmt: skip
                             top_p = gr.Slider(
@@ -132,7 +132,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
                                 1,
                                 step=0.05,
                                 label="Top-p",
-                                info="Words are drawn from the likeliest that have this share",
+                                info="Words are drawn from the most likely ones, which together have this probability",
                                 buttons=[],
                             )
                     with gr.Tab("Report", id="report"):
@@ -141,7 +141,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
                             end = gr.Button("Stop", variant="secondary", size="md", scale=0, min_width=90, elem_id="end-draft")
                         report = gr.Textbox(
                             show_label=False, label="Report", lines=14, max_lines=30, container=False, elem_id="report", max_length=MOST_REPORT,
-                            placeholder="Let the model draft it, then change it here: the draft is text like any other.",
+                            placeholder="Let the model draft the report, then edit it here; or write it yourself.",
                         )  # fmt: skip
                         reading = gr.HTML(
                             desk.reading(Session()), html_template=file("report.html"), js_on_load=files("common.js", "report.js"),
@@ -293,7 +293,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
         modelling: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": parallel}
         endpoints(desk, modelling)  # before the page's own events, which would take their names
         for event, act, given in [(loader.upload, read, loader), *((button.click, take, button) for button in examples)]:
-            waiting = event(lambda: bar("busy", "Waiting for the reader"), None, status, **AT_ONCE)
+            waiting = event(lambda: bar("busy", "Waiting until another scan is read"), None, status, **AT_ONCE)
             waiting.then(act, given, [loader, *opened], **opens).then(look, None, notice, trigger_mode="multiple", **modelling, **HIDDEN)
         asking = [
             question.submit(ask, question, [question, talk], **AT_ONCE),

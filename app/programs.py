@@ -39,7 +39,7 @@ def sent(files: gr.File) -> gr.File:
 def session_of(desk: Desk, request: gr.Request) -> Session:
     """Raises gr.Error for a caller who gives no session: all such would share one."""
     if not request.session_hash:
-        raise gr.Error("Name a session by session_hash, as gradio_client does.", print_exception=False)
+        raise gr.Error("The call names no session; give a session_hash, as gradio_client does.", print_exception=False)
     with sentences():
         return desk.sessions.of(request.session_hash)
 

@@ -29,7 +29,7 @@ MOST_CHARACTERS = 4000  # of a question, about 700 words
 NO_SCAN = "Please open a scan first: drop its file on the viewer, or take an example."
 NO_QUESTION = "Please type a question first."
 NO_ANSWER = "The model gave no answer; please ask in other words."
-FULL = "All places at this server are taken; close another page of it, or try again later."
+FULL = "The server is full: too many sessions are open. Close another page of it, or try again later."
 BUSY = "An answer is being written; wait for it or stop it."
 
 

@@ -41,6 +41,7 @@ class Turn:
     seconds: float | None = None
     tokens: int | None = None
     confidence: float | None = None
+    unlike: bool = False  # the scan is unlike the training data, where confidence means little
     stop: threading.Event = field(default_factory=threading.Event, repr=False)
 
     @property
@@ -49,7 +50,7 @@ class Turn:
 
     def shown(self) -> dict[str, Any]:
         """For the page and for programs."""
-        names = ("question", "answer", "state", "open", "seconds", "tokens", "confidence")
+        names = ("question", "answer", "state", "open", "seconds", "tokens", "confidence", "unlike")
         return {name: getattr(self, name) for name in names} | {"low": self.confidence is not None and self.confidence < LOW_CONFIDENCE}
 
 

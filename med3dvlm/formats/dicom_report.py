@@ -23,7 +23,7 @@ from med3dvlm.formats.dicom_slices import Slice
 
 UTF_8 = "ISO_IR 192"
 SERIES_NUMBER = 9000  # far from those that scanners give
-SERIES_DESCRIPTION = "Draft by a model, research, unverified"
+SERIES_DESCRIPTION = "Research report, not verified"
 REFERENCE = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
 # What files the report with its patient and study; PatientIdentityRemoved and its method keep a de-identified study marked as such.
 IDENTITY = """PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex PatientIdentityRemoved DeidentificationMethod
@@ -76,7 +76,7 @@ def structured_report(
                 report.save_as(stream, enforce_file_format=True)
             except Exception:  # pydicom raises nearly anything on values that break the standard, and quotes them
                 raise VolumeError(
-                    f"{source}: what the DICOM files say of patient and study breaks the standard, so no structured report can carry it; "
+                    f"{source}: the DICOM files' values for patient and study break the standard, so a structured report cannot hold them; "
                     "save the report as text, Markdown or JSON."
                 ) from None
     return stream.getvalue()

@@ -54,6 +54,15 @@ def test_others_are_let_in_with_a_password_only(tmp_path, capsys) -> None:
         assert words in error and error.count("\n") == 1
 
 
+def test_a_wrong_other_name_is_refused(tmp_path, capsys) -> None:
+    for name in ("http://scans.example", "a b", "", "scans.example:", "scans.example/page"):
+        assert app.main(["--model", str(tmp_path), "--allow-host", name]) == 2
+        assert "is not a name or an address" in capsys.readouterr().err
+    for name in ("scans.example", "localhost:9000", "[::1]:80", "192.0.2.1"):
+        assert app.main(["--model", str(tmp_path), "--allow-host", name]) == 2
+        assert "no weights" in capsys.readouterr().err
+
+
 def test_programs_without_accounts_and_accounts_are_no_pair(tmp_path, capsys) -> None:
     assert app.main(["--model", str(tmp_path), "--mcp", "--auth-file", str(tmp_path / "accounts.json")]) == 2
     assert "--mcp has no accounts" in capsys.readouterr().err

@@ -194,6 +194,10 @@ def test_an_unfamiliar_scan_is_said_to_be_one(client, scan) -> None:
     assert session.predict(api_name="/notice") == "Unlike <anything> seen in training."
     read(session, scan())
     assert session.predict(api_name="/notice") == ""
+    assert asked(session, "Familiar?")["unlike"] is False
+    read(session, scan(12))
+    unlike = asked(session, "Unlike?")
+    assert unlike["unlike"] and unlike["confidence"] == 0.9 and not unlike["low"]
     answer = session.predict(handle_file(scan(12)), "Whole?", api_name="/answer")
     assert "12 slices." in answer["answer"] and answer["outside_training_data"] and answer["notice"] == RESEARCH_NOTICE
     assert "nodule" in session.predict(handle_file(scan(12)), api_name="/report")["answer"]
