@@ -69,8 +69,8 @@ def straightened(
 
     Columns keep their direction, rows are turned to a right angle where they have none, slices are moved within their plane to where they
     were in the patient, which makes the pictures larger; between the heights of slices and between voxels values are linear. What no
-    slice has seen gets the lowest value. Uneven slices come to lie at the smallest distance among them, but at most `MOST_SLICES` times
-    as many; where the distances are even, each slice keeps its height.
+    slice has seen gets the lowest value. Uneven slices come to lie at a distance that only one in ten is shorter than, and at most
+    `MOST_SLICES` times as many; where the distances are even, each slice keeps its height.
 
     Args:
         array: (D, H, W), int16 or float32.
@@ -89,7 +89,8 @@ def straightened(
     depth = len(array)
     rise = along @ normal
     at = spacing[0] * rise * np.arange(depth) if heights is None else np.asarray(heights, dtype=np.float64) - heights[0]
-    step = float(max(np.diff(at).min(), at[-1] / (MOST_SLICES * (depth - 1))))
+    short = np.percentile(np.diff(at), 10, method="lower")  # a slab, and not a single slice that lies close to another
+    step = float(max(short, at[-1] / (MOST_SLICES * (depth - 1))))
     wanted = step * np.arange(round(at[-1] / step) + 1)
 
     # Within the slices' plane, in voxels along (square, across): where a step along rows and columns leads, and where each slice begins.

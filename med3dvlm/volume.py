@@ -124,8 +124,8 @@ class Volume:
     def straighten(self) -> "Volume":
         """The volume itself where it is regular, else its values resampled to evenly spaced slices stacked at right angles.
 
-        A gantry's tilt is taken back by moving each slice within its plane; uneven slices come to lie at the smallest distance among them
-        (see `geometry.straightened`). `notes` say so, and what `warnings` said of it goes.
+        A gantry's tilt is taken back by moving each slice within its plane; uneven slices come to lie at about the smallest distance of
+        a slab (see `geometry.straightened`). `notes` say so, and what `warnings` said of it goes.
 
         Raises:
             VolumeError: the spacing is unknown.

@@ -130,6 +130,8 @@ def test_uneven_slices_keep_their_values_where_they_lie_on_the_grid() -> None:
     assert array.dtype == np.int16 and spacing == (2.0, 1.1, 0.9) and array.shape == (14, 20, 30)  # 25.5 mm in steps of 2
     np.testing.assert_array_equal(array[:5], values[:5])
     np.testing.assert_array_equal(array[6], np.rint(values[5] + (12 - 11.5) / 3.5 * (values[6].astype(float) - values[5])))
+    slabs = np.cumsum([0, *[4.0] * 13, 1.1, *[7.0] * 13])  # and one slice that lies close to another
+    assert straightened(np.zeros((28, 4, 4), np.int16), SPACING, tilted(0), slabs)[1][0] == 4
     few = straightened(values, SPACING, tilted(0), np.cumsum([0, 0.01, *[5.0] * 8]))
     assert few[0].shape[0] == 37 and few[1][0] == pytest.approx(40.01 / 36)  # no thousands of slices for two that nearly coincide
 

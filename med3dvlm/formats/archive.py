@@ -59,7 +59,7 @@ def unpacked(path: Path, source: str) -> Iterator[Path]:
                 if not entries:
                     raise VolumeError(f"{source}: the archive holds no files other than archives; unpack these and give one scan.")
                 _unpack(archive, entries, path.stat().st_size, Path(folder), source)
-        except VolumeError:
+        except (VolumeError, MemoryError):
             raise
         except OSError as error:  # its own text would name the file inside
             raise VolumeError(f"{source}: the archive cannot be unpacked ({error.strerror}); unpack it and give the folder.") from error

@@ -4,7 +4,7 @@ import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from med3dvlm.formats.archive import MOST_ENTRIES, Bounded, too_many
 from med3dvlm.formats.base import Parts, VolumeError, check_size, damaged
 
 SPACING = "spacing"  # the name in an .npz file of three numbers (z, y, x) in mm
-UNREADABLE = (ValueError, EOFError, OSError, MemoryError, SyntaxError, tokenize.TokenError)
+UNREADABLE = (ValueError, EOFError, OSError, SyntaxError, tokenize.TokenError)
 
 
 def read_npy(path: Path, source: str) -> Parts:
@@ -23,11 +23,15 @@ def read_npy(path: Path, source: str) -> Parts:
         VolumeError: the file is damaged or holds Python objects.
     """
     try:
+        with path.open("rb") as file:
+            _described(file, source, "a NumPy array")
         # Mapped first, as that compares the size in the header with the file's.
-        array = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except VolumeError:
+        raise
     except UNREADABLE as error:
         raise damaged(source, "a NumPy array") from error
-    return Parts(_without_channel(array))
+    return Parts(_without_channel(np.array(mapped)))
 
 
 def read_npz(path: Path, source: str) -> Parts:
@@ -51,7 +55,9 @@ def read_npz(path: Path, source: str) -> Parts:
             spacing = _member(archive, members[SPACING], source) if SPACING in members else None
     except VolumeError:
         raise
-    except (*UNREADABLE, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:  # RuntimeError: encrypted
+    except RuntimeError as error:
+        raise VolumeError(f"{source}: the archive is encrypted or packed in a rare way; save the arrays again by numpy.savez.") from error
+    except (*UNREADABLE, zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise damaged(source, "NumPy arrays (.npz)") from error
     if spacing is None:
         return Parts(_without_channel(array))
@@ -64,13 +70,25 @@ def _member(archive: zipfile.ZipFile, name: str, source: str) -> NDArray[Any]:
     """One array of the archive, its announced size compared with the member's first."""
     member = archive.getinfo(name)
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
+        shape, dtype = _described(file, source, "NumPy arrays (.npz)")
     check_size(shape, dtype.itemsize, member.compress_size + 1, source, "NumPy arrays (.npz)")
     with archive.open(member) as file:
         array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
     return array
+
+
+def _described(file: IO[bytes], source: str, kind: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of an array by its header.
+
+    Raises:
+        VolumeError: it holds Python objects, which loading might run.
+    """
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    if dtype.hasobject:
+        raise VolumeError(f"{source}: this cannot be read as {kind}: it holds Python objects, which are not loaded; save numbers alone.")
+    return shape, dtype
 
 
 def _without_channel(array: NDArray[Any]) -> NDArray[Any]:

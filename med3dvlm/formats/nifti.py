@@ -75,6 +75,8 @@ def _layout(header: Any, source: str) -> tuple[int, list[int], np.dtype[Any]]:
     sizes = [int(length) for length in header["dim"][1 : dimension + 1]]
     while len(sizes) > 3 and sizes[-1] in (0, 1):
         sizes.pop()
+    if header["datatype"] in (0, 1):  # unknown, single bits
+        raise VolumeError(f"{source}: the header names no type of values that is read; save them as whole or real numbers.")
     try:
         dtype = header.get_data_dtype()
     except (HeaderDataError, KeyError) as error:

@@ -104,10 +104,12 @@ def _open(path: Path, name: str) -> Any:
 
     try:
         return Image.open(path, formats=("PNG", "JPEG"))
-    except Exception as error:  # as above; a picture of so many pixels that it is a bomb is among them
+    except Image.DecompressionBombError as error:
+        raise VolumeError(f"{name} has more pixels than are read; make it smaller.") from error
+    except Exception as error:  # as above
         raise _damaged(name) from error
 
 
 def _damaged(name: str) -> VolumeError:
     """Without the picture's own name, which may be a patient's."""
-    return VolumeError(f"{name} cannot be read; it is damaged or cut short, so copy or export it again.")
+    return VolumeError(f"{name} cannot be read; it is damaged, cut short or neither PNG nor JPEG, so copy or export it again.")

@@ -60,9 +60,9 @@ def test_npz_of_too_many_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    refused(tmp_path / "objects.npy", "cannot be read as a NumPy array")
+    refused(tmp_path / "objects.npy", "cannot be read as a NumPy array: it holds Python objects, which are not loaded")
     np.savez(tmp_path / "objects.npz", np.array([{"a": 1}], dtype=object))
-    refused(tmp_path / "objects.npz", "cannot be read as NumPy arrays")
+    refused(tmp_path / "objects.npz", r"cannot be read as NumPy arrays \(.npz\): it holds Python objects")
 
 
 def test_headers_that_announce_more_than_there_is(tmp_path: Path) -> None:
