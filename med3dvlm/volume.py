@@ -179,7 +179,10 @@ def read_volume(
         raise VolumeError(f"{source}: there is no such file or folder; check the path.")
     if not os.access(location, os.R_OK):
         raise VolumeError(f"{source}: reading is not permitted; ask for access or copy the scan elsewhere.")
-    parts = formats.read(location, source, series)
+    try:
+        parts = formats.read(location, source, series)
+    except MemoryError as error:
+        raise VolumeError(f"{source}: memory does not suffice for this scan; use a larger machine, or crop the scan.") from error
     array, warnings = _smallest_exact_type(parts.array, source), list(parts.warnings)
     if len(parts.series) > 1:
         number = parts.series[0].partition(":")[0]

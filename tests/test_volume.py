@@ -201,6 +201,12 @@ def test_bad_values(tmp_path: Path) -> None:
     refused(tmp_path / "none.npy", "2D image")
 
 
+def test_a_scan_too_large_for_the_memory_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("med3dvlm.formats.arrays._without_channel", lambda array: np.empty(1 << 50))
+    np.save(tmp_path / "scan.npy", scan())
+    refused(tmp_path / "scan.npy", "memory does not suffice for this scan")
+
+
 def test_colour_images(tmp_path: Path) -> None:
     rgb = np.zeros((30, 20, 10), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
     nibabel.save(nibabel.Nifti1Image(rgb, np.eye(4)), tmp_path / "colour.nii.gz")
