@@ -16,7 +16,10 @@ function button(words, kind, act, title = "") {
 }
 
 // What one part has to know of the others, once for the whole page. Each part sets what it knows and calls `tell`.
-const desk = (window.med3dvlm ??= { scan: false, turns: 0, answering: false, drafting: false, lost: "", unsaved: () => false, parts: [] });
+const desk = (window.med3dvlm ??= {
+  scan: false, turns: 0, answering: false, drafting: false, lost: "", parts: [],  // `parts`: what to call when the connection is lost or back
+  unsaved: () => false, mayOpen: () => true, added: () => {},  // of the report: its words are unsaved, a scan may replace it, an image came to it
+});
 
 function tell(known = {}) {
   Object.assign(desk, known);

@@ -15,7 +15,7 @@ import psutil
 from insight import Case, Cells, Insight
 from key_images import MOST as MOST_KEY_IMAGES
 from key_images import key_image
-from scans import EXAMPLES, OpenScan, example, read_uploads
+from scans import EXAMPLES, OpenScan, example, read_series, read_uploads
 from sessions import BUSY, MOST_CHARACTERS, NO_SCAN, Session, Sessions
 from turns import Turn, history, sentence
 from viewer import overlay
@@ -74,15 +74,28 @@ class Desk:
             elif not keep:
                 for path in paths:
                     path.unlink(missing_ok=True)
-            while self.sessions.bytes_with(session, scan) > self.room and self.sessions.close_gone():
-                pass
-            if self.sessions.bytes_with(session, scan) > self.room:
-                raise VolumeError(
-                    f"The scan needs {scan.nbytes / 2**30:.1f} GiB of memory, and the scans that are open leave less than that; "
-                    "close another page, or crop the scan."
-                )
-            session.put(scan)
+            self._put(session, scan)
         return scan
+
+    def open_series(self, session: Session, number: int) -> OpenScan:
+        """Put another series of the study that is open there, by its number in `volume.series`. Raises VolumeError as `open_uploads` does."""
+        scan = session.scan
+        if scan is None or scan.upload is None:
+            raise VolumeError("The scan that is open is no DICOM study; open one.")
+        with self._reading:
+            scan = read_series(scan.upload, number, self.straighten)
+            self._put(session, scan)
+        return scan
+
+    def _put(self, session: Session, scan: OpenScan) -> None:
+        while self.sessions.bytes_with(session, scan) > self.room and self.sessions.close_gone():
+            pass
+        if self.sessions.bytes_with(session, scan) > self.room:
+            raise VolumeError(
+                f"The scan needs {scan.nbytes / 2**30:.1f} GiB of memory, and the scans that are open leave less than that; "
+                "close another page, or crop the scan."
+            )
+        session.put(scan)
 
     def open_example(self, session: Session, name: str) -> OpenScan:
         """Put one of EXAMPLES there. Raises VolumeError for another name."""
@@ -168,7 +181,6 @@ class Desk:
     def reading(self, session: Session, problem: str = "") -> dict[str, Any]:
         """What report.js shows below the report: sections, findings, files to save, key images [label, address, number]; `problem` as in `talk`."""
         draft, line = session.draft, ""
-        drafting = draft is not None and draft.open
         if draft is not None and draft.state == "failed":
             problem = problem or draft.answer
         elif draft is not None and draft.state == "stopped":
@@ -179,25 +191,19 @@ class Desk:
             doubt = ", which is low" if draft.shown()["low"] else ""
             doubt += ", on a scan unlike the training data" if draft.unlike else ""
             line = f"Drafted in {draft.seconds:.1f} s, {draft.tokens} tokens, with a confidence of {100 * draft.confidence:.0f} %{doubt}."
-        pictures = [[image.label, f"desk/{session.token}/picture/{number}", number] for number, image in session.key_images.items()]
+        shown = {
+            "pictures": [[image.label, f"desk/{session.token}/picture/{number}", number] for number, image in session.key_images.items()],
+            "line": line, "problem": problem, "open": draft is not None and draft.open, "unsaved": session.unsaved,
+        }  # fmt: skip
         try:
             report = read_report(session.report)
         except ValueError:  # nothing written yet
-            return {"sections": [], "findings": [], "saves": [], "line": line, "problem": problem, "pictures": pictures, "open": drafting}
+            return shown | {"sections": [], "findings": [], "saves": []}
         saves = [[label, f"desk/{session.token}/report/{kind}", f"report.{kind}"] for kind, label in SAVES.items()]
         if session.scan is None or session.scan.files is None:
             del saves[list(SAVES).index("dcm")]
         findings = [[name.replace("_", " "), state] for name, state in report.findings.items()]
-        sections = [section.heading for section in report.sections]
-        return {
-            "sections": sections,
-            "findings": findings,
-            "saves": saves,
-            "line": line,
-            "problem": problem,
-            "pictures": pictures,
-            "open": drafting,
-        }
+        return shown | {"sections": [section.heading for section in report.sections], "findings": findings, "saves": saves}
 
     def explain(self, session: Session, number: int) -> None:
         """Lay on the viewer what moved the answer of that number. Raises ValueError, one sentence, where that cannot be."""
@@ -260,7 +266,7 @@ class Desk:
             if scan is None or scan.files is None:
                 raise ValueError("A DICOM report needs a DICOM scan, and this scan is not DICOM; save the report as text.")
             try:
-                return report_dicom(report, scan.files)
+                return report_dicom(report, scan.files, scan.series)
             except VolumeError as error:
                 raise ValueError(str(error).replace(f"{scan.files}: ", "").replace(str(scan.files), "the scan")) from None
         if kind == "zip":
@@ -283,8 +289,17 @@ class Desk:
         scan, heat = session.scan, session.overlay
         return {
             "scan": scan and {"url": f"desk/{session.token}/scan/{session.number}", **scan.picture.facts},
+            "series": [] if scan is None else listed(scan),
             "overlay": heat and {"url": f"desk/{session.token}/overlay/{session.overlays}", **heat.facts},
         }
+
+
+def listed(scan: OpenScan) -> list[list[Any]]:
+    """The series of the scan's study as [number, words, whether it is the one that is open]; none where there is no choice."""
+    numbered = [line.partition(": ") for line in scan.volume.series]
+    if scan.upload is None or len(numbered) < 2:
+        return []
+    return sorted([int(number), words, place == 0] for place, (number, _, words) in enumerate(numbered))
 
 
 def suggest(volume: Volume, asked: set[str]) -> list[str]:

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
 THEME = gr.themes.Base(primary_hue="sky", secondary_hue="sky", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"])
 LOG_OUT = '<a class="log-out" href="logout">Log out</a>'
-VIEWER = ("common.js", "voxels.js", "pane.js", "measure.js", "hands.js", "play.js", "viewer.js")  # of one scope, in this order
+VIEWER = ("common.js", "voxels.js", "pane.js", "measure.js", "hands.js", "play.js", "study.js", "viewer.js")  # of one scope, in this order
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 AT_ONCE: dict[str, Any] = HIDDEN | {"queue": False}
 
@@ -123,8 +123,8 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
                             clear = gr.Button("Clear conversation", size="sm", variant="secondary", scale=0, min_width=150, elem_id="clear")
                         with gr.Accordion("Sampling", open=False, elem_id="sampling"):
                             temperature = gr.Slider(
-                                0, 1.5, 0, step=0.1, label="Temperature", info="0 takes the most likely word each time: the same question gets the same answer",
-                                buttons=[],
+                                0, 1.5, 0, step=0.1, label="Temperature", buttons=[],
+                                info="0 takes the most likely word each time: the same question gets the same answer",
                             )  # fmt: skip
                             top_p = gr.Slider(
                                 0.05,
@@ -135,7 +135,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
                                 info="Words are drawn from the most likely ones, which together have this probability",
                                 buttons=[],
                             )
-                    with gr.Tab("Report", id="report"):
+                    with gr.Tab("Report", id="report", render_children=True):
                         with gr.Row(elem_id="drafting"):
                             draft = gr.Button("Draft the report", variant="primary", size="md", elem_id="draft")
                             end = gr.Button("Stop", variant="secondary", size="md", scale=0, min_width=90, elem_id="end-draft")
@@ -177,6 +177,10 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
 
         def take(name: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
             yield from opening(lambda session: desk.open_example(session, name), request)
+
+        def switch(event: gr.EventData, request: gr.Request) -> Iterator[dict[Any, Any]]:
+            number = int(event.value)
+            yield from opening(lambda session: desk.open_series(session, number), request)
 
         def look(request: gr.Request) -> Any:
             session = of(request)
@@ -295,6 +299,8 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
         for event, act, given in [(loader.upload, read, loader), *((button.click, take, button) for button in examples)]:
             waiting = event(lambda: bar("busy", "Waiting until another scan is read"), None, status, **AT_ONCE)
             waiting.then(act, given, [loader, *opened], **opens).then(look, None, notice, trigger_mode="multiple", **modelling, **HIDDEN)
+        switched = viewer.option_select(switch, None, [loader, *opened], **opens)
+        switched.then(look, None, notice, trigger_mode="multiple", **modelling, **HIDDEN)
         asking = [
             question.submit(ask, question, [question, talk], **AT_ONCE),
             talk.example_select(suggested, None, talk, **AT_ONCE),

@@ -38,12 +38,15 @@ function fullScreen() {
   else find(".workstation").requestFullscreen().catch((error) => say(`The browser does not show the viewer in full screen: ${error.message}.`, "error"));
 }
 
-// page.py's `mark` takes the slice; what it says of it stands above the viewer.
+// page.py's `mark` takes the slice. Where that fails it says so above the viewer.
 function addToReport() {
-  const pane = panes[active], number = at[pane.cut];
-  trigger("select", { value: { plane: pane.name, index: number, window: [low, high] } });
-  say(`Added to the report: ${scan.names[pane.name]} slice ${number + 1}${slab.mode ? ", alone, without the slab" : ""}.`);
-  setTimeout(() => say(""), 2500);
+  const pane = panes[active], alone = slab.mode ? " It shows the slice alone, without the slab." : "";
+  desk.added = (label) => {
+    desk.added = () => {};
+    say(`Added to the report: ${label}.${alone}`);
+    setTimeout(() => say(""), 3000);
+  };
+  trigger("select", { value: { plane: pane.name, index: at[pane.cut], window: [low, high] } });
 }
 
 find(".slab select").addEventListener("change", (event) => setSlab(event.target.value, slab.thickness));

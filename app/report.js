@@ -2,17 +2,19 @@
 // gr.HTML runs this file once, after common.js, with `element`, `props`, `trigger` and `watch`; `props.value` is what desk.py's `reading` gives.
 
 const field = () => document.querySelector("#report textarea");
-let typed = false, kept = "", keptPictures = "";  // whether a person wrote there, and what was saved last
+let typed = false, kept = "", keptPictures = "", shownPictures = 0;  // whether a person wrote there, and what was saved last
 
 const pictured = () => props.value.pictures.map(([, url]) => url).join();
-desk.unsaved = () => (typed && Boolean(field()?.value.trim()) && field().value !== kept) || (pictured() !== "" && pictured() !== keptPictures);
+const words = () => field()?.value.trim() ?? "";  // of a page that was loaded again, the server knows whether they are a person's
+desk.unsaved = () => (words() !== "" && field().value !== kept && (typed || props.value.unsaved)) || (pictured() !== "" && pictured() !== keptPictures);
 document.addEventListener("input", (event) => { if (event.target === field()) typed = true; });
 
 // Another scan has another report: what would be lost is asked about before anything is opened.
+desk.mayOpen = () => !desk.unsaved() || confirm("The report was changed and not saved. Opening another scan discards it. Open the other scan?");
 for (const kind of ["click", "change"]) {
   document.addEventListener(kind, (event) => {
     const opens = event.target.closest?.(kind === "click" ? "#examples button" : "#loader input[type=file]");
-    if (!opens || !desk.unsaved() || confirm("The report was changed and not saved. Opening another scan discards it. Open the other scan?")) return;
+    if (!opens || desk.mayOpen()) return;
     event.stopImmediatePropagation();
     event.preventDefault();
     if (kind === "change") opens.value = "";
@@ -66,6 +68,8 @@ function update() {
   if (drafting) typed = false;
   lock(drafting);
   tell({ drafting });
+  if (pictures.length > shownPictures) desk.added(pictures.at(-1)[0]);
+  shownPictures = pictures.length;
   find(".line").textContent = line;
   complain(problem);
   const rows = [];

@@ -45,18 +45,33 @@ PREFIX = "scan-"  # of the folders of scans that are read, or open
 EXAMPLES = {"Chest phantom": "chest", "Abdomen phantom": "abdomen"}
 
 
+class Upload:
+    """What was uploaded: `path` to read, `kind` in words, and a `folder` that goes when nobody has a scan of it open any more.
+
+    Of a DICOM study it is kept that long, for a Structured Report, which refers to it, and for the study's other series.
+    """
+
+    def __init__(self, path: Path, kind: str, folder: str) -> None:
+        self.path, self.kind, self.folder = path, kind, folder
+        self.delete = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+
+
 @dataclass(frozen=True, eq=False)
 class OpenScan:
-    """A scan on somebody's desk: the volume, what the browser is given, what is said about it, and the files of a DICOM scan.
-
-    These are kept for a Structured Report, which refers to them, and are deleted when nobody has the scan open any more.
-    """
+    """A scan on somebody's desk: the volume, what the browser is given, what is said about it, and of a DICOM study the upload, of which it
+    is the series of number `series`, None for the likeliest."""
 
     volume: Volume
     picture: Picture
     facts: dict[str, str]
     warnings: tuple[str, ...]
-    files: Path | None = None
+    upload: Upload | None = None
+    series: int | None = None
+
+    @property
+    def files(self) -> Path | None:
+        """What `read_volume` reads again, of a DICOM study."""
+        return self.upload and self.upload.path
 
     @property
     def nbytes(self) -> int:
@@ -76,22 +91,32 @@ def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False, s
     folder = tempfile.mkdtemp(prefix=PREFIX, dir=uploads[0].parent)
     try:
         path, kind = _plainly_named(uploads, Path(folder), most_bytes, os.link if keep else shutil.move)
-        volume = read_volume(path, straighten=straighten)
-        warnings = tuple(_without(folder, warning) for warning in volume.warnings)
-        scan = on_the_desk(dataclasses.replace(volume, source="scan", warnings=warnings), kind, path if kind in MAY_BE_DICOM else None)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(folder)
-        if isinstance(error, VolumeError):
-            raise VolumeError(_without(folder, str(error))) from None
         raise
     finally:
         for upload in () if keep else uploads:
             upload.unlink(missing_ok=True)
-    if scan.files is None:
-        shutil.rmtree(folder)
-    else:
-        weakref.finalize(scan, shutil.rmtree, folder, ignore_errors=True)
+    kept = Upload(path, kind, folder)
+    try:
+        scan = read_series(kept, None, straighten)
+    except BaseException:
+        kept.delete()
+        raise
+    if scan.upload is None:
+        kept.delete()
     return scan
+
+
+def read_series(upload: Upload, series: int | None, straighten: bool = False) -> OpenScan:
+    """A scan of an upload: the series of that number in `volume.series`, None for the likeliest. Raises VolumeError as `read_uploads` does."""
+    try:
+        volume = read_volume(upload.path, straighten=straighten, series=series)
+    except VolumeError as error:
+        raise VolumeError(_without(upload.folder, str(error))) from None
+    warnings = tuple(_without(upload.folder, warning) for warning in volume.warnings)
+    volume = dataclasses.replace(volume, source="scan", warnings=warnings)
+    return on_the_desk(volume, upload.kind, upload if upload.kind in MAY_BE_DICOM else None, series)
 
 
 def sweep(private: Path, seconds: float) -> None:
@@ -103,9 +128,9 @@ def sweep(private: Path, seconds: float) -> None:
                     path.unlink()
 
 
-def on_the_desk(volume: Volume, kind: str, files: Path | None = None) -> OpenScan:
+def on_the_desk(volume: Volume, kind: str, upload: Upload | None = None, series: int | None = None) -> OpenScan:
     """A volume ready for viewer and model; `kind` says what it was read from."""
-    return OpenScan(volume, picture(volume), describe(volume, kind), volume.warnings, files)
+    return OpenScan(volume, picture(volume), describe(volume, kind), volume.warnings, upload, series)
 
 
 @lru_cache
@@ -170,5 +195,6 @@ def _without(folder: str, words: str) -> str:
     """The sentence without the path, which says nothing to whoever dropped a file on a page."""
     words = re.sub(rf"{re.escape(folder)}(/[\w.]+)?: ", "", words)
     words = re.sub(rf"{re.escape(folder)}/?", "", words).strip()
-    words = words.replace("and series= picks another", "and the files of another one alone are another scan")
+    words = words.replace("and series= picks another", "and another can be chosen above the picture")
+    words = re.sub(r"choose (one|another) with series=, of", r"open the files of \1 alone, of", words)
     return words[:1].upper() + words[1:]

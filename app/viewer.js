@@ -139,6 +139,7 @@ async function lay(facts) {
 
 async function update() {
   const now = () => props.value || {};
+  listSeries(now().series || [], now().scan ? now().scan.url : "");
   if (now().scan && now().scan.url !== wanted) await open(now().scan);
   const { scan: facts, overlay: heatFacts } = now();  // one may have come while the picture was loaded
   if (scan && facts && facts.url === scan.url && (heatFacts ? heatFacts.url : "") !== wantedHeat) await lay(heatFacts);

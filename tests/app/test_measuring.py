@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from .browsing import count, expect, opened, upload, wait_for
+from .test_scans import two_series
 
 SPACING = np.array([2.5, 1.3, 0.7])  # z, y, x
 PLANES = {"axial": (0, 1, 2), "coronal": (1, 0, 2), "sagittal": (2, 0, 1)}  # cut axis, axis of the rows, axis of the columns
@@ -212,6 +213,30 @@ def test_cine_full_screen_and_key_images(page) -> None:
     assert page.locator(".pictures img").evaluate("image => image.decode().then(() => image.naturalWidth > 0)")
     page.locator(".pictures .remove").click()
     expect(page.locator(".pictures img")).to_have_count(0)
+
+
+def test_a_series_of_the_study_is_chosen(visit, tmp_path) -> None:
+    page = visit()
+    files, _ = two_series(tmp_path)
+    opened(page, *files)
+    choice = page.get_by_label("Series of the study")
+    assert "/ 8" in count(page) and choice.locator("option").count() == 2
+    page.get_by_role("tab", name="Report").click()
+    page.locator("#report textarea").fill("Of the long one.")
+    asked: list[str] = []
+    page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    shown = choice.input_value()
+    other = next(value for value in ("1", "2") if value != shown)
+    choice.select_option(other)
+    wait_for(lambda: asked)
+    expect(choice).to_have_value(shown)
+    page.once("dialog", lambda dialog: dialog.accept())
+    choice.select_option(other)
+    wait_for(lambda: "/ 5" in count(page))
+    expect(choice).to_have_value(other)
+    expect(page.locator("#report textarea")).to_have_value("")
+    page.get_by_role("button", name="Chest phantom").click()
+    expect(choice).to_be_hidden()
 
 
 def test_measures_go_with_their_scan(page, scan) -> None:

@@ -1,6 +1,7 @@
 """Uploads to open scans: every format, several files of a DICOM series, names that say who it is, examples, and what is left on the disk."""
 
 import gc
+import io
 import os
 import shutil
 import zipfile
@@ -53,6 +54,18 @@ def dicom_series(folder: Path, slices: int = 6) -> list[Path]:
         pydicom.dcmwrite(path, file, enforce_file_format=True)
         paths.append(path)
     return paths
+
+
+def two_series(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of a study with a series of 8 slices and one of 5, and those of the latter alone."""
+    long, short = dicom_series(folder / "long", 8), dicom_series(folder / "short", 5)
+    study = pydicom.dcmread(long[0]).StudyInstanceUID
+    for path in short:
+        file = pydicom.dcmread(path)
+        file.StudyInstanceUID, file.SeriesNumber = study, 7
+        file.save_as(path)
+    (folder / "both").mkdir()
+    return [Path(shutil.copy(path, folder / "both" / f"{path.parent.name} {path.name}")) for path in (*long, *short)], short
 
 
 def uploaded(tmp_path: Path, *sources: Path) -> list[Path]:
@@ -145,3 +158,31 @@ def test_a_scan_is_read_as_the_models_processor_wants_it(tmp_path: Path) -> None
         processor = SimpleNamespace(image_processor=SimpleNamespace(straighten=straighten))
         scan = Desk(SimpleNamespace(processor=processor)).open_uploads(Session(), [str(path)])
         assert scan.volume.regular == straighten and scan.picture.stored.shape == scan.volume.shape
+
+
+def test_another_series_of_a_study_is_opened_from_the_same_upload(tmp_path) -> None:
+    uploads, short = two_series(tmp_path)
+    desk, session = Desk(SimpleNamespace(), "none"), Session()
+    first = desk.open_uploads(session, [str(path) for path in uploads])
+    assert len(first.volume.array) == 8 and "above the picture" in " ".join(first.warnings)
+    listed = desk.view(session)["series"]
+    assert sorted(open for _, _, open in listed) == [False, True] and "Doe" not in str(listed)
+    (other,) = [number for number, _, open in listed if not open]
+    second = desk.open_series(session, other)
+    assert len(second.volume.array) == 5 and session.scan is second
+    assert [number for number, _, open in desk.view(session)["series"] if open] == [other]
+    wanted = {pydicom.dcmread(path).SOPInstanceUID for path in short}
+    saved = pydicom.dcmread(io.BytesIO(desk.save(session, "dcm", "Clear lungs.")))  # refers to the series that is open
+    named = {
+        item.ReferencedSOPInstanceUID
+        for item in saved.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence
+    }
+    assert named == wanted
+    with pytest.raises(VolumeError, match="no series 99"):
+        desk.open_series(session, 99)
+    assert session.scan is second and second.files.exists()
+    folder = second.files
+    session.close()
+    del first, second
+    gc.collect()
+    assert not folder.exists()

@@ -1,0 +1,17 @@
+// The series of the study that is open, to choose from. Runs before viewer.js, in its scope.
+
+const seriesOf = find(".study select");
+let listedOf = "";
+
+function listSeries(series, of) {
+  find(".study").hidden = series.length < 2;
+  if (listedOf === of) return;
+  listedOf = of;
+  seriesOf.replaceChildren(...series.map(([number, words, open]) => new Option(`${number}: ${words}`, number, open, open)));
+}
+
+seriesOf.addEventListener("change", () => {
+  const chosen = Number(seriesOf.value), [shown] = props.value.series.find(([, , open]) => open);
+  if (chosen !== shown && desk.mayOpen()) trigger("option_select", { value: chosen });
+  seriesOf.value = shown;  // until the other one is open
+});
