@@ -40,7 +40,7 @@ def key_image(scan: OpenScan, plane: str, index: int, window: tuple[float, float
     Image.fromarray(grey).resize((columns, rows), Image.Resampling.BILINEAR).save(buffer, "png")
     order, flips = display_order(scan.volume)
     place = None
-    if order[cut] == 0:
+    if order[cut] == 0 and scan.as_filed:
         place = index if flips[cut].step == 1 else count - 1 - index
     name, unit = facts["names"][plane], f" {facts['unit']}".rstrip()
     label = f"{name}, slice {index + 1} of {count}, window {low:g} to {high:g}{unit}"

@@ -7,6 +7,7 @@
     for state in client.submit("And where?", api_name="/ask"): ...          # the same while it is written
     client.predict(handle_file("scan.nii.gz"), "Which organ is abnormal?", api_name="/answer")  # both in one, nothing is kept
 
+`/open` also lists the series of a study, as [number, what it is, whether it is open]; `/series` opens another one by its number.
 A Client is a session of its own, as a browser's page is. `/answer` and `/report` belong to none; tools.py offers the same to agents.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from desk import Desk
+from desk import Desk, listed
 from sessions import Session
 from turns import MALFORMED, sentence
 
@@ -51,7 +52,8 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
         return session_of(desk, request)
 
     def told(session: Session) -> dict[str, Any]:
-        return {"facts": session.scan.facts, "warnings": session.scan.warnings} if session.scan else {}
+        scan = session.scan
+        return {"facts": scan.facts, "warnings": scan.warnings, "series": listed(scan)} if scan else {}
 
     def open_scan(files: list[str] | None, request: gr.Request) -> dict[str, Any]:
         with sentences():
@@ -61,6 +63,13 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
     def example(name: str, request: gr.Request) -> dict[str, Any]:
         with sentences():
             desk.open_example(of(request), name)
+        return told(of(request))
+
+    def series(number: float | None, request: gr.Request) -> dict[str, Any]:
+        if number is None or number != int(number):
+            raise gr.Error(MALFORMED, print_exception=False)
+        with sentences():
+            desk.open_series(of(request), int(number))
         return told(of(request))
 
     def notice(request: gr.Request) -> str:
@@ -98,11 +107,13 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
         files, scan = sent(gr.File(file_count="multiple", label="Files of a scan")), sent(gr.File(label="Scan"))
         question, said = gr.Textbox(label="Question"), gr.JSON(label="Answer")
         temperature, top_p = gr.Number(0, label="Temperature"), gr.Number(1, label="Top-p")
+        number = gr.Number(label="Series")
         name, words, button = gr.Textbox(label="Example"), gr.Textbox(label="Notice"), gr.Button()
     session_only: dict[str, Any] = {"api_visibility": "undocumented"}
     reading: dict[str, Any] = {"concurrency_id": "read"}
     button.click(open_scan, files, said, api_name="open", **reading, **session_only)
     button.click(example, name, said, api_name="example", **reading, **session_only)
+    button.click(series, number, said, api_name="series", **reading, **session_only)
     button.click(notice, None, words, api_name="notice", **modelling, **session_only)
     button.click(ask, question, said, api_name="ask", **modelling, **session_only)
     button.click(sample, [question, temperature, top_p], said, api_name="sample", **modelling, **session_only)

@@ -67,6 +67,7 @@ class OpenScan:
     warnings: tuple[str, ...]
     upload: Upload | None = None
     series: int | None = None
+    as_filed: bool = True  # each slice of the volume is one of the file's, though perhaps moved within its plane
 
     @property
     def files(self) -> Path | None:
@@ -111,12 +112,14 @@ def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False, s
 def read_series(upload: Upload, series: int | None, straighten: bool = False) -> OpenScan:
     """A scan of an upload: the series of that number in `volume.series`, None for the likeliest. Raises VolumeError as `read_uploads` does."""
     try:
-        volume = read_volume(upload.path, straighten=straighten, series=series)
+        read = read_volume(upload.path, series=series)
+        volume = read.straighten() if straighten else read
     except VolumeError as error:
         raise VolumeError(_without(upload.folder, str(error))) from None
     warnings = tuple(_without(upload.folder, warning) for warning in volume.warnings)
     volume = dataclasses.replace(volume, source="scan", warnings=warnings)
-    return on_the_desk(volume, upload.kind, upload if upload.kind in MAY_BE_DICOM else None, series)
+    opened = on_the_desk(volume, upload.kind, upload if upload.kind in MAY_BE_DICOM else None, series)
+    return dataclasses.replace(opened, as_filed=not straighten or read.slice_positions is None)
 
 
 def sweep(private: Path, seconds: float) -> None:

@@ -22,6 +22,7 @@ from med3dvlm.prompts import RESEARCH_NOTICE
 
 from .browsing import wait_for
 from .conftest import files_with_content
+from .test_scans import two_series
 
 APP = Path(__file__).parents[2] / "app"
 
@@ -59,7 +60,7 @@ def test_a_scan_is_described_without_its_name_and_not_kept(server, client, scan)
         ("empty.nii.gz", "empty"),
         ("cut.nii.gz", "cannot be read"),
         ("flat.nii", "2D image"),
-        ("header.MHD", "save the scan as one .mha file"),
+        ("header.MHD", "save the scan as one .mha"),
         ("escape.zip", "outside"),
     ],
 )
@@ -83,6 +84,17 @@ def test_a_wrong_file_gets_a_sentence_and_the_open_scan_stays(server, client, sc
     assert "notes" not in sentence and str(server.uploads) not in sentence
     assert files_with_content(server.uploads) == []
     assert "10 slices." in asked(session, "still there?")["answer"]
+
+
+def test_another_series_of_a_study_is_opened_by_its_number(client, tmp_path) -> None:
+    session, (files, _) = client(), two_series(tmp_path)
+    opened = read(session, *files)
+    assert [(number, is_open) for number, _, is_open in opened["series"]] == [(1, True), (2, False)]
+    switched = session.predict(2, api_name="/series")
+    assert [is_open for *_, is_open in switched["series"]] == [False, True] and switched["facts"]["Size"] != opened["facts"]["Size"]
+    for number, words in ((7, "no series 7"), (1.5, "does not fit"), (None, "does not fit")):
+        with pytest.raises(AppError, match=words):
+            session.predict(number, api_name="/series")
 
 
 def test_an_upload_over_the_limit_gets_a_sentence(server, client, tmp_path) -> None:

@@ -7,12 +7,14 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from desk import Desk
+from key_images import key_image
 from PIL import Image
 from scans import example
 from sessions import BUSY, FULL, NO_SCAN, Session, Sessions
@@ -179,6 +181,8 @@ def test_key_images_are_the_slices_that_the_viewer_shows(session) -> None:
     np.testing.assert_array_equal(scan.picture.stored[3], scan.volume.array[place])  # an axial phantom, rows and columns as on a screen
     with zipfile.ZipFile(io.BytesIO(desk.save(session, "zip", "A nodule."))) as archive:
         assert archive.read("key_image_3.png") == image.png and "sagittal, slice 4 of" in archive.read("report.txt").decode()
+    uneven = replace(scan, as_filed=False)  # resampled between the slices of the files
+    assert key_image(uneven, "axial", 3, (0, 1)).place is None and key_image(scan, "axial", 3, (0, 1)).place == place
     desk.remove_key_image(session, 2)
     assert [label.partition(",")[0] for label, _, _ in desk.reading(session)["pictures"]] == ["axial", "sagittal"]
     for _ in range(18):
