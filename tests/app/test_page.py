@@ -275,3 +275,5 @@ def test_counters_stand_beside_the_picture_and_are_whole(visit, scan, width, hei
         assert head["y"] + head["height"] <= canvas["y"] + 1
         assert page.locator(f"[data-plane={plane}] .head").evaluate("head => head.scrollWidth <= head.clientWidth")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    tools = page.locator(".tools button, .tools input, .tools select").all()
+    assert all((box := tool.bounding_box()) and box["x"] + box["width"] <= width for tool in tools)
