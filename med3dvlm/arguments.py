@@ -14,12 +14,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.limits import check_settings
 
 logger = logging.getLogger(__name__)
 
@@ -30,22 +32,7 @@ LEARNING = (
 )  # fmt: skip
 # Where to write, what to measure, and how to be quick; the split file is in the fingerprint of the data.
 FREE = {"merged", "cache_features", "exclude_failures", "validation_split", "split_file"}
-# Settings of transformers that are refused: the only value that is allowed, and why.
-REFUSED: dict[str, tuple[Any, str]] = {
-    "label_smoothing_factor": (0.0, "the models compute their losses themselves, and transformers would smooth over positions that are not shifted"),
-    "neftune_noise_alpha": (None, "the noise would reach the words but not the image between them"),
-    "fp16": (False, "the models compute in float32 or bfloat16; pass --bf16 true"),
-    "fp16_full_eval": (False, "the models compute in float32 or bfloat16"),
-    "bf16_full_eval": (False, "it would round the float32 weights that train; with --bf16 true the validation loss is computed in bfloat16 already"),
-    "auto_find_batch_size": (False, "the batch size is a part of what is learned; choose a smaller per_device_train_batch_size"),
-    "average_tokens_across_devices": (True, "else the gradients would be divided by the number of processes"),
-    "use_liger_kernel": (False, "its kernels replace a language model's loss, which is not used here"),
-    "fsdp": (None, "weights are shared out by DeepSpeed; pass --deepspeed ds_configs/zero3.json"),
-    "accelerator_config": (None, "it may change what a batch is"),
-    "remove_unused_columns": (False, "the collators need every column of a row"),
-    "dataloader_persistent_workers": (False, "workers that stay do not hear that an epoch is another one"),
-}  # fmt: skip
-ZERO_STAGES = (0, 1, 2, 3)
+ZERO_STAGES = (1, 2, 3)
 
 
 @dataclass
@@ -64,15 +51,7 @@ class StageArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.save_total_limit == 1:
-            raise ValueError(
-                "save_total_limit must be at least 2: while a checkpoint is being written, the whole one before it has to stay"
-            )
-        for name, (allowed, reason) in REFUSED.items():
-            if (value := getattr(self, name)) not in (allowed, None, ""):
-                raise ValueError(f"{name} is {value!r} but must be {str(allowed).lower()}: {reason}")
-        if self.train_sampling_strategy == "group_by_length":
-            raise ValueError("train_sampling_strategy 'group_by_length' needs lengths that rows do not have; choose random or sequential")
+        check_settings(vars(self))
         if self.bf16 and not self.use_cpu and not _gpu_has_bfloat16():
             raise ValueError(
                 "bf16 is true but there is no GPU here that computes in bfloat16; pass --use_cpu true to train on the CPU, or --bf16 false"
@@ -83,6 +62,8 @@ class StageArguments(TrainingArguments):
                 "as in ds_configs/zero2.json"
             )
         super().__post_init__()
+        self._check_reports()
+        self._check_schedule()
         self._check_launcher()
         self.logging_nan_inf_filter = False  # it would log a loss that is not a number as 0
         if self.n_gpu > 1:
@@ -96,6 +77,32 @@ class StageArguments(TrainingArguments):
             # Models are loaded whole: transformers would load parts of them as ZeRO-3 shards, in the engine's type, beside parts that are
             # neither. The engine shares all of them out at once when training starts.
             unset_hf_deepspeed_config()
+
+    def _check_reports(self) -> None:
+        """Raise ValueError where training is to be reported to a program that is not installed."""
+        for name in self.report_to or ():
+            if name not in (available := get_available_reporting_integrations()):
+                raise ValueError(
+                    f"report_to is {name!r}, which is unknown or not installed here; install it, or choose of: {', '.join(['none', *available])}"
+                )
+
+    def _check_schedule(self) -> None:
+        """Raise ValueError where the schedule does not take its settings."""
+        steps = max(self.max_steps, 1)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        try:
+            get_scheduler(
+                self.lr_scheduler_type,
+                optimizer,
+                self.get_warmup_steps(steps),
+                steps,
+                self.lr_scheduler_kwargs,  # type: ignore[arg-type]
+            )
+        except (TypeError, ValueError, AttributeError) as error:  # each schedule has words of its own
+            raise ValueError(
+                f"lr_scheduler_type {str(SchedulerType(self.lr_scheduler_type).value)!r} does not go with lr_scheduler_kwargs "
+                f"{self.lr_scheduler_kwargs!r}: {error}"
+            ) from None
 
     def _check_launcher(self) -> None:
         """Raise ValueError where `accelerate launch` brings an engine or a precision that the settings do not name."""
@@ -198,13 +205,21 @@ def _check_engine(config: Any, path: str) -> None:
         raise ValueError(f'{path} contradicts the settings: {contradictions}; write "auto" there or change the setting')
     for part, reason in (
         ("optimizer", "it would let biases, norms and the temperature decay; the settings optim and weight_decay choose it"),
+        ("scheduler", "the settings lr_scheduler_type and warmup_steps choose it"),
+        ("data_types", "gradients are added up in the type of the weights"),
         ("torch_autocast", "it would keep frozen weights in float32; the setting bf16 chooses the precision"),
     ):
         if part in config.config:
             raise ValueError(f"{path} has a part {part!r}: {reason}; leave it out")
     stage = config.get_value("zero_optimization.stage")
-    if stage not in (None, *ZERO_STAGES):
-        raise ValueError(f"{path}: zero_optimization.stage is {stage!r} but must be one of {', '.join(map(str, ZERO_STAGES))}")
+    if stage not in ZERO_STAGES:
+        raise ValueError(
+            f"{path}: zero_optimization.stage is {stage!r} but must be one of {', '.join(map(str, ZERO_STAGES))}; where nothing is to be shared "
+            "out, leave --deepspeed out and start the stage with `torchrun`"
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        if config.get_value(f"zero_optimization.{part}.device") == "nvme":
+            raise ValueError(f"{path}: zero_optimization.{part}.device is 'nvme' but must be 'cpu': checkpoints are made in memory")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -243,8 +258,5 @@ def identity_of(arguments: StageArguments, data_fingerprint: str, started_from: 
     ours = {field.name for field in fields(arguments) if field.init} - {field.name for field in fields(TrainingArguments)} - FREE
     batch_size = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     identity = {name: settings[name] for name in (*LEARNING, *sorted(ours)) if name in settings}
-    # DeepSpeed's checkpoints hold its own copies of the weights, in one part for each process.
-    engine = f"ZeRO-{arguments.hf_deepspeed_config.get_value('zero_optimization.stage', 0)}" if arguments.deepspeed else None
-    identity |= {"batch_size": batch_size, "engine": engine and f"{engine} on {arguments.world_size} processes"}
-    identity |= {"data": data_fingerprint, **started_from}
+    identity |= {"batch_size": batch_size, "data": data_fingerprint, **started_from}
     return dict(json.loads(json.dumps(identity)))

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from med3dvlm.contrastive import Med3DCLIP
 from med3dvlm.encoders import Encoder, build_encoder
 from med3dvlm.familiarity import FAMILIARITY_FILE
-from med3dvlm.files import install_model
+from med3dvlm.files import MODEL_CONFIGS, install_model, write_json
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.processing import Med3DVLMProcessor
 from med3dvlm.projectors import Projector, build_projector
@@ -37,12 +37,14 @@ __all__ = [
     "locate_model",
     "merge_lora",
     "model_type",
+    "require_own",
     "require_weights",
     "verify_equal",
 ]
 # What a directory holds, by the model_type in its config.json, and what loads it.
 LOADERS = {"med3d_clip": "load_clip", "med3dvlm": "load_vlm", "med3d_encoder": "load_encoder", "med3d_projector": "load_projector"}
 PACKAGE_PREFIX = "package:"
+MERGED_FROM = "merged_from.json"  # beside a merged model: the folder of its adapter
 
 
 def locate_model(name: str) -> str:
@@ -139,8 +141,11 @@ def load_projector(path: str | Path) -> Projector:
     return _loaded(build_projector(*(settings[key] for key in ("projector", "grids", "widths", "dim", "depth"))), path)
 
 
-def load_adapted(adapter: str | Path) -> tuple[Any, Med3DVLMProcessor]:
+def load_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[Any, Med3DVLMProcessor]:
     """A stage-3 adapter over its base, a PeftModel in evaluation mode, with the base's processor.
+
+    Args:
+        base: where the base is now; None looks where it was when the adapter was trained.
 
     Raises:
         FileNotFoundError: the folder holds no adapter, or its base is gone.
@@ -149,18 +154,42 @@ def load_adapted(adapter: str | Path) -> tuple[Any, Med3DVLMProcessor]:
 
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{adapter} holds no adapter (adapter_config.json); name the output of stages/stage3_lora.py")
-    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if base is None:
+        base = Path(str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path))
+        if not base.is_dir():
+            raise FileNotFoundError(
+                f"{adapter} was trained on the model in {base}, which is not there; say where it is now: med3dvlm merge --base FOLDER"
+            )
     model, processor = load_vlm(base)
     return PeftModel.from_pretrained(model, str(adapter)).eval(), processor
 
 
-def merge_lora(adapter: str | Path, destination: str | Path) -> Med3DVLM:
+def require_own(destination: str | Path, adapter: str | Path) -> None:
+    """Raise ValueError where `destination` holds what was not merged from this adapter's folder, and `merge_lora` would replace it."""
+    destination, adapter = Path(destination), Path(adapter).resolve()
+    if destination.resolve() == adapter:
+        raise ValueError(f"the merged model would replace the adapter in {adapter}; name another folder for it: --merged")
+    if not any((destination / name).exists() for name in MODEL_CONFIGS):
+        return
+    record = destination / MERGED_FROM
+    source = json.loads(record.read_text(encoding="utf-8"))["adapter"] if record.is_file() else None
+    if source != str(adapter):
+        raise ValueError(
+            f"{destination} holds {f'the model merged from {source}' if source else 'a model of another origin'}, which the one of {adapter} "
+            "would replace; name another folder for it, --merged, or delete that one"
+        )
+
+
+def merge_lora(adapter: str | Path, destination: str | Path, base: str | Path | None = None) -> Med3DVLM:
     """Merge a stage-3 adapter into its base and write the whole model to `destination`, in the place of one that is there.
 
     What the stage found of its training data (familiarity.safetensors) goes with it; an older one that is there goes away.
+
+    Args:
+        base: see `load_adapted`.
     """
     adapter = Path(adapter)
-    adapted, processor = load_adapted(adapter)
+    adapted, processor = load_adapted(adapter, base)
     merged: Med3DVLM = adapted.merge_and_unload()
     destination = Path(destination).resolve()
     aside = destination.with_name(f".{destination.name}-merging")
@@ -170,6 +199,7 @@ def merge_lora(adapter: str | Path, destination: str | Path) -> Med3DVLM:
         processor.save_pretrained(aside)
         if (familiarity := adapter / FAMILIARITY_FILE).is_file():
             shutil.copy(familiarity, aside)
+        write_json(aside / MERGED_FROM, {"adapter": str(adapter.resolve())})
         install_model(aside, destination)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -16,7 +16,9 @@ from med3dvlm.contrastive import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.features import fingerprint, report_features
 from med3dvlm.datasets.torch import PairCollator, PairDataset
-from med3dvlm.training import StageTrainer, finish, run_training, save_final, train_only, whole
+from med3dvlm.trainer import StageTrainer
+from med3dvlm.training import finish, run_training, save_final, train_only
+from med3dvlm.training_state import whole
 
 NEW = "new"
 

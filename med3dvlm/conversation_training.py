@@ -16,7 +16,7 @@ from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import LOSS_WEIGHTINGS, ROWS, ConversationCollator, ConversationDataset, load_volumes
 from med3dvlm.processing import IGNORED, Med3DVLMProcessor
 from med3dvlm.records import Study
-from med3dvlm.training import StageTrainer
+from med3dvlm.trainer import StageTrainer
 from med3dvlm.vlm import Med3DVLM, count_items
 
 

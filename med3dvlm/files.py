@@ -68,7 +68,7 @@ def whole_file(destination: Path) -> Iterator[Path]:
     aside = destination.with_name(f".{uuid.uuid4().hex}{PART}")
     try:
         yield aside
-        _as_others(aside, 0o666)  # safetensors makes files that nobody else may read
+        share(aside)
         with aside.open("r+b") as file:
             os.fsync(file.fileno())  # or a machine that loses power might keep the new name of an empty file
         aside.replace(destination)
@@ -88,17 +88,19 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
         yield aside
-        _as_others(aside, 0o777)  # a temporary folder is closed to others
+        share(aside)
         aside.replace(destination)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _as_others(path: Path, mode: int) -> None:
-    """Give it the rights that a new file or folder has here."""
+def share(path: Path) -> None:
+    """Give a file, or a folder with all in it, the rights that new ones have here: libraries close temporary folders and weights to others."""
     umask = os.umask(0o022)
     os.umask(umask)
-    path.chmod(mode & ~umask)
+    for one in (path, *path.rglob("*")):
+        if not one.is_symlink():
+            one.chmod((0o777 if one.is_dir() else 0o666) & ~umask)
 
 
 def require_free(destination: Path) -> None:
@@ -113,6 +115,7 @@ def install_model(aside: Path, folder: Path) -> None:
     The configuration, without which a folder is no model, goes first and comes last. Old weights go with what was measured on them
     (familiarity); any other file stays.
     """
+    share(aside)
     if not folder.exists() or not any(folder.iterdir()):
         aside.replace(folder)
         return

@@ -9,13 +9,14 @@ Writes a PEFT adapter to the output folder and the merged Med3DVLM, ready to use
 import gc
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from med3dvlm import Med3DVLM
 from med3dvlm.arguments import parse_arguments
-from med3dvlm.checkpoints import load_adapted, load_vlm, merge_lora
+from med3dvlm.checkpoints import load_adapted, load_vlm, merge_lora, require_own
 from med3dvlm.conversation_training import ConversationArguments, ConversationTrainer, conversations
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
@@ -53,10 +54,12 @@ def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
 
 def main() -> None:
     arguments = parse_arguments(Stage3Arguments)
+    if arguments.merged:
+        require_own(arguments.merged, str(arguments.output_dir))
     data = arguments.open_data()
 
     torch.manual_seed(arguments.seed)
-    base, processor = load_vlm(arguments.model, dtype=arguments.weights_dtype)
+    base, processor = load_vlm(Path(arguments.model).resolve(), dtype=arguments.weights_dtype)
     started_from = fingerprint(base)
     model = add_lora(base, arguments)
     parts = conversations(arguments, data, base, processor, yes_no=True)

@@ -32,6 +32,7 @@ def add_commands(commands: Commands) -> None:
     merge = commands.add_parser("merge", help="merge a LoRA adapter into its base model")
     merge.add_argument("adapter", metavar="ADAPTER", type=Path, help="the folder that stages/stage3_lora.py wrote")
     merge.add_argument("out", metavar="OUT", type=Path, help="the folder of the whole model, which must not exist yet")
+    merge.add_argument("--base", metavar="FOLDER", type=Path, help="the model that the adapter was trained on, where it has been moved")
     merge.set_defaults(run=_merge)
 
     convert = commands.add_parser("convert", help="convert released weights to a folder that the other commands take")
@@ -118,7 +119,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     quiet_transformers()
     with whole_folder(arguments.out) as aside:
-        merge_lora(arguments.adapter, aside)
+        merge_lora(arguments.adapter, aside, arguments.base)
     print(f"{arguments.out} holds the merged model")
 
 

@@ -18,7 +18,7 @@ from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset, PairCollator, PairDataset, load_volumes
 from med3dvlm.records import Question
-from med3dvlm.training import StageTrainer
+from med3dvlm.trainer import StageTrainer
 
 
 class Eye(nn.Module):

@@ -17,7 +17,8 @@ from typing import Any
 import torch._dynamo  # noqa: F401  before the forks, so that it is imported once
 
 from med3dvlm import training
-from med3dvlm.training import LossRecorder, StageTrainer
+from med3dvlm.trainer import StageTrainer
+from med3dvlm.training import LossRecorder
 
 Kill = Callable[[], None]
 

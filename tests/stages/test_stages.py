@@ -21,7 +21,8 @@ from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm, merge
 from med3dvlm.datasets import m3d
 from med3dvlm.datasets.store import PreparedData, checksum
 from med3dvlm.familiarity import FAMILIARITY_FILE
-from med3dvlm.training import COMPLETE, launch
+from med3dvlm.trainer import COMPLETE
+from med3dvlm.training import launch
 from stages import ct_clip, stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
 
 STAGES = (stage0_language_model, stage1_siglip, ct_clip, stage2_projector, stage3_lora)
@@ -437,7 +438,7 @@ def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
     assert two.record["processes"] == 2 and two.record["settings"]["deepspeed"] == "ds_configs/zero2.json"
     assert two.losses == pytest.approx(one.losses, rel=1e-5) and len(two.losses) == 4
     assert abs(one.losses[0] - one.losses[-1]) > 0.01  # it learns: equal losses mean equal weights
-    assert list(two.output.glob("checkpoint-4/global_step4/*optim_states.pt"))
+    assert list(two.output.glob("checkpoint-4/training_state-*.safetensors"))
     trained = load_vlm(two.output)[0].state_dict()
     moved, apart = (
         torch.cat([(values[name] - one.after[name]).flatten() for name in sorted(one.trainable)]).norm() for values in (one.before, trained)

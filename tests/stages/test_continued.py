@@ -1,0 +1,71 @@
+"""A training that goes on, after every step, under another launcher, engine or number of processes has the losses of one that was not stopped."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.launching import REPOSITORY, launch
+
+pytestmark = pytest.mark.slow
+VIT = {"patch": [8, 16, 16], "width": 16, "depth": 4, "heads": 2}  # no batch norm, which sees the volumes of one process alone
+STILL = ("--text_options", json.dumps({"dropout": 0, "attention_dropout": 0}))
+ZERO2, ZERO3, OFFLOADED = "{zero}2.json", "{zero}3.json", "ds_configs/zero3_offload.json"
+# launcher, processes, DeepSpeed's configuration: one for each step
+CHAIN = (
+    ("deepspeed", 1, ZERO2), ("deepspeed", 2, ZERO2), ("python", 1, ""), ("torchrun", 2, ""), ("deepspeed", 2, ZERO3),
+    ("deepspeed", 1, OFFLOADED), ("deepspeed", 1, "{zero}1.json"), ("python", 1, ""),
+)  # fmt: skip
+RATE = {"stage1_siglip": 0.003, "stage2_projector": 0.01, "stage3_lora": 0.03}
+TOLERANCE = {False: 1e-4, True: 0.02}  # of the first loss, in float32 and bfloat16; measured:
+
+Stage = Callable[..., tuple[list[int], str]]
+
+
+@pytest.fixture
+def stage(prepared: Path, tiny_models: SimpleNamespace, tmp_path: Path) -> Stage:
+    """stage(name, output, (launcher, processes, engine), "--flag", value, ...): exit codes and what was said; four rows a step."""
+    for number in (1, 2, 3):  # small tensors are shared out, too
+        engine = json.loads((REPOSITORY / "ds_configs" / f"zero{max(number, 2)}.json").read_text())
+        engine["zero_optimization"] |= {"stage": number} | ({"stage3_param_persistence_threshold": 0} if number == 3 else {})
+        (tmp_path / f"zero{number}.json").write_text(json.dumps(engine))
+    parts: dict[str, tuple[object, ...]] = {
+        "stage1_siglip": ("--text_encoder", tiny_models.text_encoder, "--train_text", "true", "--cache_features", "false", *STILL),
+        "stage2_projector": ("--clip", tiny_models.clip, "--language_model", tiny_models.language_model),
+        "stage3_lora": ("--model", tiny_models.vlm, "--merged", "", "--lora_dropout", 0),
+    }
+
+    def run(name: str, output: Path, how: tuple[str, int, str], *flags: object) -> tuple[list[int], str]:
+        launcher, processes, engine = how
+        log = output.with_suffix(".log")
+        log.unlink(missing_ok=True)
+        codes = launch(
+            launcher, processes, f"stages/{name}.py", "--config", f"stages/configs/smoke/{name}.yaml", "--data", prepared, "--output_dir",
+            output, *parts[name], "--deepspeed", engine.format(zero=tmp_path / "zero"), "--per_device_train_batch_size", 4 // processes,
+            "--lr_scheduler_type", "constant", "--learning_rate", RATE[name], "--save_steps", 1, "--disable_tqdm", "true", *flags, log=log,
+        )  # fmt: skip
+        return codes, log.read_text()
+
+    return run
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "losses.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["stage1_siglip", "stage3_lora"])
+def test_any_engine_and_number_of_processes_continues(name: str, bf16: bool, stage: Stage, tmp_path: Path) -> None:
+    vit = ("--encoder", "vit3d_naive", "--encoder_options", json.dumps(VIT)) if name == "stage1_siglip" else ()
+    flags = ("--bf16", bf16, *vit)
+    codes, said = stage(name, tmp_path / "whole", ("python", 1, ""), *flags, "--max_steps", len(CHAIN))
+    assert codes == [0], said[-3000:]
+    for steps, how in enumerate(CHAIN, start=1):
+        codes, said = stage(name, tmp_path / "chain", how, *flags, "--max_steps", steps)
+        assert codes == [0] * how[1], said[-5000:]
+        assert steps == 1 or f"continuing from {tmp_path / 'chain' / 'checkpoint'}-{steps - 1}" in said
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "chain")
+    assert found == pytest.approx(expected, abs=TOLERANCE[bf16] * expected[0])
+    assert max(expected) - min(expected) > 0.05 * expected[0]  # it learns: a state that was lost would show
