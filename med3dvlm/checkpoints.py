@@ -172,7 +172,7 @@ def require_own(destination: str | Path, adapter: str | Path) -> None:
     if not any((destination / name).exists() for name in MODEL_CONFIGS):
         return
     record = destination / MERGED_FROM
-    source = json.loads(record.read_text(encoding="utf-8"))["adapter"] if record.is_file() else None
+    source = json.loads(record.read_text(encoding="utf-8-sig"))["adapter"] if record.is_file() else None
     if source != str(adapter):
         raise ValueError(
             f"{destination} holds {f'the model merged from {source}' if source else 'a model of another origin'}, which the one of {adapter} "

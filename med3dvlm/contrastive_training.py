@@ -1,8 +1,9 @@
 """What stage 1 and the CT-CLIP path share: a Med3DCLIP learns from pairs of volume and report."""
 
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from med3dvlm.datasets.torch import PairCollator, PairDataset
 from med3dvlm.trainer import StageTrainer
 from med3dvlm.training import finish, run_training, save_final, train_only
 from med3dvlm.training_state import whole
+
+logger = logging.getLogger(__name__)
 
 NEW = "new"
 
@@ -120,6 +123,10 @@ def train_contrastive(arguments: ContrastiveArguments) -> None:
         logit_scale=arguments.logit_scale,
         logit_bias=arguments.logit_bias,
     )
+    limit = getattr(text_encoder.config, "max_position_embeddings", None)
+    if limit is not None and arguments.max_text_length > limit:
+        raise ValueError(f"max_text_length is {arguments.max_text_length} but the text encoder reads {limit} tokens; pass that at most")
+    _say_how_many_are_cut([study.report for study in pairs.studies], tokenizer, arguments)
     model = Med3DCLIP(config, text_encoder)
     frozen = (() if arguments.train_text else ("text_encoder.",)) + (() if arguments.train_temperature else ("logit_scale",))
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -139,6 +146,20 @@ def train_contrastive(arguments: ContrastiveArguments) -> None:
     run_training(trainer, arguments, str(data.summary["fingerprint"]), text_encoder=fingerprint(model.text_encoder))
     save_final(trainer, data.processor)
     finish()
+
+
+def _say_how_many_are_cut(reports: Sequence[str], tokenizer: Any, arguments: ContrastiveArguments) -> None:
+    limit = arguments.max_text_length
+    special = tokenizer.num_special_tokens_to_add()
+    long = [report for report in reports if len(report.encode()) + special > limit]  # a text's bytes are never fewer than its tokens
+    lengths = [len(ids) for ids in tokenizer(long, verbose=False)["input_ids"]] if long else []
+    cut = sum(length > limit for length in lengths)
+    if cut and arguments.process_index == 0:
+        logger.warning(
+            "%d of the %d reports in split %s have more than max_text_length %d tokens, and what is beyond is not read: their end, where the "
+            "impression often stands; the longest has %d tokens",
+            cut, len(reports), arguments.train_split, limit, max(lengths),
+        )  # fmt: skip
 
 
 def common_words(texts: Iterable[str], size: int) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """What stages 2 and 3 share: a Med3DVLM learns from conversations about volumes."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,8 @@ from med3dvlm.records import Study
 from med3dvlm.trainer import StageTrainer
 from med3dvlm.vlm import Med3DVLM, count_items
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class ConversationArguments(ImageArguments):
@@ -36,7 +39,9 @@ class ConversationArguments(ImageArguments):
             "(the tokens of a report, or of an answer, share the weight of one)"
         },
     )
-    max_length: int = field(default=1024, metadata={"help": "tokens of a conversation, image tokens included; longer ones are cut"})
+    max_length: int = field(
+        default=1024, metadata={"help": "tokens of a conversation, image tokens included; what is longer is cut and counted"}
+    )
     max_row_length: int = field(
         default=4096, metadata={"help": "tokens of a row of several conversations; a study with more takes several rows"}
     )
@@ -87,6 +92,29 @@ class ConversationTrainer(StageTrainer):
         return float(loss / items)
 
 
+def limit_lengths(rows: ConversationDataset, split: str, processor: Med3DVLMProcessor, arguments: Any) -> None:
+    """Keep rows to `max_row_length`, and say how much of the split `max_length` cuts.
+
+    Raises:
+        ValueError: a question leaves no room for its answer, or the chat template does not show where the assistant's words stand.
+    """
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    processor.encode(turn, image=False)
+    if arguments.follow_ups:
+        try:
+            processor.encode(turn + turn, image=False)
+        except ValueError as error:
+            raise ValueError(f"{error}; or pass --follow_ups 0, so that no conversation has two questions") from None
+    rows.limit_rows(processor, arguments.max_length, arguments.max_row_length)
+    for kind, (cut, count, needed) in rows.count_cut(processor, arguments.max_length).items():
+        if cut and arguments.process_index == 0:
+            logger.warning(
+                "%d of the %d %s in split %s do not fit into max_length %d: their last words are left out, and with them the token that ends an "
+                "answer, so that the model does not learn to stop there; --max_length %d leaves all of them whole",
+                cut, count, kind, split, arguments.max_length, needed,
+            )  # fmt: skip
+
+
 def conversations(
     arguments: ConversationArguments, data: PreparedData, model: Med3DVLM, processor: Med3DVLMProcessor, yes_no: bool
 ) -> dict[str, Any]:
@@ -114,7 +142,7 @@ def conversations(
             data, split, yes_no, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups,
             seed=arguments.seed, augmentation=augmentation, rows=arguments.rows,
         )  # fmt: skip
-        rows.limit_rows(processor, arguments.max_length, arguments.max_row_length)
+        limit_lengths(rows, split, processor, arguments)
         if arguments.cache_features:
             rows.features = _cached_features(arguments, data, model, split)
         return rows

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
@@ -72,7 +73,8 @@ class Med3DVLMProcessor(ProcessorMixin):
         Args:
             generate: end with the opening of the assistant's turn; nothing is cut.
             image: the conversation is about a volume.
-            max_length: whole trailing turns, then trailing text, are cut to this many tokens; image tokens never.
+            max_length: whole trailing turns, then trailing text, are cut to this many tokens; image tokens never. An answer that is cut has
+                no token that ends it: that it ends there is not to be learned.
 
         Raises:
             ValueError: the image and the first question do not fit in `max_length`, or the chat template rewrites earlier turns.
@@ -100,7 +102,8 @@ class Med3DVLMProcessor(ProcessorMixin):
         answer = next((index for index, label in enumerate(labels) if label != IGNORED), len(labels))
         if answer >= max_length:
             raise ValueError(
-                f"{max_length} tokens do not hold the image ({shared} tokens) and the question ({answer - shared} tokens); raise max_length"
+                f"{max_length} tokens do not hold what stands before an answer: all up to the image or text that is asked about ({shared} tokens) "
+                f"and the question ({answer - shared} tokens); raise max_length"
             )
         return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}, shared
 
@@ -141,9 +144,12 @@ class Med3DVLMProcessor(ProcessorMixin):
         return ids, places
 
     def _render(self, messages: Sequence[Message], generate: bool) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages), chat_template=self.chat_template, tokenize=False, add_generation_prompt=generate
-        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self.chat_template, tokenize=False, add_generation_prompt=generate
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses a conversation: {error}") from None
         return text
 
     def _assistant_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
@@ -170,12 +176,13 @@ class Med3DVLMProcessor(ProcessorMixin):
 
         Args:
             max_length: of each conversation.
-            context: a text in the image's place, which is then learned as well: language modelling without a volume.
+            context: a text in the image's place, which is then learned as well: language modelling without a volume. It is cut to half of
+                `max_length`.
         """
         if context is None:
             inserted = [self.image_token_id] * self.num_image_tokens
         else:
-            inserted, _ = self._coded(self._marked(context))
+            inserted = self._coded(self._marked(context))[0][: None if max_length is None else max_length // 2]
         row: dict[str, list[int]] = {}
         for number, messages in enumerate(conversations, start=1):
             coded, shared = self._encode(messages, False, inserted, max_length)

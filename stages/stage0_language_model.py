@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from med3dvlm import Med3DVLMProcessor
 from med3dvlm.arguments import StageArguments, parse_arguments
-from med3dvlm.conversation_training import ConversationTrainer
+from med3dvlm.conversation_training import ConversationTrainer, limit_lengths
 from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset
 from med3dvlm.training import finish, launch, run_training, save_final
 
@@ -30,7 +30,9 @@ class Stage0Arguments(StageArguments):
     hidden_size: int = field(default=256, metadata={"help": "width of the language model"})
     layers: int = field(default=4, metadata={"help": "layers of the language model"})
     heads: int = field(default=4, metadata={"help": "attention heads; half as many for keys and values"})
-    max_length: int = field(default=512, metadata={"help": "tokens of a conversation"})
+    max_length: int = field(
+        default=512, metadata={"help": "tokens of a report with a question about it, of which the report takes half at most"}
+    )
     max_row_length: int = field(default=4096, metadata={"help": "tokens of a row; a study with more conversations takes several rows"})
     reports: float = field(default=0.3, metadata={"help": "share of rows with the report as an answer"})
     closed: float = field(default=0.25, metadata={"help": "share of rows with a question whose choices are spelled out"})
@@ -72,7 +74,7 @@ def main() -> None:
         num_hidden_layers=arguments.layers,
         num_attention_heads=arguments.heads,
         num_key_value_heads=max(1, arguments.heads // 2),
-        max_position_embeddings=2048,
+        max_position_embeddings=max(2048, arguments.max_length),
         tie_word_embeddings=True,
         initializer_range=arguments.hidden_size**-0.5,  # 0.02, the default, starts so narrow a model with nearly even attention
         bos_token_id=None,
@@ -81,8 +83,9 @@ def main() -> None:
     )
     model = Qwen2ForCausalLM(config)
     processor = Med3DVLMProcessor(data.processor, tokenizer, num_image_tokens=1)
-    for rows in filter(None, (texts, validation)):
-        rows.limit_rows(processor, arguments.max_length, arguments.max_row_length)
+    for split, rows in (("train", texts), (arguments.validation_split, validation)):
+        if rows is not None:
+            limit_lengths(rows, split, processor, arguments)
     trainer = ConversationTrainer(
         model, arguments, train_dataset=texts, eval_dataset=validation, processing_class=tokenizer,
         data_collator=ConversationCollator(processor, arguments.max_length),

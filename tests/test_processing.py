@@ -89,7 +89,7 @@ def test_truncation_drops_whole_turns_and_never_an_image_token(name: str) -> Non
     first_answer = next(index for index, label in enumerate(whole[0]["labels"]) if label != IGNORED)
     for max_length in range(1, lengths[-1] + 3):
         if max_length <= first_answer:
-            with pytest.raises(ValueError, match=rf"^{max_length} tokens do not hold the image .* raise max_length$"):
+            with pytest.raises(ValueError, match=rf"^{max_length} tokens do not hold what stands .* raise max_length$"):
                 subject.encode(CONVERSATION, max_length=max_length)
             continue
         fitting = [row for row, length in zip(whole, lengths, strict=True) if length <= max_length]

@@ -219,8 +219,7 @@ class ConversationDataset(StudyDataset):
         rows: list[Row] = []
 
         def most(messages: Sequence[Message]) -> int:
-            written = sum(len(message["content"].encode()) for message in messages)
-            return min(first + further * (len(messages) // 2 - 1) + written, max_length - shared)
+            return min(first + further * (len(messages) // 2 - 1) + _written(messages), max_length - shared)
 
         for place, study in enumerate(self.studies):
             context = None if self.with_image else study.report
@@ -233,6 +232,32 @@ class ConversationDataset(StudyDataset):
             costs = self._costs(study, lambda turn, context=context: count(turn, context)[1])  # type: ignore[misc]
             rows += [Row(place, *part) for part in pack(*costs, max_row_length - begin)]
         self.rows = rows
+
+    def count_cut(self, processor: Med3DVLMProcessor, max_length: int) -> dict[str, tuple[int, int, int]]:
+        """Kind, reports or answers -> how many of them `max_length` cuts, of how many, and what it would have to be to cut none.
+
+        Tokens are counted only where there could be too many, as in `limit_rows`.
+
+        Raises:
+            ValueError: a question leaves no room for its answer.
+        """
+        prompt = max(REPORT_PROMPTS, key=len)
+        frame = processor.branch([_turn(".", ".")], None, None if self.with_image else "")["branches"]
+        lengths: dict[str, list[int]] = {"reports": [], "answers": []}
+        for study in self.studies:
+            context = None if self.with_image else study.report
+            turns = [("reports", _turn(prompt, study.report))] if self.reports or not self.with_image or not self.asked[study.id] else []
+            for question in self.asked[study.id]:
+                forms = [_turn(question.text, question.answer), *([_closed_turn(question)] if _has_closed_form(question) else [])]
+                turns.append(("answers", max(forms, key=_written)))
+            for kind, turn in turns:
+                length = max(len(frame) + _written(turn) + len((context or "").encode()), 2 * len((context or "").encode()))
+                if length > max_length:
+                    processor.branch([turn], max_length, context)
+                    branches = processor.branch([turn], None, context)["branches"]
+                    length = max(len(branches), 2 * (branches.count(0) - frame.count(0)) if context else 0)
+                lengths[kind].append(length)
+        return {kind: (sum(length > max_length for length in found), len(found), max(found, default=0)) for kind, found in lengths.items()}
 
     def _costs(self, study: Study, cost: Callable[[list[Message]], int]) -> tuple[list[int], dict[str, int]]:
         """Tokens of a study's questions, and of the longest form of each thing that may be drawn."""
@@ -284,6 +309,11 @@ class ConversationDataset(StudyDataset):
 
 def _turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _written(messages: Sequence[Message]) -> int:
+    """Bytes of what is said: never fewer than its tokens."""
+    return sum(len(message["content"].encode()) for message in messages)
 
 
 def _has_closed_form(question: Question) -> bool:

@@ -19,7 +19,8 @@ CHAIN = (
     ("deepspeed", 1, OFFLOADED), ("deepspeed", 1, "{zero}1.json"), ("python", 1, ""),
 )  # fmt: skip
 RATE = {"stage1_siglip": 0.003, "stage2_projector": 0.01, "stage3_lora": 0.03}
-TOLERANCE = {False: 1e-4, True: 0.02}  # of the first loss, in float32 and bfloat16; measured:
+# Of the way that the losses went, in float32 and bfloat16; measured: MEASURED.
+TOLERANCE = {False: 0.01, True: 0.05}
 
 Stage = Callable[..., tuple[list[int], str]]
 
@@ -67,5 +68,25 @@ def test_any_engine_and_number_of_processes_continues(name: str, bf16: bool, sta
         assert codes == [0] * how[1], said[-5000:]
         assert steps == 1 or f"continuing from {tmp_path / 'chain' / 'checkpoint'}-{steps - 1}" in said
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "chain")
-    assert found == pytest.approx(expected, abs=TOLERANCE[bf16] * expected[0])
-    assert max(expected) - min(expected) > 0.05 * expected[0]  # it learns: a state that was lost would show
+    way = max(expected) - min(expected)
+    print("MEASURED", name, bf16, max(abs(a - b) for a, b in zip(expected, found, strict=True)) / way)
+    assert way > 0.01 and found == pytest.approx(expected, abs=TOLERANCE[bf16] * way)
+
+
+def test_what_would_be_another_training_is_refused(stage: Stage, tmp_path: Path) -> None:
+    """Batch norm sees the volumes of one process; another number of rows a step is another training, whoever takes it."""
+    one, two = ("python", 1, ""), ("torchrun", 2, "")
+    codes, said = stage("stage1_siglip", tmp_path / "pairs", one, "--max_steps", 1)
+    assert codes == [0], said[-3000:]
+    codes, said = stage("stage1_siglip", tmp_path / "pairs", two, "--max_steps", 2)
+    assert 2 in codes and "Traceback" not in said
+    assert (
+        "holds a training with another batch_norm_volumes: 4 then, 2 now" in said and "batch norm sees the volumes of one process" in said
+    )
+    codes, said = stage("stage2_projector", tmp_path / "answers", one, "--max_steps", 1)
+    assert codes == [0], said[-3000:]
+    codes, said = stage("stage2_projector", tmp_path / "answers", two, "--max_steps", 2, "--per_device_train_batch_size", 4)
+    assert 2 in codes and "Traceback" not in said
+    assert "another batch_size: 4 then, 8 now" in said
+    assert "per_device_train_batch_size 4 x 2 processes x gradient_accumulation_steps 1" in said
+    assert "--per_device_train_batch_size 2 makes it what it was" in said
