@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from med3dvlm.contrastive import Med3DCLIP
@@ -27,6 +28,7 @@ from med3dvlm.vlm import Med3DVLM
 
 __all__ = [
     "Conversion",
+    "configuration_of",
     "convert_published",
     "load_adapted",
     "load_clip",
@@ -44,6 +46,7 @@ __all__ = [
 # What a directory holds, by the model_type in its config.json, and what loads it.
 LOADERS = {"med3d_clip": "load_clip", "med3dvlm": "load_vlm", "med3d_encoder": "load_encoder", "med3d_projector": "load_projector"}
 PACKAGE_PREFIX = "package:"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 MERGED_FROM = "merged_from.json"  # beside a merged model: the folder of its adapter
 
 
@@ -76,15 +79,52 @@ def locate_model(name: str) -> str:
     return str(found[0])
 
 
+def configuration_of(name: str, wanted: str, known: Any, **overrides: Any) -> tuple[str, PretrainedConfig]:
+    """Where a pretrained model of the library is, as `locate_model`, and its configuration.
+
+    Args:
+        wanted: in words, as "language model".
+        known: the library's table of such models by their configuration.
+        overrides: of the configuration.
+
+    Raises:
+        FileNotFoundError: there is no such model (see `locate_model`), or it lacks a file.
+        ValueError: it is a model of another kind.
+    """
+    path = locate_model(name)
+    folder = Path(path)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{path} holds an adapter, not a whole {wanted}; merge it first with `med3dvlm merge`")
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{path} holds no {wanted}: config.json is expected; was the training finished?")
+        if (found := _settings(path).get("model_type")) in LOADERS:
+            raise ValueError(f"{path} holds a model of type {found}, not a {wanted}")
+        if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            raise FileNotFoundError(f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save it beside the {wanted}")
+        _require_whole(folder)
+    try:
+        config = AutoConfig.from_pretrained(path, **overrides)
+    except ValueError as error:
+        raise ValueError(f"{name} is no {wanted} of this version of transformers: {str(error).strip().splitlines()[0]}") from None
+    if type(config) not in known:
+        raise ValueError(f"{name} is a model of type {config.model_type}, which is no {wanted}")
+    return path, config
+
+
 def load_language_model(name: str, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, Any]:
     """A causal language model and its tokenizer, from a directory, a hub id, or a package.
 
     Args:
         dtype: of the weights; "auto" is the type in which they are stored. A GGUF file is unpacked, with "auto" to float32.
+
+    Raises:
+        FileNotFoundError, ValueError: see `configuration_of`.
     """
     path = locate_model(name)
     quantised = sorted(Path(path).glob("*.gguf")) if Path(path).is_dir() else []
     if not quantised:
+        path, _ = configuration_of(name, "language model", MODEL_FOR_CAUSAL_LM_MAPPING)
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
     file = quantised[0].name
     tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=file)
@@ -109,7 +149,18 @@ def require_weights(path: str | Path) -> Path:
         raise FileNotFoundError(f"{path} is no directory; name one that a stage, `med3dvlm merge` or `med3dvlm convert` wrote")
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
         raise FileNotFoundError(f"{path} holds no model: config.json and *.safetensors are expected; was the training finished and merged?")
+    _require_whole(path)
     return path
+
+
+def _require_whole(path: Path) -> None:
+    """Raise ValueError where a file of weights in the directory cannot be opened."""
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or cut short ({error}); copy it again, or let it be written anew") from None
 
 
 def load_clip(path: str | Path, **options: Any) -> tuple[Med3DCLIP, Any, VolumeProcessor]:

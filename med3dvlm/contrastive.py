@@ -149,6 +149,10 @@ class Med3DCLIP(PreTrainedModel):
         self.text_encoder = text_encoder
         if (pooler := getattr(text_encoder, "pooler", None)) is not None:
             pooler.requires_grad_(False)
+        if not 1 <= config.image_stages <= len(self.vision_encoder.widths):
+            raise ValueError(
+                f"image_stages is {config.image_stages} but must be from 1 to {len(self.vision_encoder.widths)}, the stages of {config.encoder}"
+            )
         pooled = sum(self.vision_encoder.widths[-config.image_stages :])
         if config.image_pooling == "frames":
             _, height, width = self.vision_encoder.grids(config.size)[-1]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertTokenizer, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, AutoTokenizer, BertConfig, BertTokenizer, PreTrainedModel
 
 from med3dvlm.arguments import ImageArguments
-from med3dvlm.checkpoints import locate_model
+from med3dvlm.checkpoints import configuration_of
 from med3dvlm.contrastive import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.features import fingerprint, report_features
@@ -58,8 +58,6 @@ class ContrastiveArguments(ImageArguments):
         super().__post_init__()
         self.encoder_options = _options("encoder_options", self.encoder_options, '{"stem_stride": 2}')
         self.text_options = _options("text_options", self.text_options, '{"num_hidden_layers": 2}')
-        if self.sentences is not None and self.sentences < 1:
-            raise ValueError(f"sentences is {self.sentences} but at least 1 has to be drawn; leave it out to take whole reports")
         if self.sentences is not None and self.cache_features:
             raise ValueError("with cache_features every report is read once, whole; pass --cache_features false or leave sentences out")
         if self.text_encoder == NEW and not self.train_text:
@@ -73,12 +71,14 @@ class ContrastiveArguments(ImageArguments):
 
 
 def _options(name: str, value: Any, example: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} {value!r} is no JSON ({error}); write '{example}'") from None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} {value!r} is no JSON ({error}); write '{example}'") from None
+    if not isinstance(value, (dict, type(None))):
+        raise ValueError(f"{name} is {value!r} but must hold settings by name; write '{example}'")
+    return value
 
 
 class ContrastiveTrainer(StageTrainer):
@@ -181,10 +181,9 @@ def _text_side(arguments: ContrastiveArguments, reports: Iterable[str]) -> tuple
     """The text encoder and its tokenizer."""
     options = dict(arguments.text_options or {})  # type: ignore[arg-type]
     if arguments.text_encoder == NEW:
-        config = BertConfig(**options)
-        tokenizer = BertTokenizer(common_words(reports, config.vocab_size))
-        config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
-        return AutoModel.from_config(config), tokenizer
-    path = locate_model(arguments.text_encoder)
-    config = AutoConfig.from_pretrained(path, **options)
+        new = BertConfig(**options)
+        tokenizer = BertTokenizer(common_words(reports, new.vocab_size))
+        new.vocab_size, new.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+        return AutoModel.from_config(new), tokenizer
+    path, config = configuration_of(arguments.text_encoder, "text encoder", MODEL_MAPPING, **options)
     return AutoModel.from_pretrained(path, config=config, dtype=torch.float32), AutoTokenizer.from_pretrained(path)

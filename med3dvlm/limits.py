@@ -59,6 +59,7 @@ UNSET = {"max_steps": -1}  # transformers' sign of a setting that is left out, w
 REASONS = {
     "logit_scale": "it is the logarithm of the temperature, which is bounded by 100",
     "max_text_length": "a text begins and ends with a token of its own",
+    "sentences": "leave it out to take whole reports",
     "save_total_limit": "while a checkpoint is being written, the whole one before it has to stay",
     "vocabulary": "each of 256 bytes is a token, and five tokens have a meaning of their own",
 }

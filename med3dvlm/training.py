@@ -1,5 +1,6 @@
 """What the stage scripts share: what trains, a training from its beginning or last checkpoint to its end, and the record of it."""
 
+import inspect
 import json
 import logging
 import platform
@@ -186,7 +187,8 @@ def launch(main: Callable[[], None]) -> None:
         main()
     except (OSError, SafetensorError, ValueError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, ValueError) and Path(__file__).parent not in raised_in.parents:
+        ours = {Path(__file__).parent, Path(inspect.getfile(main)).parent}
+        if isinstance(error, ValueError) and ours.isdisjoint(raised_in.parents):
             raise  # a library's: it needs its traceback
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
         raise SystemExit(2) from None

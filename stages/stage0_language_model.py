@@ -38,6 +38,19 @@ class Stage0Arguments(StageArguments):
     closed: float = field(default=0.25, metadata={"help": "share of rows with a question whose choices are spelled out"})
     follow_ups: float = field(default=0.15, metadata={"help": "share of rows with two questions in one conversation"})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads % self.key_heads or self.hidden_size % (2 * self.heads):
+            raise ValueError(
+                f"heads is {self.heads} and hidden_size {self.hidden_size}, but heads must be 1, 3 or even, and hidden_size a multiple of twice "
+                "the heads"
+            )
+
+    @property
+    def key_heads(self) -> int:
+        """Heads for keys and values."""
+        return max(1, self.heads // 2)
+
 
 def train_tokenizer(dataset: ConversationDataset, vocabulary: int) -> Qwen2Tokenizer:
     """Byte-level BPE on every text of the training split, with a chat template.
@@ -73,7 +86,7 @@ def main() -> None:
         intermediate_size=arguments.hidden_size * 11 // 4,
         num_hidden_layers=arguments.layers,
         num_attention_heads=arguments.heads,
-        num_key_value_heads=max(1, arguments.heads // 2),
+        num_key_value_heads=arguments.key_heads,
         max_position_embeddings=max(2048, arguments.max_length),
         tie_word_embeddings=True,
         initializer_range=arguments.hidden_size**-0.5,  # 0.02, the default, starts so narrow a model with nearly even attention

@@ -30,6 +30,8 @@ class Stage2Arguments(ConversationArguments):
 
 def main() -> None:
     arguments = parse_arguments(Stage2Arguments)
+    if not arguments.clip:
+        raise ValueError("--clip is missing; name the output of stage 1")
     data = arguments.open_data()
 
     torch.manual_seed(arguments.seed)

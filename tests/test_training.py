@@ -60,7 +60,7 @@ def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
         ("data: x\n", ["blue"], "unknown: blue; every setting is --name value"),
         ("data: x\n", ["--max_steps", "many"], "invalid int value: 'many'"),
         ("data: x\nmax_steps: many\n", [], "invalid int value: 'many'"),
-        ("data: x\nsave_total_limit: 1\n", [], "save_total_limit must be at least 2"),
+        ("data: x\nsave_total_limit: 1\n", [], "save_total_limit is 1 but must be at least 2: while a checkpoint"),
         ("data: x\nmax_steps: [1]\n", [], "toy.yaml: max_steps is [1] but must be int"),
         ("data: x\nmax_steps: 1.5\n", [], "max_steps is 1.5 but must be int"),
         ("data: x\nlearning_rate: null\n", [], "learning_rate is None but must be float"),
@@ -73,7 +73,11 @@ def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
         ("data: x\nlabel_smoothing_factor: 0.1\n", [], "label_smoothing_factor is 0.1 but must be 0.0: the models compute their losses"),
         ("data: x\nfp16: true\nuse_cpu: true\n", [], "fp16 is True but must be false: the models compute in float32 or bfloat16"),
         ("data: x\n", ["--neftune_noise_alpha", "5"], "neftune_noise_alpha is 5.0 but must be none"),
-        ("data: x\n", ["--train_sampling_strategy", "group_by_length"], "needs lengths that rows do not have"),
+        (
+            "data: x\n",
+            ["--train_sampling_strategy", "group_by_length"],
+            "is 'group_by_length' but must be random or sequential: others need lengths",
+        ),
         ("data: x\nbf16: true\n", [], "no GPU here that computes in bfloat16; pass --use_cpu true to train on the CPU, or --bf16 false"),
         (
             "data: x\nuse_cpu: true\nbf16: true\ndeepspeed: {folder}/off.json\n",
@@ -84,7 +88,11 @@ def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
         ("data: x\nuse_cpu: true\ndeepspeed: {folder}/adam.json\n", [], "adam.json has a part 'optimizer': it would let biases"),
         ("data: x\naverage_tokens_across_devices: false\n", [], "average_tokens_across_devices is False but must be true"),
         ("data: x\n", ["--accelerator_config", '{"split_batches": true}'], "accelerator_config is"),
-        ("data: x\nuse_cpu: true\ndeepspeed: {folder}/five.json\n", [], "zero_optimization.stage is 5 but must be one of 0, 1, 2, 3"),
+        (
+            "data: x\nuse_cpu: true\ndeepspeed: {folder}/five.json\n",
+            [],
+            "zero_optimization.stage is 5 but must be one of 1, 2, 3; where nothing",
+        ),
         ("data: x\n", ["--config"], "--config: expected one argument"),
     ],
 )

@@ -150,7 +150,7 @@ def test_recomputed_activations_change_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--sentences", 0), "at least 1 has to be drawn"),
+        (("--sentences", 0), "must be at least 1: leave it out"),
         (("--cache_features", "true", "--train_text", "false", "--text_encoder", "x"), "every report is read once, whole"),
         (("--train_text", "false"), "a new text encoder has to learn"),
         (("--text_options", "small"), "is no JSON"),
