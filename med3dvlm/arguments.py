@@ -36,6 +36,10 @@ FREE = {"merged", "cache_features", "exclude_failures", "validation_split", "spl
 ZERO_STAGES = (1, 2, 3)
 
 
+class SettingError(ValueError):
+    """A setting that cannot be honoured, wherever that is found."""
+
+
 @dataclass
 class StageArguments(TrainingArguments):
     """transformers' TrainingArguments and what every stage needs besides. Every field is a key of the YAML and a flag."""
@@ -57,10 +61,13 @@ class StageArguments(TrainingArguments):
             raise ValueError(
                 "bf16 is true but there is no GPU here that computes in bfloat16; pass --use_cpu true to train on the CPU, or --bf16 false"
             )
-        if isinstance(self.deepspeed, str) and self.deepspeed and not Path(self.deepspeed).is_file():
+        if isinstance(self.deepspeed, str) and self.deepspeed:
+            _require_json(Path(self.deepspeed))
+        if not self.output_dir or Path(self.output_dir).is_file():
+            raise ValueError(f"output_dir is {self.output_dir!r}, which is no folder; name one that is there or can be made")
+        if str(getattr(self.save_strategy, "value", self.save_strategy)) == "best" and self.metric_for_best_model is None:
             raise ValueError(
-                f"{self.deepspeed}, DeepSpeed's configuration, is missing; the path starts from where the stage is started, "
-                "as in ds_configs/zero2.json"
+                "save_strategy is 'best', of which nothing says by what; pass --metric_for_best_model loss, and an --eval_strategy"
             )
         super().__post_init__()
         self._check_reports()
@@ -210,6 +217,20 @@ def _gpu_has_bfloat16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(is_torch_bf16_gpu_available())
+
+
+def _require_json(path: Path) -> None:
+    """Raise ValueError where DeepSpeed's configuration is not there or no JSON object."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path}, DeepSpeed's configuration, is missing; the path starts from where the stage is started, as in ds_configs/zero2.json"
+        )
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}, DeepSpeed's configuration, is no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}, DeepSpeed's configuration, must hold settings by name, as ds_configs/zero2.json does")
 
 
 def _check_engine(config: Any, path: str) -> None:

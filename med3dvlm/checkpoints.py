@@ -91,6 +91,8 @@ def configuration_of(name: str, wanted: str, known: Any, **overrides: Any) -> tu
         FileNotFoundError: there is no such model (see `locate_model`), or it lacks a file.
         ValueError: it is a model of another kind.
     """
+    if not name:
+        raise ValueError(f"no {wanted} is named; name a directory, the id of a model on the hub, or package:NAME")
     path = locate_model(name)
     folder = Path(path)
     if folder.is_dir():
@@ -121,8 +123,8 @@ def load_language_model(name: str, dtype: torch.dtype | str = "auto") -> tuple[P
     Raises:
         FileNotFoundError, ValueError: see `configuration_of`.
     """
-    path = locate_model(name)
-    quantised = sorted(Path(path).glob("*.gguf")) if Path(path).is_dir() else []
+    path = locate_model(name) if name else ""
+    quantised = sorted(Path(path).glob("*.gguf")) if path and Path(path).is_dir() else []
     if not quantised:
         path, _ = configuration_of(name, "language model", MODEL_FOR_CAUSAL_LM_MAPPING)
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_MAPPING, AutoModel, AutoTokenizer, BertConfig, BertTokenizer, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, AutoTokenizer, BertConfig, BertTokenizer, PretrainedConfig, PreTrainedModel
 
 from med3dvlm.arguments import ImageArguments
 from med3dvlm.checkpoints import configuration_of
@@ -78,6 +79,11 @@ def _options(name: str, value: Any, example: str) -> Any:
             raise ValueError(f"{name} {value!r} is no JSON ({error}); write '{example}'") from None
     if not isinstance(value, (dict, type(None))):
         raise ValueError(f"{name} is {value!r} but must hold settings by name; write '{example}'")
+    least = 1 if name == "encoder_options" else 0  # every whole number of an encoder's is a size or a count
+    for option, numbers in (value or {}).items():
+        for number in numbers if isinstance(numbers, list) else [numbers]:
+            if (type(number) is int and number < least) or (type(number) is float and not 0 <= number < math.inf):
+                raise ValueError(f"{name}: {option} is {numbers} but must be at least {least}")
     return value
 
 
@@ -178,12 +184,28 @@ def common_words(texts: Iterable[str], size: int) -> dict[str, int]:
 
 
 def _text_side(arguments: ContrastiveArguments, reports: Iterable[str]) -> tuple[PreTrainedModel, Any]:
-    """The text encoder and its tokenizer."""
+    """The text encoder and its tokenizer.
+
+    Raises:
+        ValueError: no text encoder can be made with `text_options`.
+    """
     options = dict(arguments.text_options or {})  # type: ignore[arg-type]
-    if arguments.text_encoder == NEW:
-        new = BertConfig(**options)
-        tokenizer = BertTokenizer(common_words(reports, new.vocab_size))
-        new.vocab_size, new.pad_token_id = len(tokenizer), tokenizer.pad_token_id
-        return AutoModel.from_config(new), tokenizer
-    path, config = configuration_of(arguments.text_encoder, "text encoder", MODEL_MAPPING, **options)
-    return AutoModel.from_pretrained(path, config=config, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+    new, path = arguments.text_encoder == NEW, ""
+    if new:
+        config: PretrainedConfig = BertConfig()
+    else:
+        path, config = configuration_of(arguments.text_encoder, "text encoder", MODEL_MAPPING)
+    if unknown := sorted(option for option in options if not hasattr(config, option)):
+        raise ValueError(f"text_options has {', '.join(unknown)}, which a model of type {config.model_type} does not know")
+    try:
+        config = type(config)(**{**config.to_dict(), **options})
+        if new:
+            tokenizer = BertTokenizer(common_words(reports, config.vocab_size))
+            config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+            return AutoModel.from_config(config), tokenizer
+        return AutoModel.from_pretrained(path, config=config, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # each configuration checks itself in its own way
+        if not options:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"no text encoder can be made with text_options {options}: {reason}") from None

@@ -19,7 +19,7 @@ INTERVALS = {
     "eval_delay": "[0, inf)",
     "eval_steps": "(0, inf)",
     "gradient_accumulation_steps": COUNT,
-    "learning_rate": "[0, inf)",
+    "learning_rate": "[0, 100]",
     "logging_steps": "(0, inf)",
     "max_grad_norm": "[0, inf)",
     "max_steps": COUNT,

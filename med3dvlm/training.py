@@ -1,6 +1,5 @@
 """What the stage scripts share: what trains, a training from its beginning or last checkpoint to its end, and the record of it."""
 
-import inspect
 import json
 import logging
 import platform
@@ -23,7 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 
 from med3dvlm.allocator import keep_freed_memory
-from med3dvlm.arguments import StageArguments, identity_of
+from med3dvlm.arguments import SettingError, StageArguments, identity_of
 from med3dvlm.encoders import count_parameters
 from med3dvlm.files import install_model, read_lines, write_json, write_lines
 from med3dvlm.trainer import StageTrainer
@@ -187,8 +186,8 @@ def launch(main: Callable[[], None]) -> None:
         main()
     except (OSError, SafetensorError, ValueError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        ours = {Path(__file__).parent, Path(inspect.getfile(main)).parent}
-        if isinstance(error, ValueError) and ours.isdisjoint(raised_in.parents):
+        ours = isinstance(error, SettingError) or Path(__file__).parent in raised_in.parents
+        if isinstance(error, ValueError) and not ours:
             raise  # a library's: it needs its traceback
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
         raise SystemExit(2) from None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from med3dvlm import Med3DVLM, Med3DVLMProcessor
-from med3dvlm.arguments import parse_arguments
+from med3dvlm.arguments import SettingError, parse_arguments
 from med3dvlm.checkpoints import load_clip, load_language_model
 from med3dvlm.conversation_training import ConversationArguments, ConversationTrainer, conversations
 from med3dvlm.datasets.features import fingerprint
@@ -31,7 +31,7 @@ class Stage2Arguments(ConversationArguments):
 def main() -> None:
     arguments = parse_arguments(Stage2Arguments)
     if not arguments.clip:
-        raise ValueError("--clip is missing; name the output of stage 1")
+        raise SettingError("--clip is missing; name the output of stage 1")
     data = arguments.open_data()
 
     torch.manual_seed(arguments.seed)

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from med3dvlm import Med3DVLM
-from med3dvlm.arguments import parse_arguments
+from med3dvlm.arguments import SettingError, parse_arguments
 from med3dvlm.checkpoints import load_adapted, load_vlm, merge_lora, require_own
 from med3dvlm.conversation_training import ConversationArguments, ConversationTrainer, conversations
 from med3dvlm.datasets.features import fingerprint
@@ -45,21 +45,21 @@ def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
     """The model with LoRA modules and a copy of the projector to train; everything else is frozen.
 
     Raises:
-        ValueError: `also_train` names what is no module, or what LoRA trains already.
+        SettingError: `also_train` names what is no module, or what LoRA trains already.
     """
     targets = re.compile(lora_targets(base))
     modules = [name for name, _ in base.named_modules()]
     for wanted in arguments.also_train:
         found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         if not found:
-            raise ValueError(
+            raise SettingError(
                 f"also_train names {wanted!r}, which is no module of the model; vision_encoder, embed_tokens and lm_head are, for example"
             )
         if any(targets.fullmatch(name) and name.startswith(tuple(found)) for name in modules):
-            raise ValueError(f"also_train names {wanted!r}, but its layers get LoRA; leave it out")
+            raise SettingError(f"also_train names {wanted!r}, but its layers get LoRA; leave it out")
         whole = {"projector", *arguments.also_train}
         if any(not whole.isdisjoint(name.split(".")[:-1]) for name in found):
-            raise ValueError(f"also_train names {wanted!r}, which lies in a module that trains as a whole; leave it out")
+            raise SettingError(f"also_train names {wanted!r}, which lies in a module that trains as a whole; leave it out")
     lora = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,
@@ -73,7 +73,7 @@ def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
 def main() -> None:
     arguments = parse_arguments(Stage3Arguments)
     if not arguments.model:
-        raise ValueError("--model is missing; name the output of stage 2")
+        raise SettingError("--model is missing; name the output of stage 2")
     if arguments.merged:
         require_own(arguments.merged, str(arguments.output_dir))
     data = arguments.open_data()

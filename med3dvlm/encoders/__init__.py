@@ -50,5 +50,7 @@ def build_encoder(name: str, size: Size | None = None, **overrides: Any) -> Enco
         arguments = {**arguments, "size": tuple(size)}
     try:
         return encoder(**{**arguments, **overrides})
-    except TypeError as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        if not overrides and not isinstance(error, TypeError):
+            raise
         raise ValueError(f"encoder {name!r} cannot be built with {overrides}: {error}") from error
