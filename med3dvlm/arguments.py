@@ -63,7 +63,7 @@ class StageArguments(TrainingArguments):
             )
         if isinstance(self.deepspeed, str) and self.deepspeed:
             _require_json(Path(self.deepspeed))
-        if not self.output_dir or Path(self.output_dir).is_file():
+        if self.output_dir == "" or Path(self.output_dir or ".").is_file():
             raise ValueError(f"output_dir is {self.output_dir!r}, which is no folder; name one that is there or can be made")
         if str(getattr(self.save_strategy, "value", self.save_strategy)) == "best" and self.metric_for_best_model is None:
             raise ValueError(
@@ -226,7 +226,7 @@ def _require_json(path: Path) -> None:
             f"{path}, DeepSpeed's configuration, is missing; the path starts from where the stage is started, as in ds_configs/zero2.json"
         )
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}, DeepSpeed's configuration, is no JSON: {error}") from None
     if not isinstance(settings, dict):

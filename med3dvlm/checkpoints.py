@@ -162,7 +162,7 @@ def _require_whole(path: Path) -> None:
             with safe_open(file, "pt"):
                 pass
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or cut short ({error}); copy it again, or let it be written anew") from None
+            raise ValueError(f"{file} is damaged or incomplete ({error}); copy it again, or let it be written anew") from None
 
 
 def load_clip(path: str | Path, **options: Any) -> tuple[Med3DCLIP, Any, VolumeProcessor]:
