@@ -171,8 +171,9 @@ def retrieval_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[st
 
 def detection_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, Figure]:
     """What needs no threshold. Of each finding the ranks among the studies stand for the log-odds, so that two runs are on one scale."""
-    log_odds = log_odds_table(row["log_odds"] for row in rows)
-    labels = np.where(np.isnan(log_odds), np.nan, label_table([studies[row["id"]] for row in rows]))
+    names = list(rows[0]["log_odds"])
+    log_odds = log_odds_table((row["log_odds"] for row in rows), names)
+    labels = np.where(np.isnan(log_odds), np.nan, label_table([studies[row["id"]] for row in rows], names))
     ranks = np.nan_to_num(rankdata(log_odds, axis=0, nan_policy="omit"))
 
     def macro(area: Callable[[Any, Any], Statistic], ranks: NDArray[Any]) -> Statistic:
@@ -185,7 +186,7 @@ def report_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, 
     """Findings and words, as eval/report_gen.py has them: what a study has no label of, or no report to say, counts in no figure."""
     asked = [studies[row["id"]] for row in rows]
     labels, known, names, _ = reference_findings(asked)
-    stated = findings_table([row["prediction"] for row in rows], names) * known
+    stated = findings_table([row["prediction"] for row in rows], names, literal=True) * known
 
     def against_labels(figure: Callable[[Any, Any], Statistic], stated: NDArray[Any]) -> Statistic:
         return figure(np.tile(labels, (len(stated) // len(labels), 1)), stated)

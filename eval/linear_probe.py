@@ -1,4 +1,4 @@
-"""What a linear layer on a frozen image encoder learns of CT-RATE's 18 findings (DCFormer paper, Table 2).
+"""What a linear layer on a frozen image encoder learns of findings: CT-RATE's 18 (DCFormer paper, Table 2), or whichever the data have labels of.
 
     python eval/linear_probe.py --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe
     python eval/linear_probe.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe --score_only
@@ -31,7 +31,6 @@ from med3dvlm.evaluation import detection
 from med3dvlm.evaluation.probe import DECAYS, FrozenEncoder, LinearProbe, fit
 from med3dvlm.files import read_lines, write_json, write_lines
 from med3dvlm.metrics.detection import macro_auroc, permuted
-from med3dvlm.metrics.findings import FINDINGS_CT_RATE
 from med3dvlm.records import Study
 
 PUBLISHED = Path(__file__).with_name("published.py")
@@ -58,8 +57,8 @@ def training_studies(arguments: argparse.Namespace, data: PreparedData, others: 
     studies = [study for study in data.studies(split) if study.patient not in apart]
     if common := sorted({study.patient for study in studies} & known):
         raise ValueError(
-            f"{len(common)} patients of split {arguments.split!r} are in {split!r}, too, the first is {common[0]}; "
-            "a probe may not learn from what is scored"
+            f"{len(common)} patients of split {arguments.split!r} are in {split!r}, too, and a probe may not learn from what is scored; "
+            "name another --train_split, or deal the patients out anew"
         )
     if not studies:
         raise ValueError(f"no study of split {split!r} is left to learn from; name another --threshold_split")
@@ -71,37 +70,32 @@ def trained(
     arguments: argparse.Namespace, parts: Sequence[Sequence[Study]], features: Sequence[Tensor]
 ) -> tuple[LinearProbe, list[LinearProbe], dict[str, Any]]:
     """The probe, those of the shuffled labels, and how it was found; `parts` are the studies to learn from and to choose by."""
-    labels = [detection.label_table(part) for part in parts]
-    probe, found = fit(FINDINGS_CT_RATE, features, labels, arguments.decays, arguments.balanced)
+    names = detection.names_of(parts[0])
+    labels = [detection.label_table(part, names) for part in parts]
+    probe, found = fit(names, features, labels, arguments.decays, arguments.balanced)
     controls = []
     for seed in range(arguments.controls):
         dealt = [table[permuted([study.patient for study in part], seed)] for table, part in zip(labels, parts, strict=True)]
-        controls.append(fit(FINDINGS_CT_RATE, features, dealt, [found["decay"]], arguments.balanced)[0])
+        controls.append(fit(names, features, dealt, [found["decay"]], arguments.balanced)[0])
     return probe, controls, found
-
-
-def all_findings(probe: LinearProbe, features: Tensor) -> np.ndarray:
-    """(N, 18) log-odds, NaN where the probe has no such finding."""
-    table = np.full((len(features), len(FINDINGS_CT_RATE)), np.nan)
-    table[:, [FINDINGS_CT_RATE.index(name) for name in probe.names]] = probe.log_odds(features)
-    return table
 
 
 def write_predictions(path: Path, studies: Sequence[Study], features: Tensor, probe: LinearProbe, controls: Sequence[LinearProbe]) -> None:
     """A line a study; "control" has the log-odds of each probe of shuffled labels."""
-    columns = [all_findings(one, features) for one in (probe, *controls)]
+    probes = (probe, *controls)
     lines = []
-    for study, own, *others in zip(studies, *columns, strict=True):
-        lines.append(detection.row(study.id, own) | {"control": [detection.row(study.id, other)["log_odds"] for other in others]})
+    for study, *values in zip(studies, *(one.log_odds(features) for one in probes), strict=True):
+        own, *others = (detection.row(study.id, one.names, found) for one, found in zip(probes, values, strict=True))
+        lines.append(own | {"control": [other["log_odds"] for other in others]})
     write_lines(path, lines)
 
 
-def shuffled_labels(rows: Sequence[dict[str, Any]], studies: Sequence[Study]) -> dict[str, Any] | None:
+def shuffled_labels(rows: Sequence[dict[str, Any]], studies: Sequence[Study], names: Sequence[str]) -> dict[str, Any] | None:
     """Macro AUROC of the probes that learned shuffled labels, against the true ones."""
     if not rows[0]["control"]:
         return None
-    labels = detection.label_table(studies)
-    tables = [detection.log_odds_table(row["control"][number] for row in rows) for number in range(len(rows[0]["control"]))]
+    labels = detection.label_table(studies, names)
+    tables = [detection.log_odds_table((row["control"][number] for row in rows), names) for number in range(len(rows[0]["control"]))]
     areas = [macro_auroc(np.where(np.isnan(table), np.nan, labels), table) for table in tables]
     return {"probes": len(areas), "macro_auroc": float(np.mean(areas)), "each": areas}
 
@@ -122,6 +116,7 @@ def main() -> None:
     started, output = time.perf_counter(), arguments.output
     data, studies = evaluation.open_data(arguments)
     detection.require_labels(data, arguments.split, studies)
+    names = detection.names_of(studies)
     others, whence = detection.threshold_studies(data, arguments.split, studies, arguments.threshold_split)
     parts = {output / "predictions_thresholds.jsonl": others, output / "predictions.jsonl": studies}
     parts, blind = {path: part for path, part in parts.items() if part}, output / "predictions_blind.jsonl"
@@ -140,6 +135,12 @@ def main() -> None:
             if found["encoder"] != fingerprint(encoder.encoder):
                 raise ValueError(f"{arguments.probe} holds a probe of another encoder than that of {arguments.model}; train one for it")
             settings = {"probe": found}
+        learned = probe.names if arguments.probe else detection.names_of(train)
+        if not set(learned) & set(names):
+            raise ValueError(
+                f"the probe is to learn {', '.join(learned)}, and split {arguments.split!r} has labels of {', '.join(names)}; "
+                "give both splits labels of the same findings"
+            )
         evaluation.begin(arguments, encoder.encoder, data, encoder=facts, thresholds=whence, **settings)
         cache = arguments.cache or output / "features"
         features = {path: encoder.features(part, cache, path.stem) for path, part in parts.items()}
@@ -150,25 +151,27 @@ def main() -> None:
         if not arguments.probe:
             probe, controls, training = trained(arguments, (train, others), pooled)
             probe.save(output, {"encoder": fingerprint(encoder.encoder), "stages": encoder.stages, "training": training})
-        write_lines(blind, [detection.row("air", all_findings(probe, encoder.pooled(evaluation.air(data)[None, None]))[0])])
+        air = encoder.pooled(evaluation.air(data)[None, None])
+        write_lines(blind, [detection.row("air", probe.names, probe.log_odds(air)[0])])
         for path, part in parts.items():
             write_predictions(path, part, features[path], probe, controls)
         record = json.loads((output / "run.json").read_text(encoding="utf-8-sig"))
         write_json(output / "run.json", record | {"seconds": round(record["seconds"] + time.perf_counter() - started, 1)})
 
     rows = {path: evaluation.predictions(path, [{"id": study.id} for study in part]) for path, part in parts.items()}
-    log_odds = {path: detection.log_odds_table(line["log_odds"] for line in lines) for path, lines in rows.items()}
+    log_odds = {path: detection.log_odds_table((line["log_odds"] for line in lines), names) for path, lines in rows.items()}
     record = json.loads((output / "run.json").read_text(encoding="utf-8-sig"))["identity"]
-    control = shuffled_labels(rows[output / "predictions.jsonl"], studies)
+    control = shuffled_labels(rows[output / "predictions.jsonl"], studies, names)
     published = runpy.run_path(str(PUBLISHED))
     tables = detection.report(
         output,
         "linear_probe",
         studies,
+        names,
         log_odds[output / "predictions.jsonl"],
-        (others, whence, log_odds.get(output / "predictions_thresholds.jsonl", np.empty((0, len(FINDINGS_CT_RATE))))),
+        (others, whence, log_odds.get(output / "predictions_thresholds.jsonl", np.empty((0, len(names))))),
         arguments.threshold_rule,
-        detection.log_odds_table(line["log_odds"] for line in read_lines(blind))[0] if blind.is_file() else None,
+        detection.log_odds_table((line["log_odds"] for line in read_lines(blind)), names)[0] if blind.is_file() else None,
         published["frequencies"](),
         {"encoder": record["encoder"], "shuffled_labels": control},
         [f"Macro AUROC of {control['probes']} probes trained on labels dealt out anew: {control['macro_auroc']:.3f}."] if control else [],

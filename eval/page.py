@@ -1,10 +1,11 @@
-"""One page to look at: report.html with the figures of a run, what could be had without looking, and its cases, in one file.
+"""One page to look at: report.html with the figures of runs, what could be had without looking, and their cases, in one file.
 
-    python eval/page.py --root outputs/demo --name demo
-    python eval/page.py --root outputs/paper --cases 200 --megabytes 10
+    python eval/page.py outputs/paper --cases 200 --megabytes 10
+    python eval/page.py runs/retrieval runs/report_7b --output runs/report.html
 
-Reads what eval/retrieval.py, vqa.py and report_gen.py left below ROOT/eval, as far as it is there, and the volumes of ROOT/prepared. The page
-needs neither network nor server; it follows the system's light or dark mode and prints. Cases are spread evenly over the split, not selected:
+Takes folders that the scripts of eval/ wrote, or the folder above eval/ that holds them; all about the same data, whose volumes are read from
+where run.json says. Losses are those of the stages beside eval/. The page needs neither network nor server; it follows the system's light or
+dark mode and prints. Cases are spread evenly over the split, not selected:
 three slices, reference and prediction with their findings marked as agreed, missed or invented by med3dvlm.metrics.findings, and the answers.
 """
 
@@ -30,6 +31,7 @@ from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import ALL_KINDS, Study
 
 HERE = Path(__file__).parent
+PUBLISHED = runpy.run_path(str(HERE / "published.py"))  # finds runs
 COMPARE = runpy.run_path(str(HERE / "compare.py"))  # reads runs and knows their figures
 CASES = runpy.run_path(str(HERE / "page_cases.py"))  # makes the gallery
 STAGES = {"language model": "language_model", "stage 1": "stage1", "stage 2": "stage2", "stage 3": "stage3"}
@@ -48,30 +50,42 @@ KS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 Row = dict[str, Any]
 
 
-def write_page(root: Path, name: str, cases: int | None = None, megabytes: float = 20) -> Path:
-    """Write ROOT/report.html.
+def write_page(
+    folders: Sequence[Path],
+    name: str | None = None,
+    output: Path | None = None,
+    data_folder: Path | None = None,
+    cases: int | None = None,
+    megabytes: float = 20,
+) -> Path:
+    """Write the page of the runs in `folders`.
 
     Args:
+        name: what the page is called, the name of the folder above eval/ by default.
+        output: the file, report.html in that folder by default.
+        data_folder: the prepared data, those that the runs name by default.
         cases: how many to show, all by default.
         megabytes: how large the page may become; cases are left out beyond, and the page says so.
 
     Raises:
-        FileNotFoundError: there is no evaluation below the root.
-        ValueError: an evaluation is about other data.
+        FileNotFoundError: there is no evaluation, or its data is not where it was.
+        ValueError: an evaluation is about other data, or two are of the same kind.
     """
     import jinja2
 
-    runs = {
-        task: COMPARE["open_run"](root / "eval" / task) for task in COMPARE["FIELDS"] if (root / "eval" / task / "scores.json").is_file()
-    }
-    if not runs:
-        raise FileNotFoundError(f"{root}/eval holds no scores.json; run eval/retrieval.py, eval/vqa.py or eval/report_gen.py first")
-    data = PreparedData(root / "prepared", exclude_failures=True)
-    for run in runs.values():
+    runs, detections = open_runs(folders)
+    opened = [*runs.values(), *detections]
+    first = opened[0].folder
+    root = first.parent.parent if first.parent.name == "eval" else first
+    beside = root / "prepared"
+    data_folder = data_folder or (beside if beside.is_dir() else Path(opened[0].record["data"]))
+    data = PreparedData(data_folder, exclude_failures=True, split_file=opened[0].record.get("split_file"))
+    for run in opened:
         studies = COMPARE["studies_of"](run, data.root)
-    scores = {task: json.loads((root / "eval" / task / "scores.json").read_text(encoding="utf-8-sig")) for task in runs}
     sections = {"retrieval": retrieval, "vqa": questions, "report": reports}
-    found = {task: sections[task](run, scores[task], studies) for task, run in runs.items()}
+    found: Row = {task: sections[task](run, scores_of(run), studies) for task, run in runs.items()}
+    if detections:
+        found["detection"] = [{"name": run.folder.name, "scores": scores_of(run)} for run in detections]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -82,25 +96,44 @@ def write_page(root: Path, name: str, cases: int | None = None, megabytes: float
 
     def render() -> str:
         return environment.get_template("page.html").render(
-            name=name,
+            name=name or root.name,
             notice=RESEARCH_NOTICE,
             found=found,
             losses=losses(root),
             cases=shown,
             total=len(everything),
             findings=sorted({finding for case in shown for finding, _ in case["findings"]}),
-            record=[(task, run.record) for task, run in runs.items()],
+            record=[(run.folder.name, run.record) for run in opened],
             data=data,
-            about=next(iter(runs.values())).record["identity"]["split"],
+            about=opened[0].record["identity"]["split"],
         )
 
     text = render()
     while len(text.encode()) > megabytes * 1e6 and len(shown) > 1:
         shown = spread(shown, max(1, int(0.95 * len(shown) * megabytes * 1e6 / len(text.encode()))))
         text = render()
-    path = root / "report.html"
+    path = output or root / "report.html"
     write_text(path, text)
     return path
+
+
+def open_runs(folders: Sequence[Path]) -> tuple[dict[str, Any], list[Any]]:
+    """The runs by their task, and those that detect findings, of which there may be several."""
+    runs: dict[str, Any] = {}
+    detections = []
+    for folder in dict.fromkeys(below for given in folders for below in PUBLISHED["runs_below"](given)):
+        run = COMPARE["open_run"](folder)
+        if run.task == "detection":
+            detections.append(run)
+        elif run.task in runs:
+            raise ValueError(f"{runs[run.task].folder} and {folder} are both runs of {run.task}; name one of them")
+        else:
+            runs[run.task] = run
+    return {task: runs[task] for task in COMPARE["FIELDS"] if task in runs}, detections
+
+
+def scores_of(run: Any) -> Row:
+    return json.loads((run.folder / "scores.json").read_text(encoding="utf-8-sig"))
 
 
 def number(value: float | None, places: int = 2) -> str:
@@ -283,12 +316,14 @@ def nice(low: float, high: float) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, type=Path, help="folder of the run, with eval/ and prepared/ in it")
-    parser.add_argument("--name", default="demo", help="what the page is called (default: %(default)s)")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of predictions, or one above eval/")
+    parser.add_argument("--name", help="what the page is called (default: the name of the folder above eval/)")
+    parser.add_argument("--output", type=Path, help="file of the page (default: report.html in the folder above eval/)")
+    parser.add_argument("--data", type=Path, help="prepared data of the runs (default: beside eval/, or where their run.json says)")
     parser.add_argument("--cases", type=evaluation.positive, help="how many cases to show (default: all)")
     parser.add_argument("--megabytes", type=float, default=20, help="size of the page, at most (default: %(default)s)")
     arguments = parser.parse_args()
-    print(write_page(arguments.root, arguments.name, arguments.cases, arguments.megabytes))
+    print(write_page(arguments.runs, arguments.name, arguments.output, arguments.data, arguments.cases, arguments.megabytes))
 
 
 if __name__ == "__main__":

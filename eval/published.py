@@ -17,6 +17,7 @@ import yaml
 
 from med3dvlm import evaluation
 from med3dvlm.files import write_json, write_text
+from med3dvlm.metrics.findings import FINDINGS_CT_RATE
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS
 
@@ -48,7 +49,10 @@ def beside_papers(runs: Sequence[Path], data_name: str) -> tuple[str, dict[str, 
         used |= dict.fromkeys(measured(table))
         ours[name] = rows
     if not parts:
-        raise ValueError(f"no table of the papers has a figure of {' or '.join(map(str, runs))}; name folders that an evaluation wrote")
+        raise ValueError(
+            f"no table of the papers has a figure of {' or '.join(map(str, runs))}; they are of retrieval, reports, questions, and of CT-RATE's "
+            "18 findings alone"
+        )
     meanings = [f"- {label}: {meaning(measures[label])}" for label in used if measures[label]["key"]]
     return "\n\n".join([*parts, "## What the names mean", "\n".join(meanings)]), ours
 
@@ -92,7 +96,8 @@ def our_rows(table: dict[str, Any], folder: Path, data_name: str, measures: dict
         return [[label, key.format(entry["pool"]), *row] for entry, row in zip(pools, figures, strict=True)]
     if table["task"] == "report" and "text" in scores:
         return [[label, *(of(written(scores["text"]), measures[column]["key"]) for column in table["columns"])]]
-    if table["task"] == scores.get("task") and scores["published"]["dcformer"] is not None:
+    own = scores.get("per_class", {}).keys() - set(FINDINGS_CT_RATE)  # another mean than the papers'
+    if table["task"] == scores.get("task") and scores["published"]["dcformer"] is not None and not own:
         return [
             [label, scores["encoder"]["name"], *(of(scores, measures[name]["key"], COSTS.get(name, unit)) for name in table["columns"])]
         ]
@@ -146,7 +151,7 @@ def read(path: Path) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of scores, or one above eval/")
-    parser.add_argument("--data_name", default="phantoms", help="what the runs are about, as the tables call it (default: %(default)s)")
+    parser.add_argument("--data_name", default="this data", help="what the runs are about, as the tables call it (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder of published.md and published.json")
     arguments = parser.parse_args()
     runs = [run for folder in arguments.runs for run in runs_below(folder)]

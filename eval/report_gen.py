@@ -5,8 +5,9 @@
 
 Lexical scores see mostly style, so scores.json has besides them `collapse` (does every scan get the same report?) and `findings`: which
 ones the written report states as present, against the studies' labels (a finding that a study has no label of counts for nothing), or,
-where no study has labels, against what the reference states. findings_f1 is the macro average over the findings that occur in either;
-CRG is left out where a label is unknown. Studies without a report count in no lexical score. An interval is a 95 % bootstrap over patients.
+where no study has labels, against what the reference states. A finding that the rules do not know is read by the label's own words.
+findings_f1 is the macro average over the findings that occur in either; CRG is left out where a label is unknown. Studies without a report
+count in no lexical score. An interval is a 95 % bootstrap over patients.
 
 What can be had without looking at the scan, or without this model, scored in the same way:
 

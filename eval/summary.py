@@ -209,7 +209,7 @@ def main() -> None:
     targets = target_table(summary["reached"])
     pictures = draw(root, summary, PreparedData(root / "prepared", exclude_failures=True), arguments.scans or root / "phantoms")
     write_report(root / "report.md", arguments.name, summary, targets, pictures)
-    runpy.run_path(str(Path(__file__).with_name("page.py")))["write_page"](root, arguments.name)
+    runpy.run_path(str(Path(__file__).with_name("page.py")))["write_page"]([root], arguments.name)
     print(targets)
 
 

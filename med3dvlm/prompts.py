@@ -22,11 +22,17 @@ FINDING_PROMPTS = (
 
 def finding_prompts(finding: str, templates: int = 1) -> list[tuple[str, str]]:
     """The first so many pairs about a finding: "lung_nodule" -> [("Lung nodule is present.", "Lung nodule is not present."), ...]."""
-    words = finding.replace("_", " ")
+    begin, words = finding_words(finding), finding.replace("_", " ")
     return [
-        (present.format(Finding=words.capitalize(), finding=words), absent.format(Finding=words.capitalize(), finding=words))
+        (present.format(Finding=begin, finding=words), absent.format(Finding=begin, finding=words))
         for present, absent in FINDING_PROMPTS[:templates]
     ]
+
+
+def finding_words(finding: str) -> str:
+    """ "lung_nodule" -> "Lung nodule", "COVID-19" as it is."""
+    words = finding.replace("_", " ")
+    return words[:1].upper() + words[1:]
 
 
 def closed_prompt(question: str, choices: Sequence[str]) -> str:

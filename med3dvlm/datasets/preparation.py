@@ -40,6 +40,7 @@ from med3dvlm.datasets.statistics import BINS, statistics
 from med3dvlm.datasets.store import CHECKED, checksum, read_voxels, volume_path
 from med3dvlm.files import PART, json_lines, read_lines, whole_file, write_json, write_text
 from med3dvlm.formats import VERSION, state_of
+from med3dvlm.metrics.findings import named_labels
 from med3dvlm.preprocessing import RECIPES, VolumeProcessor
 from med3dvlm.records import Question, Study, check_ids
 from med3dvlm.volume import Volume, read_volume
@@ -129,6 +130,8 @@ def parts_of_splits(splits: Mapping[str, Sequence[Study]]) -> dict[str, dict[str
 
 def _check(source: Path, destination: Path, studies: Sequence[Study], shard: tuple[int, int] | None) -> None:
     check_ids(studies)
+    for study in studies:
+        named_labels(study.labels)
     here, there = source.resolve(), destination.resolve()
     for study in studies:
         if here / study.image == volume_path(there, study):

@@ -48,6 +48,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from med3dvlm.files import read_lines
+from med3dvlm.metrics.findings import named_labels
 from med3dvlm.preprocessing import SETTINGS, VolumeProcessor
 from med3dvlm.records import Question, Study, read_questions, read_studies
 
@@ -112,7 +113,8 @@ class PreparedData:
                 "again, or pass --exclude_failures true"
             )
         self.processor = VolumeProcessor.from_pretrained(self.root)
-        self._studies = read_studies(self.root / "studies.jsonl")
+        studies = read_studies(self.root / "studies.jsonl")
+        self._studies = [replace(study, labels=named_labels(study.labels)) for study in studies]
         self._questions = read_questions(self.root / "questions.jsonl")
         self._checksums = {line["study"]: line["checksum"] for line in read_lines(self.root / "index.jsonl")}
         if split_file is not None:

@@ -1,11 +1,13 @@
-"""What eval/zero_shot.py and eval/linear_probe.py share: labels and thresholds of the 18 findings of CT-RATE, and what is written of a detection.
+"""What eval/zero_shot.py and eval/linear_probe.py share: labels and thresholds of findings, and what is written of a detection.
+
+The findings are those that the scored studies have labels of, CT-RATE's 18 and any others (`metrics.findings.label_names`).
 
 <output>/predictions.jsonl              a study a line, with the log-odds of each finding; 0 is a probability of 0.5
 <output>/predictions_thresholds.jsonl   the same of the studies that thresholds are chosen on, if any
-<output>/probabilities.csv              VolumeName and the 18 columns of CT-RATE's own labels
+<output>/probabilities.csv              VolumeName and a column a finding, named as in CT-RATE's own labels
 <output>/scores.json, scores.md         and roc.png, precision_recall.png, calibration.png
 
-Shapes: N studies, K = 18 findings, in the order of FINDINGS_CT_RATE.
+Shapes: N studies, K findings, in the order of `names`.
 """
 
 import argparse
@@ -22,7 +24,6 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from med3dvlm import plots
-from med3dvlm.datasets.ct_rate import LABEL_COLUMNS
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.encoders import Encoder, Size, count_parameters
 from med3dvlm.encoders.cost import operations
@@ -31,12 +32,18 @@ from med3dvlm.evaluation.runs import strangers, training_split, write_scores
 from med3dvlm.files import write_text
 from med3dvlm.metrics.classification import THRESHOLD_RULES
 from med3dvlm.metrics.detection import choose_known_thresholds, detection_scores, label_control, reliability
-from med3dvlm.metrics.findings import FINDINGS_CT_RATE
+from med3dvlm.metrics.findings import label_names
+from med3dvlm.prompts import finding_words
 from med3dvlm.records import Study
 
 Table = NDArray[np.float64]
 FIFTH = 5  # of a training split at most this part serves for thresholds
 HALF = "0.5 for every finding"
+HOW_TO_LABEL = {  # source of a study -> where its labels are read
+    "table": "give the table columns such as label:effusion, 0 or 1",
+    "ct_rate": "put CT-RATE's multi_abnormality_labels beside the volumes",
+    "m3d": "put a labels.csv beside the texts, with the columns study and one a finding",
+}
 
 
 def add_threshold_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,17 +60,22 @@ def add_threshold_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def label_table(studies: Sequence[Study]) -> Table:
+def names_of(studies: Sequence[Study]) -> list[str]:
+    """The findings that any of the studies has a label of."""
+    return label_names(study.labels for study in studies)
+
+
+def label_table(studies: Sequence[Study], names: Sequence[str]) -> Table:
     """(N, K) of 0, 1 and NaN where nobody looked."""
-    return np.array([[study.labels.get(name, np.nan) for name in FINDINGS_CT_RATE] for study in studies], dtype=np.float64)
+    return np.array([[study.labels.get(name, np.nan) for name in names] for study in studies], dtype=np.float64).reshape(-1, len(names))
 
 
 def require_labels(data: PreparedData, split: str, studies: Sequence[Study]) -> None:
-    """Raises ValueError if no study has a label of any of the findings."""
-    if np.isnan(label_table(studies)).all():
+    """Raises ValueError if no study has a label of any finding."""
+    if not names_of(studies):
         raise ValueError(
-            f"none of the {len(studies)} studies of split {split!r} in {data.root} has a label of CT-RATE's 18 findings, so there is nothing "
-            "to compare with; put the labels CSV beside the volumes and prepare again"
+            f"none of the {len(studies)} studies of split {split!r} in {data.root} has a label of a finding, so there is nothing to compare "
+            f"with; {HOW_TO_LABEL.get(studies[0].source, HOW_TO_LABEL['table'])} and prepare again"
         )
 
 
@@ -99,15 +111,14 @@ def threshold_studies(data: PreparedData, evaluated: str, scored: Sequence[Study
         studies = data.studies(wanted)
         if common := sorted(patients & {study.patient for study in studies}):
             raise ValueError(
-                f"--threshold_split {wanted} has {len(common)} patients of split {evaluated!r}, the first is {common[0]}; "
-                "thresholds may not come from what is scored"
+                f"--threshold_split {wanted} has {len(common)} patients of split {evaluated!r}; thresholds may not come from what is scored"
             )
         require_labels(data, wanted, studies)
         return studies, f"chosen on split {wanted!r}, {len(studies)} studies"
     training = training_split(data, evaluated)
     for split in (*(split for split in sorted(data.summary["splits"]) if split.startswith("valid")), training):
         studies = data.studies(split) if split else []
-        if not studies or patients & {study.patient for study in studies} or np.isnan(label_table(studies)).all():
+        if not studies or patients & {study.patient for study in studies} or not names_of(studies):
             continue
         if split != training:
             return studies, f"chosen on split {split!r}, {len(studies)} studies"
@@ -123,21 +134,23 @@ def encoder_facts(encoder: Encoder, name: str, size: Size) -> dict[str, Any]:
     return {"name": name, "parameters": sum(count_parameters(encoder).values()), "operations": count, "size": list(size)}
 
 
-def row(identity: str, log_odds: Iterable[float]) -> dict[str, Any]:
+def row(identity: str, names: Sequence[str], log_odds: Iterable[float]) -> dict[str, Any]:
     """A line of predictions; to 6 decimals, where float32 ends. A finding of NaN, which was not predicted, is left out."""
-    pairs = zip(FINDINGS_CT_RATE, log_odds, strict=True)
+    pairs = zip(names, log_odds, strict=True)
     return {"id": identity, "log_odds": {name: round(float(value), 6) for name, value in pairs if not np.isnan(value)}}
 
 
-def log_odds_table(found: Iterable[Mapping[str, float]]) -> Table:
+def log_odds_table(found: Iterable[Mapping[str, float]], names: Sequence[str]) -> Table:
     """(N, K) of the "log_odds" of lines of predictions; NaN where a finding was not predicted."""
-    return np.array([[log_odds.get(name, np.nan) for name in FINDINGS_CT_RATE] for log_odds in found], dtype=np.float64)
+    rows = [[log_odds.get(name, np.nan) for name in names] for log_odds in found]
+    return np.array(rows, dtype=np.float64).reshape(-1, len(names))
 
 
 def report(
     output: Path,
     task: str,
     studies: Sequence[Study],
+    names: Sequence[str],
     log_odds: Table,
     threshold: tuple[Sequence[Study], str, Table],
     rule: str,
@@ -157,12 +170,12 @@ def report(
         about: what else belongs into the scores.
         remarks: sentences for the end of the tables.
     """
-    labels, patients = label_table(studies), [study.patient for study in studies]
+    labels, patients = label_table(studies, names), [study.patient for study in studies]
     labels = np.where(np.isnan(log_odds), np.nan, labels)
     others, whence, other_log_odds = threshold
-    rules = {rule: np.zeros(len(FINDINGS_CT_RATE))}
+    rules = {rule: np.zeros(len(names))}
     if others:
-        known = np.where(np.isnan(other_log_odds), np.nan, label_table(others))
+        known = np.where(np.isnan(other_log_odds), np.nan, label_table(others, names))
         rules = {name: choose_known_thresholds(known, other_log_odds, name) for name in (rule, "nearest")}
     columns = {"model": log_odds}
     if blind is not None:
@@ -174,8 +187,8 @@ def report(
         name: detection_scores(
             labels,
             column,
-            np.zeros(len(FINDINGS_CT_RATE)) if name == "everything" else rules[rule],
-            FINDINGS_CT_RATE,
+            np.zeros(len(names)) if name == "everything" else rules[rule],
+            names,
             patients,
             rules.get("nearest"),
         )
@@ -192,27 +205,27 @@ def report(
         **{name: found.get(name) for name in COMPARED if name != "model"},
     }
     tables = detection_tables(scores, found, frequencies, remarks)
-    write_text(output / "probabilities.csv", _csv(studies, log_odds))
-    draw(output, scores, labels, log_odds)
+    write_text(output / "probabilities.csv", _csv(studies, names, log_odds))
+    draw(output, scores, names, labels, log_odds)
     write_scores(output / "scores.json", scores, tables)
     return tables
 
 
-def _csv(studies: Sequence[Study], log_odds: Table) -> str:
+def _csv(studies: Sequence[Study], names: Sequence[str], log_odds: Table) -> str:
     """Probabilities under CT-RATE's column names; empty where a finding was not predicted."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(("VolumeName", *LABEL_COLUMNS))
+    table.writerow(("VolumeName", *map(finding_words, names)))
     for study, values in zip(studies, expit(log_odds).tolist(), strict=True):
         name = f"{study.id.rpartition('/')[2]}.nii.gz" if study.source == "ct_rate" else study.id
         table.writerow((name, *("" if np.isnan(value) else f"{value:.9g}" for value in values)))
     return text.getvalue()
 
 
-def draw(output: Path, scores: Mapping[str, Any], labels: Table, log_odds: Table) -> None:
+def draw(output: Path, scores: Mapping[str, Any], names: Sequence[str], labels: Table, log_odds: Table) -> None:
     """The curves of the findings that have them, and the calibration."""
     findings = {}
-    for index, name in enumerate(FINDINGS_CT_RATE):
+    for index, name in enumerate(names):
         rows = ~np.isnan(labels[:, index])
         if name in scores["per_class"] and name not in scores["one_class"]:
             findings[name] = labels[rows, index], log_odds[rows, index]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from med3dvlm.metrics.findings import FINDINGS
+from med3dvlm.metrics.findings import label_names
 from med3dvlm.metrics.intervals import intervals, mean_of
 from med3dvlm.metrics.shared_findings import shared_findings
 from med3dvlm.records import Study
@@ -22,7 +22,7 @@ def image_to_image_scores(images: Any, studies: Sequence[Study], ks: Sequence[in
         `{"studies", "queries": those with a map, "map1", "overlap1", "chance_map1", ..., "chance_overlap", "intervals"}`, intervals over
         patients as queries; None where there are no labels, or no two patients who share a finding.
     """
-    names = [name for name in FINDINGS if any(name in study.labels for study in studies)]
+    names = label_names(study.labels for study in studies)
     rows = [row for row, study in enumerate(studies) if all(name in study.labels for name in names)]
     if not names or not rows:
         return None

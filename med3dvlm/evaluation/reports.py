@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from med3dvlm.metrics.bertscore import BertScorer
 from med3dvlm.metrics.classification import precision_recall_f1
-from med3dvlm.metrics.findings import FINDINGS, findings_table
+from med3dvlm.metrics.findings import FINDINGS, findings_table, label_names
 from med3dvlm.metrics.intervals import Statistic, crg_of, f1_of, intervals, macro_f1_of, mean_of, mean_over, micro_f1_of
 from med3dvlm.metrics.text import bleu_counts, bleu_of_counts, collapse, text_scores, text_values
 from med3dvlm.records import Study
@@ -47,7 +47,7 @@ def fixed_reports(studies: Sequence[Study]) -> dict[str, str]:
     """`modal`, the commonest training report or, if no two are alike, the first that states the commonest set of findings; and `best_fixed`,
     that whose findings, stated of every training study, have the highest macro F1 there."""
     labels, known, names, _ = reference_findings(studies)
-    stated = findings_table([study.report for study in studies], names)
+    stated = findings_table([study.report for study in studies], names, literal=True)
     modal, times = Counter(study.report for study in studies).most_common(1)[0]
     if times == 1:
         sets = [tuple(row) for row in stated.tolist()]
@@ -73,23 +73,35 @@ def report_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     found, samples = first["findings"], first["text"]["samples"]
     parts = [
         markdown_table(header, rows),
-        f"BLEU is BLEU-1 and ROUGE is ROUGE-1, of each of {samples} reports, averaged. Findings against the {found['against']} of "
-        f"{found['studies']} studies. In brackets 95 % of bootstrap resamples of the patients.",
+        f"BLEU is BLEU-1 and ROUGE is ROUGE-1, of each of {samples} reports, averaged. {_on_findings(found)} In brackets 95 % of bootstrap "
+        "resamples of the patients.",
         *(f"No {name}: {reason}" for name, reason in first["text"]["unavailable"].items()),
     ]
     return "\n\n".join(parts)
 
 
+def _on_findings(found: Mapping[str, Any]) -> str:
+    """What the findings are compared with, and which are not scored for which reason."""
+    sentences = [f"Findings against the {found['against']} of {found['studies']} studies."]
+    if found["macro"]["f1"] is None:
+        sentences = [f"Findings: not scored, because neither the {found['against']} nor the written reports have one that the rules know."]
+    if found["unread"]:
+        named = ", ".join(found["unread"])
+        sentences.append(f"Not scored: {named}, because no report of a study that has it names it in the label's words.")
+    return " ".join(sentences)
+
+
 def _finding_scores(texts: Sequence[str], studies: Sequence[Study]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the texts state against what the studies have, and the intervals by the path of the figure."""
     labels, known, names, source = reference_findings(studies)
+    unread = [name for name in label_names(study.labels for study in studies) if name not in names]
     chosen: NDArray[np.bool_] = np.any(known, axis=1)
     # Neither stated nor true: what is not known is in none of the sums of precision, recall and F1.
-    labels, stated = labels[chosen], (findings_table(texts, names) * known)[chosen]
+    labels, stated = labels[chosen], (findings_table(texts, names, literal=True) * known)[chosen]
     patients = [study.patient for study, one in zip(studies, chosen, strict=True) if one]
-    found: dict[str, Any] = {"against": source, "studies": len(patients), "crg": None}
-    if not patients:
-        empty = {"precision": None, "recall": None, "f1": None}
+    found: dict[str, Any] = {"against": source, "studies": len(patients), "crg": None, "unread": unread}
+    if not (labels.any() or stated.any()):
+        empty = dict.fromkeys(("precision", "recall", "f1"))
         return found | {"per_class": {}, "macro": empty, "micro": empty, "weighted": empty}, {}
     found |= precision_recall_f1(labels, stated, names)
     statistics: dict[str, Statistic] = {
@@ -111,8 +123,15 @@ def _finding_scores(texts: Sequence[str], studies: Sequence[Study]) -> tuple[dic
 
 def reference_findings(studies: Sequence[Study]) -> tuple[NDArray[np.int64], NDArray[np.bool_], list[str], str]:
     """(studies, findings) of 0 and 1, which of these are known, the findings' names, and where they come from: the studies' labels, or, where
-    no study has any, what the reports state. Of a study without labels, or without a report, nothing is known."""
-    names = [name for name in FINDINGS if any(name in study.labels for study in studies)]
+    no study has any that can be read, what the reports state. Of a study without labels, or without a report, nothing is known.
+
+    A finding that the rules do not know can be read where the report of a study that has it names it by the label's own words.
+    """
+    names = label_names(study.labels for study in studies)
+    own = [name for name in names if name not in FINDINGS]
+    stated = findings_table([study.report for study in studies], own, literal=True)
+    labelled = np.array([[study.labels.get(name) == 1 for name in own] for study in studies]).reshape(stated.shape)
+    names = [name for name in names if name in FINDINGS or (stated * labelled).any(axis=0)[own.index(name)]]
     if not names:
         stated = findings_table([study.report for study in studies])
         told = np.array([[bool(study.report.strip())] for study in studies])

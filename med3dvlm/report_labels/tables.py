@@ -4,7 +4,7 @@ text     report_text, or Findings_EN and Impressions_EN, or report, or text
 id       AccessionNo, VolumeName or id; else the row's number
 patient  patient; else the id as far as its second "_" ("train_7_a_1" -> "train_7")
 labels   every other column that holds nothing but 0 and 1, under its name in small letters joined by "_"
-         ("Lung nodule" -> lung_nodule)
+         ("Lung nodule" -> lung_nodule), or the one that rules.yaml has for it ("effusion" -> pleural_effusion)
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from med3dvlm.datasets.csv_files import csv_rows, is_missing, label_value
+from med3dvlm.metrics.findings import finding_name
 
 TEXTS = (("report_text",), ("Findings_EN", "Impressions_EN"), ("report",), ("text",))
 IDS = ("AccessionNo", "VolumeName", "id")
@@ -68,6 +69,9 @@ def read_labelled_reports(reports: Path, labels: Path | None = None) -> Labelled
     names = [name for name in labelled[0] if name not in about and all(_is_label(row[name]) for row in labelled)]
     if not names:
         raise ValueError(f"{labels or reports} has no column of labels: one per finding, 0 or 1 in every row, is needed")
+    findings = [finding_name(re.sub(r"\W+", "_", name.strip().lower())) for name in names]
+    if twice := sorted({name for name in findings if findings.count(name) > 1}):
+        raise ValueError(f"{labels or reports} has several columns for {', '.join(twice)}; delete all but one of each")
     return LabelledReports(
         ids,
         [_patient(one, row.get("patient", "")) for one, row in zip(ids, rows, strict=True)],
@@ -75,7 +79,7 @@ def read_labelled_reports(reports: Path, labels: Path | None = None) -> Labelled
             " ".join(row[name].strip() for name in text_columns if not is_missing(row[name]) and row[name].strip() != NOT_GIVEN)
             for row in rows
         ],
-        tuple(re.sub(r"\W+", "_", name.strip().lower()) for name in names),
+        tuple(findings),
         np.array([[label_value(name, row[name]) for name in names] for row in labelled], dtype=np.int64),
     )
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.evaluation.detection import label_table, row
+from med3dvlm.evaluation.detection import label_table, names_of, row
 from med3dvlm.evaluation.reports import report_scores
 from med3dvlm.metrics.classification import precision_recall_f1
 from med3dvlm.metrics.findings import FINDINGS, findings_table
@@ -93,13 +93,14 @@ def test_detections(chests: SimpleNamespace, tmp_path: Path, run: Run) -> None:
     """Two runs on different scales, of which only the order counts; a patient's studies change places together; some labels are unknown."""
     asked = chests.data.studies("valid_fixed")[:10]
     assert len({study.patient for study in asked}) < 10
-    labels = label_table(asked)
+    names = names_of(asked)
+    labels = label_table(asked, names)
     random = np.random.default_rng(0)
     tables = [labels + random.normal(0, 0.4, labels.shape), 50 * random.normal(0, 1, labels.shape) - 300]
     tables = [np.where(np.isnan(table), 0.25, table).round(1) for table in tables]  # with ties
     folders = []
     for name, table in zip("ab", tables, strict=True):
-        rows = [row(study.id, values) for study, values in zip(asked, table, strict=True)]
+        rows = [row(study.id, names, values) for study, values in zip(asked, table, strict=True)]
         folders.append(write_run(tmp_path / name, chests.data, rows, {"split": "valid_fixed"}))
     run("compare", *folders, "--output", tmp_path / "out")
     result = json.loads((tmp_path / "out/comparison.json").read_text())["figures"]

@@ -112,7 +112,7 @@ def root(prepared: Path, tmp_path_factory: pytest.TempPathFactory, run_whole: Ru
     write_scores(root / "eval/report", report_scores(texts, studies) | {"modal": fixed, "best_fixed": None})
     (root / "stage1").mkdir()
     (root / "stage1" / "losses.jsonl").write_text("".join(json.dumps({"step": step, "loss": 3 / step}) + "\n" for step in (10, 20, 30)))
-    run_whole("page", "--root", root, "--name", "a <i>name</i>")
+    run_whole("page", root, "--name", "a <i>name</i>")
     return root
 
 
@@ -224,12 +224,12 @@ def test_the_page_may_not_grow_too_large(root: Path, run: Run, tmp_path: Path, t
     for name in ("prepared", "eval", "stage1"):
         (tmp_path / name).symlink_to(root / name)
     size = len(text.encode())
-    run("page", "--root", tmp_path, "--megabytes", size / 1e6 - 0.001)
+    run("page", tmp_path, "--megabytes", size / 1e6 - 0.001)
     smaller = (tmp_path / "report.html").read_text(encoding="utf-8")
     shown = len(re.findall(r'<li class="case"', smaller))
     assert len(smaller.encode()) < size and 1 <= shown < 5
     assert f"{shown} of 5 cases, spread evenly over the split and not selected" in smaller
-    run("page", "--root", tmp_path, "--cases", 2)
+    run("page", tmp_path, "--cases", 2)
     ids = re.findall(r'data-place="(\d+)"', (tmp_path / "report.html").read_text(encoding="utf-8"))
     assert ids == ["0", "4"]
 
@@ -249,7 +249,7 @@ def test_questions_of_one_sort_are_enough(kept: str, prepared: Path, run: Run, t
     scores = question_scores(rows, {study.id: study.patient for study in studies})
     write_scores(tmp_path / "eval/vqa", scores)
     assert question_tables(scores).count("## ") == {"open": 1, "closed": 2, "yes_no": 1}[kept]
-    run("page", "--root", tmp_path)
+    run("page", tmp_path)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     names = {
         "open": ["phase", "mean of the kinds"],
@@ -275,15 +275,15 @@ def test_one_evaluation_is_enough(task: str, root: Path, run: Run, tmp_path: Pat
     (tmp_path / "prepared").symlink_to(root / "prepared")
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / task).symlink_to(root / "eval" / task)
-    run("page", "--root", tmp_path)
+    run("page", tmp_path)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert len(page.all("img")) == 15 and len(page.all("section")) == 2
 
 
 def test_without_evaluations_it_says_so(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        run("page", "--root", tmp_path, checked=True)
-    assert stopped.value.code == 2 and "holds no scores.json" in capsys.readouterr().err
+        run("page", tmp_path, checked=True)
+    assert stopped.value.code == 2 and "holds neither a scores.json" in capsys.readouterr().err
 
 
 def test_a_browser_sorts_and_filters(text: str, tmp_path: Path) -> None:

@@ -136,16 +136,25 @@ def test_a_run_stands_below_the_papers_rows(root: Path, run: Run, tmp_path: Path
     text = capsys.readouterr().out
     assert text.strip() == (tmp_path / "out/published.md").read_text().strip() and "not a medical device" in text
     first = table_of(text, "Med3DVLM, Table 1")
-    assert first[-1] == ["this run, phantoms", "30", "0.00", "25.00", "50.00", "12.50", "25.00", "50.00"]
+    assert first[-1] == ["this run, this data", "30", "0.00", "25.00", "50.00", "12.50", "25.00", "50.00"]
     assert ["M3D-LaMed", "2000", "19.10", "47.45", "62.25", "18.45", "47.30", "62.15"] in first
-    assert table_of(text, "Med3DVLM, Table 6")[-1] == ["this run, phantoms", "50.00", "25.00", "-", "-"]  # no BERTScore of another model
+    assert table_of(text, "Med3DVLM, Table 6")[-1] == ["this run, this data", "50.00", "25.00", "-", "-"]  # no BERTScore of another model
     blue = 100 * bleu(["the left lung"], ["left lung"])
     third = table_of(text, "Med3DVLM, Table 3")
-    assert third[-4] == ["this run, phantoms", "BLEU", "50.00", "-", f"{blue:.2f}", "-", "-", f"{(50 + blue) / 2:.2f}"]
-    assert third[-1] == ["this run, phantoms", "BERTScore", "75.00", "-", "-", "-", "-", "87.50"]  # by the papers' model
-    assert table_of(text, "Med3DVLM, Table 8")[-1] == ["this run, phantoms", "80.00", "-", "0.00", "-", "-", "40.00"]
+    assert third[-4] == ["this run, this data", "BLEU", "50.00", "-", f"{blue:.2f}", "-", "-", f"{(50 + blue) / 2:.2f}"]
+    assert third[-1] == ["this run, this data", "BERTScore", "75.00", "-", "-", "-", "-", "87.50"]  # by the papers' model
+    assert table_of(text, "Med3DVLM, Table 8")[-1] == ["this run, this data", "80.00", "-", "0.00", "-", "-", "40.00"]
     # IR of the one paper is TR of the other
-    assert table_of(text, "DCFormer, Table 3")[-1] == ["this run, phantoms", "pool of 30", "0.1250", "0.5000", "-", "0.0000", "0.5000", "-"]
+    assert table_of(text, "DCFormer, Table 3")[-1] == [
+        "this run, this data",
+        "pool of 30",
+        "0.1250",
+        "0.5000",
+        "-",
+        "0.0000",
+        "0.5000",
+        "-",
+    ]
     assert "DCFormer, Table 1" not in text  # nothing was detected
     for table in text.split("\n## ")[1:-1]:
         assert "no figure of the ones compares with one of the others" in table

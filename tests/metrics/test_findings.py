@@ -225,6 +225,6 @@ def test_rules_are_complete_and_use_only_the_explained_notation() -> None:
     assert set(rules["findings"]) == set(FINDINGS)
     assert set(rules) == {"sections", "unread", "answers", "cues", "pseudo", "stops", "aside", "findings"}
     for name, rule in rules["findings"].items():
-        assert rule["phrases"] and set(rule) <= {"phrases", "context", "unless", "ordinary", "structures"}, name
+        assert rule["phrases"] and set(rule) <= {"phrases", "context", "unless", "ordinary", "structures", "names"}, name
         for phrase in sum(rule.values(), []):
-            assert phrase == phrase.strip() and re.fullmatch(r"[a-z0-9 ,()|?*.<!+\[\]-]+", phrase), (name, phrase)
+            assert phrase == phrase.strip() and re.fullmatch(r"[a-z0-9 ,()|?*.<!+^=:\[\]-]+", phrase), (name, phrase)

@@ -2,6 +2,7 @@
 compares what two readers read."""
 
 from med3dvlm.metrics.findings.cues import STATES
+from med3dvlm.metrics.findings.names import finding_name, label_names, named_labels
 from med3dvlm.metrics.findings.phrases import RULES_FILE
 from med3dvlm.metrics.findings.rules import (
     FINDINGS,
@@ -26,9 +27,12 @@ __all__ = [
     "crg",
     "error_kind",
     "find_mentions",
+    "finding_name",
     "finding_scores",
     "finding_states",
     "findings_table",
     "headings",
+    "label_names",
+    "named_labels",
     "read_findings",
 ]

@@ -27,6 +27,7 @@ def _of_part(part: str, patterns: "_Patterns") -> tuple[str, bool]:
     for state, signs in patterns.signs.items():
         if part.lower() in signs:
             return state, state != "absent"
+    part = part.strip("()\"' ") or part
     if filler := patterns.fillers.match(part):
         part = part[filler.end() :].strip() or part
     cues = find_cues(part)

@@ -28,6 +28,8 @@ PLAIN = {
     }.items()
     for sign in signs
 }
+MARKUP = re.compile(r"\*\*|__|`|</?\w+>")
+NOT = re.compile(r"\b(is|are|was|were|do|does|did|has|have|had)n't\b", re.IGNORECASE)
 # A period inside 5.5 mm or "no. 3" ends nothing, nor does the question mark of "(cyst?)", "?cyst" or "Cyst? No".
 SENTENCE_END = re.compile(
     r"""(?:(?<!\bno)\.(?!\d)|\.(?!\s*\d)|[;!\n"\u2022]|(?<=[\w)])\?(?!\s*(?:\)|(?:no|none|yes)\b)))+""", re.IGNORECASE
@@ -51,7 +53,8 @@ class Clause(NamedTuple):
 
 def clauses(report: str) -> Iterator[Clause]:
     """The clauses of a report, without its sections that are not read."""
-    text = without_unread(report.translate(PLAIN))
+    text = MARKUP.sub(lambda found: " " * len(found.group()), report.translate(PLAIN))
+    text = without_unread(NOT.sub(r"\1 no", text))
     head: Span | None = None  # a line that ends in a colon speaks of the bullets below it
     for block in _blocks(text):
         if isinstance(block, list):

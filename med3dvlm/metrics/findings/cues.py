@@ -17,7 +17,7 @@ KINDS = {
     "asked": ("uncertain", False),
     "hedged": ("uncertain", True),
 }
-SIGNS = re.compile(r"[.;](?!\d)|\||(?<!following)(?<!\bfor)(?<!\bof):(?!\d)")  # stops that are no words
+SIGNS = re.compile(r"[.;](?!\d)|\||(?<!following)(?<!\bfor)(?<!\bof)(?<!^no):(?!\d)", re.IGNORECASE)  # stops that are no words
 LIST = re.compile(r"\b(or|nor|versus|vs)\b", re.IGNORECASE)
 
 

@@ -4,6 +4,7 @@ The rules are those of NegEx and ConText (Chapman et al. 2001, Harkema et al. 20
 in its clause (`clauses.py`) say that it is denied, past, asked for or doubted. Same finding named several times: one present mention is enough.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -98,17 +99,24 @@ def finding_states(text: str, names: Sequence[str] | None = None) -> dict[str, s
     return states
 
 
-def findings_table(texts: Iterable[str], names: Sequence[str] | None = None) -> NDArray[np.int64]:
-    """(N, K) of 0 and 1: `read_findings` of N texts, columns in the order of `names`."""
+def findings_table(texts: Iterable[str], names: Sequence[str] | None = None, literal: bool = False) -> NDArray[np.int64]:
+    """(N, K) of 0 and 1: `read_findings` of N texts, columns in the order of `names`; `literal` as for `find_mentions`."""
     names = FINDINGS if names is None else tuple(names)
-    rows = [list(read_findings(text, names).values()) for text in texts]
-    return np.array(rows, dtype=np.int64).reshape(len(rows), len(names))
+    present = [{mention.finding for mention in find_mentions(text, names, literal) if mention.present} for text in texts]
+    return np.array([[name in found for name in names] for found in present], dtype=np.int64).reshape(len(present), len(names))
 
 
-def find_mentions(text: str, names: Sequence[str] | None = None) -> list[Mention]:
-    """Every mention in reading order, with what took it back: use this to see why a report was read as it was."""
+def find_mentions(text: str, names: Sequence[str] | None = None, literal: bool = False) -> list[Mention]:
+    """Every mention in reading order, with what took it back: use this to see why a report was read as it was.
+
+    Args:
+        literal: take names that the rules do not know, too: such a finding is named by its own words, "haemorrhage" also by "hemorrhages".
+
+    Raises:
+        ValueError: if a name is unknown, unless `literal`.
+    """
     names = FINDINGS if names is None else tuple(names)
-    if unknown := [name for name in names if name not in _rules()]:
+    if unknown := [name for name in names if name not in _rules() and not literal]:
         raise ValueError(f"Unknown finding {', '.join(map(repr, unknown))}; known are {', '.join(_rules())}.")
     mentions = {}
     for clause in clauses(text):
@@ -135,15 +143,26 @@ def _rules() -> dict[str, _Finding]:
     return {name: _Finding(*(Phrases.of(rule.get(key, ())) for key in _Finding._fields)) for name, rule in rules_data()["findings"].items()}
 
 
+@lru_cache(maxsize=1 << 10)
+def _finding(name: str) -> _Finding:
+    if name in _rules():
+        return _rules()[name]
+    words = " ".join(re.escape(word) for word in re.split(r"[\s_-]+", name.lower()))
+    for letters, either in (("ae", "a?e"), ("oe", "o?e"), ("our", "ou?r")):
+        words = words.replace(letters, either)
+    nothing = Phrases(())
+    return _Finding(Phrases.of([f"{words}(s|es)?"]), nothing, nothing, nothing, nothing)
+
+
 @lru_cache(maxsize=1 << 16)  # most sentences of a report are those of other reports
 def _read_clause(text: str, answers: tuple[tuple[int, str], ...], names: tuple[str, ...]) -> tuple[Mention, ...]:
     """The mentions of a clause; their `start` is a place in it."""
     mentions: list[Mention] = []
     sentence = " ".join(text.split())
     for name in names:
-        spans = _named(text, _rules()[name])
+        spans = _named(text, _finding(name))
         for span in spans:
-            state, present, cue = _stated(span, text, _rules()[name])
+            state, present, cue = _stated(span, text, _finding(name))
             label, answer = next(((end, answer) for end, answer in answers if span[1] <= end), (0, ""))
             if label and state != "absent":
                 said = None if any(start >= label for start, _ in spans) else answer_state(answer)

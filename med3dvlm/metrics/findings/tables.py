@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from med3dvlm.metrics.findings.phrases import Span
 
-BETWEEN = re.compile(r"\t+ *| {3,}|(?: ?\.){4,} *")
+BETWEEN = re.compile(r"\t+ *|(?<!:) {3,}|(?: ?\.){4,} *")
 RULE = re.compile(r"[\s|:+=-]*[|+=-]{2}[\s|:+=-]*")  # a drawn line
 STATE = re.compile(r"(present|absent|yes|no|positive|negative|normal|abnormal|uncertain|possible|\+|-)", re.IGNORECASE)
 LABELS = re.compile(
@@ -43,12 +43,29 @@ def table_rows(text: str, lines: Sequence[Span]) -> Iterator[tuple[int, str, Ans
         titles = [line[slice(*span)] for span in spans]
     for start, line, places in rows:
         words = [line[slice(*place)] for place in places]
+        if not titles and len(groups := _groups(words)) > 1:
+            parts = [(start + places[first][0], line[places[first][0] : places[last - 1][1]]) for first, last in groups]
+            yield from ((begin, part.replace("|", ":", 1), ()) for begin, part in parts)
+            continue
         if len(words[0]) > LABEL or words[0].endswith((".", ";")):
             yield from ((start + place[0], one, ()) for place, one in zip(places, words, strict=True))
             continue
         yield start, _drawn(line, places), ((places[0][1], _answer(words[1:], titles[1:])),)
         if titles:
             yield from ((head + span[0], title, ((len(title), one),)) for span, title, one in zip(spans, titles, words, strict=False))
+
+
+def _groups(words: Sequence[str]) -> list[Span]:
+    """The cells of a row that is no row of one label, (first, last + 1) of each: "effusion | no | nodule | yes", "effusion: no | nodule: yes"."""
+    if any(":" in word[:-1] for word in words[1:]):
+        edges = list(range(len(words)))
+    else:
+        inner = range(2, len(words) - 1)
+        edges = [
+            0,
+            *(place for place in inner if not _is_state(words[place]) and _is_state(words[place - 1]) and _is_state(words[place + 1])),
+        ]
+    return list(zip(edges, [*edges[1:], len(words)], strict=True))
 
 
 def _answer(words: Sequence[str], titles: Sequence[str]) -> str:
