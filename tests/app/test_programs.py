@@ -86,7 +86,7 @@ def test_a_wrong_file_gets_a_sentence_and_the_open_scan_stays(server, client, sc
     assert "10 slices." in asked(session, "still there?")["answer"]
 
 
-def test_another_series_of_a_study_is_opened_by_its_number(client, tmp_path) -> None:
+def test_another_series_of_a_study_is_opened_by_its_number(server, client, tmp_path) -> None:
     session, (files, _) = client(), two_series(tmp_path)
     opened = read(session, *files)
     assert [(number, is_open) for number, _, is_open in opened["series"]] == [(1, True), (2, False)]
@@ -95,6 +95,8 @@ def test_another_series_of_a_study_is_opened_by_its_number(client, tmp_path) -> 
     for number, words in ((7, "no series 7"), (1.5, "does not fit"), (None, "does not fit")):
         with pytest.raises(AppError, match=words):
             session.predict(number, api_name="/series")
+    session.close()
+    wait_for(lambda: gc.collect() and files_with_content(server.uploads) == [])
 
 
 def test_an_upload_over_the_limit_gets_a_sentence(server, client, tmp_path) -> None:
