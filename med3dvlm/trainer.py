@@ -169,6 +169,7 @@ class StageTrainer(Trainer):
         before = rates = schedule.get_last_lr()
         if isinstance(schedule, LambdaLR):  # as long as the training is now
             rates = [rate * shape(schedule.last_epoch) for rate, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule._last_lr = rates  # which is what is logged
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if not math.isclose(before[0], rates[0], rel_tol=1e-6, abs_tol=1e-12):

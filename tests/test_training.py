@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 import med3dvlm.arguments
+import med3dvlm.training
 from med3dvlm import Med3DCLIP, Med3DVLM
 from med3dvlm.arguments import StageArguments, parse_arguments
-from med3dvlm.trainer import COMPLETE, IDENTITY, StageTrainer
+from med3dvlm.trainer import COMPLETE, IDENTITY, StageTrainer, WholeBatches
 from med3dvlm.training import (
     environment,
     finish,
@@ -138,8 +140,8 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         parse_arguments(ToyArguments, ["--help"])
     said = capsys.readouterr().out
-    for name in ("--config FILE", "--colour", "--data", "--learning_rate", "--exclude_failures"):
-        assert name in said
+    places = [said.index(f"\n  {name}") for name in ("--config FILE", "--data", "--exclude_failures", "--colour", "--learning_rate")]
+    assert places == sorted(places)  # ours first
 
 
 def test_train_only_freezes_by_name() -> None:
@@ -377,6 +379,42 @@ def test_the_record_of_a_run(tmp_path: Path, repository: Path) -> None:
     assert record["versions"]["torch"] == torch.__version__.partition("+")[0] and record["seconds"] > 0
     head = repository / ".git"
     assert (record["commit"] is not None and len(record["commit"]) == 40) == head.exists()
+
+
+def test_a_package_in_somebody_elses_repository_has_no_commit_of_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "venv" / "site-packages" / "med3dvlm"
+    package.mkdir(parents=True)
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(med3dvlm.training, "__file__", str(package / "training.py"))
+    assert environment()["commit"] is None
+
+
+def test_a_schedule_that_is_bent_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a cosine over 4 steps nothing is left after them; over 8, half of the rate."""
+    train(tmp_path, max_steps=4, lr_scheduler_type="cosine")
+    train(tmp_path, max_steps=8, lr_scheduler_type="cosine")
+    assert "begun for 4 steps and now takes 8: at step 4 the learning rate goes from 0 to 0.05" in caplog.text
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    cosine = [0.05 * (1 + math.cos(math.pi * step / 8)) for step in range(4, 8)]
+    assert rates[4:] == pytest.approx(cosine)
+    caplog.clear()
+    train(tmp_path / "constant", max_steps=4)
+    train(tmp_path / "constant", max_steps=8)
+    assert "learning rate goes" not in caplog.text
+
+
+@pytest.mark.parametrize(("rows", "batch", "drop", "length"), [(13, 4, False, 16), (12, 4, False, 12), (13, 4, True, 12), (3, 8, False, 8)])
+def test_an_epoch_is_filled_up_to_whole_batches(rows: int, batch: int, drop: bool, length: int) -> None:
+    for seed in (None, 5):
+        order = WholeBatches(rows, batch, seed, drop)
+        first = list(order)
+        assert len(order) == len(first) == length and first[rows:] == (first[:rows] * length)[: max(0, length - rows)]
+        assert sorted(first[:rows]) == sorted(set(first[:rows])) and (first == sorted(first)) == (seed is None and length <= rows)
+        order.set_epoch(1)
+        assert (list(order) == first) == (seed is None)
+    with pytest.raises(ValueError, match="dataloader_drop_last leaves none"):
+        WholeBatches(3, 4, None, True)
 
 
 def test_the_record_does_without_git(monkeypatch: pytest.MonkeyPatch) -> None:

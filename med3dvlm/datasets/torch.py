@@ -215,7 +215,7 @@ class ConversationDataset(StudyDataset):
 
         one = _turn(".", ".")
         shared, first = count(one, None if self.with_image else "")
-        further = count(one + one, None if self.with_image else "")[1] - first
+        further = count(one + one, None if self.with_image else "")[1] - first if self.follow_ups else 0
         rows: list[Row] = []
 
         def most(messages: Sequence[Message]) -> int:
@@ -241,7 +241,7 @@ class ConversationDataset(StudyDataset):
         Raises:
             ValueError: a question leaves no room for its answer.
         """
-        prompt = max(REPORT_PROMPTS, key=len)
+        prompt = max(REPORT_PROMPTS, key=lambda words: len(processor.branch([_turn(words, ".")])["branches"]))
         frame = processor.branch([_turn(".", ".")], None, None if self.with_image else "")["branches"]
         lengths: dict[str, list[int]] = {"reports": [], "answers": []}
         for study in self.studies:

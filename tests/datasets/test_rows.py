@@ -191,3 +191,39 @@ def test_rows_of_one_study_are_moved_independently(data: PreparedData) -> None:
     assert talks[rows[1]]["key"].tolist() == keys[-1].tolist()
     found = moved(keys)
     assert correlation(found[::2], found[1::2]) < 0.28
+
+
+@pytest.mark.parametrize("image", [True, False])
+def test_what_is_cut_is_counted_and_ends_without_its_token(image: bool, data: PreparedData, processor: Med3DVLMProcessor) -> None:
+    """Against rows that are written out with every report and question, whole and cut; without an image the report stands in its place."""
+    talks = ConversationDataset(data, "train", True, image=image)
+    end = processor.tokenizer.eos_token_id
+    inserted = processor.num_image_tokens if image else 0
+
+    def lengths(study: Any) -> tuple[int, list[int]]:
+        own = 0 if image else len(processor.tokenizer(study.report, add_special_tokens=False)["input_ids"])
+        questions = [(question.text, question.answer) for question in talks.asked[study.id]]
+        spelled = [
+            (closed_prompt(question.text, question.choices), f"{question.letter}. {question.answer}")
+            for question in talks.asked[study.id]
+            if question.lettered and not question.yes_no
+        ]
+        asked = [*((prompt, study.report) for prompt in REPORT_PROMPTS), *questions, *spelled]
+        rows = (processor.tokenizer.apply_chat_template(messages(*turn), tokenize=True, return_dict=False) for turn in asked)
+        return own, [len(row) + inserted + own for row in rows]
+
+    needed = [max(2 * own, max(counts[: len(REPORT_PROMPTS)])) for own, counts in map(lengths, talks.studies)]
+    limit = sorted(needed)[len(needed) // 2 if image else -4]  # without an image a question takes a good part of it
+    cut, count, most = talks.count_cut(processor, limit)["reports"]
+    assert (cut, count, most) == (sum(length > limit for length in needed), len(talks.studies), max(needed)) and 0 < cut < count
+    assert talks.count_cut(processor, most)["reports"][0] == talks.count_cut(processor, most)["answers"][0] == 0
+    for study in talks.studies:
+        context = None if image else study.report
+        row = processor.branch([messages(REPORT_PROMPTS[0], study.report)], limit, context)
+        _, counts = lengths(study)
+        assert (row["labels"][-1] == end) == (counts[0] <= limit) or not image
+        assert len(row["input_ids"]) <= limit
+
+
+def messages(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -88,7 +88,7 @@ def attempt(stage: ModuleType, output: Path, flags: list[str], kill: Kill | None
     process = os.fork()
     if process == 0:
         torch.set_num_threads(1)
-        sys.argv = [str(stage.__file__), *flags, "--output_dir", str(output)]
+        sys.argv = [str(stage.__file__), *flags, "--output_dir", str(output), "--merged", str(output / "merged")]
         if kill is not None:
             kill()
         training.launch(stage.main)

@@ -1,6 +1,7 @@
 """The stage scripts on tiny models: what each trains and writes; killed, spread over processes and started by every launcher."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -333,6 +334,19 @@ def spoilt(prepared: Path, destination: Path) -> Path:
     return destination
 
 
+THINKING = (  # as Qwen3's: of earlier turns the thinking is left out
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}<think>{% endif %}{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# Language models of which something is wrong: name -> what makes one of a copy of the right one.
+WRONG_MODELS: dict[str, Callable[[Path], Any]] = {
+    "mute": lambda folder: [path.unlink() for path in folder.glob("token*")],
+    "adapter": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+    "broken": lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:500]),
+    "thinking": lambda folder: (folder / "chat_template.jinja").write_text(THINKING),
+}
+
+
 @pytest.mark.parametrize(
     ("stage", "flags", "sentence"),
     [
@@ -355,6 +369,33 @@ def spoilt(prepared: Path, destination: Path) -> Path:
         (stage3_lora, ("--data", "{other}"), "was prepared with (32, 64, 96); prepare it anew"),
         (stage3_lora, ("--model", "{tmp}/empty"), "empty holds no model"),
         (stage3_lora, ("--also_train", "vision_encoder"), "would not be trained; pass --cache_features false"),
+        (stage3_lora, ("--also_train", "nose"), "also_train names 'nose', which is no module of the model"),
+        (stage3_lora, ("--also_train", "language_model"), "but its layers get LoRA"),
+        (stage3_lora, ("--also_train", "low"), "lies in a module that trains as a whole"),
+        (stage3_lora, ("--model", ""), "--model is missing; name the output of stage 2"),
+        (stage3_lora, ("--lora_rank", 0), "lora_rank is 0 but must be at least 1"),
+        (stage3_lora, ("--merged", "{models}/vlm"), "holds a model of another origin, which the one of"),
+        (stage2_projector, ("--language_model", "{models}/clip"), "holds a model of type med3d_clip, not a language model"),
+        (stage2_projector, ("--language_model", "{models}/text_encoder"), "is a model of type distilbert, which is no language model"),
+        (stage2_projector, ("--language_model", "{tmp}/empty"), "empty holds no language model: config.json is expected"),
+        (stage2_projector, ("--language_model", "{tmp}/nothing"), "nothing is neither a folder here nor"),
+        (stage2_projector, ("--language_model", "{tmp}/mute"), "holds no tokenizer"),
+        (stage2_projector, ("--language_model", "{tmp}/adapter"), "holds an adapter, not a whole language model; merge it first"),
+        (stage2_projector, ("--language_model", "{tmp}/broken"), "model.safetensors is damaged or incomplete"),
+        (stage2_projector, ("--language_model", "{tmp}/thinking"), "rewrites earlier turns"),
+        (stage2_projector, ("--language_model", "{tmp}/thinking"), "or pass --follow_ups 0"),
+        (stage2_projector, ("--output_dir", "{models}/vlm"), "holds a model or checkpoints but no identity.json"),
+        (stage2_projector, ("--report_to", "wandb"), "report_to is 'wandb', which is unknown or not installed here"),
+        (stage2_projector, ("--lr_scheduler_type", "cosine_with_min_lr"), "does not go with lr_scheduler_kwargs None"),
+        (stage2_projector, ("--eval_strategy", "steps", "--validation_split", "nope"), "no studies of split 'nope'"),
+        (stage1_siglip, ("--text_encoder", "{models}/clip"), "holds a model of type med3d_clip, not a text encoder"),
+        (stage1_siglip, ("--text_options", '{"n_heads": 3}'), "no text encoder can be made with text_options {'n_heads': 3}"),
+        (stage1_siglip, ("--text_options", '{"foo": 3}'), "text_options has foo, which a model of type distilbert does not know"),
+        (stage1_siglip, ("--encoder_options", '{"stem_stride": 0}'), "encoder_options: stem_stride is 0 but must be at least 1"),
+        (stage1_siglip, ("--image_stages", 9), "image_stages is 9 but must be from 1 to 5, the stages of dcformer_nano"),
+        (stage1_siglip, ("--max_text_length", 65), "max_text_length is 65 but the text encoder reads 64 tokens"),
+        (stage0_language_model, ("--max_length", 40), "40 tokens do not hold what stands before an answer"),
+        (stage0_language_model, ("--heads", 5), "heads must be 1, 3 or even"),
     ],
 )
 def test_wrong_input_ends_with_a_sentence(
@@ -363,17 +404,21 @@ def test_wrong_input_ends_with_a_sentence(
     sentence: str,
     run: Callable[..., Run],
     prepared: Path,
+    tiny_models: SimpleNamespace,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
+    for name, change in WRONG_MODELS.items():
+        if f"{{tmp}}/{name}" in flags:
+            change(Path(shutil.copytree(tiny_models.language_model, tmp_path / name)))
     if "{spoilt}" in flags:
         spoilt(prepared, tmp_path / "spoilt")
     if "{other}" in flags:
         shutil.copytree(prepared, tmp_path / "other", ignore=shutil.ignore_patterns("features"))
         VolumeProcessor("m3d", size=(32, 64, 96)).save_pretrained(tmp_path / "other")
-    places = {"{tmp}": tmp_path, "{spoilt}": tmp_path / "spoilt", "{other}": tmp_path / "other"}
+    places = {"{tmp}": tmp_path, "{spoilt}": tmp_path / "spoilt", "{other}": tmp_path / "other", "{models}": tiny_models.vlm.parent}
     for word, place in places.items():
         flags = tuple(str(flag).replace(word, str(place)) for flag in flags)
     with pytest.raises(SystemExit) as stop:
@@ -382,6 +427,70 @@ def test_wrong_input_ends_with_a_sentence(
     assert stop.value.code == 2
     assert f"{name_of(stage)}.py: error: " in said and sentence in said.split("error: ", 1)[1]
     assert not list(tmp_path.glob("run*/*.safetensors"))
+
+
+def test_a_template_that_rewrites_earlier_turns_does_for_one_question(
+    run: Callable[..., Run], tiny_models: SimpleNamespace, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_models.language_model, tmp_path / "thinking"))
+    WRONG_MODELS["thinking"](model)
+    assert run(stage2_projector, "--language_model", model, "--follow_ups", 0, "--max_steps", 1).losses
+
+
+@pytest.mark.parametrize(
+    ("stage", "flag"), [(stage0_language_model, "max_length"), (stage1_siglip, "max_text_length"), (stage2_projector, "max_length")]
+)
+def test_what_is_cut_is_told_before_the_first_step(
+    stage: ModuleType, flag: str, run: Callable[..., Run], caplog: pytest.LogCaptureFixture, tiny_models: SimpleNamespace, prepared: Path
+) -> None:
+    words = load_vlm(tiny_models.vlm)[1].tokenizer
+    reports = [study.report for study in PreparedData(prepared).studies("train")]
+    limit = {stage0_language_model: 200, stage1_siglip: 20, stage2_projector: 110}[stage]
+    run(stage, f"--{flag}", limit, "--max_steps", 1)
+    said = [record.getMessage() for record in caplog.records if f"of the {len(reports)} reports in split train" in record.getMessage()]
+    assert len(said) == 1 and f"{flag} {limit}" in said[0]
+    if stage is stage1_siglip:
+        assert said[0].startswith(f"{sum(len(words(report)['input_ids']) > limit for report in reports)} of the")
+
+
+def test_an_adapter_finds_its_base_from_anywhere_or_is_told_where_it_is(
+    run: Callable[..., Run], tiny_models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_models.vlm, base)
+    adapter = run(stage3_lora, "--max_steps", 1, "--model", os.path.relpath(base)).output
+    monkeypatch.chdir(tmp_path)
+    one = merge_lora(adapter, tmp_path / "one").state_dict()
+    base.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="base, which is not there; say where it is now: med3dvlm merge --base"):
+        merge_lora(adapter, tmp_path / "two")
+    two = merge_lora(adapter, tmp_path / "two", tmp_path / "moved").state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_merged_model_of_another_run_stays(run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the run that made it replaces it, as when it is started again."""
+    merged = tmp_path / "merged"
+    first = run(stage3_lora, "--max_steps", 1, "--merged", merged)
+    before = {path.name: path.read_bytes() for path in merged.iterdir()}
+    with pytest.raises(SystemExit):
+        run(stage3_lora, "--max_steps", 1, "--learning_rate", 0.1, "--merged", merged)
+    assert f"holds the model merged from {first.output}, which the one of" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in merged.iterdir()} == before
+    with pytest.raises(SystemExit):
+        run(stage3_lora, "--max_steps", 1, "--merged", first.output, output=first.output)
+    assert "would replace the adapter" in capsys.readouterr().err
+    assert run(stage3_lora, "--max_steps", 1, "--merged", merged, output=first.output).record == first.record
+
+
+def test_what_a_stage_writes_has_the_rights_of_new_files(run: Callable[..., Run], tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        output = run(stage3_lora, "--max_steps", 2, "--merged", tmp_path / "merged").output
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for folder in (output, tmp_path / "merged") for path in folder.rglob("*")}
+    assert len(modes) > 15 and {path: mode for path, mode in modes.items() if mode != (0o750 if path.is_dir() else 0o640)} == {}
 
 
 def test_failed_studies_may_be_left_out(run: Callable[..., Run], prepared: Path, tmp_path: Path) -> None:
@@ -417,7 +526,7 @@ def test_a_training_killed_again_and_again_ends_as_one_that_was_not(
         for name in ("whole", "killed")
     ]
     assert curves[0] == curves[1] and [step for step, _ in curves[0]] == list(range(1, 9))
-    assert not (tmp_path / "killed" / "saving").exists() and load_vlm(tmp_path / "merged")
+    assert not (tmp_path / "killed" / "saving").exists() and load_vlm(tmp_path / "killed" / "merged")
 
 
 @pytest.mark.slow
