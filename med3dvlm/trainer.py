@@ -164,10 +164,11 @@ class StageTrainer(Trainer):
         return prepared
 
     def _continue_schedule(self, checkpoint: Path, max_steps: int) -> None:
+        """Go on with the learning rate, and say where it is another than before, since the training takes more or fewer steps now."""
         schedule = self.lr_scheduler
         schedule.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
         before = rates = schedule.get_last_lr()
-        if isinstance(schedule, LambdaLR):  # as long as the training is now
+        if isinstance(schedule, LambdaLR) and schedule.last_epoch < max_steps:  # as long as the training is now
             rates = [rate * shape(schedule.last_epoch) for rate, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         schedule._last_lr = rates  # which is what is logged
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
@@ -182,6 +183,7 @@ class StageTrainer(Trainer):
 
     @property
     def _stepping_optimizer(self) -> Any:
+        """torch's optimiser, or the engine's around it."""
         engine: Any = self.model_wrapped
         return engine.optimizer if self.args.deepspeed else self.optimizer.optimizer
 

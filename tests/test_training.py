@@ -399,6 +399,7 @@ def test_a_schedule_that_is_bent_is_told(tmp_path: Path, caplog: pytest.LogCaptu
     cosine = [0.05 * (1 + math.cos(math.pi * step / 8)) for step in range(4, 8)]
     assert rates[4:] == pytest.approx(cosine)
     caplog.clear()
+    assert train(tmp_path, max_steps=8, lr_scheduler_type="cosine").seen == []  # it is finished
     train(tmp_path / "constant", max_steps=4)
     train(tmp_path / "constant", max_steps=8)
     assert "learning rate goes" not in caplog.text
