@@ -163,6 +163,8 @@ def _header(stream: BinaryIO, file: Path) -> Header | None:
             raise
         return None
     if header.pixels is None and certain and _is_image(stored):
+        if header.get("Rows") and header.get("Columns"):  # to the end of an element: nobody can tell which of both
+            raise Unusable("have no pixels, as they were cut short or exported without them", "copy or export them again")
         raise EOFError("an image that was cut short")
     return None if header.pixels is None else header
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydicom import uid
+from pydicom import dcmread, uid
 from pydicom.dataset import Dataset
 
 from med3dvlm.formats.dicom_elements import value_of
@@ -143,6 +143,16 @@ def test_an_odd_slice_of_a_sound_series_is_not(tmp_path: Path) -> None:
             item.BitsAllocated = 12
 
     refused(write_series(tmp_path, scan(), edit=one), "1 of the DICOM slices have 12 bits for a pixel")
+
+
+def test_images_without_pixels(tmp_path: Path) -> None:
+    """As programs leave them that export headers alone."""
+    folder = write_series(tmp_path, scan())
+    for path in folder.iterdir():
+        item = dcmread(path)
+        del item.PixelData
+        item.save_as(path)
+    refused(folder, "10 of the DICOM slices have no pixels, as they were cut short or exported without them; copy or export them again")
 
 
 @pytest.mark.parametrize("name", ["rtplan.dcm", "rtstruct.dcm", "test-SR.dcm", "reportsi.dcm"])
