@@ -227,7 +227,7 @@ def test_the_text_encoder_is_told_how_to_attend(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in Med3DCLIP.from_pretrained(tmp_path).parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(("pooling", "stages"), [("mean", 1), ("mean", 3), ("frames", 1)])
+@pytest.mark.parametrize(("pooling", "stages"), [("mean", 1), ("mean", 2), ("frames", 1)])
 @pytest.mark.parametrize("family", sorted(SMALL))
 def test_every_parameter_that_trains_gets_a_gradient(family: str, pooling: str, stages: int) -> None:
     """Several processes wait for those that do not."""

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from safetensors.torch import save_file
 from scipy.spatial.distance import mahalanobis
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -419,7 +420,7 @@ def test_a_directory_without_an_answering_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no model"):
         Med3DChat.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "med3d_clip"}')
-    (tmp_path / "model.safetensors").touch()
+    save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="med3d_clip model, which cannot answer"):
         Med3DChat.from_pretrained(tmp_path)
 

@@ -19,6 +19,7 @@ import chat as app
 import pytest
 from accounts import Accounts, add
 from accounts import main as accounts_main
+from safetensors.torch import save_file
 
 from med3dvlm.prompts import RESEARCH_NOTICE
 
@@ -30,7 +31,7 @@ def test_no_model_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "med3d_clip"}')
-    (other / "model.safetensors").write_bytes(b"weights")
+    save_file({}, other / "model.safetensors")
     for model, words in ((tmp_path / "nowhere", "no model directory"), (tmp_path, "holds no weights"), (other, "a med3d_clip model")):
         assert app.main(["--model", str(model)]) == 2
         error = capsys.readouterr().err
