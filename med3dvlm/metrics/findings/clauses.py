@@ -32,10 +32,16 @@ MARKUP = re.compile(r"\*\*|__|`|</?\w+>")
 NOT = re.compile(r"\b(is|are|was|were|do|does|did|has|have|had)n't\b", re.IGNORECASE)
 # A period inside 5.5 mm or "no. 3" ends nothing, nor does the question mark of "(cyst?)", "?cyst" or "Cyst? No".
 SENTENCE_END = re.compile(
-    r"""(?:(?<!\bno)\.(?!\d)|\.(?!\s*\d)|[;!\n"\u2022]|(?<=[\w)])\?(?!\s*(?:\)|(?:no|none|yes)\b)))+""", re.IGNORECASE
+    r"""(?:(?<!\bno)(?<!\bneg)\.(?!\d)|\.(?!\s*\d)|[;!\n"\u2022]|(?<=[\w)])\?(?!\s*(?:\)|(?:no|none|yes)\b)))+""", re.IGNORECASE
 )
 NUMBER = re.compile(r"(?<=[\w.,;:)])\s+(?=\(?\d{1,2}[.)]\s+[a-z])", re.IGNORECASE)  # between "1) ..." and "2) ..."
-NEXT_LABEL = re.compile(r",(?=\s*(?!right\b|left\b|both\b|bilateral)[a-z][^,:]{2,40}:)", re.IGNORECASE)  # between "a: no" and "b: yes"
+NEXT_LABEL = re.compile(r",(?=\s*(?!right\b|left\b|both\b|bilateral)[a-z][^,:.]{2,40}:)", re.IGNORECASE)  # between "a: no" and "b: yes"
+ANSWER = "(?:yes|no|none|absent|present|negative|positive)"
+NEXT_ANSWER = re.compile(
+    rf"(?<=:)\s*{ANSWER}(?P<gap>\s{{2,}})(?=[a-z][^,:.]{{2,40}}:)"  # "a: no  b: yes"
+    rf"|\b{ANSWER}(?P<comma>,)(?=\s*(?!right\b|left\b|both\b|bilateral)[^,:]*[^\W\d]\s+{ANSWER}\s*(?:,|$))",  # "a yes, b no"
+    re.IGNORECASE,
+)
 BULLET = re.compile(r"\s*(?:(?:[-*>\u2022]|\(?\d{1,2}[.)](?!\d)|\(?[a-z][.)])\s+)+", re.IGNORECASE)
 LABELLED = re.compile(r"[^.:;]{1,60}:")
 WRAPPED = 60  # characters of a line of capitals that may go on in the next one
@@ -134,6 +140,7 @@ def _sentences(start: int, line: str) -> Iterator[Clause]:
     ends = [(match.start(), match.end() if "?" in match.group() else match.start(), match.end()) for match in SENTENCE_END.finditer(line)]
     ends += [(match.start(), match.start(), match.end()) for match in NUMBER.finditer(line) if _balanced(line[: match.start()])]
     ends += [(match.start(), match.start(), match.end()) for match in NEXT_LABEL.finditer(line)]
+    ends += [(start, start, end) for match in NEXT_ANSWER.finditer(line) for start, end in [match.span(match.lastgroup or 0)]]
     done = 0
     for _, end, following in [*sorted(ends), (0, len(line), 0)]:
         if line[done:end].strip():

@@ -16,7 +16,7 @@ LABEL = 60  # characters, at most
 Answers = tuple[tuple[int, str], ...]
 
 
-def cells(line: str) -> list[Span]:
+def cells(line: str, between: re.Pattern[str] = BETWEEN) -> list[Span]:
     """Where the cells of a line lie in it; one for a line that has no columns."""
     if "|" in line:
         edges = [-1, *(place for place, sign in enumerate(line) if sign == "|"), len(line)]
@@ -24,8 +24,9 @@ def cells(line: str) -> list[Span]:
         inner = spans[1 if not line[slice(*spans[0])].strip() else 0 : len(spans) - (not line[slice(*spans[-1])].strip())]
         return [_stripped(line, span) for span in inner]
     first = len(line) - len(line.lstrip())
-    gaps = [match.span() for match in BETWEEN.finditer(line.rstrip(), first)]
-    starts, ends = [first, *(end for _, end in gaps)], [*(start for start, _ in gaps), len(line.rstrip())]
+    line = line.rstrip() if between is BETWEEN else line
+    gaps = [match.span() for match in between.finditer(line, first)]
+    starts, ends = [first, *(end for _, end in gaps)], [*(start for start, _ in gaps), len(line)]
     return list(zip(starts, ends, strict=True))
 
 
@@ -36,7 +37,10 @@ def is_rule(line: str) -> bool:
 def table_rows(text: str, lines: Sequence[Span]) -> Iterator[tuple[int, str, Answers]]:
     """(start, words, answers) of the rows of a table, and of the titles of its columns with what stands below them; `lines` are places in `text`.
     Answers are empty for cells that are sentences of their own."""
-    rows = [(start, text[start:end], cells(text[start:end])) for start, end in lines if not is_rule(text[start:end])]
+    drawn = [(start, text[start:end]) for start, end in lines if not is_rule(text[start:end])]
+    tabs = {line.count("\t") for _, line in drawn}
+    between = re.compile("\t") if len(tabs) == 1 and tabs != {0} and "\t\t" not in drawn[0][1] else BETWEEN  # a cell may be empty
+    rows = [(start, line, cells(line, between)) for start, line in drawn]
     titles: list[str] = []
     if len(rows) > 1 and (len(rows) < len(lines) and is_rule(text[slice(*lines[1])]) or _is_header(*(row[1:] for row in rows[:2]))):
         head, line, spans = rows.pop(0)
