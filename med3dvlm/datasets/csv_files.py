@@ -17,6 +17,7 @@ from typing import Any, TextIO
 DELIMITERS = ",;\t"
 LINE_END = re.compile(r"\r\n|\r|\n")
 ENDING = r"\.[A-Za-z]\w*$"
+LONGEST = 2**31 - 1  # characters of a cell; without it the csv module refuses a text of more than 131072
 NO_VALUE = {"", "nan", "-nan", "nat", "none", "null", "na", "n/a", "<na>", "#n/a"}  # as pandas and others write a missing value
 
 
@@ -33,6 +34,7 @@ def csv_rows(path: Path, columns: Sequence[str], known: Sequence[str] = ()) -> I
     """
     if not path.is_file():
         return
+    csv.field_size_limit(LONGEST)
     try:
         with path.open(newline="", encoding=_encoding(path)) as file:
             yield from _rows(path, _Lines(file), columns, known)
@@ -213,6 +215,8 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError(
                 f"{path} line {number} is no JSON: {error.msg} at character {error.colno}; each line must hold one object"
             ) from error
+        except RecursionError as error:
+            raise ValueError(f"{path} line {number} is no table's: its lists stand too deep within one another") from error
         except ValueError as error:
             raise ValueError(f"{path} line {number}: {error}") from error
 

@@ -68,6 +68,7 @@ TOKEN = re.compile(
     r"<\|[^<>|\s]+\|>|</?(?:s|image|img|video|pad|unk|mask|bos|eos|cls|sep|im_\w+|image_\w+|(?:start|end)_of_\w+)>"
     r"|\[/?(?:CLS|SEP|PAD|UNK|MASK|BOS|EOS|INST|IMG)\]|<</?SYS>>"
 )
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of a character: files, names and tokenizers fail over them
 SHOWN = 10
 
 
@@ -238,6 +239,8 @@ def _text(name: str, value: Any) -> str:
             raise ValueError(f"{name} is {value!r} but must be a list of texts or numbers, none of them empty or with a '|' in it")
         return ("|" if name == "choices" else ",").join(parts)
     if isinstance(value, str):
+        if found := NO_TEXT.search(value):
+            raise ValueError(f"{name} holds the character U+{ord(found[0]):04X}, which is no text; delete it")
         text = value.strip()
         if name in ("id", "patient", "split", "series"):
             if re.fullmatch(r"-?\d(\.\d+)?[eE]\+\d+", text):
@@ -247,7 +250,7 @@ def _text(name: str, value: Any) -> str:
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 2**53)
     if isinstance(value, bool | dict | list) or name in ("report", "question"):
         raise ValueError(f"{name} is {value!r} but must be a text")
-    if not math.isfinite(value) or not (whole or name in ("answer", "choices", *ABOUT_THE_SCAN) or name.startswith(LABEL)):
+    if not whole and not (math.isfinite(value) and (name in ("answer", "choices", *ABOUT_THE_SCAN) or name.startswith(LABEL))):
         raise ValueError(f"{name} is {value!r} but must be a text or a whole number")
     return str(int(value)) if whole else repr(value)
 

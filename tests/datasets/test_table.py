@@ -141,6 +141,13 @@ def test_a_wrong_table_is_named_by_file_and_line(tmp_path: Path, text: str, mess
         ('{"image": "a.nii", "report": "x", "age": 4}', r"table.jsonl line 2 has the unknown columns \['age'\]"),
         ('{"image": "a.nii", "report": ["x"]}', r"table.jsonl line 2: report is \['x'\] but must be a text"),
         ('{"image": "a.nii", ', "table.jsonl line 2 is no JSON: "),
+        pytest.param('{"image": "a.nii", "report": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2 is no table's: its lists", id="deep"),
+        (
+            '{"image": "a.nii", "report": "a\\u0000b"}',
+            r"table.jsonl line 2: report holds the character U\+0000, which is no text; delete it",
+        ),
+        ('{"image": "a.nii", "report": "x", "patient": "\\ud800"}', r"line 2: patient holds the character U\+D800, which is no text"),
+        pytest.param('{"image": "a.nii", "report": "x", "series": 1' + "0" * 400 + "}", "line 2: series is '10+' but must be", id="huge"),
         ("[1]", "table.jsonl line 2: it holds no JSON object but a list"),
     ],
 )
@@ -148,6 +155,14 @@ def test_a_wrong_json_line_is_named(tmp_path: Path, line: str, message: str) -> 
     root = write(tmp_path / "mine", '{"image": "b.nii", "report": "x", "split": "train"}\n' + line, "table.jsonl")
     with pytest.raises(ValueError, match=message):
         table.read(root, "train")
+
+
+def test_a_long_report_is_read_whole(tmp_path: Path) -> None:
+    report = "A nodule, 4 mm. " * 20_000
+    root = write(tmp_path / "mine", f'image,report,split\na.nii,"{report}",train\nb.nii,x,train\n')
+    assert [study.report for study in table.read(root, "train")[0]] == [report.strip(), "x"]
+    root = write(tmp_path / "huge", json.dumps({"image": "a.nii", "report": "x", "id": 10**400, "split": "train"}), "table.jsonl")
+    assert table.read(root, "train")[0][0].id == str(10**400)
 
 
 def test_which_table_is_read(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ MARKUP = re.compile(r"\*\*|__|`|</?\w+>")
 NOT = re.compile(r"\b(is|are|was|were|do|does|did|has|have|had)n't\b", re.IGNORECASE)
 # A period inside 5.5 mm or "no. 3" ends nothing, nor does the question mark of "(cyst?)", "?cyst" or "Cyst? No".
 SENTENCE_END = re.compile(
-    r"""(?:(?<!\bno)(?<!\bneg)\.(?!\d)|\.(?!\s*\d)|[;!\n"\u2022]|(?<=[\w)])\?(?!\s*(?:\)|(?:no|none|yes)\b)))+""", re.IGNORECASE
+    r"(?:(?<!\bno)\.(?!\d|(?<=\bneg\.)\s*for\b)|\.(?!\s*\d|(?<=\bneg\.)\s*for\b)"
+    r"""|[;!\n"\u2022]|(?<=[\w)])\?(?!\s*(?:\)|(?:no|none|yes)\b)))+""",
+    re.IGNORECASE,
 )
 NUMBER = re.compile(r"(?<=[\w.,;:)])\s+(?=\(?\d{1,2}[.)]\s+[a-z])", re.IGNORECASE)  # between "1) ..." and "2) ..."
 NEXT_LABEL = re.compile(r",(?=\s*(?!right\b|left\b|both\b|bilateral)[a-z][^,:.]{2,40}:)", re.IGNORECASE)  # between "a: no" and "b: yes"
