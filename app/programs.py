@@ -51,26 +51,26 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
     def of(request: gr.Request) -> Session:
         return session_of(desk, request)
 
-    def told(session: Session) -> dict[str, Any]:
+    def description(session: Session) -> dict[str, Any]:
         scan = session.scan
         return {"facts": scan.facts, "warnings": scan.warnings, "series": listed(scan)} if scan else {}
 
     def open_scan(files: list[str] | None, request: gr.Request) -> dict[str, Any]:
         with sentences():
             desk.open_uploads(of(request), files or [])
-        return told(of(request))
+        return description(of(request))
 
     def example(name: str, request: gr.Request) -> dict[str, Any]:
         with sentences():
             desk.open_example(of(request), name)
-        return told(of(request))
+        return description(of(request))
 
     def series(number: float | None, request: gr.Request) -> dict[str, Any]:
         if number is None or number != int(number):
             raise gr.Error(MALFORMED, print_exception=False)
         with sentences():
             desk.open_series(of(request), int(number))
-        return told(of(request))
+        return description(of(request))
 
     def notice(request: gr.Request) -> str:
         return desk.notice(of(request))

@@ -65,7 +65,7 @@ def tools(desk: Desk, parallel: int = 2) -> tuple[list[BaseRoute], Callable[[Any
         if not few:
             few.append(anyio.CapacityLimiter(parallel))
         try:
-            return await anyio.to_thread.run_sync(lambda: told(desk, session, scan, question), limiter=few[0], abandon_on_cancel=True)
+            return await anyio.to_thread.run_sync(lambda: call(desk, session, scan, question), limiter=few[0], abandon_on_cancel=True)
         finally:
             session.stop()  # who went away waits for no answer
 
@@ -91,8 +91,8 @@ def tools(desk: Desk, parallel: int = 2) -> tuple[list[BaseRoute], Callable[[Any
     return [Route(path, route.endpoint) for path in (PATH, f"{PATH}/")], lifespan
 
 
-def told(desk: Desk, session: Session, scan: str, question: str) -> dict[str, Any]:
-    """What a tool gives back. Raises ValueError, one sentence."""
+def call(desk: Desk, session: Session, scan: str, question: str) -> dict[str, Any]:
+    """Give what a tool returns about a scan. Raises ValueError, one sentence."""
     try:
         with tempfile.TemporaryDirectory(prefix="agent-", dir=get_upload_folder()) as folder:
             path, keep = received(scan, Path(folder), desk.most_bytes)

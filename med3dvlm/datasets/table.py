@@ -153,7 +153,7 @@ def _parsed(path: Path, changed: int, size: int) -> tuple[list[Study], list[Ques
             if "split" in said:
                 said["split"] = _split(said["split"], spelled)
             said |= {name: value for name, value in labels.items() if value is not None}
-            said |= {name: _told(name, row[name]) for name in ABOUT_THE_SCAN if row.get(name)}
+            said |= {name: _scan_setting(name, row[name]) for name in ABOUT_THE_SCAN if row.get(name)}
             before = known.setdefault(image, {"where": where})
             for name, value in said.items():
                 if before.setdefault(name, value) != value:
@@ -272,8 +272,8 @@ def _split(text: str, spelled: dict[str, str]) -> str:
     return text
 
 
-def _told(name: str, text: str) -> Any:
-    """The value of a column about the scan."""
+def _scan_setting(name: str, text: str) -> Any:
+    """The value of a column about the scan. Raises ValueError for another than is allowed."""
     if name in WORDS:
         for word in WORDS[name]:
             if text.casefold() == word.casefold():

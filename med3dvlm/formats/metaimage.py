@@ -3,12 +3,12 @@
 import math
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from med3dvlm.formats.base import Parts, VolumeError, colour, damaged
-from med3dvlm.formats.packed import files_beside, millimetres, read_beside, start_of, voxels, without_ones
+from med3dvlm.formats.packed import Header, files_beside, millimetres, read_beside, start_of, voxels, without_ones
 from med3dvlm.geometry import is_geometry
 
 TYPES = {
@@ -23,14 +23,6 @@ USED = {
 }  # fmt: skip
 LINE = re.compile(rb"[ \t]*([^=:\r\n]*?)[ \t]*(?:[=:][ \t]*([^\r\n]*?)[ \t]*)?(?:\r?\n|\r|\Z)")
 LONGEST = 2**22  # bytes of a header
-
-
-class Header(NamedTuple):
-    """The fields of a header by their names in lower case, the lines that follow, and where the voxels begin."""
-
-    fields: dict[str, str]
-    listed: list[str]
-    end: int
 
 
 def files_of(path: Path) -> list[Path]:

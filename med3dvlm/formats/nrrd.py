@@ -2,13 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from med3dvlm.formats.base import Parts, VolumeError, colour, damaged
-from med3dvlm.formats.packed import files_beside, millimetres, read_beside, start_of, voxels, without_ones
+from med3dvlm.formats.packed import Header, files_beside, millimetres, read_beside, start_of, voxels, without_ones
 
 TYPES = {
     "int8": ("signedchar", "int8", "int8t"),
@@ -28,14 +28,6 @@ ENCODINGS = {"raw": "raw", "gzip": "zlib", "gz": "zlib", "bzip2": "bzip2", "bz2"
 # The spaces that lead through a patient, from RAS; in others, such as a scanner's, nobody knows where left is.
 SPACES = {"rightanteriorsuperior": (1, 1, 1), "leftanteriorsuperior": (-1, 1, 1), "leftposteriorsuperior": (-1, -1, 1)}
 SPACES |= {"ras": (1, 1, 1), "las": (-1, 1, 1), "lps": (-1, -1, 1)}
-
-
-class Header(NamedTuple):
-    """The fields of a header by their names in lower case without spaces, what follows a list of files, and where the voxels begin."""
-
-    fields: dict[str, str]
-    listed: list[str]
-    end: int
 
 
 def files_of(path: Path) -> list[Path]:

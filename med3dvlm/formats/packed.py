@@ -8,7 +8,7 @@ import warnings as python_warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,14 @@ def behind(more: int, beside: int) -> tuple[str, ...]:
     """The warnings about bytes that belong to no voxel: in what was unpacked, and in the file behind that."""
     number = more + beside
     return (f"{number} bytes follow the voxels in the file and are ignored.",) if number else ()
+
+
+class Header(NamedTuple):
+    """The fields of a header by their names in lower case, the lines of a list of files, and where the voxels begin."""
+
+    fields: dict[str, str]
+    listed: list[str]
+    end: int
 
 
 def files_beside(header: Path, value: str, listed: Sequence[str], source: str) -> list[Path]:
