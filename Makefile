@@ -37,19 +37,19 @@ $(STAMP): pyproject.toml constraints.txt requirements/models.txt
 	@touch $@
 
 demo: install ## from nothing to a trained assistant that answers about a scan (a quarter of an hour on 2 cores)
-	OUTPUTS='$(OUTPUTS)' LM='$(LM)' bash stages/demo.sh demo
+	OUTPUTS='$(OUTPUTS)' LM='$(LM)' bash stages/demo/demo.sh demo
 
 demo-full: install ## the same with more studies and steps (an hour); LM=smollm2 takes a real small language model
-	OUTPUTS='$(OUTPUTS)' LM='$(LM)' bash stages/demo.sh full
+	OUTPUTS='$(OUTPUTS)' LM='$(LM)' bash stages/demo/demo.sh full
 
 demo-ct-clip: install ## a model of chest CT: findings without labels, with a linear layer, and search (a quarter of an hour on 2 cores)
-	OUTPUTS='$(OUTPUTS)' bash stages/ct_clip.sh demo
+	OUTPUTS='$(OUTPUTS)' bash stages/demo/ct_clip.sh demo
 
 compare-encoders: install ## Tables 1 to 3 of the DCFormer paper on phantoms: six families of encoders with equal budgets
-	OUTPUTS='$(OUTPUTS)' bash stages/ct_clip.sh encoders
+	OUTPUTS='$(OUTPUTS)' bash stages/demo/ct_clip.sh encoders
 
 ablation: install ## Tables 5 to 8 of the paper on phantoms, the paper's figures beside
-	OUTPUTS='$(OUTPUTS)' bash stages/ablation.sh demo
+	OUTPUTS='$(OUTPUTS)' bash stages/demo/ablation.sh demo
 
 rehearsal: install ## the paper's recipes at their real shapes, a few steps of each: what breaks breaks here (half an hour on 2 cores, 20 GB)
 	OUTPUTS='$(OUTPUTS)' bash benchmarks/rehearsal.sh $(ARGS)

@@ -1,106 +1,12 @@
 """Who may use a shared desk: a file of names and hashed passwords, made by this program and given to the chat by --auth-file.
 
-    python app/accounts.py accounts.json anna            # asks for the password; a name that is there gets a new one
-    python app/chat.py --model outputs/demo/model --auth-file accounts.json --host 0.0.0.0
-
-A password is kept as scrypt's hash with a salt of its own (RFC 7914; n = 2^15, r = 8, p = 1: 32 MiB and about a tenth of a second a guess).
+python app/accounts.py accounts.json anna            # asks for the password; a name that is there gets a new one
+python app/chat.py --model outputs/demo/model --auth-file accounts.json --host 0.0.0.0
 """
 
-import argparse
-import asyncio
-import getpass
-import hashlib
-import hmac
-import json
-import os
 import sys
-import uuid
-from collections.abc import Sequence
-from pathlib import Path
 
-from med3dvlm.files import PART
-
-SHORTEST = 8
-SECONDS_AFTER_WRONG = 1.0
-COST = {"n": 2**15, "r": 8, "p": 1, "maxmem": 2**26}
-
-
-class Accounts:
-    """The accounts of a file; Gradio asks `allows`."""
-
-    def __init__(self, hashes: dict[str, str]) -> None:
-        self._hashes = hashes
-        self._nobody = hashed("", os.urandom(16))  # so that an unknown name takes as long as a known one
-        self._few = asyncio.Semaphore(2)  # at a time, as each takes 32 MiB and a core
-
-    @classmethod
-    def load(cls, path: Path) -> "Accounts":
-        """Raises FileNotFoundError or ValueError, one sentence, for a file that is missing, of another kind, or empty."""
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no accounts file {path}; make one with `python app/accounts.py {path} NAME`.")
-        try:
-            hashes = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not all(isinstance(value, str) and len(bytes.fromhex(value)) == 48 for value in hashes.values()):
-                raise ValueError("an entry is not a hash")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is no accounts file ({error}); make one with `python app/accounts.py`.") from None
-        if not hashes:
-            raise ValueError(f"{path} holds no account; add one with `python app/accounts.py {path} NAME`.")
-        return cls(hashes)
-
-    async def allows(self, name: str, password: str) -> bool:
-        """Whether they fit. Who guessed wrong waits a second more, and nobody else does; guard.py limits how often one client may guess."""
-        async with self._few:
-            fits = await asyncio.to_thread(self, name, password)
-        if not fits:
-            await asyncio.sleep(SECONDS_AFTER_WRONG)
-        return fits
-
-    def __call__(self, name: str, password: str) -> bool:
-        kept = bytes.fromhex(self._hashes.get(name, self._nobody))
-        return hmac.compare_digest(kept, bytes.fromhex(hashed(password, kept[:16]))) and name in self._hashes
-
-
-def hashed(password: str, salt: bytes) -> str:
-    """Salt (16 bytes) and hash (32 bytes) as hexadecimal digits."""
-    return (salt + hashlib.scrypt(password.encode(), salt=salt, dklen=32, **COST)).hex()
-
-
-def add(path: Path, name: str, password: str) -> None:
-    """Give `name` this password in the file, which is made where there is none and readable by its owner alone.
-
-    Raises:
-        ValueError: the name is empty, the password too short, or the file of another kind.
-    """
-    if not name.strip() or name != name.strip():
-        raise ValueError(f"The name is {name!r} but must be a word without spaces around it.")
-    if len(password) < SHORTEST:
-        raise ValueError(f"The password has {len(password)} characters but needs at least {SHORTEST}.")
-    hashes = Accounts.load(path)._hashes if path.exists() else {}
-    aside = path.with_name(f".{uuid.uuid4().hex}{PART}")
-    aside.touch(mode=0o600, exist_ok=False)  # `whole_file` would let others read it
-    try:
-        aside.write_text(json.dumps(hashes | {name: hashed(password, os.urandom(16))}, indent=1) + "\n", encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Ask for a password (or read it from a pipe) and keep its hash; 2 where that cannot be done."""
-    parser = argparse.ArgumentParser(description="Add an account for the chat, or give it a new password.")
-    parser.add_argument("file", type=Path, help="the accounts file, made where there is none")
-    parser.add_argument("name", help="who it is")
-    arguments = parser.parse_args(argv)
-    try:
-        password = getpass.getpass(f"Password for {arguments.name}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
-        add(arguments.file, arguments.name, password)
-    except (OSError, ValueError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(f"{arguments.file} knows {arguments.name}")
-    return 0
-
+from med3dvlm.app.accounts import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,7 +18,7 @@ import torch
 from transformers import Qwen2Config
 
 from med3dvlm import Med3DVLM, Med3DVLMConfig
-from med3dvlm.processing import IGNORED, branch_mask
+from med3dvlm.models.vlm_processor import IGNORED, branch_mask
 
 IMAGE_TOKEN = 1000
 

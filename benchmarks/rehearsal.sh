@@ -20,7 +20,7 @@ done
 root=${OUTPUTS:-outputs}/rehearsal
 config=stages/configs/paper
 LAUNCHER="deepspeed --num_accelerators $processes"
-source stages/steps.sh
+source stages/demo/steps.sh
 models="python benchmarks/rehearsal_models.py"
 data=$root/prepared
 

@@ -19,13 +19,13 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, DistilBertConfig, DistilBertModel, Qwen2Config, Qwen2Tokenizer
 
-from med3dvlm.contrastive_training import common_words
+from med3dvlm.checkpoints.convert.architecture import TEXT_ENCODERS
+from med3dvlm.checkpoints.convert.names import LAYOUTS, reshaped, to_published
+from med3dvlm.checkpoints.convert.weights import Checkpoint, Stored, digest, write_safetensors
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import ConversationDataset
 from med3dvlm.files import whole_folder, write_json
-from med3dvlm.published.architecture import TEXT_ENCODERS
-from med3dvlm.published.names import LAYOUTS, reshaped, to_published
-from med3dvlm.published.weights import Checkpoint, Stored, digest, write_safetensors
+from med3dvlm.training.contrastive import common_words
 
 CLINICAL_BERT_WORDS = 119547
 CLINICAL_BERT = TEXT_ENCODERS[CLINICAL_BERT_WORDS, 768][1] | {"hidden_dim": 3072, "max_position_embeddings": 512}

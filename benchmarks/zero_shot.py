@@ -30,8 +30,8 @@ from med3dvlm.checkpoints import load_clip
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.files import write_json, write_text
-from med3dvlm.metrics.findings import FINDINGS_CT_RATE
 from med3dvlm.prompts import finding_prompts
+from med3dvlm.reports.findings import FINDINGS_CT_RATE
 
 Tokens = dict[str, Tensor]
 PAIRS = [finding_prompts(name)[0] for name in FINDINGS_CT_RATE]

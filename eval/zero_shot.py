@@ -1,115 +1,12 @@
 """Which findings a Med3DCLIP sees in a volume, without having been taught any: zero-shot detection.
 
-    python eval/zero_shot.py --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot
-    python eval/zero_shot.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot --score_only
-    torchrun --nproc_per_node 2 eval/zero_shot.py --model ... --templates 4
-
-The findings are those that the studies have labels of: CT-RATE's 18, and any others by the same prompts.
-
-The published protocol: softmax over the similarities of a volume to "{Pathology} is present." and "{Pathology} is not present.". Here the
-model's own temperature multiplies them; whether it did in the published figures, the papers do not say. That is the sigmoid of temperature
-times the difference, so each volume is encoded once and each prompt once; the literal way encodes the volume with each of the pairs
-(`python -m benchmarks.zero_shot`). The temperature changes neither AUROC nor what is above 0.5. With --templates, the embeddings of several
-prompts are averaged (prompts.py).
-
-Volumes are encoded one by one: predictions are the same bytes for every batch size and number of processes.
-
-    published         the figures of the DCFormer paper, of CT-CLIP and of VLM3D, each by its definition (med3dvlm/metrics/classification.py)
-    blind             what the model says of an empty volume, all air, said of every study
-    shuffled          what it says of the next patient's volume
-    everything        every finding stated of every study: DCFormer's F1 of that is far from 0
-    permuted_labels   the macro AUROC against labels dealt out anew among the patients
-
-Thresholds never come from what is scored, see --threshold_split. med3dvlm/evaluation/detection.py says what is written.
+python eval/zero_shot.py --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot
+python eval/zero_shot.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot --score_only
+torchrun --nproc_per_node 2 eval/zero_shot.py --model ... --templates 4
 """
 
-import json
-import runpy
-from collections.abc import Sequence
-from pathlib import Path
-
-import torch
-from torch import Tensor
-
-from med3dvlm import evaluation
-from med3dvlm.evaluation import detection
-from med3dvlm.files import read_lines, write_lines
-from med3dvlm.prompts import FINDING_PROMPTS, finding_prompts
-from med3dvlm.records import Study
-
-PUBLISHED = Path(__file__).with_name("published.py")
-
-
-def prompt_directions(embedder: evaluation.Embedder, names: Sequence[str], templates: int) -> Tensor:
-    """(K, P) float64: temperature times the present prompt's embedding less the absent one's: times a volume's, a finding's log-odds."""
-    prompts = [finding_prompts(name, templates) for name in names]
-    sides = []
-    for side in (0, 1):
-        embedded = [embedder.texts([pairs[number][side] for pairs in prompts]).double() for number in range(templates)]  # (K, P) each
-        sides.append(torch.nn.functional.normalize(torch.stack(embedded).mean(dim=0), dim=-1))
-    return embedder.model.temperature.detach().double().cpu() * (sides[0] - sides[1])
-
-
-def main() -> None:
-    parser = evaluation.evaluation_parser(__doc__)
-    parser.add_argument(
-        "--templates",
-        type=evaluation.positive,
-        default=1,
-        help=f"prompt pairs averaged, 1 to {len(FINDING_PROMPTS)}; 1 is the published one",
-    )
-    detection.add_threshold_arguments(parser)
-    parser.add_argument("--data_name", default="this data", help="what the data is called beside the papers (default: %(default)s)")
-    arguments = parser.parse_args()
-    if arguments.templates > len(FINDING_PROMPTS):
-        raise ValueError(f"--templates {arguments.templates}: there are {len(FINDING_PROMPTS)} pairs of prompts in med3dvlm/prompts.py")
-    data, studies = evaluation.open_data(arguments)
-    detection.require_labels(data, arguments.split, studies)
-    names = detection.names_of(studies)
-    others, whence = detection.threshold_studies(data, arguments.split, studies, arguments.threshold_split)
-    files = {"predictions.jsonl": studies, "predictions_thresholds.jsonl": others}
-    paths, blind = {arguments.output / name: part for name, part in files.items() if part}, arguments.output / "predictions_blind.jsonl"
-
-    def about(study: Study) -> dict:
-        return {"id": study.id}
-
-    if not arguments.score_only:
-        embedder = evaluation.Embedder(arguments.model, data, arguments.device)
-        facts = detection.encoder_facts(embedder.model.vision_encoder, embedder.model.config.encoder, data.processor.size)
-        evaluation.begin(arguments, embedder.model, data, templates=arguments.templates, encoder=facts, findings=names)
-        directions = prompt_directions(embedder, names, arguments.templates)
-
-        def detect(batch: Sequence[Study]) -> list[dict]:
-            return [detection.row(study.id, names, (directions @ embedder.images([study])[0].double()).tolist()) for study in batch]
-
-        if not all(
-            [evaluation.predict(path, evaluation.in_batches(part, arguments.batch_size), detect, about) for path, part in paths.items()]
-        ):
-            return
-        with torch.no_grad():
-            air = evaluation.air(data)[None, None].to(embedder.model.device, embedder.model.dtype)  # (1, 1, D, H, W)
-            said = directions @ embedder.model.encode_image(air).double().cpu()[0]
-        write_lines(blind, [detection.row("air", names, said.tolist())])
-
-    rows = {path: evaluation.predictions(path, [about(study) for study in part]) for path, part in paths.items()}
-    log_odds, *threshold_log_odds = (detection.log_odds_table((line["log_odds"] for line in lines), names) for lines in rows.values())
-    record = json.loads((arguments.output / "run.json").read_text(encoding="utf-8-sig"))["identity"]
-    published = runpy.run_path(str(PUBLISHED))
-    tables = detection.report(
-        arguments.output,
-        "zero_shot",
-        studies,
-        names,
-        log_odds,
-        (others, whence, threshold_log_odds[0] if others else log_odds[:0]),
-        arguments.threshold_rule,
-        detection.log_odds_table((line["log_odds"] for line in read_lines(blind)), names)[0] if blind.is_file() else None,
-        published["frequencies"](),
-        {"encoder": record["encoder"], "templates": record["templates"]},
-    )
-    print(tables)
-    print(published["write_beside"](arguments.output, arguments.data_name))
-
+from med3dvlm.evaluation import script
+from med3dvlm.evaluation.zero_shot import main
 
 if __name__ == "__main__":
-    evaluation.script(main)
+    script(main)

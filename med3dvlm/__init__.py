@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from med3dvlm.contrastive import Med3DCLIP, Med3DCLIPConfig
-    from med3dvlm.inference import Med3DChat
+    from med3dvlm.inference.chat import Med3DChat
+    from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
+    from med3dvlm.models.vlm import Med3DVLM, Med3DVLMConfig
+    from med3dvlm.models.vlm_processor import Med3DVLMProcessor
     from med3dvlm.preprocessing import VolumeProcessor
-    from med3dvlm.processing import Med3DVLMProcessor
-    from med3dvlm.vlm import Med3DVLM, Med3DVLMConfig
     from med3dvlm.volume import Volume, read_volume
 
 __all__ = [
@@ -29,12 +29,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Med3DCLIP": "contrastive",
-    "Med3DCLIPConfig": "contrastive",
-    "Med3DChat": "inference",
-    "Med3DVLM": "vlm",
-    "Med3DVLMConfig": "vlm",
-    "Med3DVLMProcessor": "vlm",  # which registers it: a processor is loaded by the Auto classes of its parts
+    "Med3DCLIP": "models.clip",
+    "Med3DCLIPConfig": "models.clip",
+    "Med3DChat": "inference.chat",
+    "Med3DVLM": "models.vlm",
+    "Med3DVLMConfig": "models.vlm",
+    "Med3DVLMProcessor": "models.vlm",  # which registers it: a processor is loaded by the Auto classes of its parts
     "Volume": "volume",
     "VolumeProcessor": "preprocessing",
     "read_volume": "volume",

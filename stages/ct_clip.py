@@ -1,34 +1,11 @@
 """The CT-CLIP path: an image-text model of chest CT learns from the scans and reports of CT-RATE (DCFormer paper, Methods; arXiv 2403.17834).
 
-    deepspeed stages/ct_clip.py --config stages/configs/demo/ct_clip.yaml
-    python stages/ct_clip.py --config stages/configs/smoke/ct_clip.yaml --encoder vit3d_naive
-
-It is stage 1's training with other settings by default: CXR-BERT, CLIP's loss, a common space of 512. Writes a Med3DCLIP with its tokenizer and
-VolumeProcessor, for eval/zero_shot.py, eval/linear_probe.py, eval/retrieval.py and `med3dvlm index`. Started again, it continues from the
-last whole checkpoint.
+deepspeed stages/ct_clip.py --config stages/configs/demo/ct_clip.yaml
+python stages/ct_clip.py --config stages/configs/smoke/ct_clip.yaml --encoder vit3d_naive
 """
 
-from dataclasses import dataclass, field
-
-from med3dvlm.arguments import parse_arguments
-from med3dvlm.contrastive_training import ContrastiveArguments, train_contrastive
-from med3dvlm.training import launch
-
-
-@dataclass
-class CTCLIPArguments(ContrastiveArguments):
-    encoder: str = field(default="dcformer_tiny", metadata={"help": "see `med3dvlm encoders`"})
-    text_encoder: str = field(
-        default="microsoft/BiomedVLP-CXR-BERT-specialized",
-        metadata={"help": "directory, hub id, package:NAME, or new: a BERT without pretraining"},
-    )
-    projection_dim: int = field(default=512, metadata={"help": "width of the common space"})
-    loss: str = field(default="clip", metadata={"help": "siglip or clip"})
-
-
-def main() -> None:
-    train_contrastive(parse_arguments(CTCLIPArguments))
-
+from med3dvlm.training.ct_clip import main
+from med3dvlm.training.run import launch
 
 if __name__ == "__main__":
     launch(main)

@@ -16,7 +16,15 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-IMPORTS = ["torch", "deepspeed", "transformers.trainer", "peft", "open_clip.loss", "med3dvlm.contrastive_training", "med3dvlm.inference"]
+IMPORTS = [
+    "torch",
+    "deepspeed",
+    "transformers.trainer",
+    "peft",
+    "open_clip.loss",
+    "med3dvlm.training.contrastive",
+    "med3dvlm.inference.chat",
+]
 TIMEOUT = 300  # seconds
 
 

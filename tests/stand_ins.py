@@ -10,7 +10,7 @@ PROGRAM = """#!{python} -IS
 import json, os, pathlib, sys
 with open(os.environ["SAID"], "a") as file:
     file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
-step, command = (sys.argv[3], sys.argv[4:]) if sys.argv[1] == "stages/timed.py" else (None, [])
+step, command = (sys.argv[3], sys.argv[4:]) if sys.argv[1] == "stages/demo/timed.py" else (None, [])
 if step == os.environ.get("FAILS", ""):
     sys.exit(1)
 products = {{
@@ -32,7 +32,7 @@ for flag, folder in zip(command, command[1:]):
 def run_script(
     repository: Path, folder: Path, script: str, *arguments: str, **environment: str
 ) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-    """Run a script of stages/ whose outputs go below `folder`. Gives how it ended and the commands, without `python stages/timed.py`.
+    """Run a script of stages/ whose outputs go below `folder`. Gives how it ended and the commands, without `python stages/demo/timed.py`.
 
     Args:
         environment: variables; FAILS names a step whose command fails.
@@ -47,4 +47,4 @@ def run_script(
     command = ["bash", script, *arguments]
     done = subprocess.run(command, cwd=repository, env=os.environ | environment, capture_output=True, text=True, check=False)
     commands = [json.loads(line) for line in said.read_text().splitlines()]
-    return done, [command[4:] if command[1] == "stages/timed.py" else command for command in commands if command[1] != "-c"]
+    return done, [command[4:] if command[1] == "stages/demo/timed.py" else command for command in commands if command[1] != "-c"]

@@ -18,9 +18,9 @@ from PIL import Image
 
 from med3dvlm import Med3DChat, Volume, cli
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.familiarity import fit_familiarity, pool_features
+from med3dvlm.inference.out_of_distribution import fit_familiarity, pool_features
 from med3dvlm.prompts import RESEARCH_NOTICE
-from tests.test_inference import REPORTS, train_tiny_model, volume
+from tests.inference.test_chat import REPORTS, train_tiny_model, volume
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from med3dvlm import cli
-from tests.eval.conftest import chests  # noqa: F401
+from tests.evaluation.conftest import chests  # noqa: F401
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -141,10 +141,10 @@ def test_command_runs(
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("deepspeed")])
 def test_training_command_parses(line: str, repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from med3dvlm.arguments import StageArguments, parse_arguments
+    from med3dvlm.training.arguments import StageArguments, parse_arguments
 
     _, script, *arguments = shlex.split(line)
-    stage = import_module("stages." + Path(script).stem)
+    stage = import_module("med3dvlm.training." + Path(script).stem)
     kinds = [value for value in vars(stage).values() if isinstance(value, type) and issubclass(value, StageArguments)]
     kind = max(kinds, key=lambda value: len(value.__mro__))
     monkeypatch.chdir(repository)

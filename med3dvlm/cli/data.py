@@ -24,7 +24,7 @@ FAILURES_SHOWN = 10
 
 
 def add_commands(commands: Commands) -> None:
-    from med3dvlm.report_labels import command as report_labels
+    from med3dvlm.cli.findings import add_arguments as add_findings_arguments
 
     phantom = commands.add_parser("phantom", help="write a data set of CT phantoms with reports, questions and labels")
     phantom.add_argument("out", metavar="OUT", type=Path, help="the folder")
@@ -75,7 +75,7 @@ def add_commands(commands: Commands) -> None:
     audit.set_defaults(run=_audit)
 
     findings = commands.add_parser("findings", help="read findings in reports: train a reader on labelled reports, or score one")
-    report_labels.add_arguments(findings)
+    add_findings_arguments(findings)
     findings.set_defaults(run=_findings)
 
 
@@ -193,6 +193,6 @@ def _audit(arguments: argparse.Namespace) -> None:
 
 
 def _findings(arguments: argparse.Namespace) -> None:
-    from med3dvlm.report_labels import command
+    from med3dvlm.cli import findings
 
-    print(command.run(arguments))
+    print(findings.run(arguments))

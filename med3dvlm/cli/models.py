@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from med3dvlm.cli.options import Commands, add_scan, parse_size, quiet_transformers, reading
 
 if TYPE_CHECKING:
-    from med3dvlm.inference import Answer, Med3DChat
+    from med3dvlm.inference.chat import Answer, Med3DChat
 
 
 def add_commands(commands: Commands) -> None:
@@ -87,7 +87,7 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 def _load(model: Path) -> "Med3DChat":
     from med3dvlm.allocator import keep_freed_memory
-    from med3dvlm.inference import Med3DChat
+    from med3dvlm.inference.chat import Med3DChat
 
     keep_freed_memory()
     quiet_transformers()

@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 
 from med3dvlm.datasets.csv_files import csv_rows, is_missing, label_value
-from med3dvlm.metrics.findings import FINDINGS_CT_RATE
 from med3dvlm.records import Question, Study
+from med3dvlm.reports.findings import FINDINGS_CT_RATE
 
 logger = logging.getLogger(__name__)
 

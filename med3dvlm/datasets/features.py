@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from med3dvlm.contrastive import Med3DCLIP
 from med3dvlm.datasets.torch import PairCollator
 from med3dvlm.files import whole_file
+from med3dvlm.models.clip import Med3DCLIP
 
 
 def fingerprint(module: nn.Module, *also: str) -> str:

@@ -48,9 +48,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from med3dvlm.files import read_lines
-from med3dvlm.metrics.findings import named_labels
 from med3dvlm.preprocessing import SETTINGS, VolumeProcessor
 from med3dvlm.records import Question, Study, read_questions, read_studies
+from med3dvlm.reports.findings import named_labels
 
 CHECKED = ("studies.jsonl", "questions.jsonl", "index.jsonl", "failures.jsonl")  # their checksums are in summary.json
 

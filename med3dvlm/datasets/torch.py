@@ -19,9 +19,10 @@ from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.rows import Row, pack
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.streams import Purpose, stream
-from med3dvlm.processing import Med3DVLMProcessor, Message, answer_lengths, branch_mask, only_words
+from med3dvlm.models.vlm_processor import Med3DVLMProcessor, Message, answer_lengths, branch_mask
 from med3dvlm.prompts import REPORT_PROMPTS, closed_answer, closed_prompt
 from med3dvlm.records import Question, Study
+from med3dvlm.special_tokens import only_words
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 

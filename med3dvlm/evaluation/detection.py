@@ -32,9 +32,9 @@ from med3dvlm.evaluation.runs import strangers, training_split, write_scores
 from med3dvlm.files import write_text
 from med3dvlm.metrics.classification import THRESHOLD_RULES
 from med3dvlm.metrics.detection import choose_known_thresholds, detection_scores, label_control, reliability
-from med3dvlm.metrics.findings import label_names
 from med3dvlm.prompts import finding_words
 from med3dvlm.records import Study
+from med3dvlm.reports.findings import label_names
 
 Table = NDArray[np.float64]
 FIFTH = 5  # of a training split at most this part serves for thresholds

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from med3dvlm.metrics.findings import label_names
 from med3dvlm.metrics.intervals import intervals, mean_of
 from med3dvlm.metrics.shared_findings import shared_findings
 from med3dvlm.records import Study
+from med3dvlm.reports.findings import label_names
 from med3dvlm.tables import markdown_table, with_interval
 
 

@@ -14,11 +14,11 @@ from med3dvlm.datasets.features import report_features
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.evaluation.cases import is_first, wait_for_all
-from med3dvlm.familiarity import Features
-from med3dvlm.inference import Med3DChat
-from med3dvlm.processing import IGNORED, Med3DVLMProcessor, Message, branch_mask
+from med3dvlm.inference.chat import Med3DChat
+from med3dvlm.inference.out_of_distribution import Features
+from med3dvlm.models.vlm import Med3DVLM
+from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message, branch_mask
 from med3dvlm.records import Study
-from med3dvlm.vlm import Med3DVLM
 
 CONVERSATIONS = 64  # in a row, at most
 

@@ -26,7 +26,7 @@ from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation.cases import ELSEWHERE, is_first, wait_for_all
 from med3dvlm.files import write_json, write_text
 from med3dvlm.records import Study
-from med3dvlm.training import environment
+from med3dvlm.training.run import environment
 
 
 def script(main: Callable[[], None]) -> None:

@@ -1,7 +1,6 @@
 """What the tests of the page share: a model that only repeats what it was given, the page served on localhost, and small scans."""
 
 import os
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -12,14 +11,11 @@ import numpy as np
 import pytest
 from gradio_client import Client
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "app"))
-
-import chat as app
-from desk import Desk
-from insight import Case, Insight
-from page import build
-
-from med3dvlm.inference import Answer
+from med3dvlm.app import chat as app
+from med3dvlm.app.desk import Desk
+from med3dvlm.app.insight import Case, Insight
+from med3dvlm.app.page import build
+from med3dvlm.inference.chat import Answer
 from med3dvlm.volume import Volume
 
 from .browsing import browser, visit  # noqa: F401  fixtures

@@ -15,12 +15,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-import chat as app
 import pytest
-from accounts import Accounts, add
-from accounts import main as accounts_main
 from safetensors.torch import save_file
 
+from med3dvlm.app import chat as app
+from med3dvlm.app.accounts import Accounts, add
+from med3dvlm.app.accounts import main as accounts_main
 from med3dvlm.prompts import RESEARCH_NOTICE
 
 APP = Path(app.__file__).parent
@@ -151,9 +151,9 @@ def test_the_program_serves_who_has_an_account_and_removes_its_private_folder_at
     add(accounts, "anna", "correct horse")
     program = f"""
         import runpy, sys, types
-        fake = types.ModuleType("med3dvlm.inference")
+        fake = types.ModuleType("med3dvlm.inference.chat")
         fake.Med3DChat = type("Med3DChat", (), {{"from_pretrained": classmethod(lambda cls, path: cls())}})
-        sys.modules["med3dvlm.inference"] = fake
+        sys.modules["med3dvlm.inference.chat"] = fake
         sys.argv = ["chat.py", "--model", {str(model)!r}, "--port", "{free_port}", "--auth-file", {str(accounts)!r}]
         sys.path.insert(0, {str(APP)!r})
         runpy.run_path({str(APP / "chat.py")!r}, run_name="__main__")

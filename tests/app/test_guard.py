@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from guard import Rate
-from turns import MALFORMED
+
+from med3dvlm.app.guard import Rate
+from med3dvlm.app.turns import MALFORMED
 
 WORDS = "Is-there-a-secret-finding?"
 
@@ -113,7 +114,7 @@ def test_too_many_logins_are_told_when_to_come_back(server, http) -> None:
 def test_an_allowed_host_is_answered_with_and_without_its_port() -> None:
     import asyncio
 
-    from guard import Guard
+    from med3dvlm.app.guard import Guard
 
     async def app(scope, receive, send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})

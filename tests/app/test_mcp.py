@@ -8,12 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
 
-import chat as app
 import httpx
 import pytest
-from desk import Desk
-from page import build
-from scans import sweep
+
+from med3dvlm.app import chat as app
+from med3dvlm.app.desk import Desk
+from med3dvlm.app.page import build
+from med3dvlm.app.scans import sweep
 
 from .conftest import Parrot, files_with_content
 

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import chat as app
 import nibabel
 import numpy as np
 import pytest
-from desk import Desk
-from insight import Insight
-from page import build
+
+from med3dvlm.app import chat as app
+from med3dvlm.app.desk import Desk
+from med3dvlm.app.insight import Insight
+from med3dvlm.app.page import build
 
 from .browsing import PATIENCE, ask, come, count, expect, opened, upload, wait_for
 from .conftest import REPORT, Parrot

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-import programs
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from scans import sweep
-from sessions import BUSY, NO_ANSWER, NO_QUESTION, NO_SCAN
 
+from med3dvlm.app import programs
+from med3dvlm.app.scans import sweep
+from med3dvlm.app.sessions import BUSY, NO_ANSWER, NO_QUESTION, NO_SCAN
 from med3dvlm.prompts import RESEARCH_NOTICE
 
 from .browsing import wait_for

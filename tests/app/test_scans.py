@@ -12,12 +12,12 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-from desk import Desk
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-from scans import EXAMPLES, example, read_uploads, sweep
-from sessions import Session
 
+from med3dvlm.app.desk import Desk
+from med3dvlm.app.scans import EXAMPLES, example, read_uploads, sweep
+from med3dvlm.app.sessions import Session
 from med3dvlm.volume import VolumeError
 
 from .conftest import files_with_content

@@ -13,13 +13,13 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from desk import Desk
-from key_images import key_image
 from PIL import Image
-from scans import example
-from sessions import BUSY, FULL, NO_SCAN, Session, Sessions
-from turns import BROKEN, Turn, history
 
+from med3dvlm.app.desk import Desk
+from med3dvlm.app.key_images import key_image
+from med3dvlm.app.scans import example
+from med3dvlm.app.sessions import BUSY, FULL, NO_SCAN, Session, Sessions
+from med3dvlm.app.turns import BROKEN, Turn, history
 from med3dvlm.volume import VolumeError
 
 from .conftest import Parrot

@@ -2,18 +2,13 @@
 
 import itertools
 import json
-import sys
-from pathlib import Path
 
 import nibabel.orientations
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "app"))
-
-from viewer import WINDOWS, coarser, default_window, describe, display_order, overlay, picture
-
-from med3dvlm.grounding import Heat, place
+from med3dvlm.app.viewer import WINDOWS, coarser, default_window, describe, display_order, overlay, picture
+from med3dvlm.inference.saliency import Heat, place
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.volume import Volume
 

@@ -23,7 +23,7 @@ SCRIPT = "benchmarks/rehearsal.sh"
 
 def steps_begun(folder: Path) -> list[str]:
     commands = [json.loads(line) for line in (folder / "said.jsonl").read_text().splitlines()]
-    return [command[3] for command in commands if command[1] == "stages/timed.py"]
+    return [command[3] for command in commands if command[1] == "stages/demo/timed.py"]
 
 
 def test_the_script_runs_the_steps_that_the_report_asks_for(repository: Path, tmp_path: Path) -> None:

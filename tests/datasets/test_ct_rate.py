@@ -10,7 +10,7 @@ import pytest
 
 from med3dvlm import VolumeProcessor, read_volume
 from med3dvlm.datasets import DATASETS, ct_rate
-from med3dvlm.metrics.findings import FINDINGS_CT_RATE, read_findings
+from med3dvlm.reports.findings import FINDINGS_CT_RATE, read_findings
 
 # As in the published file, with the words of the paper's Table 5.
 FINDINGS = (

@@ -14,7 +14,7 @@ from med3dvlm.datasets.phantom.anatomy import draw
 from med3dvlm.datasets.phantom.body import Body, Finding
 from med3dvlm.datasets.phantom.canvas import Acquisition
 from med3dvlm.datasets.phantom.ct_rate import KINDS, Plan, plan_ct_rate, write_ct_rate
-from med3dvlm.metrics.findings import FINDINGS_CT_RATE, read_findings
+from med3dvlm.reports.findings import FINDINGS_CT_RATE, read_findings
 
 
 @pytest.fixture(scope="module")

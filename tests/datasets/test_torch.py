@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from med3dvlm.arguments import ImageArguments
 from med3dvlm.checkpoints import load_vlm
-from med3dvlm.conversation_training import ConversationArguments, conversations
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset, PairCollator, PairDataset, load_volumes
 from med3dvlm.records import Question
-from med3dvlm.trainer import StageTrainer
+from med3dvlm.training.arguments import ImageArguments
+from med3dvlm.training.language import ConversationArguments, conversations
+from med3dvlm.training.trainer import StageTrainer
 
 
 class Eye(nn.Module):
@@ -103,7 +103,7 @@ def test_augmentation_follows_from_seed_epoch_and_study(workers: int, prepared: 
 
 
 def trainer_with_epochs(model: nn.Module, arguments: Any, dataset: PairDataset, collator: Any) -> StageTrainer:
-    from med3dvlm.training import EpochSetter
+    from med3dvlm.training.run import EpochSetter
 
     return StageTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=[EpochSetter()])
 

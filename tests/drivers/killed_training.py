@@ -16,9 +16,9 @@ from typing import Any
 
 import torch._dynamo  # noqa: F401  before the forks, so that it is imported once
 
-from med3dvlm import training
-from med3dvlm.trainer import StageTrainer
-from med3dvlm.training import LossRecorder
+from med3dvlm.training import run as training
+from med3dvlm.training.run import LossRecorder
+from med3dvlm.training.trainer import StageTrainer
 
 Kill = Callable[[], None]
 
@@ -97,7 +97,7 @@ def attempt(stage: ModuleType, output: Path, flags: list[str], kill: Kill | None
 
 
 if __name__ == "__main__":
-    stage, folder, flags = importlib.import_module(f"stages.{sys.argv[1]}"), Path(sys.argv[2]), sys.argv[3:]
+    stage, folder, flags = importlib.import_module(f"med3dvlm.training.{sys.argv[1]}"), Path(sys.argv[2]), sys.argv[3:]
     codes = [attempt(stage, folder / "whole", flags, None)]
     codes += [attempt(stage, folder / "killed", flags, kill) for kill in (*KILLS, None)]
     (folder / "codes.json").write_text(json.dumps(codes))

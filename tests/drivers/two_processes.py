@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.test_training import train
+from tests.training.test_run import train
 
 
 def process(rank: int, folder: Path, port: str) -> None:

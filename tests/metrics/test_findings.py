@@ -6,7 +6,7 @@ import time
 import pytest
 import yaml
 
-from med3dvlm.metrics.findings import (
+from med3dvlm.reports.findings import (
     FINDINGS,
     FINDINGS_ABDOMEN,
     FINDINGS_CT_RATE,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from med3dvlm.metrics.findings import crg, error_kind, find_mentions, finding_scores
+from med3dvlm.metrics.findings import crg, error_kind, finding_scores
+from med3dvlm.reports.findings import find_mentions
 
 
 def test_scores_of_three_reports_by_hand() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from med3dvlm.metrics.findings import finding_states, read_findings
+from med3dvlm.reports.findings import finding_states, read_findings
 
 SIGNS = {"present": "+", "uncertain": "?", "absent": "-"}
 LISTS = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(Path(__file__).parent.glob("findings_stated*.yaml"))]

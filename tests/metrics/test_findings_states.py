@@ -2,7 +2,7 @@
 
 import pytest
 
-from med3dvlm.metrics.findings import FINDINGS, find_mentions, finding_states, read_findings
+from med3dvlm.reports.findings import FINDINGS, find_mentions, finding_states, read_findings
 
 
 @pytest.mark.parametrize(

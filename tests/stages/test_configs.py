@@ -11,12 +11,12 @@ from torch import nn
 from transformers import DistilBertConfig, Qwen2Config
 
 from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMConfig
-from med3dvlm.arguments import StageArguments, parse_arguments
-from med3dvlm.contrastive_training import ContrastiveArguments
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.encoders import build_encoder, count_parameters
-from med3dvlm.training import lora_targets, train_only
-from stages import ct_clip, stage0_language_model, stage2_projector, stage3_lora
+from med3dvlm.training import ct_clip, stage0_language_model, stage2_projector, stage3_lora
+from med3dvlm.training.arguments import StageArguments, parse_arguments
+from med3dvlm.training.contrastive import ContrastiveArguments
+from med3dvlm.training.run import lora_targets, train_only
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "stages" / "configs"

@@ -11,11 +11,11 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from med3dvlm import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.checkpoints import load_clip
-from med3dvlm.contrastive_training import common_words
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import PairDataset
-from med3dvlm.training import launch
-from stages import ct_clip
+from med3dvlm.training import ct_clip
+from med3dvlm.training.contrastive import common_words
+from med3dvlm.training.run import launch
 
 
 @pytest.fixture

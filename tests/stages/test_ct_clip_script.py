@@ -1,4 +1,4 @@
-"""stages/ct_clip.sh: with programs that do nothing, which steps it runs; and everything for real in a few steps."""
+"""stages/demo/ct_clip.sh: with programs that do nothing, which steps it runs; and everything for real in a few steps."""
 
 import json
 import os
@@ -14,16 +14,16 @@ EVALUATIONS = ["eval/zero_shot.py", "eval/linear_probe.py", "eval/retrieval.py"]
 
 
 def test_every_step_once(repository: Path, tmp_path: Path) -> None:
-    done, commands = run_script(repository, tmp_path, "stages/ct_clip.sh", "demo")
+    done, commands = run_script(repository, tmp_path, "stages/demo/ct_clip.sh", "demo")
     assert done.returncode == 0, done.stderr
     steps = [command[1] for command in commands]
-    assert steps == ["phantom", "prepare", "stages/ct_clip.py", *EVALUATIONS, "index", "eval/summary_ct_clip.py", "search"]
-    _, again = run_script(repository, tmp_path, "stages/ct_clip.sh", "demo")
-    assert [command[1] for command in again] == ["eval/summary_ct_clip.py", "search"]
+    assert steps == ["phantom", "prepare", "stages/ct_clip.py", *EVALUATIONS, "index", "stages/demo/summary_ct_clip.py", "search"]
+    _, again = run_script(repository, tmp_path, "stages/demo/ct_clip.sh", "demo")
+    assert [command[1] for command in again] == ["stages/demo/summary_ct_clip.py", "search"]
 
 
 def test_every_encoder_has_the_same_steps_seed_and_data(repository: Path, tmp_path: Path) -> None:
-    done, commands = run_script(repository, tmp_path, "stages/ct_clip.sh", "encoders", ROWS="dcformer vit3d")
+    done, commands = run_script(repository, tmp_path, "stages/demo/ct_clip.sh", "encoders", ROWS="dcformer vit3d")
     assert done.returncode == 0, done.stderr
     trained = [command for command in commands if command[1] == "stages/ct_clip.py"]
     assert len(trained) == 2 and "vit3d_naive" in trained[1] and "vit3d_naive" not in trained[0]
@@ -35,9 +35,9 @@ def test_every_encoder_has_the_same_steps_seed_and_data(repository: Path, tmp_pa
 
 
 def test_unknown_choices_are_refused(repository: Path, tmp_path: Path) -> None:
-    done, _ = run_script(repository, tmp_path, "stages/ct_clip.sh", "huge")
+    done, _ = run_script(repository, tmp_path, "stages/demo/ct_clip.sh", "huge")
     assert done.returncode == 2 and "demo, encoders or smoke, not 'huge'" in done.stderr
-    done, _ = run_script(repository, tmp_path, "stages/ct_clip.sh", "encoders", ROWS="resnet")
+    done, _ = run_script(repository, tmp_path, "stages/demo/ct_clip.sh", "encoders", ROWS="resnet")
     assert done.returncode == 2 and "row 'resnet' is unknown; known: dcformer" in done.stderr
 
 
@@ -46,7 +46,9 @@ def test_the_path_from_phantoms_to_a_search(repository: Path, tmp_path: Path) ->
     environment = {"OUTPUTS": str(tmp_path), "PYTHONPATH": str(repository), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     scripts = Path(sys.executable).parent
     whole = os.environ | environment | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "stages/ct_clip.sh", "smoke"], cwd=repository, env=whole, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "stages/demo/ct_clip.sh", "smoke"], cwd=repository, env=whole, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     root = tmp_path / "demo-ct-clip-smoke"
     summary = json.loads((root / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""stages/demo.sh with programs that do nothing: which steps it runs when it is started again."""
+"""stages/demo/demo.sh with programs that do nothing: which steps it runs when it is started again."""
 
 import shutil
 from collections.abc import Callable
@@ -17,9 +17,9 @@ def demo(repository: Path, tmp_path: Path) -> Demo:
     """demo(): the steps that ran, by a word of their command; `FAILS` names one that fails."""
 
     def run(**environment: str) -> list[str]:
-        done, commands = run_script(repository, tmp_path, "stages/demo.sh", "demo", **environment)
+        done, commands = run_script(repository, tmp_path, "stages/demo/demo.sh", "demo", **environment)
         assert (done.returncode != 0) == ("FAILS" in environment), done.stderr
-        commands = [command for command in commands if command[1] not in ("ask", "eval/summary.py")]
+        commands = [command for command in commands if command[1] not in ("ask", "stages/demo/summary.py")]
         return [next(word for word in STEPS if word in command[1]) for command in commands]
 
     return run

@@ -18,7 +18,7 @@ from torch import Tensor
 from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import ConversationDataset, load_volumes
-from med3dvlm.trainer import COMPLETE
+from med3dvlm.training.trainer import COMPLETE
 from tests.launching import REPOSITORY, launch
 
 pytestmark = pytest.mark.slow

@@ -17,14 +17,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from med3dvlm import Med3DChat, Med3DVLMProcessor, VolumeProcessor, contrastive_training
+from med3dvlm import Med3DChat, Med3DVLMProcessor, VolumeProcessor
 from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm, merge_lora, verify_equal
 from med3dvlm.datasets import m3d
 from med3dvlm.datasets.store import PreparedData, checksum
-from med3dvlm.familiarity import FAMILIARITY_FILE
-from med3dvlm.trainer import COMPLETE
-from med3dvlm.training import launch
-from stages import ct_clip, stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
+from med3dvlm.files import FAMILIARITY_FILE
+from med3dvlm.training import contrastive as contrastive_training
+from med3dvlm.training import ct_clip, stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
+from med3dvlm.training.run import launch
+from med3dvlm.training.trainer import COMPLETE
 
 STAGES = (stage0_language_model, stage1_siglip, ct_clip, stage2_projector, stage3_lora)
 PLAIN = ("--optim", "sgd", "--learning_rate", "0.1", "--lr_scheduler_type", "constant", "--max_grad_norm", "0")  # no step hides a gradient

@@ -1,4 +1,4 @@
-"""stages/timed.py: the time and memory of a command, however it ends."""
+"""stages/demo/timed.py: the time and memory of a command, however it ends."""
 
 import json
 import signal

@@ -25,7 +25,7 @@ from med3dvlm.datasets.phantom.anatomy import draw
 from med3dvlm.datasets.phantom.body import Body, Finding
 from med3dvlm.datasets.phantom.canvas import Acquisition
 from med3dvlm.files import whole_file, write_json
-from med3dvlm.metrics.findings import FINDINGS_CT_RATE
+from med3dvlm.reports.findings import FINDINGS_CT_RATE
 
 KINDS: dict[str, dict[str, Any]] = yaml.safe_load(files(__package__).joinpath("ct_rate_findings.yaml").read_text(encoding="utf-8-sig"))
 MOST_FINDINGS = 7

@@ -1,0 +1,12 @@
+"""Where a model looks, against where the finding is: of phantoms, whose lesions' places are known.
+
+    python eval/saliency.py --model outputs/demo/model --clip outputs/demo/stage1 --data outputs/demo/prepared \\
+        --scans outputs/demo/phantoms --output outputs/demo/eval/grounding
+    python eval/saliency.py --data outputs/demo/prepared --output outputs/demo/eval/grounding --score_only
+"""
+
+from med3dvlm.evaluation import script
+from med3dvlm.evaluation.saliency import main
+
+if __name__ == "__main__":
+    script(main)

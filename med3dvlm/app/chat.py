@@ -1,0 +1,178 @@
+"""A radiology workstation in the browser: look at one's own scan and talk with a model about it, on this machine only.
+
+    python app/chat.py --model outputs/demo/model
+    python app/chat.py --model outputs/demo/model --port 8080 --mcp
+    python app/chat.py --model outputs/demo/model --host 0.0.0.0 --auth-file accounts.json    # for others; see accounts.py
+
+Nothing leaves the machine: the server listens on 127.0.0.1 unless told otherwise, the page fetches nothing from elsewhere, uploads lie in a
+private folder until they were read (DICOM files, which a Structured Report refers to, until the scan is closed; what an agent sends, and what
+nobody read, for some minutes), and each browser session has a scan of its own.
+
+Where to find what: page.py (what stands where), desk.py (what can be done), sessions.py and turns.py (who is there and what was said),
+scans.py (files in), viewer.py and viewer.js (the viewer; page.py lists its other scripts), common.js, conversation.js, report.js, arrive.js,
+leave.js, insight.py (overlays, similar cases), key_images.py (slices for the report), routes.py (what the browser fetches), programs.py (the
+same for programs), tools.py (for agents), accounts.py and guard.py (who may come in).
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import psutil
+from starlette.middleware import Middleware
+
+from med3dvlm.app.accounts import Accounts
+from med3dvlm.app.desk import Desk
+from med3dvlm.app.guard import Guard
+from med3dvlm.app.insight import load as load_insight
+from med3dvlm.app.page import THEME, build, file
+from med3dvlm.app.routes import routes
+from med3dvlm.app.scans import sweep
+from med3dvlm.app.tools import tools
+from med3dvlm.prompts import RESEARCH_NOTICE
+
+HERE_ONLY = ("127.0.0.1", "localhost", "::1")
+PRIVATE = "med3dvlm-chat-"  # begins the name of the folder of uploads, then the process
+SECONDS_UNREAD = 300.0  # after which an upload that nobody read goes
+
+
+def launch(
+    blocks: gr.Blocks,
+    desk: Desk,
+    port: int | None = None,
+    host: str = HERE_ONLY[0],
+    accounts: Accounts | None = None,
+    mcp: bool = False,
+    hosts: Sequence[str] = (),
+) -> str:
+    """Serve without blocking; returns the address. Port None: the first free one from 7860; `hosts`: other names of the server."""
+    checks = [Middleware(Guard, hosts, desk.sessions.connection)]
+    # run_history would keep questions and answers in the browser
+    off = dict.fromkeys(("share", "run_history", "enable_monitoring", "ssr_mode", "pwa"), False)
+    look: dict[str, Any] = {"theme": THEME, "css": file("style.css"), "footer_links": [], "quiet": True}
+    more, lifespan = tools(desk) if mcp else ([], None)
+    blocks.launch(
+        server_name=host, server_port=port, prevent_thread_lock=True, max_file_size=desk.most_bytes, mcp_server=False,
+        auth=accounts.allows if accounts else None, auth_message=RESEARCH_NOTICE if accounts else None,
+        app_kwargs={"routes": [*routes(desk), *more], "lifespan": lifespan, "middleware": checks}, **look, **off,
+    )  # fmt: skip
+    return str(blocks.local_url)
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """Where uploads lie, for this user alone; empty again at the end. What a chat that was killed left of its own goes, too."""
+    for stale in Path(tempfile.gettempdir()).glob(f"{PRIVATE}*"):
+        process = stale.name.removeprefix(PRIVATE).partition("-")[0]
+        if process.isdigit() and stale.stat().st_uid == os.getuid() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{PRIVATE}{os.getpid()}-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        ended = threading.Event()
+
+        def sweep_now_and_then() -> None:
+            while not ended.wait(SECONDS_UNREAD / 10):
+                sweep(Path(folder), SECONDS_UNREAD)
+
+        threading.Thread(target=sweep_now_and_then, daemon=True).start()
+        try:
+            yield Path(folder)
+        finally:
+            ended.set()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Load the model once, serve until Ctrl+C or SIGTERM; 2 where there is no model to load, the port is taken or the host is refused."""
+    parser = argparse.ArgumentParser(description="Look at a scan and talk with a model about it, in the browser.", epilog=RESEARCH_NOTICE)
+    parser.add_argument("--model", type=Path, required=True, help="directory of a trained model")
+    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    parser.add_argument(
+        "--host", default=HERE_ONLY[0], help="address to listen on; one that other machines reach needs --auth-file (default: %(default)s)"
+    )
+    parser.add_argument("--auth-file", type=Path, help="accounts that may use the page, made by app/accounts.py")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME[:PORT]",
+        help="another name under which browsers find the server (repeatable)",
+    )
+    parser.add_argument("--limit", type=int, default=4096, metavar="MIB", help="largest upload (default: %(default)s MiB)")
+    parser.add_argument(
+        "--parallel", type=int, default=4, help="how many answers are written at the same time; others wait (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--contrastive", type=Path, help="directory of a contrastive model (stage 1), which shows where a scan resembles a phrase"
+    )
+    parser.add_argument("--index", type=Path, help="index of cases, made by `med3dvlm index`: offers the cases that a scan resembles")
+    parser.add_argument("--mcp", action="store_true", help="offer answer and report as MCP tools, too, under /gradio_api/mcp/")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.host not in HERE_ONLY and arguments.auth_file is None:
+            raise ValueError(
+                f"--host {arguments.host} would let others in without a password; give --auth-file, too (see app/accounts.py)."
+            )
+        if arguments.mcp and arguments.auth_file is not None:
+            raise ValueError("--mcp has no accounts and would let everybody in; leave out --mcp or --auth-file.")
+        check_free(arguments.host, arguments.port)
+        if min(arguments.limit, arguments.parallel) < 1:
+            raise ValueError(f"--limit {arguments.limit} and --parallel {arguments.parallel} must be at least 1.")
+        if wrong := [
+            name for name in arguments.allow_host if not re.fullmatch(r"[\w.-]+(:\d+)?|\[[\da-f:]+\](:\d+)?", name, re.IGNORECASE)
+        ]:
+            raise ValueError(f"--allow-host {wrong[0]} is not a name or an address; give it as scans.example.org or 192.0.2.1:7860.")
+        accounts = None if arguments.auth_file is None else Accounts.load(arguments.auth_file)
+        chat = load(arguments.model)
+        insight = load_insight(chat, arguments.contrastive, arguments.index)
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(ending, signal.default_int_handler)  # so that the private folder goes then, too
+        warnings.simplefilter("ignore")  # a library's may quote a header
+        with private_folder():
+            desk = Desk(chat, "/".join(arguments.model.resolve().parts[-2:]), arguments.limit * 2**20, insight)
+            blocks = build(desk, arguments.parallel, accounts is not None)
+            address = launch(blocks, desk, arguments.port, arguments.host, accounts, arguments.mcp, arguments.allow_host)
+            print(f"Med3DVLM listens on {address} (Ctrl+C ends it). {RESEARCH_NOTICE}", flush=True)
+            blocks.block_thread()
+    except (ImportError, OSError, ValueError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # while the model was loaded
+        return 130
+    return 0
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises ValueError, one sentence, where nothing can listen there."""
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--port {port} is not a port; ports go from 1 to 65535.")
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"Nothing can listen on {host}, port {port} ({error.strerror}); name another one by --port.") from None
+
+
+def load(model: Path) -> Any:
+    """The model, loaded once. Raises FileNotFoundError or ValueError, one sentence, for a directory without one or of another kind."""
+    if model.is_file():
+        raise FileNotFoundError(f"{model} is a file; give the directory of a trained model.")
+    if not model.is_dir():
+        raise FileNotFoundError(f"There is no model directory {model}; train one with `make demo`.")
+    if not any(path.suffix in (".safetensors", ".bin") for path in model.iterdir()):
+        raise FileNotFoundError(f"{model} holds no weights (*.safetensors); give a trained model.")
+    from med3dvlm.allocator import keep_freed_memory
+    from med3dvlm.inference.chat import Med3DChat
+
+    keep_freed_memory()
+    return Med3DChat.from_pretrained(model)

@@ -1,0 +1,312 @@
+"""What can be done at the desk, as the page and programs call it: open a scan, ask, stop, ask again, clear. No layout here.
+
+Every function takes the Session that it acts for; what it gives back is plain data for the page's components.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import psutil
+
+from med3dvlm.app.insight import Case, Cells, Insight
+from med3dvlm.app.key_images import MOST as MOST_KEY_IMAGES
+from med3dvlm.app.key_images import key_image
+from med3dvlm.app.scans import EXAMPLES, OpenScan, example, read_series, read_uploads
+from med3dvlm.app.sessions import BUSY, MOST_CHARACTERS, NO_SCAN, Session, Sessions
+from med3dvlm.app.turns import Turn, history, sentence
+from med3dvlm.app.viewer import overlay
+from med3dvlm.prompts import REPORT_PROMPTS
+from med3dvlm.reports.draft import KeyImage, origin, read_report, report_dicom, report_json, report_markdown, report_text, report_zip
+from med3dvlm.volume import Volume, VolumeError
+
+MOST_BYTES = 4 * 2**30  # of an upload
+MOST_REPORT = 20_000  # characters
+EXPLAINED = (
+    "The geometric mean of the probabilities that the model gave to the words it wrote. It says how sure the model is of its words, "
+    "not whether they are true. Below 50 %, the model was less sure of a typical word than of all other words together. "
+    "On a scan unlike the training data it means little."
+)
+SAVES = {"txt": "Text", "md": "Markdown", "json": "JSON", "zip": "Zip with key images", "dcm": "DICOM Structured Report"}
+SECONDS_BETWEEN = 0.05  # at least, between two states of an answer that are sent to the page
+
+
+@dataclass(eq=False)
+class Desk:
+    """Everything behind the page. `chat` has `encode`, `stream` and `familiarity` as Med3DChat has; `model` is its name for the page."""
+
+    chat: Any
+    model: str = "model"
+    most_bytes: int = MOST_BYTES
+    insight: Insight = Insight()
+    room: int = psutil.virtual_memory().total // 2  # bytes for the scans of all sessions together
+    sessions: Sessions = field(default_factory=Sessions)
+    # Gradio names an upload by its content: two sessions that send the same file share one path, and the first to read it deletes it. The
+    # second gets the first one's scan, which nothing changes, while that is alive.
+    _read: WeakValueDictionary[tuple[str, ...], OpenScan] = field(default_factory=WeakValueDictionary)
+    _reading: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def straighten(self) -> bool:
+        """Whether the model's processor straightens scans: they are then read so, that overlays lie on what is shown."""
+        processor = getattr(self.chat, "processor", None)  # a stand-in has none
+        return processor is not None and processor.image_processor.straighten
+
+    def open_uploads(self, session: Session, uploads: Sequence[str], keep: bool = False) -> OpenScan:
+        """Put the uploaded scan on the session's desk. Raises VolumeError, one sentence; the scan that was open then stays.
+
+        `keep`: the files stay for others who send them alike, until `sweep` takes them.
+        """
+        if not uploads:
+            raise VolumeError("No file was sent; choose one.")
+        key = tuple(sorted(set(uploads)))
+        paths = [Path(upload) for upload in key]
+        with self._reading:
+            scan = self._read.get(key)
+            if scan is None:
+                if not all(path.exists() for path in paths):
+                    raise VolumeError("The upload is not complete; send it again.")
+                self._read[key] = scan = read_uploads(paths, self.most_bytes, keep, self.straighten)
+            elif not keep:
+                for path in paths:
+                    path.unlink(missing_ok=True)
+            self._put(session, scan)
+        return scan
+
+    def open_series(self, session: Session, number: int) -> OpenScan:
+        """Put another series of the study that is open there, by its number in `volume.series`. Raises VolumeError as `open_uploads` does."""
+        scan = session.scan
+        if scan is None or scan.upload is None:
+            raise VolumeError("The scan that is open is no DICOM study; open one.")
+        with self._reading:
+            scan = read_series(scan.upload, number, self.straighten)
+            self._put(session, scan)
+        return scan
+
+    def _put(self, session: Session, scan: OpenScan) -> None:
+        while self.sessions.bytes_with(session, scan) > self.room and self.sessions.close_gone():
+            pass
+        if self.sessions.bytes_with(session, scan) > self.room:
+            raise VolumeError(
+                f"The scan needs {scan.nbytes / 2**30:.1f} GiB of memory, and the scans that are open leave less than that; "
+                "close another page, or crop the scan."
+            )
+        session.put(scan)
+
+    def open_example(self, session: Session, name: str) -> OpenScan:
+        """Put one of EXAMPLES there. Raises VolumeError for another name."""
+        if name not in EXAMPLES:
+            raise VolumeError(f"There is no example {str(name)[:40]!r}; there are {', '.join(EXAMPLES)}.")
+        scan = example(name)
+        session.put(scan)
+        return scan
+
+    def notice(self, session: Session) -> str:
+        """What the model itself says about the scan: that it lies outside the training data, or cannot be taken; "" where nothing."""
+        if session.scan is None:
+            return ""
+        try:
+            known = self.chat.familiarity(session.encoded(self.chat))
+        except Exception as error:  # noqa: BLE001  told in a sentence
+            return sentence(error)
+        return (known and known.message) or ""
+
+    def answer(self, session: Session, **sampling: float) -> Iterator[Turn]:
+        """Write the answer to the question that waits, if one does; yields it as it grows, in steps that an eye can follow."""
+        turn = session.claim()
+        if turn is None:
+            return
+        shown = 0.0
+        for _ in session.answer(self.chat, turn, **sampling):
+            if turn not in session.turns:  # cleared, or another scan was opened
+                continue
+            turn.unlike = turn.state == "done" and bool(self.notice(session))
+            if not turn.open or time.monotonic() - shown > SECONDS_BETWEEN:
+                shown = time.monotonic()
+                yield turn
+
+    def draft(self, session: Session, report: str | None = None) -> Iterator[Turn]:
+        """Let the model write the report; yields it as it grows, and it becomes the session's report in place of what stood there.
+
+        `report` is what stands in the field, where a person may have written something that is still on its way.
+
+        Raises:
+            ValueError: there is no scan, a draft is being written already, or a person changed the report and did not save it: the
+                second call replaces it.
+        """
+        if session.scan is None:
+            raise ValueError(NO_SCAN)
+        if session.draft is not None and session.draft.open:
+            raise ValueError(BUSY)
+        if report is not None:
+            self.rewrite(session, report)
+        if session.unsaved and session.warned != session.report:
+            session.warned = session.report
+            raise ValueError("The report was changed by hand and not saved. Save it first, or draft once more to replace it.")
+        session.before = before = session.report
+        shown = 0.0
+        session.draft = turn = Turn(REPORT_PROMPTS[0], state="writing")
+        for _ in session.answer(self.chat, turn):
+            turn.unlike = turn.state == "done" and bool(self.notice(session))
+            if not turn.open or time.monotonic() - shown > SECONDS_BETWEEN:
+                shown = time.monotonic()
+                if session.write(turn, before if turn.state == "failed" else turn.answer):
+                    yield turn
+
+    def rewrite(self, session: Session, report: str) -> None:
+        """The report as it stands in the field (see `Session.typed`). Raises ValueError where it is too long."""
+        if report == session.report:
+            return
+        if len(report) > MOST_REPORT:
+            raise ValueError(f"The report has {len(report)} characters but at most {MOST_REPORT} are taken; shorten it.")
+        session.typed(report)
+
+    def notes(self, session: Session) -> tuple[str, ...]:
+        """What a reader of the report has to know of the scan and of how the draft came about."""
+        scan, draft = session.scan, session.draft
+        notes = [f"About the scan: {warning}" for warning in scan.warnings] if scan is not None else []
+        if session.author == "hand":
+            return tuple(notes)
+        notes += [outside] if (outside := self.notice(session)) else []
+        if draft is not None and draft.state == "stopped":
+            notes.append("Incomplete: the draft was stopped before its end.")
+        if session.author == "model" and draft is not None and draft.confidence is not None:
+            notes.append(f"The model's confidence in its words: {100 * draft.confidence:.0f} %. It does not say whether they are true.")
+        return tuple(notes)
+
+    def reading(self, session: Session, problem: str = "") -> dict[str, Any]:
+        """What report.js shows below the report: sections, findings, files to save, key images [label, address, number]; `problem` as in `talk`."""
+        draft, line = session.draft, ""
+        if draft is not None and draft.state == "failed":
+            problem = problem or draft.answer
+        elif draft is not None and draft.state == "stopped":
+            line = "Stopped before its end: the draft is incomplete."
+        elif draft is not None and session.edited:
+            line = "Changed by hand since it was drafted."
+        elif draft is not None and draft.confidence is not None:
+            doubt = ", which is low" if draft.shown()["low"] else ""
+            doubt += ", on a scan unlike the training data" if draft.unlike else ""
+            line = f"Drafted in {draft.seconds:.1f} s, {draft.tokens} tokens, with a confidence of {100 * draft.confidence:.0f} %{doubt}."
+        shown = {
+            "pictures": [[image.label, f"desk/{session.token}/picture/{number}", number] for number, image in session.key_images.items()],
+            "line": line, "problem": problem, "open": draft is not None and draft.open, "unsaved": session.unsaved,
+        }  # fmt: skip
+        try:
+            report = read_report(session.report)
+        except ValueError:  # nothing written yet
+            return shown | {"sections": [], "findings": [], "saves": []}
+        saves = [[label, f"desk/{session.token}/report/{kind}", f"report.{kind}"] for kind, label in SAVES.items()]
+        if session.scan is None or session.scan.files is None:
+            del saves[list(SAVES).index("dcm")]
+        findings = [[name.replace("_", " "), state] for name, state in report.findings.items()]
+        return shown | {"sections": [section.heading for section in report.sections], "findings": findings, "saves": saves}
+
+    def explain(self, session: Session, number: int) -> None:
+        """Lay on the viewer what moved the answer of that number. Raises ValueError, one sentence, where that cannot be."""
+        scan, turns = session.scan, session.turns
+        if scan is None or self.insight.explain is None or not 0 <= number < len(turns) or not turns[number].answer:
+            raise ValueError("There is no answer to explain.")
+        turn = turns[number]
+        cells = self.insight.explain(scan.volume, turn.question, turn.answer, history(turns[:number]))
+        self._lay(session, scan, cells, f"What moved the answer to “{turn.question}”")
+
+    def find(self, session: Session, phrase: str) -> None:
+        """Lay on the viewer where the scan resembles the phrase. Raises ValueError as `explain` does."""
+        scan = session.scan
+        if scan is None or self.insight.find is None:
+            raise ValueError(NO_SCAN)
+        if len(phrase) > MOST_CHARACTERS:
+            raise ValueError(f"The phrase has {len(phrase)} characters but at most {MOST_CHARACTERS} are taken.")
+        self._lay(session, scan, self.insight.find(scan.volume, phrase), f"Where the scan resembles “{phrase.strip()}”")
+
+    def _lay(self, session: Session, scan: OpenScan, cells: Cells, label: str) -> None:
+        session.lay(scan, overlay(scan.volume, scan.picture, *cells, label))
+
+    def similar(self, session: Session) -> list[Case]:
+        """The cases of the index that the scan resembles. Raises ValueError as `explain` does."""
+        if session.scan is None or self.insight.similar is None:
+            raise ValueError(NO_SCAN)
+        return self.insight.similar(session.scan.volume)
+
+    def add_key_image(self, session: Session, plane: str, index: int, window: tuple[float, float]) -> KeyImage:
+        """Mark a slice as seen in the viewer: of "axial", "coronal" or "sagittal" number `index` from 0, shown from window[0] to window[1].
+
+        Raises:
+            ValueError: there is no scan, no such slice, or there are too many; one sentence.
+        """
+        scan = session.scan
+        if scan is None:
+            raise ValueError(NO_SCAN)
+        if len(session.key_images) >= MOST_KEY_IMAGES:
+            raise ValueError(f"A report takes at most {MOST_KEY_IMAGES} key images; remove one first.")
+        image = key_image(scan, plane, index, window)
+        session.marked += 1
+        session.key_images[session.marked] = image
+        return image
+
+    def remove_key_image(self, session: Session, number: int) -> None:
+        """Take the key image of that number out of the report again."""
+        session.key_images.pop(number, None)
+
+    def save(self, session: Session, kind: str, text: str) -> bytes:
+        """The report, of which `text` stands in the field, as a file of one of the kinds in SAVES. Raises ValueError where it cannot be."""
+        if session.draft is not None and session.draft.open:
+            raise ValueError("The report is being drafted; wait for it or stop it.")
+        self.rewrite(session, text)
+        scan, author = session.scan, session.author
+        source = {} if scan is None else origin(scan.volume, None if author == "hand" else self.model)
+        pictures = tuple(session.key_images.values())
+        report = read_report(session.report, self.notes(session), author=author, origin=source, key_images=pictures)
+        session.saved = session.report
+        if kind == "dcm":
+            if scan is None or scan.files is None:
+                raise ValueError("A DICOM report needs a DICOM scan, and this scan is not DICOM; save the report as text.")
+            try:
+                return report_dicom(report, scan.files, scan.series)
+            except VolumeError as error:
+                raise ValueError(str(error).replace(f"{scan.files}: ", "").replace(str(scan.files), "the scan")) from None
+        if kind == "zip":
+            return report_zip(report)
+        return {"txt": report_text, "md": report_markdown, "json": report_json}[kind](report).encode()
+
+    def talk(self, session: Session, problem: str = "") -> dict[str, Any]:
+        """The conversation for conversation.js; `problem` is a sentence about the last thing that was tried."""
+        turns = [turn.shown() for turn in session.turns]
+        scan = session.scan
+        busy = bool(session.turns) and session.turns[-1].open
+        suggestions = [] if scan is None or busy else suggest(scan.volume, {turn.question for turn in session.turns})
+        return {
+            "turns": turns, "suggestions": suggestions, "problem": problem, "explained": EXPLAINED, "scan": scan is not None,
+            "grounded": self.insight.explain is not None,
+        }  # fmt: skip
+
+    def view(self, session: Session) -> dict[str, Any]:
+        """The viewer's value for viewer.js."""
+        scan, heat = session.scan, session.overlay
+        return {
+            "scan": scan and {"url": f"desk/{session.token}/scan/{session.number}", **scan.picture.facts},
+            "series": [] if scan is None else listed(scan),
+            "overlay": heat and {"url": f"desk/{session.token}/overlay/{session.overlays}", **heat.facts},
+        }
+
+
+def listed(scan: OpenScan) -> list[list[Any]]:
+    """The series of the scan's study as [number, words, whether it is the one that is open]; none where there is no choice."""
+    numbered = [line.partition(": ") for line in scan.volume.series]
+    if scan.upload is None or len(numbered) < 2:
+        return []
+    return sorted([int(number), words, place == 0] for place, (number, _, words) in enumerate(numbered))
+
+
+def suggest(volume: Volume, asked: set[str]) -> list[str]:
+    """Questions that suit the scan and were not asked yet: contrast is asked of CT alone, the plane where the file does not say it."""
+    questions = [REPORT_PROMPTS[0], "Which organ is abnormal?", "What abnormality is seen?"]
+    if volume.unit == "HU":
+        questions.append("Which contrast phase is this?")
+    if volume.plane is None or (volume.oblique or 0) >= 1:
+        questions.append("Which plane is this scan?")
+    return [question for question in questions if question not in asked][:4]

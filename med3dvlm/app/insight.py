@@ -1,0 +1,74 @@
+"""What else the models can show: where an answer or a phrase comes from in the scan, and which cases it resembles.
+
+`Insight` brings the package's functions to what the desk needs; a part that there is no model for is None.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from med3dvlm.volume import Volume
+
+MOST_CELLS = 128  # of an overlay along an axis; the page draws smoothly between them
+SIMILAR = 4
+
+Cells = tuple[NDArray[np.float32], int]  # 0..1 at every step-th voxel of the volume along (D, H, W), from the first, and the step
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case of an index: `picture` is (H, W) uint8, or None where its prepared volume is gone."""
+
+    similarity: float
+    report: str
+    picture: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True)
+class Insight:
+    """`explain(volume, question, answer, history)` and `find(volume, phrase)` say where, `similar(volume)` gives the nearest cases.
+
+    They raise ValueError, one sentence, where they cannot.
+    """
+
+    explain: Callable[[Volume, str, str, list[dict[str, str]]], Cells] | None = None
+    find: Callable[[Volume, str], Cells] | None = None
+    similar: Callable[[Volume], list[Case]] | None = None
+
+
+def load(chat: Any, contrastive: Path | None, index: Path | None) -> Insight:
+    """Everything that a Med3DChat, the directory of a Med3DCLIP and that of an index of cases give.
+
+    `contrastive` is by default the model that made the index. Raises FileNotFoundError or ValueError where one is missing or of another kind.
+    """
+    from med3dvlm.inference.saliency import Heat, PhraseFinder, answer_heat, place
+
+    def placed(heat: Heat, volume: Volume, processor: Any) -> Cells:
+        step = -(-max(volume.shape) // MOST_CELLS)
+        return place(heat, volume, processor, step), step
+
+    def explain(volume: Volume, question: str, answer: str, history: list[dict[str, str]]) -> Cells:
+        return placed(answer_heat(chat, volume, question, answer, history), volume, chat.processor.image_processor)
+
+    cases = None
+    if index is not None:
+        from med3dvlm.search import CaseIndex
+
+        cases = CaseIndex(index, contrastive)
+        cases.embedder  # noqa: B018  loaded now, not at somebody's first question
+        contrastive = cases.model
+    finder = None if contrastive is None else PhraseFinder.from_pretrained(contrastive)
+
+    def find(volume: Volume, phrase: str) -> Cells:
+        assert finder is not None
+        return placed(finder.heat(volume, phrase), volume, finder.processor)
+
+    def similar(volume: Volume) -> list[Case]:
+        assert cases is not None
+        return [Case(hit.similarity, hit.report, cases.picture(hit)) for hit in cases.search_scan(volume, SIMILAR)]
+
+    return Insight(explain, find if finder else None, similar if cases else None)

@@ -1,0 +1,47 @@
+"""Key images: slices that somebody marked in the viewer, which go with the saved report."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from med3dvlm.app.scans import OpenScan
+from med3dvlm.app.viewer import display_order
+from med3dvlm.reports.draft import KeyImage
+
+PLANES = ("axial", "coronal", "sagittal")  # that cut the display axes z, y, x
+MOST = 20  # of a report
+LONGEST = 1024  # pixels of a picture's longer side
+
+
+def key_image(scan: OpenScan, plane: str, index: int, window: tuple[float, float]) -> KeyImage:
+    """The slice `index` (from 0, in the viewer's order) of a plane, with values from window[0] (black) to window[1] (white).
+
+    Raises:
+        ValueError: there is no such plane, slice or window; one sentence.
+    """
+    if plane not in PLANES:
+        raise ValueError(f"There is no plane {str(plane)[:20]!r}; there are {', '.join(PLANES)}.")
+    cut, picture = PLANES.index(plane), scan.picture
+    count = picture.stored.shape[cut]
+    if not 0 <= index < count:
+        raise ValueError(f"There is no slice {index + 1}; the {plane} plane has {count}.")
+    low, high = window
+    if not (np.isfinite([low, high]).all() and low < high):
+        raise ValueError("The window needs a lowest value that is below its highest.")
+    facts = picture.facts
+    values = facts["slope"] * np.take(picture.stored, index, cut).astype(np.float64) + facts["intercept"]
+    grey = np.clip(np.round(255 * (values - low) / (high - low)), 0, 255).astype(np.uint8)  # rows, columns
+    millimetres = [length * mm for axis, (length, mm) in enumerate(zip(picture.stored.shape, facts["spacing"], strict=True)) if axis != cut]
+    finest = min(mm for axis, mm in enumerate(facts["spacing"]) if axis != cut)
+    scale = min(1 / finest, LONGEST / max(millimetres))  # pixels a mm
+    rows, columns = (max(1, round(scale * mm)) for mm in millimetres)
+    buffer = io.BytesIO()
+    Image.fromarray(grey).resize((columns, rows), Image.Resampling.BILINEAR).save(buffer, "png")
+    order, flips = display_order(scan.volume)
+    place = None
+    if order[cut] == 0 and scan.as_filed:
+        place = index if flips[cut].step == 1 else count - 1 - index
+    name, unit = facts["names"][plane], f" {facts['unit']}".rstrip()
+    label = f"{name}, slice {index + 1} of {count}, window {low:g} to {high:g}{unit}"
+    return KeyImage(label, buffer.getvalue(), place)

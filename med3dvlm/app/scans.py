@@ -1,0 +1,203 @@
+"""From uploaded files, or a phantom, to an open scan: read, packed for the browser, described; then the files are gone.
+
+A file's name may name a patient. So each upload gets a plain name before anything looks at it, and neither the page nor a message nor a
+log shows the name that it came with.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from med3dvlm.app.viewer import Picture, describe, picture
+from med3dvlm.datasets.phantom import Acquisition, draw, plan_phantoms
+from med3dvlm.formats import READERS
+from med3dvlm.formats.dicom import is_dicom
+from med3dvlm.volume import Volume, VolumeError, read_volume
+
+KINDS = {
+    ".nii": "NIfTI", ".nii.gz": "NIfTI", ".nrrd": "NRRD", ".mha": "MetaImage", ".npy": "NumPy array", ".npz": "NumPy array",
+    ".dcm": "DICOM", ".zip": "zip archive",
+}  # fmt: skip
+OPENED = "a NIfTI (.nii, .nii.gz), NRRD, MHA, npy or npz file, a zip, or all files of a DICOM series"
+MAY_BE_DICOM = ("DICOM", "DICOM series", "zip archive")
+SIGNS = {
+    ".nii.gz": (0, b"\x1f\x8b"),
+    ".zip": (0, b"PK\x03\x04"),
+    ".nrrd": (0, b"NRRD"),
+    ".mha": (0, b"ObjectType"),
+    ".nii": (344, b"n+1\0"),
+}
+PICTURES = (".png", ".jpg", ".jpeg")
+MOST_FILES = 20_000
+PREFIX = "scan-"  # of the folders of scans that are read, or open
+EXAMPLES = {"Chest phantom": "chest", "Abdomen phantom": "abdomen"}
+
+
+class Upload:
+    """What was uploaded: `path` to read, `kind` in words, and a `folder` that goes when nobody has a scan of it open any more.
+
+    Of a DICOM study it is kept that long, for a Structured Report, which refers to it, and for the study's other series.
+    """
+
+    def __init__(self, path: Path, kind: str, folder: str) -> None:
+        self.path, self.kind, self.folder = path, kind, folder
+        self.delete = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenScan:
+    """A scan on somebody's desk: the volume, what the browser is given, what is said about it, and of a DICOM study the upload, of which it
+    is the series of number `series`, None for the likeliest."""
+
+    volume: Volume
+    picture: Picture
+    facts: dict[str, str]
+    warnings: tuple[str, ...]
+    upload: Upload | None = None
+    series: int | None = None
+    as_filed: bool = True  # each slice of the volume is one of the file's, though perhaps moved within its plane
+
+    @property
+    def files(self) -> Path | None:
+        """What `read_volume` reads again, of a DICOM study."""
+        return self.upload and self.upload.path
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory, for the volume and what the browser is given."""
+        return int(self.volume.array.nbytes + self.picture.stored.nbytes)
+
+
+def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False, straighten: bool = False) -> OpenScan:
+    """The scan in one file, or in all files of a series together; the uploads are deleted, whatever happens, those of DICOM with the scan.
+
+    With `keep` they stay where they are: Gradio gives one place to what several callers send alike, and the next may come for it yet.
+    `straighten` is for `read_volume`.
+
+    Raises:
+        VolumeError: they hold no scan, or are larger than `most_bytes` together; one sentence without a file's name.
+    """
+    folder = tempfile.mkdtemp(prefix=PREFIX, dir=uploads[0].parent)
+    try:
+        path, kind = _plainly_named(uploads, Path(folder), most_bytes, os.link if keep else shutil.move)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    finally:
+        for upload in () if keep else uploads:
+            upload.unlink(missing_ok=True)
+    kept = Upload(path, kind, folder)
+    try:
+        scan = read_series(kept, None, straighten)
+    except BaseException:
+        kept.delete()
+        raise
+    if scan.upload is None:
+        kept.delete()
+    return scan
+
+
+def read_series(upload: Upload, series: int | None, straighten: bool = False) -> OpenScan:
+    """A scan of an upload: the series of that number in `volume.series`, None for the likeliest. Raises VolumeError as `read_uploads` does."""
+    try:
+        read = read_volume(upload.path, series=series)
+        volume = read.straighten() if straighten else read
+    except VolumeError as error:
+        raise VolumeError(_without(upload.folder, str(error))) from None
+    warnings = tuple(_without(upload.folder, warning) for warning in volume.warnings)
+    volume = dataclasses.replace(volume, source="scan", warnings=warnings)
+    opened = on_the_desk(volume, upload.kind, upload if upload.kind in MAY_BE_DICOM else None, series)
+    return dataclasses.replace(opened, as_filed=not straighten or read.slice_positions is None)
+
+
+def sweep(private: Path, seconds: float) -> None:
+    """Delete uploads that nobody read for so long: of a page that was closed meanwhile, or cut short. Files of open scans stay."""
+    for path in private.rglob("*"):
+        if not any(part.startswith(PREFIX) for part in path.relative_to(private).parts):
+            with suppress(FileNotFoundError):  # somebody read it just now
+                if path.is_file() and time.time() - path.stat().st_mtime > seconds:
+                    path.unlink()
+
+
+def on_the_desk(volume: Volume, kind: str, upload: Upload | None = None, series: int | None = None) -> OpenScan:
+    """A volume ready for viewer and model; `kind` says what it was read from."""
+    return OpenScan(volume, picture(volume), describe(volume, kind), volume.warnings, upload, series)
+
+
+@lru_cache
+def example(name: str) -> OpenScan:
+    """One of EXAMPLES: a CT phantom with a finding, drawn when first asked for; always the same one.
+
+    Raises:
+        KeyError: there is no such example.
+    """
+    region = EXAMPLES[name]
+    plan = next(plan for plan in plan_phantoms(40, seed=7) if plan.body.region == region and plan.body.findings)
+    canvas = draw(plan.body, Acquisition("axial", "portal venous phase", plan.acquisition.seed, detail=2.0))
+    edges = np.linalg.norm(canvas.directions, axis=0)  # mm along (D, H, W)
+    direction = canvas.directions / edges
+    letters = "".join("RAS"[axis] if column[axis] > 0 else "LPI"[axis] for column in direction.T for axis in [np.abs(column).argmax()])
+    spacing = tuple(float(mm) for mm in edges)
+    array = canvas.array.astype(np.int16)
+    volume = Volume(array, spacing, letters, direction, "HU", source=name)  # type: ignore[arg-type]
+    return on_the_desk(volume, f"{name}, drawn by this program; no patient")
+
+
+def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int, move: Callable[[Path, Path], Any]) -> tuple[Path, str]:
+    """Move the uploads into the folder under plain names; the path to read, and what it is in words."""
+    size = sum(upload.stat().st_size for upload in uploads)
+    if size > most_bytes:
+        raise VolumeError(f"The upload has {size / 2**20:.1f} MiB but at most {most_bytes / 2**20:g} MiB are taken; crop or pack it.")
+    if len(uploads) > MOST_FILES:
+        raise VolumeError(f"{len(uploads)} files were sent but at most {MOST_FILES} are taken; give one series, or a zip of it.")
+    endings = [_ending(upload) for upload in uploads]
+    if {".mhd", ".nhdr"} & set(endings):
+        raise VolumeError("An .mhd or .nhdr file has its voxels in another file; save the scan as one .mha or .nrrd file.")
+    if len(uploads) == 1:
+        if uploads[0].stat().st_size and not (endings[0] in KINDS or is_dicom(uploads[0])):
+            raise VolumeError(f"This is no scan that can be opened here; open {OPENED}.")
+        path = folder / f"scan{endings[0]}"
+        move(uploads[0], path)
+        return path, KINDS.get(endings[0], "DICOM")
+    if any(ending in READERS and ending != ".dcm" for ending in endings):
+        raise VolumeError(f"{len(uploads)} files were sent, and not all are of one DICOM series; open one scan at a time.")
+    for number, upload in enumerate(sorted(uploads, key=lambda upload: _natural(upload.name)), start=1):
+        move(upload, folder / f"{number:05d}{_ending(upload)}")
+    return folder, "pictures" if set(endings) <= set(PICTURES) else "DICOM series"
+
+
+def _ending(upload: Path) -> str:
+    """The ending that says a format, in lower case; where the name has none, as an agent's upload, by the file's first bytes, else ""."""
+    known = sorted((*READERS, *PICTURES), key=len, reverse=True)
+    name = upload.name.lower()
+    if ending := next((ending for ending in known if name.endswith(ending)), ""):
+        return ending
+    with upload.open("rb") as file:
+        start = file.read(352)
+    return next((ending for ending, (place, sign) in SIGNS.items() if start[place:].startswith(sign)), "")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """So that slice 9 comes before slice 10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _without(folder: str, words: str) -> str:
+    """The sentence without the path, which says nothing to whoever dropped a file on a page."""
+    words = re.sub(rf"{re.escape(folder)}(/[\w.]+)?: ", "", words)
+    words = re.sub(rf"{re.escape(folder)}/?", "", words).strip()
+    words = words.replace("and series= picks another", "and another can be chosen above the picture")
+    words = re.sub(r"choose (one|another) with series=, of", r"open the files of \1 alone, of", words)
+    return words[:1].upper() + words[1:]

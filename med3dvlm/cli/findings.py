@@ -1,0 +1,145 @@
+"""Read findings in labelled reports, by rules or by a classifier, and see how well.
+
+    med3dvlm findings score REPORTS.csv                                 the rules, finding by finding
+    med3dvlm findings score REPORTS.csv --half held-out --errors errors.jsonl
+    med3dvlm findings train REPORTS.csv OUT                             a classifier of your own
+    med3dvlm findings score OTHER.csv --classifier OUT
+    med3dvlm findings score OTHER.csv --classifier RadBertClassifier.pth
+
+REPORTS.csv has the columns report_text (or Findings_EN, Impressions_EN) and one per finding with 0 and 1; CT-RATE keeps the findings
+in a second file: --labels LABELS.csv.
+"""
+
+import argparse
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from med3dvlm.datasets.labelled_reports import HALVES, LabelledReports, read_labelled_reports
+from med3dvlm.files import whole_folder, write_json, write_lines
+from med3dvlm.metrics.findings import error_kind, finding_scores
+from med3dvlm.reports.classifiers.linear import LinearClassifier
+from med3dvlm.reports.classifiers.radbert import ENCODER, RadBertClassifier
+from med3dvlm.reports.findings import FINDINGS, find_mentions, findings_table
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The two commands below `med3dvlm findings`."""
+    commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    train = commands.add_parser("train", help="learn a classifier from labelled reports")
+    train.add_argument("reports", metavar="REPORTS", type=Path, help="a CSV file of reports with their findings")
+    train.add_argument("out", metavar="OUT", type=Path, help="the folder of the classifier, which must not exist yet")
+    train.add_argument("--text-only", action="store_true", help="learn from the words alone, without what the rules read")
+    score = commands.add_parser("score", help="compare what is read in reports with their labels")
+    score.add_argument("reports", metavar="REPORTS", type=Path, help="a CSV file of reports with their findings")
+    score.add_argument(
+        "--classifier", metavar="PATH", type=Path, help="a folder from `train`, or RadBertClassifier.pth (default: the rules)"
+    )
+    score.add_argument("--encoder", metavar="MODEL", default=ENCODER, help="RadBERT's folder or hub id (default: %(default)s)")
+    score.add_argument("--out", metavar="FILE", type=Path, help="write the scores into this JSON file, too")
+    score.add_argument(
+        "--errors", metavar="FILE", type=Path, help="write each disagreement with its sentences into this JSON-lines file (rules)"
+    )
+    for command in (train, score):
+        command.add_argument("--labels", metavar="LABELS", type=Path, help="a CSV file with the findings, where REPORTS has none")
+        command.add_argument("--half", choices=HALVES, help="one half of the patients only, by a fixed hash of their names")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Carry out one command; returns what to print, in Markdown.
+
+    Raises:
+        OSError, ValueError: a file is missing or wrong; the message says which and what is needed.
+    """
+    reports = read_labelled_reports(arguments.reports, arguments.labels)
+    if arguments.half:
+        reports = reports.half(arguments.half)
+    return _train(arguments, reports) if arguments.action == "train" else _score(arguments, reports)
+
+
+def _train(arguments: argparse.Namespace, reports: LabelledReports) -> str:
+    rules = [] if arguments.text_only else [name for name in reports.names if name in FINDINGS]
+    with whole_folder(arguments.out) as folder:
+        classifier = LinearClassifier.train(reports.texts, reports.labels, reports.names, rules)
+        classifier.save(folder)
+    return (
+        f"{arguments.out}: {len(reports.names)} findings learned from {len(reports.texts)} reports of {len(set(reports.patients))} patients, "
+        f"{len(classifier.vocabulary)} terms, {len(rules)} readings of the rules. Score it on reports of other patients."
+    )
+
+
+def _score(arguments: argparse.Namespace, reports: LabelledReports) -> str:
+    if arguments.classifier and arguments.errors:
+        raise ValueError("--errors shows the sentences that the rules read; a classifier has none, so leave out one of the two")
+    names, stated, reader = _read(arguments, reports)
+    labels = reports.labels[:, [reports.names.index(name) for name in names]]
+    scores = finding_scores(labels, stated, names)
+    errors = [] if arguments.classifier else _errors(reports, names, labels, stated)
+    if arguments.errors:
+        write_lines(arguments.errors, errors)
+    kinds = dict(Counter(error["kind"] for error in errors).most_common())
+    if arguments.out:
+        result = {"reader": reader, "half": arguments.half, "reports": len(reports.texts), "patients": len(set(reports.patients))}
+        write_json(arguments.out, result | scores | {"error_kinds": kinds})
+    of_half = f", the {arguments.half} half" if arguments.half else ""
+    lines = [f"{len(reports.texts)} reports of {len(set(reports.patients))} patients{of_half}, read by {reader}.", "", *_table(scores)]
+    if kinds:
+        lines += ["", "| disagreements | number |", "|---|---:|", *(f"| {kind} | {number} |" for kind, number in kinds.items())]
+    return "\n".join(lines)
+
+
+def _read(arguments: argparse.Namespace, reports: LabelledReports) -> tuple[list[str], NDArray[np.int64], str]:
+    """The findings that have both a label and a reader, what was read (N, K), and by whom."""
+    if arguments.classifier is None:
+        names = _shared(reports.names, FINDINGS, "the rules")
+        return names, findings_table(reports.texts, names), "the rules"
+    classifier: LinearClassifier | RadBertClassifier
+    if arguments.classifier.is_dir():
+        classifier = LinearClassifier.load(arguments.classifier)
+    else:
+        classifier = RadBertClassifier(arguments.classifier, arguments.encoder)
+    names = _shared(reports.names, classifier.names, str(arguments.classifier))
+    return names, classifier.table(reports.texts)[:, [classifier.names.index(name) for name in names]], str(arguments.classifier)
+
+
+def _shared(labelled: Sequence[str], known: Sequence[str], reader: str) -> list[str]:
+    if left_out := [name for name in labelled if name not in known]:
+        logger.warning("Not scored, as %s does not know them: %s", reader, ", ".join(left_out))
+    names = [name for name in labelled if name in known]
+    if not names:
+        raise ValueError(f"None of the labels ({', '.join(labelled)}) is a finding that {reader} knows ({', '.join(known)})")
+    return names
+
+
+def _errors(reports: LabelledReports, names: Sequence[str], labels: NDArray[np.int64], stated: NDArray[np.int64]) -> list[dict[str, Any]]:
+    errors = []
+    for row, column in np.argwhere(labels != stated):
+        mentions = find_mentions(reports.texts[row], [names[column]])
+        errors.append(
+            {
+                "id": reports.ids[row],
+                "finding": names[column],
+                "label": int(labels[row, column]),
+                "kind": error_kind(int(labels[row, column]), mentions),
+                "mentions": [{"phrase": one.phrase, "taken back by": one.cue, "sentence": one.sentence} for one in mentions],
+            }
+        )
+    return errors
+
+
+def _table(scores: dict[str, Any]) -> list[str]:
+    def row(name: str, entry: dict[str, Any], *counts: object) -> str:
+        values = ["-" if entry[key] is None else f"{entry[key]:.3f}" for key in ("precision", "recall", "f1")]
+        return f"| {' | '.join([name, *values, *map(str, counts)])} |"
+
+    lines = ["| finding | precision | recall | F1 | labelled | read |", "|---|---:|---:|---:|---:|---:|"]
+    lines += [row(name.replace("_", " "), entry, entry["support"], entry["predicted"]) for name, entry in scores["per_class"].items()]
+    lines += [row(f"**{average}**", scores[average], "", "") for average in ("macro", "micro")]
+    return [*lines, "", f"CRG {'-' if scores['crg'] is None else format(scores['crg'], '.3f')}"]

@@ -1,0 +1,176 @@
+"""What a linear layer on a frozen image encoder learns of findings: CT-RATE's 18 (DCFormer paper, Table 2), or whichever the data have labels of.
+
+    python eval/linear_probe.py --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe
+    python eval/linear_probe.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe --score_only
+    python eval/linear_probe.py --model outputs/ct_clip/model --data other/prepared --output other/probe --probe outputs/ct_clip/eval/probe
+
+Takes the image encoder of a Med3DCLIP, a Med3DVLM, or alone. Its tokens' mean is computed once for each volume and kept in the cache, the layer
+is trained on those by binary cross-entropy (med3dvlm/evaluation/probe.py), and stopped early. Weight decay, the end of training and thresholds
+come from the same studies, never from those that are scored, see --threshold_split. With --balanced, present and absent weigh alike, as the
+papers' recall suggests; probabilities are then those of a world where every second study has the finding. The trained layer stays beside the
+scores, and --probe takes it to other data. Rows as in zero_shot.py, and besides
+
+    shuffled_labels   macro AUROC of probes trained in the same way on labels that were dealt out anew among the patients
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from med3dvlm import evaluation
+from med3dvlm.datasets.features import fingerprint
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.evaluation import detection, paper_tables
+from med3dvlm.evaluation.probe import DECAYS, FrozenEncoder, LinearProbe, fit
+from med3dvlm.files import read_lines, write_json, write_lines
+from med3dvlm.metrics.detection import macro_auroc, permuted
+from med3dvlm.records import Study
+
+
+def numbers(text: str) -> list[float]:
+    """ "0.1,0.01" -> [0.1, 0.01], for argparse."""
+    return [float(part) for part in text.split(",")]
+
+
+def training_studies(arguments: argparse.Namespace, data: PreparedData, others: Sequence[Study]) -> list[Study]:
+    """Those of the training split, without the patients that the thresholds come from.
+
+    Raises:
+        ValueError: there is no training split, none is left, it has patients of the scored split, or no labels.
+    """
+    split = arguments.train_split or evaluation.training_split(data, arguments.split)
+    if split is None:
+        raise ValueError(
+            f"{data.root} has no split to learn from besides {arguments.split!r}; it has {data.summary['splits']}; name one by --train_split"
+        )
+    known = {study.patient for study in data.studies(arguments.split)}
+    apart = {study.patient for study in others}
+    studies = [study for study in data.studies(split) if study.patient not in apart]
+    if common := sorted({study.patient for study in studies} & known):
+        raise ValueError(
+            f"{len(common)} patients of split {arguments.split!r} are in {split!r}, too, and a probe may not learn from what is scored; "
+            "name another --train_split, or deal the patients out anew"
+        )
+    if not studies:
+        raise ValueError(f"no study of split {split!r} is left to learn from; name another --threshold_split")
+    detection.require_labels(data, split, studies)
+    return studies
+
+
+def trained(
+    arguments: argparse.Namespace, parts: Sequence[Sequence[Study]], features: Sequence[Tensor]
+) -> tuple[LinearProbe, list[LinearProbe], dict[str, Any]]:
+    """The probe, those of the shuffled labels, and how it was found; `parts` are the studies to learn from and to choose by."""
+    names = detection.names_of(parts[0])
+    labels = [detection.label_table(part, names) for part in parts]
+    probe, found = fit(names, features, labels, arguments.decays, arguments.balanced)
+    controls = []
+    for seed in range(arguments.controls):
+        dealt = [table[permuted([study.patient for study in part], seed)] for table, part in zip(labels, parts, strict=True)]
+        controls.append(fit(names, features, dealt, [found["decay"]], arguments.balanced)[0])
+    return probe, controls, found
+
+
+def write_predictions(path: Path, studies: Sequence[Study], features: Tensor, probe: LinearProbe, controls: Sequence[LinearProbe]) -> None:
+    """A line a study; "control" has the log-odds of each probe of shuffled labels."""
+    probes = (probe, *controls)
+    lines = []
+    for study, *values in zip(studies, *(one.log_odds(features) for one in probes), strict=True):
+        own, *others = (detection.row(study.id, one.names, found) for one, found in zip(probes, values, strict=True))
+        lines.append(own | {"control": [other["log_odds"] for other in others]})
+    write_lines(path, lines)
+
+
+def shuffled_labels(rows: Sequence[dict[str, Any]], studies: Sequence[Study], names: Sequence[str]) -> dict[str, Any] | None:
+    """Macro AUROC of the probes that learned shuffled labels, against the true ones."""
+    if not rows[0]["control"]:
+        return None
+    labels = detection.label_table(studies, names)
+    tables = [detection.log_odds_table((row["control"][number] for row in rows), names) for number in range(len(rows[0]["control"]))]
+    areas = [macro_auroc(np.where(np.isnan(table), np.nan, labels), table) for table in tables]
+    return {"probes": len(areas), "macro_auroc": float(np.mean(areas)), "each": areas}
+
+
+def main() -> None:
+    parser = evaluation.evaluation_parser(__doc__)
+    parser.add_argument("--train_split", help="split to learn from (default: the first whose name begins with train)")
+    detection.add_threshold_arguments(parser)
+    parser.add_argument(
+        "--decays", type=numbers, default=list(DECAYS), help="weight decays to choose from, as 0.1,0.01 (default: %(default)s)"
+    )
+    evaluation.add_flag(parser, "balanced", True, "let present and absent weigh alike in training")
+    parser.add_argument("--controls", type=int, default=5, help="probes trained on shuffled labels (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, help="folder of the features, which several runs may share (default: OUTPUT/features)")
+    parser.add_argument("--probe", type=Path, help="output of a run whose probe is taken instead of training one")
+    parser.add_argument("--data_name", default="this data", help="what the data is called beside the papers (default: %(default)s)")
+    arguments = parser.parse_args()
+    started, output = time.perf_counter(), arguments.output
+    data, studies = evaluation.open_data(arguments)
+    detection.require_labels(data, arguments.split, studies)
+    names = detection.names_of(studies)
+    others, whence = detection.threshold_studies(data, arguments.split, studies, arguments.threshold_split)
+    parts = {output / "predictions_thresholds.jsonl": others, output / "predictions.jsonl": studies}
+    parts, blind = {path: part for path, part in parts.items() if part}, output / "predictions_blind.jsonl"
+
+    if not arguments.score_only:
+        if not (others or arguments.probe):
+            raise ValueError(
+                f"there are no labelled studies of other patients to stop the training by ({whence}); name a --threshold_split"
+            )
+        train = [] if arguments.probe else training_studies(arguments, data, others)
+        encoder = FrozenEncoder(arguments.model, data, arguments.device)
+        facts = detection.encoder_facts(encoder.encoder, encoder.name, data.processor.size)
+        settings = {"decays": arguments.decays, "balanced": arguments.balanced, "controls": arguments.controls, "train": len(train)}
+        if arguments.probe:
+            probe, found = LinearProbe.load(arguments.probe)
+            if found["encoder"] != fingerprint(encoder.encoder):
+                raise ValueError(f"{arguments.probe} holds a probe of another encoder than that of {arguments.model}; train one for it")
+            settings = {"probe": found}
+        learned = probe.names if arguments.probe else detection.names_of(train)
+        if not set(learned) & set(names):
+            raise ValueError(
+                f"the probe is to learn {', '.join(learned)}, and split {arguments.split!r} has labels of {', '.join(names)}; "
+                "give both splits labels of the same findings"
+            )
+        evaluation.begin(arguments, encoder.encoder, data, encoder=facts, thresholds=whence, **settings)
+        cache = arguments.cache or output / "features"
+        features = {path: encoder.features(part, cache, path.stem) for path, part in parts.items()}
+        pooled = [] if arguments.probe else [encoder.features(train, cache, "train"), features[output / "predictions_thresholds.jsonl"]]
+        if not evaluation.is_first():
+            return
+        controls: list[LinearProbe] = []
+        if not arguments.probe:
+            probe, controls, training = trained(arguments, (train, others), pooled)
+            probe.save(output, {"encoder": fingerprint(encoder.encoder), "stages": encoder.stages, "training": training})
+        air = encoder.pooled(evaluation.air(data)[None, None])
+        write_lines(blind, [detection.row("air", probe.names, probe.log_odds(air)[0])])
+        for path, part in parts.items():
+            write_predictions(path, part, features[path], probe, controls)
+        record = json.loads((output / "run.json").read_text(encoding="utf-8-sig"))
+        write_json(output / "run.json", record | {"seconds": round(record["seconds"] + time.perf_counter() - started, 1)})
+
+    rows = {path: evaluation.predictions(path, [{"id": study.id} for study in part]) for path, part in parts.items()}
+    log_odds = {path: detection.log_odds_table((line["log_odds"] for line in lines), names) for path, lines in rows.items()}
+    record = json.loads((output / "run.json").read_text(encoding="utf-8-sig"))["identity"]
+    control = shuffled_labels(rows[output / "predictions.jsonl"], studies, names)
+    tables = detection.report(
+        output,
+        "linear_probe",
+        studies,
+        names,
+        log_odds[output / "predictions.jsonl"],
+        (others, whence, log_odds.get(output / "predictions_thresholds.jsonl", np.empty((0, len(names))))),
+        arguments.threshold_rule,
+        detection.log_odds_table((line["log_odds"] for line in read_lines(blind)), names)[0] if blind.is_file() else None,
+        paper_tables.frequencies(),
+        {"encoder": record["encoder"], "shuffled_labels": control},
+        [f"Macro AUROC of {control['probes']} probes trained on labels dealt out anew: {control['macro_auroc']:.3f}."] if control else [],
+    )
+    print(tables)
+    print(paper_tables.write_beside(output, arguments.data_name))

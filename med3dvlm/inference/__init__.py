@@ -1,0 +1,1 @@
+"""Trained models at work on one scan: conversation, out-of-distribution detection, saliency."""

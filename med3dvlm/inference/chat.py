@@ -1,0 +1,315 @@
+"""Med3DChat: a trained model, loaded once, that answers questions about scans.
+
+    chat = Med3DChat.from_pretrained("outputs/demo/model")
+    chat.ask("scan.nii.gz", "Which organ has a lesion?").text
+    for piece in chat.stream("scan_dicom/", "Describe the findings."): ...
+
+Decoding is greedy unless `stream` is given a temperature: a scan and a question then always give the same words, alone or in a batch (below
+float32 precision, near-ties excepted).
+
+Shapes: B questions.
+"""
+
+import os
+import time
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Generator, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
+
+from med3dvlm.checkpoints import load_vlm, model_type
+from med3dvlm.formats import state_of
+from med3dvlm.inference.out_of_distribution import Familiarity, FamiliarityModel, Features, pool_features
+from med3dvlm.models.vlm import Med3DVLM
+from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message
+from med3dvlm.preprocessing import Scan
+from med3dvlm.prompts import REPORT_PROMPTS
+from med3dvlm.volume import Volume
+
+REPORT_TOKENS = 256
+REMEMBERED_SCANS = 4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    `tokens` counts the generated ones, the end of the turn included; `confidence` is the geometric mean of their probabilities, which says
+    how sure the model is of its words, not whether they are true; `seconds` is the time of generating (in a batch, this answer's share).
+    """
+
+    text: str
+    tokens: int
+    seconds: float
+    confidence: float
+
+
+class Med3DChat:
+    """A model and its processor, ready to answer. A scan is a path, a Volume, a prepared tensor, or what `encode` gave."""
+
+    def __init__(self, model: Med3DVLM, processor: Med3DVLMProcessor, familiarity_model: FamiliarityModel | None = None) -> None:
+        self.model, self.processor, self.familiarity_model = model.eval(), processor, familiarity_model
+        self.encoder = model.vision_encoder.for_inference(model.dtype)
+        self._encoded: OrderedDict[Hashable, Features] = OrderedDict()
+        self._remembering, self._encoding = Lock(), Lock()
+        self._ends = _end_tokens(processor, model)
+        # In place of whatever sampling settings the language model was published with.
+        model.language_model.generation_config = GenerationConfig(
+            do_sample=False, num_beams=1, eos_token_id=self._ends, pad_token_id=processor.pad_token_id
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Med3DChat":
+        """Load a directory that `stages/`, `merge` or `convert` wrote.
+
+        Args:
+            device: by default the GPU where there is one.
+            dtype: by default bfloat16 on a GPU that computes in it, else as stored.
+
+        Raises:
+            FileNotFoundError: the directory or its weights are missing.
+            ValueError: it holds a model of another kind, or damaged weights.
+        """
+        if (kind := model_type(path)) != "med3dvlm":
+            raise ValueError(f"{path} holds a {kind} model, which cannot answer; give one that stage 3 or `med3dvlm merge` wrote")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype is None and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = torch.bfloat16
+        try:
+            model, processor = load_vlm(path, dtype=dtype or "auto")
+            familiarity_model = FamiliarityModel.load(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} holds a damaged or incomplete *.safetensors file ({error}); copy it again") from error
+        model.to(device)  # type: ignore[arg-type]
+        return cls(model, processor, familiarity_model)
+
+    @torch.no_grad()
+    def encode(self, scan: Scan | Features) -> Features:
+        """The encoder's last two stages for one scan. The last few files and Volumes are remembered: further questions skip the encoder."""
+        if isinstance(scan, tuple):
+            return scan
+        key = _identity(scan)
+        if (features := self._remembered(key)) is not None:
+            return features  # without waiting for somebody else's scan
+        with self._encoding:  # one scan at a time has the memory of an encoder's pass, and nobody computes what another just did
+            if (features := self._remembered(key)) is not None:
+                return features
+            pixels = self.processor.image_processor(scan)["pixel_values"]  # (1, 1, D, H, W)
+            low, high = self.encoder(pixels.to(self.model.device, self.model.dtype))[-2:]
+            if key is not None:
+                with self._remembering:
+                    self._encoded[key] = low, high
+                    while len(self._encoded) > REMEMBERED_SCANS:
+                        self._encoded.popitem(last=False)
+        return low, high
+
+    def _remembered(self, key: Hashable) -> Features | None:
+        with self._remembering:
+            if key is None or key not in self._encoded:
+                return None
+            self._encoded.move_to_end(key)
+            return self._encoded[key]
+
+    def ask(self, scan: Scan | Features, question: str, history: Sequence[Message] | None = None, max_new_tokens: int = 128) -> Answer:
+        """The answer to a question after `history` ({"role": "user" | "assistant", "content"}), whose oldest turns go where space is short.
+
+        Raises:
+            ValueError: the question is empty or too long, or the scan unusable (VolumeError); one sentence.
+        """
+        row, room = self._prompt(question, history, max_new_tokens)
+        return self._generate([row], [self.encode(scan)], room)[0]
+
+    def stream(
+        self,
+        scan: Scan | Features,
+        question: str,
+        history: Sequence[Message] | None = None,
+        max_new_tokens: int = REPORT_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> Generator[str, None, Answer]:
+        """The same, in pieces as they come; joined, they are `ask`'s text. The generator returns the Answer; closing it stops the model.
+
+        Args:
+            temperature: 0 takes the likeliest token; above, tokens are drawn, and seldom ones the more often the higher it is.
+            top_p: drawn from the fewest tokens that together have this probability.
+        """
+        if not (temperature >= 0 and 0 < top_p <= 1):
+            raise ValueError(f"temperature {temperature:g} must be 0 or more and top_p {top_p:g} above 0 and at most 1.")
+        row, room = self._prompt(question, history, max_new_tokens)
+        features = self.encode(scan)
+        drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        stop, outcome = Event(), list[Answer | BaseException]()
+
+        def work() -> None:
+            try:
+                outcome.extend(self._generate([row], [features], room, streamer=streamer, stopping_criteria=[_Stopped(stop)], **drawing))
+            except BaseException as error:  # raised again below, in the caller's thread
+                outcome.append(error)
+            finally:
+                streamer.end()
+
+        thread = Thread(target=work, name="med3dvlm-stream", daemon=True)
+        thread.start()
+        try:
+            said, blanks = False, ""
+            for piece in streamer:
+                piece = blanks + piece if said else piece.lstrip()
+                words = piece.rstrip()
+                blanks = piece[len(words) :]  # held back: nothing may follow
+                if words:
+                    said = True
+                    yield words
+        finally:
+            stop.set()
+            thread.join()
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
+
+    def report(self, scan: Scan | Features, max_new_tokens: int = REPORT_TOKENS) -> Answer:
+        """The scan's report: the answer to the first of the prompts that training used for it."""
+        return self.ask(scan, REPORT_PROMPTS[0], max_new_tokens=max_new_tokens)
+
+    def stream_report(self, scan: Scan | Features, max_new_tokens: int = REPORT_TOKENS) -> Generator[str, None, Answer]:
+        """`report`, as `stream` gives it."""
+        return self.stream(scan, REPORT_PROMPTS[0], max_new_tokens=max_new_tokens)
+
+    def answers(
+        self, scans: Sequence[Scan | Features], questions: Sequence[str], max_new_tokens: int = 128, batch_size: int = 16
+    ) -> list[Answer]:
+        """One question about each scan, up to `batch_size` generated together: what `ask` would say, sooner."""
+        pairs = list(zip(scans, questions, strict=True))
+        given: dict[int, Answer] = {}
+        for start in range(0, len(pairs), batch_size):
+            by_room = defaultdict(list)  # a long question leaves its answer less room, not the others'
+            for place, (scan, question) in enumerate(pairs[start : start + batch_size], start):
+                row, room = self._prompt(question, None, max_new_tokens)
+                by_room[room].append((place, row, scan))
+            for room, group in by_room.items():
+                places, rows, part = zip(*group, strict=True)
+                given.update(zip(places, self._generate(rows, [self.encode(scan) for scan in part], room), strict=True))
+        return [given[place] for place in sorted(given)]
+
+    def familiarity(self, scan: Scan | Features) -> Familiarity | None:
+        """Whether the scan resembles the training data; None where the model directory has no familiarity file and so nobody can say.
+
+        What lies beyond the limit is unlike anything seen in training. What lies within may still be answered wrongly.
+        """
+        if self.familiarity_model is None:
+            return None
+        distance, limit = float(self.familiarity_model.distance(pool_features(self.encode(scan)))[0]), float(self.familiarity_model.limit)
+        message = (
+            f"This scan lies outside the data that the model was trained on (distance {distance:.3g}, limit {limit:.3g}): "
+            "its answer is not to be relied on."
+        )
+        return Familiarity(distance, limit, None if distance <= limit else message)
+
+    def _prompt(self, question: str, history: Sequence[Message] | None, max_new_tokens: int) -> tuple[list[int], int]:
+        """Token ids of the conversation up to the assistant's turn, and how many tokens may follow."""
+        if not question.strip():
+            raise ValueError("The question is empty; ask something about the scan.")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens} but an answer needs at least 1.")
+        messages = [*(history or []), {"role": "user", "content": question.strip()}]
+        context = getattr(self.model.config.text_config, "max_position_embeddings", None) or float("inf")
+        while True:
+            row = self.processor.encode(messages, generate=True)["input_ids"]
+            turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
+            if len(row) + max_new_tokens <= context or len(turns) < 2:
+                break
+            del messages[turns[0] : turns[1]]
+        if len(row) >= context:
+            raise ValueError(f"The image and the question are {len(row)} tokens but the model takes {context}; ask a shorter question.")
+        return row, int(min(max_new_tokens, context - len(row)))
+
+    @torch.no_grad()
+    def _generate(self, rows: Sequence[list[int]], features: Sequence[Features], max_new_tokens: int, **options: Any) -> list[Answer]:
+        started, device, recorder = time.perf_counter(), self.model.device, _Recorder()
+        batch = self.processor.pad([{"input_ids": row} for row in rows], left=True)
+        low, high = (torch.cat(level).to(device) for level in zip(*features, strict=True))  # (B, n, C)
+        generated = self.model.generate(
+            batch["input_ids"].to(device),
+            batch["attention_mask"].to(device),
+            image_features=(low, high),
+            max_new_tokens=max_new_tokens,
+            logits_processor=[recorder],
+            **options,
+        ).cpu()  # (B, T)
+        seconds = (time.perf_counter() - started) / len(rows)
+        given = []
+        for tokens, steps in zip(generated.tolist(), recorder.taken(generated[:, -1]), strict=True):
+            length = next((place + 1 for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+            text = self.processor.tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            given.append(Answer(text.strip(), length, seconds, float(steps[:length].mean().exp())))
+        return given
+
+
+class _Recorder(LogitsProcessor):
+    """Keeps the log probability of the token that each step took, (B,) each, rather than all logits of all steps.
+
+    Those are the model's own probabilities, before temperature and top-p change them.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Tensor] = []
+        self._last: Tensor | None = None  # (B, vocabulary): which token is taken is seen one step later
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._last is not None:
+            self._keep(input_ids[:, -1])
+        self._last = scores.float().log_softmax(dim=-1)
+        return scores
+
+    def _keep(self, tokens: Tensor) -> None:
+        assert self._last is not None
+        self._steps.append(self._last.gather(-1, tokens[:, None].to(self._last.device))[:, 0])
+
+    def taken(self, last: Tensor) -> Tensor:
+        """(B, T) log probabilities, when generating has ended with the tokens `last` (B,)."""
+        self._keep(last)
+        return torch.stack(self._steps, dim=1).cpu()
+
+
+class _Stopped(StoppingCriteria):
+    """Ends the generation when somebody sets the event."""
+
+    def __init__(self, stop: Event) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.stop.is_set(), device=input_ids.device)
+
+
+def _end_tokens(processor: Med3DVLMProcessor, model: Med3DVLM) -> list[int]:
+    """What ends an answer: the tokenizer's and the language model's end of text, and the token with which the chat template ends a turn."""
+    known = model.language_model.generation_config.eos_token_id
+    ends = {processor.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    labels = processor.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}], image=False)["labels"]
+    last = next(label for label in reversed(labels) if label != IGNORED)
+    added = processor.tokenizer.added_tokens_decoder
+    if last in added and added[last].special:  # else the template ends turns with plain words
+        ends.add(last)
+    return sorted(end for end in ends if end is not None)
+
+
+def _identity(scan: Any) -> Hashable:
+    """Equal for the same Volume object or the same unchanged file or folder; None for what is not remembered. Keeps no Volume alive."""
+    if isinstance(scan, Volume):
+        return weakref.ref(scan)
+    if not isinstance(scan, (str, os.PathLike)):
+        return None
+    path = Path(scan).resolve()
+    try:
+        return path, state_of(path)
+    except OSError:  # reading the scan will say it better
+        return None

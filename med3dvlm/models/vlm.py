@@ -1,0 +1,351 @@
+"""Med3DVLM: vision encoder -> projector -> any causal language model (Med3DVLM paper, section 3.2 and Figure 1).
+
+Image features replace the placeholder tokens by mask, and their number is checked; nothing here names a family of language models.
+
+Shapes: B conversations; L tokens; N image tokens; E width of the language model; V its vocabulary.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+from med3dvlm.encoders import Size, build_encoder, check_size
+from med3dvlm.models.clip import Med3DCLIP
+from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor
+from med3dvlm.preprocessing import VolumeProcessor
+from med3dvlm.projectors import Projector, build_projector
+
+IMAGE_SPLICES = ("mask", "published")
+
+
+class Med3DVLMConfig(PretrainedConfig):
+    """Settings of a Med3DVLM.
+
+    Args:
+        encoder: name of the vision encoder, as in Med3DCLIPConfig.
+        encoder_options: its options.
+        size: (D, H, W) of the volumes.
+        projector: name of the projector, see `build_projector`.
+        projector_depth: its depth.
+        text_config: configuration of the language model, any type that AutoModelForCausalLM knows.
+        image_token_id: the placeholder's id; it may lie beyond the language model's vocabulary, since it is never looked up.
+        image_splice: "mask", or "published" for weights converted from the released model, which was trained with the
+            image one position late: the first placeholder keeps its embedding and the first word is lost.
+    """
+
+    model_type = "med3dvlm"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}  # `dtype` and `attn_implementation` reach the language model
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        encoder: str = "dcformer_small",
+        encoder_options: dict[str, Any] | None = None,
+        size: Size = (128, 256, 256),
+        projector: str = "mixer",
+        projector_depth: int = 2,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        image_token_id: int = 0,
+        image_splice: str = "mask",
+        **kwargs: Any,
+    ) -> None:
+        if image_splice not in IMAGE_SPLICES:
+            raise ValueError(f"image_splice {image_splice!r} is unknown; known: {', '.join(IMAGE_SPLICES)}")
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.encoder = encoder
+        self.encoder_options = encoder_options or {}
+        self.size = check_size(size)
+        self.projector = projector
+        self.projector_depth = projector_depth
+        self.text_config = text_config
+        self.image_token_id = image_token_id
+        self.image_splice = image_splice
+        for name in ("attn_implementation", "experts_implementation"):  # else the base class takes away what a language model runs with
+            if (chosen := getattr(text_config, f"_{name}", None)) is not None:
+                kwargs.setdefault(name, chosen)
+        super().__init__(**kwargs)
+
+    @cached_property
+    def num_image_tokens(self) -> int:
+        """Placeholders that one volume takes: the tokens of the projector on the encoder's grids."""
+        with torch.device("meta"):
+            return self._build_projector(build_encoder(self.encoder, size=self.size, **self.encoder_options)).num_tokens
+
+    @property
+    def language_width(self) -> int:
+        """Width of the language model's embeddings."""
+        if self.text_config is None:
+            raise ValueError("text_config is missing: the configuration of a causal language model")
+        return int(self.text_config.hidden_size)
+
+    def _build_projector(self, encoder: Any) -> Projector:
+        low, high = encoder.grids(self.size)[-2:]
+        return build_projector(self.projector, (low, high), encoder.widths[-2:], self.language_width, self.projector_depth)
+
+    def to_dict(self) -> dict[str, Any]:
+        settings = super().to_dict()
+        settings.pop("num_image_tokens", None)  # derived
+        return settings
+
+
+@dataclass
+class Med3DVLMOutput(ModelOutput):
+    """`logits` (B, L, V), or (labelled positions, V) when labels are given: only those are computed."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Med3DVLM(PreTrainedModel, GenerationMixin):
+    """A language model that reads a 3D scan."""
+
+    config_class = Med3DVLMConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # the language model, whose attention it is, refuses what it has not
+
+    def __init__(
+        self, config: Med3DVLMConfig, vision_encoder: nn.Module | None = None, language_model: PreTrainedModel | None = None
+    ) -> None:
+        super().__init__(config)
+        self.vision_encoder: Any = (
+            vision_encoder if vision_encoder is not None else build_encoder(config.encoder, size=config.size, **config.encoder_options)
+        )
+        self.projector = config._build_projector(self.vision_encoder)
+        self.language_model: Any = language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
+        self._tied_weights_keys = {
+            f"language_model.{one}": f"language_model.{other}" for one, other in (self.language_model._tied_weights_keys or {}).items()
+        }
+        self.post_init()
+
+    @classmethod
+    def from_parts(cls, clip: Med3DCLIP, language_model: PreTrainedModel, image_token_id: int, **settings: Any) -> "Med3DVLM":
+        """The encoder of a stage-1 model, a new projector and a pretrained language model."""
+        shared = {key: getattr(clip.config, key) for key in ("encoder", "encoder_options", "size")}
+        config = Med3DVLMConfig(**shared, text_config=language_model.config, image_token_id=image_token_id, **settings)
+        return cls(config, clip.vision_encoder, language_model)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every part brings its own initialisation."""
+
+    def train(self, mode: bool = True) -> "Med3DVLM":
+        """A frozen encoder stays in evaluation mode: its batch norm must not follow the batches."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.vision_encoder.parameters()):
+            self.vision_encoder.eval()
+        return self
+
+    @property
+    def generation_config(self) -> Any:
+        """The language model's, which generates; saved and loaded with the whole model."""
+        return self.language_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, settings: Any) -> None:
+        if "language_model" in self._modules:  # else the base class is being initialised
+            self.language_model.generation_config = settings
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    @property
+    def unpackable(self) -> str | None:
+        """Why several conversations cannot share a row (see `Med3DVLMProcessor.branch`), as a clause; None where they can."""
+        config, decoder = self._language_config, self.language_model.get_decoder()
+        if self.config.image_splice == "published":
+            return "with image_splice 'published' the image takes the place of the first token of the first conversation alone"
+        if "flash" in (name := str(config._attn_implementation)):
+            return f"{name} takes no mask that keeps conversations apart (sdpa and eager do)"
+        kinds = self._attention_kinds
+        if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
+            return f"the language model ({config.model_type}) has layers of {', '.join(unknown)}, for which there is no mask that does so"
+        if getattr(decoder, "_is_stateful", False) or "position_ids" not in inspect.signature(decoder.forward).parameters:
+            return f"the language model ({config.model_type}) goes by the order of tokens, not by position_ids and a mask"
+        return None
+
+    @property
+    def _language_config(self) -> Any:
+        return self.language_model.config.get_text_config()
+
+    @property
+    def _attention_kinds(self) -> set[str]:
+        """The kinds of attention of the language model's layers, in the words of transformers."""
+        config = self._language_config
+        if kinds := getattr(config, "layer_types", None):
+            return set(kinds)
+        if getattr(config, "attention_chunk_size", None):
+            return {"chunked_attention"}
+        if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
+            return {"local_attention"}
+        if getattr(config, "alibi", False):  # Falcon, Bloom, MPT: their biases go by places in the row
+            return {"alibi"}
+        return {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
+
+    def _branch_masks(self, mask: Tensor, position_ids: Tensor | None, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """(B, 1, L, L) from `branch_mask` -> the numbers to add to the attention's scores (eager attention would add True as 1).
+
+        A window counts positions, not places in the row: every branch continues where the image ends. A dict by kind where layers differ.
+        """
+        if (reason := self.unpackable) is not None:
+            raise ValueError(f"several conversations cannot share a row: {reason}; give each a row of its own and a mask (B, L)")
+        if position_ids is None:
+            raise ValueError("a mask (B, 1, L, L) needs the position_ids that Med3DVLMProcessor.branch gives with it")
+        masks = {}
+        for kind in self._attention_kinds:
+            seen = mask
+            if kind == "sliding_attention":
+                distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]
+                seen = mask & (distance < self._language_config.sliding_window)
+            masks[kind] = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(..., E) -> (..., V), as the language model's own forward gives them: some families scale or cap what their head computes."""
+        config, logits = self._language_config, self.get_output_embeddings()(hidden)
+        if (factor := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
+            logits = logits * factor
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def encode_image(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1, D, H, W) -> the tokens of the last two stages, (B, n_low, C_low) and (B, n_high, C_high)."""
+        low, high = self.vision_encoder(pixel_values)[-2:]
+        return low, high
+
+    def embed(self, input_ids: Tensor, image_features: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Token embeddings with the image's in place of the placeholders: (B, L) -> (B, L, E).
+
+        Raises:
+            ValueError: placeholders and image features differ in number.
+        """
+        placeholders = input_ids == self.config.image_token_id
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+        if image_features is None:
+            if placeholders.any():
+                raise ValueError(f"the text has {int(placeholders.sum())} image tokens, but no volume was given")
+            return embeds
+        image = self.projector(*image_features).to(embeds.dtype)  # (B, N, E)
+        rows, per_row = placeholders.any(dim=1).sum(), placeholders.sum(dim=1)
+        if int(rows) != image.shape[0] or not bool(((per_row == image.shape[1]) | (per_row == 0)).all()):
+            raise ValueError(
+                f"image tokens and image features do not match: the text has {per_row.tolist()} placeholders in its rows, "
+                f"{image.shape[0]} volumes give {image.shape[1]} features each"
+            )
+        if self.config.image_splice == "published":
+            if placeholders[:, -1].any():
+                raise ValueError("image_splice 'published' needs text after the image, whose first token it replaces")
+            # The released model writes features to positions 1..N although the placeholders stand at 0..N-1.
+            embeds = self.get_input_embeddings()(input_ids)
+            placeholders = placeholders.roll(1, dims=1)
+        return embeds.masked_scatter(placeholders.unsqueeze(-1), image)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: tuple[Tensor, Tensor] | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        answer_lengths: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Med3DVLMOutput:
+        """Next-token logits, or the loss over the labelled tokens.
+
+        Args:
+            input_ids: (B, L).
+            labels: (B, L); -100 is left out.
+            attention_mask: (B, L), or (B, 1, L, L) from `branch_mask`, then with `position_ids` (B, L).
+            pixel_values: (B, 1, D, H, W), or instead
+            image_features: what `encode_image` gave for them.
+            answer_lengths: (B, L) from `processing.answer_lengths`: every conversation counts alike, its labelled tokens share its weight.
+                Without, every labelled token counts alike.
+            num_items_in_batch: `count_items` of the whole step, by which the loss is divided when gradients are accumulated.
+
+        Raises:
+            ValueError: image tokens and features do not match, or the mask is of several conversations a row and this model takes one.
+        """
+        if pixel_values is not None:
+            image_features = self.encode_image(pixel_values)
+        embeds = self.embed(input_ids, image_features)
+        mask: Any = attention_mask
+        if attention_mask is not None and attention_mask.ndim == 4:
+            mask = self._branch_masks(attention_mask, position_ids, embeds.dtype)
+        decoder = self.language_model.get_decoder()
+        hidden = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False).last_hidden_state
+        if labels is None:
+            return Med3DVLMOutput(logits=self._logits(hidden))
+        wanted = labels[:, 1:] != IGNORED  # position i predicts token i + 1
+        logits = self._logits(hidden[:, :-1][wanted])  # (labelled, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="none")
+        if answer_lengths is not None:
+            losses = losses / answer_lengths[:, 1:][wanted]
+        if num_items_in_batch is None:
+            num_items_in_batch = count_items({"labels": labels, "answer_lengths": answer_lengths}).clamp_min(1)
+        return Med3DVLMOutput(loss=losses.sum() / num_items_in_batch, logits=logits)
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The language model's `generate`, with its arguments, after the image; gives the new tokens alone. Pad batches on the left."""
+        if pixel_values is not None:
+            image_features = self.encode_image(pixel_values)
+        embeds = self.embed(input_ids, image_features)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+
+
+def count_items(batch: Mapping[str, Any]) -> Tensor:
+    """What the loss of a batch is a mean of, as a float32 scalar: labelled tokens that are predicted, or conversations.
+
+    Over the batches of a step, on all processes, the sum is `num_items_in_batch`.
+
+    Args:
+        batch: `labels` (B, L), and `answer_lengths` (B, L) where every conversation counts alike.
+    """
+    wanted = batch["labels"][:, 1:] != IGNORED
+    if batch.get("answer_lengths") is None:
+        return wanted.sum().float()
+    return (1 / batch["answer_lengths"][:, 1:][wanted].double()).sum().round().float()
+
+
+AutoConfig.register(Med3DVLMConfig.model_type, Med3DVLMConfig)
+AutoModel.register(Med3DVLMConfig, Med3DVLM)
+AutoModelForImageTextToText.register(Med3DVLMConfig, Med3DVLM)
+AutoImageProcessor.register(Med3DVLMConfig, slow_image_processor_class=VolumeProcessor)
+AutoProcessor.register(Med3DVLMConfig, Med3DVLMProcessor)

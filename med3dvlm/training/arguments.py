@@ -1,0 +1,297 @@
+"""The settings of a training: defaults, a YAML, the command line, and which of them make a training this one."""
+
+import argparse
+import json
+import logging
+import os
+import re
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import is_torch_bf16_gpu_available
+
+from med3dvlm.datasets.augmentation import Augmentation
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.training.limits import check_settings
+
+logger = logging.getLogger(__name__)
+
+# transformers' settings that shape what is learned. Of a stage's own all do, but for those in FREE.
+LEARNING = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy",
+)  # fmt: skip
+# Where to write, what to measure, and how to be quick; the split file is in the fingerprint of the data.
+FREE = {"merged", "cache_features", "exclude_failures", "validation_split", "split_file"}
+ZERO_STAGES = (1, 2, 3)
+
+
+class SettingError(ValueError):
+    """A setting that cannot be honoured, wherever that is found."""
+
+
+@dataclass
+class StageArguments(TrainingArguments):
+    """transformers' TrainingArguments and what every stage needs besides. Every field is a key of the YAML and a flag."""
+
+    remove_unused_columns: bool = field(default=False, metadata={"help": "the collators take what they need from a row"})
+    data: str = field(default="", metadata={"help": "prepared data, see `med3dvlm prepare`"})
+    exclude_failures: bool = field(default=False, metadata={"help": "train without the studies that could not be prepared"})
+    split_file: str = field(default="", metadata={"help": "JSON of the studies of each split, as `med3dvlm audit` writes it"})
+    validation_split: str = field(
+        default="validation", metadata={"help": "split whose loss is computed every --eval_steps steps, with --eval_strategy steps"}
+    )
+    cache_features: bool = field(
+        default=False, metadata={"help": "compute a frozen tower's output once a study and keep it in <data>/features"}
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(vars(self))
+        if self.bf16 and not self.use_cpu and not _gpu_has_bfloat16():
+            raise ValueError(
+                "bf16 is true but there is no GPU here that computes in bfloat16; pass --use_cpu true to train on the CPU, or --bf16 false"
+            )
+        if isinstance(self.deepspeed, str) and self.deepspeed:
+            _require_json(Path(self.deepspeed))
+        if self.output_dir == "" or Path(self.output_dir or ".").is_file():
+            raise ValueError(f"output_dir is {self.output_dir!r}, which is no folder; name one that is there or can be made")
+        if str(getattr(self.save_strategy, "value", self.save_strategy)) == "best" and self.metric_for_best_model is None:
+            raise ValueError(
+                "save_strategy is 'best', of which nothing says by what; pass --metric_for_best_model loss, and an --eval_strategy"
+            )
+        super().__post_init__()
+        self._check_reports()
+        self._check_schedule()
+        self._check_launcher()
+        self.logging_nan_inf_filter = False  # it would log a loss that is not a number as 0
+        if self.n_gpu > 1:
+            logger.warning(
+                "%d GPUs are visible, but one process trains on one: the first. To use all, start the stage with `deepspeed` or `torchrun`",
+                self.n_gpu,
+            )
+            self._n_gpu = 1
+        if self.deepspeed:
+            _check_engine(self.hf_deepspeed_config, str(self.deepspeed))
+            # Models are loaded whole: transformers would load parts of them as ZeRO-3 shards, in the engine's type, beside parts that are
+            # neither. The engine shares all of them out at once when training starts.
+            unset_hf_deepspeed_config()
+
+    def _check_reports(self) -> None:
+        """Raise ValueError where training is to be reported to a program that is not installed."""
+        for name in self.report_to or ():
+            if name not in (available := get_available_reporting_integrations()):
+                raise ValueError(
+                    f"report_to is {name!r}, which is unknown or not installed here; install it, or choose of: {', '.join(['none', *available])}"
+                )
+
+    def _check_schedule(self) -> None:
+        """Raise ValueError where the schedule does not take its settings."""
+        steps = max(self.max_steps, 1)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        try:
+            get_scheduler(
+                self.lr_scheduler_type,
+                optimizer,
+                self.get_warmup_steps(steps),
+                steps,
+                self.lr_scheduler_kwargs,  # type: ignore[arg-type]
+            )
+        except (TypeError, ValueError, AttributeError) as error:  # each schedule has words of its own
+            raise ValueError(
+                f"lr_scheduler_type {str(SchedulerType(self.lr_scheduler_type).value)!r} does not go with lr_scheduler_kwargs "
+                f"{self.lr_scheduler_kwargs!r}: {error}"
+            ) from None
+
+    def _check_launcher(self) -> None:
+        """Raise ValueError where `accelerate launch` brings an engine or a precision that the settings do not name."""
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or (self.deepspeed_plugin and not self.deepspeed):
+            raise ValueError("accelerate launch brings an engine of its own; leave it out there and pass --deepspeed ds_configs/zero2.json")
+        if self.mixed_precision != ("bf16" if self.bf16 else "no"):
+            raise ValueError(
+                f"accelerate launch brings --mixed_precision {self.mixed_precision}, but bf16 is {self.bf16}; leave it out there and pass --bf16"
+            )
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """The type of weights that do not train. Those that train are float32, or DeepSpeed keeps float32 copies of them."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def validates(self) -> bool:
+        """Whether the loss over the validation split is wanted (eval_strategy, eval_on_start)."""
+        return self.eval_on_start or str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
+
+    def open_data(self) -> PreparedData:
+        """The prepared data that these settings name."""
+        return PreparedData(self.data, self.exclude_failures, self.split_file or None)
+
+
+@dataclass
+class ImageArguments(StageArguments):
+    """What the stages that see volumes need besides."""
+
+    augmentation: dict | str | None = field(  # type: ignore[type-arg]
+        default=None, metadata={"help": "of training volumes: none, intensity, default, or settings as JSON (see datasets/augmentation.py)"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        chosen = Augmentation.read(self.augmentation)
+        self.augmentation = None if chosen is None else chosen.to_dict()  # every amount stands in the record of the run
+
+
+Arguments = TypeVar("Arguments", bound=StageArguments)
+
+
+def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
+    """Arguments of a stage: defaults, then the YAML named by --config, then the command line.
+
+    Ends the program with one sentence when a key is unknown or a value does not fit.
+    """
+    parser = HfArgumentParser(kind, usage="%(prog)s --config FILE [--name value ...]", allow_abbrev=False)  # type: ignore[arg-type]
+    parser.add_argument("--config", metavar="FILE", help="settings as YAML; what the command line says goes before it")
+    _ours_first(parser, kind)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config = parser.parse_known_args(argv)[0].config
+    known = {name.name for name in fields(kind) if name.init}
+    if config is not None:
+        path = Path(config)
+        if not path.is_file():
+            parser.error(f"{path} is missing; the recipes are in stages/configs")
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            parser.error(f"{path} is no YAML: {' '.join(str(error).split())}")
+        if not isinstance(settings, dict):
+            parser.error(f"{path} must hold lines of `name: value`, not a {type(settings).__name__}")
+        unknown = sorted(map(str, set(settings) - known))
+        if unknown:
+            parser.error(f"{path} has the unknown keys {', '.join(unknown)}; {_nearest(unknown[0], known)}")
+        for name, hint in get_type_hints(kind).items():
+            if name in settings and not _fits(settings[name], hint):
+                wanted = hint.__name__ if isinstance(hint, type) else re.sub(r"\w+\.", "", str(hint))
+                parser.error(f"{path}: {name} is {settings[name]!r} but must be {wanted}")
+        parser.set_defaults(**settings)
+        for action in parser._actions:  # a value from the file counts as given
+            if action.dest in settings:
+                action.required = False
+    namespace, rest = parser.parse_known_args(argv)
+    flags = [flag.split("=")[0].lstrip("-") for flag in rest if flag.startswith("--")]
+    if rest:
+        parser.error(f"unknown: {' '.join(rest)}; {_nearest(flags[0], known) if flags else 'every setting is --name value'}")
+    values = {key: value for key, value in vars(namespace).items() if key in known}
+    if not values["data"]:
+        parser.error("--data is missing; make it with `med3dvlm prepare`")
+    if values.get("deepspeed") and "RANK" not in os.environ:
+        _alone()
+    try:
+        return kind(**values)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _ours_first(parser: argparse.ArgumentParser, kind: type) -> None:
+    """Let --help list what is the stage's own before what is transformers', which is five times as long."""
+    theirs = {one.name for one in fields(TrainingArguments)} - {"output_dir", "help"}
+    own = parser.add_argument_group("settings of this stage")
+    all_options = parser._optionals
+    all_options.title = "settings of transformers' Trainer"
+    own._group_actions = [action for action in all_options._group_actions if action.dest not in theirs]
+    own._group_actions.sort(key=lambda action: action.dest not in ("help", "config"))
+    all_options._group_actions = [action for action in all_options._group_actions if action.dest in theirs]
+    parser._action_groups.sort(key=lambda group: group is not own)
+
+
+def _gpu_has_bfloat16() -> bool:
+    """Whether there is a GPU, or another accelerator, that computes in bfloat16 itself."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(is_torch_bf16_gpu_available())
+
+
+def _require_json(path: Path) -> None:
+    """Raise ValueError where DeepSpeed's configuration is not there or no JSON object."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path}, DeepSpeed's configuration, is missing; the path starts from where the stage is started, as in ds_configs/zero2.json"
+        )
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}, DeepSpeed's configuration, is no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}, DeepSpeed's configuration, must hold settings by name, as ds_configs/zero2.json does")
+
+
+def _check_engine(config: Any, path: str) -> None:
+    """Raise ValueError where DeepSpeed's configuration contradicts the settings or names a ZeRO stage that does not exist."""
+    if config.mismatches:
+        contradictions = ", ".join(line.removeprefix("- ds ").replace(" vs hf ", " but ") for line in config.mismatches)
+        raise ValueError(f'{path} contradicts the settings: {contradictions}; write "auto" there or change the setting')
+    for part, reason in (
+        ("optimizer", "it would let biases, norms and the temperature decay; the settings optim and weight_decay choose it"),
+        ("scheduler", "the settings lr_scheduler_type and warmup_steps choose it"),
+        ("data_types", "gradients are added up in the type of the weights"),
+        ("torch_autocast", "it would keep frozen weights in float32; the setting bf16 chooses the precision"),
+    ):
+        if part in config.config:
+            raise ValueError(f"{path} has a part {part!r}: {reason}; leave it out")
+    stage = config.get_value("zero_optimization.stage")
+    if stage not in ZERO_STAGES:
+        raise ValueError(
+            f"{path}: zero_optimization.stage is {stage!r} but must be one of {', '.join(map(str, ZERO_STAGES))}; where nothing is to be shared "
+            "out, leave --deepspeed out and start the stage with `torchrun`"
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        if config.get_value(f"zero_optimization.{part}.device") == "nvme":
+            raise ValueError(f"{path}: zero_optimization.{part}.device is 'nvme' but must be 'cpu': checkpoints are made in memory")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value is of a field's type. Texts pass: the parser converts them like a flag's, or says what is wrong."""
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if kind is Literal:
+        return value in get_args(hint)
+    if isinstance(value, bool):
+        return kind is bool
+    return kind is float if isinstance(value, int) and kind is not int else isinstance(value, (str, kind))
+
+
+def _alone() -> None:
+    """Say that this is the only process: without a launcher's word DeepSpeed would ask MPI."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else "see --help for the known ones"
+
+
+def identity_of(arguments: StageArguments, data_fingerprint: str, started_from: dict[str, str]) -> dict[str, Any]:
+    """What makes a training this one, as JSON holds it: settings that shape what is learned, with fingerprints in the place of paths.
+
+    The length of the training is no part of it, so that a finished one can be asked for more.
+    """
+    settings = arguments.to_dict()
+    ours = {field.name for field in fields(arguments) if field.init} - {field.name for field in fields(TrainingArguments)} - FREE
+    batch_size = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    identity = {name: settings[name] for name in (*LEARNING, *sorted(ours)) if name in settings}
+    identity |= {"batch_size": batch_size, "data": data_fingerprint, **started_from}
+    return dict(json.loads(json.dumps(identity)))

@@ -1,0 +1,176 @@
+"""What stages 2 and 3 share: a Med3DVLM learns from conversations about volumes."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from med3dvlm.datasets.augmentation import Augmentation
+from med3dvlm.datasets.features import fingerprint, frozen_features
+from med3dvlm.datasets.store import PreparedData, same_preprocessing
+from med3dvlm.datasets.torch import LOSS_WEIGHTINGS, ROWS, ConversationCollator, ConversationDataset, load_volumes
+from med3dvlm.models.vlm import Med3DVLM, count_items
+from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor
+from med3dvlm.records import Study
+from med3dvlm.training.arguments import ImageArguments
+from med3dvlm.training.trainer import StageTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ConversationArguments(ImageArguments):
+    rows: str = field(
+        default="study",
+        metadata={
+            "help": "what a row is: study (a volume with all conversations about it, so that it is encoded and read once for all) or "
+            "conversation (a volume with one of them, as the papers count their batches and epochs)"
+        },
+    )
+    loss_weighting: str = field(
+        default="token",
+        metadata={
+            "help": "what counts alike in the loss: token (a report of 200 tokens has 40 times the weight of an answer of 5) or conversation "
+            "(the tokens of a report, or of an answer, share the weight of one)"
+        },
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "tokens of a conversation, image tokens included; what is longer is cut and counted"}
+    )
+    max_row_length: int = field(
+        default=4096, metadata={"help": "tokens of a row of several conversations; a study with more takes several rows"}
+    )
+    reports: float = field(
+        default=1.0,
+        metadata={
+            "help": "share of rows with the report as an answer (all, where a study has no question); of studies, where a row is one "
+            "conversation"
+        },
+    )
+    closed: float = field(
+        default=0.5,
+        metadata={
+            "help": "share of rows with a question whose choices are spelled out; of questions with choices, where a row is one conversation"
+        },
+    )
+    follow_ups: float = field(
+        default=0.25, metadata={"help": "share of rows with two questions in one conversation; 0 where a row is one conversation"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("rows", ROWS), ("loss_weighting", LOSS_WEIGHTINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r} but must be {' or '.join(known)}")
+        if self.rows == "conversation" and self.follow_ups:
+            raise ValueError(f"follow_ups is {self.follow_ups} but must be 0 where a row is one conversation; pass --follow_ups 0")
+        if self.max_row_length < self.max_length:
+            raise ValueError(f"max_row_length is {self.max_row_length} but must be at least max_length, {self.max_length}; raise it")
+
+
+class ConversationTrainer(StageTrainer):
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """What the step's loss is divided by, over all processes and parts of an accumulated batch; None at the end of an epoch."""
+        if not batch_samples:
+            return None
+        items = torch.stack([count_items(batch) for batch in batch_samples]).sum().to(device)
+        return self.accelerator.reduce(items)
+
+    def validation_loss(self) -> float:
+        """The loss over all labelled tokens, or all conversations, of the validation rows."""
+        total = torch.zeros(2, device=self.args.device)  # of the loss and of what it is divided by
+        for batch, numbers in self.validation_batches():
+            batch["labels"][torch.tensor(numbers) < 0] = IGNORED
+            loss = self.model(**batch, num_items_in_batch=1).loss
+            total += torch.stack([loss, count_items(batch).to(loss.device)])
+        loss, items = self.accelerator.reduce(total)
+        return float(loss / items)
+
+
+def limit_lengths(rows: ConversationDataset, split: str, processor: Med3DVLMProcessor, arguments: Any) -> None:
+    """Keep rows to `max_row_length`, and say how much of the split `max_length` cuts.
+
+    Raises:
+        ValueError: a question leaves no room for its answer, or the chat template does not show where the assistant's words stand.
+    """
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    processor.encode(turn, image=False)
+    if arguments.follow_ups:
+        try:
+            processor.encode(turn + turn, image=False)
+        except ValueError as error:
+            raise ValueError(f"{error}; or pass --follow_ups 0, so that no conversation has two questions") from None
+    rows.limit_rows(processor, arguments.max_length, arguments.max_row_length)
+    for kind, (cut, count, needed) in rows.count_cut(processor, arguments.max_length).items():
+        if cut and arguments.process_index == 0:
+            logger.warning(
+                "%d of the %d %s in split %s do not fit into max_length %d: their last words are left out, and with them the token that ends an "
+                "answer, so that the model does not learn to stop there; --max_length %d leaves all of them whole",
+                cut, count, kind, split, arguments.max_length, needed,
+            )  # fmt: skip
+
+
+def conversations(
+    arguments: ConversationArguments, data: PreparedData, model: Med3DVLM, processor: Med3DVLMProcessor, yes_no: bool
+) -> dict[str, Any]:
+    """What a ConversationTrainer of stages 2 and 3 takes: `train_dataset`, `eval_dataset` (None unless it validates) and `data_collator`.
+
+    With `cache_features` the frozen encoder runs once over each split.
+
+    Raises:
+        ValueError: the data was prepared in another way than the model takes it, the encoder that is to run once is to be trained, or
+            the model cannot take several conversations in a row.
+    """
+    same_preprocessing(processor.image_processor, data)
+    if arguments.cache_features and any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
+        raise ValueError("with cache_features the vision encoder runs once and would not be trained; pass --cache_features false")
+    if arguments.rows == "study" and (reason := model.unpackable) is not None:
+        raise ValueError(
+            f"rows is 'study', but several conversations cannot share a row: {reason}; pass --rows conversation --follow_ups 0"
+        )
+    augmentation = Augmentation.read(arguments.augmentation)
+    if arguments.cache_features and augmentation is not None:
+        raise ValueError("with cache_features every volume is seen once, unchanged; pass --cache_features false or --augmentation none")
+
+    def dataset(split: str, augmentation: Augmentation | None) -> ConversationDataset:
+        rows = ConversationDataset(
+            data, split, yes_no, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups,
+            seed=arguments.seed, augmentation=augmentation, rows=arguments.rows,
+        )  # fmt: skip
+        limit_lengths(rows, split, processor, arguments)
+        if arguments.cache_features:
+            rows.features = _cached_features(arguments, data, model, split)
+        return rows
+
+    return {
+        "train_dataset": dataset("train", augmentation),
+        "eval_dataset": dataset(arguments.validation_split, None) if arguments.validates else None,
+        "data_collator": ConversationCollator(processor, arguments.max_length, arguments.loss_weighting),
+    }
+
+
+def _cached_features(
+    arguments: ConversationArguments, data: PreparedData, model: Med3DVLM, split: str
+) -> Callable[[Study], tuple[Tensor, Tensor]]:
+    """What gives the image features of a study of the split; they are computed by one process, once, and kept beside the data."""
+    studies = data.studies(split)
+    places = {study.id: index for index, study in enumerate(studies)}
+
+    def compute(rows: range) -> tuple[Tensor, Tensor]:
+        return model.encode_image(load_volumes(data, [studies[row] for row in rows], arguments.device))
+
+    with arguments.main_process_first(local=False):
+        model.eval().to(arguments.device)
+        name = fingerprint(model.vision_encoder, str(data.summary["fingerprint"])) + ("" if split == "train" else f"-{split}")
+        path = Path(arguments.data) / "features" / f"image-{name}.safetensors"
+        low, high = frozen_features(path, len(studies), compute, description=f"image features, {split}")
+    return partial(_features_of, places, low, high)  # workers may have to be sent it: no lambda
+
+
+def _features_of(places: Mapping[str, int], low: Tensor, high: Tensor, study: Study) -> tuple[Tensor, Tensor]:
+    return low[places[study.id]], high[places[study.id]]

@@ -1,0 +1,56 @@
+"""Stage 2: the projector learns to put the image into the language model's words; everything else is frozen (paper, section 3.2.2).
+
+    deepspeed stages/stage2_projector.py --config stages/configs/demo/stage2_projector.yaml
+    python stages/stage2_projector.py --config stages/configs/smoke/stage2_projector.yaml --projector low_high_mlp
+
+Writes a Med3DVLM with its processor. Started again, it continues from the last whole checkpoint.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from med3dvlm import Med3DVLM, Med3DVLMProcessor
+from med3dvlm.checkpoints import load_clip, load_language_model
+from med3dvlm.datasets.features import fingerprint
+from med3dvlm.datasets.torch import load_volumes
+from med3dvlm.training.arguments import SettingError, parse_arguments
+from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations
+from med3dvlm.training.run import finish, run_training, save_final, train_only
+
+
+@dataclass
+class Stage2Arguments(ConversationArguments):
+    clip: str = field(default="", metadata={"help": "output of stage 1"})
+    language_model: str = field(default="Qwen/Qwen2.5-7B-Instruct", metadata={"help": "directory, hub id, or package:NAME"})
+    projector: str = field(default="mixer", metadata={"help": "mlp, low_high_mlp, mixer or spatial_pooling"})
+    standardise: bool = field(default=False, metadata={"help": "start the projector from standardised features: sooner in short runs"})
+    projector_depth: int = field(default=2, metadata={"help": "layers of the mixer"})
+
+
+def main() -> None:
+    arguments = parse_arguments(Stage2Arguments)
+    if not arguments.clip:
+        raise SettingError("--clip is missing; name the output of stage 1")
+    data = arguments.open_data()
+
+    torch.manual_seed(arguments.seed)
+    clip, _, volumes = load_clip(arguments.clip, dtype=arguments.weights_dtype)
+    language_model, tokenizer = load_language_model(arguments.language_model, arguments.weights_dtype)
+    started_from = {"clip": fingerprint(clip), "language_model": fingerprint(language_model)}
+    processor = Med3DVLMProcessor(volumes, tokenizer)
+    model = Med3DVLM.from_parts(
+        clip, language_model, processor.image_token_id, projector=arguments.projector, projector_depth=arguments.projector_depth
+    )
+    processor.num_image_tokens = model.config.num_image_tokens
+    train_only(model, lambda name: name.startswith("projector."))
+
+    parts = conversations(arguments, data, model, processor, yes_no=False)
+    if arguments.standardise:
+        with torch.no_grad():
+            low, high = model.eval().cpu().encode_image(load_volumes(data, data.studies("train")[:64]))
+            model.projector.standardise(low.float(), high.float())
+    trainer = ConversationTrainer(model, arguments, **parts, processing_class=processor)
+    run_training(trainer, arguments, str(data.summary["fingerprint"]), **started_from)
+    save_final(trainer)
+    finish()

@@ -1,0 +1,119 @@
+"""Stage 3: LoRA on every linear layer of the language model, and the projector (paper, section 3.2.3); then the merge.
+
+    deepspeed stages/stage3_lora.py --config stages/configs/demo/stage3_lora.yaml
+    python stages/stage3_lora.py --config stages/configs/smoke/stage3_lora.yaml --lora_rank 8
+
+Writes a PEFT adapter to the output folder and the merged Med3DVLM, ready to use, to `merged`.
+"""
+
+import gc
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from med3dvlm import Med3DVLM
+from med3dvlm.checkpoints import load_adapted, load_vlm, merge_lora, require_own
+from med3dvlm.datasets.features import fingerprint
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.torch import load_volumes
+from med3dvlm.inference.out_of_distribution import fit_familiarity, pool_features
+from med3dvlm.training.arguments import SettingError, parse_arguments
+from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations
+from med3dvlm.training.run import finish, lora_targets, release, run_training, save_final
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stage3Arguments(ConversationArguments):
+    model: str = field(default="", metadata={"help": "output of stage 2"})
+    merged: str = field(default="", metadata={"help": "folder of the merged model"})
+    lora_rank: int = field(default=16, metadata={"help": "rank"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale times rank"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the low-rank update"})
+    also_train: list[str] = field(
+        default_factory=list,
+        metadata={"help": "whole modules to train too; the released script in fact trains vision_encoder, embed_tokens, lm_head"},
+    )
+
+
+def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
+    """The model with LoRA modules and a copy of the projector to train; everything else is frozen.
+
+    Raises:
+        SettingError: `also_train` names what is no module, or what LoRA trains already.
+    """
+    targets = re.compile(lora_targets(base))
+    modules = [name for name, _ in base.named_modules()]
+    for wanted in arguments.also_train:
+        found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        if not found:
+            raise SettingError(
+                f"also_train names {wanted!r}, which is no module of the model; vision_encoder, embed_tokens and lm_head are, for example"
+            )
+        if any(targets.fullmatch(name) and name.startswith(tuple(found)) for name in modules):
+            raise SettingError(f"also_train names {wanted!r}, but its layers get LoRA; leave it out")
+        whole = {"projector", *arguments.also_train}
+        if any(not whole.isdisjoint(name.split(".")[:-1]) for name in found):
+            raise SettingError(f"also_train names {wanted!r}, which lies in a module that trains as a whole; leave it out")
+    lora = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=targets.pattern,
+        modules_to_save=["projector", *arguments.also_train],
+    )
+    return get_peft_model(base, lora)
+
+
+def main() -> None:
+    arguments = parse_arguments(Stage3Arguments)
+    if not arguments.model:
+        raise SettingError("--model is missing; name the output of stage 2")
+    if arguments.merged:
+        require_own(arguments.merged, str(arguments.output_dir))
+    data = arguments.open_data()
+
+    torch.manual_seed(arguments.seed)
+    base, processor = load_vlm(Path(arguments.model).resolve(), dtype=arguments.weights_dtype)
+    started_from = fingerprint(base)
+    model = add_lora(base, arguments)
+    parts = conversations(arguments, data, base, processor, yes_no=True)
+    trainer = ConversationTrainer(model, arguments, **parts, processing_class=processor)
+    run_training(trainer, arguments, str(data.summary["fingerprint"]), model=started_from)
+    save_final(trainer)
+    first = trainer.is_world_process_zero()
+    release(trainer)
+    finish()  # the other processes are done: none waits for the merge
+    if not first:
+        return
+    del trainer, model, base, parts
+    gc.collect()
+    adapted, _ = load_adapted(str(arguments.output_dir))
+    trained = adapted.get_base_model()
+    trained.vision_encoder.to(arguments.device)
+    remember_training_data(trained, data, str(arguments.output_dir))
+    del adapted, trained  # the merge loads the base anew
+    if arguments.merged:
+        merge_lora(arguments.output_dir, arguments.merged)
+
+
+def remember_training_data(model: Med3DVLM, data: PreparedData, folder: str) -> None:
+    """Save in the folder where up to 500 scans each of the training and validation splits lie, so that it can tell of a scan unlike them."""
+    splits = data.summary["splits"]
+    if not isinstance(splits, dict) or splits.get("train", 0) < 20 or not splits.get("validation"):
+        logger.warning("fewer than 20 training scans or no validation scan: the model will not tell of scans unlike its training data")
+        return
+    pooled = {}
+    like = next(model.vision_encoder.parameters())
+    for split in ("train", "validation"):
+        studies = data.studies(split)
+        batches = torch.linspace(0, len(studies) - 1, min(len(studies), 500)).round().int().split(4)
+        with torch.no_grad():
+            volumes = (load_volumes(data, [studies[index] for index in batch], like.device) for batch in batches)
+            pooled[split] = torch.cat([pool_features(model.encode_image(batch.to(like))) for batch in volumes])
+    fit_familiarity(pooled["train"], pooled["validation"]).save(folder)

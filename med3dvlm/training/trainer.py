@@ -1,0 +1,293 @@
+"""A Trainer that survives being killed, and continues under another engine or number of processes.
+
+Its checkpoints hold what was learned (training_state.py), the schedule, and each process's random numbers. The order of rows follows from the seed.
+"""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Sampler, Subset
+from transformers import Trainer, TrainerState, set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from med3dvlm.files import MODEL_CONFIGS, share, write_json
+from med3dvlm.training.arguments import StageArguments
+from med3dvlm.training.state import TrainingState, write_state
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "complete"  # the file that says a checkpoint was written to its end
+IDENTITY = "identity.json"  # what a training was begun with: only its own checkpoints are continued
+
+
+class DivergedError(ValueError):
+    """The loss or the weights of a training are no longer numbers."""
+
+
+class StageTrainer(Trainer):
+    """A Trainer whose checkpoints count only when they are whole, and which continues from the last whole one.
+
+    - Volumes reach the device as they are stored; there they become the model's float32 and, where rows have keys, are augmented.
+    - Weights that train are float32, whatever the others are. DeepSpeed casts them and keeps float32 copies that it updates.
+    - Tensors of fewer than two dimensions (biases, gains of norms, layer scales, the temperature) do not decay, as in open_clip. The released
+      script leaves the choice to transformers, which goes by names and lets gains inside nn.Sequential, layer scales and the temperature decay.
+    - A loss or a weight that is not a finite number ends the training before it is saved, so that the last good checkpoint stays.
+    """
+
+    model: Any
+    args: StageArguments
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(self, model: nn.Module, args: StageArguments, **options: Any) -> None:
+        if not args.deepspeed:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        else:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)  # which the arguments took back while models were being loaded
+        super().__init__(model=model, args=args, **options)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that decay: those of at least two dimensions."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+        loss = super().training_step(*arguments, **options)
+        total = self.accelerator.reduce(loss.detach())  # so that all processes stop, not only those whose part is spoilt
+        if not torch.isfinite(total):
+            self._stop(f"the loss is {total.item()} at step {self.state.global_step + 1}")
+        return loss
+
+    def require_finite(self) -> None:
+        """Raise DivergedError, on all processes, where a weight that trains is not a finite number."""
+        shards = [_own_part(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
+        spoilt = torch.stack([~torch.isfinite(shard).all() for shard in shards]).any()
+        if self.accelerator.reduce(spoilt.to(self.args.device, torch.float32)) > 0:
+            self._stop(f"weights are no longer finite numbers after step {self.state.global_step}")
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Compute, log and return the loss over the validation split, which does not depend on how its rows are batched and shared out."""
+        training = self.model.training
+        self.model.eval()
+        if torch.distributed.is_initialized():
+            for buffer in self.model.buffers():  # the running statistics that are saved are those of the first process
+                torch.distributed.broadcast(buffer, 0)
+        with torch.no_grad():
+            metrics = {f"{metric_key_prefix}_loss": self.validation_loss()}
+        self.model.train(training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def validation_loss(self) -> float:
+        """The loss over all rows of `eval_dataset`."""
+        raise NotImplementedError
+
+    def validation_batches(self) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """This process's share of the validation rows as batches on its device, each with the numbers of its rows.
+
+        All processes get equally many batches, since under ZeRO-3 they compute together; a row that only fills up has the number -1.
+        """
+        rows: Any = self.eval_dataset
+        rank, processes = self.args.process_index, self.args.world_size
+        numbers = [number if number < len(rows) else -1 for number in range(rank, -(-len(rows) // processes) * processes, processes)]
+        size = self.args.per_device_eval_batch_size
+        loader = DataLoader(
+            Subset(rows, [max(number, 0) for number in numbers]), size, collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )  # fmt: skip
+        for start, batch in zip(range(0, len(numbers), size), loader, strict=True):
+            yield self._prepare_inputs(batch), numbers[start : start + size]
+
+    def _stop(self, what: str) -> None:
+        checkpoint = get_last_checkpoint(str(self.args.output_dir))
+        kept = f"; the last good checkpoint is {checkpoint}" if checkpoint else ""
+        raise DivergedError(
+            f"the training diverged: {what}{kept}. Try a smaller learning_rate (now {self.args.learning_rate:g}), a longer warm-up or a "
+            "smaller max_grad_norm, into another --output_dir"
+        )
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        batch: dict[str, Any] = super()._prepare_inputs(inputs)
+        keys = batch.pop("augmentation_keys", None)
+        if "pixel_values" in batch:
+            dataset: Any = self.train_dataset
+            grid = dataset.data.processor.grid
+            volumes = grid.dequantize(batch["pixel_values"])
+            if keys is not None:
+                volumes = dataset.augmentation(volumes, keys, grid.values)
+            batch["pixel_values"] = self._prepare_input(volumes)  # in the type of numbers that DeepSpeed computes with
+        return batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        parts = self.args.world_size * self.args.gradient_accumulation_steps
+        batch = parts * self.args.train_batch_size
+        if len(rows) < batch:
+            logger.warning("a batch takes %d rows and there are %d: it has %s", batch, len(rows), "some twice" if parts > 1 else "those")
+            batch = len(rows) if parts == 1 else batch
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        shuffled = self.args.train_sampling_strategy == "random"
+        return WholeBatches(len(rows), batch, seed if shuffled else None, self.args.dataloader_drop_last)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not _internal_call:  # in a checkpoint lies what has been learned, not a model
+            super().save_model(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        write_state(Path(output_dir), self.model, self._stepping_optimizer, self.args.should_save)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        TrainingState(resume_from_checkpoint).set_weights(self.model)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)  # before an engine makes its copies
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            TrainingState(resume_from_checkpoint).set_optimizer(self.model, self._stepping_optimizer)
+            self._continue_schedule(Path(resume_from_checkpoint), max_steps)
+        return prepared
+
+    def _continue_schedule(self, checkpoint: Path, max_steps: int) -> None:
+        """Go on with the learning rate, and say where it is another than before, since the training takes more or fewer steps now."""
+        schedule = self.lr_scheduler
+        schedule.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
+        before = rates = schedule.get_last_lr()
+        if isinstance(schedule, LambdaLR) and schedule.last_epoch < max_steps:  # as long as the training is now
+            rates = [rate * shape(schedule.last_epoch) for rate, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule._last_lr = rates  # which is what is logged
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if not math.isclose(before[0], rates[0], rel_tol=1e-6, abs_tol=1e-12):
+            planned = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).max_steps
+            logger.warning(
+                "the training was begun for %d steps and now takes %d: at step %d the learning rate goes from %g to %g, as the schedule of "
+                "%d steps has it there; a training of that length from the start would have had other rates until here",
+                planned, max_steps, schedule.last_epoch, before[0], rates[0], max_steps,
+            )  # fmt: skip
+
+    @property
+    def _stepping_optimizer(self) -> Any:
+        """torch's optimiser, or the engine's around it."""
+        engine: Any = self.model_wrapped
+        return engine.optimizer if self.args.deepspeed else self.optimizer.optimizer
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if (Path(str(checkpoint)) / name).is_file():
+            super()._load_rng_state(checkpoint)
+        else:  # it was written by another number of processes
+            set_seed(self.args.seed + self.state.global_step)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.require_finite()
+        super()._save_checkpoint(model, trial)
+        if self.args.parallel_mode.value == "distributed":
+            torch.distributed.barrier()
+        if self.args.should_save:
+            checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            share(checkpoint)
+            (checkpoint / COMPLETE).touch()
+
+    def _require_same(self, root: Path, identity: dict[str, Any]) -> None:
+        path = root / IDENTITY
+        if not path.is_file():
+            raise ValueError(
+                f"{root} holds a model or checkpoints but no {IDENTITY} that says of what training; move them or choose another --output_dir"
+            )
+        before = json.loads(path.read_text(encoding="utf-8-sig"))
+        different = [name for name, value in identity.items() if before.get(name, value) != value]
+        if not different:
+            return
+        values = (" and ".join(str(settings[name]) for name in different) for settings in (before, identity))
+        notes = ""
+        if "batch_size" in different:
+            each, processes, parts = self.args.train_batch_size, self.args.world_size, self.args.gradient_accumulation_steps
+            notes = f"; batch_size is per_device_train_batch_size {each} x {processes} processes x gradient_accumulation_steps {parts}"
+            if before["batch_size"] % (processes * parts) == 0:
+                notes += f", and --per_device_train_batch_size {before['batch_size'] // (processes * parts)} makes it what it was"
+        if "batch_norm_volumes" in different:
+            notes += "; batch norm sees the volumes of one process (per_device_train_batch_size), so that it would learn something else"
+        raise ValueError(
+            f"{root} holds a training with another {' and '.join(different)}: {' then, '.join(values)} now; start it as it was begun, delete it "
+            f"or choose another --output_dir{notes}"
+        )
+
+    def last_checkpoint(self, identity: dict[str, Any]) -> str | None:
+        """The newest whole checkpoint of the training of this identity; parts of others are deleted. Where there is none, it is begun.
+
+        Raises:
+            ValueError: the checkpoints are those of another training.
+        """
+        root = Path(str(self.args.output_dir))
+        with self.args.main_process_first(local=False):
+            folders = [folder for folder in root.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
+            if folders or any((root / name).is_file() for name in MODEL_CONFIGS):  # a model that the training would replace
+                self._require_same(root, identity)
+            if not folders and self.args.should_save:
+                (root / "run.json").unlink(missing_ok=True)  # it is about a training whose checkpoints are gone
+                write_json(root / IDENTITY, identity)
+            for folder in folders:
+                if not (folder / COMPLETE).is_file() and self.args.should_save:
+                    logger.warning("deleting %s, which was not written to its end", folder)
+                    shutil.rmtree(folder)
+        return get_last_checkpoint(str(root))
+
+
+class WholeBatches(Sampler[int]):
+    """Row numbers of an epoch. The first of them come again at its end, so that every batch is whole: any number of processes sees the same.
+
+    Args:
+        batch_size: over all processes and parts of an accumulated batch.
+        seed: of the order, which is another in every epoch; None keeps the rows' own.
+        drop_last: leave the last batch out where it is not whole.
+
+    Raises:
+        ValueError: no batch would be left.
+    """
+
+    epoch = 0
+
+    def __init__(self, rows: int, batch_size: int, seed: int | None, drop_last: bool = False) -> None:
+        self.rows, self.seed = rows, seed
+        self.length = (rows // batch_size if drop_last else -(-rows // batch_size)) * batch_size
+        if self.length == 0:
+            raise ValueError(f"a batch takes {batch_size} rows of {rows}, so that dataloader_drop_last leaves none; pass a smaller one")
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.arange(self.rows)
+        if self.seed is not None:
+            order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        return islice(cycle(order.tolist()), self.length)
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def _own_part(parameter: Any) -> Tensor:
+    """The parameter, or under ZeRO-3 this process's part of it, without what fills the last part up and is never written."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter
+    part, rank = parameter.ds_tensor, torch.distributed.get_rank()
+    return part.flatten()[: max(0, parameter.ds_numel - rank * part.numel())]

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Tables 5 to 8 of the Med3DVLM paper on phantoms: encoders and losses by retrieval, projectors by reports and answers. Called by `make ablation`.
+#
+#   bash stages/demo/ablation.sh demo        every row at the demo's size, for an hour or so on 2 cores
+#   bash stages/demo/ablation.sh smoke       every row in two steps, to see that everything runs
+#   ROWS="vit3d_clip dcformer_clip" bash stages/demo/ablation.sh demo      these rows alone
+#
+# Data and language model are the demo's; they are made where `make demo` did not. The projectors stand behind the encoder of dcformer_siglip.
+# Every command is printed before it runs. A step that was finished is left out the next time; a training continues from its last checkpoint.
+set -euo pipefail
+
+size=${1:-demo}
+known="vit3d_clip vit3d_siglip dcformer_clip dcformer_siglip mlp low_high_mlp mixer_1 mixer_2 spatial_pooling"
+ROWS=${ROWS:-$known}
+case "$size" in # studies, then the steps of stages 0 to 3; the first two as in demo.sh
+  demo) name=ablation; recipes=ablation; studies=2000; steps=(1000 400 60 430) ;;
+  smoke) name=ablation-smoke; recipes=smoke; studies=24; steps=(4 2 2 2); LAUNCHER=python ;;
+  *) echo "ablation.sh: the choices are demo or smoke, not '$size'" >&2; exit 2 ;;
+esac
+for row in $ROWS; do
+  case " $known " in
+    *" $row "*) ;;
+    *) echo "ablation.sh: row '$row' is unknown; known: $known" >&2; exit 2 ;;
+  esac
+done
+outputs=${OUTPUTS:-outputs}
+source stages/demo/steps.sh
+
+root=$outputs/$size config=stages/configs/$size
+foundation "$studies" "${steps[0]}"
+language_model=$root/language_model root=$outputs/$name config=stages/configs/$recipes
+
+# encoder ROW OPTIONS...: a row of Table 5
+encoder() {
+  local row=$1 after=$after; shift # the next row rests on the foundation, not on this one
+  [[ " $ROWS " == *" $row "* ]] || return 0
+  train "$row" stage1_siglip "$row" "${steps[1]}" "$@"
+  evaluate "$row-retrieval" retrieval "$row" "$row/eval/retrieval"
+}
+
+# projector ROW OPTIONS...: a row of Tables 6 to 8
+projector() {
+  local row=$1 after=$root/done/dcformer_siglip; shift
+  [[ " $ROWS " == *" $row "* ]] || return 0
+  train "$row-stage2" stage2_projector "$row/stage2" "${steps[2]}" --clip "$root/dcformer_siglip" --language_model "$language_model" "$@"
+  train "$row-stage3" stage3_lora "$row/stage3" "${steps[3]}" --model "$root/$row/stage2"
+  evaluate "$row-vqa" vqa "$row/model" "$row/eval/vqa"
+  evaluate "$row-report" report_gen "$row/model" "$row/eval/report"
+}
+
+# as many parameters as the demo's DCFormer: 0.89 and 0.90 million
+vit3d=(--encoder vit3d_naive --encoder_options '{"patch":[4,8,8],"width":128,"depth":4,"heads":4}')
+
+# row, and what it changes in the recipes
+encoder vit3d_clip "${vit3d[@]}" --loss clip
+encoder vit3d_siglip "${vit3d[@]}" --loss siglip
+encoder dcformer_clip --loss clip
+encoder dcformer_siglip --loss siglip
+projector mlp --projector mlp
+projector low_high_mlp --projector low_high_mlp
+projector mixer_1 --projector mixer --projector_depth 1
+projector mixer_2 --projector mixer --projector_depth 2
+projector spatial_pooling --projector spatial_pooling
+
+python stages/demo/ablation.py --root "$root"

@@ -1,0 +1,499 @@
+"""Med3DChat on a tiny model that learned a few answers by heart, so that wrong padding, history or images change its words."""
+
+import gc
+import math
+import os
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from safetensors.torch import save_file
+from scipy.spatial.distance import mahalanobis
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from med3dvlm import Med3DChat, Med3DVLM, Med3DVLMConfig, Med3DVLMProcessor, Volume, VolumeProcessor, read_volume
+from med3dvlm.inference.out_of_distribution import FamiliarityModel, fit_familiarity, pool_features
+from med3dvlm.prompts import REPORT_PROMPTS
+from med3dvlm.volume import VolumeError
+from tests.formats.dicom_files import write_series
+
+SIZE = (32, 64, 64)
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+REPORTS = (
+    "The liver holds a round mass of 30 mm.\nThe spleen is normal. No ascites.",
+    "Both lungs are clear.\nA small pleural effusion is seen on the right, and the heart is large.",
+)
+QUESTIONS = {
+    "Which organ has a lesion?": ("Liver", "None at all"),
+    "Is there an effusion, and where?": ("No", "On the right side"),
+    "Plane?": ("Axial", "Axial"),
+}
+FOLLOW_UP = "And how large is it, please?"
+SIZES = {"Which organ has a lesion?": "30 mm", "Plane?": "A plane has no size"}
+
+
+def volume(number: int) -> Volume:
+    """Two scans that differ: a bright block near the start or near the end."""
+    array = np.random.default_rng(number).normal(0, 20, (10, 20, 30)).astype(np.float32)
+    array[2:5, 4:9, 3:12] += 900 * (number == 0)
+    array[6:9, 11:17, 17:28] += 900 * (number == 1)
+    return Volume(array, (3.0, 1.0, 1.0), "SPL", source=f"volume {number}")
+
+
+def conversations(number: int) -> list[list[dict[str, str]]]:
+    def turn(question: str, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    turns = [turn(question, answers[number]) for question, answers in QUESTIONS.items()]
+    follow_ups = [turn(question, QUESTIONS[question][number]) + turn(FOLLOW_UP, size) for question, size in SIZES.items()]
+    return [*turns, turn(REPORT_PROMPTS[0], REPORTS[number]), *follow_ups]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 400 tokens; "<|end|>" ends a turn and is not the end of text, as in Phi and Llama 3."""
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|eos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bare.train_from_iterator([message["content"] for number in (0, 1) for row in conversations(number) for message in row], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bare, pad_token="<|pad|>", eos_token="<|eos|>", extra_special_tokens=special[2:], chat_template=TEMPLATE
+    )
+
+
+def train_tiny_model() -> tuple[Med3DVLM, Med3DVLMProcessor]:
+    """Learns `conversations` by heart."""
+    torch.manual_seed(0)
+    words = tokenizer()
+    text_config = Qwen2Config(
+        vocab_size=len(words) + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=160,
+    )  # fmt: skip
+    options = {"widths": [8, 8, 16, 16, 32], "layer_scale": 0.1}
+    config = Med3DVLMConfig("dcformer_nano", options, SIZE, text_config=text_config, image_token_id=len(words))
+    processor = Med3DVLMProcessor(VolumeProcessor(size=SIZE), words, config.num_image_tokens)
+    assert processor.image_token_id == config.image_token_id
+    model = Med3DVLM(config, language_model=Qwen2ForCausalLM(text_config)).eval()
+    with torch.no_grad():
+        encoded = [model.encode_image(processor.image_processor(volume(number))["pixel_values"]) for number in (0, 1)]
+    rows = [(number, processor.encode(row)) for number in (0, 1) for row in conversations(number)]
+    batch = processor.pad([row for _, row in rows], left=False)
+    features = tuple(torch.cat([encoded[number][level] for number, _ in rows]) for level in (0, 1))
+    optimizer = torch.optim.AdamW([*model.projector.parameters(), *model.language_model.parameters()], 5e-3, weight_decay=0)
+    for _ in range(800):  # as many as it takes, which differs with the number of threads
+        loss = model(**batch, image_features=features).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if loss < 5e-3:
+            break
+    return model.eval(), processor
+
+
+def said(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture(scope="module")
+def chat() -> Med3DChat:
+    return Med3DChat(*train_tiny_model())
+
+
+@pytest.fixture(scope="module")
+def directory(chat: Med3DChat, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    chat.model.save_pretrained(folder)
+    chat.processor.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def counted(module: torch.nn.Module, act: Callable[[int], Any] = lambda count: None) -> Iterator[list[int]]:
+    """Counts the calls of a module and does `act` at each."""
+    calls: list[int] = []
+
+    def hook(*_: Any) -> None:
+        calls.append(len(calls))
+        act(len(calls))
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def test_it_says_what_it_learned(chat: Med3DChat) -> None:
+    for number in (0, 1):
+        for question, answers in QUESTIONS.items():
+            assert chat.ask(volume(number), question).text == answers[number]
+        assert chat.report(volume(number)).text == REPORTS[number]
+
+
+def test_an_answer_takes_earlier_turns_into_account(chat: Med3DChat) -> None:
+    for question, size in SIZES.items():
+        assert chat.ask(volume(0), FOLLOW_UP, history=said(question, QUESTIONS[question][0])).text == size
+
+
+def test_a_batch_says_what_each_would_say_alone(chat: Med3DChat) -> None:
+    scans = [volume(0), volume(1)]
+    asked = [(scans[number], question) for question in (*QUESTIONS, REPORT_PROMPTS[0]) for number in (0, 1)]
+    alone = [chat.ask(scan, question) for scan, question in asked]
+    assert len({answer.tokens for answer in alone}) > 3  # so that rows end at different steps
+    for batch_size in (3, 8):
+        together = chat.answers(*zip(*asked, strict=True), batch_size=batch_size)
+        assert [answer.text for answer in together] == [answer.text for answer in alone]
+        assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+        # worst difference measured: 3.4e-7
+        np.testing.assert_allclose([one.confidence for one in together], [one.confidence for one in alone], rtol=1e-5)
+    prepared = [chat.processor.image_processor.transform(scan) for scan, _ in asked]
+    features = [chat.encode(scan) for scan in prepared]
+    for given in (prepared, features):
+        assert [one.text for one in chat.answers(given, [question for _, question in asked])] == [one.text for one in alone]
+
+
+def test_a_long_question_beside_it_cuts_no_answer_short(chat: Med3DChat) -> None:
+    """The long one leaves room for a few tokens in the model's context; the report next to it needs more, whatever stands in the batch."""
+    long = "why"
+    while chat._prompt(long, None, 128)[1] > 7:
+        long += " why"
+    asked = [(volume(0), REPORT_PROMPTS[0]), (volume(1), long), (volume(1), REPORT_PROMPTS[0])]
+    alone = [chat.ask(scan, question) for scan, question in asked]
+    assert alone[0].text == REPORTS[0] and alone[1].tokens < 8 < alone[0].tokens
+    for order in ((0, 1, 2), (1, 2, 0)):
+        together = chat.answers(*zip(*(asked[place] for place in order), strict=True))
+        assert [answer.text for answer in together] == [alone[place].text for place in order]
+        assert [answer.tokens for answer in together] == [alone[place].tokens for place in order]
+
+
+def test_pieces_join_to_the_answer(chat: Med3DChat) -> None:
+    for number in (0, 1):
+        stream, pieces = chat.stream_report(volume(number)), []
+        while True:
+            try:
+                pieces.append(next(stream))
+            except StopIteration as end:
+                answer = end.value
+                break
+        assert len(pieces) > 5
+        assert "".join(pieces) == REPORTS[number] == answer.text  # with its line break
+        assert answer.tokens == chat.report(volume(number)).tokens
+    history = said("Plane?", "Axial")
+    assert "".join(chat.stream(volume(0), FOLLOW_UP, history)) == SIZES["Plane?"]
+
+
+def test_confidence_is_the_geometric_mean_over_the_plain_loop(chat: Med3DChat) -> None:
+    for question, history in (("Plane?", None), (FOLLOW_UP, said("Plane?", "Axial")), ("Something never asked?", None)):
+        answer = chat.ask(volume(1), question, history, max_new_tokens=12)
+        ids = chat.processor.encode([*(history or []), {"role": "user", "content": question}], generate=True)["input_ids"]
+        end = chat.processor.tokenizer.convert_tokens_to_ids("<|end|>")
+        product, new = 1.0, []
+        while len(new) < 12 and end not in new:
+            with torch.no_grad():
+                logits = chat.model(torch.tensor([ids + new]), image_features=chat.encode(volume(1))).logits[0, -1]
+            probabilities = torch.softmax(logits, dim=0)
+            new.append(int(probabilities.argmax()))
+            product *= float(probabilities.max())
+        assert answer.tokens == len(new)
+        assert answer.confidence == pytest.approx(product ** (1 / len(new)), rel=1e-4)
+        assert answer.text == chat.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_drawn_words_vary_and_their_confidence_is_the_models_own(chat: Med3DChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any temperature the confidence is what the plain loop finds for the tokens that were drawn."""
+    drawn, generate = [], chat.model.generate
+
+    def record(*arguments: Any, **options: Any) -> torch.Tensor:
+        drawn.append(generate(*arguments, **options))
+        return drawn[-1]
+
+    def finish(**options: float) -> Any:
+        stream = chat.stream(volume(0), "Plane?", max_new_tokens=6, **options)
+        while True:
+            try:
+                next(stream)
+            except StopIteration as end:
+                return end.value
+
+    monkeypatch.setattr(chat.model, "generate", record)
+    ids = chat.processor.encode([{"role": "user", "content": "Plane?"}], generate=True)["input_ids"]
+    end = chat.processor.tokenizer.convert_tokens_to_ids("<|end|>")
+    texts = set()
+    for _ in range(4):
+        answer = finish(temperature=8.0)
+        tokens = drawn[-1][0].tolist()
+        tokens = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+        with torch.no_grad():
+            logits = chat.model(torch.tensor([ids + tokens]), image_features=chat.encode(volume(0))).logits[0]
+        steps = logits[len(logits) - len(tokens) - 1 : -1].log_softmax(-1)
+        wanted = torch.stack([step[token] for step, token in zip(steps, tokens, strict=True)]).mean().exp()
+        assert answer.confidence == pytest.approx(float(wanted), rel=1e-3)
+        texts.add(answer.text)
+    assert len(texts) > 1
+    assert finish(temperature=8.0, top_p=1e-6).text == finish().text == "Axial"
+    for options in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": math.nan}):
+        with pytest.raises(ValueError, match="must be 0 or more and top_p"):
+            finish(**options)
+
+
+def test_a_scan_that_is_encoded_does_not_hold_up_one_that_is_known(chat: Med3DChat) -> None:
+    known, new, go_on, arrived = volume(0), volume(1), threading.Event(), threading.Event()
+    chat.encode(known)
+
+    def wait(count: int) -> None:
+        arrived.set()
+        assert go_on.wait(20)
+
+    with counted(chat.encoder, wait) as calls:
+        threads = [threading.Thread(target=chat.encode, args=(new,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        assert arrived.wait(20)
+        assert chat.ask(known, "Plane?").text == "Axial"  # while the encoder is busy
+        go_on.set()
+        for thread in threads:
+            thread.join()
+        assert len(calls) == 1  # the second finds what the first computed
+
+
+def test_closing_a_stream_stops_the_model(chat: Med3DChat) -> None:
+    threads = threading.active_count()
+    with counted(chat.model.language_model.model, lambda count: time.sleep(0.01)) as calls:
+        stream = chat.stream_report(volume(1))
+        assert next(stream) == "Both"
+        stream.close()
+        assert threading.active_count() == threads
+        steps = len(calls)
+    assert steps < chat.report(volume(1)).tokens / 2
+    assert list(stream) == []
+
+
+def test_an_error_within_the_model_reaches_the_caller_of_a_stream(chat: Med3DChat) -> None:
+    def fail(count: int) -> None:
+        if count == 5:
+            raise RuntimeError("the device was lost")
+
+    pieces = []
+    with counted(chat.model.language_model.model, fail), pytest.raises(RuntimeError, match="the device was lost"):
+        pieces.extend(chat.stream_report(volume(0)))
+    assert not [thread for thread in threading.enumerate() if "med3dvlm" in thread.name]
+
+
+def test_settings_of_the_language_model_do_not_make_answers_random(chat: Med3DChat, recwarn: pytest.WarningsRecorder) -> None:
+    model, processor = chat.model, chat.processor
+    kept = model.language_model.generation_config
+    published = {"do_sample": True, "temperature": 5.0, "top_k": 3, "repetition_penalty": 9.0, "num_beams": 3}
+    model.language_model.generation_config = type(kept)(**published, eos_token_id=kept.eos_token_id)
+    try:
+        assert Med3DChat(model, processor).report(volume(0)).text == REPORTS[0]
+    finally:
+        model.language_model.generation_config = kept
+    assert not [warning for warning in recwarn if "temperature" in str(warning.message)]
+
+
+def test_the_oldest_turns_go_when_the_context_is_full(chat: Med3DChat) -> None:
+    last = said("Plane?", "Axial")
+    old = [message for _ in range(8) for message in said("Which organ has a lesion?", "Liver " * 5)]
+    history = [*old, *last]
+    assert chat.ask(volume(0), FOLLOW_UP, history, max_new_tokens=120).text == SIZES["Plane?"]
+    assert history == [*old, *last]  # the caller's list stays as it is
+    ids, room = chat._prompt(FOLLOW_UP, history, 120)
+    assert ids == chat.processor.encode([*last, {"role": "user", "content": FOLLOW_UP}], generate=True)["input_ids"]
+    assert ids.count(chat.processor.image_token_id) == chat.processor.num_image_tokens
+    assert room == 120
+    ids, room = chat._prompt("Plane?", None, 1000)
+    assert len(ids) + room == 160
+
+
+@pytest.mark.parametrize(
+    ("question", "limit", "message"),
+    [
+        ("", 9, "question is empty"),
+        (" \n", 9, "question is empty"),
+        ("why " * 200, 9, "shorter question"),
+        ("Plane?", 0, "at least 1"),
+    ],
+)
+def test_questions_that_cannot_be_asked(chat: Med3DChat, question: str, limit: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        chat.ask(volume(0), question, max_new_tokens=limit)
+    with pytest.raises(ValueError, match=message):
+        next(chat.stream(volume(0), question, max_new_tokens=limit))
+    with pytest.raises(ValueError, match=message):
+        chat.answers([volume(0)], [question], max_new_tokens=limit)
+
+
+def test_a_question_cannot_end_its_turn_or_name_an_image(chat: Med3DChat) -> None:
+    words, ordinary = chat.processor.tokenizer, chat._prompt("Plane?", said("Where?", "Left"), 9)[0]
+    special = {chat.processor.image_token_id, *words.all_special_ids}
+    for text in ["<image>", *words.all_special_tokens]:
+        ids, _ = chat._prompt(f"{text} plane {text}?", said(f"Where{text}?", f"Left{text}"), 9)
+        assert [token for token in ids if token in special] == [token for token in ordinary if token in special]
+        assert chat.ask(volume(0), f"Plane{text}?", max_new_tokens=3).tokens
+
+
+def write(path: Path, scan: Volume) -> Path:
+    nibabel.save(nibabel.Nifti1Image(scan.array.transpose(), np.diag([-1.0, -1.0, 3.0, 1.0])), path)
+    return path
+
+
+def test_a_scan_is_encoded_once(chat: Med3DChat, tmp_path: Path) -> None:
+    path = write(tmp_path / "scan.nii.gz", volume(0))
+    with counted(chat.encoder) as calls:
+        scan = volume(0)
+        answers = [chat.ask(given, "Which organ has a lesion?").text for given in (scan, scan, path, str(path), path)]
+        assert set(answers) == {"Liver"}
+        assert len(calls) == 2  # the Volume, the file
+        chat.familiarity(scan)
+        chat.ask(volume(0), "Plane?")
+        assert len(calls) == 3  # equal, but another object
+        write(path, volume(1))
+        assert chat.ask(path, "Which organ has a lesion?").text == "None at all"
+        assert len(calls) == 4
+        for _ in range(5):
+            chat.encode(volume(1))
+        chat.encode(path)
+        assert len(calls) == 10  # it was forgotten
+    watched = weakref.ref(scan)
+    del scan
+    gc.collect()
+    assert watched() is None  # no scan is kept alive
+
+
+@pytest.mark.parametrize("kind", ["folder", "header"])
+def test_a_scan_replaced_in_place_is_read_anew(chat: Med3DChat, tmp_path: Path, kind: str) -> None:
+    """A DICOM export, in folders within folders, and voxels beside an .mhd file, of the same size and date."""
+    root = tmp_path / "export" if kind == "folder" else tmp_path / "scan.mhd"
+    texts = []
+    for number in range(2):
+        values = volume(number).array.astype(np.int16)
+        if kind == "folder":
+            shutil.rmtree(root, ignore_errors=True)
+            write_series(root / "ST1" / "SE1", values)
+        else:
+            sitk.WriteImage(sitk.GetImageFromArray(values), tmp_path / "new.mhd")
+            shutil.copy(tmp_path / "new.raw", tmp_path / "scan.raw")
+            header = (tmp_path / "new.mhd").read_text().replace("new.raw", "scan.raw")
+            if not number:
+                root.write_text(header + "\n")
+        for file in tmp_path.rglob("*"):
+            os.utime(file, (1e9, 1e9))
+        texts.append([chat.ask(root, "Which organ has a lesion?").text, chat.ask(read_volume(root), "Which organ has a lesion?").text])
+    assert texts[0][0] == texts[0][1] != texts[1][0] == texts[1][1]
+    assert len([key for key in chat._encoded if isinstance(key, tuple)]) == 2
+    with pytest.raises(VolumeError, match="no such file"):
+        chat.encode(tmp_path / "missing.nii")
+
+
+def test_a_saved_model_gives_the_same_answers(chat: Med3DChat, directory: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "scan.nii.gz", volume(1))
+    loaded = Med3DChat.from_pretrained(directory, device="cpu")
+    assert next(loaded.model.parameters()).dtype == torch.float32
+    assert loaded.report(path).text == REPORTS[1]
+    assert loaded.ask(path, "Plane?").confidence == pytest.approx(chat.ask(volume(1), "Plane?").confidence, rel=1e-5)
+    half = Med3DChat.from_pretrained(directory, device="cpu", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
+    assert half.ask(path, "Plane?").text == "Axial"
+
+
+def test_a_directory_without_an_answering_model(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no directory"):
+        Med3DChat.from_pretrained(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        Med3DChat.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "med3d_clip"}')
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="med3d_clip model, which cannot answer"):
+        Med3DChat.from_pretrained(tmp_path)
+
+
+def correlated(count: int, seed: int) -> torch.Tensor:
+    """(count, 30): a few hidden causes, noise, unequal scales and offsets."""
+    mixing = np.random.default_rng(9).normal(size=(5, 30))
+    random = np.random.default_rng(seed)
+    values = random.normal(size=(count, 5)) @ mixing + 0.3 * random.normal(size=(count, 30))
+    return torch.tensor(values * np.geomspace(1e-3, 1e2, 30) + np.arange(30), dtype=torch.float32)
+
+
+def test_familiarity_against_its_formula() -> None:
+    train, validation, other = (correlated(count, seed).double().numpy() for count, seed in ((200, 0), (70, 1), (8, 2)))
+    fitted = fit_familiarity(torch.tensor(train), torch.tensor(validation), components=7)
+    mean, scale = train.mean(0), train.std(0, ddof=1)
+    eigenvalues, vectors = np.linalg.eigh(np.cov((train - mean) / scale, rowvar=False))  # ascending
+    rest = eigenvalues[:-7].mean()
+    inverse = np.linalg.inv(vectors[:, -7:] @ np.diag(eigenvalues[-7:] - rest) @ vectors[:, -7:].T + rest * np.eye(30))
+
+    def expected(rows: np.ndarray) -> list[float]:
+        return [mahalanobis((row - mean) / scale, np.zeros(30), inverse) / math.sqrt(30) for row in rows]
+
+    np.testing.assert_allclose(fitted.distance(torch.tensor(other)).numpy(), expected(other), rtol=1e-9)
+    assert float(fitted.limit) == pytest.approx(np.percentile(expected(validation), 99), rel=1e-9)
+    assert 0.8 < fitted.distance(torch.tensor(train)).mean() < 1.2
+
+
+def test_familiarity_tells_strangers_from_its_own() -> None:
+    fitted = fit_familiarity(correlated(400, 0), correlated(100, 1))
+    assert len(fitted.components) == 29  # not 64: as many as there are channels, less one for the residual
+    own = fitted.distance(correlated(1000, 2))
+    assert (own > fitted.limit).double().mean() < 0.05
+    shifted = correlated(100, 3) + 8 * fitted.scale
+    shuffled = torch.stack([column[torch.randperm(100)] for column in correlated(100, 4).T], dim=1)  # usual values, unusual together
+    for strangers in (shifted, shuffled, torch.zeros(1, 30), torch.full((1, 30), torch.nan)):
+        assert not (fitted.distance(strangers) <= fitted.limit).any()
+
+
+def test_familiarity_with_few_scans_and_dead_channels() -> None:
+    train, validation = correlated(25, 0), correlated(3, 1)
+    train[:, 4] = validation[:, 4] = 0.0
+    fitted = fit_familiarity(train, validation)
+    assert len(fitted.components) == 2
+    assert fitted.distance(validation).isfinite().all() and (fitted.distance(validation) <= 1.01 * fitted.limit).all()
+    with pytest.raises(ValueError, match="at least 20 training scans"):
+        fit_familiarity(train[:19], validation)
+    with pytest.raises(ValueError, match="a validation scan"):
+        fit_familiarity(train, validation[:0])
+    with pytest.raises(ValueError, match="fit it again"):
+        fitted.distance(torch.zeros(1, 31))
+
+
+def test_familiarity_of_scans(chat: Med3DChat, directory: Path, tmp_path: Path) -> None:
+    def noisy(seed: int) -> Volume:
+        array = volume(seed % 2).array + np.random.default_rng(100 + seed).normal(0, 20, (10, 20, 30))
+        return Volume(array.astype(np.float32), (3.0, 1.0, 1.0), "SPL")
+
+    assert chat.familiarity(volume(0)) is None
+    features = torch.cat([pool_features(chat.encode(noisy(seed))) for seed in range(60)])
+    assert features.shape == (60, 16 + 32)
+    fit_familiarity(features[:40], features[40:]).save(directory)
+    assert sorted(path.suffix for path in directory.glob("familiarity*")) == [".safetensors"]
+    loaded = Med3DChat.from_pretrained(directory, device="cpu")
+    (directory / "familiarity.safetensors").unlink()
+    assert FamiliarityModel.load(directory) is None
+
+    known = loaded.familiarity(noisy(99))
+    assert known is not None and known.message is None and known.distance <= known.limit
+    stripes = np.tile(np.float32([0, 1000, 300, 0, 50]), (24, 20, 6))
+    strange = loaded.familiarity(write(tmp_path / "stripes.nii", Volume(stripes, (3.0, 1.0, 1.0), "SPL")))
+    assert strange is not None and strange.distance > strange.limit
+    assert strange.message == (
+        f"This scan lies outside the data that the model was trained on (distance {strange.distance:.3g}, limit {strange.limit:.3g}): "
+        "its answer is not to be relied on."
+    )

@@ -1,0 +1,50 @@
+"""What the settings of a training may be: the table names real settings, leaves out none of ours, and holds to what its intervals say."""
+
+import dataclasses
+import math
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from transformers import TrainingArguments
+
+from med3dvlm.training import ct_clip, stage0_language_model, stage2_projector, stage3_lora
+from med3dvlm.training.contrastive import ContrastiveArguments
+from med3dvlm.training.limits import CHOICES, INTERVALS, REASONS, REFUSED, UNSET, check_settings
+
+KINDS = (
+    stage0_language_model.Stage0Arguments, ContrastiveArguments, ct_clip.CTCLIPArguments, stage2_projector.Stage2Arguments,
+    stage3_lora.Stage3Arguments,
+)  # fmt: skip
+NEUTRAL = {name: allowed for name, (allowed, _) in REFUSED.items()} | {name: known[0] for name, known, _ in CHOICES}
+
+
+def test_the_table_names_settings_and_leaves_out_no_number_of_ours() -> None:
+    known: set[str] = set()
+    for kind in KINDS:
+        hints = get_type_hints(kind)
+        known |= set(hints)
+        ours = set(hints) - {field.name for field in dataclasses.fields(TrainingArguments)}
+        numbers = {name for name in ours if {int, float} & {hints[name], *get_args(hints[name])}}
+        assert numbers <= set(INTERVALS), kind
+    assert set(INTERVALS) | set(NEUTRAL) | set(REASONS) | set(UNSET) <= known
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "refused", "sentence"),
+    [
+        ("lora_dropout", [0, 0.5, 0.999], [-0.1, 1, 2, math.nan, math.inf], "must be at least 0 and less than 1"),
+        ("adam_epsilon", [1e-12, 1], [0, -1e-8, math.nan, math.inf], "must be more than 0"),
+        ("lora_rank", [1, 65536], [0, -1, 65537], "must be at least 1 and at most 65536"),
+        ("logit_bias", [-1e9, 0, None], [math.inf, -math.inf, math.nan], "must be a finite number"),
+        ("max_steps", [-1, 1, 10**9], [0, -2], "must be at least 1"),
+        ("save_total_limit", [None, 2], [1, 0, -1], "must be at least 2: while a checkpoint is being written"),
+        ("optim", ["adamw_torch", "sgd"], ["adafactor", "lion_8bit"], "must be adamw_torch or adamw_torch_fused or rmsprop or sgd"),
+        ("save_only_model", [False], [True], "must be false: a training would not continue"),
+    ],
+)
+def test_values_within_and_beyond(name: str, allowed: list[Any], refused: list[Any], sentence: str) -> None:
+    for value in allowed:
+        check_settings(NEUTRAL | {name: value})
+    for value in refused:
+        with pytest.raises(ValueError, match=f"^{name} is .*{sentence}"):
+            check_settings(NEUTRAL | {name: value})
