@@ -116,7 +116,7 @@ def tiny_models(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Sim
     from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMProcessor
     from med3dvlm.datasets.store import PreparedData
     from med3dvlm.datasets.torch import ConversationDataset
-    from stages.stage0_language_model import train_tokenizer
+    from med3dvlm.training.stage0_language_model import train_tokenizer
 
     root = tmp_path_factory.mktemp("models")
     paths = SimpleNamespace(**{name: root / name for name in ("text_encoder", "language_model", "clip", "vlm")})
