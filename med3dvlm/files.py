@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-FAMILIARITY_FILE = "familiarity.safetensors"  # beside a model: how far a scan lies from the scans that it was trained on
+DETECTOR_FILE = "out_of_distribution.safetensors"  # beside a model: how far a scan lies from the scans that it was trained on
 PART = ".part"  # ends the name of a file that is being written
 MODEL_CONFIGS = ("config.json", "adapter_config.json")  # by one of them transformers or PEFT knows a folder as a model
 

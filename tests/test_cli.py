@@ -18,7 +18,7 @@ from PIL import Image
 
 from med3dvlm import Med3DChat, Volume, cli
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.inference.out_of_distribution import fit_familiarity, pool_features
+from med3dvlm.inference.out_of_distribution import fit_detector, pool_features
 from med3dvlm.prompts import RESEARCH_NOTICE
 from tests.inference.test_chat import REPORTS, train_tiny_model, volume
 
@@ -58,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor.save_pretrained(folder)
     chat = Med3DChat(trained, processor)
     features = torch.cat([pool_features(chat.encode(Volume(noisy(seed), (3.0, 1.0, 1.0), "SPL"))) for seed in range(60)])
-    fit_familiarity(features[:40], features[40:]).save(folder)
+    fit_detector(features[:40], features[40:]).save(folder)
     return folder
 
 
@@ -293,7 +293,7 @@ def test_a_model_that_cannot_tell_what_is_familiar(run: Run, model: Path, scan: 
             (tmp_path / file.name).symlink_to(file)
     code, output, error = run("ask", tmp_path, scan, "Plane?", "--max-new-tokens", "5")
     assert (code, output) == (0, "Axial\n")
-    assert f"{tmp_path} holds no familiarity.safetensors" in error
+    assert f"{tmp_path} holds no out_of_distribution.safetensors" in error
 
 
 def test_phantoms_and_their_baselines(run: Run, phantoms: Path) -> None:

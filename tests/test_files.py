@@ -63,7 +63,13 @@ def model(folder: Path, *names: str) -> Path:
 
 def test_a_model_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped anywhere on the way, the folder holds no model: it has no configuration."""
-    old = ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "familiarity.safetensors", "notes.txt")
+    old = (
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "out_of_distribution.safetensors",
+        "notes.txt",
+    )
     new = ("config.json", "model.safetensors", "tokenizer.json")
     replace = Path.replace
     for stop in range(len(new)):

@@ -8,7 +8,7 @@ Nothing leaves the machine: the server listens on 127.0.0.1 unless told otherwis
 private folder until they were read (DICOM files, which a Structured Report refers to, until the scan is closed; what an agent sends, and what
 nobody read, for some minutes), and each browser session has a scan of its own.
 
-Where to find what: page.py (what stands where), desk.py (what can be done), sessions.py and turns.py (who is there and what was said),
+Where to find what: page.py (what stands where), workstation.py (what can be done), sessions.py and turns.py (who is there and what was said),
 scans.py (files in), viewer.py and viewer.js (the viewer; page.py lists its other scripts), common.js, conversation.js, report.js, arrive.js,
 leave.js, insight.py (overlays, similar cases), key_images.py (slices for the report), routes.py (what the browser fetches), programs.py (the
 same for programs), tools.py (for agents), accounts.py and guard.py (who may come in).
@@ -34,13 +34,13 @@ import psutil
 from starlette.middleware import Middleware
 
 from med3dvlm.app.accounts import Accounts
-from med3dvlm.app.desk import Desk
 from med3dvlm.app.guard import Guard
 from med3dvlm.app.insight import load as load_insight
 from med3dvlm.app.page import THEME, build, file
 from med3dvlm.app.routes import routes
 from med3dvlm.app.scans import sweep
 from med3dvlm.app.tools import tools
+from med3dvlm.app.workstation import Workstation
 from med3dvlm.prompts import RESEARCH_NOTICE
 
 HERE_ONLY = ("127.0.0.1", "localhost", "::1")
@@ -50,7 +50,7 @@ SECONDS_UNREAD = 300.0  # after which an upload that nobody read goes
 
 def launch(
     blocks: gr.Blocks,
-    desk: Desk,
+    workstation: Workstation,
     port: int | None = None,
     host: str = HERE_ONLY[0],
     accounts: Accounts | None = None,
@@ -58,15 +58,15 @@ def launch(
     hosts: Sequence[str] = (),
 ) -> str:
     """Serve without blocking; returns the address. Port None: the first free one from 7860; `hosts`: other names of the server."""
-    checks = [Middleware(Guard, hosts, desk.sessions.connection)]
+    checks = [Middleware(Guard, hosts, workstation.sessions.connection)]
     # run_history would keep questions and answers in the browser
     off = dict.fromkeys(("share", "run_history", "enable_monitoring", "ssr_mode", "pwa"), False)
     look: dict[str, Any] = {"theme": THEME, "css": file("style.css"), "footer_links": [], "quiet": True}
-    more, lifespan = tools(desk) if mcp else ([], None)
+    more, lifespan = tools(workstation) if mcp else ([], None)
     blocks.launch(
-        server_name=host, server_port=port, prevent_thread_lock=True, max_file_size=desk.most_bytes, mcp_server=False,
+        server_name=host, server_port=port, prevent_thread_lock=True, max_file_size=workstation.most_bytes, mcp_server=False,
         auth=accounts.allows if accounts else None, auth_message=RESEARCH_NOTICE if accounts else None,
-        app_kwargs={"routes": [*routes(desk), *more], "lifespan": lifespan, "middleware": checks}, **look, **off,
+        app_kwargs={"routes": [*routes(workstation), *more], "lifespan": lifespan, "middleware": checks}, **look, **off,
     )  # fmt: skip
     return str(blocks.local_url)
 
@@ -140,9 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(ending, signal.default_int_handler)  # so that the private folder goes then, too
         warnings.simplefilter("ignore")  # a library's may quote a header
         with private_folder():
-            desk = Desk(chat, "/".join(arguments.model.resolve().parts[-2:]), arguments.limit * 2**20, insight)
-            blocks = build(desk, arguments.parallel, accounts is not None)
-            address = launch(blocks, desk, arguments.port, arguments.host, accounts, arguments.mcp, arguments.allow_host)
+            workstation = Workstation(chat, "/".join(arguments.model.resolve().parts[-2:]), arguments.limit * 2**20, insight)
+            blocks = build(workstation, arguments.parallel, accounts is not None)
+            address = launch(blocks, workstation, arguments.port, arguments.host, accounts, arguments.mcp, arguments.allow_host)
             print(f"Med3DVLM listens on {address} (Ctrl+C ends it). {RESEARCH_NOTICE}", flush=True)
             blocks.block_thread()
     except (ImportError, OSError, ValueError) as error:

@@ -16,13 +16,13 @@ function button(words, kind, act, title = "") {
 }
 
 // What one part has to know of the others, once for the whole page. Each part sets what it knows and calls `tell`.
-const desk = (window.med3dvlm ??= {
+const workstation = (window.med3dvlm ??= {
   scan: false, turns: 0, answering: false, drafting: false, lost: "", parts: [],  // `parts`: what to call when the connection is lost or back
   unsaved: () => false, mayOpen: () => true, added: () => {},  // of the report: its words are unsaved, a scan may replace it, an image came to it
 });
 
 function tell(known = {}) {
-  Object.assign(desk, known);
+  Object.assign(workstation, known);
   enable();
 }
 
@@ -30,21 +30,21 @@ function tell(known = {}) {
 function enable() {
   const written = (selector) => Boolean(document.querySelector(selector)?.value.trim());
   const needs = {
-    "#question button": [desk.answering && "An answer is being written", !desk.scan && "Open a scan first", !written("#question textarea") && "Type a question first"],
-    "#clear": [!desk.turns && "There is no conversation yet"],
-    "#draft": [desk.drafting && "The report is being drafted", !desk.scan && "Open a scan first"],
-    "#end-draft": [!desk.drafting && "No draft is being written"],
-    "#phrase button": [!desk.scan && "Open a scan first", !written("#phrase textarea, #phrase input") && "Type a finding first"],
-    "#search": [!desk.scan && "Open a scan first"],
+    "#question button": [workstation.answering && "An answer is being written", !workstation.scan && "Open a scan first", !written("#question textarea") && "Type a question first"],
+    "#clear": [!workstation.turns && "There is no conversation yet"],
+    "#draft": [workstation.drafting && "The report is being drafted", !workstation.scan && "Open a scan first"],
+    "#end-draft": [!workstation.drafting && "No draft is being written"],
+    "#phrase button": [!workstation.scan && "Open a scan first", !written("#phrase textarea, #phrase input") && "Type a finding first"],
+    "#search": [!workstation.scan && "Open a scan first"],
   };
   for (const [selector, reasons] of Object.entries(needs)) {
-    const node = document.querySelector(selector), reason = desk.lost || reasons.find(Boolean) || "";
+    const node = document.querySelector(selector), reason = workstation.lost || reasons.find(Boolean) || "";
     if (node) [node.disabled, node.title] = [Boolean(reason), reason];
   }
 }
 
-if (!desk.watching) {
-  desk.watching = true;
+if (!workstation.watching) {
+  workstation.watching = true;
   let planned = false;
   const soon = () => {
     if (planned) return;
@@ -69,11 +69,11 @@ function watchConnection() {
     } catch {
       lost = "The connection to the server is lost. What is on the page stays; save the report if you need it, and start the server again.";
     }
-    if (lost !== desk.lost) {
+    if (lost !== workstation.lost) {
       tell({ lost });
       document.querySelector(".lost")?.remove();
       if (lost) document.body.append(make("div", "lost bar error", lost, { role: "alert" }));
-      for (const part of desk.parts) part();
+      for (const part of workstation.parts) part();
     }
     setTimeout(look, 3000);
   }

@@ -1,4 +1,4 @@
-// The conversation. gr.HTML runs this file once, after common.js, with `element`, `props`, `trigger` and `watch`; `props.value` is what desk.py's
+// The conversation. gr.HTML runs this file once, after common.js, with `element`, `props`, `trigger` and `watch`; `props.value` is what workstation.py's
 // `talk` gives.
 //
 // Everything that somebody wrote, the model included, enters the page as text, never as HTML and never through a template.
@@ -58,7 +58,7 @@ function answered(turn, last, index, explained) {
 
 function update() {
   const { suggestions, problem, explained, scan } = props.value;
-  const turns = props.value.turns.map((turn) => (turn.open && desk.lost ? { ...turn, open: false, state: "stopped", broken: true } : turn));
+  const turns = props.value.turns.map((turn) => (turn.open && workstation.lost ? { ...turn, open: false, state: "stopped", broken: true } : turn));
   const lately = turns[turns.length - 1];
   if (editing !== null && (!lately || lately.open || lately.question !== editing)) [editing, shownTurns] = [null, []];  // it is gone
   if (problem || !lately || !lately.open || turns.length !== told) {  // the words that stream in do not wipe it away
@@ -91,6 +91,6 @@ function update() {
   toNewest();
 }
 
-desk.parts.push(update);
+workstation.parts.push(update);
 watch("value", update);
 update();

@@ -1,6 +1,6 @@
 """What else the models can show: where an answer or a phrase comes from in the scan, and which cases it resembles.
 
-`Insight` brings the package's functions to what the desk needs; a part that there is no model for is None.
+`Insight` brings the package's functions to what the workstation needs; a part that there is no model for is None.
 """
 
 from collections.abc import Callable
@@ -45,14 +45,14 @@ def load(chat: Any, contrastive: Path | None, index: Path | None) -> Insight:
 
     `contrastive` is by default the model that made the index. Raises FileNotFoundError or ValueError where one is missing or of another kind.
     """
-    from med3dvlm.inference.saliency import Heat, PhraseFinder, answer_heat, place
+    from med3dvlm.inference.saliency import PhraseSaliency, SaliencyMap, answer_saliency, place
 
-    def placed(heat: Heat, volume: Volume, processor: Any) -> Cells:
+    def placed(heat: SaliencyMap, volume: Volume, processor: Any) -> Cells:
         step = -(-max(volume.shape) // MOST_CELLS)
         return place(heat, volume, processor, step), step
 
     def explain(volume: Volume, question: str, answer: str, history: list[dict[str, str]]) -> Cells:
-        return placed(answer_heat(chat, volume, question, answer, history), volume, chat.processor.image_processor)
+        return placed(answer_saliency(chat, volume, question, answer, history), volume, chat.processor.image_processor)
 
     cases = None
     if index is not None:
@@ -61,11 +61,11 @@ def load(chat: Any, contrastive: Path | None, index: Path | None) -> Insight:
         cases = CaseIndex(index, contrastive)
         cases.embedder  # noqa: B018  loaded now, not at somebody's first question
         contrastive = cases.model
-    finder = None if contrastive is None else PhraseFinder.from_pretrained(contrastive)
+    finder = None if contrastive is None else PhraseSaliency.from_pretrained(contrastive)
 
     def find(volume: Volume, phrase: str) -> Cells:
         assert finder is not None
-        return placed(finder.heat(volume, phrase), volume, finder.processor)
+        return placed(finder.saliency(volume, phrase), volume, finder.processor)
 
     def similar(volume: Volume) -> list[Case]:
         assert cases is not None

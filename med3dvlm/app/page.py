@@ -1,4 +1,4 @@
-"""The page: what stands where, and which function of the desk each control calls."""
+"""The page: what stands where, and which function of the workstation each control calls."""
 
 import base64
 import html
@@ -10,12 +10,12 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from med3dvlm.app.desk import MOST_REPORT, Desk
 from med3dvlm.app.insight import Case
 from med3dvlm.app.programs import endpoints, sent, session_of
 from med3dvlm.app.scans import EXAMPLES, OpenScan
 from med3dvlm.app.sessions import Session
 from med3dvlm.app.turns import MALFORMED, log, sentence
+from med3dvlm.app.workstation import MOST_REPORT, Workstation
 from med3dvlm.prompts import RESEARCH_NOTICE
 
 HERE = Path(__file__).parent
@@ -76,20 +76,20 @@ class Page(gr.Blocks):
             raise gr.Error(MALFORMED, print_exception=False) from None
 
 
-def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
-    """The page around the desk; `parallel` answers are written at a time, the others wait in a queue. With `accounts` people can log out."""
+def build(workstation: Workstation, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
+    """The page around the workstation; `parallel` answers are written at a time, the others wait in a queue. With `accounts` people can log out."""
 
     def of(request: gr.Request) -> Session:
-        return session_of(desk, request)
+        return session_of(workstation, request)
 
     with Page(title="Med3DVLM", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
         gr.HTML(
-            f'<header class="masthead"><h1>Med3DVLM</h1><span class="model">{html.escape(desk.model)}</span>'
+            f'<header class="masthead"><h1>Med3DVLM</h1><span class="model">{html.escape(workstation.model)}</span>'
             f'<span class="research" role="note">{RESEARCH_NOTICE}</span>'
             f"{LOG_OUT if accounts else ''}</header>"
         )
         ticket = gr.Textbox(visible="hidden", elem_id="ticket")
-        with gr.Row(elem_id="desk", equal_height=False):
+        with gr.Row(elem_id="workstation", equal_height=False):
             with gr.Column(scale=7, min_width=520, elem_id="left"):
                 with gr.Row(elem_id="open", equal_height=True):
                     loader = sent(gr.File(label="Open a scan", file_count="multiple", height=76, elem_id="loader", scale=5, min_width=220))
@@ -97,10 +97,10 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
                         examples = [gr.Button(name, size="sm", variant="secondary") for name in EXAMPLES]
                 status = gr.HTML(visible=False, elem_id="status")
                 viewer = gr.HTML(
-                    desk.view(Session()), html_template=file("viewer.html"), js_on_load=files(*VIEWER),
+                    workstation.view(Session()), html_template=file("viewer.html"), js_on_load=files(*VIEWER),
                     apply_default_css=False, elem_id="viewer",
                 )  # fmt: skip
-                with gr.Row(elem_id="finding", visible=desk.insight.find is not None):
+                with gr.Row(elem_id="finding", visible=workstation.insight.find is not None):
                     phrase = gr.Textbox(
                         show_label=False, label="A finding to look for", placeholder="Where does the scan resemble … (a finding, in words)",
                         submit_btn="Show", lines=1, max_lines=1, container=False, elem_id="phrase", max_length=200,
@@ -111,7 +111,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
                 with gr.Tabs():
                     with gr.Tab("Conversation", id="conversation"):
                         talk = gr.HTML(
-                            desk.talk(Session()), html_template=file("conversation.html"), js_on_load=files("common.js", "conversation.js"),
+                            workstation.talk(Session()), html_template=file("conversation.html"), js_on_load=files("common.js", "conversation.js"),
                             apply_default_css=False, elem_id="talk",
                         )  # fmt: skip
                         question = gr.Textbox(
@@ -144,10 +144,10 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
                             placeholder="Let the model draft the report, then edit it here; or write it yourself.",
                         )  # fmt: skip
                         reading = gr.HTML(
-                            desk.reading(Session()), html_template=file("report.html"), js_on_load=files("common.js", "report.js"),
+                            workstation.reading(Session()), html_template=file("report.html"), js_on_load=files("common.js", "report.js"),
                             apply_default_css=False, elem_id="reading",
                         )  # fmt: skip
-                    with gr.Tab("Similar cases", id="cases", visible=desk.insight.similar is not None):
+                    with gr.Tab("Similar cases", id="cases", visible=workstation.insight.similar is not None):
                         search = gr.Button("Find similar cases", variant="primary", size="md", elem_id="search")
                         cases = gr.HTML(elem_id="cases")
 
@@ -158,8 +158,8 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
             assert scan is not None
             return {
                 status: bar("warning", " ".join(scan.warnings)),
-                viewer: desk.view(session), facts: described(scan), talk: desk.talk(session), notice: bar("busy", ""),
-                report: session.report, reading: desk.reading(session), cases: "",
+                viewer: workstation.view(session), facts: described(scan), talk: workstation.talk(session), notice: bar("busy", ""),
+                report: session.report, reading: workstation.reading(session), cases: "",
             }  # fmt: skip
 
         def opening(act: Callable[[Session], OpenScan], request: gr.Request) -> Iterator[dict[Any, Any]]:
@@ -173,18 +173,18 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
             yield shown(session)
 
         def read(uploads: list[str] | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
-            yield from opening(lambda session: desk.open_uploads(session, uploads or []), request)
+            yield from opening(lambda session: workstation.open_uploads(session, uploads or []), request)
 
         def take(name: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
-            yield from opening(lambda session: desk.open_example(session, name), request)
+            yield from opening(lambda session: workstation.open_example(session, name), request)
 
         def switch(event: gr.EventData, request: gr.Request) -> Iterator[dict[Any, Any]]:
             number = int(event.value)
-            yield from opening(lambda session: desk.open_series(session, number), request)
+            yield from opening(lambda session: workstation.open_series(session, number), request)
 
         def look(request: gr.Request) -> Any:
             session = of(request)
-            scan, words = session.scan, desk.notice(session)
+            scan, words = session.scan, workstation.notice(session)
             return bar("warning", words) if session.scan is scan else gr.skip()  # else another scan was opened meanwhile
 
         def pose(act: Callable[[Session], Any], words: str, request: gr.Request) -> tuple[str, dict[str, Any]]:
@@ -192,8 +192,8 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
             try:
                 act(session)
             except ValueError as error:
-                return words, desk.talk(session, str(error))
-            return "", desk.talk(session)
+                return words, workstation.talk(session, str(error))
+            return "", workstation.talk(session)
 
         def ask(words: str, request: gr.Request) -> tuple[str, dict[str, Any]]:
             return pose(lambda session: session.pose(words), words, request)
@@ -209,56 +209,56 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
 
         def answer(temperature: float, top_p: float, request: gr.Request) -> Iterator[dict[str, Any]]:
             session = of(request)
-            for _ in desk.answer(session, temperature=temperature, top_p=top_p):
-                yield desk.talk(session)
+            for _ in workstation.answer(session, temperature=temperature, top_p=top_p):
+                yield workstation.talk(session)
             yield gr.skip()  # where nothing waits for an answer, what was said about the question stays
 
         def stop(request: gr.Request) -> Any:
             session = of(request)
             session.stop()
             # While the answer is being written, its writer says how it ended; this, arriving later, would say that it is still written.
-            return gr.skip() if session.turns and session.turns[-1].open else desk.talk(session)
+            return gr.skip() if session.turns and session.turns[-1].open else workstation.talk(session)
 
         def empty(request: gr.Request) -> tuple[dict[str, Any], ...]:
             of(request).clear()
-            return desk.talk(of(request)), desk.view(of(request))
+            return workstation.talk(of(request)), workstation.view(of(request))
 
         def write(words: str, request: gr.Request) -> Iterator[tuple[str, dict[str, Any]]]:
             session = of(request)
             try:
-                for _ in desk.draft(session, words):
-                    yield session.report, desk.reading(session)
+                for _ in workstation.draft(session, words):
+                    yield session.report, workstation.reading(session)
             except ValueError as error:
-                yield session.report, desk.reading(session, str(error))
+                yield session.report, workstation.reading(session, str(error))
 
         def rewrite(words: str, request: gr.Request) -> dict[str, Any]:
             session, problem = of(request), ""
             try:
-                desk.rewrite(session, words)
+                workstation.rewrite(session, words)
             except ValueError as error:
                 problem = str(error)
-            return desk.reading(session, problem)
+            return workstation.reading(session, problem)
 
         def explain(event: gr.EventData, request: gr.Request) -> Iterator[tuple[Any, ...]]:
-            yield from covering(lambda session: desk.explain(session, int(event.value)), request)
+            yield from covering(lambda session: workstation.explain(session, int(event.value)), request)
 
         def find(words: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
-            yield from covering(lambda session: desk.find(session, words), request)
+            yield from covering(lambda session: workstation.find(session, words), request)
 
         def covering(act: Callable[[Session], None], request: gr.Request) -> Iterator[tuple[Any, ...]]:
             session = of(request)
-            yield bar("busy", "Computing the overlay"), desk.view(session)
+            yield bar("busy", "Computing the overlay"), workstation.view(session)
             try:
                 act(session)
-                yield bar("busy", ""), desk.view(session)
+                yield bar("busy", ""), workstation.view(session)
             except Exception as error:  # noqa: BLE001  told in a sentence
-                yield bar("error", sentence(error)), desk.view(session)
+                yield bar("error", sentence(error)), workstation.view(session)
 
         def resemble(request: gr.Request) -> Any:
             session = of(request)
             scan = session.scan
             try:
-                found = compared(desk.similar(session))
+                found = compared(workstation.similar(session))
             except Exception as error:  # noqa: BLE001  told in a sentence
                 found = bar("error", sentence(error))["value"]
             return found if session.scan is scan else gr.skip()  # else another scan was opened meanwhile
@@ -267,27 +267,27 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
             session = of(request)
             try:
                 low, high = event.value["window"]
-                desk.add_key_image(session, event.value["plane"], int(event.value["index"]), (float(low), float(high)))
+                workstation.add_key_image(session, event.value["plane"], int(event.value["index"]), (float(low), float(high)))
             except ValueError as error:
                 return bar("error", str(error)), gr.skip()
-            return bar("busy", ""), desk.reading(session)
+            return bar("busy", ""), workstation.reading(session)
 
         def unmark(event: gr.EventData, request: gr.Request) -> dict[str, Any]:
-            desk.remove_key_image(of(request), int(event.value))
-            return desk.reading(of(request))
+            workstation.remove_key_image(of(request), int(event.value))
+            return workstation.reading(of(request))
 
         def end_draft(request: gr.Request) -> None:
             of(request).stop_draft()
 
         def arrive(token: str, request: gr.Request) -> dict[Any, Any]:
             try:
-                session = desk.sessions.arrive(request.session_hash or "", token or "", request.username)
+                session = workstation.sessions.arrive(request.session_hash or "", token or "", request.username)
             except ValueError as error:
                 return {status: bar("error", str(error))}
             return {ticket: session.token} | (shown(session) if session.scan is not None else {})
 
         def leave(request: gr.Request) -> None:
-            desk.sessions.leave(request.session_hash or "")
+            workstation.sessions.leave(request.session_hash or "")
 
         # "multiple": a step that Gradio would leave out, because the one before still runs, is another scan's or another question's
         opens: dict[str, Any] = {
@@ -295,7 +295,7 @@ def build(desk: Desk, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
             "api_visibility": "private", "trigger_mode": "multiple",
         }  # fmt: skip
         modelling: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": parallel}
-        endpoints(desk, modelling)  # before the page's own events, which would take their names
+        endpoints(workstation, modelling)  # before the page's own events, which would take their names
         for event, act, given in [(loader.upload, read, loader), *((button.click, take, button) for button in examples)]:
             waiting = event(lambda: bar("busy", "Waiting until another scan is read"), None, status, **AT_ONCE)
             waiting.then(act, given, [loader, *opened], **opens).then(look, None, notice, trigger_mode="multiple", **modelling, **HIDDEN)

@@ -41,8 +41,8 @@ function fullScreen() {
 // page.py's `mark` takes the slice. Where that fails it says so above the viewer.
 function addToReport() {
   const pane = panes[active], alone = slab.mode ? " It shows the slice alone, without the slab." : "";
-  desk.added = (label) => {
-    desk.added = () => {};
+  workstation.added = (label) => {
+    workstation.added = () => {};
     say(`Added to the report: ${label}.${alone}`);
     setTimeout(() => say(""), 3000);
   };

@@ -1,4 +1,4 @@
-"""The desk for programs: named endpoints that gradio_client calls.
+"""The workstation for programs: named endpoints that gradio_client calls.
 
     from gradio_client import Client, handle_file
     client = Client("http://127.0.0.1:7860")
@@ -18,9 +18,9 @@ from typing import Any
 
 import gradio as gr
 
-from med3dvlm.app.desk import Desk, listed
 from med3dvlm.app.sessions import Session
 from med3dvlm.app.turns import MALFORMED, sentence
+from med3dvlm.app.workstation import Workstation, listed
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 
 
@@ -37,19 +37,19 @@ def sent(files: gr.File) -> gr.File:
     return files
 
 
-def session_of(desk: Desk, request: gr.Request) -> Session:
+def session_of(workstation: Workstation, request: gr.Request) -> Session:
     """Raises gr.Error for a caller who gives no session: all such would share one."""
     if not request.session_hash:
         raise gr.Error("The call names no session; give a session_hash, as gradio_client does.", print_exception=False)
     with sentences():
-        return desk.sessions.of(request.session_hash)
+        return workstation.sessions.of(request.session_hash)
 
 
-def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
+def endpoints(workstation: Workstation, modelling: dict[str, Any]) -> None:
     """Add them to the Blocks that is being built; `modelling` says how many of them may use the model at a time."""
 
     def of(request: gr.Request) -> Session:
-        return session_of(desk, request)
+        return session_of(workstation, request)
 
     def description(session: Session) -> dict[str, Any]:
         scan = session.scan
@@ -57,23 +57,23 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
 
     def open_scan(files: list[str] | None, request: gr.Request) -> dict[str, Any]:
         with sentences():
-            desk.open_uploads(of(request), files or [])
+            workstation.open_uploads(of(request), files or [])
         return description(of(request))
 
     def example(name: str, request: gr.Request) -> dict[str, Any]:
         with sentences():
-            desk.open_example(of(request), name)
+            workstation.open_example(of(request), name)
         return description(of(request))
 
     def series(number: float | None, request: gr.Request) -> dict[str, Any]:
         if number is None or number != int(number):
             raise gr.Error(MALFORMED, print_exception=False)
         with sentences():
-            desk.open_series(of(request), int(number))
+            workstation.open_series(of(request), int(number))
         return description(of(request))
 
     def notice(request: gr.Request) -> str:
-        return desk.notice(of(request))
+        return workstation.notice(of(request))
 
     def ask(question: str, request: gr.Request) -> Iterator[dict[str, Any]]:
         yield from sample(question, 0, 1, request)
@@ -84,7 +84,7 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
             raise gr.Error(MALFORMED, print_exception=False)
         with sentences():
             turn = session.pose(question)
-        for _ in desk.answer(session, temperature=temperature, top_p=top_p):
+        for _ in workstation.answer(session, temperature=temperature, top_p=top_p):
             yield turn.shown()
         yield turn.shown()
 
@@ -97,7 +97,7 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
     def answer(scan: str | None, question: str) -> dict[str, Any]:
         """Answer a question about one scan: a NIfTI, NRRD or MHA file, or a zip of a DICOM series. Research software only."""
         with sentences():
-            return once(desk, Session(), [scan] if scan else [], question)
+            return once(workstation, Session(), [scan] if scan else [], question)
 
     def report(scan: str | None) -> dict[str, Any]:
         """Draft the report of one scan: a NIfTI, NRRD or MHA file, or a zip of a DICOM series. Research software only."""
@@ -123,16 +123,16 @@ def endpoints(desk: Desk, modelling: dict[str, Any]) -> None:
     button.click(report, scan, said, api_name="report", **modelling)
 
 
-def once(desk: Desk, session: Session, uploads: list[str], question: str, keep: bool = True) -> dict[str, Any]:
-    """Open, ask, and close again; `keep` as in `Desk.open_uploads`. Raises ValueError, one sentence, where there is no answer."""
+def once(workstation: Workstation, session: Session, uploads: list[str], question: str, keep: bool = True) -> dict[str, Any]:
+    """Open, ask, and close again; `keep` as in `Workstation.open_uploads`. Raises ValueError, one sentence, where there is no answer."""
     try:
-        desk.open_uploads(session, uploads, keep)
+        workstation.open_uploads(session, uploads, keep)
         turn = session.pose(question)
-        for _ in desk.answer(session):
+        for _ in workstation.answer(session):
             pass
         if turn.state == "failed":
             raise ValueError(turn.answer)
-        return turn.shown() | {"outside_training_data": desk.notice(session), "notice": RESEARCH_NOTICE}
+        return turn.shown() | {"outside_training_data": workstation.notice(session), "notice": RESEARCH_NOTICE}
     finally:
         session.close()
 

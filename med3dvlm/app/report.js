@@ -1,20 +1,20 @@
 // What stands below the report: its sections, the findings that it names, and the files that it can be saved as.
-// gr.HTML runs this file once, after common.js, with `element`, `props`, `trigger` and `watch`; `props.value` is what desk.py's `reading` gives.
+// gr.HTML runs this file once, after common.js, with `element`, `props`, `trigger` and `watch`; `props.value` is what workstation.py's `reading` gives.
 
 const field = () => document.querySelector("#report textarea");
 let typed = false, kept = "", keptPictures = "", shownPictures = 0;  // whether a person wrote there, and what was saved last
 
 const pictured = () => props.value.pictures.map(([, url]) => url).join();
 const words = () => field()?.value.trim() ?? "";  // of a page that was loaded again, the server knows whether they are a person's
-desk.unsaved = () => (words() !== "" && field().value !== kept && (typed || props.value.unsaved)) || (pictured() !== "" && pictured() !== keptPictures);
+workstation.unsaved = () => (words() !== "" && field().value !== kept && (typed || props.value.unsaved)) || (pictured() !== "" && pictured() !== keptPictures);
 document.addEventListener("input", (event) => { if (event.target === field()) typed = true; });
 
 // Another scan has another report: what would be lost is asked about before anything is opened.
-desk.mayOpen = () => !desk.unsaved() || confirm("The report was changed and not saved. Opening another scan discards it. Open the other scan?");
+workstation.mayOpen = () => !workstation.unsaved() || confirm("The report was changed and not saved. Opening another scan discards it. Open the other scan?");
 for (const kind of ["click", "change"]) {
   document.addEventListener(kind, (event) => {
     const opens = event.target.closest?.(kind === "click" ? "#examples button" : "#loader input[type=file]");
-    if (!opens || desk.mayOpen()) return;
+    if (!opens || workstation.mayOpen()) return;
     event.stopImmediatePropagation();
     event.preventDefault();
     if (kind === "change") opens.value = "";
@@ -64,11 +64,11 @@ function download(blob, name) {
 }
 
 function update() {
-  const { sections, findings, saves, line, problem, pictures, open } = props.value, drafting = Boolean(open && !desk.lost);
+  const { sections, findings, saves, line, problem, pictures, open } = props.value, drafting = Boolean(open && !workstation.lost);
   if (drafting) typed = false;
   lock(drafting);
   tell({ drafting });
-  if (pictures.length > shownPictures) desk.added(pictures.at(-1)[0]);
+  if (pictures.length > shownPictures) workstation.added(pictures.at(-1)[0]);
   shownPictures = pictures.length;
   find(".line").textContent = line;
   complain(problem);
@@ -95,6 +95,6 @@ function row(name, chips) {
   return node;
 }
 
-desk.parts.push(update);
+workstation.parts.push(update);
 watch("value", update);
 update();

@@ -10,17 +10,17 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from med3dvlm.app.desk import MOST_REPORT, SAVES, Desk
+from med3dvlm.app.workstation import MOST_REPORT, SAVES, Workstation
 
 MEDIA = {"txt": "text/plain", "md": "text/markdown", "json": "application/json", "zip": "application/zip", "dcm": "application/dicom"}
 PRIVATE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
-def routes(desk: Desk) -> list[Route]:
+def routes(workstation: Workstation) -> list[Route]:
     """The routes that `launch` puts before Gradio's own."""
 
     def scan(request: Request) -> Response:
-        session = desk.sessions.by_token(request.path_params["token"])
+        session = workstation.sessions.by_token(request.path_params["token"])
         if session is None or session.scan is None or session.number != request.path_params["number"]:
             return gone()
         picture = session.scan.picture
@@ -28,26 +28,26 @@ def routes(desk: Desk) -> list[Route]:
         return StreamingResponse(picture.planes(), headers=headers, media_type="application/octet-stream")
 
     def overlay(request: Request) -> Response:
-        session = desk.sessions.by_token(request.path_params["token"])
+        session = workstation.sessions.by_token(request.path_params["token"])
         if session is None or session.overlay is None or session.overlays != request.path_params["number"]:
             return gone()
         return Response(session.overlay.heat.tobytes(), headers=PRIVATE, media_type="application/octet-stream")
 
     async def report(request: Request) -> Response:
-        session, kind = desk.sessions.by_token(request.path_params["token"]), request.path_params["kind"]
+        session, kind = workstation.sessions.by_token(request.path_params["token"]), request.path_params["kind"]
         if session is None or kind not in SAVES:
             return gone()
         if int(request.headers.get("content-length") or 0) > 8 * MOST_REPORT:
             return Response(f"The report has more than {MOST_REPORT} characters; shorten it.", 409, PRIVATE, "text/plain")
         text = (await request.body()).decode("utf-8", "replace")
         try:
-            content = await run_in_threadpool(desk.save, session, kind, text)
+            content = await run_in_threadpool(workstation.save, session, kind, text)
         except ValueError as error:
             return Response(str(error), 409, PRIVATE, "text/plain")
         return Response(content, media_type=MEDIA[kind], headers=PRIVATE | {"Content-Disposition": f"attachment; filename=report.{kind}"})
 
     def picture(request: Request) -> Response:
-        session = desk.sessions.by_token(request.path_params["token"])
+        session = workstation.sessions.by_token(request.path_params["token"])
         if session is None or (image := session.key_images.get(request.path_params["number"])) is None:
             return gone()
         return Response(image.png, headers=PRIVATE, media_type="image/png")
@@ -56,12 +56,12 @@ def routes(desk: Desk) -> list[Route]:
         return FileResponse(Path(__file__).parent / "leave.js", headers=PRIVATE, media_type="text/javascript")
 
     return [
-        Route("/desk/{token}/picture/{number:int}", picture),
+        Route("/workstation/{token}/picture/{number:int}", picture),
         # The one script that Gradio's page asks for before its own; it is for pages in frames of others, which this one is not.
         Route("/static/js/iframeResizer.contentWindow.min.js", first_script),
-        Route("/desk/{token}/scan/{number:int}", scan),
-        Route("/desk/{token}/overlay/{number:int}", overlay),
-        Route("/desk/{token}/report/{kind}", report, methods=["POST"]),
+        Route("/workstation/{token}/scan/{number:int}", scan),
+        Route("/workstation/{token}/overlay/{number:int}", overlay),
+        Route("/workstation/{token}/report/{kind}", report, methods=["POST"]),
     ]
 
 

@@ -58,7 +58,7 @@ class Upload:
 
 @dataclass(frozen=True, eq=False)
 class OpenScan:
-    """A scan on somebody's desk: the volume, what the browser is given, what is said about it, and of a DICOM study the upload, of which it
+    """A scan on somebody's workstation: the volume, what the browser is given, what is said about it, and of a DICOM study the upload, of which it
     is the series of number `series`, None for the likeliest."""
 
     volume: Volume
@@ -118,8 +118,8 @@ def read_series(upload: Upload, series: int | None, straighten: bool = False) ->
         raise VolumeError(_without(upload.folder, str(error))) from None
     warnings = tuple(_without(upload.folder, warning) for warning in volume.warnings)
     volume = dataclasses.replace(volume, source="scan", warnings=warnings)
-    opened = on_the_desk(volume, upload.kind, upload if upload.kind in MAY_BE_DICOM else None, series)
-    return dataclasses.replace(opened, as_filed=not straighten or read.slice_positions is None)
+    scan = opened(volume, upload.kind, upload if upload.kind in MAY_BE_DICOM else None, series)
+    return dataclasses.replace(scan, as_filed=not straighten or read.slice_positions is None)
 
 
 def sweep(private: Path, seconds: float) -> None:
@@ -131,7 +131,7 @@ def sweep(private: Path, seconds: float) -> None:
                     path.unlink()
 
 
-def on_the_desk(volume: Volume, kind: str, upload: Upload | None = None, series: int | None = None) -> OpenScan:
+def opened(volume: Volume, kind: str, upload: Upload | None = None, series: int | None = None) -> OpenScan:
     """A volume ready for viewer and model; `kind` says what it was read from."""
     return OpenScan(volume, picture(volume), describe(volume, kind), volume.warnings, upload, series)
 
@@ -152,7 +152,7 @@ def example(name: str) -> OpenScan:
     spacing = tuple(float(mm) for mm in edges)
     array = canvas.array.astype(np.int16)
     volume = Volume(array, spacing, letters, direction, "HU", source=name)  # type: ignore[arg-type]
-    return on_the_desk(volume, f"{name}, drawn by this program; no patient")
+    return opened(volume, f"{name}, drawn by this program; no patient")
 
 
 def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int, move: Callable[[Path, Path], Any]) -> tuple[Path, str]:

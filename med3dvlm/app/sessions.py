@@ -1,4 +1,4 @@
-"""Who is at the desk: for each browser session its scan, its conversation, its report; nothing of one is seen by another.
+"""Who is at the workstation: for each browser session its scan, its conversation, its report; nothing of one is seen by another.
 
 Nothing here knows the page. A program's session ends with its connection. A page's is kept for some minutes, and for hours with a report
 that was not saved, so that a page that is loaded again, or was cut off, finds everything as it was. `Sessions` says who gives way to whom
@@ -34,7 +34,7 @@ BUSY = "An answer is being written; wait for it or stop it."
 
 @dataclass(eq=False)
 class Session:
-    """One desk. `token` is the secret under which its browser fetches what belongs to it."""
+    """One workstation. `token` is the secret under which its browser fetches what belongs to it."""
 
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     scan: OpenScan | None = None

@@ -12,6 +12,6 @@ function listSeries(series, of) {
 
 seriesOf.addEventListener("change", () => {
   const chosen = Number(seriesOf.value), [shown] = props.value.series.find(([, , open]) => open);
-  if (chosen !== shown && desk.mayOpen()) trigger("option_select", { value: chosen });
+  if (chosen !== shown && workstation.mayOpen()) trigger("option_select", { value: chosen });
   seriesOf.value = shown;  // until the other one is open
 });

@@ -1,4 +1,4 @@
-"""The desk for agents: `--mcp` offers two tools, `answer` and `report`, by the Model Context Protocol at /gradio_api/mcp/ (streamable HTTP).
+"""The workstation for agents: `--mcp` offers two tools, `answer` and `report`, by the Model Context Protocol at /gradio_api/mcp/ (streamable HTTP).
 
 An agent sends a scan in one of two ways, which the tools' descriptions name:
 
@@ -22,11 +22,11 @@ from gradio.utils import get_upload_folder
 from pydantic import Field
 from starlette.routing import BaseRoute, Route
 
-from med3dvlm.app.desk import Desk
 from med3dvlm.app.programs import once
 from med3dvlm.app.scans import PREFIX
 from med3dvlm.app.sessions import Session
 from med3dvlm.app.turns import sentence
+from med3dvlm.app.workstation import Workstation
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 
 PATH = "/gradio_api/mcp"
@@ -40,7 +40,7 @@ SCAN = (
 NOT_HERE = "There is no such upload; POST the file to /gradio_api/upload (field 'files') and give the path that comes back, or a data URI."
 
 
-def tools(desk: Desk, parallel: int = 2) -> tuple[list[BaseRoute], Callable[[Any], AbstractAsyncContextManager[None]]]:
+def tools(workstation: Workstation, parallel: int = 2) -> tuple[list[BaseRoute], Callable[[Any], AbstractAsyncContextManager[None]]]:
     """Routes, and the lifespan that an application with them needs. At most `parallel` calls are worked on at a time.
 
     Raises:
@@ -65,7 +65,9 @@ def tools(desk: Desk, parallel: int = 2) -> tuple[list[BaseRoute], Callable[[Any
         if not few:
             few.append(anyio.CapacityLimiter(parallel))
         try:
-            return await anyio.to_thread.run_sync(lambda: call(desk, session, scan, question), limiter=few[0], abandon_on_cancel=True)
+            return await anyio.to_thread.run_sync(
+                lambda: call(workstation, session, scan, question), limiter=few[0], abandon_on_cancel=True
+            )
         finally:
             session.stop()  # who went away waits for no answer
 
@@ -91,12 +93,12 @@ def tools(desk: Desk, parallel: int = 2) -> tuple[list[BaseRoute], Callable[[Any
     return [Route(path, route.endpoint) for path in (PATH, f"{PATH}/")], lifespan
 
 
-def call(desk: Desk, session: Session, scan: str, question: str) -> dict[str, Any]:
+def call(workstation: Workstation, session: Session, scan: str, question: str) -> dict[str, Any]:
     """Give what a tool returns about a scan. Raises ValueError, one sentence."""
     try:
         with tempfile.TemporaryDirectory(prefix="agent-", dir=get_upload_folder()) as folder:
-            path, keep = received(scan, Path(folder), desk.most_bytes)
-            return once(desk, session, [str(path)], question, keep)
+            path, keep = received(scan, Path(folder), workstation.most_bytes)
+            return once(workstation, session, [str(path)], question, keep)
     except Exception as error:  # noqa: BLE001  told in a sentence
         raise ValueError(sentence(error)) from None
 

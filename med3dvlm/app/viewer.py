@@ -124,7 +124,7 @@ class Overlay:
 
 
 def overlay(volume: Volume, shown: Picture, cells: NDArray[np.float32], step: int, label: str) -> Overlay:
-    """Heat 0..1 at every `step`-th voxel of the volume (d, h, w), from the first, as something to lay over its picture.
+    """SaliencyMap 0..1 at every `step`-th voxel of the volume (d, h, w), from the first, as something to lay over its picture.
 
     `facts["peak"]` is the voxel of the picture in the middle of the hottest place, None where nothing is hotter than the rest.
     """
@@ -146,7 +146,7 @@ def overlay(volume: Volume, shown: Picture, cells: NDArray[np.float32], step: in
 def hottest(heat: NDArray[np.uint8]) -> list[float]:
     """The middle of the largest connected place of greatest heat, as an index along each axis.
 
-    Heat is flat from the middle of an outermost cell to where the scan ends, or what the model saw of it, beyond which it falls to 0. There
+    SaliencyMap is flat from the middle of an outermost cell to where the scan ends, or what the model saw of it, beyond which it falls to 0. There
     the middle of the cell is the inner end of the flat stretch.
     """
     places, _ = ndimage.label(heat == heat.max())

@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 from med3dvlm.checkpoints.convert.conversion import Conversion, convert_published
 from med3dvlm.checkpoints.convert.weights import Checkpoint, find_weights
 from med3dvlm.encoders import Encoder, build_encoder
-from med3dvlm.files import FAMILIARITY_FILE, MODEL_CONFIGS, install_model, write_json
+from med3dvlm.files import DETECTOR_FILE, MODEL_CONFIGS, install_model, write_json
 from med3dvlm.models.clip import Med3DCLIP
 from med3dvlm.models.vlm import Med3DVLM
 from med3dvlm.models.vlm_processor import Med3DVLMProcessor
@@ -235,7 +235,7 @@ def require_own(destination: str | Path, adapter: str | Path) -> None:
 def merge_lora(adapter: str | Path, destination: str | Path, base: str | Path | None = None) -> Med3DVLM:
     """Merge a stage-3 adapter into its base and write the whole model to `destination`, in the place of one that is there.
 
-    What the stage found of its training data (familiarity.safetensors) goes with it; an older one that is there goes away.
+    What the stage found of its training data (out_of_distribution.safetensors) goes with it; an older one that is there goes away.
 
     Args:
         base: see `load_adapted`.
@@ -249,7 +249,7 @@ def merge_lora(adapter: str | Path, destination: str | Path, base: str | Path | 
     try:
         merged.save_pretrained(aside)
         processor.save_pretrained(aside)
-        if (familiarity := adapter / FAMILIARITY_FILE).is_file():
+        if (familiarity := adapter / DETECTOR_FILE).is_file():
             shutil.copy(familiarity, aside)
         write_json(aside / MERGED_FROM, {"adapter": str(adapter.resolve())})
         install_model(aside, destination)

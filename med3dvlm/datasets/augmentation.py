@@ -99,10 +99,10 @@ class Augmentation:
 
     def check(self, texts: Iterable[str]) -> None:
         """Raises ValueError where volumes are to be flipped about which the texts name a side or a direction."""
-        if self.flips and (told := [match.group() for match in map(SIDES.search, texts) if match]):
+        if self.flips and (sided := [match.group() for match in map(SIDES.search, texts) if match]):
             raise ValueError(
-                f"augmentation: flips along {' and '.join(self.flips)} would make {len(told)} texts of the training split untrue, which speak "
-                f"of sides or directions (the first says {told[0]!r}); leave flips out"
+                f"augmentation: flips along {' and '.join(self.flips)} would make {len(sided)} texts of the training split untrue, which speak "
+                f"of sides or directions (the first says {sided[0]!r}); leave flips out"
             )
 
     def __call__(self, volumes: Tensor, keys: Tensor, bounds: tuple[float, float]) -> Tensor:
@@ -111,28 +111,28 @@ class Augmentation:
         Args:
             volumes: (B, 1, D, H, W) float32, on any device.
             keys: (B, 3) whole numbers, each volume's (seed, epoch, row).
-            bounds: the lowest value, air, and the highest that a model sees (`VolumeProcessor.grid.values`).
+            bounds: the lowest value, that of air, and the highest that a model sees (`VolumeProcessor.grid.values`).
         """
-        air, top = bounds
+        lowest, top = bounds
         changed = volumes.clone()
         for volume, key in zip(changed, keys.tolist(), strict=True):
             random = stream(key, Purpose.AUGMENTATION)
-            moves, tints = random.random(2) < self.share
+            moved, tinted = random.random(2) < self.share
             flipped = [axis + 1 for axis, draw in enumerate(random.random(3)) if draw < 0.5 and AXES[axis] in self.flips]
             matrix, offset = self._draw_affine(random, volume.shape[1:])
             tint, deviation, seed = random.uniform(-1, 1, 3), self.noise * random.random(), int(random.integers(2**62))
-            if moves and (self.rotation or self.zoom or self.translation or self.crop):
-                volume.copy_(resample(volume - air, matrix, offset).add_(air))
+            if moved and (self.rotation or self.zoom or self.translation or self.crop):
+                volume.copy_(resample(volume - lowest, matrix, offset).add_(lowest))
             if flipped:
                 volume.copy_(volume.flip(flipped))
-            if tints:
-                values = volume.sub_(air).div_(top - air).clamp_(0, 1).pow_(float(np.exp(self.gamma * tint[0])))
+            if tinted:
+                values = volume.sub_(lowest).div_(top - lowest).clamp_(0, 1).pow_(float(np.exp(self.gamma * tint[0])))
                 values.mul_(1 + self.scale * tint[1]).add_(self.shift * tint[2])
                 if deviation:
                     generator = torch.Generator(volume.device).manual_seed(seed)
                     values.add_(torch.randn(values.shape, generator=generator, device=volume.device), alpha=deviation)
-                values.mul_(top - air).add_(air)
-            volume.clamp_(air, top)
+                values.mul_(top - lowest).add_(lowest)
+            volume.clamp_(lowest, top)
         return changed
 
     def _draw_affine(self, random: np.random.Generator, shape: Sequence[int]) -> tuple[Matrix, Matrix]:

@@ -96,10 +96,10 @@ class PairDataset(StudyDataset):
         if self.text_features is not None:
             row["text_features"] = self.text_features[index]
         if self.sentences is not None:
-            told = SENTENCE_END.split(study.report.strip())
+            sentences = SENTENCE_END.split(study.report.strip())
             random = stream((self.seed, self.epoch, index))
-            count = min(int(random.integers(1, self.sentences + 1)), len(told))
-            row["sentences"] = " ".join(told[place] for place in random.choice(len(told), size=count, replace=False))
+            count = min(int(random.integers(1, self.sentences + 1)), len(sentences))
+            row["sentences"] = " ".join(sentences[place] for place in random.choice(len(sentences), size=count, replace=False))
         return row
 
 
@@ -295,8 +295,8 @@ class ConversationDataset(StudyDataset):
             spelled = _has_closed_form(question) and random.random() < self.closed
             return [_closed_turn(question) if spelled else _turn(question.text, question.answer)]
         turns = [_turn(question.text, question.answer) for question in asked]
-        told = turns[row.questions]
-        always, drawn = () if told else row.drawn, {}
+        kept = turns[row.questions]
+        always, drawn = () if kept else row.drawn, {}
         if random.random() < self.reports or "report" in always:
             drawn["report"] = _turn(str(random.choice(REPORT_PROMPTS)), study.report)
         lettered = [question for question in asked if _has_closed_form(question)]
@@ -305,7 +305,7 @@ class ConversationDataset(StudyDataset):
         if len(turns) > 1 and (random.random() < self.follow_ups or "follow_up" in always):
             first, second = random.choice(len(turns), size=2, replace=False)
             drawn["follow_up"] = turns[first] + turns[second]
-        return told + [conversation for name, conversation in drawn.items() if name in row.drawn]
+        return kept + [conversation for name, conversation in drawn.items() if name in row.drawn]
 
 
 def _turn(question: str, answer: str) -> list[Message]:

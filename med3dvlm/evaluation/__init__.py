@@ -1,15 +1,15 @@
 """What the scripts of eval/ share: arguments and records of a run, predictions on disk, models at work, and scores of answers and reports."""
 
 from med3dvlm.evaluation.cases import in_batches, is_first, predict, predictions
-from med3dvlm.evaluation.models import Embedder, air, answer_likelihoods, load_chat, turn
+from med3dvlm.evaluation.models import Embedder, answer_likelihoods, empty_volume, exchange, load_chat
 from med3dvlm.evaluation.runs import (
     add_flag,
     begin,
     evaluation_parser,
     open_data,
+    other_patients,
     positive,
     script,
-    strangers,
     training_split,
     write_scores,
 )
@@ -18,7 +18,7 @@ from med3dvlm.tables import markdown_table, with_interval
 __all__ = [
     "Embedder",
     "add_flag",
-    "air",
+    "empty_volume",
     "answer_likelihoods",
     "begin",
     "evaluation_parser",
@@ -31,9 +31,9 @@ __all__ = [
     "predict",
     "predictions",
     "script",
-    "strangers",
+    "other_patients",
     "training_split",
-    "turn",
+    "exchange",
     "with_interval",
     "write_scores",
 ]

@@ -194,9 +194,9 @@ def report_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, 
         "findings F1, macro": Figure(stated, partial(against_labels, macro_f1_of)),
         "findings F1, micro": Figure(stated, partial(against_labels, micro_f1_of)),
     }
-    told = np.array([bool(study.report.strip()) for study in asked])
+    has_report = np.array([bool(study.report.strip()) for study in asked])
     words = text_values([row["prediction"] for row in rows], [row["reference"] for row in rows])
-    return found | {name: Figure(np.where(told, values, np.nan), mean_of) for name, values in words.items()}
+    return found | {name: Figure(np.where(has_report, values, np.nan), mean_of) for name, values in words.items()}
 
 
 def answer_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, Figure]:
@@ -209,7 +209,7 @@ def answer_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, 
         [[row[field] == name for name in names] for row in rows] for field, names in (("kind", ALL_KINDS), ("answer", YES_NO))
     )
     everything = [[True]] * len(rows)
-    written = text_values([row.get("open") or "" for row in rows], [row["answer"] for row in rows])
+    text_figures = text_values([row.get("open") or "" for row in rows], [row["answer"] for row in rows])
 
     def right(measure: Callable[[Row], bool], asked: NDArray[np.bool_]) -> NDArray[Any]:
         return np.array([one and measure(row) for row, one in zip(rows, asked, strict=True)], dtype=float)
@@ -220,7 +220,7 @@ def answer_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, 
         "closed, strict": (right(strict_is_right, lettered), lettered, kinds),
         "yes/no, accuracy": (right(likeliest_is_right, yes_no), yes_no, everything),
         "yes/no, balanced accuracy": (right(likeliest_is_right, yes_no), yes_no, replies),
-        **{f"open, {name}": (written[name], ~yes_no, kinds) for name in ("exact_match", "token_f1", "bleu1", "rouge1")},
+        **{f"open, {name}": (text_figures[name], ~yes_no, kinds) for name in ("exact_match", "token_f1", "bleu1", "rouge1")},
     }
     tables = {name: np.where(np.array(by) & asked[:, None], values[:, None], np.nan) for name, (values, asked, by) in measured.items()}
     return {name: Figure(table, lambda table: mean_over(mean_of(table))) for name, table in tables.items() if not np.isnan(table).all()}

@@ -28,7 +28,7 @@ from med3dvlm.datasets.store import PreparedData
 from med3dvlm.encoders import Encoder, Size, count_parameters
 from med3dvlm.encoders.cost import operations
 from med3dvlm.evaluation.detection_tables import COMPARED, detection_tables
-from med3dvlm.evaluation.runs import strangers, training_split, write_scores
+from med3dvlm.evaluation.runs import other_patients, training_split, write_scores
 from med3dvlm.files import write_text
 from med3dvlm.metrics.classification import THRESHOLD_RULES
 from med3dvlm.metrics.detection import choose_known_thresholds, detection_scores, label_control, reliability
@@ -180,7 +180,7 @@ def report(
     columns = {"model": log_odds}
     if blind is not None:
         columns["blind"] = np.tile(blind, (len(studies), 1))
-    if place := strangers(studies):
+    if place := other_patients(studies):
         columns["shuffled"] = log_odds[place]
     columns["everything"] = np.ones_like(log_odds)
     found = {

@@ -10,7 +10,7 @@ come from the same studies, never from those that are scored, see --threshold_sp
 papers' recall suggests; probabilities are then those of a world where every second study has the finding. The trained layer stays beside the
 scores, and --probe takes it to other data. Rows as in zero_shot.py, and besides
 
-    shuffled_labels   macro AUROC of probes trained in the same way on labels that were dealt out anew among the patients
+    shuffled_labels   macro AUROC of probes trained in the same way on labels that were shuffled among the patients
 """
 
 import argparse
@@ -72,8 +72,8 @@ def trained(
     probe, found = fit(names, features, labels, arguments.decays, arguments.balanced)
     controls = []
     for seed in range(arguments.controls):
-        dealt = [table[permuted([study.patient for study in part], seed)] for table, part in zip(labels, parts, strict=True)]
-        controls.append(fit(names, features, dealt, [found["decay"]], arguments.balanced)[0])
+        shuffled = [table[permuted([study.patient for study in part], seed)] for table, part in zip(labels, parts, strict=True)]
+        controls.append(fit(names, features, shuffled, [found["decay"]], arguments.balanced)[0])
     return probe, controls, found
 
 
@@ -148,8 +148,8 @@ def main() -> None:
         if not arguments.probe:
             probe, controls, training = trained(arguments, (train, others), pooled)
             probe.save(output, {"encoder": fingerprint(encoder.encoder), "stages": encoder.stages, "training": training})
-        air = encoder.pooled(evaluation.air(data)[None, None])
-        write_lines(blind, [detection.row("air", probe.names, probe.log_odds(air)[0])])
+        empty = encoder.pooled(evaluation.empty_volume(data)[None, None])
+        write_lines(blind, [detection.row("air", probe.names, probe.log_odds(empty)[0])])
         for path, part in parts.items():
             write_predictions(path, part, features[path], probe, controls)
         record = json.loads((output / "run.json").read_text(encoding="utf-8-sig"))
@@ -170,7 +170,7 @@ def main() -> None:
         detection.log_odds_table((line["log_odds"] for line in read_lines(blind)), names)[0] if blind.is_file() else None,
         paper_tables.frequencies(),
         {"encoder": record["encoder"], "shuffled_labels": control},
-        [f"Macro AUROC of {control['probes']} probes trained on labels dealt out anew: {control['macro_auroc']:.3f}."] if control else [],
+        [f"Macro AUROC of {control['probes']} probes trained on shuffled labels: {control['macro_auroc']:.3f}."] if control else [],
     )
     print(tables)
     print(paper_tables.write_beside(output, arguments.data_name))

@@ -23,12 +23,12 @@ from med3dvlm.records import Study
 CONVERSATIONS = 64  # in a row, at most
 
 
-def turn(question: str, answer: str) -> list[Message]:
+def exchange(question: str, answer: str) -> list[Message]:
     """A conversation of one question and its answer."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def air(data: PreparedData) -> Tensor:
+def empty_volume(data: PreparedData) -> Tensor:
     """A prepared volume (D, H, W) of nothing but the recipe's lowest value."""
     return torch.full(data.processor.size, data.processor.grid.values[0])
 

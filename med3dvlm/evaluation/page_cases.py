@@ -24,14 +24,14 @@ def gallery(runs: Mapping[str, Any], studies: Mapping[str, Study]) -> list[Row]:
     answers: dict[str, list[Row]] = defaultdict(list)
     for row in runs["vqa"].rows if "vqa" in runs else ():
         answers[row["id"]].append(answered(row))
-    written = {row["id"]: row for row in runs["report"].rows} if "report" in runs else {}
+    reports = {row["id"]: row for row in runs["report"].rows} if "report" in runs else {}
     ranks = {row["id"]: row for row in runs["retrieval"].rows} if "retrieval" in runs else {}
-    told = [name for name in written if studies[name].report.strip()]
-    pairs = [written[name]["prediction"] for name in told], [studies[name].report for name in told]
-    alike = dict(zip(told, token_f1_values(*pairs), strict=True)) if told else {}
+    with_report = [name for name in reports if studies[name].report.strip()]
+    pairs = [reports[name]["prediction"] for name in with_report], [studies[name].report for name in with_report]
+    alike = dict(zip(with_report, token_f1_values(*pairs), strict=True)) if with_report else {}
     cases = []
-    for place, name in enumerate(dict.fromkeys([*written, *answers, *ranks])):
-        report = written.get(name)
+    for place, name in enumerate(dict.fromkeys([*reports, *answers, *ranks])):
+        report = reports.get(name)
         reference, prediction = studies[name].report, report["prediction"] if report else None
         marks = marks_of(reference, prediction or "") if name in alike else {}
         count = Counter(marks.values())
@@ -41,7 +41,7 @@ def gallery(runs: Mapping[str, Any], studies: Mapping[str, Study]) -> list[Row]:
             {
                 "place": place,
                 "id": name,
-                "told": bool(reference.strip()),
+                "with_report": bool(reference.strip()),
                 "reference": list(marked(reference, marks)),
                 "prediction": list(marked(prediction, marks)) if prediction is not None else None,
                 "findings": sorted(marks.items(), key=lambda item: (MARKS.index(item[1]), item[0])),

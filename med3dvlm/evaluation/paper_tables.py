@@ -94,7 +94,7 @@ def our_rows(table: dict[str, Any], folder: Path, data_name: str, measures: dict
         figures = [[of(entry, measures[column]["key"]) for column in table["columns"]] for entry in pools]
         return [[label, key.format(entry["pool"]), *row] for entry, row in zip(pools, figures, strict=True)]
     if table["task"] == "report" and "text" in scores:
-        return [[label, *(of(written(scores["text"]), measures[column]["key"]) for column in table["columns"])]]
+        return [[label, *(of(comparable_text_scores(scores["text"]), measures[column]["key"]) for column in table["columns"])]]
     own = scores.get("per_class", {}).keys() - set(FINDINGS_CT_RATE)  # another mean than the papers'
     if table["task"] == scores.get("task") and scores["published"]["dcformer"] is not None and not own:
         return [
@@ -106,13 +106,15 @@ def our_rows(table: dict[str, Any], folder: Path, data_name: str, measures: dict
             return [[label, *(of(letter, column.lower()) for column in table["columns"])]]
         answers = scores["open"]
         model = {name: answers[name] for name in ("bertscore_model",) if name in answers}
-        by_kind = {kind: written(answers[kind] | model) for kind in QUESTION_KINDS if kind in answers} | {"mean": written(answers)}
+        by_kind = {kind: comparable_text_scores(answers[kind] | model) for kind in QUESTION_KINDS if kind in answers} | {
+            "mean": comparable_text_scores(answers)
+        }
         names = dict.fromkeys(row[1] for row in table["rows"])
         return [[label, name, *(of(by_kind, f"{column.lower()}.{measures[name]['key']}") for column in table["columns"])] for name in names]
     return []
 
 
-def written(text: dict[str, Any]) -> dict[str, Any]:
+def comparable_text_scores(text: dict[str, Any]) -> dict[str, Any]:
     """The scores of texts without a BERTScore of another model than the papers', which has another scale."""
     other = text.get("bertscore_model", BERTSCORE_MODEL) != BERTSCORE_MODEL
     return {name: value for name, value in text.items() if not (other and name.startswith("bertscore"))}

@@ -47,7 +47,7 @@ def main() -> None:
         raise ValueError(f"no study of split {arguments.split!r} in {arguments.data} has a report, so there is nothing to compare with")
     split = evaluation.training_split(data, arguments.split)
     train = [study for study in data.studies(split) if study.report.strip()] if split else []
-    written = arguments.output / "predictions.jsonl"
+    predictions_file = arguments.output / "predictions.jsonl"
 
     def about(study: Study) -> dict:
         return {"id": study.id, "prompt": PROMPT, "reference": study.report}
@@ -60,7 +60,7 @@ def main() -> None:
         evaluation.begin(arguments, chat.model, data, prompt=PROMPT, **settings)
         extra = {}
         if arguments.blind:
-            extra["blind"] = chat.answers([evaluation.air(data)], [PROMPT], arguments.max_new_tokens)[0].text
+            extra["blind"] = chat.answers([evaluation.empty_volume(data)], [PROMPT], arguments.max_new_tokens)[0].text
         if embedder and split and train:
             reports = embedder.split_texts(split)[[bool(study.report.strip()) for study in data.studies(split)]]  # (training studies, P)
 
@@ -73,14 +73,14 @@ def main() -> None:
                 rows = [row | {"nearest": train[place].id} for row, place in zip(rows, nearest, strict=True)]
             return rows
 
-        if not evaluation.predict(written, evaluation.in_batches(studies, arguments.batch_size), write, about):
+        if not evaluation.predict(predictions_file, evaluation.in_batches(studies, arguments.batch_size), write, about):
             return
 
-    rows = evaluation.predictions(written, [about(study) for study in studies], lambda row: ["prediction"])
+    rows = evaluation.predictions(predictions_file, [about(study) for study in studies], lambda row: ["prediction"])
     texts = [row["prediction"] for row in rows]
     scorer = bert_scorer(device=arguments.device) if arguments.bertscore else None
     fixed = {"blind": rows[0].get("blind"), **dict.fromkeys(("modal", "best_fixed")), **(fixed_reports(train) if train else {})}
-    others = evaluation.strangers(studies) if arguments.shuffled else None
+    others = evaluation.other_patients(studies) if arguments.shuffled else None
     known = {study.id: study.report for study in train}
     scores = {"samples": len(studies), **report_scores(texts, studies, scorer)}
     for name, text in fixed.items():

@@ -26,20 +26,20 @@ def report_scores(texts: Sequence[str], studies: Sequence[Study], scorer: BertSc
         ValueError: no study has a report to compare with.
     """
     found, found_spans = _finding_scores(texts, studies)
-    told = [(text, study) for text, study in zip(texts, studies, strict=True) if study.report.strip()]
-    if not told:
+    with_report = [(text, study) for text, study in zip(texts, studies, strict=True) if study.report.strip()]
+    if not with_report:
         raise ValueError(f"none of the {len(studies)} studies has a report, so there is nothing to compare with; name another --split")
-    written, references = [text for text, _ in told], [study.report for _, study in told]
-    values = text_values(written, references, scorer)
+    predictions, references = [text for text, _ in with_report], [study.report for _, study in with_report]
+    values = text_values(predictions, references, scorer)
     statistics = {f"text.{name}": mean_of(column) for name, column in values.items()}
-    statistics |= {f"text.corpus_bleu{order}": _corpus_bleu(bleu_counts(written, references), order) for order in (1, 2, 3, 4)}
+    statistics |= {f"text.corpus_bleu{order}": _corpus_bleu(bleu_counts(predictions, references), order) for order in (1, 2, 3, 4)}
     return {
         "findings_f1": found["macro"]["f1"],
         "findings_f1_interval": found_spans.get("findings.macro.f1"),
         "findings": found,
-        "text": text_scores(written, references, scorer, values),
+        "text": text_scores(predictions, references, scorer, values),
         "collapse": collapse(list(texts)),
-        "intervals": found_spans | intervals(statistics, [study.patient for _, study in told]),
+        "intervals": found_spans | intervals(statistics, [study.patient for _, study in with_report]),
     }
 
 
@@ -134,8 +134,8 @@ def reference_findings(studies: Sequence[Study]) -> tuple[NDArray[np.int64], NDA
     names = [name for name in names if name in FINDINGS or (stated * labelled).any(axis=0)[own.index(name)]]
     if not names:
         stated = findings_table([study.report for study in studies])
-        told = np.array([[bool(study.report.strip())] for study in studies])
-        return stated, np.broadcast_to(told, stated.shape), list(FINDINGS), "reference reports"
+        with_report = np.array([[bool(study.report.strip())] for study in studies])
+        return stated, np.broadcast_to(with_report, stated.shape), list(FINDINGS), "reference reports"
     known = np.array([[name in study.labels for name in names] for study in studies])
     return np.array([[study.labels.get(name, 0) for name in names] for study in studies]), known, names, "labels"
 

@@ -75,7 +75,7 @@ def score(
             statistics = {name: mean_of(values) for name, values in rank_values(ranks, ks).items()}
             spans = intervals(statistics | {"median_rank": median_of(ranks)}, [study.patient for study in studies[:pool]])
             entry[way]["intervals"] = spans
-    if others := evaluation.strangers(studies):
+    if others := evaluation.other_patients(studies):
         scores["shuffled"] = {way: retrieval_scores(images[others], texts, ks, pool)[way] for way in WAYS}
     harmonic = float((1 / np.arange(1, pool + 1)).mean())
     scores["chance"] = {f"r{k}": min(k / pool, 1.0) for k in ks} | {"median_rank": (pool + 1) / 2, "mrr": harmonic}

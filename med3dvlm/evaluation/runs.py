@@ -154,7 +154,7 @@ def _rounded(content: Any) -> Any:
     return round(content, 6) if isinstance(content, float) else content
 
 
-def strangers(studies: Sequence[Study]) -> list[int] | None:
+def other_patients(studies: Sequence[Study]) -> list[int] | None:
     """For each study the place of one of another patient, each place once; None if all are of one patient.
 
     What a model says of that one's volume is what it says without having seen the study. Where one patient has more than half of the

@@ -35,14 +35,14 @@ from med3dvlm.datasets.phantom import Plan, lesion_mask, read_plans
 from med3dvlm.datasets.phantom.wording import KINDS, kinds_of
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.inference.chat import Med3DChat
-from med3dvlm.inference.saliency import Heat, PhraseFinder, answer_heat
+from med3dvlm.inference.saliency import PhraseSaliency, SaliencyMap, answer_saliency
 from med3dvlm.metrics.intervals import intervals, mean_of
 from med3dvlm.records import Study
 from med3dvlm.volume import Volume, read_volume
 
 QUESTION = "What abnormality is seen?"
 FIGURES = ("inside", "near", "mm")
-Find = Callable[[Any, str], Heat]  # of a scan and a finding's name
+Find = Callable[[Any, str], SaliencyMap]  # of a scan and a finding's name
 
 
 class Case(NamedTuple):
@@ -59,12 +59,12 @@ def finders(arguments: argparse.Namespace, data: PreparedData) -> tuple[dict[str
     for path in filter(None, (arguments.model, arguments.clip)):
         kind = model_type(path)
         if kind == "med3d_clip":
-            finder = PhraseFinder.from_pretrained(path, arguments.device)
-            found["phrase"] = lambda scan, name, finder=finder: finder.heat(scan, f"{name.capitalize()}.")
+            finder = PhraseSaliency.from_pretrained(path, arguments.device)
+            found["phrase"] = lambda scan, name, finder=finder: finder.saliency(scan, f"{name.capitalize()}.")
             models.append((finder.model, finder.processor))
         elif kind == "med3dvlm":
             chat = Med3DChat.from_pretrained(path, arguments.device)
-            found["answer"] = lambda scan, name, chat=chat: answer_heat(chat, scan, QUESTION, name.capitalize())
+            found["answer"] = lambda scan, name, chat=chat: answer_saliency(chat, scan, QUESTION, name.capitalize())
             models.append((chat.model, chat.processor.image_processor))
         else:
             raise ValueError(
@@ -75,7 +75,7 @@ def finders(arguments: argparse.Namespace, data: PreparedData) -> tuple[dict[str
     return found, [model for model, _ in models]
 
 
-def judge(heat: Heat, mask: NDArray[np.bool_], volume: Volume, placement: NDArray[np.float64]) -> dict[str, Any]:
+def judge(heat: SaliencyMap, mask: NDArray[np.bool_], volume: Volume, placement: NDArray[np.float64]) -> dict[str, Any]:
     """What the highest cell is worth, and what one drawn at random is.
 
     Args:
@@ -117,7 +117,7 @@ def look(case: Case, plan: Plan, data: PreparedData, scans: Path, ways: dict[str
     return record | {"middle": judge(middle(heat), mask, volume, placement)}
 
 
-def middle(heat: Heat) -> Heat:
+def middle(heat: SaliencyMap) -> SaliencyMap:
     """On the same grid, the higher the nearer to the middle of the volume."""
     cells = np.stack([*np.indices(heat.values.shape), np.ones(heat.values.shape)], axis=-1) @ heat.cells.T  # (d, h, w, 4), in voxels
     away = np.linalg.norm(cells[..., :3] - (np.array(heat.size) - 1) / 2, axis=-1)

@@ -35,7 +35,7 @@ from med3dvlm.records import Question, Study, has_letters
 def rank(chat: Med3DChat, questions: Sequence[Question], features: dict[str, Features]) -> dict[Question, list[float]]:
     """How likely the model finds each choice of questions that stand study by study; `features` by study."""
     groups = [[question for question in questions if question.study == study] for study in dict.fromkeys(q.study for q in questions)]
-    conversations = [[evaluation.turn(question.text, choice) for question in group for choice in question.choices] for group in groups]
+    conversations = [[evaluation.exchange(question.text, choice) for question in group for choice in question.choices] for group in groups]
     scenes = [features[group[0].study] for group in groups]
     likelihoods = evaluation.answer_likelihoods(chat.model, chat.processor, conversations, scenes) if groups else []
     values = chain.from_iterable(likelihoods)
@@ -59,7 +59,7 @@ def main() -> None:
         raise ValueError(f"{arguments.data} has no questions about split {arguments.split!r}, so there is nothing to ask the model")
     if unanswered := [question for question in questions if not question.answer.strip()]:
         raise ValueError(f"{len(unanswered)} questions of {arguments.data} have no answer, the first is about {unanswered[0].study}")
-    written = arguments.output / "predictions.jsonl"
+    predictions_file = arguments.output / "predictions.jsonl"
 
     def about(question: Question) -> dict:
         return {
@@ -77,11 +77,11 @@ def main() -> None:
         chat = evaluation.load_chat(arguments, data)
         settings = {name: getattr(arguments, name) for name in ("max_new_tokens", "blind", "shuffled")}
         evaluation.begin(arguments, chat.model, data, **settings)
-        places = evaluation.strangers(studies) if arguments.shuffled else None
-        stranger = {study.id: studies[place] for study, place in zip(studies, places, strict=True)} if places else {}
+        places = evaluation.other_patients(studies) if arguments.shuffled else None
+        other = {study.id: studies[place] for study, place in zip(studies, places, strict=True)} if places else {}
         known: dict[str, Study] = {study.id: study for study in studies}
-        empty = chat.encode(evaluation.air(data))
-        uses = {name: place for place, study in enumerate(studies) for name in (study.id, stranger.get(study.id, study).id)}
+        empty = chat.encode(evaluation.empty_volume(data))
+        uses = {name: place for place, study in enumerate(studies) for name in (study.id, other.get(study.id, study).id)}
         order = {study.id: place for place, study in enumerate(studies)}
         features: dict[str, Features] = {}  # of the volumes that a later question needs, about them or about whom they stand in for
 
@@ -89,7 +89,7 @@ def main() -> None:
             names = list(dict.fromkeys(question.study for question in batch))
             for name in [name for name in features if uses[name] < order[names[0]]]:
                 del features[name]
-            for name in dict.fromkeys([*names, *(stranger[name].id for name in names if stranger)]):
+            for name in dict.fromkeys([*names, *(other[name].id for name in names if other)]):
                 if name not in features:
                     features[name] = chat.encode(data.volume(known[name]).to(chat.model.device))
 
@@ -104,7 +104,7 @@ def main() -> None:
             columns = {
                 "closed": rank(chat, ranked, features),
                 "blind": rank(chat, ranked, dict.fromkeys(names, empty)) if arguments.blind else {},
-                "shuffled": rank(chat, ranked, {name: features[stranger[name].id] for name in names}) if stranger else {},
+                "shuffled": rank(chat, ranked, {name: features[other[name].id] for name in names}) if other else {},
                 "letter": write(lettered, [closed_prompt(question.text, question.choices) for question in lettered]),
                 "open": write(others, [question.text for question in others]),
             }
@@ -112,10 +112,10 @@ def main() -> None:
 
         groups = evaluation.in_batches([study for study in studies if asked[study.id]], arguments.batch_size)
         batches = [[question for study in group for question in asked[study.id]] for group in groups]
-        if not evaluation.predict(written, batches, answer, about):
+        if not evaluation.predict(predictions_file, batches, answer, about):
             return
 
-    rows = evaluation.predictions(written, [about(question) for question in questions], texts_of)
+    rows = evaluation.predictions(predictions_file, [about(question) for question in questions], texts_of)
     split = evaluation.training_split(data, arguments.split)
     train = data.questions(split) if split else []
     scorer = bert_scorer(device=arguments.device) if arguments.bertscore else None

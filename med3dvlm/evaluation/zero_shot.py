@@ -15,7 +15,7 @@ prompts are averaged (prompts.py).
 Volumes are encoded one by one: predictions are the same bytes for every batch size and number of processes.
 
     published         the figures of the DCFormer paper, of CT-CLIP and of VLM3D, each by its definition (med3dvlm/metrics/classification.py)
-    blind             what the model says of an empty volume, all air, said of every study
+    blind             the scores of an empty volume, which is all air, given to every study
     shuffled          what it says of the next patient's volume
     everything        every finding stated of every study: DCFormer's F1 of that is far from 0
     permuted_labels   the macro AUROC against labels dealt out anew among the patients
@@ -83,9 +83,9 @@ def main() -> None:
         ):
             return
         with torch.no_grad():
-            air = evaluation.air(data)[None, None].to(embedder.model.device, embedder.model.dtype)  # (1, 1, D, H, W)
-            said = directions @ embedder.model.encode_image(air).double().cpu()[0]
-        write_lines(blind, [detection.row("air", names, said.tolist())])
+            empty = evaluation.empty_volume(data)[None, None].to(embedder.model.device, embedder.model.dtype)  # (1, 1, D, H, W)
+            scores = directions @ embedder.model.encode_image(empty).double().cpu()[0]
+        write_lines(blind, [detection.row("air", names, scores.tolist())])
 
     rows = {path: evaluation.predictions(path, [about(study) for study in part]) for path, part in paths.items()}
     log_odds, *threshold_log_odds = (detection.log_odds_table((line["log_odds"] for line in lines), names) for lines in rows.values())

@@ -27,7 +27,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, Te
 
 from med3dvlm.checkpoints import load_vlm, model_type
 from med3dvlm.formats import state_of
-from med3dvlm.inference.out_of_distribution import Familiarity, FamiliarityModel, Features, pool_features
+from med3dvlm.inference.out_of_distribution import Features, OutOfDistributionDetector, OutOfDistributionScore, pool_features
 from med3dvlm.models.vlm import Med3DVLM
 from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message
 from med3dvlm.preprocessing import Scan
@@ -55,8 +55,8 @@ class Answer:
 class Med3DChat:
     """A model and its processor, ready to answer. A scan is a path, a Volume, a prepared tensor, or what `encode` gave."""
 
-    def __init__(self, model: Med3DVLM, processor: Med3DVLMProcessor, familiarity_model: FamiliarityModel | None = None) -> None:
-        self.model, self.processor, self.familiarity_model = model.eval(), processor, familiarity_model
+    def __init__(self, model: Med3DVLM, processor: Med3DVLMProcessor, detector: OutOfDistributionDetector | None = None) -> None:
+        self.model, self.processor, self.detector = model.eval(), processor, detector
         self.encoder = model.vision_encoder.for_inference(model.dtype)
         self._encoded: OrderedDict[Hashable, Features] = OrderedDict()
         self._remembering, self._encoding = Lock(), Lock()
@@ -85,11 +85,11 @@ class Med3DChat:
             dtype = torch.bfloat16
         try:
             model, processor = load_vlm(path, dtype=dtype or "auto")
-            familiarity_model = FamiliarityModel.load(path)
+            detector = OutOfDistributionDetector.load(path)
         except SafetensorError as error:
             raise ValueError(f"{path} holds a damaged or incomplete *.safetensors file ({error}); copy it again") from error
         model.to(device)  # type: ignore[arg-type]
-        return cls(model, processor, familiarity_model)
+        return cls(model, processor, detector)
 
     @torch.no_grad()
     def encode(self, scan: Scan | Features) -> Features:
@@ -200,19 +200,19 @@ class Med3DChat:
                 given.update(zip(places, self._generate(rows, [self.encode(scan) for scan in part], room), strict=True))
         return [given[place] for place in sorted(given)]
 
-    def familiarity(self, scan: Scan | Features) -> Familiarity | None:
+    def out_of_distribution(self, scan: Scan | Features) -> OutOfDistributionScore | None:
         """Whether the scan resembles the training data; None where the model directory has no familiarity file and so nobody can say.
 
         What lies beyond the limit is unlike anything seen in training. What lies within may still be answered wrongly.
         """
-        if self.familiarity_model is None:
+        if self.detector is None:
             return None
-        distance, limit = float(self.familiarity_model.distance(pool_features(self.encode(scan)))[0]), float(self.familiarity_model.limit)
+        distance, limit = float(self.detector.distance(pool_features(self.encode(scan)))[0]), float(self.detector.limit)
         message = (
             f"This scan lies outside the data that the model was trained on (distance {distance:.3g}, limit {limit:.3g}): "
             "its answer is not to be relied on."
         )
-        return Familiarity(distance, limit, None if distance <= limit else message)
+        return OutOfDistributionScore(distance, limit, None if distance <= limit else message)
 
     def _prompt(self, question: str, history: Sequence[Message] | None, max_new_tokens: int) -> tuple[list[int], int]:
         """Token ids of the conversation up to the assistant's turn, and how many tokens may follow."""

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from med3dvlm.files import FAMILIARITY_FILE, whole_file
+from med3dvlm.files import DETECTOR_FILE, whole_file
 
 Features = tuple[Tensor, Tensor]  # (1, n_low, C_low) and (1, n_high, C_high)
 
@@ -29,7 +29,7 @@ class Familiarity:
 
 
 @dataclass(frozen=True)
-class FamiliarityModel:
+class OutOfDistributionDetector:
     """Where the pooled features of the training scans lie: a Gaussian with a variance for each of the first K principal components and one
     for all other directions, the covariance of probabilistic PCA (Tipping and Bishop 1999).
 
@@ -54,18 +54,18 @@ class FamiliarityModel:
         return (squared / len(self.mean)).sqrt()
 
     def save(self, directory: str | Path) -> None:
-        """Write `familiarity.safetensors` into a model directory, whole or not at all."""
-        with whole_file(Path(directory) / FAMILIARITY_FILE) as aside:
+        """Write `out_of_distribution.safetensors` into a model directory, whole or not at all."""
+        with whole_file(Path(directory) / DETECTOR_FILE) as aside:
             save_file({name: value.contiguous() for name, value in vars(self).items()}, aside)
 
     @classmethod
-    def load(cls, directory: str | Path) -> "FamiliarityModel | None":
+    def load(cls, directory: str | Path) -> "OutOfDistributionDetector | None":
         """What `save` wrote, or None where nothing was saved."""
-        path = Path(directory) / FAMILIARITY_FILE
+        path = Path(directory) / DETECTOR_FILE
         return cls(**load_file(path)) if path.is_file() else None
 
 
-def fit_familiarity(train_features: Tensor, validation_features: Tensor, components: int = 64) -> FamiliarityModel:
+def fit_detector(train_features: Tensor, validation_features: Tensor, components: int = 64) -> OutOfDistributionDetector:
     """Fit on the training scans' features (N, F); the limit is the 99th percentile of the distance on validation scans' (M, F).
 
     The validation scans must be held out from the encoder's training: what it has seen lies closer than it should. So about 1 % of scans of
@@ -87,10 +87,10 @@ def fit_familiarity(train_features: Tensor, validation_features: Tensor, compone
     rest = variances[kept:].sum() / (train.shape[1] - kept)
     floor = 1e-4 * variances.sum() / train.shape[1]
     unlimited = torch.tensor(torch.inf, dtype=torch.float64)
-    fitted = FamiliarityModel(mean, scale, directions[:kept], variances[:kept].clamp_min(floor), rest.clamp_min(floor), unlimited)
+    fitted = OutOfDistributionDetector(mean, scale, directions[:kept], variances[:kept].clamp_min(floor), rest.clamp_min(floor), unlimited)
     return replace(fitted, limit=torch.quantile(fitted.distance(validation_features), LIMIT_QUANTILE))
 
 
 def pool_features(features: Features) -> Tensor:
-    """Mean over the tokens of both stages, joined: (B, n_low, C_low), (B, n_high, C_high) -> (B, F), what `fit_familiarity` takes."""
+    """Mean over the tokens of both stages, joined: (B, n_low, C_low), (B, n_high, C_high) -> (B, F), what `fit_detector` takes."""
     return torch.cat([level.float().mean(1) for level in features], dim=1)

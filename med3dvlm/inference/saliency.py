@@ -1,8 +1,8 @@
 """Where did it look? What speaks for a phrase, or for an answer, in each cell of the encoder's grid.
 
-    finder = PhraseFinder.from_pretrained("outputs/demo/stage1")
-    heat = finder.heat("scan.nii.gz", "Pleural effusion.")                       # of a Med3DCLIP
-    heat = answer_heat(chat, "scan.nii.gz", "What is seen?", answer.text)       # of a Med3DChat
+    finder = PhraseSaliency.from_pretrained("outputs/demo/stage1")
+    heat = finder.saliency("scan.nii.gz", "Pleural effusion.")                       # of a Med3DCLIP
+    heat = answer_saliency(chat, "scan.nii.gz", "What is seen?", answer.text)       # of a Med3DChat
     overlay = place(heat, read_volume("scan.nii.gz"), finder.processor)         # 0..1 in the scan's own voxels
 
 Both are one thing: how far a cell's features lie from those of the scan's mean cell, times the gradient of what was said with respect to them,
@@ -39,7 +39,7 @@ ONE_AT_A_TIME = Lock()  # a model is watched by a hook, which sees whoever runs 
 
 
 @dataclass(frozen=True)
-class Heat:
+class SaliencyMap:
     """What speaks for the words in each cell of a grid (d, h, w), as float32, at least 0; only differences within one scan mean something.
 
     `cells` is the 4x4 matrix that takes a cell's index to that of the voxel in its middle, in the volume that the processor made;
@@ -57,14 +57,14 @@ class Heat:
         return int(depth), int(height), int(width)
 
 
-class PhraseFinder:
+class PhraseSaliency:
     """A Med3DCLIP that shows where a scan resembles a phrase. Its model is for prediction alone."""
 
     def __init__(self, model: Med3DCLIP, tokenizer: Any, processor: VolumeProcessor) -> None:
         self.model, self.tokenizer, self.processor = model.eval().requires_grad_(False), tokenizer, processor
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> "PhraseFinder":
+    def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> "PhraseSaliency":
         """Load a directory that stage 1 or `convert` wrote; by default onto the GPU where there is one.
 
         Raises:
@@ -74,7 +74,7 @@ class PhraseFinder:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model.to(device), tokenizer, processor)  # type: ignore[arg-type]
 
-    def heat(self, scan: Scan, phrase: str, level: int = LEVEL) -> Heat:
+    def saliency(self, scan: Scan, phrase: str, level: int = LEVEL) -> SaliencyMap:
         """What speaks for the cosine of scan and phrase in each cell.
 
         Args:
@@ -97,7 +97,7 @@ class PhraseFinder:
         return self.model.encode_text(**coded)[0]
 
 
-def answer_heat(
+def answer_saliency(
     chat: Med3DChat,
     scan: Scan,
     question: str,
@@ -105,12 +105,12 @@ def answer_heat(
     history: Sequence[Message] | None = None,
     part: str | None = None,
     level: int = LEVEL,
-) -> Heat:
+) -> SaliencyMap:
     """What speaks for the log probability of an answer in each cell, given the scan, the question and `history`.
 
     Args:
         part: some of the answer's own words, of which alone the probability is meant; all by default. Of a long report, give one sentence.
-        level: as for `PhraseFinder.heat`.
+        level: as for `PhraseSaliency.heat`.
 
     Raises:
         ValueError: question or answer is empty, the answer lacks the part, or the scan is unusable (VolumeError).
@@ -156,7 +156,7 @@ def _labelled(chat: Med3DChat, messages: list[Message], answer: str, part: str |
     return torch.tensor([coded["input_ids"]]), torch.tensor([labels])
 
 
-def weighted_features(encoder: Any, pixels: Tensor, level: int, score: Callable[[], Tensor]) -> Heat:
+def weighted_features(encoder: Any, pixels: Tensor, level: int, score: Callable[[], Tensor]) -> SaliencyMap:
     """For every cell of one of the encoder's outputs, what its features add to a score beyond the mean cell's: the sum over the channels of
     max(0, (feature - mean) * gradient).
 
@@ -200,10 +200,10 @@ def weighted_features(encoder: Any, pixels: Tensor, level: int, score: Callable[
     first, step = encoder.centres(size)[level]
     cells = np.diag([*step, 1.0])
     cells[:3, 3] = first
-    return Heat(parts.clamp_min(0).sum(dim=-1).float().reshape(grids[level]).cpu().numpy(), cells, size)
+    return SaliencyMap(parts.clamp_min(0).sum(dim=-1).float().reshape(grids[level]).cpu().numpy(), cells, size)
 
 
-def place(heat: Heat, volume: Volume, processor: VolumeProcessor, step: int = 1) -> NDArray[np.float32]:
+def place(heat: SaliencyMap, volume: Volume, processor: VolumeProcessor, step: int = 1) -> NDArray[np.float32]:
     """The heat in the voxels of the scan that it was made of, for display: 0 from the median cell down, 1 at the highest.
 
     Between the middles of the cells it is linear; what the model did not see, since it was cropped away, is 0.

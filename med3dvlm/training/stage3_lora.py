@@ -20,7 +20,7 @@ from med3dvlm.checkpoints import load_adapted, load_vlm, merge_lora, require_own
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import load_volumes
-from med3dvlm.inference.out_of_distribution import fit_familiarity, pool_features
+from med3dvlm.inference.out_of_distribution import fit_detector, pool_features
 from med3dvlm.training.arguments import SettingError, parse_arguments
 from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations
 from med3dvlm.training.run import finish, lora_targets, release, run_training, save_final
@@ -116,4 +116,4 @@ def remember_training_data(model: Med3DVLM, data: PreparedData, folder: str) -> 
         with torch.no_grad():
             volumes = (load_volumes(data, [studies[index] for index in batch], like.device) for batch in batches)
             pooled[split] = torch.cat([pool_features(model.encode_image(batch.to(like))) for batch in volumes])
-    fit_familiarity(pooled["train"], pooled["validation"]).save(folder)
+    fit_detector(pooled["train"], pooled["validation"]).save(folder)

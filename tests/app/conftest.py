@@ -12,9 +12,9 @@ import pytest
 from gradio_client import Client
 
 from med3dvlm.app import chat as app
-from med3dvlm.app.desk import Desk
 from med3dvlm.app.insight import Case, Insight
 from med3dvlm.app.page import build
+from med3dvlm.app.workstation import Workstation
 from med3dvlm.inference.chat import Answer
 from med3dvlm.volume import Volume
 
@@ -37,7 +37,7 @@ class Parrot:
         self.encoded.append(len(volume.array))
         return volume
 
-    def familiarity(self, volume: Volume) -> SimpleNamespace:
+    def out_of_distribution(self, volume: Volume) -> SimpleNamespace:
         return SimpleNamespace(message=None if len(volume.array) == 10 else "Unlike <anything> seen in training.")
 
     def stream(self, volume: Volume, question: str, history: list[dict[str, str]], **sampling: float) -> Generator[str, None, Answer]:
@@ -60,7 +60,7 @@ class Parrot:
 
 
 def spot(volume: Volume, *asked: object) -> tuple[np.ndarray, int]:
-    """Heat in one corner; a phrase that is "nothing" is found nowhere."""
+    """SaliencyMap in one corner; a phrase that is "nothing" is found nowhere."""
     if asked == ("nothing",):
         raise ValueError("The phrase says nothing.")
     cells = np.zeros([-(-length // 2) for length in volume.shape], np.float32)
@@ -78,10 +78,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(uploads))
         patch.setenv("GRADIO_HEARTBEAT_INTERVAL", "0.3")  # how soon a closed page is noticed
-        desk = Desk(parrot, "parrot", most_bytes=2**20, insight=Insight(spot, spot, alike))
-        blocks = build(desk, parallel=2)
-        address = app.launch(blocks, desk)
-        yield SimpleNamespace(address=address, uploads=uploads, parrot=parrot, desk=desk, port=blocks.server_port)
+        workstation = Workstation(parrot, "parrot", most_bytes=2**20, insight=Insight(spot, spot, alike))
+        blocks = build(workstation, parallel=2)
+        address = app.launch(blocks, workstation)
+        yield SimpleNamespace(address=address, uploads=uploads, parrot=parrot, workstation=workstation, port=blocks.server_port)
         blocks.close(verbose=False)
 
 

@@ -204,7 +204,7 @@ def test_a_page_that_is_loaded_again_is_as_it_was(visit, server, scan) -> None:
     page.locator("#report textarea").type("Typed by hand.")
     expect(page.locator(".reading .save").first).to_be_visible()
     token = page.locator("#ticket textarea, #ticket input").input_value()
-    session = server.desk.sessions.by_token(token)
+    session = server.workstation.sessions.by_token(token)
     wait_for(lambda: session.report == "Typed by hand.")
     assert page.evaluate("sessionStorage.length") == 0
     page.reload()
@@ -214,7 +214,7 @@ def test_a_page_that_is_loaded_again_is_as_it_was(visit, server, scan) -> None:
     page.get_by_role("tab", name="Report").click()
     expect(page.locator("#report textarea")).to_have_value("Typed by hand.")
     assert b"Typed by hand." in saved(page, "Text")
-    assert server.desk.sessions.by_token(token) is session and session.left is None
+    assert server.workstation.sessions.by_token(token) is session and session.left is None
     assert page.evaluate("sessionStorage.length") == 0
     page.goto("about:blank")
     wait_for(lambda: session.left is not None)

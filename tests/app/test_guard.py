@@ -31,14 +31,14 @@ def test_only_the_servers_own_names_are_answered(server, http) -> None:
         "[::1",
         f"localhost.evil:{server.port}",
     ):
-        for path in ("/", "/config", "/gradio_api/info", "/desk/token/scan/1", "/gradio_api/heartbeat/me"):
+        for path in ("/", "/config", "/gradio_api/info", "/workstation/token/scan/1", "/gradio_api/heartbeat/me"):
             answer = http.get(path, headers={"Host": host})
             assert answer.status_code == 403 and "--allow-host" in answer.json()["detail"], (host, path)
 
 
 def test_other_web_pages_are_refused_everywhere(server, http) -> None:
     called = {"data": ["Chest phantom"], "session_hash": "elsewhere"}
-    before = len(server.desk.sessions)
+    before = len(server.workstation.sessions)
     for origin in ("https://evil.example", "null", f"http://localhost:{server.port + 1}", f"http://evil.example:{server.port}"):
         for path, sent in (
             ("/gradio_api/queue/join", {"json": called}),
@@ -49,7 +49,7 @@ def test_other_web_pages_are_refused_everywhere(server, http) -> None:
         ):
             answer = http.post(path, headers={"Origin": origin}, **sent)
             assert answer.status_code == 403 and "another web page" in answer.json()["detail"], (origin, path)
-    assert len(server.desk.sessions) == before and not list(server.uploads.rglob("scan.nii"))
+    assert len(server.workstation.sessions) == before and not list(server.uploads.rglob("scan.nii"))
     assert http.get("/", headers={"Origin": server.address.rstrip("/")}).status_code == 200
 
 

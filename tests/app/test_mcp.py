@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from med3dvlm.app import chat as app
-from med3dvlm.app.desk import Desk
 from med3dvlm.app.page import build
 from med3dvlm.app.scans import sweep
+from med3dvlm.app.workstation import Workstation
 
 from .conftest import Parrot, files_with_content
 
@@ -32,10 +32,10 @@ ACCEPT = {"Accept": "application/json, text/event-stream"}
 def server(tmp_path, monkeypatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     (tmp_path / "uploads").mkdir()
-    desk = Desk(Parrot(), most_bytes=2**20)
-    blocks = build(desk)
-    address = app.launch(blocks, desk, mcp=True)
-    yield SimpleNamespace(address=address, uploads=tmp_path / "uploads", desk=desk, url=f"{address}gradio_api/mcp/")
+    workstation = Workstation(Parrot(), most_bytes=2**20)
+    blocks = build(workstation)
+    address = app.launch(blocks, workstation, mcp=True)
+    yield SimpleNamespace(address=address, uploads=tmp_path / "uploads", workstation=workstation, url=f"{address}gradio_api/mcp/")
     blocks.close(verbose=False)
 
 
@@ -77,7 +77,7 @@ def test_a_scan_is_given_as_the_description_says_and_the_answer_is_json(server, 
         assert "not a medical device" in answer["notice"] and answer["outside_training_data"] and answer["state"] == "done"
         assert f"{slices} slices." in answer["answer"] or "nodule" in answer["answer"]
     assert "nodule" in results[-1].structuredContent["answer"]
-    assert len(server.desk.sessions) == 0
+    assert len(server.workstation.sessions) == 0
     sweep(server.uploads, 0)
     assert files_with_content(server.uploads) == []
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from med3dvlm.app import chat as app
-from med3dvlm.app.desk import Desk
 from med3dvlm.app.insight import Insight
 from med3dvlm.app.page import build
+from med3dvlm.app.workstation import Workstation
 
 from .browsing import PATIENCE, ask, come, count, expect, opened, upload, wait_for
 from .conftest import REPORT, Parrot
@@ -125,13 +125,13 @@ def test_controls_that_can_do_nothing_are_disabled(visit, scan) -> None:
 
 def test_a_server_that_went_away_is_said_and_the_words_can_be_saved(browser, scan, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    desk = Desk(Parrot(), "parrot", insight=Insight())
-    blocks = build(desk)
+    workstation = Workstation(Parrot(), "parrot", insight=Insight())
+    blocks = build(workstation)
     context = browser.new_context(accept_downloads=True)
     try:
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
-        come(page, app.launch(blocks, desk))
+        come(page, app.launch(blocks, workstation))
         opened(page, scan())
         page.get_by_role("tab", name="Report").click()
         page.locator("#report textarea").fill("My words.")

@@ -1,4 +1,4 @@
-"""The desk driven by programs over localhost: the example that app/programs.py gives, wrong input, several sessions at once."""
+"""The workstation driven by programs over localhost: the example that app/programs.py gives, wrong input, several sessions at once."""
 
 import gc
 import json
@@ -132,7 +132,7 @@ def test_nobody_passes_by_the_queue_or_goes_without_a_session(server) -> None:
         )
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(request, timeout=10)
-    assert server.desk.sessions.of("").scan is None
+    assert server.workstation.sessions.of("").scan is None
 
 
 def test_one_file_from_two_at_once_and_twice_in_one_request(server, client, scan) -> None:
@@ -235,12 +235,12 @@ def test_sessions_see_their_own_scan_also_when_two_upload_the_same_file(server, 
 def test_a_closed_session_gives_its_memory_back_and_stops_its_answer(server, client, scan) -> None:
     session = client()
     read(session, scan())
-    desk = server.desk.sessions.of(session.session_hash)
-    volume = weakref.ref(desk.scan.volume)
+    workstation = server.workstation.sessions.of(session.session_hash)
+    volume = weakref.ref(workstation.scan.volume)
     session.submit("slowly", api_name="/ask")
     wait_for(lambda: server.parrot.running)
     session.close()
-    wait_for(lambda: server.desk.sessions.by_token(desk.token) is None and not server.parrot.running)
+    wait_for(lambda: server.workstation.sessions.by_token(workstation.token) is None and not server.parrot.running)
     wait_for(lambda: gc.collect() and volume() is None)
 
 
@@ -248,14 +248,14 @@ def test_the_browsers_bytes_need_the_sessions_own_secret(server, client, scan) -
     session = client()
     read(session, scan())
     name = session.session_hash
-    desk = server.desk.sessions.of(name)
-    url = f"{server.address}desk/{desk.token}/scan/{desk.number}"
+    workstation = server.workstation.sessions.of(name)
+    url = f"{server.address}workstation/{workstation.token}/scan/{workstation.number}"
     with urllib.request.urlopen(url) as answer:
         stored = np.frombuffer(answer.read(), "<i2").reshape(10, 20, 30)
         assert answer.headers["Cache-Control"] == "no-store"
-    np.testing.assert_array_equal(stored, desk.scan.picture.stored)
+    np.testing.assert_array_equal(stored, workstation.scan.picture.stored)
     read(session, scan(12))
-    for wrong in (url, url.replace(desk.token, "A" * 32), url.replace(desk.token, "%C3%A9"), url.replace("scan", "report")):
+    for wrong in (url, url.replace(workstation.token, "A" * 32), url.replace(workstation.token, "%C3%A9"), url.replace("scan", "report")):
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(wrong)
 

@@ -15,9 +15,9 @@ import SimpleITK
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from med3dvlm.app.desk import Desk
 from med3dvlm.app.scans import EXAMPLES, example, read_uploads, sweep
 from med3dvlm.app.sessions import Session
+from med3dvlm.app.workstation import Workstation
 from med3dvlm.volume import VolumeError
 
 from .conftest import files_with_content
@@ -156,30 +156,30 @@ def test_a_scan_is_read_as_the_models_processor_wants_it(tmp_path: Path) -> None
         path.parent.mkdir()
         SimpleITK.WriteImage(values, path)
         processor = SimpleNamespace(image_processor=SimpleNamespace(straighten=straighten))
-        scan = Desk(SimpleNamespace(processor=processor)).open_uploads(Session(), [str(path)])
+        scan = Workstation(SimpleNamespace(processor=processor)).open_uploads(Session(), [str(path)])
         assert scan.volume.regular == straighten and scan.picture.stored.shape == scan.volume.shape
 
 
 def test_another_series_of_a_study_is_opened_from_the_same_upload(tmp_path) -> None:
     uploads, short = two_series(tmp_path)
-    desk, session = Desk(SimpleNamespace(), "none"), Session()
-    first = desk.open_uploads(session, [str(path) for path in uploads])
+    workstation, session = Workstation(SimpleNamespace(), "none"), Session()
+    first = workstation.open_uploads(session, [str(path) for path in uploads])
     assert len(first.volume.array) == 8 and "above the picture" in " ".join(first.warnings)
-    listed = desk.view(session)["series"]
+    listed = workstation.view(session)["series"]
     assert sorted(open for _, _, open in listed) == [False, True] and "Doe" not in str(listed)
     (other,) = [number for number, _, open in listed if not open]
-    second = desk.open_series(session, other)
+    second = workstation.open_series(session, other)
     assert len(second.volume.array) == 5 and session.scan is second
-    assert [number for number, _, open in desk.view(session)["series"] if open] == [other]
+    assert [number for number, _, open in workstation.view(session)["series"] if open] == [other]
     wanted = {pydicom.dcmread(path).SOPInstanceUID for path in short}
-    saved = pydicom.dcmread(io.BytesIO(desk.save(session, "dcm", "Clear lungs.")))  # refers to the series that is open
+    saved = pydicom.dcmread(io.BytesIO(workstation.save(session, "dcm", "Clear lungs.")))  # refers to the series that is open
     named = {
         item.ReferencedSOPInstanceUID
         for item in saved.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence
     }
     assert named == wanted
     with pytest.raises(VolumeError, match="no series 99"):
-        desk.open_series(session, 99)
+        workstation.open_series(session, 99)
     assert session.scan is second and second.files.exists()
     folder = second.files
     session.close()

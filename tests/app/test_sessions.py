@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from med3dvlm.app.desk import Desk
 from med3dvlm.app.key_images import key_image
 from med3dvlm.app.scans import example
 from med3dvlm.app.sessions import BUSY, FULL, NO_SCAN, Session, Sessions
 from med3dvlm.app.turns import BROKEN, Turn, history
+from med3dvlm.app.workstation import Workstation
 from med3dvlm.volume import VolumeError
 
 from .conftest import Parrot
@@ -120,55 +120,55 @@ def test_nothing_of_an_old_scan_is_taken_for_the_new_ones(session) -> None:
 
 def test_a_report_counts_as_changed_by_a_person_alone(session) -> None:
     """The page tells of every change, a draft's own words too, and some of them late."""
-    desk = Desk(Parrot())
-    for _ in desk.draft(session):
+    workstation = Workstation(Parrot())
+    for _ in workstation.draft(session):
         if session.draft.open:
-            desk.rewrite(session, session.report[:5])
+            workstation.rewrite(session, session.report[:5])
     words = session.report
     assert len(words) > 20 and not session.edited
     for late in (words[:7], words):
-        desk.rewrite(session, late)
+        workstation.rewrite(session, late)
     assert session.report == words and not session.edited
-    desk.rewrite(session, words + " Changed.")
+    workstation.rewrite(session, words + " Changed.")
     assert session.edited and session.author == "model, changed by hand"
     with pytest.raises(ValueError, match="changed by hand"):
-        list(desk.draft(session))
+        list(workstation.draft(session))
     assert session.report == words + " Changed."
-    list(desk.draft(session))
+    list(workstation.draft(session))
     assert session.report == words and not session.edited
-    desk.rewrite(session, "By hand.")
-    desk.chat = SimpleNamespace(encode=id)  # whose draft fails
+    workstation.rewrite(session, "By hand.")
+    workstation.chat = SimpleNamespace(encode=id)  # whose draft fails
     with pytest.raises(ValueError, match="changed by hand"):
-        list(desk.draft(session))
-    list(desk.draft(session))
+        list(workstation.draft(session))
+    list(workstation.draft(session))
     assert session.report == "By hand." and session.edited
 
 
 def test_a_saved_report_says_of_what_scan_and_who_wrote_it(session) -> None:
-    desk = Desk(Parrot(), "demo/parrot")
-    saved = json.loads(desk.save(session, "json", "Typed by hand."))
+    workstation = Workstation(Parrot(), "demo/parrot")
+    saved = json.loads(workstation.save(session, "json", "Typed by hand."))
     assert saved["author"] == "hand" and "Draft" not in saved["notice"] and "model" not in saved["origin"]
     assert saved["origin"]["sha256"] == hashlib.sha256(session.scan.volume.array.tobytes()).hexdigest()
     session.report = ""
-    list(desk.draft(session))
+    list(workstation.draft(session))
     words = session.report
-    saved = json.loads(desk.save(session, "json", words))
+    saved = json.loads(workstation.save(session, "json", words))
     assert saved["author"] == "model" and saved["origin"]["model"] == "demo/parrot"
     assert any("confidence" in note for note in saved["notes"])
-    saved = desk.save(session, "txt", words + " And more.").decode()
+    saved = workstation.save(session, "txt", words + " And more.").decode()
     assert saved.startswith("Draft written by a model and changed by hand.") and "confidence" not in saved
 
 
 def test_key_images_are_the_slices_that_the_viewer_shows(session) -> None:
-    desk, scan = Desk(Parrot()), session.scan
+    workstation, scan = Workstation(Parrot()), session.scan
     with pytest.raises(ValueError, match="no plane 'oblique'"):
-        desk.add_key_image(session, "oblique", 0, (0, 1))
+        workstation.add_key_image(session, "oblique", 0, (0, 1))
     with pytest.raises(ValueError, match="no slice 9999"):
-        desk.add_key_image(session, "axial", 9998, (0, 1))
+        workstation.add_key_image(session, "axial", 9998, (0, 1))
     with pytest.raises(ValueError, match="window"):
-        desk.add_key_image(session, "axial", 0, (1, 1))
+        workstation.add_key_image(session, "axial", 0, (1, 1))
     for number, plane in enumerate(("axial", "coronal", "sagittal")):
-        image = desk.add_key_image(session, plane, 3, (-160, 240))
+        image = workstation.add_key_image(session, plane, 3, (-160, 240))
         shown = np.asarray(Image.open(io.BytesIO(image.png)), dtype=float)
         stored = np.take(scan.picture.stored, 3, number).astype(float)
         expected = 255 * np.clip((stored + 160) / 400, 0, 1)
@@ -179,16 +179,16 @@ def test_key_images_are_the_slices_that_the_viewer_shows(session) -> None:
         assert (image.place is None) == (plane != "axial")
     place = session.key_images[1].place
     np.testing.assert_array_equal(scan.picture.stored[3], scan.volume.array[place])  # an axial phantom, rows and columns as on a screen
-    with zipfile.ZipFile(io.BytesIO(desk.save(session, "zip", "A nodule."))) as archive:
+    with zipfile.ZipFile(io.BytesIO(workstation.save(session, "zip", "A nodule."))) as archive:
         assert archive.read("key_image_3.png") == image.png and "sagittal, slice 4 of" in archive.read("report.txt").decode()
     uneven = replace(scan, as_filed=False)  # resampled between the slices of the files
     assert key_image(uneven, "axial", 3, (0, 1)).place is None and key_image(scan, "axial", 3, (0, 1)).place == place
-    desk.remove_key_image(session, 2)
-    assert [label.partition(",")[0] for label, _, _ in desk.reading(session)["pictures"]] == ["axial", "sagittal"]
+    workstation.remove_key_image(session, 2)
+    assert [label.partition(",")[0] for label, _, _ in workstation.reading(session)["pictures"]] == ["axial", "sagittal"]
     for _ in range(18):
-        desk.add_key_image(session, "axial", 0, (0, 1))
+        workstation.add_key_image(session, "axial", 0, (0, 1))
     with pytest.raises(ValueError, match="at most 20"):
-        desk.add_key_image(session, "axial", 0, (0, 1))
+        workstation.add_key_image(session, "axial", 0, (0, 1))
     session.put(example("Abdomen phantom"))
     assert session.key_images == {}
 
@@ -197,15 +197,15 @@ def test_a_scan_without_room_beside_the_open_ones_is_refused(scan, tmp_path) -> 
     def sent(slices: int) -> list[str]:
         return [str(shutil.copy(scan(slices), tmp_path / f"{slices}.nii.gz"))]
 
-    desk = Desk(Parrot())
-    one, two = desk.sessions.of("one"), desk.sessions.of("two")
-    scans = [desk.open_uploads(one, sent(10)), desk.open_uploads(two, sent(9))]
-    desk.room = sum(scan.nbytes for scan in scans)
+    workstation = Workstation(Parrot())
+    one, two = workstation.sessions.of("one"), workstation.sessions.of("two")
+    scans = [workstation.open_uploads(one, sent(10)), workstation.open_uploads(two, sent(9))]
+    workstation.room = sum(scan.nbytes for scan in scans)
     with pytest.raises(VolumeError, match="close another page, or crop the scan"):
-        desk.open_uploads(two, sent(11))
+        workstation.open_uploads(two, sent(11))
     assert two.scan is scans[1]
-    desk.open_uploads(two, sent(8))  # in place of its own
-    desk.open_uploads(one, sent(11))
+    workstation.open_uploads(two, sent(8))  # in place of its own
+    workstation.open_uploads(one, sent(11))
 
 
 def test_above_the_limit_the_session_that_rested_longest_closes() -> None:
@@ -300,18 +300,18 @@ def test_a_page_that_stays_away_is_forgotten_later_with_an_unsaved_report(monkey
 
 
 def test_words_typed_while_a_draft_is_written_stay(session) -> None:
-    desk = Desk(Parrot())
-    writing = desk.draft(session, "")
+    workstation = Workstation(Parrot())
+    writing = workstation.draft(session, "")
     for _ in range(3):
         next(writing)
-    desk.rewrite(session, "A nodule that I see.")
+    workstation.rewrite(session, "A nodule that I see.")
     assert list(writing) == [] and session.report == "A nodule that I see." and session.author == "model, changed by hand"
     session.put(example("Abdomen phantom"))
     with pytest.raises(ValueError, match="changed by hand and not saved"):
-        list(desk.draft(session, "Typed just now."))
+        list(workstation.draft(session, "Typed just now."))
     assert session.report == "Typed just now."
-    desk.save(session, "txt", "Typed just now.")
-    for _ in desk.draft(session, "Typed just now."):  # saved, so nothing is lost
+    workstation.save(session, "txt", "Typed just now.")
+    for _ in workstation.draft(session, "Typed just now."):  # saved, so nothing is lost
         if session.draft.open:
-            desk.rewrite(session, "Typed just now.")  # comes late
+            workstation.rewrite(session, "Typed just now.")  # comes late
     assert session.author == "model"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from med3dvlm.app.viewer import WINDOWS, coarser, default_window, describe, display_order, overlay, picture
-from med3dvlm.inference.saliency import Heat, place
+from med3dvlm.inference.saliency import SaliencyMap, place
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.volume import Volume
 
@@ -150,7 +150,7 @@ def test_the_crosshair_jumps_to_the_middle_of_the_hottest_cell_also_at_the_edge(
     for hot in ((0, 0, 0), (1, 3, 3), (0, 3, 1), (1, 1, 2)):
         values = generator.uniform(0, 0.4, (2, 4, 4)).astype(np.float32)
         values[hot] = 1
-        laid = overlay(volume, shown, place(Heat(values, cells, size), volume, processor, 2), 2, "a phrase")
+        laid = overlay(volume, shown, place(SaliencyMap(values, cells, size), volume, processor, 2), 2, "a phrase")
         middle = (processor.placement(volume) @ [*(np.array(first) + np.array(step) * hot), 1])[:3]  # in voxels of the volume
         middle = np.clip(middle, 0, np.array(volume.shape) - 1)
         seen = np.array(

@@ -14,7 +14,7 @@ from torch import Tensor
 from med3dvlm.checkpoints import load_clip
 from med3dvlm.evaluation.probe import FrozenEncoder
 from med3dvlm.files import read_lines
-from med3dvlm.inference.saliency import PhraseFinder
+from med3dvlm.inference.saliency import PhraseSaliency
 from med3dvlm.prompts import finding_prompts
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
 from med3dvlm.search import CaseIndex
@@ -92,6 +92,6 @@ def test_search(chests: SimpleNamespace, half: Path, exact: SimpleNamespace, tmp
 
 
 def test_phrases_in_scans(half: Path, exact: SimpleNamespace) -> None:
-    finders = PhraseFinder.from_pretrained(half, "cpu"), PhraseFinder(exact.model, exact.tokenizer, load_clip(half)[2])
-    mine, plain = (finder.heat(exact.volumes[0].float(), "Pleural effusion.").values for finder in finders)
+    finders = PhraseSaliency.from_pretrained(half, "cpu"), PhraseSaliency(exact.model, exact.tokenizer, load_clip(half)[2])
+    mine, plain = (finder.saliency(exact.volumes[0].float(), "Pleural effusion.").values for finder in finders)
     assert np.corrcoef(np.ravel(mine), np.ravel(plain))[0, 1] > 0.99

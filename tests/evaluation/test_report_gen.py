@@ -11,7 +11,7 @@ import pytest
 
 from med3dvlm import Med3DChat, Med3DCLIP
 from med3dvlm.datasets.store import checksum
-from med3dvlm.evaluation import Embedder, strangers
+from med3dvlm.evaluation import Embedder, other_patients
 from med3dvlm.evaluation.report_scores import fixed_reports, report_scores
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.records import Study, read_questions, read_studies, write_records
@@ -225,7 +225,7 @@ def test_what_can_be_had_without_the_scan(demo: SimpleNamespace, whole: Path) ->
 
     empty = torch.zeros(demo.data.processor.size)
     assert rows[0]["blind"] == chat.ask(empty, REPORT_PROMPTS[0], max_new_tokens=20).text
-    places = strangers(studies)
+    places = other_patients(studies)
     assert places and all(studies[place].patient != one.patient for place, one in zip(places, studies, strict=True))
     expected = report_scores([rows[place]["prediction"] for place in places], studies)
     assert scores["shuffled"]["text"]["rouge1"] == pytest.approx(expected["text"]["rouge1"], abs=1e-6)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from med3dvlm.evaluation import air, strangers, training_split
+from med3dvlm.evaluation import air, other_patients, training_split
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.records import Study
 from med3dvlm.volume import Volume
@@ -39,7 +39,7 @@ def test_the_split_that_baselines_learn_from(splits: tuple[str, ...], evaluated:
 
 
 def strangers_of(patients: str) -> list[int] | None:
-    return strangers([Study(f"s{place}", patient, "x", "", {}, "test", "hand") for place, patient in enumerate(patients)])
+    return other_patients([Study(f"s{place}", patient, "x", "", {}, "test", "hand") for place, patient in enumerate(patients)])
 
 
 def test_strangers_are_a_permutation_wherever_there_is_one() -> None:

@@ -14,7 +14,7 @@ import pytest
 from med3dvlm import Volume
 from med3dvlm.datasets.phantom import write_phantoms
 from med3dvlm.files import read_lines
-from med3dvlm.inference.saliency import Heat
+from med3dvlm.inference.saliency import SaliencyMap
 
 Run = Callable[..., None]
 
@@ -51,7 +51,7 @@ def test_a_peak_is_judged_as_plain_loops_judge_it(script: dict[str, Any]) -> Non
     for peak in peaks:
         values = generator.random(grid).astype(np.float32)
         values[peak] = 2
-        found = script["judge"](Heat(values, cells, (9, 16, 15)), mask, volume, placement)
+        found = script["judge"](SaliencyMap(values, cells, (9, 16, 15)), mask, volume, placement)
         lesion = set()
         for voxel in np.argwhere(mask):
             cell = (np.linalg.inv(to_scan) @ [*voxel, 1])[:3]
@@ -70,7 +70,7 @@ def test_a_peak_is_judged_as_plain_loops_judge_it(script: dict[str, Any]) -> Non
 
 def test_the_middle_is_the_cell_nearest_to_it(script: dict[str, Any]) -> None:
     cells = np.diag([4.0, 4.0, 4.0, 1.0])  # cells look at voxels 0, 4, 8, ...
-    heat = script["middle"](Heat(np.zeros((3, 5, 7), np.float32), cells, (12, 20, 27)))
+    heat = script["middle"](SaliencyMap(np.zeros((3, 5, 7), np.float32), cells, (12, 20, 27)))
     assert heat.peak == (1, 2, 3)  # voxels 4, 8, 12 of middles 5.5, 9.5, 13
 
 

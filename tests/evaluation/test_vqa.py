@@ -19,7 +19,7 @@ from med3dvlm.checkpoints import load_vlm
 from med3dvlm.datasets.audit import text_only_baselines
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.encoders.base import Encoder
-from med3dvlm.evaluation import strangers, turn
+from med3dvlm.evaluation import other_patients, turn
 from med3dvlm.evaluation.question_scores import question_scores, question_tables
 from med3dvlm.prompts import closed_prompt
 from med3dvlm.records import Question
@@ -53,7 +53,7 @@ def test_ranking_is_the_plain_way(demo: SimpleNamespace, whole: Path) -> None:
     model, processor = load_vlm(demo.model)
     listed = demo.data.studies("test")
     studies = {study.id: study for study in listed}
-    stranger = {study.id: listed[place] for study, place in zip(listed, strangers(listed), strict=True)}
+    stranger = {study.id: listed[place] for study, place in zip(listed, other_patients(listed), strict=True)}
     worst = 0.0
     rows = rows_of(whole)
     for row in rows:

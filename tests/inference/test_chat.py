@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from med3dvlm import Med3DChat, Med3DVLM, Med3DVLMConfig, Med3DVLMProcessor, Volume, VolumeProcessor, read_volume
-from med3dvlm.inference.out_of_distribution import FamiliarityModel, fit_familiarity, pool_features
+from med3dvlm.inference.out_of_distribution import OutOfDistributionDetector, fit_detector, pool_features
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.volume import VolumeError
 from tests.formats.dicom_files import write_series
@@ -362,7 +362,7 @@ def test_a_scan_is_encoded_once(chat: Med3DChat, tmp_path: Path) -> None:
         answers = [chat.ask(given, "Which organ has a lesion?").text for given in (scan, scan, path, str(path), path)]
         assert set(answers) == {"Liver"}
         assert len(calls) == 2  # the Volume, the file
-        chat.familiarity(scan)
+        chat.out_of_distribution(scan)
         chat.ask(volume(0), "Plane?")
         assert len(calls) == 3  # equal, but another object
         write(path, volume(1))
@@ -435,7 +435,7 @@ def correlated(count: int, seed: int) -> torch.Tensor:
 
 def test_familiarity_against_its_formula() -> None:
     train, validation, other = (correlated(count, seed).double().numpy() for count, seed in ((200, 0), (70, 1), (8, 2)))
-    fitted = fit_familiarity(torch.tensor(train), torch.tensor(validation), components=7)
+    fitted = fit_detector(torch.tensor(train), torch.tensor(validation), components=7)
     mean, scale = train.mean(0), train.std(0, ddof=1)
     eigenvalues, vectors = np.linalg.eigh(np.cov((train - mean) / scale, rowvar=False))  # ascending
     rest = eigenvalues[:-7].mean()
@@ -450,26 +450,26 @@ def test_familiarity_against_its_formula() -> None:
 
 
 def test_familiarity_tells_strangers_from_its_own() -> None:
-    fitted = fit_familiarity(correlated(400, 0), correlated(100, 1))
+    fitted = fit_detector(correlated(400, 0), correlated(100, 1))
     assert len(fitted.components) == 29  # not 64: as many as there are channels, less one for the residual
     own = fitted.distance(correlated(1000, 2))
     assert (own > fitted.limit).double().mean() < 0.05
     shifted = correlated(100, 3) + 8 * fitted.scale
     shuffled = torch.stack([column[torch.randperm(100)] for column in correlated(100, 4).T], dim=1)  # usual values, unusual together
-    for strangers in (shifted, shuffled, torch.zeros(1, 30), torch.full((1, 30), torch.nan)):
-        assert not (fitted.distance(strangers) <= fitted.limit).any()
+    for other_patients in (shifted, shuffled, torch.zeros(1, 30), torch.full((1, 30), torch.nan)):
+        assert not (fitted.distance(other_patients) <= fitted.limit).any()
 
 
 def test_familiarity_with_few_scans_and_dead_channels() -> None:
     train, validation = correlated(25, 0), correlated(3, 1)
     train[:, 4] = validation[:, 4] = 0.0
-    fitted = fit_familiarity(train, validation)
+    fitted = fit_detector(train, validation)
     assert len(fitted.components) == 2
     assert fitted.distance(validation).isfinite().all() and (fitted.distance(validation) <= 1.01 * fitted.limit).all()
     with pytest.raises(ValueError, match="at least 20 training scans"):
-        fit_familiarity(train[:19], validation)
+        fit_detector(train[:19], validation)
     with pytest.raises(ValueError, match="a validation scan"):
-        fit_familiarity(train, validation[:0])
+        fit_detector(train, validation[:0])
     with pytest.raises(ValueError, match="fit it again"):
         fitted.distance(torch.zeros(1, 31))
 
@@ -479,19 +479,19 @@ def test_familiarity_of_scans(chat: Med3DChat, directory: Path, tmp_path: Path) 
         array = volume(seed % 2).array + np.random.default_rng(100 + seed).normal(0, 20, (10, 20, 30))
         return Volume(array.astype(np.float32), (3.0, 1.0, 1.0), "SPL")
 
-    assert chat.familiarity(volume(0)) is None
+    assert chat.out_of_distribution(volume(0)) is None
     features = torch.cat([pool_features(chat.encode(noisy(seed))) for seed in range(60)])
     assert features.shape == (60, 16 + 32)
-    fit_familiarity(features[:40], features[40:]).save(directory)
+    fit_detector(features[:40], features[40:]).save(directory)
     assert sorted(path.suffix for path in directory.glob("familiarity*")) == [".safetensors"]
     loaded = Med3DChat.from_pretrained(directory, device="cpu")
-    (directory / "familiarity.safetensors").unlink()
-    assert FamiliarityModel.load(directory) is None
+    (directory / "out_of_distribution.safetensors").unlink()
+    assert OutOfDistributionDetector.load(directory) is None
 
-    known = loaded.familiarity(noisy(99))
+    known = loaded.out_of_distribution(noisy(99))
     assert known is not None and known.message is None and known.distance <= known.limit
     stripes = np.tile(np.float32([0, 1000, 300, 0, 50]), (24, 20, 6))
-    strange = loaded.familiarity(write(tmp_path / "stripes.nii", Volume(stripes, (3.0, 1.0, 1.0), "SPL")))
+    strange = loaded.out_of_distribution(write(tmp_path / "stripes.nii", Volume(stripes, (3.0, 1.0, 1.0), "SPL")))
     assert strange is not None and strange.distance > strange.limit
     assert strange.message == (
         f"This scan lies outside the data that the model was trained on (distance {strange.distance:.3g}, limit {strange.limit:.3g}): "

@@ -1,4 +1,4 @@
-"""Heat of phrases and answers against their formulas, and its way back into the scan: a bright blob is put in and found again."""
+"""SaliencyMap of phrases and answers against their formulas, and its way back into the scan: a bright blob is put in and found again."""
 
 import itertools
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from transformers import DistilBertConfig, DistilBertModel
 
 from med3dvlm import Med3DChat, Med3DCLIP, Med3DCLIPConfig, Volume, VolumeProcessor
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.inference.saliency import Heat, PhraseFinder, answer_heat, place, weighted_features
+from med3dvlm.inference.saliency import PhraseSaliency, SaliencyMap, answer_saliency, place, weighted_features
 from med3dvlm.prompts import REPORT_PROMPTS
 from tests.encoders.small import SMALL
 
@@ -65,13 +65,13 @@ def test_heat_is_placed_on_the_blob(recipe: str, settings: dict[str, object], or
         values[cell] = made[tuple(slice(index * edge, (index + 1) * edge) for index, edge in zip(cell, patch, strict=True))].max()
     cells = np.diag([*map(float, patch), 1.0])
     cells[:3, 3] = [(edge - 1) / 2 for edge in patch]
-    overlay = place(Heat(values, cells, processor.size), volume, processor)
+    overlay = place(SaliencyMap(values, cells, processor.size), volume, processor)
     assert overlay.shape == SHAPE and overlay.dtype == np.float32 and overlay.flags.c_contiguous
     assert overlay.min() == 0 and overlay.max() <= 1
     steps = np.abs(processor.placement(volume)[:3, :3]) @ np.array(patch)  # a cell's edges in voxels of the scan
     highest = np.argwhere(overlay >= overlay.max() - 1e-6)
     assert (np.abs(highest - blob) <= steps / 2 + 1.5).all(axis=1).any()
-    coarse = place(Heat(values, cells, processor.size), volume, processor, step=2)
+    coarse = place(SaliencyMap(values, cells, processor.size), volume, processor, step=2)
     np.testing.assert_array_equal(coarse, overlay[::2, ::2, ::2])
 
 
@@ -83,7 +83,7 @@ def test_placing_by_plain_loops() -> None:
     values = generator.random((3, 2, 4)).astype(np.float32)
     cells = np.diag([4.0, 5.0, 3.5, 1.0])
     cells[:3, 3] = (1.5, 2.0, 0.0)
-    overlay = place(Heat(values, cells, (12, 10, 14)), volume, processor)
+    overlay = place(SaliencyMap(values, cells, (12, 10, 14)), volume, processor)
     shown = np.clip((values - np.median(values)) / (values.max() - np.median(values)), 0, 1)
     inverse = np.linalg.inv(processor.placement(volume))
     outside = 0
@@ -105,7 +105,7 @@ def test_placing_by_plain_loops() -> None:
 
 def test_even_heat_shows_nothing() -> None:
     processor = VolumeProcessor("m3d", size=(12, 10, 14))
-    heat = Heat(np.full((3, 2, 4), 0.5, np.float32), np.eye(4), (12, 10, 14))
+    heat = SaliencyMap(np.full((3, 2, 4), 0.5, np.float32), np.eye(4), (12, 10, 14))
     assert not place(heat, scan("SPL", (6, 11, 17)), processor).any()
 
 
@@ -190,19 +190,19 @@ def test_a_failed_score_leaves_no_hook() -> None:
 
 def test_phrases(tiny_models: SimpleNamespace, prepared: object) -> None:
     """From the model's directory: heat of a prepared tensor as of the same as a batch, other words other heat, nothing trained."""
-    finder = PhraseFinder.from_pretrained(tiny_models.clip)
+    finder = PhraseSaliency.from_pretrained(tiny_models.clip)
     data = PreparedData(prepared)
     pixels = data.processor.dequantize(data.volume(data.studies("test")[0]))
-    heat, other = finder.heat(pixels, "Pleural effusion.", level=-3), finder.heat(pixels, "Liver mass.", level=-3)
+    heat, other = finder.saliency(pixels, "Pleural effusion.", level=-3), finder.saliency(pixels, "Liver mass.", level=-3)
     assert heat.values.shape == finder.model.vision_encoder.grids(data.processor.size)[-3]
     assert not np.allclose(heat.values, other.values)
-    again = finder.heat(pixels, " Pleural effusion. \n", level=-3)
+    again = finder.saliency(pixels, " Pleural effusion. \n", level=-3)
     np.testing.assert_array_equal(heat.values, again.values)
     assert all(parameter.grad is None for parameter in finder.model.parameters())
     with pytest.raises(ValueError, match="phrase is empty"):
-        finder.heat(pixels, "  ")
+        finder.saliency(pixels, "  ")
     with pytest.raises(ValueError, match="med3dvlm, not med3d_clip"):
-        PhraseFinder.from_pretrained(tiny_models.vlm)
+        PhraseSaliency.from_pretrained(tiny_models.vlm)
 
 
 def test_answers(tiny_models: SimpleNamespace, prepared: object) -> None:
@@ -233,7 +233,7 @@ def test_answers(tiny_models: SimpleNamespace, prepared: object) -> None:
         start = 0 if part is None else answer.index(part)
         end = len(words[-1]) if part is None else start + len(part)
         meant = torch.tensor([len(words[place + 1]) > start and len(words[place]) < end for place in range(len(tokens))])
-        heat = answer_heat(chat, pixels, question, answer, history, part, level=-1)
+        heat = answer_saliency(chat, pixels, question, answer, history, part, level=-1)
         assert heat.values.shape == grid
         for cell in range(heat.values.size):
             rises = 0.0
@@ -248,4 +248,4 @@ def test_answers(tiny_models: SimpleNamespace, prepared: object) -> None:
         ((question, answer, None, "effusion"), "does not say"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            answer_heat(chat, pixels, *wrong)
+            answer_saliency(chat, pixels, *wrong)

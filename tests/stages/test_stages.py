@@ -21,7 +21,7 @@ from med3dvlm import Med3DChat, Med3DVLMProcessor, VolumeProcessor
 from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm, merge_lora, verify_equal
 from med3dvlm.datasets import m3d
 from med3dvlm.datasets.store import PreparedData, checksum
-from med3dvlm.files import FAMILIARITY_FILE
+from med3dvlm.files import DETECTOR_FILE
 from med3dvlm.training import contrastive as contrastive_training
 from med3dvlm.training import ct_clip, stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
 from med3dvlm.training.run import launch
@@ -246,7 +246,7 @@ def test_a_merge_replaces_a_model_whole_or_not_at_all(
 ) -> None:
     adapter, merged = run(stage3_lora, *TWO_STEPS).output, tmp_path / "merged"
     shutil.copytree(tiny_models.vlm, merged)
-    (merged / FAMILIARITY_FILE).write_text("of other weights")
+    (merged / DETECTOR_FILE).write_text("of other weights")
     before = {path.name: path.read_bytes() for path in merged.iterdir()}
 
     def interrupted(*_: object, **__: object) -> None:
@@ -257,7 +257,7 @@ def test_a_merge_replaces_a_model_whole_or_not_at_all(
         merge_lora(adapter, merged)
     assert {path.name: path.read_bytes() for path in merged.iterdir()} == before
     model = merge_lora(adapter, merged)
-    assert (merged / FAMILIARITY_FILE).read_bytes() == (adapter / FAMILIARITY_FILE).read_bytes() and not list(tmp_path.glob(".merged*"))
+    assert (merged / DETECTOR_FILE).read_bytes() == (adapter / DETECTOR_FILE).read_bytes() and not list(tmp_path.glob(".merged*"))
     for name, value in load_vlm(merged)[0].state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     assert (merged / "model.safetensors").read_bytes() != before["model.safetensors"]
@@ -279,7 +279,7 @@ def test_familiarity_rests_on_500_scans_evenly_spread(count: int, expected: int,
     model: Any = SimpleNamespace(vision_encoder=nn.Linear(1, 1), encode_image=lambda batch: (batch.flatten(2), batch.flatten(2)))
     stage3_lora.remember_training_data(model, data, str(tmp_path))
     *train, _ = seen
-    assert (tmp_path / FAMILIARITY_FILE).is_file()
+    assert (tmp_path / DETECTOR_FILE).is_file()
     assert len(set(train)) == len(train) == expected and (train[0], train[-1]) == (0, count - 1)
     gaps = [after - before for before, after in zip(train, train[1:], strict=False)]
     assert max(gaps) - min(gaps) <= 1

@@ -157,18 +157,18 @@ class _Renamed:
         tensors: our name -> shape and type in our layout.
         left_out: released names that nothing of ours needs.
         unexpected: released names that the layout does not have.
-        crooked: our name -> released name and shape, of a tensor with other axes than the layout's.
+        wrong_shapes: our name -> released name and shape, of a tensor with other axes than the layout's.
     """
 
     names: dict[str, str]
     tensors: dict[str, Stored]
     left_out: tuple[str, ...]
     unexpected: tuple[str, ...]
-    crooked: dict[str, str]
+    wrong_shapes: dict[str, str]
 
 
 def _rename(layout: Layout, stock: Source) -> _Renamed:
-    names, tensors, crooked = {}, {}, {}
+    names, tensors, wrong_shapes = {}, {}, {}
     left_out, unexpected = [], []
     for name, (shape, dtype) in stock.tensors.items():
         pair = to_ours(layout, name)
@@ -180,10 +180,10 @@ def _rename(layout: Layout, stock: Source) -> _Renamed:
             names[pair.here] = name
             ours = reshaped(shape, pair.axes)
             if ours is None:
-                crooked[pair.here] = f"{name} {list(shape)}"
+                wrong_shapes[pair.here] = f"{name} {list(shape)}"
             else:
                 tensors[pair.here] = Stored(ours, dtype)
-    return _Renamed(names, tensors, tuple(left_out), tuple(unexpected), crooked)
+    return _Renamed(names, tensors, tuple(left_out), tuple(unexpected), wrong_shapes)
 
 
 def _check(what: str, plan: Architecture, layout: Layout, found: _Renamed, tensors: Mapping[str, Stored]) -> None:
@@ -192,7 +192,7 @@ def _check(what: str, plan: Architecture, layout: Layout, found: _Renamed, tenso
         model = plan.build()
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = {str(name) for name in getattr(model, "all_tied_weights_keys", None) or ()}
-    present = {*tensors, *tied, *found.crooked}
+    present = {*tensors, *tied, *found.wrong_shapes}
     lacking = [name for name in wanted if name not in present]
     besides = [name for name in tensors if name not in wanted]
     other = {name: shape for name, shape in wanted.items() if name in tensors and tensors[name].shape != shape}
@@ -200,7 +200,7 @@ def _check(what: str, plan: Architecture, layout: Layout, found: _Renamed, tenso
         "lacks": [_released_name(layout, name) for name in lacking],
         "has besides": [*found.unexpected, *(_released_name(layout, name) for name in besides)],
         "has in another shape": [
-            *found.crooked.values(),
+            *found.wrong_shapes.values(),
             *(f"{_released_name(layout, name)} {list(tensors[name].shape)} instead of {list(shape)}" for name, shape in other.items()),
         ],
     }

@@ -1,4 +1,4 @@
-"""What can be done at the desk, as the page and programs call it: open a scan, ask, stop, ask again, clear. No layout here.
+"""What can be done at the workstation, as the page and programs call it: open a scan, ask, stop, ask again, clear. No layout here.
 
 Every function takes the Session that it acts for; what it gives back is plain data for the page's components.
 """
@@ -36,7 +36,7 @@ SECONDS_BETWEEN = 0.05  # at least, between two states of an answer that are sen
 
 
 @dataclass(eq=False)
-class Desk:
+class Workstation:
     """Everything behind the page. `chat` has `encode`, `stream` and `familiarity` as Med3DChat has; `model` is its name for the page."""
 
     chat: Any
@@ -57,7 +57,7 @@ class Desk:
         return processor is not None and processor.image_processor.straighten
 
     def open_uploads(self, session: Session, uploads: Sequence[str], keep: bool = False) -> OpenScan:
-        """Put the uploaded scan on the session's desk. Raises VolumeError, one sentence; the scan that was open then stays.
+        """Put the uploaded scan on the session's workstation. Raises VolumeError, one sentence; the scan that was open then stays.
 
         `keep`: the files stay for others who send them alike, until `sweep` takes them.
         """
@@ -110,7 +110,7 @@ class Desk:
         if session.scan is None:
             return ""
         try:
-            known = self.chat.familiarity(session.encoded(self.chat))
+            known = self.chat.out_of_distribution(session.encoded(self.chat))
         except Exception as error:  # noqa: BLE001  told in a sentence
             return sentence(error)
         return (known and known.message) or ""
@@ -192,14 +192,14 @@ class Desk:
             doubt += ", on a scan unlike the training data" if draft.unlike else ""
             line = f"Drafted in {draft.seconds:.1f} s, {draft.tokens} tokens, with a confidence of {100 * draft.confidence:.0f} %{doubt}."
         shown = {
-            "pictures": [[image.label, f"desk/{session.token}/picture/{number}", number] for number, image in session.key_images.items()],
+            "pictures": [[image.label, f"workstation/{session.token}/picture/{number}", number] for number, image in session.key_images.items()],
             "line": line, "problem": problem, "open": draft is not None and draft.open, "unsaved": session.unsaved,
         }  # fmt: skip
         try:
             report = read_report(session.report)
         except ValueError:  # nothing written yet
             return shown | {"sections": [], "findings": [], "saves": []}
-        saves = [[label, f"desk/{session.token}/report/{kind}", f"report.{kind}"] for kind, label in SAVES.items()]
+        saves = [[label, f"workstation/{session.token}/report/{kind}", f"report.{kind}"] for kind, label in SAVES.items()]
         if session.scan is None or session.scan.files is None:
             del saves[list(SAVES).index("dcm")]
         findings = [[name.replace("_", " "), state] for name, state in report.findings.items()]
@@ -288,9 +288,9 @@ class Desk:
         """The viewer's value for viewer.js."""
         scan, heat = session.scan, session.overlay
         return {
-            "scan": scan and {"url": f"desk/{session.token}/scan/{session.number}", **scan.picture.facts},
+            "scan": scan and {"url": f"workstation/{session.token}/scan/{session.number}", **scan.picture.facts},
             "series": [] if scan is None else listed(scan),
-            "overlay": heat and {"url": f"desk/{session.token}/overlay/{session.overlays}", **heat.facts},
+            "overlay": heat and {"url": f"workstation/{session.token}/overlay/{session.overlays}", **heat.facts},
         }
 
 
