@@ -1,4 +1,4 @@
-"""Familiarity: does a scan lie where the training scans lay? An honest word on scans that the model cannot know.
+"""Out-of-distribution detection: does a scan lie where the training scans lay?
 
 It notices another body part, another modality, noise. It does not notice a mirrored or upside-down scan of the kind that it knows.
 
@@ -20,7 +20,7 @@ LIMIT_QUANTILE = 0.99
 
 
 @dataclass(frozen=True)
-class Familiarity:
+class OutOfDistributionScore:
     """How far a scan lies from the training data (about 1 is usual), the limit, and a sentence where it lies beyond."""
 
     distance: float
@@ -46,7 +46,7 @@ class OutOfDistributionDetector:
     def distance(self, features: Tensor) -> Tensor:
         """(N, F) -> (N,): the Mahalanobis distance, divided by sqrt(F) so that a training scan has about 1."""
         if features.shape[-1] != len(self.mean):
-            raise ValueError(f"{features.shape[-1]} features were given but familiarity was fitted on {len(self.mean)}; fit it again")
+            raise ValueError(f"{features.shape[-1]} features were given but the detector was fitted on {len(self.mean)}; fit it again")
         centred = (features.double().cpu() - self.mean) / self.scale
         inside = centred @ self.components.T  # (N, K)
         residual = centred - inside @ self.components
@@ -69,14 +69,14 @@ def fit_detector(train_features: Tensor, validation_features: Tensor, components
     """Fit on the training scans' features (N, F); the limit is the 99th percentile of the distance on validation scans' (M, F).
 
     The validation scans must be held out from the encoder's training: what it has seen lies closer than it should. So about 1 % of scans of
-    the training kind are called unfamiliar. At most N / 10 components are kept, each of which then rests on ten scans.
+    the training kind are called out of distribution. At most N / 10 components are kept, each of which then rests on ten scans.
 
     Raises:
         ValueError: fewer than 20 training scans or no validation scan.
     """
     if len(train_features) < 20 or not len(validation_features):
         raise ValueError(
-            f"familiarity needs at least 20 training scans and a validation scan, not {len(train_features)} and {len(validation_features)}"
+            f"the out-of-distribution detector needs at least 20 training scans and a validation scan, not {len(train_features)} and {len(validation_features)}"
         )
     train = train_features.double().cpu()
     mean, scale = train.mean(0), train.std(0)
