@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from med3dvlm.geometry.sampling import sample
 from med3dvlm.volume import Volume, VolumeError, read_volume
 
 DISPLAYED, CANONICAL = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}, "SLP"
@@ -331,6 +332,30 @@ class VolumeProcessor(BaseImageProcessor):
         wanted = display(volume) if self.spacing is None else CANONICAL
         placed: NDArray[np.float64] = inv_ornt_aff(moves(volume, wanted), volume.shape) @ kept
         return placed
+
+    def to_scan(self, values: Tensor | NDArray[Any], volume: Volume) -> Tensor:
+        """What lies on the grid of `transform(volume)`, on the scan's own: the inverse of what `transform` does to the scan's grid.
+
+        Real numbers, such as scores, are linear between voxels; whole numbers and booleans, such as masks, are those of the nearest voxel.
+        What `transform` crops away is 0. A scan that the processor straightens comes back as its slices lie in `volume.array`.
+
+        Args:
+            values: (..., D, H, W) of the processor's `size`.
+            volume: the scan that `transform` was given.
+
+        Returns:
+            (..., D, H, W) of the scan's own shape, of the type of the values and on their device.
+
+        Raises:
+            ValueError: the values are of another size; VolumeError as `transform` raises it.
+        """
+        values = torch.as_tensor(values)
+        if tuple(values.shape[-3:]) != self.size:
+            raise ValueError(f"The values are {tuple(values.shape)} but end on (D, H, W) = {self.size}, the processor's size.")
+        straightens = self.straighten and not volume.regular
+        matrices = volume.straightening().matrices() if straightens else np.eye(4)
+        back = np.linalg.inv(self.placement(volume.straighten() if straightens else volume)) @ matrices
+        return sample(values, volume.shape, np.broadcast_to(back, (volume.shape[0], 4, 4)))
 
     def _made(self, volume: Volume) -> Any:
         """What the recipe's steps make of the volume, before it is on the grid: a MONAI MetaTensor (1, D, H, W)."""

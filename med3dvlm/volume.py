@@ -33,6 +33,7 @@ from med3dvlm import formats, geometry
 from med3dvlm.formats import HU_POLICIES, READERS, VolumeError
 from med3dvlm.formats.base import colour
 from med3dvlm.formats.hu import interpret
+from med3dvlm.geometry.straightening import Straightening
 
 __all__ = ["HU_POLICIES", "READERS", "UNITS", "Volume", "VolumeError", "read_volume"]
 
@@ -53,7 +54,8 @@ class Volume:
     sentences about what is doubtful or was assumed, `notes` about what was decided, such as the unit, and why.
     Of a DICOM scan, `modality` is what its header states, `window` the lowest and the highest value that it wants shown, and
     `series` a line for each series found, first the one read. `slice_positions` are D heights in mm along the normal of the
-    slices, growing, where their distances differ, so that the spacing along D is only the usual one; else None.
+    slices, growing, where their distances differ, so that the spacing along D is only the usual one; else None. `origin` is where
+    the middle of the first voxel lies, in RAS mm (3,), None where the file does not say.
     Raises VolumeError for anything else.
     """
 
@@ -69,6 +71,7 @@ class Volume:
     window: tuple[float, float] | None = None
     series: tuple[str, ...] = ()
     slice_positions: tuple[float, ...] | None = None
+    origin: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         if problem := self._problem():
@@ -121,28 +124,50 @@ class Volume:
         """Whether slices are evenly spaced and, as far as is known, stacked at right angles."""
         return self.slice_positions is None and (self.direction is None or geometry.shear(self.direction) < geometry.SHEARED)
 
+    def straightening(self) -> Straightening:
+        """The regular grid that `straighten` resamples to, and how the slices lie in it.
+
+        Raises:
+            VolumeError: the spacing is unknown.
+        """
+        if self.spacing is None:
+            raise VolumeError(f"{self.source}: the slices cannot be straightened as the spacing is unknown; state spacing=(z, y, x) in mm.")
+        known = np.eye(3) if self.direction is None else self.direction
+        return Straightening.of(self.shape, self.spacing, known, self.slice_positions)
+
+    @property
+    def affine(self) -> NDArray[np.float64] | None:
+        """4x4, of which the index (d, h, w, 1) gives the place of the middle of a voxel in RAS mm; None where that is not known.
+
+        Without an origin in the file the first voxel lies at 0. Of an irregular stack it is that of a regular one (see `straightening`).
+        """
+        if self.direction is None or self.spacing is None:
+            return None
+        matrix = np.eye(4)
+        matrix[:3, :3] = self.direction * self.spacing
+        matrix[:3, 3] = 0 if self.origin is None else self.origin
+        return matrix
+
     def straighten(self) -> "Volume":
         """The volume itself where it is regular, else its values resampled to evenly spaced slices stacked at right angles.
 
         A gantry's tilt is taken back by moving each slice within its plane; uneven slices come to lie at about the smallest distance of
-        a slab (see `geometry.straightened`). `notes` say so, and what `warnings` said of it goes.
+        a slab (see `geometry.Straightening`). `notes` say so, and what `warnings` said of it goes.
 
         Raises:
             VolumeError: the spacing is unknown.
         """
         if self.regular:
             return self
-        if self.spacing is None:
-            raise VolumeError(f"{self.source}: the slices cannot be straightened as the spacing is unknown; state spacing=(z, y, x) in mm.")
-        known = np.eye(3) if self.direction is None else self.direction
-        array, spacing, direction = geometry.straightened(self.array, self.spacing, known, self.slice_positions)
-        letters, facing = self.orientation, None
+        grid = self.straightening()
+        letters, facing, origin = self.orientation, None, None
         if self.direction is not None:
-            letters, facing = geometry.nearest_letters(direction), direction
+            letters, facing = geometry.nearest_letters(grid.direction), grid.direction
+            origin = None if self.origin is None else self.origin + grid.offset
         doubts = _doubts(self)
         notes = (*self.notes, f"the slices are resampled to a regular grid ({'; '.join(_irregular(self))}).")
-        grid: dict[str, Any] = {"spacing": spacing, "orientation": letters, "direction": facing, "slice_positions": None}
-        made = dataclasses.replace(self, array=array, notes=notes, **grid)
+        where: dict[str, Any] = {"spacing": grid.spacing, "orientation": letters, "direction": facing, "origin": origin}
+        made = dataclasses.replace(self, array=grid.apply(self.array), notes=notes, slice_positions=None, **where)
         kept = [warning for warning in self.warnings if warning not in doubts]
         return dataclasses.replace(made, warnings=(*kept, *_doubts(made)))
 
@@ -188,10 +213,13 @@ def read_volume(
         number = parts.series[0].partition(":")[0]
         listed = "; ".join(sorted(parts.series, key=lambda line: int(line.partition(":")[0])))
         warnings.append(f"there are {len(parts.series)} series ({listed}); number {number} is read, and series= picks another.")
-    found, direction, heights = parts.spacing, None, parts.slice_positions
+    found, direction, heights, origin = parts.spacing, None, parts.slice_positions, parts.origin
+    if origin is not None and not np.isfinite(origin).all():
+        origin = None
     axes = parts.direction if parts.axes is None else parts.axes
     if axes is not None:
         lengths, direction = _split(axes, warnings, parts)
+        origin = None if direction is None else origin
         found = found if parts.axes is None else lengths
     if found is not None and not all(0 < mm < math.inf for mm in found):
         warnings.append(f"the file says spacing {_mm(found)}, which is none, and is ignored.")
@@ -207,11 +235,11 @@ def read_volume(
     if orientation is not None and orientation != letters:
         if letters is not None:
             warnings.append(f"the file says orientation {letters}; the stated {orientation} is used.")
-        letters, direction = orientation, None
+        letters, direction, origin = orientation, None, None
     if letters is None:
         warnings.append("the orientation is unknown; slices are taken to be as displayed on a screen.")
     # A scan at all, before its values are interpreted.
-    bare = Volume(array, millimetres, letters, direction, source=source, slice_positions=heights)
+    bare = Volume(array, millimetres, letters, direction, source=source, slice_positions=heights, origin=origin)
     warnings += _doubts(bare)
     meaning = interpret(parts._replace(array=array), source, hu, rescale, unit)
     window = parts.window

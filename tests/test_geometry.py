@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from med3dvlm.geometry import letters_towards, nearest_letters, shear, straightened, turn
+from med3dvlm.geometry import letters_towards, nearest_letters, shear, turn
+from med3dvlm.geometry.straightening import Straightening
 from med3dvlm.volume import Volume, VolumeError, read_volume
 from tests.formats.scans import scan
 
@@ -39,6 +40,11 @@ def tilted(degrees_: float, aside: float = 0.0, skew: float = 0.0) -> np.ndarray
 def body(x: float, y: float, z: float) -> float:
     """HU at a point in mm; waves of 60 mm and more."""
     return 300 * math.sin(x / 10) * math.cos(y / 12) + 200 * math.sin(z / 10 + y / 20) - 100
+
+
+def straightened(array: np.ndarray, spacing: tuple, direction: np.ndarray, heights: np.ndarray | None = None) -> tuple:
+    grid = Straightening.of(array.shape, spacing, direction, heights)
+    return grid.apply(array), grid.spacing, grid.direction
 
 
 def sampled(direction: np.ndarray, heights: np.ndarray | None) -> np.ndarray:
@@ -214,3 +220,15 @@ def test_a_turned_scan_is_doubted(tmp_path: Path, angle: float, axis: int, words
     volume = read_volume(tmp_path / "scan.nii")
     assert volume.oblique == pytest.approx(angle, abs=1e-3)
     assert words in " ".join(volume.warnings) and bool(volume.warnings) == bool(words)
+
+
+def test_a_straightened_volume_lies_where_its_stack_lay() -> None:
+    """A bright voxel keeps its place in mm, by the affine of either; the first voxel of the stack is off the patient's origin."""
+    direction = tilted(10, -5)
+    array = np.zeros(SIZE, np.int16)
+    array[6, 11, 13] = 1000
+    volume = Volume(array, SPACING, "SPL", direction, "HU", origin=np.array([10.0, -20.0, 30.0]))
+    straight = volume.straighten()
+    weights = straight.array / straight.array.sum()
+    middle = [float((weights * index).sum()) for index in np.indices(straight.shape)]
+    np.testing.assert_allclose((straight.affine @ [*middle, 1])[:3], (volume.affine @ (6, 11, 13, 1))[:3], atol=0.01)

@@ -30,6 +30,7 @@ class Parts(NamedTuple):
       NaN where they differ from slice to slice.
     - `hu`: the header itself says that `array` is in Hounsfield units.
     - `quantity`: what the header itself says that `array` holds where that is no HU, such as "Z_EFF"; None where it says nothing.
+    - `origin`: (3,) where the middle of the first voxel lies, in RAS mm.
     - `window`: the lowest and the highest value that the header wants shown.
     - `series`: for DICOM, a line of words for each series found, first the one read. A line begins with the number by
       which `series=` picks it (1 for the likeliest): "2: 40 slices of 512 x 512, CT". `read_volume` warns of several.
@@ -47,6 +48,7 @@ class Parts(NamedTuple):
     direction: NDArray[np.float64] | None = None
     slice_positions: tuple[float, ...] | None = None
     window: tuple[float, float] | None = None
+    origin: NDArray[np.float64] | None = None
 
 
 def damaged(source: str, kind: str) -> VolumeError:

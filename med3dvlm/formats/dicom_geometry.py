@@ -54,7 +54,7 @@ def uneven(heights: NDArray[np.float64]) -> int:
 
 
 def geometry_of(stack: Stack, warnings: list[str]) -> tuple[Stack, dict[str, Any]]:
-    """The stack in order, and what is known of the fields axes, spacing, direction and slice_positions of `Parts`.
+    """The stack in order, and what is known of the fields axes, origin, spacing, direction and slice_positions of `Parts`.
 
     Slices run along the normal of their plane (row x column direction). The axis from slice to slice is the true one: with a tilted gantry it
     leaves the normal. No two slices may lie at one place.
@@ -91,7 +91,8 @@ def geometry_of(stack: Stack, warnings: list[str]) -> tuple[Stack, dict[str, Any
     if first.spacing is None:
         return stack, {"direction": LPS_TO_RAS @ np.stack([row, column, drift / np.linalg.norm(drift)], axis=1)}
     axes = LPS_TO_RAS @ np.stack([row * first.spacing[1], column * first.spacing[0], drift * distance], axis=1)
-    return stack, {"axes": axes, "slice_positions": positions}
+    origin = None if stack[0].position is None else LPS_TO_RAS @ np.array(stack[0].position, dtype=np.float64)
+    return stack, {"axes": axes, "origin": origin, "slice_positions": positions}
 
 
 def _plane(stack: Stack) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

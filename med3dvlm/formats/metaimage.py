@@ -17,9 +17,10 @@ TYPES = {
     "MET_DOUBLE": "float64",
 }  # fmt: skip
 DIRECTIONS = ("transformmatrix", "rotation", "orientation")  # spellings of one field
+OFFSETS = ("offset", "position", "origin")  # of another
 USED = {
     "ndims", "dimsize", "elementtype", "elementnumberofchannels", "elementbyteordermsb", "binarydatabyteordermsb", "binarydata",
-    "compresseddata", "headersize", "distanceunits", "elementspacing", "elementsize", "elementdatafile", *DIRECTIONS,
+    "compresseddata", "headersize", "distanceunits", "elementspacing", "elementsize", "elementdatafile", *DIRECTIONS, *OFFSETS,
 }  # fmt: skip
 LINE = re.compile(rb"[ \t]*([^=:\r\n]*?)[ \t]*(?:[=:][ \t]*([^\r\n]*?)[ \t]*)?(?:\r?\n|\r|\Z)")
 LONGEST = 2**22  # bytes of a header
@@ -69,7 +70,9 @@ def read(path: Path, source: str) -> Parts:
     columns = np.diag([-1.0, -1.0, 1.0]) @ np.reshape(stated, (dimension, dimension))[:3, :3].T  # the file has a row for each axis, in LPS
     if spacing is None or not (all(0 < mm < math.inf for mm in spacing) and is_geometry(columns)):
         return Parts(array, None, spacing, direction=columns, warnings=warnings)
-    return Parts(array, columns * spacing[::-1], warnings=warnings)
+    offset = _numbers(fields, OFFSETS, dimension, source)
+    origin = None if offset is None else np.array([-scale, -scale, scale]) * offset[:3]
+    return Parts(array, columns * spacing[::-1], warnings=warnings, origin=origin)
 
 
 def _header(content: bytes, source: str) -> Header:

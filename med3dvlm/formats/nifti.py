@@ -112,7 +112,7 @@ def _rescaled(stored: NDArray[Any], slope: float, intercept: float) -> NDArray[n
 
 
 def _geometry(header: Any, warnings: list[str]) -> dict[str, Any]:
-    """What is known of the fields axes and spacing of `Parts`; what is odd goes into `warnings`."""
+    """What is known of the fields axes, origin and spacing of `Parts`; what is odd goes into `warnings`."""
     from nibabel import aff2axcodes
 
     to_mm = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres and microns
@@ -135,7 +135,9 @@ def _geometry(header: Any, warnings: list[str]) -> dict[str, Any]:
     if measured and not np.allclose(pixdim, lengths, rtol=0.01, atol=0):  # pixdim, which is the qform's voxel size, too
         stated, used = _mm(to_mm * pixdim), _mm(to_mm * lengths)
         warnings.append(f"the header says spacing {stated} mm (pixdim) and {used} mm (sform); the sform is used.")
-    return {"axes": to_mm * axes}
+    offsets = ("qoffset_x", "qoffset_y", "qoffset_z") if sform is None else ("srow_x", "srow_y", "srow_z")
+    origin = to_mm * np.array([np.ravel(header[name])[-1] for name in offsets], dtype=np.float64)
+    return {"axes": to_mm * axes, "origin": origin}
 
 
 def _sform(header: Any, warnings: list[str]) -> NDArray[np.float64] | None:

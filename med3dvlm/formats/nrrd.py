@@ -153,7 +153,7 @@ def _vectors(fields: dict[str, str], dimension: int, source: str) -> list[list[f
 def _geometry(
     fields: dict[str, str], vectors: list[list[float] | None], dimension: int, source: str, warnings: tuple[str, ...]
 ) -> dict[str, Any]:
-    """What is known of the fields axes, spacing and warnings of `Parts`."""
+    """What is known of the fields axes, origin, spacing and warnings of `Parts`."""
     leading = [vector for vector in vectors if vector is not None]
     if len(leading) == 3 and all(len(vector) >= 3 for vector in leading):
         units = re.findall('"(.*?)"', fields.get("spaceunits", "")) or [""] * 3
@@ -162,7 +162,9 @@ def _geometry(
         space = re.sub(r"[-\s]", "", fields.get("space", "").lower())
         signs = SPACES.get(re.sub(r"time$|(?<=^...)t$", "", space))
         if signs is not None:
-            return {"axes": np.array(signs)[:, None] * columns}
+            words = re.findall(r"[^\s(),]+", fields.get("spaceorigin", ""))
+            origin = np.array(signs) * lengths * _numbers(" ".join(words), len(words), source)[:3] if len(words) >= 3 else None
+            return {"axes": np.array(signs)[:, None] * columns, "origin": origin}
         spacing = tuple(float(length) for length in np.linalg.norm(columns, axis=0)[::-1])
         return {"spacing": spacing, "warnings": (*warnings, "the header does not name the space that its directions lead in.")}
     if "spacings" not in fields:

@@ -273,11 +273,12 @@ def same_as_nifti(parts: Parts, values: np.ndarray, affine: np.ndarray, tmp_path
     """The same voxels at the same places as in a NIfTI file with `values` (D, H, W) and `affine`, up to the order of the slices."""
     nibabel.save(nibabel.Nifti1Image(values.transpose(), affine), tmp_path / "same.nii")
     nifti = nibabel.load(tmp_path / "same.nii")
-    wanted, meant = np.asarray(nifti.dataobj).transpose(), nifti.affine[:3, :3]
+    wanted, meant, start = np.asarray(nifti.dataobj).transpose(), nifti.affine[:3, :3], nifti.affine[:3, 3]
     if np.dot(parts.axes[:, 2], meant[:, 2]) < 0:
-        wanted, meant = wanted[::-1], meant * (1, 1, -1)
+        wanted, meant, start = wanted[::-1], meant * (1, 1, -1), (nifti.affine @ (0, 0, len(values) - 1, 1))[:3]
     np.testing.assert_array_equal(parts.array, wanted)
     np.testing.assert_allclose(parts.axes, meant, atol=1e-4)
+    np.testing.assert_allclose(parts.origin, start, atol=1e-3)
 
 
 def refused(path: Path, match: str, **options: int) -> None:

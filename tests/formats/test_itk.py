@@ -23,6 +23,7 @@ def test_itk_formats_agree_with_nifti(tmp_path: Path, ending: str) -> None:
     image = sitk.GetImageFromArray(scan())
     image.SetSpacing((0.7, 0.8, 2.5))
     image.SetDirection((0, 0, 1, -1, 0, 0, 0, -1, 0))  # a sagittal acquisition
+    image.SetOrigin((12.5, -40.25, 77.0))
     sitk.WriteImage(image, tmp_path / f"scan{ending}")
     sitk.WriteImage(image, tmp_path / "scan.nii.gz")
     volume, nifti = read_volume(tmp_path / f"scan{ending}"), read_volume(tmp_path / "scan.nii.gz")
@@ -31,6 +32,10 @@ def test_itk_formats_agree_with_nifti(tmp_path: Path, ending: str) -> None:
     assert volume.orientation == nifti.orientation == "LIA"
     np.testing.assert_allclose(volume.direction, nifti.direction, atol=1e-6)
     assert volume.warnings == ()
+    for d, h, w in ((0, 0, 0), (3, 5, 7)):
+        place = np.array(image.TransformIndexToPhysicalPoint((w, h, d))) * (-1, -1, 1)  # ITK's frame is LPS
+        for found in (volume, nifti):
+            np.testing.assert_allclose((found.affine @ (d, h, w, 1))[:3], place, atol=1e-4)
 
 
 def test_itk_headers_without_orientation(tmp_path: Path) -> None:
