@@ -121,7 +121,7 @@ class Segmenter:
             FileNotFoundError, ValueError: there is no model, or one of another kind.
         """
         model, tokenizer, processor = load_segmenter(path)
-        return cls(model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))), tokenizer, processor)
+        return cls(model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))), tokenizer, processor)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def probabilities(self, pixel_values: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

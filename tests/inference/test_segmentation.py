@@ -13,9 +13,11 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
-from med3dvlm import VolumeProcessor, cli, read_volume
+from med3dvlm import Med3DChat, VolumeProcessor, cli, read_volume
+from med3dvlm.checkpoints import load_clip
 from med3dvlm.geometry.measurements import volume_ml
 from med3dvlm.inference.segmentation import Segmentation, Segmenter
+from med3dvlm.models.segmentation import Med3DSegmenter
 from med3dvlm.prompts import RESEARCH_NOTICE
 from tests.formats.dicom_files import write_series
 
@@ -227,3 +229,28 @@ def test_another_model_is_refused(tmp_path: Path, tiny_models: SimpleNamespace, 
     assert code == 2 and "holds a model of type med3d_clip, not med3d_segmenter" in error
     code, _, error = run(capsys, "segment", tmp_path / "gone", nifti, "liver")
     assert code == 2 and "is no directory" in error
+
+
+def test_with_a_real_segmenter(tmp_path: Path, tiny_models: SimpleNamespace, nifti: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From its folder: the mask is where the model's own logits, brought to the scan, are above 0; the command and the chat say the same."""
+    clip, tokenizer, processor = load_clip(tiny_models.clip)
+    torch.manual_seed(3)
+    model = Med3DSegmenter.from_clip(clip, decoder_widths=[8, 4, 8, 8], embedding_dim=5, attention_heads=2).eval()
+    with torch.no_grad():
+        model.head.bias.fill_(0.0)
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(tmp_path / "segmenter")
+    segmenter, volume = Segmenter.from_pretrained(tmp_path / "segmenter", "cpu"), read_volume(nifti)
+    coded = tokenizer("liver mass", return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        output = model(processor(volume)["pixel_values"], coded["input_ids"][None], coded["attention_mask"][None])
+    found = segmenter.segment(volume, "liver mass")
+    assert found.score == pytest.approx(float(output.presence.sigmoid()), abs=1e-5)
+    wanted = (processor.to_scan(output.logits[0, 0].sigmoid(), volume) > 0.5).numpy() & (found.score > 0.5)
+    assert (found.mask != wanted).mean() < 1e-3  # but for rounding at the threshold
+    chat = Med3DChat.from_pretrained(tiny_models.vlm, "cpu", segmenter=tmp_path / "segmenter")
+    np.testing.assert_array_equal(chat.segment(nifti, "liver mass").mask, found.mask)
+    with pytest.raises(ValueError, match="No segmenter is loaded"):
+        Med3DChat.from_pretrained(tiny_models.vlm, "cpu").segment(nifti, "liver mass")
+    code, out, _ = run(capsys, "segment", tmp_path / "segmenter", nifti, "liver mass")
+    assert code == 0 and out.startswith(f"liver mass: presence {found.score:.2f}")
