@@ -314,7 +314,7 @@ class VolumeProcessor(BaseImageProcessor):
         Raises VolumeError when the volume, or its foreground, has fewer than 4 voxels along an axis, and when it lacks the
         Hounsfield units or the spacing that the recipe needs.
         """
-        return self.dequantize(self.quantize(self._made(volume).as_subclass(torch.Tensor)))
+        return self._on_grid(self._made(volume))
 
     def placement(self, volume: Volume) -> NDArray[np.float64]:
         """Where the voxels of `transform(volume)` lie in the volume: the 4x4 matrix that takes the index (d, h, w, 1) of one to the
@@ -323,15 +323,40 @@ class VolumeProcessor(BaseImageProcessor):
         No recipe rotates, so each row and column of its 3x3 part has one number other than 0. A voxel that is padding lies outside.
         Raises VolumeError as `transform` does, and for a volume that the processor straightens first.
         """
+        return self.transform_and_placement(volume)[1]
+
+    def transform_and_placement(self, volume: Volume) -> tuple[Tensor, NDArray[np.float64]]:
+        """What `transform` and `placement` return, for the work of one."""
         from nibabel.orientations import inv_ornt_aff
 
         if self.straighten and not volume.regular:
             raise VolumeError(f"{volume.source}: the processor straightens this scan first; give what volume.straighten() returns.")
-        # MONAI's transforms keep account of what they crop, pad and resize.
-        kept = self._made(volume).affine.numpy()
+        made = self._made(volume)
         wanted = display(volume) if self.spacing is None else CANONICAL
-        placed: NDArray[np.float64] = inv_ornt_aff(moves(volume, wanted), volume.shape) @ kept
-        return placed
+        # MONAI's transforms keep account of what they crop, pad and resize.
+        placed: NDArray[np.float64] = inv_ornt_aff(moves(volume, wanted), volume.shape) @ made.affine.numpy()
+        return self._on_grid(made), placed
+
+    def transform_mask(self, mask: NDArray[np.bool_], placement: NDArray[np.float64]) -> Tensor:
+        """A mask on the grid of `transform`: each voxel has what the scan's nearest voxel has, padding has nothing.
+
+        Args:
+            mask: (D, H, W) of the scan's own shape.
+            placement: what `placement` returns for the scan.
+
+        Returns:
+            (D, H, W) of the processor's `size`, bool.
+        """
+        leading = np.abs(placement[:3, :3]).argmax(axis=0)  # the scan's axis along which each axis of the grid leads
+        result = mask.transpose(leading)
+        for axis, of_scan in enumerate(leading):
+            # Halfway between two voxels, as every second one is where a scan is halved, the next counts.
+            along = placement[of_scan, axis] * np.arange(self.size[axis]) + placement[of_scan, 3] + 1e-4
+            nearest = np.floor(along + 0.5).astype(int)
+            inside = (nearest >= 0) & (nearest < mask.shape[of_scan])
+            result = result.take(nearest.clip(0, mask.shape[of_scan] - 1), axis)
+            result &= np.expand_dims(inside, tuple({0, 1, 2} - {axis}))
+        return torch.from_numpy(np.ascontiguousarray(result))
 
     def to_scan(self, values: Tensor | NDArray[Any], volume: Volume) -> Tensor:
         """What lies on the grid of `transform(volume)`, on the scan's own: the inverse of what `transform` does to the scan's grid.
@@ -356,6 +381,9 @@ class VolumeProcessor(BaseImageProcessor):
         matrices = volume.straightening().matrices() if straightens else np.eye(4)
         back = np.linalg.inv(self.placement(volume.straighten() if straightens else volume)) @ matrices
         return sample(values, volume.shape, np.broadcast_to(back, (volume.shape[0], 4, 4)))
+
+    def _on_grid(self, made: Any) -> Tensor:
+        return self.dequantize(self.quantize(made.as_subclass(torch.Tensor)))
 
     def _made(self, volume: Volume) -> Any:
         """What the recipe's steps make of the volume, before it is on the grid: a MONAI MetaTensor (1, D, H, W)."""

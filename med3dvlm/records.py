@@ -1,11 +1,12 @@
 """Study and Question: the one schema between data sets on disk and everything else.
 
 A reader in `med3dvlm.datasets` turns files into these two records; nothing after it knows a column name of a published data set.
-Both are written to and read from JSON lines, strictly: a missing or unknown field is an error that names the file and the line.
+Both are written to and read from JSON lines, strictly: a missing or unknown field is an error that names the file and the line. A study
+without masks has no such field, as manifests had none when there were no masks.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ from med3dvlm.files import read_lines, write_lines
 QUESTION_KINDS = ("plane", "phase", "organ", "abnormality", "location")  # M3D-VQA's types 1 to 5
 ALL_KINDS = (*QUESTION_KINDS, "other")  # a question of one's own may be none of those
 LETTERS = "ABCDEFGH"
+MASK_KINDS = ("finding", "structure")
+SIDES = ("left", "right", "both", "midline", "")  # the patient's; empty where nobody said it
 
 
 def check_inside(path: str, name: str) -> None:
@@ -25,11 +28,43 @@ def check_inside(path: str, name: str) -> None:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Where a finding or a structure lies in a scan, and what is said about it.
+
+    `file` is a path relative to the root of the data set. Of a file with several masks `channel` is this one's number, from 0; of one with
+    several labels `value` is this one's. Without a value the file holds 0 and one other number.
+    `organ` and `place` are words such as "lung" and "right upper lobe", `text` is the sentence of the report about it; each may be empty.
+    """
+
+    file: str
+    channel: int | None = None
+    value: int | None = None
+    kind: str = "finding"
+    organ: str = ""
+    side: str = ""
+    place: str = ""
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        check_inside(self.file, "file of a mask")
+        for name, known in (("kind", MASK_KINDS), ("side", SIDES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} of the mask in {self.file} is {getattr(self, name)!r} but must be one of {', '.join(map(repr, known))}"
+                )
+        if self.value == 0 or (self.channel is not None and self.channel < 0):
+            raise ValueError(
+                f"the mask in {self.file} has value {self.value} and channel {self.channel}; a label is not 0, channels count from 0"
+            )
+
+
+@dataclass(frozen=True)
 class Study:
     """One volume with what is known about it. `labels` maps a finding's name to 0 or 1; what nobody looked for is not in it.
 
     `id` and `image` are relative paths: `image` below the root of the data set, `id` below the folder of prepared volumes.
     `reading` holds what the data set knows of the scan and its file does not say: keyword arguments of `read_volume`, as JSON values.
+    `masks` maps names of findings and structures, in words such as "lung nodule", to where they lie.
     """
 
     id: str
@@ -40,6 +75,7 @@ class Study:
     split: str
     source: str
     reading: dict[str, Any] = field(default_factory=dict)
+    masks: dict[str, Mask] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("id", "image"):
@@ -94,9 +130,17 @@ def check_ids(studies: Iterable[Study]) -> None:
 Record = TypeVar("Record", Study, Question)
 
 
+def fields_of(record: Study | Question) -> dict[str, Any]:
+    """A record as a JSON object."""
+    fields = dataclasses.asdict(record)
+    if not fields.get("masks", True):
+        del fields["masks"]
+    return fields
+
+
 def write_records(path: str | Path, records: Iterable[Study] | Iterable[Question]) -> None:
     """Write one JSON object a line."""
-    write_lines(Path(path), map(dataclasses.asdict, records))
+    write_lines(Path(path), map(fields_of, records))
 
 
 def read_studies(path: str | Path) -> list[Study]:
@@ -108,18 +152,28 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def _read(path: Path, kind: type[Record]) -> list[Record]:
-    known = {field.name for field in dataclasses.fields(kind)}
     records = []
     for number, fields in enumerate(read_lines(path), start=1):
-        if set(fields) != known:
-            missing, unknown = sorted(known - set(fields)), sorted(set(fields) - known)
-            raise ValueError(
-                f"{path} line {number}: missing fields {missing}, unknown fields {unknown}; a {kind.__name__} has {sorted(known)}"
-            )
+        where = f"{path} line {number}"
+        _check_fields(where, fields, kind, optional=("masks",))
         if "choices" in fields:
             fields["choices"] = tuple(fields["choices"])
         try:
+            if "masks" in fields:
+                fields["masks"] = {name: _mask(f"mask {name!r}", found) for name, found in fields["masks"].items()}
             records.append(kind(**fields))
         except ValueError as error:
-            raise ValueError(f"{path} line {number}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
     return records
+
+
+def _mask(where: str, fields: Mapping[str, Any]) -> Mask:
+    _check_fields(where, fields, Mask)
+    return Mask(**fields)
+
+
+def _check_fields(where: str, fields: Mapping[str, Any], kind: type[Any], optional: Sequence[str] = ()) -> None:
+    known = {field.name for field in dataclasses.fields(kind)}
+    missing, unknown = sorted(known - set(fields) - set(optional)), sorted(set(fields) - known)
+    if missing or unknown:
+        raise ValueError(f"{where}: missing fields {missing}, unknown fields {unknown}; a {kind.__name__} has {sorted(known)}")

@@ -33,7 +33,6 @@ from med3dvlm import formats, geometry
 from med3dvlm.formats import HU_POLICIES, READERS, VolumeError
 from med3dvlm.formats.base import colour
 from med3dvlm.formats.hu import interpret
-from med3dvlm.geometry.measurements import Places
 from med3dvlm.geometry.straightening import Straightening
 
 __all__ = ["HU_POLICIES", "READERS", "UNITS", "Volume", "VolumeError", "read_volume"]
@@ -149,22 +148,6 @@ class Volume:
         matrix[:3, 3] = 0 if self.origin is None else self.origin
         return matrix
 
-    @property
-    def places(self) -> Places | None:
-        """Where its voxels lie, also of an irregular stack; None where spacing or orientation is unknown.
-
-        Where the direction is not known but the letters of the axes are, it is theirs.
-        """
-        if self.spacing is None or self.orientation is None:
-            return None
-        direction = geometry.direction_of(self.orientation) if self.direction is None else self.direction
-        slices = np.arange(len(self.array), dtype=np.float64)
-        if self.slice_positions is not None:
-            normal = np.cross(direction[:, 1], direction[:, 2])
-            rise = abs(direction[:, 0] @ normal) / np.linalg.norm(normal)
-            slices = (np.array(self.slice_positions) - self.slice_positions[0]) / (rise * self.spacing[0])
-        return Places(np.zeros(3) if self.origin is None else self.origin, direction * self.spacing, slices)
-
     def straighten(self) -> "Volume":
         """The volume itself where it is regular, else its values resampled to evenly spaced slices stacked at right angles.
 
@@ -199,6 +182,7 @@ def read_volume(
     rescale: Sequence[float] | None = None,
     series: int | None = None,
     straighten: bool = False,
+    transpose: bool = False,
 ) -> Volume:
     """Read a scan: a file with one of the endings in `READERS`, or a folder of DICOM files or of numbered pictures.
 
@@ -212,6 +196,7 @@ def read_volume(
             where the file is not in HU already.
         series: the number of a DICOM series in the list that the warning about several prints; None reads the likeliest.
         straighten: resample tilted or unevenly spaced slices to a regular grid, as `Volume.straighten` does.
+        transpose: an array, which has no orientation of its own, counts its axes as x, y, z, as nibabel and MONAI do; else as z, y, x.
 
     The values are int16 when they are all whole numbers within its range, else float32. Raises VolumeError, one sentence,
     for anything that is not one sound 3D scan, and for slope and intercept that would be applied twice.
@@ -225,6 +210,10 @@ def read_volume(
         parts = formats.read(location, source, series)
     except MemoryError as error:
         raise VolumeError(f"{source}: memory does not suffice for this scan; use a larger machine, or crop the scan.") from error
+    if transpose:
+        if parts.axes is not None or parts.direction is not None:
+            raise VolumeError(f"{source}: transpose is for arrays that do not say where their axes lead, but this file does; leave it out.")
+        parts = parts._replace(array=parts.array.T)
     array, warnings = _smallest_exact_type(parts.array, source), list(parts.warnings)
     if len(parts.series) > 1:
         number = parts.series[0].partition(":")[0]

@@ -6,6 +6,6 @@ Each module of `DATASETS` has `splits(root) -> list[str]`, the names of the spli
 
 from types import ModuleType
 
-from med3dvlm.datasets import ct_rate, m3d, table
+from med3dvlm.datasets import ct_rate, m3d, m3d_seg, table
 
-DATASETS: dict[str, ModuleType] = {"m3d": m3d, "ct_rate": ct_rate, "table": table}
+DATASETS: dict[str, ModuleType] = {"m3d": m3d, "ct_rate": ct_rate, "m3d_seg": m3d_seg, "table": table}

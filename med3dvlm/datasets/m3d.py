@@ -8,6 +8,7 @@
     M3D_VQA/M3D_VQA_<split>.csv       open and closed questions: one row serves as both
     M3D_VQA/M3D_VQA_yn_<split>.csv    yes/no questions
     labels.csv                        optional, ours: study and one column a finding: 0, 1, or empty where nobody looked
+    M3D_Seg/...                       optional: masks of these images, see `m3d_seg`
 
 Paths in the files are relative to the root and differ between releases (M3D_Cap, M3D_Cap_npy, M3D_Cap_nii; .npy, .nii.gz): an
 image is found under any of these folders and endings, and a question belongs to the study whose path it names but for them.
@@ -24,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from med3dvlm.datasets import m3d_seg
 from med3dvlm.datasets.csv_files import csv_rows, is_missing, label_value
 from med3dvlm.files import write_json
 from med3dvlm.records import LETTERS, QUESTION_KINDS, Question, Study, check_ids, check_inside
@@ -57,6 +59,7 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
         raise ValueError(f"{listing} has no split {split!r}; it has: {', '.join(entries)}")
     tops = [folder.name for folder in sorted(root.glob("M3D_Cap*")) if folder.is_dir()]
     labels = _read_labels(root / "labels.csv")
+    masks = {entry.image: entry.masks for entry in m3d_seg.entries(root)}
     studies: list[Study] = []
     ids: dict[str, str] = {}  # image path, with and without ending -> study
     for number, entry in enumerate(entries[split], start=1):
@@ -73,7 +76,8 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
                 check_inside(path, name)
             place = _study_id(image)
             name, patient = entry.get("id", place), entry.get("patient", _patient(place))
-            study = Study(name, patient, _found(root, tops, image, ("", *READERS)), "", labels.get(name, {}), split, "m3d")
+            there = _found(root, tops, image, ("", *READERS))
+            study = Study(name, patient, there, "", labels.get(name, {}), split, "m3d", masks=masks.get(there, {}))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         ids.setdefault(place, name)

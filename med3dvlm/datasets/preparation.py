@@ -14,7 +14,6 @@ writes nothing. Volumes of studies that the data set no longer lists stay, as a 
 seconds to make; the summary counts them, and nobody reads them.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -36,12 +35,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
+from med3dvlm.datasets.masks import pack, read_masks
 from med3dvlm.datasets.statistics import BINS, statistics
-from med3dvlm.datasets.store import CHECKED, checksum, read_voxels, volume_path
+from med3dvlm.datasets.store import CHECKED, checksum, read_stored_masks, read_voxels, volume_path
 from med3dvlm.files import PART, json_lines, read_lines, whole_file, write_json, write_text
 from med3dvlm.formats import VERSION, state_of
 from med3dvlm.preprocessing import RECIPES, VolumeProcessor
-from med3dvlm.records import Question, Study, check_ids
+from med3dvlm.records import Question, Study, check_ids, fields_of
 from med3dvlm.reports.findings import named_labels
 from med3dvlm.volume import Volume, read_volume
 
@@ -89,8 +89,10 @@ def prepare(
         if verify:
             outdated = {study.id for study in stale}
             there = [study for study in mine if study.id not in outdated]
-            sums = [line["checksum"] for study in there if (line := lines[study.id])]
-            whole = tqdm(run(partial(_is_whole, destination), there, sums), total=len(there), unit="volume", desc="verifying")
+            found = [line for study in there if (line := lines[study.id])]
+            whole = tqdm(
+                run(partial(_is_whole, destination, processor.size), there, found), total=len(there), unit="volume", desc="verifying"
+            )
             stale += [study for study, good in zip(there, whole, strict=True) if not good]
         if any(study.id in indexed for study in stale):
             (destination / "summary.json").unlink(missing_ok=True)
@@ -173,22 +175,32 @@ def _is_current(source: Path, destination: Path, settings: str, study: Study, li
     """Whether the prepared volume is there and was made from the scan as it is now, in this way."""
     if line is None or not volume_path(destination, study).is_file() or not _stamp(settings, study).items() <= line.items():
         return False
-    scan = source / study.image
     try:  # what the files hold is looked at where they are others, as after a copy
-        return scan.exists() and (line.get("untouched") == state_of(scan) or line["files"] == state_of(scan, contents=True))
+        return line.get("untouched") == _state(source, study) or line["files"] == _state(source, study, contents=True)
     except OSError:  # which preparing it says better
         return False
+
+
+def _state(source: Path, study: Study, contents: bool = False) -> str:
+    """Of the files of the scan and of its masks."""
+    masks = sorted({mask.file for mask in study.masks.values()})
+    states = [state_of(source / file, contents) for file in (study.image, *masks)]
+    return states[0] if len(states) == 1 else checksum(" ".join(states).encode())
 
 
 def _stamp(settings: str, study: Study) -> Line:
     """In which way a volume is made: scan, what the data set says of it, settings, the readers' version."""
     reading = json.loads(json.dumps(study.reading))
-    return {"study": study.id, "image": study.image, "reading": reading, "settings": settings, "readers": VERSION}
+    stamp = {"study": study.id, "image": study.image, "reading": reading, "settings": settings, "readers": VERSION}
+    places = {name: [mask.file, mask.channel, mask.value] for name, mask in study.masks.items()}
+    return stamp | {"drawn": places} if places else stamp
 
 
-def _is_whole(destination: Path, study: Study, expected: str) -> bool:
+def _is_whole(destination: Path, size: Sequence[int], study: Study, line: Line) -> bool:
     try:
-        read_voxels(volume_path(destination, study), expected)
+        read_voxels(volume_path(destination, study), line["checksum"])
+        for name in line.get("masks", {}):
+            read_stored_masks(volume_path(destination, study), size, line["masks"], [name])
     except ValueError:
         return False
     return True
@@ -199,21 +211,48 @@ def prepare_one(source: Path, destination: Path, processor: VolumeProcessor, set
     scan, path = source / study.image, volume_path(destination, study)
     try:
         stamp = _stamp(settings, study)
-        if scan.exists():
-            stamp |= {"files": state_of(scan, contents=True), "untouched": state_of(scan)}  # before it is read
+        if all((source / file).exists() for file in (study.image, *(mask.file for mask in study.masks.values()))):
+            stamp |= {"files": _state(source, study, contents=True), "untouched": _state(source, study)}  # before they are read
         volume = read_volume(scan, **study.reading)
-        voxels = processor.quantize(processor.transform(volume))[0].contiguous()
+        values, placement = processor.transform_and_placement(volume.straighten() if processor.straighten else volume)
+        voxels = processor.quantize(values)[0].contiguous()
+        masks, packed, doubts = _masks(source, study, volume, processor, placement)
     except (OSError, ValueError) as error:  # VolumeError is a ValueError
         return None, str(error)
     except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError; anything else is a defect and stops the run
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
         return None, f"{scan}: memory does not suffice for this scan; prepare with fewer workers or on a larger machine"
-    line = stamp | {"checksum": checksum(voxels.numpy())} | _found(volume, voxels, processor)
-    content = save({"voxels": voxels}, {"line": json.dumps(line)})
+    line = stamp | {"checksum": checksum(voxels.numpy())} | _found(volume, voxels, processor) | masks
+    line["warnings"] += doubts
+    content = save({"voxels": voxels, **packed}, {"line": json.dumps(line)})
     with whole_file(path) as aside:
         aside.write_bytes(content)
     return line, None
+
+
+def _masks(
+    source: Path, study: Study, volume: Volume, processor: VolumeProcessor, placement: np.ndarray[Any, np.dtype[np.float64]]
+) -> tuple[Line, dict[str, torch.Tensor], list[str]]:
+    """What the line says of the study's masks, their bits by their names in the file, and sentences about what is doubtful."""
+    stored: Line = {}
+    contents: dict[str, torch.Tensor] = {}
+    doubts: list[str] = []
+    empty: list[str] = []
+    lost: list[str] = []
+    for name, drawn, assumed in read_masks(source, study.masks, volume):
+        straight = volume.straightening().apply(drawn.astype(np.float32)) >= 0.5 if processor.straighten and not volume.regular else drawn
+        made = pack(processor.transform_mask(straight, placement))
+        stored[name] = {"voxels": made.voxels, "box": made.box, "place": len(contents), "checksum": checksum(made.content)}
+        if made.voxels:
+            contents[f"mask {len(contents)}"] = torch.frombuffer(bytearray(made.content), dtype=torch.uint8)
+        else:
+            (lost if drawn.any() else empty).append(name)
+        doubts += assumed
+    for names, what in ((empty, "some masks hold no voxel of the scan"), (lost, "some masks are lost by cropping and resizing")):
+        if names:
+            doubts.append(f"{what} ({len(names)}: {', '.join(names)}).")
+    return {"masks": {name: stored[name] for name in study.masks}} if stored else {}, contents, list(dict.fromkeys(doubts))
 
 
 def _found(volume: Volume, voxels: torch.Tensor, processor: VolumeProcessor) -> Line:
@@ -250,11 +289,12 @@ def finish(
     if others:
         logger.warning("%s: kept %d volumes of studies that are not, or no longer, among those prepared", destination, len(others))
     doubts = [{"study": line["study"], "file": line["image"], "warnings": line["warnings"]} for line in index if line["warnings"]]
-    records = (map(dataclasses.asdict, kept), map(dataclasses.asdict, asked), index, failed)
+    records = (map(fields_of, kept), map(fields_of, asked), index, failed)
     texts = {name: json_lines(rows) for name, rows in zip(CHECKED, records, strict=True)}
     sums = {name: checksum(text.encode()) for name, text in texts.items()}
     texts["warnings.jsonl"] = json_lines(doubts)
     voxels = [line["checksum"] for line in index]
+    voxels += [mask["checksum"] for line in index for mask in line.get("masks", {}).values()]
     parts = (json.dumps(processor.to_dict(), sort_keys=True), texts["studies.jsonl"], texts["questions.jsonl"], str(voxels))
     summary: dict[str, Any] = {
         "studies": len(kept),

@@ -15,9 +15,10 @@ SERIES = re.compile(r"\(#: .*\)")
 
 
 def statistics(index: Sequence[dict[str, Any]], processor: VolumeProcessor) -> dict[str, Any]:
-    """Shapes (D, H, W) and spacings (z, y, x) of the scans as least, median and greatest, the commonest shapes, orientations, units
-    and kinds of warnings."""
+    """Shapes (D, H, W) and spacings (z, y, x) of the scans as least, median and greatest, the commonest shapes, orientations, units,
+    kinds of warnings, and how many scans have which mask."""
     spacings = [line["spacing"] for line in index if line["spacing"] is not None]
+    masks = _counted(name for line in index for name, mask in line.get("masks", {}).items() if mask["voxels"])
     return {
         "recipe": processor.recipe,
         "size": list(processor.size),
@@ -27,6 +28,7 @@ def statistics(index: Sequence[dict[str, Any]], processor: VolumeProcessor) -> d
         "orientations": _counted(line["orientation"] or "unknown" for line in index),
         "units": _counted(line["unit"] for line in index),
         "warnings": _counted(kind for line in index for kind in {kind_of(warning) for warning in line["warnings"]}),
+        **({"masks": masks} if masks else {}),
     }
 
 

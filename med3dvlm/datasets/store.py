@@ -3,7 +3,8 @@
     <root>/preprocessor_config.json           how the volumes were made
     <root>/studies.jsonl  questions.jsonl     the records
     <root>/split_<part>.json                  split file of a split within another one, as M3D's test1k within test
-    <root>/volumes/<study id>.safetensors     "voxels" (D, H, W) uint8 or int16, and in the header the volume's line of the index
+    <root>/volumes/<study id>.safetensors     "voxels" (D, H, W) uint8 or int16, perhaps "mask 0", "mask 1", ... (packed bits), and in the
+                                              header the volume's line of the index
     <root>/index.jsonl                        a line a volume: from which scan, in which state, read how; checksum; what was found
     <root>/failures.jsonl                     studies that could not be prepared: study, file, reason
     <root>/warnings.jsonl                     what is doubtful about the others, such as which of several series was taken: study, file, warnings
@@ -36,17 +37,24 @@ inherit, so workers may be forked or spawned.
 
 Each volume is compared with the index's checksum (XXH3, 64 bits) whenever it is read, in 0.2 ms for 8.4 MB; records and index when
 the folder is opened. `med3dvlm prepare --verify` reads all volumes and makes the damaged ones anew.
+
+Masks lie beside the voxels on the same grid: of each the bits of the box that holds it, compressed by zlib, with a checksum of its own.
+Reading a volume does not touch them.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from med3dvlm.datasets.masks import unpack
 from med3dvlm.files import read_lines
 from med3dvlm.preprocessing import SETTINGS, VolumeProcessor
 from med3dvlm.records import Question, Study, read_questions, read_studies
@@ -71,16 +79,35 @@ def read_voxels(path: Path, expected: str) -> Tensor:
         FileNotFoundError: there is no such volume.
         ValueError: it is damaged, or another than the one of the checksum `expected`.
     """
+    return _tensors(path, {"voxels": expected})[0]
+
+
+def read_stored_masks(path: Path, size: Sequence[int], stored: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Tensor:
+    """(K, D, H, W) bool: masks of a stored volume by their names; raises as `read_voxels` does.
+
+    Args:
+        stored: "masks" of the volume's line in the index: for each name its "voxels", "box", "place" in the file, "checksum".
+    """
+    result = np.zeros((len(names), *size), bool)
+    filled = [(number, stored[name]) for number, name in enumerate(names) if stored[name]["voxels"]]
+    contents = _tensors(path, {f"mask {mask['place']}": mask["checksum"] for _, mask in filled}) if filled else []
+    for (number, mask), content in zip(filled, contents, strict=True):
+        unpack(content.numpy().tobytes(), mask["box"], result[number])
+    return torch.from_numpy(result)
+
+
+def _tensors(path: Path, expected: Mapping[str, str]) -> list[Tensor]:
+    """Tensors of a stored volume by name, each compared with its checksum."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}, a prepared volume, is missing; run: med3dvlm prepare")
     try:
         with safe_open(path, "pt") as file:
-            voxels: Tensor = file.get_tensor("voxels")
+            tensors: list[Tensor] = [file.get_tensor(name) for name in expected]
     except SafetensorError as error:
         raise ValueError(f"{path}, a prepared volume, is damaged ({error}); run: med3dvlm prepare with --verify") from error
-    if checksum(voxels.numpy()) != expected:
+    if any(checksum(tensor.numpy()) != known for tensor, known in zip(tensors, expected.values(), strict=True)):
         raise ValueError(f"{path}, a prepared volume, does not have the checksum of the index; run: med3dvlm prepare with --verify")
-    return voxels
+    return tensors
 
 
 class PreparedData:
@@ -116,7 +143,9 @@ class PreparedData:
         studies = read_studies(self.root / "studies.jsonl")
         self._studies = [replace(study, labels=named_labels(study.labels)) for study in studies]
         self._questions = read_questions(self.root / "questions.jsonl")
-        self._checksums = {line["study"]: line["checksum"] for line in read_lines(self.root / "index.jsonl")}
+        index = read_lines(self.root / "index.jsonl")
+        self._checksums = {line["study"]: line["checksum"] for line in index}
+        self._masks: dict[str, dict[str, Any]] = {line["study"]: line.get("masks", {}) for line in index}
         if split_file is not None:
             self._split_by(Path(split_file))
 
@@ -158,6 +187,25 @@ class PreparedData:
             FileNotFoundError, ValueError: the volume is missing or damaged.
         """
         return read_voxels(volume_path(self.root, study), self.checksum(study)).unsqueeze(0)
+
+    def mask_names(self, study: Study) -> list[str]:
+        """The study's masks that hold a voxel of the prepared volume. What is known of each is in `study.masks`."""
+        return [name for name, mask in self._masks[study.id].items() if mask["voxels"]]
+
+    def masks(self, study: Study, names: Sequence[str] | None = None) -> Tensor:
+        """(K, D, H, W) bool, on the grid of `volume`.
+
+        Args:
+            names: those of `mask_names` by default; any of `study.masks`, of which an empty one is all False.
+
+        Raises:
+            ValueError: the study has no such mask; FileNotFoundError, ValueError: the volume is missing or damaged.
+        """
+        known = self._masks[study.id]
+        names = self.mask_names(study) if names is None else names
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"study {study.id} of {self.root} has no mask {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        return read_stored_masks(volume_path(self.root, study), self.processor.size, known, names)
 
 
 def same_preprocessing(model: VolumeProcessor, data: PreparedData) -> None:

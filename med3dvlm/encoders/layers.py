@@ -63,8 +63,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = widened(x).movedim(-1, 1)
-        # Not F.group_norm, which refuses a single cell even where a group has several channels.
-        y = torch.group_norm(wide, self.num_groups, cast(self.weight, wide.dtype), cast(self.bias, wide.dtype), self.eps)
+        y = F.group_norm(wide, self.num_groups, cast(self.weight, wide.dtype), cast(self.bias, wide.dtype), self.eps)
         return y.movedim(1, -1).to(x.dtype)
 
 

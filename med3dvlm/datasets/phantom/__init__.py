@@ -1,4 +1,5 @@
-"""CT phantoms with reports, questions and labels, written in the layouts of M3D-Cap and M3D-VQA: the embedded default of demo and tests.
+"""CT phantoms with reports, questions, labels and masks, written in the layouts of M3D-Cap, M3D-VQA and M3D-Seg: the embedded default of
+demo and tests.
 
 A patient has one body and one or two series of it (plane, phase); patients are split, not series. No two studies share a report.
 """
@@ -7,25 +8,27 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from med3dvlm.datasets import m3d
+from med3dvlm.datasets import m3d, m3d_seg
 from med3dvlm.datasets.phantom.anatomy import REGIONS, draw
 from med3dvlm.datasets.phantom.body import PHASES, Body, Finding
 from med3dvlm.datasets.phantom.canvas import Acquisition
-from med3dvlm.datasets.phantom.lesions import lesion_mask
+from med3dvlm.datasets.phantom.lesions import draw_with_masks, lesion_mask
+from med3dvlm.datasets.phantom.places import STRUCTURES, about_finding, about_structure
 from med3dvlm.datasets.phantom.wording import KINDS, Questioner, kinds_of, write_report
 from med3dvlm.files import write_json
-from med3dvlm.records import Question, Study
+from med3dvlm.records import Mask, Question, Study
 
 __all__ = ["Acquisition", "Body", "Finding", "Plan", "draw", "lesion_mask", "plan_phantoms", "read_plans", "write_phantoms"]
 
 SETTINGS_FILE = "phantoms.json"
+LABELS = [*(facts["name"] for facts in KINDS.values()), *dict.fromkeys(name for names in STRUCTURES.values() for name in names)]  # of masks
 FINDING_COUNTS = (0.04, 0.30, 0.34, 0.22, 0.10)  # probability of 0, 1, 2, ... findings
 PLANE_SHARES = {"axial": 0.34, "coronal": 0.22, "sagittal": 0.22, "oblique": 0.22}
 
@@ -92,7 +95,8 @@ def _body(random: np.random.Generator) -> Body:
 
 
 def write_phantoms(root: str | Path, studies: int = 800, seed: int = 0, detail: float = 1.0, workers: int = 2) -> list[Study]:
-    """Write volumes, reports, questions and labels under `root`; a volume that is there already is kept, so that a killed run continues.
+    """Write volumes, reports, questions, labels and masks under `root`; a volume that is there already is kept, so that a killed run
+    continues.
 
     Raises:
         ValueError: `root` holds phantoms of other settings, or planned by another version.
@@ -108,10 +112,11 @@ def write_phantoms(root: str | Path, studies: int = 800, seed: int = 0, detail: 
     write_json(settings, wanted)
     with ProcessPoolExecutor(workers) as pool:
         jobs = pool.map(partial(_write_volume, root), plans, chunksize=8)
-        for _ in tqdm(jobs, total=len(plans), unit="study", desc="phantoms"):
-            pass
-    m3d.write(root, [plan.study for plan in plans], [question for plan in plans for question in plan.questions])
-    return [plan.study for plan in plans]
+        masks = list(tqdm(jobs, total=len(plans), unit="study", desc="phantoms"))
+    written = [replace(plan.study, masks=found) for plan, found in zip(plans, masks, strict=True)]
+    m3d_seg.write(root, written, LABELS)
+    m3d.write(root, written, [question for plan in plans for question in plan.questions])
+    return written
 
 
 def read_plans(root: str | Path) -> list[Plan]:
@@ -133,22 +138,33 @@ def read_plans(root: str | Path) -> list[Plan]:
 
 def _digest(plans: Sequence[Plan]) -> str:
     """Changes with anything in the plans."""
-    return hashlib.sha256(json.dumps([asdict(plan) for plan in plans], default=str).encode()).hexdigest()[:16]
+    facts = [asdict(plan) for plan in plans]
+    for fact in facts:
+        del fact["study"]["masks"]  # known once it is drawn
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
-def _write_volume(root: Path, plan: Plan) -> None:
+def _write_volume(root: Path, plan: Plan) -> dict[str, Mask]:
+    """Write the volume and its masks, unless they are there; returns what is known of the masks."""
     import nibabel as nib
 
     path = root / plan.study.image
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas = draw(plan.body, plan.acquisition)
-    affine = np.eye(4)
-    affine[:3, :3] = canvas.directions[:, ::-1]  # a NIfTI counts columns first: (w, h, d)
-    affine[:3, 3] = canvas.corner
-    image = nib.Nifti1Image(canvas.array.astype(np.int16).transpose(2, 1, 0), affine)
-    image.header.set_xyzt_units("mm")
-    aside = path.with_name("part-" + path.name)
-    nib.save(image, aside)
-    aside.replace(path)
+    folder = root / m3d_seg.FOLDER / "0000" / plan.study.id.replace("/", "_")
+    drawn = next(folder.glob("mask_*.npz"), None)
+    if drawn is None or not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        canvas, found = draw_with_masks(plan.body, plan.acquisition)
+        named = {KINDS[kind]["name"]: mask for kind, mask in found.items()} | {name: canvas.structure(name) for name in canvas.names}
+        drawn = m3d_seg.write_masks(folder, [named.get(name) for name in LABELS], canvas.array.shape)
+    if not path.exists():
+        affine = np.eye(4)
+        affine[:3, :3] = canvas.directions[:, ::-1]  # a NIfTI counts columns first: (w, h, d)
+        affine[:3, 3] = canvas.corner
+        image = nib.Nifti1Image(canvas.array.astype(np.int16).transpose(2, 1, 0), affine)
+        image.header.set_xyzt_units("mm")
+        aside = path.with_name("part-" + path.name)
+        nib.save(image, aside)
+        aside.replace(path)
+    facts = {KINDS[finding.kind]["name"]: about_finding(finding, KINDS[finding.kind], plan.study.report) for finding in plan.body.findings}
+    facts |= {name: about_structure(name) for name in STRUCTURES[plan.body.region]}
+    return {name: Mask(drawn.relative_to(root).as_posix(), LABELS.index(name), **about) for name, about in facts.items()}

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from med3dvlm.datasets.phantom.canvas import Canvas
 
 RIGHT, LEFT = 1.0, -1.0
+SIDE_NAMES = {RIGHT: "right", LEFT: "left"}
 REGIONS = ("chest", "abdomen")
 PHASES = ("non-contrast", "arterial phase", "portal venous phase", "delayed phase")
 FAT, WATER, MUSCLE, BONE, METAL = -95.0, 6.0, 50.0, 900.0, 1000.0
@@ -51,11 +52,17 @@ class Build:
     phase: str
 
     def organ(
-        self, canvas: Canvas, number: int, centre: tuple[float, float, float], radii: tuple[float, float, float], value: float
+        self,
+        canvas: Canvas,
+        number: int,
+        centre: tuple[float, float, float],
+        radii: tuple[float, float, float],
+        value: float,
+        name: str = "",
     ) -> None:
         """An ellipsoid with this patient's proportions and its own small shift."""
         x, y, z = self.place(centre, number)
-        canvas.ellipsoid((x, y, z), tuple(np.asarray(radii) * self.size), value)
+        canvas.ellipsoid((x, y, z), tuple(np.asarray(radii) * self.size), value, name=name)
 
     def place(self, centre: tuple[float, float, float], number: int = 0) -> tuple[float, float, float]:
         x, y, z = np.asarray(centre) * self.size + self.shift[number]
@@ -78,7 +85,7 @@ def trunk(canvas: Canvas, build: Build) -> None:
 
 
 def spine(canvas: Canvas) -> None:
-    canvas.ellipsoid((0, -78, 0), (21, 19, float("inf")), 260)
+    canvas.ellipsoid((0, -78, 0), (21, 19, float("inf")), 260, name="spine")
     canvas.ellipsoid((0, -102, 0), (9, 12, float("inf")), BONE)
     for z in range(-140, 160, 28):
-        canvas.ellipsoid((0, -78, z), (22, 20, 10), BONE)
+        canvas.ellipsoid((0, -78, z), (22, 20, 10), BONE, name="spine")

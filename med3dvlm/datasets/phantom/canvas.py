@@ -31,15 +31,21 @@ class Acquisition:
 
 @dataclass
 class Canvas:
-    """A volume (D, H, W) in HU whose voxel (d, h, w) lies at `corner + directions @ (d, h, w)` in the patient, columns of `directions` in mm."""
+    """A volume (D, H, W) in HU whose voxel (d, h, w) lies at `corner + directions @ (d, h, w)` in the patient, columns of `directions` in mm.
+
+    `labels` (D, H, W) holds the number of the structure in each voxel, 1 for the first of `names`, 0 for none.
+    """
 
     array: NDArray[np.float32]
     directions: NDArray[np.float64]
     corner: NDArray[np.float64]
     inverse: NDArray[np.floating] = field(init=False)
+    labels: NDArray[np.uint8] = field(init=False)
+    names: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.inverse = np.linalg.inv(self.directions)
+        self.labels = np.zeros(self.array.shape, np.uint8)
 
     def ellipsoid(
         self,
@@ -49,8 +55,12 @@ class Canvas:
         opacity: float = 1.0,
         behind: float | None = None,
         below: float | None = None,
+        name: str = "",
     ) -> None:
-        """Paint an ellipsoid; an infinite radius makes a cylinder. `behind` and `below` keep the part with y, z under that value (a fluid level)."""
+        """Paint an ellipsoid; an infinite radius makes a cylinder. `behind` and `below` keep the part with y, z under that value (a fluid level).
+
+        Where a name is given, voxels that are covered by half or more belong to that structure from then on.
+        """
         window, points = self._points_around(np.asarray(centre, float), np.asarray(radii, float))
         if points is None:
             return
@@ -67,6 +77,14 @@ class Canvas:
         cover = (cover * opacity).astype(np.float32)
         part = self.array[window]
         part += cover * (value - part)
+        if name:
+            if name not in self.names:
+                self.names.append(name)
+            np.copyto(self.labels[window], self.names.index(name) + 1, where=cover >= 0.5)
+
+    def structure(self, name: str) -> NDArray[np.bool_]:
+        """(D, H, W): where one of `names` is."""
+        return self.labels == self.names.index(name) + 1
 
     def _points_around(
         self, centre: NDArray[np.float64], radii: NDArray[np.float64]

@@ -2,7 +2,23 @@
 
 import numpy as np
 
-from med3dvlm.datasets.phantom.body import AORTA, BONE, FAT, LEFT, LIVER, METAL, MUSCLE, RIGHT, SPLEEN, VEINS, WATER, Build, spine, trunk
+from med3dvlm.datasets.phantom.body import (
+    AORTA,
+    BONE,
+    FAT,
+    LEFT,
+    LIVER,
+    METAL,
+    MUSCLE,
+    RIGHT,
+    SIDE_NAMES,
+    SPLEEN,
+    VEINS,
+    WATER,
+    Build,
+    spine,
+    trunk,
+)  # fmt: skip
 from med3dvlm.datasets.phantom.canvas import AIR, Canvas
 
 LOBES = {
@@ -19,12 +35,12 @@ def draw_chest(canvas: Canvas, build: Build) -> None:
     air = -955.0 if "emphysema" in found else -790.0
     lungs = {side: ((side * 78, -2, 4), (62, 84, 136)) for side in (RIGHT, LEFT)}
     for number, (side, (centre, radii)) in enumerate(lungs.items(), start=1):
-        build.organ(canvas, number, centre, radii, air)
+        build.organ(canvas, number, centre, radii, air, f"{SIDE_NAMES[side]} lung")
         if "emphysema" in found:
             for _ in range(5):
                 canvas.ellipsoid(build.scattered((side * 78, 0, 20), 50), (18, 18, 22), AIR)
-    build.organ(canvas, 3, (70, 6, -148), (86, 84, 58), LIVER[phase])
-    build.organ(canvas, 4, (-72, -20, -156), (60, 60, 46), SPLEEN[phase])
+    build.organ(canvas, 3, (70, 6, -148), (86, 84, 58), LIVER[phase], "liver")
+    build.organ(canvas, 4, (-72, -20, -156), (60, 60, 46), SPLEEN[phase], "spleen")
     if (effusion := found.get("pleural_effusion")) is not None:
         side = RIGHT if effusion.place == "right" else LEFT
         centre, radii = lungs[side]
@@ -108,10 +124,10 @@ def _heart(canvas: Canvas, build: Build) -> None:
         canvas.ellipsoid((x, y, z), tuple(radii + 5 + fluid.size_mm), FAT)
         canvas.ellipsoid((x, y, z), tuple(radii + fluid.size_mm), WATER)
     canvas.ellipsoid((x, y, z), tuple(radii + 3), FAT)
-    canvas.ellipsoid((x, y, z), tuple(radii), MUSCLE + 0.35 * (veins - 40))
+    canvas.ellipsoid((x, y, z), tuple(radii), MUSCLE + 0.35 * (veins - 40), name="heart")
     canvas.ellipsoid((x - 14, y, z - 6), tuple(radii * 0.62), blood)
     canvas.ellipsoid((x + 22, y + 4, z + 4), tuple(radii * 0.46), veins)
-    build.organ(canvas, 6, (-20, -44, 0), (14, 14, 300), blood)
+    build.organ(canvas, 6, (-20, -44, 0), (14, 14, 300), blood, "aorta")
     build.organ(canvas, 7, (6, 22, 44), (17, 17, 46), blood)
     build.organ(canvas, 8, (32, 24, 62), (11, 11, 60), veins)
     if (hernia := found.get("hiatal_hernia")) is not None:

@@ -1,7 +1,8 @@
 """Where a phantom's findings lie: the voxels in which the scan with a finding differs from the scan without it.
 
 Nothing is drawn for this that the scan does not show. Some findings draw random numbers for their place, so that leaving one out would move
-those that are drawn after it: both scans of a pair therefore end with the finding, and what is drawn later is in neither.
+those that are drawn after it: scans are therefore compared that end with a finding and with the one before it. What is no more than an
+organ of another size lies where the organ does.
 """
 
 from dataclasses import replace
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from med3dvlm.datasets.phantom.anatomy import draw
 from med3dvlm.datasets.phantom.body import Body
-from med3dvlm.datasets.phantom.canvas import Acquisition
+from med3dvlm.datasets.phantom.canvas import Acquisition, Canvas
 
 # In the order in which `chest` and `abdomen` draw random numbers for them; an effusion comes after the growth of the heart that it surrounds.
 DRAWN = (
@@ -21,7 +22,16 @@ DRAWN = (
     "coronary_artery_wall_calcification",
     "ascites", "splenomegaly", "aortic_aneurysm", "gallstone", "liver_mass", "renal_cyst", "kidney_stone",
 )  # fmt: skip
+ENLARGED = {"cardiomegaly": "heart", "splenomegaly": "spleen"}
 LEAST = 10.0  # HU; the noise is the same in both scans, so anything beyond rounding is the finding
+
+
+def draw_with_masks(body: Body, acquisition: Acquisition) -> tuple[Canvas, dict[str, NDArray[np.bool_]]]:
+    """The scan that `draw` makes of the body, and for each kind of finding where it is (D, H, W), as if those drawn later were not there."""
+    findings = sorted(body.findings, key=lambda finding: DRAWN.index(finding.kind))
+    scans = [draw(replace(body, findings=tuple(findings[:count])), acquisition) for count in range(len(findings) + 1)]
+    pairs = zip(findings, scans, scans[1:], strict=False)
+    return scans[-1], {finding.kind: _mask(finding.kind, before, after) for finding, before, after in pairs}
 
 
 def lesion_mask(body: Body, acquisition: Acquisition, kind: str) -> NDArray[np.bool_]:
@@ -35,6 +45,11 @@ def lesion_mask(body: Body, acquisition: Acquisition, kind: str) -> NDArray[np.b
     place = DRAWN.index(kind)
     without = tuple(finding for finding in body.findings if DRAWN.index(finding.kind) < place)
     with_it = (*without, *(finding for finding in body.findings if finding.kind == kind))
-    scans = [draw(replace(body, findings=findings), acquisition).array for findings in (with_it, without)]
-    mask: NDArray[np.bool_] = np.abs(scans[0] - scans[1]) >= LEAST
+    return _mask(kind, *(draw(replace(body, findings=findings), acquisition) for findings in (without, with_it)))
+
+
+def _mask(kind: str, before: Canvas, after: Canvas) -> NDArray[np.bool_]:
+    if kind in ENLARGED:
+        return after.structure(ENLARGED[kind])
+    mask: NDArray[np.bool_] = np.abs(after.array - before.array) >= LEAST
     return mask

@@ -9,6 +9,7 @@ import yaml
 
 from med3dvlm.datasets.phantom.body import PHASES, Body
 from med3dvlm.datasets.phantom.canvas import PLANES
+from med3dvlm.datasets.phantom.places import COUNTS
 from med3dvlm.records import Question
 
 KINDS: dict[str, dict] = yaml.safe_load(files(__package__).joinpath("findings.yaml").read_text(encoding="utf-8-sig"))  # type: ignore[type-arg]
@@ -25,7 +26,6 @@ PHASE_WORDS = {
     "delayed phase": ("delayed phase", "in the delayed phase"),
 }
 ABSENT = ("No {} or {}.", "There is no {} or {}.", "Without {} or {}.")
-COUNTS = {1: "one", 2: "two", 3: "three"}
 ASKED = {
     "plane": ("Which plane is this scan?", "What is the imaging plane?"),
     "phase": ("Which contrast phase is this?", "What is the phase of contrast?"),
