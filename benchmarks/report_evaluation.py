@@ -36,8 +36,9 @@ from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.encoders.base import Encoder
 from med3dvlm.files import read_lines, write_json, write_text
 from med3dvlm.metrics import bertscore
-from med3dvlm.metrics.modules import Bleu, Meteor, Rouge
-from med3dvlm.metrics.text import meteor_available, text_values
+from med3dvlm.metrics.evaluate_module import TextScore
+from med3dvlm.metrics.meteor import meteor_available
+from med3dvlm.metrics.text import text_values
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.records import Study
 
@@ -63,7 +64,7 @@ class Clock:
 def published(chat: Med3DChat, data: PreparedData, studies: Sequence[Study], length: int) -> Outcome:
     """One study at a time."""
     clock, texts, rows = Clock(), [], []
-    metrics = [Bleu(), Rouge()] + ([Meteor()] if meteor_available() is None else [])
+    metrics = [TextScore(name) for name in ("bleu", "rouge", *(["meteor"] if meteor_available() is None else []))]
     for study in studies:
         with clock.time("writing"):
             prompt = torch.tensor([chat.processor.encode([{"role": "user", "content": PROMPT}], generate=True)["input_ids"]])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from med3dvlm.inference.chat import Med3DChat
     from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
+    from med3dvlm.models.segmentation import Med3DSegmenter, Med3DSegmenterConfig
     from med3dvlm.models.vlm import Med3DVLM, Med3DVLMConfig
     from med3dvlm.models.vlm_processor import Med3DVLMProcessor
     from med3dvlm.preprocessing import VolumeProcessor
@@ -19,6 +20,8 @@ __all__ = [
     "Med3DCLIP",
     "Med3DCLIPConfig",
     "Med3DChat",
+    "Med3DSegmenter",
+    "Med3DSegmenterConfig",
     "Med3DVLM",
     "Med3DVLMConfig",
     "Med3DVLMProcessor",
@@ -32,6 +35,8 @@ _MODULES = {
     "Med3DCLIP": "models.clip",
     "Med3DCLIPConfig": "models.clip",
     "Med3DChat": "inference.chat",
+    "Med3DSegmenter": "models.segmentation",
+    "Med3DSegmenterConfig": "models.segmentation",
     "Med3DVLM": "models.vlm",
     "Med3DVLMConfig": "models.vlm",
     "Med3DVLMProcessor": "models.vlm",  # which registers it: a processor is loaded by the Auto classes of its parts

@@ -33,6 +33,7 @@ from med3dvlm import formats, geometry
 from med3dvlm.formats import HU_POLICIES, READERS, VolumeError
 from med3dvlm.formats.base import colour
 from med3dvlm.formats.hu import interpret
+from med3dvlm.geometry.measurements import Places
 from med3dvlm.geometry.straightening import Straightening
 
 __all__ = ["HU_POLICIES", "READERS", "UNITS", "Volume", "VolumeError", "read_volume"]
@@ -147,6 +148,22 @@ class Volume:
         matrix[:3, :3] = self.direction * self.spacing
         matrix[:3, 3] = 0 if self.origin is None else self.origin
         return matrix
+
+    @property
+    def places(self) -> Places | None:
+        """Where its voxels lie, also of an irregular stack; None where spacing or orientation is unknown.
+
+        Where the direction is not known but the letters of the axes are, it is theirs.
+        """
+        if self.spacing is None or self.orientation is None:
+            return None
+        direction = geometry.direction_of(self.orientation) if self.direction is None else self.direction
+        slices = np.arange(len(self.array), dtype=np.float64)
+        if self.slice_positions is not None:
+            normal = np.cross(direction[:, 1], direction[:, 2])
+            rise = abs(direction[:, 0] @ normal) / np.linalg.norm(normal)
+            slices = (np.array(self.slice_positions) - self.slice_positions[0]) / (rise * self.spacing[0])
+        return Places(np.zeros(3) if self.origin is None else self.origin, direction * self.spacing, slices)
 
     def straighten(self) -> "Volume":
         """The volume itself where it is regular, else its values resampled to evenly spaced slices stacked at right angles.

@@ -20,6 +20,7 @@ from med3dvlm.checkpoints.convert.weights import Checkpoint, find_weights
 from med3dvlm.encoders import Encoder, build_encoder
 from med3dvlm.files import DETECTOR_FILE, MODEL_CONFIGS, install_model, write_json
 from med3dvlm.models.clip import Med3DCLIP
+from med3dvlm.models.segmentation import Med3DSegmenter
 from med3dvlm.models.vlm import Med3DVLM
 from med3dvlm.models.vlm_processor import Med3DVLMProcessor
 from med3dvlm.preprocessing import VolumeProcessor
@@ -34,6 +35,7 @@ __all__ = [
     "load_encoder",
     "load_language_model",
     "load_projector",
+    "load_segmenter",
     "load_vlm",
     "locate_model",
     "merge_lora",
@@ -43,7 +45,13 @@ __all__ = [
     "verify_equal",
 ]
 # What a directory holds, by the model_type in its config.json, and what loads it.
-LOADERS = {"med3d_clip": "load_clip", "med3dvlm": "load_vlm", "med3d_encoder": "load_encoder", "med3d_projector": "load_projector"}
+LOADERS = {
+    "med3d_clip": "load_clip",
+    "med3d_segmenter": "load_segmenter",
+    "med3dvlm": "load_vlm",
+    "med3d_encoder": "load_encoder",
+    "med3d_projector": "load_projector",
+}
 PACKAGE_PREFIX = "package:"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 MERGED_FROM = "merged_from.json"  # beside a merged model: the folder of its adapter
@@ -170,6 +178,16 @@ def load_clip(path: str | Path, **options: Any) -> tuple[Med3DCLIP, Any, VolumeP
     return Med3DCLIP.from_pretrained(path, **options).eval(), AutoTokenizer.from_pretrained(path), VolumeProcessor.from_pretrained(path)
 
 
+def load_segmenter(path: str | Path, **options: Any) -> tuple[Med3DSegmenter, Any, VolumeProcessor]:
+    """A Med3DSegmenter with its tokenizer and VolumeProcessor, in evaluation mode; `options` go to `from_pretrained` (dtype)."""
+    path = _require_type(path, "med3d_segmenter")
+    return (
+        Med3DSegmenter.from_pretrained(path, **options).eval(),
+        AutoTokenizer.from_pretrained(path),
+        VolumeProcessor.from_pretrained(path),
+    )
+
+
 def load_vlm(path: str | Path, **options: Any) -> tuple[Med3DVLM, Med3DVLMProcessor]:
     """A Med3DVLM with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype, device_map)."""
     path = _require_type(path, "med3dvlm")
@@ -177,8 +195,10 @@ def load_vlm(path: str | Path, **options: Any) -> tuple[Med3DVLM, Med3DVLMProces
 
 
 def load_encoder(path: str | Path) -> Encoder:
-    """A vision encoder, in evaluation mode: a converted one, or that of a stage-1 model or a Med3DVLM."""
+    """A vision encoder, in evaluation mode: a converted one, or that of a stage-1 model, a Med3DSegmenter or a Med3DVLM."""
     kind = model_type(path)
+    if kind == "med3d_segmenter":
+        return load_segmenter(path)[0].clip.vision_encoder
     if kind != "med3d_encoder":
         model = load_vlm(path)[0] if kind == "med3dvlm" else load_clip(path)[0]
         encoder: Encoder = model.vision_encoder

@@ -18,7 +18,7 @@ from concurrent.futures import BrokenExecutor
 
 from safetensors import SafetensorError
 
-from med3dvlm.cli import cases, data, models, scans
+from med3dvlm.cli import cases, data, models, scans, segment
 
 REASONS = {
     errno.ENOSPC: "the disk is full; free some space and run the command again",
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="med3dvlm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traceback", action="store_true", help="where something fails, show the place in the code")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (scans, data, models, cases):
+    for group in (scans, data, models, segment, cases):
         group.add_commands(commands)
     return parser
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from med3dvlm.datasets.labelled_reports import HALVES, LabelledReports, read_labelled_reports
 from med3dvlm.files import whole_folder, write_json, write_lines
-from med3dvlm.metrics.findings import error_kind, finding_scores
+from med3dvlm.metrics.classification import crg, precision_recall_f1
+from med3dvlm.metrics.findings import error_kind
 from med3dvlm.reports.classifiers.linear import LinearClassifier
 from med3dvlm.reports.classifiers.radbert import ENCODER, RadBertClassifier
 from med3dvlm.reports.findings import FINDINGS, find_mentions, findings_table
@@ -80,7 +81,7 @@ def _score(arguments: argparse.Namespace, reports: LabelledReports) -> str:
         raise ValueError("--errors shows the sentences that the rules read; a classifier has none, so leave out one of the two")
     names, stated, reader = _read(arguments, reports)
     labels = reports.labels[:, [reports.names.index(name) for name in names]]
-    scores = finding_scores(labels, stated, names)
+    scores = precision_recall_f1(labels, stated, names) | {"crg": crg(labels, stated)}
     errors = [] if arguments.classifier else _errors(reports, names, labels, stated)
     if arguments.errors:
         write_lines(arguments.errors, errors)

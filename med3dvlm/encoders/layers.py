@@ -63,7 +63,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = widened(x).movedim(-1, 1)
-        y = F.group_norm(wide, self.num_groups, cast(self.weight, wide.dtype), cast(self.bias, wide.dtype), self.eps)
+        # Not F.group_norm, which refuses a single cell even where a group has several channels.
+        y = torch.group_norm(wide, self.num_groups, cast(self.weight, wide.dtype), cast(self.bias, wide.dtype), self.eps)
         return y.movedim(1, -1).to(x.dtype)
 
 

@@ -1,6 +1,6 @@
 """What eval/zero_shot.py and eval/linear_probe.py share: labels and thresholds of findings, and what is written of a detection.
 
-The findings are those that the scored studies have labels of, CT-RATE's 18 and any others (`metrics.findings.label_names`).
+The findings are those that the scored studies have labels of, CT-RATE's 18 and any others (`reports.findings.label_names`).
 
 <output>/predictions.jsonl              a study a line, with the log-odds of each finding; 0 is a probability of 0.5
 <output>/predictions_thresholds.jsonl   the same of the studies that thresholds are chosen on, if any

@@ -27,19 +27,12 @@ from med3dvlm.files import read_lines, write_text
 from med3dvlm.metrics.answers import right_choices
 from med3dvlm.metrics.intervals import intervals, mean_of
 from med3dvlm.metrics.retrieval import retrieval_ranks
+from med3dvlm.metrics.text import LABELS
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import ALL_KINDS, Study
 
 HERE = Path(__file__).parent
 STAGES = {"language model": "language_model", "stage 1": "stage1", "stage 2": "stage2", "stage 3": "stage3"}
-TEXT_SCORES = {
-    "bleu1": "BLEU-1",
-    "bleu4": "BLEU-4",
-    "rouge1": "ROUGE-1",
-    "rougeL": "ROUGE-L",
-    "meteor": "METEOR",
-    "bertscore_f1": "BERTScore",
-}
 COLLAPSE = {"distinct": "different reports", "commonest": "share of the commonest", "similarity": "words two reports share"}
 CLASSES = 12  # rows and columns of a confusion matrix; rarer answers are one more
 WAYS = compare.WAYS
@@ -242,7 +235,7 @@ def reports(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
 
     model = scores["text"].get("bertscore_model")
     figures = {"findings.macro.f1": "findings F1, macro", "findings.micro.f1": "findings F1, micro", "findings.crg": "findings CRG"}
-    figures |= {f"text.{key}": f"{label} ({model})" if key.startswith("bert") else label for key, label in TEXT_SCORES.items()}
+    figures |= {f"text.{key}": f"{label} ({model})" if key.startswith("bert") else label for key, label in LABELS.items()}
     figures |= {f"collapse.{key}": label for key, label in COLLAPSE.items()}
     lines = [each for each in (line(label, path) for path, label in figures.items()) if each["values"][0] is not None]
     fixed = (scores.get("best_fixed") or {}).get("findings", {}).get("per_class", {})

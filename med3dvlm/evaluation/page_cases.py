@@ -28,7 +28,7 @@ def gallery(runs: Mapping[str, Any], studies: Mapping[str, Study]) -> list[Row]:
     ranks = {row["id"]: row for row in runs["retrieval"].rows} if "retrieval" in runs else {}
     with_report = [name for name in reports if studies[name].report.strip()]
     pairs = [reports[name]["prediction"] for name in with_report], [studies[name].report for name in with_report]
-    alike = dict(zip(with_report, token_f1_values(*pairs), strict=True)) if with_report else {}
+    alike = dict(zip(with_report, token_f1_values(*pairs)["token_f1"], strict=True)) if with_report else {}
     cases = []
     for place, name in enumerate(dict.fromkeys([*reports, *answers, *ranks])):
         report = reports.get(name)

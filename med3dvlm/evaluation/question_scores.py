@@ -12,7 +12,8 @@ from typing import Any
 
 from med3dvlm.metrics.answers import NOTHING, confusion, first_letter, grouped_means, named_choices, right_choices
 from med3dvlm.metrics.bertscore import BertScorer
-from med3dvlm.metrics.text import meteor_available, text_values
+from med3dvlm.metrics.meteor import meteor_available
+from med3dvlm.metrics.text import text_values
 from med3dvlm.records import ALL_KINDS, LETTERS, QUESTION_KINDS, Question, has_letters
 from med3dvlm.tables import markdown_table, with_interval
 

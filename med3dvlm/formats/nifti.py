@@ -180,3 +180,24 @@ def _affine(axes: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _mm(lengths: Sequence[float] | NDArray[np.float64]) -> str:
     return " x ".join(f"{mm:.3g}" for mm in reversed(lengths))
+
+
+def mask_file(mask: NDArray[np.bool_], spacing: Sequence[float] | None, affine: NDArray[np.float64] | None) -> bytes:
+    """The bytes of a NIfTI file, not compressed: a mask as 0 and 1 that lies on its scan.
+
+    Args:
+        mask: (D, H, W).
+        spacing: (z, y, x) in mm; None counts as 1 mm.
+        affine: 4x4, from the index (d, h, w, 1) to RAS mm; None where nobody knows it, and the header says so.
+    """
+    import nibabel
+
+    image = nibabel.Nifti1Image(mask.transpose().astype(np.uint8), None if affine is None else affine[:, [2, 1, 0, 3]])
+    image.header.set_xyzt_units("mm")
+    if affine is None:
+        image.header.set_zooms([float(mm) for mm in (spacing or (1, 1, 1))[::-1]])
+    else:
+        image.set_sform(image.affine, 1)
+        image.set_qform(image.affine, 1)  # the nearest one without shear, which a qform cannot say
+    content: bytes = image.to_bytes()
+    return content

@@ -32,6 +32,11 @@ def nearest_letters(direction: NDArray[np.float64]) -> str:
     return "".join(aff2axcodes(affine))
 
 
+def direction_of(letters: str) -> NDArray[np.float64]:
+    """The direction of axes that lead exactly where three letters such as "SPL" say."""
+    return np.stack([np.eye(3)[POSITIVE.find(one)] if one in POSITIVE else -np.eye(3)[NEGATIVE.find(one)] for one in letters], axis=1)
+
+
 def letters_towards(vector: NDArray[np.float64]) -> str:
     """Where a vector of length 1 leads, in one to three letters, the nearest first: "L", or "LA" for left and less to the front."""
     named = [(abs(part), (POSITIVE if part > 0 else NEGATIVE)[axis]) for axis, part in enumerate(vector)]

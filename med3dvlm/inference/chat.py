@@ -28,6 +28,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, Te
 from med3dvlm.checkpoints import load_vlm, model_type
 from med3dvlm.formats import state_of
 from med3dvlm.inference.out_of_distribution import Features, OutOfDistributionDetector, OutOfDistributionScore, pool_features
+from med3dvlm.inference.segmentation import Segmentation, Segmenter
 from med3dvlm.models.vlm import Med3DVLM
 from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message
 from med3dvlm.preprocessing import Scan
@@ -55,8 +56,14 @@ class Answer:
 class Med3DChat:
     """A model and its processor, ready to answer. A scan is a path, a Volume, a prepared tensor, or what `encode` gave."""
 
-    def __init__(self, model: Med3DVLM, processor: Med3DVLMProcessor, detector: OutOfDistributionDetector | None = None) -> None:
-        self.model, self.processor, self.detector = model.eval(), processor, detector
+    def __init__(
+        self,
+        model: Med3DVLM,
+        processor: Med3DVLMProcessor,
+        detector: OutOfDistributionDetector | None = None,
+        segmenter: Segmenter | None = None,
+    ) -> None:
+        self.model, self.processor, self.detector, self.segmenter = model.eval(), processor, detector, segmenter
         self.encoder = model.vision_encoder.for_inference(model.dtype)
         self._encoded: OrderedDict[Hashable, Features] = OrderedDict()
         self._remembering, self._encoding = Lock(), Lock()
@@ -67,12 +74,19 @@ class Med3DChat:
         )
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Med3DChat":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        segmenter: str | Path | None = None,
+    ) -> "Med3DChat":
         """Load a directory that `stages/`, `merge` or `convert` wrote.
 
         Args:
             device: by default the GPU where there is one.
             dtype: by default bfloat16 on a GPU that computes in it, else as stored.
+            segmenter: the folder of a Med3DSegmenter, which `segment` asks.
 
         Raises:
             FileNotFoundError: the directory or its weights are missing.
@@ -89,7 +103,7 @@ class Med3DChat:
         except SafetensorError as error:
             raise ValueError(f"{path} holds a damaged or incomplete *.safetensors file ({error}); copy it again") from error
         model.to(device)  # type: ignore[arg-type]
-        return cls(model, processor, detector)
+        return cls(model, processor, detector, None if segmenter is None else Segmenter.from_pretrained(segmenter, device))
 
     @torch.no_grad()
     def encode(self, scan: Scan | Features) -> Features:
@@ -199,6 +213,16 @@ class Med3DChat:
                 places, rows, part = zip(*group, strict=True)
                 given.update(zip(places, self._generate(rows, [self.encode(scan) for scan in part], room), strict=True))
         return [given[place] for place in sorted(given)]
+
+    def segment(self, scan: Scan, text: str) -> Segmentation:
+        """Where a finding or an organ is: its mask on the scan, and measurements (see `inference.segmentation`).
+
+        Raises:
+            ValueError: no segmenter was loaded, the text is empty, or the scan unusable (VolumeError).
+        """
+        if self.segmenter is None:
+            raise ValueError("No segmenter is loaded, which draws masks; load one: Med3DChat.from_pretrained(path, segmenter=FOLDER).")
+        return self.segmenter.segment(scan, text)
 
     def out_of_distribution(self, scan: Scan | Features) -> OutOfDistributionScore | None:
         """Whether the scan resembles the training data; None where the model directory has no familiarity file and so nobody can say.

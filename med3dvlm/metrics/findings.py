@@ -1,33 +1,16 @@
-"""How well stated findings agree with labels, and what kind of sentence a wrong reading goes back to."""
+"""What kind of sentence a wrong reading of a finding goes back to; `read_findings` reads the findings that a report states."""
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
-from med3dvlm.metrics.classification import crg, precision_recall_f1
-from med3dvlm.reports.findings.rules import Mention
+from med3dvlm.reports.findings import Mention, read_findings
 
-__all__ = ["crg", "error_kind", "finding_scores"]
+__all__ = ["error_kind", "read_findings"]
 
 DOUBTED = re.compile(
     r"\?|\b(may|might|could|possibl[ey]|probabl[ey]|suspicious|suspected|favou?r|compatible|consistent|excluded)\b", re.IGNORECASE
 )
 EARLIER = re.compile(r"\b(previous|previously|prior|earlier|old|dated|known|follow[- ]?up|compared)\b", re.IGNORECASE)
-
-
-def finding_scores(labels: Any, stated: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Precision, recall and F1 as `precision_recall_f1` gives them, and CRG beside them.
-
-    Args:
-        labels, stated: (N, K) of 0 and 1: what N studies have, and what their reports state, written by a model or a person.
-
-    Returns:
-        `{"per_class": ..., "macro": ..., "micro": ..., "weighted": ..., "crg": number or None}`.
-
-    Raises:
-        ValueError: if the shapes differ, are not (N, K), or hold anything but 0 and 1.
-    """
-    return precision_recall_f1(labels, stated, names) | {"crg": crg(labels, stated)}
 
 
 def error_kind(label: int, mentions: Sequence[Mention]) -> str:

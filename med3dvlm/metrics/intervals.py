@@ -4,15 +4,15 @@ Scans of one patient resemble each other, so whole patients are drawn, or swappe
 of weights, how often each study was drawn, and a figure is a `Statistic`, a function of such weights, so that a
 thousand resamples are a few matrix products:
 
-    table = {"BLEU-1": mean_of(values["bleu1"]), "macro F1": macro_f1_of(labels, stated), "AUROC": auroc_of(labels, scores)}
+    table = {"BLEU-1": mean_of(values["bleu1"]), "macro F1": macro_f1_of(labels, predictions), "AUROC": auroc_of(labels, scores)}
     table["macro AUROC"] = mean_over(table["AUROC"])
     intervals(table, patients)                                            # {"BLEU-1": (low, high), ...}
-    paired_test(macro_f1, stated_by_a, stated_by_b, patients)             # see its docstring
+    paired_test(macro_f1, predictions_of_a, predictions_of_b, patients)            # see its docstring
 
 Shapes: N = studies, G = patients, S = resamples, K = findings or any number of figures of one kind.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,48 +23,6 @@ Statistic = Callable[[Weights], NDArray[np.float64]]  # -> (S,) or (S, K); NaN w
 CELLS = 2**22  # weights at a time: 32 MB, and a few times that within a statistic
 
 
-def bootstrap_interval(
-    values: Any,
-    groups: Sequence[Any] | None = None,
-    samples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-    statistic: Callable[[Any], float] = np.mean,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of any statistic of rows (Efron 1979), a resample at a time; `intervals` is faster.
-
-    Args:
-        values: (N, ...), one row a study. For a statistic of several arrays pass `np.arange(N)` and index them in
-            `statistic`.
-        groups: N patient identifiers; None treats each row as its own patient.
-        samples: how many resamples.
-        level: the share of resamples inside the interval, between 0 and 1.
-        seed: of the resampling; the same seed gives the same resamples here and in `intervals`.
-        statistic: maps the drawn rows to a number, by default their mean. A resample where it is NaN (an AUROC without
-            positives) is left out.
-
-    Returns:
-        (low, high).
-
-    Raises:
-        ValueError: if arguments do not fit or the statistic is NaN in more than half of the resamples.
-    """
-    rows = np.asarray(values)
-    if not rows.ndim or not len(rows):
-        raise ValueError(f"bootstrap_interval needs at least one value, got shape {rows.shape}.")
-    group_of_row = _groups(groups, len(rows))
-    by_group = np.argsort(group_of_row, kind="stable")
-    members = np.split(by_group, np.cumsum(np.bincount(group_of_row))[:-1])  # the row indices of each group
-    _check_sampling(samples, level)
-    outcomes = [
-        statistic(rows[np.concatenate([members[group] for group in drawn])])
-        for chunk in _draws(len(members), samples, seed, len(rows))
-        for drawn in chunk
-    ]
-    low, high = _percentiles(np.array(outcomes, dtype=np.float64), level, "The statistic")
-    return float(low), float(high)
-
-
 def intervals(
     statistics: Mapping[str, Statistic],
     groups: Sequence[Any],
@@ -72,12 +30,14 @@ def intervals(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Percentile bootstrap intervals of all figures of a table, from the same resamples of patients.
+    """Percentile bootstrap intervals (Efron 1979) of all figures of a table, from the same resamples of patients.
 
     Args:
         statistics: figures by name.
         groups: N patient identifiers (`range(N)` where every study is its own patient).
-        samples: as for `bootstrap_interval`, like level and seed.
+        samples: how many resamples.
+        level: the share of resamples inside the interval, between 0 and 1.
+        seed: of the resampling.
 
     Returns:
         (low, high) of a figure that is one number, a list of K such pairs of a figure that is K. A pair is None where
@@ -90,7 +50,9 @@ def intervals(
     _check_sampling(samples, level)
     patients = int(group_of_row.max()) + 1
     outcomes: dict[str, list[NDArray[np.float64]]] = {name: [] for name in statistics}
-    for drawn in _draws(patients, samples, seed, len(groups)):  # (s, G)
+    generator = np.random.default_rng(seed)
+    for start in range(0, samples, _height(len(groups))):
+        drawn = generator.integers(patients, size=(min(_height(len(groups)), samples - start), patients))  # (s, G)
         cells = np.arange(len(drawn))[:, None] * patients + drawn
         times = np.bincount(cells.ravel(), minlength=len(drawn) * patients).reshape(len(drawn), patients)
         weights = times.astype(np.float64)[:, group_of_row]  # (s, N)
@@ -128,7 +90,7 @@ def paired_test(
 
     Args:
         figure: makes the statistic from the rows of both runs, the second's under the first's: (2N, ...). `mean_of`
-            does; of what needs labels too: `lambda stated: macro_f1_of(np.concatenate([labels, labels]), stated)`. It
+            does; of what needs labels too: `lambda predictions: macro_f1_of(np.concatenate([labels, labels]), predictions)`. It
             must give one number. Scores that are ranked together (AUROC) must be on the same scale.
         first: (N, ...), what the first run gave.
         second: (N, ...), what the second run gave, row i about the same study.
@@ -194,7 +156,7 @@ def median_of(values: Any) -> Statistic:
 
 
 def ratio_of(numerators: Any, denominators: Any) -> Statistic:
-    """A sum over studies by another, (N,) each, or K of them, (N, K): precision is hits by stated, recall hits by present."""
+    """A sum over studies by another, (N,) each, or K of them, (N, K): precision is hits by predicted, recall hits by positives."""
     above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if above.shape != below.shape:
         raise ValueError(f"The numerators are {above.shape} and the denominators {below.shape}; give one of each for each study.")
@@ -202,31 +164,31 @@ def ratio_of(numerators: Any, denominators: Any) -> Statistic:
 
 
 def f1_of(labels: Any, predictions: Any) -> Statistic:
-    """F1 of each of K findings, labels and predictions (N, K) of 0 and 1; NaN where a finding is neither present nor stated."""
-    truth, stated = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
-    return ratio_of(2 * truth * stated, truth + stated)
+    """F1 of each of K findings, labels and predictions (N, K) of 0 and 1; NaN where a finding is neither present nor predicted."""
+    labels, predictions = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
+    return ratio_of(2 * labels * predictions, labels + predictions)
 
 
 def macro_f1_of(labels: Any, predictions: Any) -> Statistic:
-    """The mean of `f1_of` over the findings that are present or stated in a resample, as in `classification.precision_recall_f1`."""
+    """The mean of `f1_of` over the findings that are present or predicted in a resample, as in `classification.precision_recall_f1`."""
     return mean_over(f1_of(labels, predictions))
 
 
 def micro_f1_of(labels: Any, predictions: Any) -> Statistic:
     """F1 of all decisions together, labels and predictions (N, K) of 0 and 1."""
-    truth, stated = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
-    return ratio_of(2 * (truth * stated).sum(axis=1), (truth + stated).sum(axis=1))
+    labels, predictions = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
+    return ratio_of(2 * (labels * predictions).sum(axis=1), (labels + predictions).sum(axis=1))
 
 
 def crg_of(labels: Any, predictions: Any) -> Statistic:
     """CRG of the VLM3D challenge, labels and predictions (N, K) of 0 and 1; NaN without a label that is 1.
 
     With X decisions of which A should be 1: r = (X - A) / (2 A), U = (X - A) / 2, s = r TP - r FN - FP and CRG = U / (2 U - s), so that
-    stating nothing gives 1/3, everything right 1, and a rare finding weighs more. Where all labels and predictions are 1 it is 0.
+    predicting nothing gives 1/3, everything right 1, and a rare finding weighs more. Where all labels and predictions are 1 it is 0.
     """
-    truth, stated = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
-    present, hits, wrong = truth.sum(axis=1), (truth * stated).sum(axis=1), ((1 - truth) * stated).sum(axis=1)
-    decisions = truth.shape[1]
+    labels, predictions = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
+    present, hits, wrong = labels.sum(axis=1), (labels * predictions).sum(axis=1), ((1 - labels) * predictions).sum(axis=1)
+    decisions = labels.shape[1]
 
     def statistic(weights: Weights) -> NDArray[np.float64]:
         every, positive, hit, false = decisions * weights.sum(axis=1), weights @ present, weights @ hits, weights @ wrong
@@ -260,11 +222,11 @@ def mean_over(statistic: Statistic) -> Statistic:
 
 def _by_finding(labels: Any, scores: Any, area: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]) -> Statistic:
     """`area(positives, negatives)` of each finding; both (S, T), what the T different scores hold, the highest first."""
-    truth, belief = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
-    if truth.shape != belief.shape or truth.ndim != 2:
-        raise ValueError(f"labels are {truth.shape} and scores {belief.shape}; both must be (studies, findings).")
+    labels, scores = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
+    if labels.shape != scores.shape or labels.ndim != 2:
+        raise ValueError(f"labels are {labels.shape} and scores {scores.shape}; both must be (studies, findings).")
     prepared = []
-    for positive, score in zip(truth.T, belief.T, strict=True):
+    for positive, score in zip(labels.T, scores.T, strict=True):
         order = np.argsort(-score, kind="stable")
         first = np.flatnonzero(np.diff(score[order], prepend=np.inf))  # where another score begins
         prepared.append((order, first, positive[order]))
@@ -298,36 +260,21 @@ def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
     return quotient
 
 
-def _draws(patients: int, samples: int, seed: int, studies: int) -> Iterator[NDArray[np.int64]]:
-    """(s, G) drawn patients at a time, S rows in all; how they are cut does not change them."""
-    generator = np.random.default_rng(seed)
-    for start in range(0, samples, _height(studies)):
-        yield generator.integers(patients, size=(min(_height(studies), samples - start), patients))
-
-
 def _height(width: int) -> int:
     return max(CELLS // width, 1)
 
 
 def _interval(outcomes: NDArray[np.float64], level: float) -> tuple[float, float] | None:
-    if 2 * np.isnan(outcomes).sum() > len(outcomes):
+    defined = outcomes[~np.isnan(outcomes)]
+    if 2 * len(defined) < len(outcomes):
         return None
-    low, high = _percentiles(outcomes, level, "The figure")
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def _percentiles(outcomes: NDArray[np.float64], level: float, name: str) -> NDArray[np.float64]:
-    defined = outcomes[~np.isnan(outcomes)]
-    if 2 * len(defined) < len(outcomes):
-        missing = len(outcomes) - len(defined)
-        raise ValueError(f"{name} is undefined in {missing} of {len(outcomes)} resamples; there are too few studies for an interval.")
-    bounds: NDArray[np.float64] = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-    return bounds
-
-
-def _groups(groups: Sequence[Any] | None, count: int) -> NDArray[np.int64]:
+def _groups(groups: Sequence[Any], count: int) -> NDArray[np.int64]:
     """(count,) numbers from 0, equal for rows of one patient."""
-    keys = np.arange(count) if groups is None else np.asarray(groups)
+    keys = np.asarray(groups)
     if keys.shape != (count,) or not count:
         raise ValueError(f"Got {count} values but groups of shape {keys.shape}; give one patient for each value, at least one.")
     return np.unique(keys, return_inverse=True)[1]

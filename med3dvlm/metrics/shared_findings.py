@@ -36,18 +36,18 @@ def shared_findings(embeddings: Any, labels: Any, patients: Sequence[Any], ks: S
         ValueError: if shapes do not fit, a k is below 1, or labels are not 0 or 1.
     """
     check_ks(ks)
-    vectors, truth = normalised(embeddings, "embeddings"), np.asarray(labels, dtype=np.float64)
-    if truth.ndim != 2 or not len(vectors) == len(truth) == len(patients) or not np.isin(truth, (0, 1)).all():
-        raise ValueError(f"embeddings are {vectors.shape}, labels {truth.shape} and patients {len(patients)}; one row of 0 and 1 each")
+    vectors, labels = normalised(embeddings, "embeddings"), np.asarray(labels, dtype=np.float64)
+    if labels.ndim != 2 or not len(vectors) == len(labels) == len(patients) or not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"embeddings are {vectors.shape}, labels {labels.shape} and patients {len(patients)}; one row of 0 and 1 each")
     patient = np.unique(np.asarray(patients), return_inverse=True)[1]
-    counts = truth.sum(axis=1)
+    counts = labels.sum(axis=1)
     names = [f"{name}{k}" for k in ks for name in ("map", "overlap", "chance_map")]
-    values = {name: np.full(len(truth), np.nan) for name in (*names, "chance_overlap")}
-    height = max(BLOCK // len(truth), 1)
-    for start in range(0, len(truth), height):
-        rows = np.arange(start, min(start + height, len(truth)))
+    values = {name: np.full(len(labels), np.nan) for name in (*names, "chance_overlap")}
+    height = max(BLOCK // len(labels), 1)
+    for start in range(0, len(labels), height):
+        rows = np.arange(start, min(start + height, len(labels)))
         similarity = vectors[rows] @ vectors.T  # (rows, N)
-        both = truth[rows] @ truth.T
+        both = labels[rows] @ labels.T
         overlap = both / np.maximum(counts[rows, None] + counts - both, 1)
         for row, near, shared, alike in zip(rows.tolist(), similarity, both > 0, overlap, strict=True):
             others = patient != patient[row]

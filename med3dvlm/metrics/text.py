@@ -2,15 +2,18 @@
 
 Predictions and references are equally long lists of N strings, one reference a prediction; every score lies in 0..1 and
 grows with agreement. `text_values` gives one figure a pair, for intervals and galleries, `text_scores` their means.
-Each equals the module of the same name of `evaluate`, which would be fetched from a hub; `metrics.modules` has them as
-`evaluate.Metric`. Where those modules divide by zero, at a lone empty text, the score here is 0.
+Each equals the public module of the same name of `evaluate`; where that divides by zero, at a lone empty text, the score here is 0.
+`metrics/evaluate_module.py` is a module for `evaluate.load` with these scores.
+
+To add a score, write a function of predictions and references and name it in TEXT_METRICS: it then stands in scores.json with its interval,
+and on the page where LABELS gives it a label.
 """
 
 import math
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,31 +24,11 @@ from med3dvlm.metrics.meteor import meteor_available, meteor_values, punkt_model
 if TYPE_CHECKING:
     from med3dvlm.metrics.bertscore import BertScorer
 
-__all__ = [
-    "bleu",
-    "bleu_counts",
-    "bleu_of_counts",
-    "bleu_values",
-    "collapse",
-    "corpus_bleu",
-    "exact_match",
-    "exact_match_values",
-    "meteor",
-    "meteor_available",
-    "rouge",
-    "rouge_values",
-    "text_scores",
-    "text_values",
-    "token_f1",
-    "token_f1_values",
-    "tokenize_13a",
-]
+Values = dict[str, NDArray[np.float64]]  # (N,) by the name of the figure
 ORDERS = (1, 2, 3, 4)
 
 
-def text_values(
-    predictions: Sequence[str], references: Sequence[str], bert_scorer: "BertScorer | None" = None
-) -> dict[str, NDArray[np.float64]]:
+def text_values(predictions: Sequence[str], references: Sequence[str], bert_scorer: "BertScorer | None" = None) -> Values:
     """Each score of each pair, (N,) by name: bleu1..4, rouge1, rouge2, rougeL, meteor, exact_match, token_f1.
 
     `meteor` is missing where `meteor_available` says why; with a `bert_scorer` (see `metrics.bertscore`) there are
@@ -55,11 +38,10 @@ def text_values(
         ValueError: if there are no pairs, the lists differ in length, or an entry is no text.
     """
     _check_pairs(predictions, references)
-    values = bleu_values(predictions, references) | rouge_values(predictions, references)
-    if meteor_available() is None:
-        values["meteor"] = meteor_values(predictions, references)
-    values["exact_match"] = exact_match_values(predictions, references)
-    values["token_f1"] = token_f1_values(predictions, references)
+    values: Values = {}
+    for name, metric in TEXT_METRICS.items():
+        if name != "meteor" or meteor_available() is None:
+            values |= metric(predictions, references)
     return values if bert_scorer is None else values | bert_scorer.values(predictions, references)
 
 
@@ -93,12 +75,7 @@ def text_scores(
     return scores | {"samples": len(predictions), "unavailable": {} if reason is None else {"meteor": reason}}
 
 
-def bleu(predictions: Sequence[str], references: Sequence[str], order: int = 1) -> float:
-    """BLEU of n-grams up to `order`, computed for each pair and averaged; the papers' tables print `order=1`."""
-    return _mean(bleu_values(predictions, references)[f"bleu{order}"])
-
-
-def bleu_values(predictions: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+def bleu_values(predictions: Sequence[str], references: Sequence[str]) -> Values:
     """`bleu1` .. `bleu4`, (N,) each: of each pair alone, without smoothing, so that a short one has often no BLEU-4."""
     values = bleu_of_counts(bleu_counts(predictions, references))
     return {f"bleu{order}": values[:, order - 1] for order in ORDERS}
@@ -115,13 +92,12 @@ def bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> NDArra
 
     The sum over pairs is the count of the corpus; any weighted sum is that of a resample.
     """
+    from sacrebleu.metrics.bleu import BLEU
+
     _check_pairs(predictions, references)
-    rows = []
-    for prediction, reference in zip(predictions, references, strict=True):
-        ours, theirs = tokenize_13a(prediction), tokenize_13a(reference)
-        matches = [(Counter(_ngrams(ours, n)) & Counter(_ngrams(theirs, n))).total() for n in ORDERS]
-        rows.append([*matches, *(max(len(ours) - n + 1, 0) for n in ORDERS), len(ours), len(theirs)])
-    return np.array(rows, dtype=np.float64)
+    scorer = BLEU(effective_order=True)  # the mteval-v13a tokenizer
+    scores = [scorer.sentence_score(prediction, [reference]) for prediction, reference in zip(predictions, references, strict=True)]
+    return np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores], dtype=np.float64)
 
 
 def bleu_of_counts(counts: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -135,12 +111,7 @@ def bleu_of_counts(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     return result
 
 
-def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """F-measures of `rouge1`, `rouge2` and `rougeL`, averaged over the pairs."""
-    return {name: _mean(values) for name, values in rouge_values(predictions, references).items()}
-
-
-def rouge_values(predictions: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+def rouge_values(predictions: Sequence[str], references: Sequence[str]) -> Values:
     """`rouge1`, `rouge2` and `rougeL`, (N,) each: F-measures on rouge-score's lower-case ASCII words, without stemming.
 
     rouge-score fills a table of words times words in Python for ROUGE-L, seconds for two long reports; the same length
@@ -158,36 +129,31 @@ def rouge_values(predictions: Sequence[str], references: Sequence[str]) -> dict[
     return dict(zip(("rouge1", "rouge2", "rougeL"), np.array(rows).T, strict=True))
 
 
-def meteor(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """METEOR (see `metrics.meteor`), averaged over the pairs.
-
-    Raises:
-        RuntimeError: if WordNet is not on this machine.
-    """
-    _check_pairs(predictions, references)
-    return _mean(meteor_values(predictions, references))
+def exact_match_values(predictions: Sequence[str], references: Sequence[str]) -> Values:
+    """`exact_match`, (N,): 1 where prediction and reference are equal but for case, punctuation and white space, else 0."""
+    return {"exact_match": np.array([float(_words(p) == _words(r)) for p, r in zip(predictions, references, strict=True)])}
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of predictions equal to their reference once case, punctuation and white space are set aside."""
-    return _mean(exact_match_values(predictions, references))
+def token_f1_values(predictions: Sequence[str], references: Sequence[str]) -> Values:
+    """`token_f1`, (N,): F1 of the words that both share, in any order, articles kept; of two texts without words 1, of one 0."""
+    return {"token_f1": np.array([_token_f1(_words(p), _words(r)) for p, r in zip(predictions, references, strict=True)])}
 
 
-def exact_match_values(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
-    """(N,) of 0 and 1, see `exact_match`."""
-    _check_pairs(predictions, references)
-    return np.array([float(_words(p) == _words(r)) for p, r in zip(predictions, references, strict=True)])
-
-
-def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """F1 of the words shared by prediction and reference, in any order, articles kept, averaged over the pairs."""
-    return _mean(token_f1_values(predictions, references))
-
-
-def token_f1_values(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
-    """(N,), see `token_f1`; of two texts without words 1, of one 0."""
-    _check_pairs(predictions, references)
-    return np.array([_token_f1(_words(p), _words(r)) for p, r in zip(predictions, references, strict=True)])
+TEXT_METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], Values]] = {
+    "bleu": bleu_values,
+    "rouge": rouge_values,
+    "meteor": lambda predictions, references: {"meteor": meteor_values(predictions, references)},
+    "exact_match": exact_match_values,
+    "token_f1": token_f1_values,
+}
+LABELS = {  # of the figures that a page shows
+    "bleu1": "BLEU-1",
+    "bleu4": "BLEU-4",
+    "rouge1": "ROUGE-1",
+    "rougeL": "ROUGE-L",
+    "meteor": "METEOR",
+    "bertscore_f1": "BERTScore",
+}
 
 
 def collapse(predictions: Sequence[str]) -> dict[str, float]:
@@ -206,18 +172,6 @@ def collapse(predictions: Sequence[str]) -> dict[str, float]:
         "commonest": max(counts.values()) / len(predictions),
         "similarity": _mean_dice(counts),
     }
-
-
-def tokenize_13a(text: str) -> list[str]:
-    """Words and punctuation as mteval-v13a and sacrebleu's "13a" split them; case is kept."""
-    text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
-        text = text.replace(entity, character)
-    text = re.sub(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])", r" \1 ", f" {text} ")
-    text = re.sub(r"([^0-9])([\.,])", r"\1 \2 ", text)  # a period or comma, unless a digit stands before it
-    text = re.sub(r"([\.,])([^0-9])", r" \1 \2", text)  # ... or after it
-    text = re.sub(r"([0-9])(-)", r"\1 \2 ", text)  # a dash after a digit
-    return text.split()
 
 
 def _ngrams(tokens: list[str], n: int) -> Iterator[tuple[str, ...]]:

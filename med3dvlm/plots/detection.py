@@ -1,6 +1,6 @@
 """How well findings are detected: ROC and precision-recall curves of each, and whether probabilities can be taken at their word.
 
-A finding is `name: (labels, scores)`, (n,) each: 0 and 1, and numbers that grow with belief.
+A finding is `name: (labels, scores)`, (n,) each: 0 and 1, and scores, the higher the likelier.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,8 +1,6 @@
 """A report as a DICOM Structured Report about the DICOM files that a scan was read from.
 
-To be filed with its study a report has to name the patient. Nothing of that is kept when a scan is read: the headers are read again here, and
-go from the user's own files into the user's own report and nowhere else. highdicom writes the report and is given no patient, since its
-messages quote what it is given; patient and study are copied beside it, as they stand in the files.
+Patient and study are copied into it from the scan's own files (see `dicom_study.py`).
 
 The tree is that of a basic diagnostic imaging report (DICOM PS3.16, TID 2000): sections of text. It is an Enhanced SR, marked as partial,
 preliminary and unverified, and says in its first words that it is research output.
@@ -10,26 +8,15 @@ preliminary and unverified, and says in its first words that it is research outp
 
 import io
 import warnings as python_warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from med3dvlm.formats import archive, dicom
 from med3dvlm.formats.base import VolumeError
-from med3dvlm.formats.dicom_elements import DAMAGED, unusable
-from med3dvlm.formats.dicom_header import dicom_files
-from med3dvlm.formats.dicom_slices import Slice
+from med3dvlm.reports.dicom_study import MUST_BE_THERE, REFERENCE, UTF_8, headers_of, identify, stack_of
 
-UTF_8 = "ISO_IR 192"
 SERIES_NUMBER = 9000  # far from those that scanners give
 SERIES_DESCRIPTION = "Research report, not verified"
-REFERENCE = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
-# What files the report with its patient and study; PatientIdentityRemoved and its method keep a de-identified study marked as such.
-IDENTITY = """PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex PatientIdentityRemoved DeidentificationMethod
-    StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName""".split()
-MUST_BE_THERE = """PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber
-    ReferringPhysicianName""".split()  # empty where the files state none
 # Section -> codes and meanings of the section and of a text in it (DICOM PS3.16, CID 7001 and 7002)
 CODES = {
     "History": (("121060", "History"), ("121060", "History")),
@@ -66,13 +53,13 @@ def structured_report(
     """
     with python_warnings.catch_warnings():  # pydicom's quote values, which may tell who the patient is
         python_warnings.simplefilter("ignore")
-        with _stack(path, source, series) as stack:
-            headers = {file: _header(file, source) for file in sorted({each.path for each in stack})}
+        with stack_of(path, source, series, "report") as stack:
+            headers = headers_of(stack, source, "report")
             marked = [(label, None if place is None else (headers[stack[place].path], stack[place].frame)) for label, place in pictures]
             report = _document(list(headers.values()), notice, sections, software, marked)
             stream = io.BytesIO()
             try:
-                _identify(report, next(iter(headers.values())))
+                identify(report, next(iter(headers.values())))
                 report.save_as(stream, enforce_file_format=True)
             except Exception:  # pydicom raises nearly anything on values that break the standard, and quotes them
                 raise VolumeError(
@@ -80,43 +67,6 @@ def structured_report(
                     "save the report as text, Markdown or JSON."
                 ) from None
     return stream.getvalue()
-
-
-@contextmanager
-def _stack(path: Path, source: str, series: int | None) -> Iterator[list[Slice]]:
-    """The slices of the scan; the files of an archive are gone afterwards."""
-    if path.is_file() and not dicom.is_dicom(path) and path.suffix.lower() == ".zip":
-        with archive.unpacked(path, source) as folder, _stack(folder, source, series) as stack:
-            yield stack
-        return
-    if not path.exists():
-        raise VolumeError(f"{source}: the scan is no longer there, and a DICOM report is made from its files; give the scan again.")
-    if not (dicom.is_dicom(path) if path.is_file() else dicom_files(path, source)):
-        raise VolumeError(
-            f"{source}: the scan was not DICOM, so there is no study to file a DICOM report with; save it as text, Markdown or JSON."
-        )
-    yield dicom.stack_of(path, source, series)
-
-
-def _header(file: Path, source: str) -> Any:
-    """What refers to the file and what it says of patient and study.
-
-    Raises:
-        VolumeError: it is damaged or has no UIDs.
-    """
-    import pydicom
-
-    try:
-        header = pydicom.dcmread(
-            file, stop_before_pixels=True, specific_tags=[*REFERENCE, *IDENTITY, "NumberOfFrames", "SpecificCharacterSet"], force=True
-        )
-        header.decode()  # texts, by the character set that the file names
-        missing = [keyword for keyword in REFERENCE if not header.get(keyword)]
-    except Exception:
-        raise unusable({DAMAGED: 1}, source) from None
-    if missing:
-        raise VolumeError(f"{source}: the DICOM files state no {missing[0]}, by which a report would refer to them; export them again.")
-    return header
 
 
 def _document(
@@ -203,10 +153,3 @@ def _document(
         series_description=SERIES_DESCRIPTION,
         specific_character_set=UTF_8,
     )
-
-
-def _identify(report: Any, header: Any) -> None:
-    """Copy patient and study as they stand in a header, but for the character set."""
-    for keyword in IDENTITY:
-        if keyword in header:
-            report[keyword] = header[keyword]

@@ -48,7 +48,7 @@ MARKDOWN_SIGNS = re.compile(r"([\\`*_{}\[\]<>#|&])")
 
 @dataclass(frozen=True)
 class Section:
-    """A key of `sections` in `metrics/findings/rules.yaml` and the words under it."""
+    """A key of `sections` in `reports/findings/rules.yaml` and the words under it."""
 
     heading: str
     text: str

@@ -20,7 +20,8 @@ import yaml
 from med3dvlm import evaluation
 from med3dvlm.evaluation.paper_tables import TABLES
 from med3dvlm.files import read_lines, write_text
-from med3dvlm.metrics.text import bleu, meteor, meteor_available, rouge
+from med3dvlm.metrics.meteor import meteor_available
+from med3dvlm.metrics.text import text_scores
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS
 from med3dvlm.training.run import environment
@@ -113,9 +114,9 @@ def open_answers(predictions: Iterable[dict[str, Any]]) -> dict[str, dict[str, f
     scores: dict[str, dict[str, float | None]] = {name: dict.fromkeys(KINDS) for name in TEXT_SCORES}
     for kind, pairs in kinds.items():
         written, expected = zip(*pairs, strict=True)
-        scores["bleu1"][kind] = bleu(written, expected)
-        scores["rouge1"][kind] = rouge(written, expected)["rouge1"]
-        scores["meteor"][kind] = meteor(written, expected) if meteor_available() is None else None
+        found = text_scores(written, expected)
+        for name in ("bleu1", "rouge1", "meteor"):
+            scores[name][kind] = found.get(name)
     for columns in scores.values():
         known = [value for value in columns.values() if value is not None]
         columns["mean"] = fmean(known) if known else None

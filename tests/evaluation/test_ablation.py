@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from med3dvlm.encoders import build_encoder, count_parameters
-from med3dvlm.metrics.text import meteor_available
+from med3dvlm.metrics.meteor import meteor_available
 from med3dvlm.records import QUESTION_KINDS
 from med3dvlm.training import stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
 from med3dvlm.training.arguments import parse_arguments

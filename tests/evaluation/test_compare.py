@@ -18,7 +18,7 @@ from med3dvlm.evaluation.detection import label_table, names_of, row
 from med3dvlm.evaluation.report_scores import report_scores
 from med3dvlm.metrics.classification import precision_recall_f1
 from med3dvlm.metrics.intervals import paired_test
-from med3dvlm.metrics.text import token_f1
+from med3dvlm.metrics.text import token_f1_values
 from med3dvlm.records import Study
 from med3dvlm.reports.findings import FINDINGS, findings_table
 
@@ -80,7 +80,10 @@ def test_reports(data: PreparedData, studies: list[Study], tmp_path: Path, run: 
     def macro_f1(texts: list[str]) -> float:
         return precision_recall_f1(labels, findings_table(texts, names) * known, names)["macro"]["f1"]
 
-    for name, figure in (("token_f1", lambda texts: token_f1(texts, right)), ("findings F1, macro", macro_f1)):
+    for name, figure in (
+        ("token_f1", lambda texts: float(token_f1_values(texts, right)["token_f1"].mean())),
+        ("findings F1, macro", macro_f1),
+    ):
         entry = result[name]
         assert entry["values"] == pytest.approx([figure(right), figure(wrong)], abs=1e-9)
         assert entry["difference"] == pytest.approx(figure(right) - figure(wrong), abs=1e-9)

@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from med3dvlm.evaluation.image_to_image import image_to_image_scores, image_to_image_table
-from med3dvlm.metrics.intervals import bootstrap_interval
 from med3dvlm.metrics.shared_findings import shared_findings
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
+from tests.metrics.bootstrap import bootstrap_interval
 
 Run = Callable[..., None]
 

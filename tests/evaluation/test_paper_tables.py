@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from med3dvlm.evaluation.question_scores import question_scores
-from med3dvlm.metrics.text import bleu
+from med3dvlm.metrics.text import text_scores
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
 
 Run = Callable[..., None]
@@ -139,7 +139,7 @@ def test_a_run_stands_below_the_papers_rows(root: Path, run: Run, tmp_path: Path
     assert first[-1] == ["this run, this data", "30", "0.00", "25.00", "50.00", "12.50", "25.00", "50.00"]
     assert ["M3D-LaMed", "2000", "19.10", "47.45", "62.25", "18.45", "47.30", "62.15"] in first
     assert table_of(text, "Med3DVLM, Table 6")[-1] == ["this run, this data", "50.00", "25.00", "-", "-"]  # no BERTScore of another model
-    blue = 100 * bleu(["the left lung"], ["left lung"])
+    blue = 100 * text_scores(["the left lung"], ["left lung"])["bleu1"]
     third = table_of(text, "Med3DVLM, Table 3")
     assert third[-4] == ["this run, this data", "BLEU", "50.00", "-", f"{blue:.2f}", "-", "-", f"{(50 + blue) / 2:.2f}"]
     assert third[-1] == ["this run, this data", "BERTScore", "75.00", "-", "-", "-", "-", "87.50"]  # by the papers' model

@@ -170,8 +170,8 @@ def test_intervals_are_those_of_the_plain_bootstrap() -> None:
     import numpy as np
 
     from med3dvlm.metrics.classification import precision_recall_f1
-    from med3dvlm.metrics.intervals import bootstrap_interval
     from med3dvlm.reports.findings import findings_table
+    from tests.metrics.bootstrap import bootstrap_interval
 
     studies = [study(i, "x", ascites=i % 2, gallstone=int(i % 3 == 0), splenomegaly=int(i == 4)) for i in range(9)]
     texts = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from med3dvlm.metrics.answers import confusion, first_letter, grouped_means, named_choices, right_choices
-from med3dvlm.metrics.intervals import bootstrap_interval
+from tests.metrics.bootstrap import bootstrap_interval
 
 CHOICES = ("Lung", "Left lung", "Liver", "Cyst of the kidney")
 

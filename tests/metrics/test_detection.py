@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score, f1_score, precision_recall_
 
 from med3dvlm.metrics.classification import choose_thresholds, ct_clip_scores, vlm3d_scores
 from med3dvlm.metrics.detection import choose_known_thresholds, detection_scores, label_control, macro_auroc, permuted, reliability
-from med3dvlm.metrics.intervals import bootstrap_interval
+from tests.metrics.bootstrap import bootstrap_interval
 
 NAMES = ("a", "b", "c", "d", "e")
 STUDIES = 60

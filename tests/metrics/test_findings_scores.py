@@ -2,20 +2,21 @@
 
 import pytest
 
-from med3dvlm.metrics.findings import crg, error_kind, finding_scores
+from med3dvlm.metrics.classification import crg, precision_recall_f1
+from med3dvlm.metrics.findings import error_kind
 from med3dvlm.reports.findings import find_mentions
 
 
 def test_scores_of_three_reports_by_hand() -> None:
     labels = [[1, 0], [1, 1], [0, 0]]
     stated = [[1, 1], [0, 1], [0, 0]]
-    scores = finding_scores(labels, stated, ["effusion", "nodule"])
+    scores = precision_recall_f1(labels, stated, ["effusion", "nodule"])
     assert scores["per_class"]["effusion"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2, "predicted": 1}
     assert scores["per_class"]["nodule"]["precision"] == 0.5 and scores["per_class"]["nodule"]["recall"] == 1.0
     assert scores["macro"] == pytest.approx({"precision": 0.75, "recall": 0.75, "f1": 2 / 3})
     assert scores["micro"] == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
     # X = 6 decisions, A = 3 positives: r = 3/6, U = 3/2; TP 2, FN 1, FP 1: s = 1 - 1/2 - 1 = -1/2; CRG = 1.5 / 3.5
-    assert scores["crg"] == pytest.approx(3 / 7)
+    assert crg(labels, stated) == pytest.approx(3 / 7)
 
 
 def test_crg_of_perfect_and_of_empty_reports() -> None:
@@ -47,4 +48,4 @@ def test_agreement_has_no_kind() -> None:
 
 def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 1\)"):
-        finding_scores([[1], [0]], [[1]])
+        crg([[1], [0]], [[1]])

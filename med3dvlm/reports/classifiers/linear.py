@@ -52,17 +52,17 @@ class LinearClassifier:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
 
-        truth = np.asarray(labels)
-        if truth.shape != (len(texts), len(names)):
-            raise ValueError(f"labels are {truth.shape}, but there are {len(texts)} reports and {len(names)} findings")
-        if constant := [name for name, column in zip(names, truth.T, strict=True) if len(set(column.tolist())) < 2]:
+        labels = np.asarray(labels)
+        if labels.shape != (len(texts), len(names)):
+            raise ValueError(f"labels are {labels.shape}, but there are {len(texts)} reports and {len(names)} findings")
+        if constant := [name for name, column in zip(names, labels.T, strict=True) if len(set(column.tolist())) < 2]:
             raise ValueError(f"{', '.join(constant)}: present in every report or in none; add reports of the other kind or drop the column")
         vectorizer = TfidfVectorizer(**WORDS)
         seen = _beside(vectorizer.fit_transform(texts), texts, rules)
         # The larger class would drown the rarer one: a finding of one report in twenty counts as much as its absence.
         fits = [
             LogisticRegression(C=strength, class_weight="balanced", solver="liblinear", random_state=0).fit(seen, column)
-            for column in truth.T
+            for column in labels.T
         ]
         return cls(
             tuple(names),

@@ -1,0 +1,185 @@
+"""Where it is: masks in a scan for what is asked in words, on the scan as it lies on the disk, and their measurements.
+
+    segmenter = Segmenter.from_pretrained("outputs/demo/segmentation")
+    found = segmenter.segment("scan.nii.gz", "liver mass")
+    found.volume_ml, found.longest_diameter_mm, found.side
+    found.save_nifti("mask.nii.gz")
+
+Shapes: D, H, W voxels of the scan; K texts.
+"""
+
+import gzip
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from med3dvlm.checkpoints import load_segmenter
+from med3dvlm.files import whole_file
+from med3dvlm.formats.nifti import mask_file
+from med3dvlm.geometry import measurements
+from med3dvlm.preprocessing import Scan, VolumeProcessor
+from med3dvlm.special_tokens import only_words
+from med3dvlm.volume import Volume, read_volume
+
+THRESHOLD = 0.5
+NIFTI_ENDINGS = (".nii", ".nii.gz")
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """A mask in a scan, and what is measured on it.
+
+    - `name`: what was asked for.
+    - `mask`: (D, H, W) booleans on the scan's own grid, all False where nothing was found.
+    - `score`: the probability of the finding being there at all.
+    - `volume_ml`: the sum of the voxels; None where the spacing or the orientation of the scan is unknown.
+    - `longest_diameter_mm`: of the longest of its components, see `geometry.measurements.longest_diameter_mm`; None as before.
+    - `bounding_box`: the first voxel along D, H, W and the one after the last; None where nothing was found.
+    - `bounding_box_mm`: lowest and highest x, y, z in RAS mm; None as before, or without geometry.
+    - `side`: "left" or "right" of the patient, "midline", "both", or None; see `geometry.measurements.side_of`.
+    - `spacing`: (z, y, x) in mm, and `affine`, from the index (d, h, w, 1) to RAS mm: those of the scan.
+    """
+
+    name: str
+    mask: NDArray[np.bool_]
+    score: float
+    volume_ml: float | None = None
+    longest_diameter_mm: float | None = None
+    bounding_box: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
+    bounding_box_mm: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    side: str | None = None
+    spacing: tuple[float, float, float] | None = None
+    affine: NDArray[np.float64] | None = None
+
+    @classmethod
+    def of(cls, name: str, mask: NDArray[np.bool_], score: float, volume: Volume, middle: float | None = None) -> "Segmentation":
+        """Measure a mask on a scan.
+
+        Args:
+            middle: x of the patient's mid-plane, see `geometry.measurements.body_middle`; by default estimated here.
+        """
+        places = volume.places
+        box = measurements.bounding_box(mask)
+        found: dict[str, Any] = {"bounding_box": box, "spacing": volume.spacing, "affine": volume.affine}
+        if places is not None:
+            if box is not None and middle is None:
+                middle = measurements.body_middle(volume.array, places, volume.unit == "HU")
+            found |= {
+                "volume_ml": measurements.volume_ml(mask, places),
+                "longest_diameter_mm": measurements.longest_diameter_mm(mask, places),
+                "bounding_box_mm": measurements.extent_mm(mask, places),
+                "side": None if middle is None else measurements.side_of(mask, places, middle),
+            }
+        return cls(name, mask, score, **found)
+
+    @property
+    def found(self) -> bool:
+        """Whether the mask has a voxel."""
+        return self.bounding_box is not None
+
+    def components(self, volume: Volume) -> list["Segmentation"]:
+        """The parts of the mask that do not touch each other, the largest first, each measured on the scan."""
+        return [Segmentation.of(self.name, part, self.score, volume) for part in measurements.components(self.mask)]
+
+    def save_nifti(self, path: str | Path) -> None:
+        """Write the mask, 0 and 1, with the scan's own affine, so that it lies on the scan in other programs.
+
+        Raises:
+            ValueError: the name does not end in .nii or .nii.gz.
+        """
+        require_nifti(path)
+        content = mask_file(self.mask, self.spacing, self.affine)
+        with whole_file(Path(path)) as aside:
+            aside.write_bytes(gzip.compress(content, mtime=0) if str(path).lower().endswith(".gz") else content)
+
+
+def require_nifti(path: str | Path) -> None:
+    """Raise ValueError unless the name is one of a NIfTI file: before work that is to be written there."""
+    if not str(path).lower().endswith(NIFTI_ENDINGS):
+        raise ValueError(f"{path} must end in {' or '.join(NIFTI_ENDINGS)}, the format in which a mask is written")
+
+
+class Segmenter:
+    """A Med3DSegmenter that draws what is asked for in words. Its model is for prediction alone."""
+
+    def __init__(self, model: Any, tokenizer: Any, processor: VolumeProcessor) -> None:
+        self.model, self.tokenizer, self.processor = model.eval().requires_grad_(False), tokenizer, processor
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> "Segmenter":
+        """Load a directory that `stages/segmentation.py` wrote; by default onto the GPU where there is one.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no model, or one of another kind.
+        """
+        model, tokenizer, processor = load_segmenter(path)
+        return cls(model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))), tokenizer, processor)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def probabilities(self, pixel_values: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What the model says of a prepared scan (1, 1, D', H', W'): of every voxel (K, D', H', W') and of the whole (K), float32.
+
+        Raises:
+            ValueError: a text is empty, or there is none.
+        """
+        if not texts or not all(text.strip() for text in texts):
+            raise ValueError("The text is empty; say what to look for, as in 'liver mass'.")
+        words = [only_words(self.tokenizer, text.strip()) for text in texts]
+        coded = self.tokenizer(words, padding=True, truncation=True, return_tensors="pt", return_token_type_ids=False)
+        device = self.model.device
+        output = self.model(
+            pixel_values=pixel_values.to(device, self.model.dtype),
+            input_ids=coded["input_ids"][None].to(device),
+            attention_mask=coded["attention_mask"][None].to(device),
+        )
+        return output.logits[0].float().sigmoid(), output.presence[0].float().sigmoid()
+
+    def segment(self, scan: Scan, text: str, threshold: float = THRESHOLD) -> Segmentation:
+        """The mask for a text, as `segment_all` gives it."""
+        return self.segment_all(scan, [text], threshold)[0]
+
+    def segment_all(self, scan: Scan, texts: Sequence[str], threshold: float = THRESHOLD) -> list[Segmentation]:
+        """A mask for each text.
+
+        A voxel of the scan belongs to it where the probability, linear between the model's voxels, exceeds the threshold. Where the
+        finding is less likely than not to be there at all, the mask is empty.
+
+        Args:
+            scan: a path or a Volume.
+            threshold: above 0 and below 1.
+
+        Raises:
+            ValueError: a text is empty, the threshold impossible, or the scan unusable (VolumeError).
+        """
+        if not 0 < threshold < 1:
+            raise ValueError(f"The threshold is {threshold:g} but a probability above 0 and below 1 is needed.")
+        if isinstance(scan, (str, os.PathLike)):
+            scan = read_volume(scan)
+        if not isinstance(scan, Volume):
+            raise ValueError("A mask lies on a scan's own grid: give a path or a Volume, not a prepared tensor.")
+        volume, places = scan, scan.places
+        likely, presence = self.probabilities(self.processor(volume)["pixel_values"], texts)
+        masks = [
+            self.on_scan(one, volume, threshold) if score > THRESHOLD else np.zeros(volume.shape, bool)
+            for one, score in zip(likely, presence.tolist(), strict=True)
+        ]
+        middle = None if places is None else measurements.body_middle(volume.array, places, volume.unit == "HU")
+        return [
+            Segmentation.of(text.strip(), mask, score, volume, middle)
+            for text, mask, score in zip(texts, masks, presence.tolist(), strict=True)
+        ]
+
+    def on_scan(self, likely: Tensor, volume: Volume, threshold: float) -> NDArray[np.bool_]:
+        """Where the probabilities (D', H', W') exceed the threshold, on the scan's own grid."""
+        # What lies a voxel and more from every one above the threshold cannot exceed it between voxels: as zeros it costs nothing.
+        near = functional.max_pool3d(likely[None, None], 3, stride=1, padding=1)[0, 0] > threshold
+        mask: NDArray[np.bool_] = (self.processor.to_scan(likely * near, volume) > threshold).cpu().numpy()
+        return mask

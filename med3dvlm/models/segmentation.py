@@ -1,0 +1,252 @@
+"""Med3DSegmenter: masks in a scan for what is asked in words (or by a language model's query), of any encoder with stages.
+
+A Med3DCLIP reads volume and prompt; the prompt's embedding, projected, is compared with the embedding of every voxel.
+
+Shapes: B volumes of D, H, W voxels; K prompts a volume; L text tokens; P width of queries and of voxel embeddings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from med3dvlm.encoders.layers import LayerNorm, Linear
+from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
+from med3dvlm.models.segmentation_head import SegmentationHead
+
+SEGMENTATION_LOSSES = ("dice_ce", "dice_focal")
+NO_PROMPT = -1e4  # logits where a volume has fewer prompts than others of its batch
+
+
+class Med3DSegmenterConfig(PretrainedConfig):
+    """Settings of a Med3DSegmenter.
+
+    Args:
+        clip_config: of the Med3DCLIP that reads volumes and prompts.
+        decoder_widths: channels of the decoder for the stem and every stage of the encoder but the last; None takes the encoder's.
+        embedding_dim: P, the width in which voxels and queries are compared.
+        embedding_stride: voxels that one embedding spans along an axis: 1 for every voxel; it divides the stem's stride.
+        dual_cross_attention: whether skip connections attend to each other.
+        attention_level: the encoder's output (0 is the stem) whose grid they attend on.
+        attention_heads: of their spatial attention.
+        segmentation_loss: "dice_ce" or "dice_focal".
+        presence_weight: of the loss of presence beside that of masks.
+    """
+
+    model_type = "med3d_segmenter"
+    has_no_defaults_at_init = True
+    sub_configs = {"clip_config": Med3DCLIPConfig}
+
+    def __init__(
+        self,
+        clip_config: dict[str, Any] | Med3DCLIPConfig | None = None,
+        decoder_widths: Sequence[int] | None = None,
+        embedding_dim: int = 64,
+        embedding_stride: int = 1,
+        dual_cross_attention: bool = True,
+        attention_level: int = 2,
+        attention_heads: int = 4,
+        segmentation_loss: str = "dice_ce",
+        presence_weight: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        if segmentation_loss not in SEGMENTATION_LOSSES:
+            raise ValueError(f"segmentation_loss {segmentation_loss!r} is unknown; known: {', '.join(SEGMENTATION_LOSSES)}")
+        self.clip_config = Med3DCLIPConfig(**clip_config) if isinstance(clip_config, dict) else clip_config
+        self.decoder_widths = None if decoder_widths is None else list(decoder_widths)
+        self.embedding_dim = embedding_dim
+        self.embedding_stride = embedding_stride
+        self.dual_cross_attention = dual_cross_attention
+        self.attention_level = attention_level
+        self.attention_heads = attention_heads
+        self.segmentation_loss = segmentation_loss
+        self.presence_weight = presence_weight
+        if kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = {}  # None would unset that of a text encoder which is there already
+        super().__init__(**kwargs)
+
+
+@dataclass
+class Med3DSegmenterOutput(ModelOutput):
+    """`logits` (B, K, D, H, W) of every voxel and `presence` (B, K), of the finding being there at all, float32; `loss` if there were masks."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    presence: Tensor | None = None
+
+
+class Med3DSegmenter(PreTrainedModel):
+    """Med3DCLIP, a decoder over its encoder's stages, and a projection of texts to queries."""
+
+    config_class = Med3DSegmenterConfig
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # the text encoder says which it knows
+
+    def __init__(self, config: Med3DSegmenterConfig, clip: Med3DCLIP | None = None) -> None:
+        super().__init__(config)
+        if clip is None:
+            if config.clip_config is None:
+                raise ValueError("a Med3DSegmenter needs the settings of a Med3DCLIP (clip_config), or one; see Med3DSegmenter.from_clip")
+            clip = Med3DCLIP(config.clip_config)
+        self.clip = clip
+        encoder = self.clip.vision_encoder
+        self.head = SegmentationHead(
+            encoder,
+            config.decoder_widths or encoder.widths[:-1],
+            config.embedding_dim,
+            config.embedding_stride,
+            config.dual_cross_attention,
+            config.attention_level,
+            config.attention_heads,
+        )
+        width = self.clip.text_encoder.config.hidden_size
+        self.query = nn.Sequential(LayerNorm(width), Linear(width, width), nn.GELU(), Linear(width, config.embedding_dim))
+        self.post_init()
+
+    @classmethod
+    def from_clip(cls, clip: Med3DCLIP, **settings: Any) -> "Med3DSegmenter":
+        """A fresh decoder on a trained Med3DCLIP; `settings` as in Med3DSegmenterConfig."""
+        return cls(Med3DSegmenterConfig(clip.config, **settings), clip)  # type: ignore[arg-type]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every part brings its own initialisation."""
+
+    def train(self, mode: bool = True) -> "Med3DSegmenter":
+        """A frozen text encoder stays in evaluation mode, without dropout."""
+        super().train(mode)
+        self.clip.train(mode)
+        return self
+
+    def queries(self, text_features: Tensor) -> Tensor:
+        """What `pool_text` of the Med3DCLIP gave, (..., C) -> (..., P)."""
+        projected: Tensor = self.query(text_features.to(next(self.query.parameters()).dtype))
+        return projected
+
+    def segment_from_queries(self, stages: Sequence[Tensor], queries: Tensor, pixel_values: Tensor) -> Med3DSegmenterOutput:
+        """Masks for queries (B, K, P) from anywhere, such as a language model's hidden states projected to P.
+
+        Args:
+            stages: what the vision encoder gave for `pixel_values`, (B, 1, D, H, W), whose voxels the finest step looks at again.
+        """
+        depth, height, width = pixel_values.shape[2:]
+        grids = self.clip.vision_encoder.grids((depth, height, width))
+        cells, whole = self.head.features(stages, grids, pixel_values)
+        logits, presence = self.head.compare(cells, whole, queries, (depth, height, width))
+        return Med3DSegmenterOutput(logits=logits, presence=presence)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        masks: Tensor | None = None,
+        text_features: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> Med3DSegmenterOutput:
+        """Masks for prompts in volumes (B, 1, D, H, W).
+
+        Args:
+            input_ids, attention_mask: (B, K, L); or (N, L), the prompts of all volumes after each other, with `counts`.
+            masks: (B, K, D, H, W), where what a prompt says is; all 0 where it is not in the volume. They give the loss.
+            text_features: in the place of the two, what the Med3DCLIP's `pool_text` gives: (B, K, C), or (N, C) with `counts`.
+            counts: (B) prompts of every volume, N in all; K is then the largest, and masks beyond a volume's own are not looked at.
+
+        Raises:
+            ValueError: prompts are given in no form or in both, or their numbers do not fit to the volumes.
+        """
+        if (input_ids is None) == (text_features is None) or (input_ids is None) != (attention_mask is None):
+            raise ValueError("a Med3DSegmenter takes prompts as input_ids with attention_mask, or as text_features; pass one of the two")
+        if text_features is None:
+            assert input_ids is not None and attention_mask is not None
+            pooled = self.clip.pool_text(input_ids.flatten(0, -2), attention_mask.flatten(0, -2))
+            text_features = pooled.unflatten(0, input_ids.shape[:-1])  # (B, K, C) or (N, C)
+        asked = None
+        if counts is not None:
+            text_features, asked = _by_volume(text_features, counts)
+        if text_features.ndim != 3 or len(text_features) != len(pixel_values):
+            raise ValueError(
+                f"prompts are of shape {tuple(text_features.shape[:-1])} for {len(pixel_values)} volumes; pass (B, K) of them, or counts too"
+            )
+        output = self.segment_from_queries(self.clip.vision_encoder(pixel_values), self.queries(text_features), pixel_values)
+        if asked is not None:
+            output.logits = output.logits.masked_fill(~asked[:, :, None, None, None], NO_PROMPT)  # type: ignore[union-attr]
+            output.presence = output.presence.masked_fill(~asked, NO_PROMPT)  # type: ignore[union-attr]
+        if masks is not None:
+            output.loss = self.loss(output, masks, asked)
+        return output
+
+    def loss(self, output: Med3DSegmenterOutput, masks: Tensor, asked: Tensor | None = None) -> Tensor:
+        """MONAI's DiceCE or DiceFocal of what is there, the second part of it alone of what is not, and cross entropy of presence, as one number.
+
+        Args:
+            masks: as in `forward`.
+            asked: (B, K), where there is a prompt; None for everywhere.
+        """
+        from monai.losses.dice import DiceLoss
+        from monai.losses.focal_loss import FocalLoss
+
+        assert output.logits is not None and output.presence is not None
+        if masks.shape != output.logits.shape:
+            raise ValueError(f"masks are {tuple(masks.shape)} but the logits {tuple(output.logits.shape)}")
+        chosen = torch.ones_like(output.presence, dtype=torch.bool) if asked is None else asked
+        logits = output.logits[chosen].unsqueeze(1)  # (N, 1, D, H, W)
+        wanted = masks[chosen].unsqueeze(1).to(logits.dtype)
+        there = wanted.flatten(1).amax(dim=1)  # (N)
+        if self.config.segmentation_loss == "dice_ce":
+            voxelwise = nn.functional.binary_cross_entropy_with_logits(logits, wanted)
+        else:
+            voxelwise = FocalLoss(gamma=2.0)(logits, wanted)
+        overlap = DiceLoss(sigmoid=True, reduction="none")(logits, wanted).flatten()  # (N)
+        dice = (overlap * there).sum() / there.sum().clamp(min=1)
+        presence = nn.functional.binary_cross_entropy_with_logits(output.presence[chosen], there)
+        total: Tensor = dice + voxelwise + self.config.presence_weight * presence
+        return total
+
+    @torch.no_grad()
+    def sliding_window(
+        self, pixel_values: Tensor, text_features: Tensor, overlap: float = 0.5, batch_size: int = 1
+    ) -> Med3DSegmenterOutput:
+        """Masks in volumes of any size, by MONAI's sliding windows of the model's size; presence is the highest of all windows.
+
+        Args:
+            pixel_values: (B, 1, D, H, W).
+            text_features: (B, K, C) or (K, C) for all volumes, see `forward`.
+            overlap: of neighbouring windows, as a share of their size. Windows are weighted by a Gaussian about their middle.
+            batch_size: windows at once.
+        """
+        from monai.inferers.inferer import SlidingWindowInferer
+
+        inferer = SlidingWindowInferer(self.clip.config.size, batch_size, overlap, mode="gaussian", padding_mode="replicate")
+        queries = self.queries(text_features).expand(len(pixel_values), -1, -1)
+        logits, presence = [], []
+        for volume, own in zip(pixel_values, queries, strict=True):
+            found: list[Tensor] = []
+
+            def predict(windows: Tensor, own: Tensor = own, found: list[Tensor] = found) -> Tensor:
+                output = self.segment_from_queries(self.clip.vision_encoder(windows), own.expand(len(windows), -1, -1), windows)
+                assert output.logits is not None and output.presence is not None
+                found.append(output.presence)
+                return output.logits
+
+            logits.append(inferer(volume.unsqueeze(0), predict))
+            presence.append(torch.cat(found).amax(dim=0))
+        return Med3DSegmenterOutput(logits=torch.cat(logits), presence=torch.stack(presence))  # type: ignore[arg-type]
+
+
+def _by_volume(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C) and (B) -> (B, K, C), 0 beyond a volume's own, and where there is one, (B, K)."""
+    numbers = [int(count) for count in counts]
+    if features.ndim != 2 or sum(numbers) != len(features) or min(numbers) < 1:
+        raise ValueError(f"counts are {numbers} for {len(features)} prompts; they must be at least 1 and add up to that")
+    padded = nn.utils.rnn.pad_sequence(list(features.split(numbers)), batch_first=True)
+    asked = torch.arange(padded.shape[1], device=features.device) < torch.tensor(numbers, device=features.device)[:, None]
+    return padded, asked
+
+
+AutoConfig.register(Med3DSegmenterConfig.model_type, Med3DSegmenterConfig)
+AutoModel.register(Med3DSegmenterConfig, Med3DSegmenter)
