@@ -12,6 +12,8 @@ from typing import Any
 
 from med3dvlm.metrics.answers import NOTHING, confusion, first_letter, grouped_means, named_choices, right_choices
 from med3dvlm.metrics.bertscore import BertScorer
+from med3dvlm.metrics.intervals import intervals, mean_of
+from med3dvlm.metrics.laterality import side_in
 from med3dvlm.metrics.meteor import meteor_available
 from med3dvlm.metrics.text import text_values
 from med3dvlm.records import ALL_KINDS, LETTERS, QUESTION_KINDS, Question, has_letters
@@ -19,6 +21,7 @@ from med3dvlm.tables import markdown_table, with_interval
 
 FEW = 12  # different answers of a kind whose confusion is given by text
 YES_NO = ["Yes", "No"]
+ONE_SIDE = ("left", "right")
 LIKELIHOODS = ("closed", "blind", "shuffled")
 WITHOUT_SCAN = ("blind", "shuffled", "modal")
 Row = dict[str, Any]
@@ -59,6 +62,7 @@ def question_scores(
         },
         "letter": by_letter["letter"] | left_out | {"confusion": letters},
         "strict": by_letter["strict"] | left_out,
+        "laterality": _side_scores(closed, measures, patients),
         "open": _open_scores(others, patients, scorer),
         "yes_no": _yes_no_scores(yes_no, measures, patients),
         "questions": {kind: asked[kind] for kind in ALL_KINDS if kind in QUESTION_KINDS or kind in asked} | {"yes_no": len(yes_no)},
@@ -82,6 +86,12 @@ def question_tables(scores: Mapping[str, Any]) -> str:
         ways = {"likeliest choice": closed, "first letter written": scores["letter"], "right choice named, no other": scores["strict"]}
         ways |= {label: closed[name] for name, label in named.items() if name in closed}
         parts += ["## Closed questions", markdown_table(header, [line(name, entry) for name, entry in ways.items()])]
+    if (sides := scores.get("laterality", {})).get("accuracy") is not None:
+        shares = [f"side of the likeliest choice right {with_interval(sides['accuracy'], sides['interval'])}"]
+        shares += [
+            f"{name} {with_interval(sides[name]['accuracy'], sides[name]['interval'])}" for name in WITHOUT_SCAN if name in sides
+        ]
+        parts += [f"Of {sides['questions']} questions whose choices differ in side: {', '.join(shares)}, chance {sides['chance']:.3f}."]
     if left_out := scores["letter"]["left_out"]:
         parts += [
             f"{left_out} have more than {len(LETTERS)} choices, so no letters; first letter written and right choice named leave them out."
@@ -171,6 +181,30 @@ def _tally(rows: Sequence[Row], measures: Mapping[str, Callable[[Row], bool]], p
     return {
         name: {"accuracy": entry.pop("mean"), "accuracy_interval": entry.pop("mean_interval"), **entry} for name, entry in found.items()
     }
+
+
+def _side_scores(rows: Sequence[Row], measures: Mapping[str, Callable[[Row], bool]], patients: Mapping[str, str]) -> dict[str, Any]:
+    """Whether the side of the likeliest choice is that of the right one, of closed questions whose answer is on one side and that list a
+    choice on the other: `{"questions", "accuracy", "interval", "chance": where all choices are alike}`, and the accuracy of each way without
+    the scan that ranks the choices."""
+    asked = [row for row in rows if side_in(row["answer"]) in ONE_SIDE and any(_other_side(choice, row) for choice in row["choices"])]
+    columns = [name for name in LIKELIHOODS if name in measures]
+    if not asked or not columns:
+        return {"questions": len(asked), "accuracy": None, "interval": None, "chance": None}
+    right = {name: [float(side_in(likeliest(row, name)) == side_in(row["answer"])) for row in asked] for name in columns}
+    chance = [sum(side_in(choice) == side_in(row["answer"]) for choice in row["choices"]) / len(row["choices"]) for row in asked]
+    spans = intervals({name: mean_of(values) for name, values in right.items()}, [patients[row["id"]] for row in asked])
+    entries = {
+        name: {"accuracy": sum(values) / len(asked), "interval": spans[name]} for name, values in right.items() if name in WITHOUT_SCAN
+    }
+    first = columns[0]
+    scores = {"accuracy": sum(right[first]) / len(asked), "interval": spans[first], "chance": sum(chance) / len(asked)}
+    return {"questions": len(asked), **scores, **entries}
+
+
+def _other_side(choice: str, row: Row) -> bool:
+    side = side_in(choice)
+    return side in ONE_SIDE and side != side_in(row["answer"])
 
 
 def _yes_no_scores(rows: Sequence[Row], measures: Mapping[str, Callable[[Row], bool]], patients: Mapping[str, str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from med3dvlm.metrics.bertscore import BertScorer
 from med3dvlm.metrics.classification import precision_recall_f1
 from med3dvlm.metrics.intervals import Statistic, crg_of, f1_of, intervals, macro_f1_of, mean_of, mean_over, micro_f1_of
+from med3dvlm.metrics.laterality import laterality_scores
 from med3dvlm.metrics.text import bleu_counts, bleu_of_counts, collapse, text_scores, text_values
 from med3dvlm.records import Study
 from med3dvlm.reports.findings import FINDINGS, findings_table, label_names
@@ -30,6 +31,7 @@ def report_scores(texts: Sequence[str], studies: Sequence[Study], scorer: BertSc
     if not with_report:
         raise ValueError(f"none of the {len(studies)} studies has a report, so there is nothing to compare with; name another --split")
     predictions, references = [text for text, _ in with_report], [study.report for _, study in with_report]
+    laterality = laterality_scores(texts, [study.report for study in studies], [study.patient for study in studies])
     values = text_values(predictions, references, scorer)
     statistics = {f"text.{name}": mean_of(column) for name, column in values.items()}
     statistics |= {f"text.corpus_bleu{order}": _corpus_bleu(bleu_counts(predictions, references), order) for order in (1, 2, 3, 4)}
@@ -37,9 +39,12 @@ def report_scores(texts: Sequence[str], studies: Sequence[Study], scorer: BertSc
         "findings_f1": found["macro"]["f1"],
         "findings_f1_interval": found_spans.get("findings.macro.f1"),
         "findings": found,
+        "laterality": laterality,
         "text": text_scores(predictions, references, scorer, values),
         "collapse": collapse(list(texts)),
-        "intervals": found_spans | intervals(statistics, [study.patient for _, study in with_report]),
+        "intervals": found_spans
+        | {"laterality.accuracy": laterality["interval"]}
+        | intervals(statistics, [study.patient for _, study in with_report]),
     }
 
 
@@ -65,16 +70,16 @@ def report_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     if "bertscore_model" in first["text"]:
         header += [f"BERTScore ({first['text']['bertscore_model']})"]
         paths += ["text.bertscore_f1"]
-    header += ["findings F1, macro", "findings F1, micro", "CRG", "different reports", "words in common"]
-    paths += ["findings.macro.f1", "findings.micro.f1", "findings.crg", "collapse.distinct", "collapse.similarity"]
+    header += ["findings F1, macro", "findings F1, micro", "CRG", "side right", "different reports", "words in common"]
+    paths += ["findings.macro.f1", "findings.micro.f1", "findings.crg", "laterality.accuracy", "collapse.distinct", "collapse.similarity"]
     rows = [
         [name, *(with_interval(_at(scores, path), scores["intervals"].get(path)) for path in paths)] for name, scores in columns.items()
     ]
     found, samples = first["findings"], first["text"]["samples"]
     parts = [
         markdown_table(header, rows),
-        f"BLEU is BLEU-1 and ROUGE is ROUGE-1, of each of {samples} reports, averaged. {_on_findings(found)} In brackets 95 % of bootstrap "
-        "resamples of the patients.",
+        f"BLEU is BLEU-1 and ROUGE is ROUGE-1, of each of {samples} reports, averaged. {_on_findings(found)} Side right is the share of the "
+        "findings that both reports state and of which the reference says the side. In brackets 95 % of bootstrap resamples of the patients.",
         *(f"No {name}: {reason}" for name, reason in first["text"]["unavailable"].items()),
     ]
     return "\n\n".join(parts)
