@@ -88,9 +88,7 @@ def question_tables(scores: Mapping[str, Any]) -> str:
         parts += ["## Closed questions", markdown_table(header, [line(name, entry) for name, entry in ways.items()])]
     if (sides := scores.get("laterality", {})).get("accuracy") is not None:
         shares = [f"side of the likeliest choice right {with_interval(sides['accuracy'], sides['interval'])}"]
-        shares += [
-            f"{name} {with_interval(sides[name]['accuracy'], sides[name]['interval'])}" for name in WITHOUT_SCAN if name in sides
-        ]
+        shares += [f"{name} {with_interval(sides[name]['accuracy'], sides[name]['interval'])}" for name in WITHOUT_SCAN if name in sides]
         parts += [f"Of {sides['questions']} questions whose choices differ in side: {', '.join(shares)}, chance {sides['chance']:.3f}."]
     if left_out := scores["letter"]["left_out"]:
         parts += [

@@ -43,7 +43,7 @@ def report_scores(texts: Sequence[str], studies: Sequence[Study], scorer: BertSc
         "text": text_scores(predictions, references, scorer, values),
         "collapse": collapse(list(texts)),
         "intervals": found_spans
-        | {"laterality.accuracy": laterality["interval"]}
+        | ({} if laterality["interval"] is None else {"laterality.accuracy": laterality["interval"]})
         | intervals(statistics, [study.patient for _, study in with_report]),
     }
 
