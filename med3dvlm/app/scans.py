@@ -72,7 +72,7 @@ class OpenScan:
     @property
     def files(self) -> Path | None:
         """What `read_volume` reads again, of a DICOM study."""
-        return self.upload and self.upload.path
+        return None if self.upload is None else self.upload.path
 
     @property
     def nbytes(self) -> int:
