@@ -127,6 +127,7 @@ def test_measuring_by_keyboard(page, shown) -> None:
         return found[0] == pytest.approx(chosen.mean(), abs=0.051) and found[-1] == 9
 
     wait_for(agrees, 10)  # the crosshair's place is told with the next frame
+    z = slices(page)["axial"]
     axial.press("e")
     axial.press("Escape")
     expect(page.locator(".measures li")).to_have_count(2)
