@@ -123,5 +123,7 @@ def install_model(aside: Path, folder: Path) -> None:
     for path in (*(folder / name for name in MODEL_CONFIGS), *folder.glob("*.safetensors*")):
         path.unlink(missing_ok=True)
     for path in sorted(aside.iterdir(), key=lambda path: path.name in MODEL_CONFIGS):
+        if path.is_dir():  # a model within
+            shutil.rmtree(folder / path.name, ignore_errors=True)
         path.replace(folder / path.name)
     aside.rmdir()

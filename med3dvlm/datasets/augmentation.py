@@ -117,12 +117,10 @@ class Augmentation:
         changed = volumes.clone()
         for volume, key in zip(changed, keys.tolist(), strict=True):
             random = stream(key, Purpose.AUGMENTATION)
-            moved, tinted = random.random(2) < self.share
-            flipped = [axis + 1 for axis, draw in enumerate(random.random(3)) if draw < 0.5 and AXES[axis] in self.flips]
-            matrix, offset = self._draw_affine(random, volume.shape[1:])
+            tinted, affine, flipped = self._draw_movement(random, volume.shape[1:])
             tint, deviation, seed = random.uniform(-1, 1, 3), self.noise * random.random(), int(random.integers(2**62))
-            if moved and (self.rotation or self.zoom or self.translation or self.crop):
-                volume.copy_(resample(volume - lowest, matrix, offset).add_(lowest))
+            if affine is not None:
+                volume.copy_(resample(volume - lowest, *affine).add_(lowest))
             if flipped:
                 volume.copy_(volume.flip(flipped))
             if tinted:
@@ -134,6 +132,25 @@ class Augmentation:
                 values.mul_(top - lowest).add_(lowest)
             volume.clamp_(lowest, top)
         return changed
+
+    def move_masks(self, masks: Tensor, keys: Tensor) -> Tensor:
+        """Masks (B, K, D, H, W) bool, moved as their volumes are: a voxel belongs to a mask that covers half of it."""
+        moved = masks.clone()
+        for own, key in zip(moved, keys.tolist(), strict=True):
+            _, affine, flipped = self._draw_movement(stream(key, Purpose.AUGMENTATION), own.shape[1:])
+            if affine is not None and len(own):
+                own.copy_(resample(own.float(), *affine) >= 0.5)
+            if flipped:
+                own.copy_(own.flip(flipped))
+        return moved
+
+    def _draw_movement(self, random: np.random.Generator, shape: Sequence[int]) -> tuple[bool, tuple[Matrix, Matrix] | None, list[int]]:
+        """Whether intensities change too, the affine of `resample` if there is one, and the axes of (C, D, H, W) that are flipped."""
+        moved, tinted = random.random(2) < self.share
+        flipped = [axis + 1 for axis, draw in enumerate(random.random(3)) if draw < 0.5 and AXES[axis] in self.flips]
+        affine = self._draw_affine(random, shape)
+        moved &= bool(self.rotation or self.zoom or self.translation or self.crop)
+        return bool(tinted), affine if moved else None, flipped
 
     def _draw_affine(self, random: np.random.Generator, shape: Sequence[int]) -> tuple[Matrix, Matrix]:
         """(3, 3) and (3,): where in the scan a voxel of the result comes from, both counted in voxels (d, h, w) from the middle."""
@@ -150,7 +167,7 @@ def resample(volume: Tensor, matrix: Matrix, offset: Matrix) -> Tensor:
     """Trilinear: the voxel at o from the middle takes the value at `matrix @ o + offset` from the middle, 0 beyond the volume.
 
     Args:
-        volume: (1, D, H, W).
+        volume: (C, D, H, W).
         matrix, offset: (3, 3) and (3,) in voxels along (d, h, w).
     """
     half = np.maximum(np.array(volume.shape[1:]) - 1, 1) / 2  # affine_grid counts from -1 to 1, and (w, h, d)

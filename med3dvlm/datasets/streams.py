@@ -11,6 +11,7 @@ class Purpose(IntEnum):
 
     AUGMENTATION = 1
     REPORT_ROWS = 2
+    PROMPTS = 3
 
 
 def stream(key: int | Sequence[int], purpose: Purpose | None = None) -> np.random.Generator:

@@ -62,7 +62,7 @@ class StudyDataset(Dataset[dict[str, Any]]):
         return row if self.augmentation is None else row | {"key": torch.tensor((self.seed, self.epoch, index))}
 
 
-def _stack_images(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+def stack_images(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """`pixel_values` (B, 1, D, H, W), still whole numbers, and `augmentation_keys` (B, 3) where rows have keys."""
     # In a worker process default_collate stacks where the main process reads: one copy fewer.
     batch = {"pixel_values": default_collate([row["volume"] for row in rows])}
@@ -119,9 +119,9 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if "text_features" in rows[0]:
-            return {**_stack_images(rows), "text_features": torch.stack([row["text_features"] for row in rows])}
+            return {**stack_images(rows), "text_features": torch.stack([row["text_features"] for row in rows])}
         texts = [row[kind] for kind in ("text", "sentences") if kind in rows[0] for row in rows]
-        return {**_stack_images(rows), **self.tokenize(texts)}
+        return {**stack_images(rows), **self.tokenize(texts)}
 
 
 ROWS = ("study", "conversation")
@@ -353,5 +353,5 @@ class ConversationCollator:
         if "features" in rows[0]:
             batch["image_features"] = tuple(torch.stack(level) for level in zip(*(row["features"] for row in rows), strict=True))
         elif "volume" in rows[0]:
-            batch |= _stack_images(rows)
+            batch |= stack_images(rows)
         return batch

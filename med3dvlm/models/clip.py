@@ -7,6 +7,7 @@ Shapes: B volumes, as many texts; L text tokens; P projection width.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,9 +173,9 @@ class Med3DCLIP(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Every part brings its own initialisation."""
 
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, 1, D, H, W) -> (B, P) float32, L2-normalised."""
-        stages = self.vision_encoder(pixel_values)[-self.config.image_stages :]
+    def encode_image(self, pixel_values: Tensor, stages: Sequence[Tensor] | None = None) -> Tensor:
+        """(B, 1, D, H, W) -> (B, P) float32, L2-normalised. What the vision encoder gives for them may have been computed before."""
+        stages = (self.vision_encoder(pixel_values) if stages is None else stages)[-self.config.image_stages :]
         if self.config.image_pooling == "frames":
             depth, height, width = pixel_values.shape[2:]
             frames = self.vision_encoder.grids((depth, height, width))[-1][0]
@@ -227,6 +228,7 @@ class Med3DCLIP(PreTrainedModel):
         attention_mask: Tensor | None = None,
         text_features: Tensor | None = None,
         return_loss: bool = True,
+        stages: Sequence[Tensor] | None = None,
     ) -> Med3DCLIPOutput:
         """One pair a row: `pixel_values` (B, 1, D, H, W) with `input_ids` and `attention_mask` (B, L), or with what `pool_text` gave for them.
 
@@ -240,7 +242,7 @@ class Med3DCLIP(PreTrainedModel):
             raise ValueError("a Med3DCLIP takes texts as input_ids with attention_mask, or as text_features; pass one of the two")
         if not len(texts) or len(texts) % len(pixel_values):
             raise ValueError(f"there are {len(texts)} texts for {len(pixel_values)} volumes; pass equally many for each volume")
-        image_embeds = self.encode_image(pixel_values)
+        image_embeds = self.encode_image(pixel_values, stages)
         if attention_mask is not None:
             parts = zip(texts.split(len(image_embeds)), attention_mask.split(len(image_embeds)), strict=True)
             lengths = ((ids, mask, int(mask.sum(dim=1).max())) for ids, mask in parts)  # second texts may be much shorter

@@ -18,7 +18,8 @@ from med3dvlm.encoders.layers import LayerNorm, Linear
 from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.models.segmentation_head import SegmentationHead
 
-SEGMENTATION_LOSSES = ("dice_ce", "dice_focal")
+SEGMENTATION_LOSSES = ("dice_balanced_ce", "dice_ce", "dice_focal")
+BALANCE = (0.2, 5.0)  # weights of the mean cross entropy within a mask and of that outside, where they are balanced
 NO_PROMPT = -1e4  # logits where a volume has fewer prompts than others of its batch
 
 
@@ -33,7 +34,7 @@ class Med3DSegmenterConfig(PretrainedConfig):
         dual_cross_attention: whether skip connections attend to each other.
         attention_level: the encoder's output (0 is the stem) whose grid they attend on.
         attention_heads: of their spatial attention.
-        segmentation_loss: "dice_ce" or "dice_focal".
+        segmentation_loss: "dice_balanced_ce", "dice_ce" or "dice_focal", see `Med3DSegmenter.loss`.
         presence_weight: of the loss of presence beside that of masks.
     """
 
@@ -50,7 +51,7 @@ class Med3DSegmenterConfig(PretrainedConfig):
         dual_cross_attention: bool = True,
         attention_level: int = 2,
         attention_heads: int = 4,
-        segmentation_loss: str = "dice_ce",
+        segmentation_loss: str = "dice_balanced_ce",
         presence_weight: float = 0.1,
         **kwargs: Any,
     ) -> None:
@@ -105,7 +106,9 @@ class Med3DSegmenter(PreTrainedModel):
             config.attention_heads,
         )
         width = self.clip.text_encoder.config.hidden_size
-        self.query = nn.Sequential(LayerNorm(width), Linear(width, width), nn.GELU(), Linear(width, config.embedding_dim))
+        self.query = nn.Sequential(
+            LayerNorm(width), Linear(width, width), nn.GELU(), Linear(width, config.embedding_dim), LayerNorm(config.embedding_dim)
+        )
         self.post_init()
 
     @classmethod
@@ -117,9 +120,11 @@ class Med3DSegmenter(PreTrainedModel):
         """Every part brings its own initialisation."""
 
     def train(self, mode: bool = True) -> "Med3DSegmenter":
-        """A frozen text encoder stays in evaluation mode, without dropout."""
+        """Frozen encoders stay in evaluation mode: without dropout, with the statistics that they have."""
         super().train(mode)
         self.clip.train(mode)
+        if not any(parameter.requires_grad for parameter in self.clip.vision_encoder.parameters()):
+            self.clip.vision_encoder.eval()
         return self
 
     def queries(self, text_features: Tensor) -> Tensor:
@@ -147,6 +152,7 @@ class Med3DSegmenter(PreTrainedModel):
         masks: Tensor | None = None,
         text_features: Tensor | None = None,
         counts: Tensor | None = None,
+        stages: Sequence[Tensor] | None = None,
     ) -> Med3DSegmenterOutput:
         """Masks for prompts in volumes (B, 1, D, H, W).
 
@@ -155,6 +161,7 @@ class Med3DSegmenter(PreTrainedModel):
             masks: (B, K, D, H, W), where what a prompt says is; all 0 where it is not in the volume. They give the loss.
             text_features: in the place of the two, what the Med3DCLIP's `pool_text` gives: (B, K, C), or (N, C) with `counts`.
             counts: (B) prompts of every volume, N in all; K is then the largest, and masks beyond a volume's own are not looked at.
+            stages: what the vision encoder gave for the volumes, where that is known.
 
         Raises:
             ValueError: prompts are given in no form or in both, or their numbers do not fit to the volumes.
@@ -172,7 +179,8 @@ class Med3DSegmenter(PreTrainedModel):
             raise ValueError(
                 f"prompts are of shape {tuple(text_features.shape[:-1])} for {len(pixel_values)} volumes; pass (B, K) of them, or counts too"
             )
-        output = self.segment_from_queries(self.clip.vision_encoder(pixel_values), self.queries(text_features), pixel_values)
+        stages = self.clip.vision_encoder(pixel_values) if stages is None else stages
+        output = self.segment_from_queries(stages, self.queries(text_features), pixel_values)
         if asked is not None:
             output.logits = output.logits.masked_fill(~asked[:, :, None, None, None], NO_PROMPT)  # type: ignore[union-attr]
             output.presence = output.presence.masked_fill(~asked, NO_PROMPT)  # type: ignore[union-attr]
@@ -181,7 +189,11 @@ class Med3DSegmenter(PreTrainedModel):
         return output
 
     def loss(self, output: Med3DSegmenterOutput, masks: Tensor, asked: Tensor | None = None) -> Tensor:
-        """MONAI's DiceCE or DiceFocal of what is there, the second part of it alone of what is not, and cross entropy of presence, as one number.
+        """The mean over volumes, so that it does not matter how they are batched, of three terms, each a mean over the volume's prompts.
+
+        MONAI's Dice loss, of prompts whose mask is not empty; of voxels the mean cross entropy ("dice_ce"), the mean focal loss
+        ("dice_focal"), or the mean cross entropy within the mask and that outside, weighted by BALANCE ("dice_balanced_ce"), without which
+        a short training never finds lesions of a few voxels; and `presence_weight` times cross entropy of presence.
 
         Args:
             masks: as in `forward`.
@@ -193,19 +205,26 @@ class Med3DSegmenter(PreTrainedModel):
         assert output.logits is not None and output.presence is not None
         if masks.shape != output.logits.shape:
             raise ValueError(f"masks are {tuple(masks.shape)} but the logits {tuple(output.logits.shape)}")
-        chosen = torch.ones_like(output.presence, dtype=torch.bool) if asked is None else asked
-        logits = output.logits[chosen].unsqueeze(1)  # (N, 1, D, H, W)
-        wanted = masks[chosen].unsqueeze(1).to(logits.dtype)
-        there = wanted.flatten(1).amax(dim=1)  # (N)
-        if self.config.segmentation_loss == "dice_ce":
-            voxelwise = nn.functional.binary_cross_entropy_with_logits(logits, wanted)
+        logits, shape = output.logits.flatten(0, 1).unsqueeze(1), masks.shape[:2]  # (B * K, 1, D, H, W)
+        wanted = masks.flatten(0, 1).unsqueeze(1).to(logits.dtype)
+        there = masks.flatten(2).any(dim=2).to(logits.dtype)  # (B, K)
+        weights = torch.ones_like(there) if asked is None else asked.to(logits.dtype)
+        if self.config.segmentation_loss == "dice_focal":
+            voxelwise = FocalLoss(gamma=2.0, reduction="none")(logits, wanted)
         else:
-            voxelwise = FocalLoss(gamma=2.0)(logits, wanted)
-        overlap = DiceLoss(sigmoid=True, reduction="none")(logits, wanted).flatten()  # (N)
-        dice = (overlap * there).sum() / there.sum().clamp(min=1)
-        presence = nn.functional.binary_cross_entropy_with_logits(output.presence[chosen], there)
-        total: Tensor = dice + voxelwise + self.config.presence_weight * presence
-        return total
+            voxelwise = nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+        if self.config.segmentation_loss == "dice_balanced_ce":
+            size, total = wanted.flatten(1).sum(dim=1), wanted[0].numel()
+            shares = (BALANCE[0] / size.clamp(min=1), BALANCE[1] / (total - size).clamp(min=1))
+            within, outside = (voxelwise * wanted).flatten(1).sum(dim=1), (voxelwise * (1 - wanted)).flatten(1).sum(dim=1)
+            by_prompt = within * shares[0] + outside * shares[1]
+        else:
+            by_prompt = voxelwise.flatten(1).mean(dim=1)
+        presence = nn.functional.binary_cross_entropy_with_logits(output.presence, there, reduction="none")  # (B, K)
+        each = by_prompt.view(shape) + self.config.presence_weight * presence
+        dice = DiceLoss(sigmoid=True, reduction="none")(logits, wanted).view(shape)
+        losses = _mean(each, weights) + _mean(dice, weights * there)  # (B)
+        return losses.mean()
 
     @torch.no_grad()
     def sliding_window(
@@ -238,12 +257,17 @@ class Med3DSegmenter(PreTrainedModel):
         return Med3DSegmenterOutput(logits=torch.cat(logits), presence=torch.stack(presence))  # type: ignore[arg-type]
 
 
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Over prompts, (B, K) -> (B); 0 where nothing has a weight."""
+    return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
 def _by_volume(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """(N, C) and (B) -> (B, K, C), 0 beyond a volume's own, and where there is one, (B, K)."""
     numbers = [int(count) for count in counts]
-    if features.ndim != 2 or sum(numbers) != len(features) or min(numbers) < 1:
-        raise ValueError(f"counts are {numbers} for {len(features)} prompts; they must be at least 1 and add up to that")
-    padded = nn.utils.rnn.pad_sequence(list(features.split(numbers)), batch_first=True)
+    if features.ndim != 2 or sum(numbers) != len(features):
+        raise ValueError(f"counts are {numbers} for {len(features)} prompts; they must add up to that")
+    padded = nn.utils.rnn.pad_sequence(list(features.split(numbers)), batch_first=True)  # (B, K, C)
     asked = torch.arange(padded.shape[1], device=features.device) < torch.tensor(numbers, device=features.device)[:, None]
     return padded, asked
 

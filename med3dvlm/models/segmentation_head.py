@@ -129,7 +129,7 @@ class SegmentationHead(nn.Module):
         self.embed = Linear(widths[0], embedding_dim * self.parts**3)
         self.pooled = Linear(sum(encoder.widths[-2:]), embedding_dim)
         # One element each, not zero dimensions: DeepSpeed cannot broadcast a scalar parameter.
-        self.scale = nn.Parameter(torch.full((1,), embedding_dim**-0.5))
+        self.scale = nn.Parameter(torch.full((1,), 0.5))
         self.bias = nn.Parameter(torch.full((1,), -4.0))  # few voxels belong to a finding
         self.presence_scale = nn.Parameter(torch.ones(1))
         self.presence_bias = nn.Parameter(torch.zeros(1))

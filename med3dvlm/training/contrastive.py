@@ -15,10 +15,13 @@ from transformers import MODEL_MAPPING, AutoModel, AutoTokenizer, BertConfig, Be
 from med3dvlm.checkpoints import configuration_of
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.features import fingerprint, report_features
+from med3dvlm.datasets.mask_prompts import PromptedPairCollator, PromptedPairDataset
 from med3dvlm.datasets.torch import PairCollator, PairDataset
 from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.training.arguments import ImageArguments
+from med3dvlm.training.dense import DenselySupervisedCLIP, save_both
 from med3dvlm.training.run import finish, run_training, save_final, train_only
+from med3dvlm.training.segmentation import DecoderArguments, keep_features, moved_masks
 from med3dvlm.training.state import whole
 from med3dvlm.training.trainer import StageTrainer
 
@@ -28,7 +31,7 @@ NEW = "new"
 
 
 @dataclass
-class ContrastiveArguments(ImageArguments):
+class ContrastiveArguments(DecoderArguments, ImageArguments):
     train_split: str = field(default="train", metadata={"help": "split to learn from; CT-RATE has train and train_fixed"})
     encoder: str = field(default="dcformer_small", metadata={"help": "see `med3dvlm encoders`"})
     encoder_options: dict | str | None = field(  # type: ignore[type-arg]
@@ -54,6 +57,9 @@ class ContrastiveArguments(ImageArguments):
     logit_scale: float | None = field(default=None, metadata={"help": "initial log temperature"})
     logit_bias: float | None = field(default=None, metadata={"help": "initial bias"})
     train_temperature: bool = field(default=True, metadata={"help": "false keeps the temperature as it is at the start"})
+    dense_weight: float = field(
+        default=0.0, metadata={"help": "of a loss of masks for prompts beside that of pairs; a decoder learns along, saved in segmenter/"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,11 +94,21 @@ def _options(name: str, value: Any, example: str) -> Any:
 
 
 class ContrastiveTrainer(StageTrainer):
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._prepare_inputs(moved_masks(inputs, inputs.get("prompts", {}), self))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if isinstance(self.model, DenselySupervisedCLIP):
+            save_both(self.model, Path(str(output_dir)), state_dict, [self.processing_class, self.train_dataset.data.processor])  # type: ignore
+        else:
+            super()._save(output_dir, state_dict)
+
     def validation_loss(self) -> float:
         """The mean loss over the validation pairs in their order, in equal parts of the training's whole batch at most."""
         images, texts, numbers = [], [], []
+        clip = getattr(self.model, "clip", self.model)
         for batch, rows in self.validation_batches():
-            output = self.model(**batch, return_loss=False)
+            output = clip(**batch, return_loss=False)
             images.append(output.image_embeds)
             texts.append(output.text_embeds)
             numbers += rows
@@ -100,17 +116,21 @@ class ContrastiveTrainer(StageTrainer):
         image_embeds, text_embeds, order = gathered
         kept = order.argsort()[(order < 0).sum() :]
         parts = -(-len(kept) // (self.args.train_batch_size * self.args.world_size))
-        with whole(self.model.logit_scale, self.model.logit_bias):
-            losses = [
-                self.model.contrast(image_embeds[part], text_embeds[part], gather=False) * len(part) for part in kept.tensor_split(parts)
-            ]
+        with whole(clip.logit_scale, clip.logit_bias):
+            losses = [clip.contrast(image_embeds[part], text_embeds[part], gather=False) * len(part) for part in kept.tensor_split(parts)]
         return float(torch.stack(losses).sum() / len(kept))
 
 
 def train_contrastive(arguments: ContrastiveArguments) -> None:
     """Train, and save model, tokenizer and VolumeProcessor; continues from the last whole checkpoint."""
     data = arguments.open_data()
-    pairs = PairDataset(data, arguments.train_split, arguments.seed, Augmentation.read(arguments.augmentation), arguments.sentences)
+    options: dict[str, Any] = {"augmentation": Augmentation.read(arguments.augmentation), "sentences": arguments.sentences}
+    dense = arguments.dense_weight > 0
+    pairs = (
+        PromptedPairDataset(data, arguments.train_split, arguments.seed, drawn=arguments.drawn, **options)
+        if dense
+        else PairDataset(data, arguments.train_split, arguments.seed, **options)
+    )
 
     torch.manual_seed(arguments.seed)
     text_encoder, tokenizer = _text_side(arguments, (study.report for study in pairs.studies))
@@ -133,23 +153,29 @@ def train_contrastive(arguments: ContrastiveArguments) -> None:
     if limit is not None and arguments.max_text_length > limit:
         raise ValueError(f"max_text_length is {arguments.max_text_length} but the text encoder reads {limit} tokens; pass that at most")
     _say_how_many_are_cut([study.report for study in pairs.studies], tokenizer, arguments)
-    model = Med3DCLIP(config, text_encoder)
+    clip = Med3DCLIP(config, text_encoder)
+    model = DenselySupervisedCLIP.from_clip(clip, **arguments.decoder) if dense else clip
     frozen = (() if arguments.train_text else ("text_encoder.",)) + (() if arguments.train_temperature else ("logit_scale",))
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    train_only(model, lambda name: name in learning and not name.startswith(frozen))
-    collator = PairCollator(tokenizer, arguments.max_text_length)
+    train_only(model, lambda name: name in learning and not name.removeprefix("clip.").startswith(frozen))
+    if isinstance(model, DenselySupervisedCLIP):
+        model.dense_weight = arguments.dense_weight
+    collator = (PromptedPairCollator if dense else PairCollator)(tokenizer, arguments.max_text_length)
 
     if arguments.cache_features and not arguments.train_text:
         model.eval()
         with arguments.main_process_first(local=False):
             reports = [study.report for study in pairs.studies]
-            pairs.text_features = report_features(Path(arguments.data) / "features", model, collator, reports)
+            folder = Path(arguments.data) / "features"
+            pairs.text_features = report_features(folder, clip, collator, reports)
+            if isinstance(pairs, PromptedPairDataset):
+                keep_features(pairs.prompts, pairs.studies, folder, clip, collator)
 
     trainer = ContrastiveTrainer(
         model, arguments, train_dataset=pairs, data_collator=collator, processing_class=tokenizer,
         eval_dataset=PairDataset(data, arguments.validation_split, arguments.seed) if arguments.validates else None,
     )  # fmt: skip
-    run_training(trainer, arguments, str(data.summary["fingerprint"]), text_encoder=fingerprint(model.text_encoder))
+    run_training(trainer, arguments, str(data.summary["fingerprint"]), text_encoder=fingerprint(clip.text_encoder))
     save_final(trainer, data.processor)
     finish()
 

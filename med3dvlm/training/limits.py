@@ -43,6 +43,17 @@ INTERVALS = {
     "max_text_length": "[3, inf)",
     "projection_dim": WIDTH,
     "sentences": COUNT,
+    # segmentation, and stage 1 with a dense loss
+    "attention_heads": COUNT,
+    "attention_level": "[0, inf)",
+    "dense_weight": "[0, inf)",
+    "embedding_dim": WIDTH,
+    "embedding_stride": COUNT,
+    "presence_weight": "[0, inf)",
+    "prompt_sentences": SHARE,
+    "prompt_sides": SHARE,
+    "prompt_structures": "[0, inf)",
+    "prompts": COUNT,
     # stages 0, 2 and 3
     "closed": SHARE,
     "follow_ups": SHARE,

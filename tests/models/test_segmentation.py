@@ -86,15 +86,18 @@ def test_a_language_models_query_points_like_a_prompt() -> None:
 
 @pytest.mark.parametrize("kind", SEGMENTATION_LOSSES)
 def test_the_loss_is_the_formula(kind: str) -> None:
-    """Dice over prompts that are there; cross entropy (focal: times (1-p)^2) over all voxels; a tenth of the cross entropy of presence."""
+    """Dice over prompts that are there; cross entropy (focal: times (1-p)^2; balanced: 0.2 and 5 times the mean within and outside of the mask)
+    over all voxels; a tenth of the cross entropy of presence."""
     model = segmenter(segmentation_loss=kind)
     logits, presence = torch.randn(1, 2, 2, 2, 2, dtype=torch.float64), torch.randn(1, 2, dtype=torch.float64)
     masks = torch.zeros(1, 2, 2, 2, 2, dtype=torch.bool)
     masks[0, 0, 0, 1] = True
     total, probabilities = 0.0, logits.sigmoid()
-    for value, wanted in zip(probabilities.flatten().tolist(), masks.flatten().tolist(), strict=True):
-        right = value if wanted else 1 - value
-        total -= math.log(right) * ((1 - right) ** 2 if kind == "dice_focal" else 1) / 16
+    for prompt, inside in ((0, 2), (1, 0)):
+        for value, wanted in zip(probabilities[0, prompt].flatten().tolist(), masks[0, prompt].flatten().tolist(), strict=True):
+            right = value if wanted else 1 - value
+            weight = {"dice_ce": 1 / 8, "dice_focal": (1 - right) ** 2 / 8, "dice_balanced_ce": 0.1 if wanted else 5 / (8 - inside)}[kind]
+            total -= math.log(right) * weight / 2
     overlap = sum(
         value for value, wanted in zip(probabilities[0, 0].flatten().tolist(), masks[0, 0].flatten().tolist(), strict=True) if wanted
     )
@@ -178,7 +181,7 @@ def test_wrong_arguments_get_a_sentence(change: dict[str, Tensor | None], senten
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"segmentation_loss": "dice"}, "known: dice_ce, dice_focal"),
+        ({"segmentation_loss": "dice"}, "known: dice_balanced_ce, dice_ce, dice_focal"),
         ({"embedding_stride": 3}, "must divide the stem's stride, 4"),
         ({"decoder_widths": [8, 8]}, "must be 4, one for each output"),
         ({"attention_level": 4}, "there are 4, from 0 to 3"),

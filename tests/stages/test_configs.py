@@ -13,7 +13,7 @@ from transformers import DistilBertConfig, Qwen2Config
 from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMConfig
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.encoders import build_encoder, count_parameters
-from med3dvlm.training import ct_clip, stage0_language_model, stage2_projector, stage3_lora
+from med3dvlm.training import ct_clip, segmentation, stage0_language_model, stage2_projector, stage3_lora
 from med3dvlm.training.arguments import StageArguments, parse_arguments
 from med3dvlm.training.contrastive import ContrastiveArguments
 from med3dvlm.training.run import lora_targets, train_only
@@ -26,6 +26,7 @@ ARGUMENTS = {
     "ct_clip": ct_clip.CTCLIPArguments,
     "stage2_projector": stage2_projector.Stage2Arguments,
     "stage3_lora": stage3_lora.Stage3Arguments,
+    "segmentation": segmentation.SegmentationArguments,
 }
 PATHS = sorted(CONFIGS.rglob("*.yaml"))
 GPUS = 8

@@ -1,10 +1,12 @@
-"""Findings in reports: `rules.py` reads them by the rules of `rules.yaml`, from the clauses that `clauses.py` cuts a report into."""
+"""Findings in reports: `rules.py` reads them by the rules of `rules.yaml`, from the clauses that `clauses.py` cuts a report into; `scores.py`
+compares what two readers read."""
 
 from med3dvlm.reports.findings.cues import STATES
 from med3dvlm.reports.findings.names import finding_name, label_names, named_labels
 from med3dvlm.reports.findings.phrases import RULES_FILE
 from med3dvlm.reports.findings.rules import (
     FINDINGS,
+    FINDINGS_ABDOMEN,
     FINDINGS_CT_RATE,
     Mention,
     find_mentions,
@@ -16,6 +18,7 @@ from med3dvlm.reports.findings.sections import headings
 
 __all__ = [
     "FINDINGS",
+    "FINDINGS_ABDOMEN",
     "FINDINGS_CT_RATE",
     "RULES_FILE",
     "STATES",

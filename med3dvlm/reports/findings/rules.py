@@ -38,7 +38,19 @@ FINDINGS_CT_RATE = (
     "bronchiectasis",
     "interlobular_septal_thickening",
 )
-FINDINGS = tuple(rules_data()["findings"])  # those of CT-RATE, in its order, and others, of the abdomen
+FINDINGS_ABDOMEN = (
+    "liver_mass",
+    "renal_cyst",
+    "kidney_stone",
+    "gallstone",
+    "splenomegaly",
+    "ascites",
+    "aortic_aneurysm",
+    "bowel_obstruction",
+    "hydronephrosis",
+    "pancreatic_mass",
+)
+FINDINGS = FINDINGS_CT_RATE + FINDINGS_ABDOMEN
 
 
 @dataclass(frozen=True)

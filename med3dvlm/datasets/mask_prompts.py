@@ -1,0 +1,183 @@
+"""Prompts in words about a prepared study, each with where in the volume it is true: what a segmenter and the dense loss of stage 1 learn from.
+
+In the scan is what has a mask: by its name, with its side, or as the report's sentence about it. Not in the scan, with an empty mask, are
+findings whose label is 0, and what lies on one side alone, said to be on the other. Where nobody looked, nothing is claimed.
+
+Shapes: B volumes of D, H, W voxels; K prompts a volume, N in all; L text tokens; C width of text features.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from med3dvlm.datasets.augmentation import Augmentation
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.streams import Purpose, stream
+from med3dvlm.datasets.torch import PairCollator, PairDataset, StudyDataset, stack_images
+from med3dvlm.records import Study
+from med3dvlm.reports.findings import finding_name
+
+OTHER_SIDE = {"left": "right", "right": "left"}
+
+
+class Prompt(NamedTuple):
+    """What is said, and the name of the study's mask that shows where; None where it is not true."""
+
+    text: str
+    mask: str | None
+
+
+class MaskPrompts:
+    """Draws prompts about studies, in every epoch anew.
+
+    Args:
+        studies: whose findings are asked for.
+        count: prompts a study at most.
+        structures: how many of them name a structure that is there; the rest are its findings, then absent ones.
+        sentences: share of findings asked for by the report's sentence, where there is one.
+        sides: share of findings asked for with their side, where they have one; some other prompt then names the other side.
+    """
+
+    features: dict[str, Tensor] | None = None  # text -> (C), once they have been computed
+
+    def __init__(
+        self,
+        data: PreparedData,
+        studies: Sequence[Study],
+        seed: int = 0,
+        count: int = 6,
+        structures: int = 1,
+        sentences: float = 0.3,
+        sides: float = 0.3,
+    ) -> None:
+        self.data, self.seed, self.count, self.structures, self.sentences, self.sides = data, seed, count, structures, sentences, sides
+        self.findings = sorted({name for study in studies for name, mask in study.masks.items() if mask.kind == "finding"})
+
+    def absent(self, study: Study) -> list[str]:
+        """Findings that the study's labels say are not there."""
+        return [name for name in self.findings if name not in study.masks and study.labels.get(finding_name(name)) == 0]
+
+    def known(self, study: Study) -> bool:
+        """Whether anything can be said about the study."""
+        return bool(self.data.mask_names(study) or self.absent(study))
+
+    def texts(self, studies: Sequence[Study]) -> list[str]:
+        """All that may be said about these studies."""
+        said = list(self.findings)
+        for study in studies:
+            for name, mask in study.masks.items():
+                said += [name, *(f"{side} {name}" for side in OTHER_SIDE if mask.side in OTHER_SIDE), *filter(None, [mask.text])]
+        return list(dict.fromkeys(said))
+
+    def draw(self, study: Study, epoch: int, row: int) -> list[Prompt]:
+        """The study's prompts, at most `count`."""
+        random = stream((self.seed, epoch, row), Purpose.PROMPTS)
+        names = [str(name) for name in random.permutation(self.data.mask_names(study))]
+        findings = [name for name in names if study.masks[name].kind == "finding"]
+        structures = [name for name in names if study.masks[name].kind != "finding"]
+        there: list[Prompt] = []
+        missing = [Prompt(str(name), None) for name in random.permutation(self.absent(study))]
+        for name in (*structures[: self.structures], *findings):
+            mask, choice = study.masks[name], random.random()
+            if mask.text and choice < self.sentences:
+                there.append(Prompt(mask.text, name))
+            elif mask.side in OTHER_SIDE and choice >= 1 - self.sides:
+                there.append(Prompt(f"{mask.side} {name}", name))
+                missing.insert(0, Prompt(f"{OTHER_SIDE[mask.side]} {name}", None))
+            else:
+                there.append(Prompt(name, name))
+        return [*there, *missing][: self.count]
+
+    def row(self, study: Study, epoch: int, row: int) -> dict[str, Any]:
+        """ "prompts", their texts, or "prompt_features" (K, C) where they have been computed, and "masks" (K, D, H, W) bool."""
+        drawn = self.draw(study, epoch, row)
+        names = [prompt.mask for prompt in drawn if prompt.mask is not None]
+        masks = torch.zeros(len(drawn), *self.data.processor.size, dtype=torch.bool)
+        if names:
+            masks[torch.tensor([prompt.mask is not None for prompt in drawn])] = self.data.masks(study, names)
+        if self.features is None:
+            return {"prompts": [prompt.text for prompt in drawn], "masks": masks}
+        known = [self.features[prompt.text] for prompt in drawn]
+        return {"prompt_features": torch.stack(known) if known else torch.zeros(0, *_one(self.features).shape), "masks": masks}
+
+
+def _one(features: dict[str, Tensor]) -> Tensor:
+    return next(iter(features.values()))
+
+
+def collate_prompts(rows: Sequence[dict[str, Any]], tokenize: Callable[[Sequence[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Prompts of rows as Med3DSegmenter takes them: `text_features` (N, C), or `input_ids` and `attention_mask` (N, L); `counts` (B), `masks`."""
+    masks = pad_sequence([row["masks"] for row in rows], batch_first=True)
+    batch = {"counts": torch.tensor([len(row["masks"]) for row in rows]), "masks": masks}  # (B, K, D, H, W)
+    if "prompt_features" in rows[0]:
+        return batch | {"text_features": torch.cat([row["prompt_features"] for row in rows])}
+    texts = [text for row in rows for text in row["prompts"]]
+    none = torch.zeros(0, 1, dtype=torch.long)
+    return batch | (tokenize(texts) if texts else {"input_ids": none, "attention_mask": none})
+
+
+def require_masks(data: PreparedData, split: str, studies: Sequence[Study]) -> None:
+    """Raises ValueError where no study of the split has a mask."""
+    if not any(data.mask_names(study) for study in studies):
+        raise ValueError(f"the studies of split {split!r} in {data.root} have no masks; prepare data that has some")
+
+
+class MaskDataset(StudyDataset):
+    """Every study of a split about which something can be said, its volume, and the prompts of `MaskPrompts.row`.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(self, data: PreparedData, split: str, seed: int = 0, augmentation: Augmentation | None = None, **settings: Any) -> None:
+        super().__init__(data, split, seed, augmentation)
+        self.prompts = MaskPrompts(data, self.studies, seed, **settings)
+        self.studies = [study for study in self.studies if self.prompts.known(study)]
+        require_masks(data, split, self.studies)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        study = self.studies[index]
+        return self.image(study, index) | self.prompts.row(study, self.epoch, index)
+
+
+class MaskCollator:
+    """Rows of a MaskDataset -> the arguments of Med3DSegmenter.forward, as `collate_prompts`.
+
+    Args:
+        tokenize: as that of PairCollator.
+    """
+
+    def __init__(self, tokenize: Callable[[Sequence[str]], dict[str, Tensor]]) -> None:
+        self.tokenize = tokenize
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {**stack_images(rows), **collate_prompts(rows, self.tokenize)}
+
+
+class PromptedPairDataset(PairDataset):
+    """A PairDataset whose rows have the prompts of `MaskPrompts.row` too, none where nothing can be said about a study.
+
+    Args:
+        drawn: settings of MaskPrompts.
+
+    Raises:
+        ValueError: no study has a mask.
+    """
+
+    def __init__(self, data: PreparedData, split: str, seed: int = 0, drawn: dict[str, Any] | None = None, **settings: Any) -> None:
+        super().__init__(data, split, seed, **settings)
+        self.prompts = MaskPrompts(data, self.studies, seed, **drawn or {})
+        require_masks(data, split, self.studies)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(index) | self.prompts.row(self.studies[index], self.epoch, index)
+
+
+class PromptedPairCollator(PairCollator):
+    """Rows of a PromptedPairDataset -> what PairCollator makes of them, and "prompts" as `collate_prompts`."""
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {**super().__call__(rows), "prompts": collate_prompts(rows, self.tokenize)}

@@ -1,0 +1,154 @@
+"""What is said about studies with masks: true of the voxels that it comes with, drawn by seed and epoch alone, and nothing where nobody looked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from med3dvlm.datasets.augmentation import Augmentation
+from med3dvlm.datasets.mask_prompts import MaskCollator, MaskDataset, MaskPrompts, PromptedPairCollator, PromptedPairDataset
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.torch import PairDataset
+
+SIZE = (4, 6, 8)
+
+
+def box(*corner: int) -> Tensor:
+    mask = torch.zeros(SIZE, dtype=torch.bool)
+    mask[tuple(slice(start, start + 2) for start in corner)] = True
+    return mask
+
+
+def about(side: str = "", text: str = "", kind: str = "finding") -> SimpleNamespace:
+    return SimpleNamespace(kind=kind, side=side, text=text)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A study as far as prompts go."""
+
+    id: str
+    masks: dict[str, Any]
+    labels: dict[str, int] = field(default_factory=dict)
+
+
+NODULE = "Lung nodule of 8 mm in the left lung."
+STUDIES = [
+    Known(
+        "both", {"lung nodule": about("left", NODULE), "liver mass": about("right"), "liver": about(kind="structure")}, {"renal_cyst": 0}
+    ),
+    Known("absent", {"renal cyst": about("both")}, {"lung_nodule": 0, "liver_mass": 1}),
+    Known("unknown", {}),
+]
+VOXELS = {"lung nodule": box(0, 0, 0), "liver mass": box(2, 4, 6), "liver": box(2, 2, 2), "renal cyst": box(0, 4, 0)}
+
+
+class Data:
+    """Prepared data as far as prompts go."""
+
+    processor = SimpleNamespace(size=SIZE)
+
+    def mask_names(self, study: Known) -> list[str]:
+        return list(study.masks)
+
+    def masks(self, study: Known, names: Sequence[str]) -> Tensor:
+        return torch.stack([VOXELS[name] for name in names])
+
+
+def prompts(**settings: Any) -> MaskPrompts:
+    return MaskPrompts(Data(), STUDIES, **settings)  # type: ignore[arg-type]
+
+
+def test_each_prompt_comes_with_the_voxels_of_which_it_is_true() -> None:
+    true = {
+        "lung nodule": "lung nodule", "left lung nodule": "lung nodule", NODULE: "lung nodule", "liver mass": "liver mass",
+        "right liver mass": "liver mass", "liver": "liver",
+    }  # fmt: skip
+    untrue = {"right lung nodule", "left liver mass", "renal cyst"}
+    seen: set[str] = set()
+    for epoch in range(60):
+        row = prompts().row(STUDIES[0], epoch, 0)  # type: ignore[arg-type]
+        assert row["masks"].shape == (len(row["prompts"]), *SIZE) and len(row["prompts"]) <= 6
+        assert len(set(row["prompts"])) == len(row["prompts"])
+        for text, mask in zip(row["prompts"], row["masks"], strict=True):
+            assert torch.equal(mask, VOXELS[true[text]] if text in true else torch.zeros(SIZE, dtype=torch.bool)), text
+            assert text in true or text in untrue
+        for side, other in (("left", "right"), ("right", "left")):
+            for name in ("lung nodule", "liver mass"):  # whoever says a side says that it is not the other
+                assert (f"{side} {name}" in row["prompts"]) <= (f"{other} {name}" in row["prompts"])
+        seen |= set(row["prompts"])
+    assert seen == true.keys() | untrue
+    assert seen <= set(prompts().texts(STUDIES))  # type: ignore[arg-type]
+
+
+def test_nothing_is_claimed_where_nobody_looked() -> None:
+    """A label of 1 without a mask, and no label, are neither there nor absent."""
+    drawn = prompts().draw(STUDIES[1], 0, 0)  # type: ignore[arg-type]
+    assert {(prompt.text, prompt.mask) for prompt in drawn} == {("renal cyst", "renal cyst"), ("lung nodule", None)}
+    assert prompts().draw(STUDIES[2], 0, 0) == []  # type: ignore[arg-type]
+    assert [prompts().known(study) for study in STUDIES] == [True, True, False]  # type: ignore[arg-type]
+
+
+def test_shares_and_counts_are_as_asked_for() -> None:
+    study: Any = STUDIES[0]
+    drawn = [prompts(sentences=0.5, sides=0.25).draw(study, epoch, 7) for epoch in range(800)]
+    said = [prompt.text for each in drawn for prompt in each if prompt.mask == "lung nodule"]
+    assert said.count(NODULE) / 800 == pytest.approx(0.5, abs=0.06)
+    assert said.count("left lung nodule") / 800 == pytest.approx(0.25, abs=0.05)
+    assert all(len(prompts(count=2).draw(study, epoch, 7)) == 2 for epoch in range(9))
+    assert not any(prompt.mask == "liver" for epoch in range(9) for prompt in prompts(structures=0).draw(study, epoch, 7))
+    assert [prompts(seed=1).draw(study, 3, 7) for _ in range(2)] == [prompts(seed=1).draw(study, 3, 7)] * 2
+
+
+def test_rows_of_different_lengths_become_one_batch() -> None:
+    drawn = prompts()
+    rows = [drawn.row(study, 0, number) | {"volume": torch.zeros(1, *SIZE, dtype=torch.uint8)} for number, study in enumerate(STUDIES)]  # type: ignore[arg-type]
+    collator = MaskCollator(lambda texts: {"input_ids": torch.tensor([[len(text)] for text in texts])})
+    batch = collator(rows)
+    counts = batch["counts"].tolist()
+    assert counts == [len(row["prompts"]) for row in rows] and counts[2] == 0
+    assert batch["masks"].shape == (3, max(counts), *SIZE) and not batch["masks"][1, counts[1] :].any()
+    assert batch["input_ids"].flatten().tolist() == [len(text) for row in rows for text in row["prompts"]]
+    drawn.features = {text: torch.full((2,), float(len(text))) for text in drawn.texts(STUDIES)}  # type: ignore[arg-type]
+    encoded = collator([drawn.row(study, 0, number) | {"volume": rows[0]["volume"]} for number, study in enumerate(STUDIES)])  # type: ignore[arg-type]
+    assert encoded["text_features"][:, 0].tolist() == batch["input_ids"].flatten().tolist()
+
+
+def test_masks_move_with_their_volumes() -> None:
+    """Of boxes that are as bright as they are masks."""
+    augmentation = Augmentation(share=1.0, scale=0, shift=0, gamma=0, noise=0, flips=("width",))
+    masks = torch.zeros(6, 2, 16, 20, 24, dtype=torch.bool)
+    masks[:, 0, 4:9, 5:15, 3:9] = masks[:, 1, 8:12, 2:7, 14:20] = True
+    keys = torch.tensor([[0, 1, row] for row in range(6)])
+    moved = augmentation.move_masks(masks, keys)
+    for number in range(2):
+        volumes = augmentation(masks[:, number : number + 1].float(), keys, (0.0, 1.0))
+        assert torch.equal(moved[:, number], volumes[:, 0] >= 0.5)
+    assert not torch.equal(moved, masks)
+    unmoved = Augmentation(share=0.0)
+    assert torch.equal(unmoved.move_masks(masks, keys), masks)
+
+
+def test_data_without_masks_is_refused(prepared: Path) -> None:
+    data = PreparedData(prepared)
+    data.mask_names = lambda study: []  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="have no masks"):
+        MaskDataset(data, "train")
+    with pytest.raises(ValueError, match="have no masks"):
+        PromptedPairDataset(data, "train")
+
+
+def test_pairs_keep_what_they_are(prepared: Path) -> None:
+    data = PreparedData(prepared)
+    plain, prompted = PairDataset(data, "train", sentences=2), PromptedPairDataset(data, "train", sentences=2)
+    for number in range(3):
+        row, other = plain[number], prompted[number]
+        assert all(torch.equal(row[name], other[name]) if name == "volume" else row[name] == other[name] for name in row)
+        assert other["masks"].any() and len(other["prompts"]) == len(other["masks"])
+    batch = PromptedPairCollator(lambda *_, **__: {"input_ids": 0, "attention_mask": 0}, 8)
+    assert batch.max_length == 8
