@@ -109,17 +109,19 @@ def prepared(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_models(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Directories of models with random weights: text_encoder (DistilBERT, as the paper's is), language_model (Qwen2), clip, vlm."""
+    """Directories of models with random weights: text_encoder (DistilBERT, as the paper's is), language_model (Qwen2), clip, vlm,
+    segmenter."""
     import torch
     from transformers import DistilBertConfig, DistilBertModel, Qwen2Config, Qwen2ForCausalLM
 
     from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMProcessor
     from med3dvlm.datasets.store import PreparedData
     from med3dvlm.datasets.torch import ConversationDataset
+    from med3dvlm.models.segmentation import Med3DSegmenter
     from med3dvlm.training.stage0_language_model import train_tokenizer
 
     root = tmp_path_factory.mktemp("models")
-    paths = SimpleNamespace(**{name: root / name for name in ("text_encoder", "language_model", "clip", "vlm")})
+    paths = SimpleNamespace(**{name: root / name for name in ("text_encoder", "language_model", "clip", "vlm", "segmenter")})
     data = PreparedData(prepared)
     tokenizer = train_tokenizer(ConversationDataset(data, "train", yes_no=True, image=False), vocabulary=400)
     torch.manual_seed(1)
@@ -148,4 +150,7 @@ def tiny_models(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Sim
     processor.num_image_tokens = vlm.config.num_image_tokens
     for part in (vlm, processor):
         part.save_pretrained(paths.vlm)
+    segmenter = Med3DSegmenter.from_clip(clip, embedding_dim=4, attention_heads=2, dual_cross_attention=False)
+    for part in (segmenter, tokenizer, data.processor):
+        part.save_pretrained(paths.segmenter)
     return paths

@@ -214,7 +214,8 @@ def prepare_one(source: Path, destination: Path, processor: VolumeProcessor, set
         if all((source / file).exists() for file in (study.image, *(mask.file for mask in study.masks.values()))):
             stamp |= {"files": _state(source, study, contents=True), "untouched": _state(source, study)}  # before they are read
         volume = read_volume(scan, **study.reading)
-        values, placement = processor.transform_and_placement(volume.straighten() if processor.straighten else volume)
+        regular = volume.straighten() if processor.straighten else volume
+        values, placement = processor.transform_and_placement(regular)
         voxels = processor.quantize(values)[0].contiguous()
         masks, packed, doubts = _masks(source, study, volume, processor, placement)
     except (OSError, ValueError) as error:  # VolumeError is a ValueError
@@ -224,6 +225,8 @@ def prepare_one(source: Path, destination: Path, processor: VolumeProcessor, set
             raise
         return None, f"{scan}: memory does not suffice for this scan; prepare with fewer workers or on a larger machine"
     line = stamp | {"checksum": checksum(voxels.numpy())} | _found(volume, voxels, processor) | masks
+    if regular.spacing is not None:  # mm of the prepared voxels
+        line["grid_spacing"] = [round(float(mm), 4) for mm in np.array(regular.spacing) @ np.abs(placement[:3, :3])]
     line["warnings"] += doubts
     content = save({"voxels": voxels, **packed}, {"line": json.dumps(line)})
     with whole_file(path) as aside:

@@ -146,6 +146,7 @@ class PreparedData:
         index = read_lines(self.root / "index.jsonl")
         self._checksums = {line["study"]: line["checksum"] for line in index}
         self._masks: dict[str, dict[str, Any]] = {line["study"]: line.get("masks", {}) for line in index}
+        self._spacings = {line["study"]: line.get("grid_spacing") for line in index}
         if split_file is not None:
             self._split_by(Path(split_file))
 
@@ -187,6 +188,11 @@ class PreparedData:
             FileNotFoundError, ValueError: the volume is missing or damaged.
         """
         return read_voxels(volume_path(self.root, study), self.checksum(study)).unsqueeze(0)
+
+    def spacing(self, study: Study) -> tuple[float, float, float] | None:
+        """(z, y, x) in mm of the voxels of `volume`; None where that of the scan is unknown, or was not kept by an older preparation."""
+        kept = self._spacings[study.id]
+        return None if kept is None else (kept[0], kept[1], kept[2])
 
     def mask_names(self, study: Study) -> list[str]:
         """The study's masks that hold a voxel of the prepared volume. What is known of each is in `study.masks`."""

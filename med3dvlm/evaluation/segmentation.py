@@ -1,0 +1,316 @@
+"""Masks that a Med3DSegmenter draws, finding by finding, against those of the data.
+
+    python eval/segmentation.py --model outputs/demo/segmentation --data outputs/demo/prepared --output outputs/demo/eval/segmentation
+    python eval/segmentation.py --data outputs/demo/prepared --output outputs/demo/eval/segmentation --score_only
+
+A case is a finding of a study: one that has a mask, or that its labels say is absent. All are asked by their names, together, on the prepared
+volume. A mask is drawn where the finding is likelier there than not; its voxels are those whose probability exceeds --threshold.
+
+    dice         twice the voxels in common by all of both; 0 for a finding that is there and not drawn
+    nsd          share of both surfaces that lie within --tolerance mm of the other (normalised surface distance)
+    hd95         95th percentile of the Hausdorff distance in mm, of the findings that were drawn
+    pointing     whether the highest voxel lies in the finding
+    f1           of components: one that is drawn counts as one of the data's from an intersection over union of 0.1 on
+    absent       share of absent findings for which a mask is drawn, and share of the studies in which any is
+    calibration  of the presence score, over present and absent findings
+
+Millimetres are those of the prepared voxels; where a spacing is unknown, a voxel counts as 1 mm and scores.json counts such studies. Figures are
+given for all findings and for those whose longest diameter is 8 mm or more. What can be had without the scan, or without reading the words:
+
+    middle         the voxel in the middle of the volume
+    mean_mask      of the training studies' masks of this finding the mean; what reaches half of its highest is drawn
+    other_patient  the mask of this finding in another patient of the same split
+    one_mask       the union of all that was drawn in the study, whatever was asked for
+    chance         of pointing: the share of the volume that the finding fills
+
+An interval is a 95 % bootstrap over patients.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from med3dvlm import evaluation
+from med3dvlm.datasets.store import PreparedData, same_preprocessing
+from med3dvlm.geometry.measurements import Places, longest_diameter_mm
+from med3dvlm.inference.segmentation import THRESHOLD, Segmenter
+from med3dvlm.metrics.detection import reliability
+from med3dvlm.metrics.intervals import intervals, mean_of, ratio_of
+from med3dvlm.metrics.segmentation import component_counts, dice, surface_scores
+from med3dvlm.records import Study
+from med3dvlm.reports.findings import FINDINGS, finding_name, finding_states
+
+LARGE = 8.0  # mm
+CONTROLS = ("mean_mask", "other_patient", "one_mask")
+MOST_TRAINING = 400  # studies that the mean mask is made of
+FIGURES = {"dice": "Dice", "nsd": "surface distance", "hd95": "Hausdorff 95 (mm)", "pointing": "pointing"}
+Mask = NDArray[np.bool_]
+Row = dict[str, Any]
+
+
+class Task(NamedTuple):
+    """A study, and of its findings the names of those that have a mask and of those that are absent."""
+
+    study: Study
+    present: list[str]
+    absent: list[str]
+
+
+def tasks_of(data: PreparedData, studies: Sequence[Study]) -> list[Task]:
+    """The studies with a case. A finding that no study has a mask of is not asked for."""
+    drawn = {study.id: [name for name in data.mask_names(study) if study.masks[name].kind == "finding"] for study in studies}
+    names = sorted({name for found in drawn.values() for name in found})
+    tasks = [
+        Task(study, drawn[study.id], [name for name in names if name not in study.masks and study.labels.get(label_of(name)) == 0])
+        for study in studies
+    ]
+    return [task for task in tasks if task.present or task.absent]
+
+
+def label_of(name: str) -> str:
+    """The finding that a mask's name names: "lung nodule" -> "lung_nodule", and "pacemaker", by the rules, "medical_material"."""
+    found = finding_name(name)
+    return found if found in FINDINGS else next(iter(finding_states(name)), found)
+
+
+def mean_masks(data: PreparedData, split: str | None, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    """The share of the training studies' masks of each finding that hold a voxel (D, H, W); of at most `MOST_TRAINING` studies."""
+    sums: dict[str, NDArray[np.float32]] = {}
+    counts: dict[str, int] = defaultdict(int)
+    for study in data.studies(split)[:MOST_TRAINING] if split else ():
+        found = [name for name in data.mask_names(study) if name in names]
+        for name, mask in zip(found, data.masks(study, found).numpy() if found else (), strict=True):
+            sums[name] = sums.get(name, np.zeros(mask.shape, np.float32)) + mask
+            counts[name] += 1
+    return {name: total / np.float32(counts[name]) for name, total in sums.items()}
+
+
+def others_of(tasks: Sequence[Task]) -> dict[tuple[str, str], Study]:
+    """For a study's id and a finding the next study of another patient that has a mask of it, in a ring; none where there is none."""
+    having: dict[str, list[Study]] = defaultdict(list)
+    for task in tasks:
+        for name in task.present:
+            having[name].append(task.study)
+    found = {}
+    for name, studies in having.items():
+        for place, study in enumerate(studies):
+            ring = [other for other in studies[place + 1 :] + studies[:place] if other.patient != study.patient]
+            if ring:
+                found[study.id, name] = ring[0]
+    return found
+
+
+def highest(values: NDArray[Any]) -> tuple[int, ...]:
+    return tuple(int(place) for place in np.unravel_index(int(values.argmax()), values.shape))
+
+
+def judged(drawn: Mask, point: tuple[int, ...], true: Mask) -> dict[str, float]:
+    """The two figures that a control has."""
+    return {"dice": dice(drawn, true), "pointing": float(true[point])}
+
+
+class Judge:
+    """What the masks of a study are worth, beside the controls."""
+
+    def __init__(self, data: PreparedData, tasks: Sequence[Task], split: str | None, threshold: float, tolerance: float) -> None:
+        self.data, self.threshold, self.tolerance = data, threshold, tolerance
+        self.means = mean_masks(data, split, sorted({name for task in tasks for name in task.present}))
+        self.others = others_of(tasks)
+
+    def rows(self, task: Task, likely: NDArray[np.float32], presence: NDArray[np.float32]) -> list[Row]:
+        """A record for each finding of the study, the present first.
+
+        Args:
+            likely: (K, D, H, W), the probability of each voxel.
+            presence: (K,), that of the finding being there.
+        """
+        names = task.present + task.absent
+        drawn = (likely > self.threshold) & (presence > THRESHOLD)[:, None, None, None]
+        union: Mask = np.asarray(drawn.any(axis=0))
+        together = highest(likely.max(axis=0))
+        spacing = self.data.spacing(task.study)
+        rows = []
+        for place, name in enumerate(names):
+            row: Row = {"finding": name, "present": place < len(task.present), "presence": round(float(presence[place]), 6)}
+            row["voxels"] = int(drawn[place].sum())
+            if row["present"]:
+                true = self.data.masks(task.study, [name])[0].numpy()
+                row |= self._present(drawn[place], highest(likely[place]), true, spacing)
+                row["middle"] = {"pointing": float(true[tuple(length // 2 for length in true.shape)])}
+                row["one_mask"] = judged(union, together, true)
+                row |= self._without_scan(task.study, name, true)
+            else:
+                row["components"] = component_counts(drawn[place], np.zeros_like(drawn[place]))
+            rows.append(row)
+        return rows
+
+    def _present(self, drawn: Mask, point: tuple[int, ...], true: Mask, spacing: tuple[float, float, float] | None) -> Row:
+        steps = spacing or (1.0, 1.0, 1.0)
+        near, far = surface_scores(drawn, true, steps, self.tolerance)
+        places = Places(np.zeros(3), np.diag(steps), np.arange(len(true), dtype=np.float64))
+        return judged(drawn, point, true) | {
+            "nsd": near,
+            "hd95": None if np.isnan(far) else far,
+            "components": component_counts(drawn, true),
+            "mm": round(longest_diameter_mm(true, places), 3),
+            "spacing": spacing is not None,
+            "chance": {"pointing": float(true.mean())},
+        }
+
+    def _without_scan(self, study: Study, name: str, true: Mask) -> Row:
+        found: Row = {}
+        if (mean := self.means.get(name)) is not None:
+            found["mean_mask"] = judged(np.asarray(mean >= mean.max() / 2), highest(mean), true)
+        if (other := self.others.get((study.id, name))) is not None:
+            mask = self.data.masks(other, [name])[0].numpy()
+            voxels = np.argwhere(mask)
+            nearest = voxels[int(np.linalg.norm(voxels - voxels.mean(axis=0), axis=1).argmin())]
+            found["other_patient"] = judged(mask, tuple(nearest.tolist()), true)
+        return found
+
+
+def predicted(task: Task, data: PreparedData, segmenter: Segmenter, judge: Judge) -> Row:
+    """A study's line of predictions.jsonl."""
+    pixels = data.processor.dequantize(data.volume(task.study))[None]  # (1, 1, D, H, W)
+    names = task.present + task.absent
+    likely, presence = segmenter.probabilities(pixels, names)
+    return about(task) | {"findings": judge.rows(task, likely.cpu().numpy(), presence.cpu().numpy())}
+
+
+def about(task: Task) -> Row:
+    return {"id": task.study.id, "asked": task.present + task.absent}
+
+
+def summary(rows: Sequence[Row], patients: Sequence[str]) -> Row:
+    """The figures of some cases, present and absent, each with its interval; None where there is nothing to judge."""
+    present = [place for place, row in enumerate(rows) if row["present"]]
+    statistics: dict[str, Any] = {}
+    values: dict[str, float | None] = {}
+
+    def add(name: str, column: Sequence[float | None]) -> None:
+        table = np.array([np.nan if value is None else value for value in column], dtype=np.float64)
+        values[name] = None if np.isnan(table).all() else float(np.nanmean(table))
+        if values[name] is not None:
+            statistics[name] = mean_of(table)
+
+    for name in FIGURES:
+        add(name, [row.get(name) for row in rows])
+    for control in ("middle", "chance", *CONTROLS):
+        for name in ("dice", "pointing"):
+            add(f"{control}.{name}", [row.get(control, {}).get(name) for row in rows])
+    add("absent", [None if row["present"] else float(row["voxels"] > 0) for row in rows])
+    pairs, extra, missed = np.array([row["components"] for row in rows], dtype=np.float64).reshape(-1, 3).T
+    if (total := 2 * pairs + extra + missed).sum():
+        values["f1"], statistics["f1"] = float(2 * pairs.sum() / total.sum()), ratio_of(2 * pairs, total)
+    spans = intervals(statistics, patients) if statistics else {}
+    figures = {name: {"value": value, "interval": spans.get(name)} for name, value in values.items() if value is not None}
+    drawn = sum(rows[place]["voxels"] > 0 for place in present)
+    return {"present": len(present), "drawn": drawn, "absent": len(rows) - len(present), "figures": figures}
+
+
+def scores_of(records: Sequence[Row], tasks: Sequence[Task]) -> Row:
+    """scores.json."""
+    rows = [row for record in records for row in record["findings"]]
+    patients = [task.study.patient for task, record in zip(tasks, records, strict=True) for _ in record["findings"]]
+    kinds = sorted({row["finding"] for row in rows})
+
+    def chosen(keep: Sequence[bool]) -> Row:
+        return summary(
+            [row for row, one in zip(rows, keep, strict=True) if one], [name for name, one in zip(patients, keep, strict=True) if one]
+        )
+
+    large = [not row["present"] or row["mm"] >= LARGE for row in rows]
+    labels = np.array([[float(row["present"])] for row in rows])
+    sure = np.clip([[row["presence"]] for row in rows], 1e-6, 1 - 1e-6)
+    with_absent = [any(not row["present"] for row in record["findings"]) for record in records]
+    any_drawn = [any(not row["present"] and row["voxels"] for row in record["findings"]) for record in records]
+    of_studies = None
+    if any(with_absent):
+        column = [float(drawn) if there else np.nan for drawn, there in zip(any_drawn, with_absent, strict=True)]
+        span = intervals({"share": mean_of(column)}, [task.study.patient for task in tasks])["share"]
+        of_studies = {"value": float(np.nanmean(column)), "interval": span, "studies": sum(with_absent)}
+    return {
+        "studies": len(records),
+        "without_spacing": sum(any(row.get("spacing") is False for row in record["findings"]) for record in records),
+        "all": summary(rows, patients),
+        "large": chosen(large),
+        "studies_with_an_absent_finding_drawn": of_studies,
+        "calibration": reliability(labels, np.log(sure / (1 - sure))),
+        "findings": {kind: chosen([row["finding"] == kind for row in rows]) for kind in kinds},
+    }
+
+
+def table(scores: Row) -> str:
+    """Markdown: the model and the controls, then a line a finding."""
+
+    def cell(entry: Row, name: str, spans: bool = True) -> str | None:
+        figure = entry["figures"].get(name)
+        if figure is None:
+            return None
+        return evaluation.with_interval(figure["value"], figure["interval"] if spans else None)
+
+    whole, large = scores["all"], scores["large"]
+    lines = [["model, all findings", *(cell(whole, name) for name in (*FIGURES, "f1"))]]
+    lines += [[f"model, {LARGE:g} mm and more", *(cell(large, name) for name in (*FIGURES, "f1"))]]
+    for control in ("middle", *CONTROLS, "chance"):
+        lines += [[f"{control.replace('_', ' ')}, {LARGE:g} mm and more", *(cell(large, f"{control}.{name}") for name in FIGURES), None]]
+    rows = [
+        [
+            kind,
+            entry["present"],
+            entry["drawn"],
+            *(cell(entry, name, False) for name in (*FIGURES, "f1")),
+            entry["absent"],
+            cell(entry, "absent", False),
+        ]
+        for kind, entry in scores["findings"].items()
+    ]
+    shown = [*FIGURES.values(), "F1 of components"]
+    parts = [
+        f"{whole['present']} findings of {scores['studies']} studies, {whole['drawn']} of them drawn; {whole['absent']} asked for that are absent.",
+        evaluation.markdown_table(("", *shown), lines),
+        f"Mask drawn for an absent finding: {cell(whole, 'absent') or '-'}. Calibration error of presence: {scores['calibration']['ece']:.3f}.",
+        evaluation.markdown_table(("finding", "present", "drawn", *shown, "absent", "drawn though absent"), rows),
+    ]
+    if of_studies := scores["studies_with_an_absent_finding_drawn"]:
+        share = evaluation.with_interval(of_studies["value"], of_studies["interval"])
+        parts.insert(3, f"Studies in which any absent finding is drawn: {share} of {of_studies['studies']}.")
+    if scores["without_spacing"]:
+        parts.append(f"{scores['without_spacing']} studies have no spacing; their voxels count as 1 mm.")
+    return "\n\n".join(parts)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="a voxel's probability (default: %(default)s)")
+    parser.add_argument("--tolerance", type=float, default=2.0, help="mm of the surface distance (default: %(default)s)")
+
+
+def main() -> None:
+    parser = evaluation.evaluation_parser(__doc__ or "", batch_size=1)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    data, studies = evaluation.open_data(arguments)
+    tasks = tasks_of(data, studies)
+    if not any(task.present for task in tasks):
+        raise ValueError(f"no study of split {arguments.split!r} in {arguments.data} has a mask of a finding; prepare data that has masks")
+    file = arguments.output / "predictions.jsonl"
+    if not arguments.score_only:
+        segmenter = Segmenter.from_pretrained(arguments.model, arguments.device)
+        same_preprocessing(segmenter.processor, data)
+        evaluation.begin(arguments, segmenter.model, data, threshold=arguments.threshold, tolerance=arguments.tolerance)
+        judge = Judge(data, tasks, evaluation.training_split(data, arguments.split), arguments.threshold, arguments.tolerance)
+
+        def answer(batch: Sequence[Task]) -> list[Row]:
+            return [predicted(task, data, segmenter, judge) for task in batch]
+
+        with torch.no_grad():
+            if not evaluation.predict(file, evaluation.in_batches(tasks, arguments.batch_size), answer, about):
+                return
+    scores = scores_of(evaluation.predictions(file, [about(task) for task in tasks]), tasks)
+    evaluation.write_scores(arguments.output / "scores.json", scores, table(scores))
+    print(table(scores))
