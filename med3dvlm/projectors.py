@@ -52,6 +52,39 @@ class Projector(nn.Module):
         raise NotImplementedError
 
 
+class PositionedProjector(Projector):
+    """Another projector, whose tokens are given their positions first: learned, from sines and cosines of each axis as a start.
+
+    At the start positions deviate as much as the tokens that `standardise` was shown, or by 1.
+    """
+
+    def __init__(self, projector: Projector, grids: tuple[Grid, Grid], widths: tuple[int, int]) -> None:
+        super().__init__()
+        self.projector, self.num_tokens = projector, projector.num_tokens
+        self.low, self.high = (nn.Parameter(position_codes(grid, width)) for grid, width in zip(grids, widths, strict=True))
+
+    @torch.no_grad()
+    def standardise(self, low: Tensor, high: Tensor) -> None:
+        for positions, tokens in ((self.low, low), (self.high, high)):
+            positions.mul_(_channel_statistics(tokens)[1])
+        self.projector.standardise(low + self.low, high + self.high)
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        return self.projector(low + self.low.to(low.dtype), high + self.high.to(high.dtype))
+
+
+def position_codes(grid: Grid, width: int) -> Tensor:
+    """(d*h*w, width): for every cell sines and cosines of its place on each axis, in waves of 2, 1, 1/2, ... of the grid's length.
+
+    Channels take turns by axis and function, so that even a narrow code tells all three axes; the mean square of a channel is about 1.
+    """
+    places = torch.meshgrid(*((torch.arange(cells) + 0.5) / cells for cells in grid), indexing="ij")
+    flat = torch.stack(places, dim=-1).reshape(-1, 3)  # (d*h*w, 3), from 0 to 1
+    channel = torch.arange(width)
+    axis, function, octave = channel % 3, channel // 3 % 2, channel // 6 % max(1, max(grid).bit_length())
+    return 2**0.5 * torch.sin(torch.pi * (flat[:, axis] * 2.0**octave + 0.5 * function))
+
+
 class MLPProjector(Projector):
     """(B, n_high, C_high) -> (B, n_high, E)."""
 
@@ -174,14 +207,17 @@ PROJECTORS: dict[str, type[Projector]] = {
 }
 
 
-def build_projector(name: str, grids: tuple[Grid, Grid], widths: tuple[int, int], dim: int, depth: int = 2) -> Projector:
+def build_projector(
+    name: str, grids: tuple[Grid, Grid], widths: tuple[int, int], dim: int, depth: int = 2, position_embedding: bool = False
+) -> Projector:
     """The projector of that name; `num_tokens` of it says how many image tokens it makes.
 
     Args:
-        grids: (d, h, w) of the encoder's last two stages (low, high).
+        grids: (d, h, w) of the two outputs of the encoder, low and high; in the paper its last two stages.
         widths: their channels.
         dim: width of the language model.
         depth: mixer layers a stream, "mixer" alone.
+        position_embedding: whether every token is given its position before.
 
     Raises:
         ValueError: the name is unknown, or the depth does not fit the width.
@@ -189,4 +225,5 @@ def build_projector(name: str, grids: tuple[Grid, Grid], widths: tuple[int, int]
     if name not in PROJECTORS:
         raise ValueError(f"projector {name!r} is unknown; known: {', '.join(PROJECTORS)}")
     settings = {"depth": depth} if name == "mixer" else {}
-    return PROJECTORS[name](grids, widths, dim, **settings)
+    projector = PROJECTORS[name](grids, widths, dim, **settings)
+    return PositionedProjector(projector, grids, widths) if position_embedding else projector

@@ -1,6 +1,8 @@
 """Projectors against the paper's equations and token counts. The released numbers are in test_published_layout."""
 
 import copy
+import itertools
+import math
 from itertools import product
 from math import prod
 
@@ -144,3 +146,22 @@ def test_standardise_evens_out_the_channels_of_both_streams() -> None:
         normed = stack[0].token_norm(tokens).flatten(0, 1)
         assert torch.allclose(normed.mean(dim=0), torch.zeros(()), atol=1e-4)
         assert torch.allclose(normed.std(dim=0), torch.ones(()), atol=0.02)  # 1e-3 is added to deviations, the smallest here 0.06
+
+
+def test_positions_are_added_to_the_tokens_and_count_as_much_as_they_do() -> None:
+    torch.manual_seed(0)
+    grids, widths = ((2, 3, 5), (1, 2, 2)), (7, 12)
+    projector = build_projector("low_high_mlp", grids, widths, 8, position_embedding=True)
+    assert projector.num_tokens == 34
+    for positions, (depth, height, width), channels in zip((projector.low, projector.high), grids, widths, strict=True):
+        octaves = max(depth, height, width).bit_length()
+        for cell, (d, h, w) in enumerate(itertools.product(range(depth), range(height), range(width))):
+            place = ((d + 0.5) / depth, (h + 0.5) / height, (w + 0.5) / width)
+            for channel in range(channels):
+                angle = math.pi * (place[channel % 3] * 2 ** (channel // 6 % octaves) + (channel // 3 % 2) / 2)
+                assert float(positions[cell, channel]) == pytest.approx(math.sqrt(2) * math.sin(angle), abs=1e-5)
+    low, high = 5 * torch.randn(4, 30, 7), torch.randn(4, 4, 12)
+    plain, start = projector.projector, [positions.detach().clone() for positions in (projector.low, projector.high)]
+    torch.testing.assert_close(projector(low, high), plain(low + start[0], high + start[1]))
+    projector.standardise(low, high)
+    torch.testing.assert_close(projector.low / start[0], (low.std(dim=(0, 1)) + 1e-3).expand(30, 7), rtol=1e-4, atol=1e-4)

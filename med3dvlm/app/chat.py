@@ -8,10 +8,11 @@ Nothing leaves the machine: the server listens on 127.0.0.1 unless told otherwis
 private folder until they were read (DICOM files, which a Structured Report refers to, until the scan is closed; what an agent sends, and what
 nobody read, for some minutes), and each browser session has a scan of its own.
 
-Where to find what: page.py (what stands where), workstation.py (what can be done), sessions.py and turns.py (who is there and what was said),
-scans.py (files in), viewer.py and viewer.js (the viewer; page.py lists its other scripts), common.js, conversation.js, report.js, arrive.js,
-leave.js, insight.py (overlays, similar cases), key_images.py (slices for the report), routes.py (what the browser fetches), programs.py (the
-same for programs), tools.py (for agents), accounts.py and guard.py (who may come in).
+Where to find what: layout.py (what stands where) and events.py (what each control does), which page.py connects; workstation.py (what can be
+done), session.py, sessions.py and turns.py (who is there and what was said), scans.py (files in), viewer.py and viewer.js (the viewer; layout.py
+lists its other scripts), common.js, conversation.js, report.js, page_load.js, page_unload.js, analysis.py (overlays, similar cases),
+key_images.py (slices for the report), routes.py (what the browser fetches), api.py (functions for programs), mcp_tools.py (for agents),
+accounts.py and guard.py (who may come in).
 """
 
 import argparse
@@ -34,12 +35,13 @@ import psutil
 from starlette.middleware import Middleware
 
 from med3dvlm.app.accounts import Accounts
+from med3dvlm.app.analysis import load as load_analysis
 from med3dvlm.app.guard import Guard
-from med3dvlm.app.insight import load as load_insight
-from med3dvlm.app.page import THEME, build, file
+from med3dvlm.app.layout import THEME, file
+from med3dvlm.app.mcp_tools import tools
+from med3dvlm.app.page import build
 from med3dvlm.app.routes import routes
 from med3dvlm.app.scans import sweep
-from med3dvlm.app.tools import tools
 from med3dvlm.app.workstation import Workstation
 from med3dvlm.prompts import RESEARCH_NOTICE
 
@@ -60,12 +62,13 @@ def launch(
     """Serve without blocking; returns the address. Port None: the first free one from 7860; `hosts`: other names of the server."""
     checks = [Middleware(Guard, hosts, workstation.sessions.connection)]
     # run_history would keep questions and answers in the browser
-    off = dict.fromkeys(("share", "run_history", "enable_monitoring", "ssr_mode", "pwa"), False)
+    off: dict[str, Any] = dict.fromkeys(("share", "run_history", "enable_monitoring", "ssr_mode", "pwa"), False)
     look: dict[str, Any] = {"theme": THEME, "css": file("style.css"), "footer_links": [], "quiet": True}
     more, lifespan = tools(workstation) if mcp else ([], None)
+    login: Any = None if accounts is None else accounts.allows  # Gradio awaits it
     blocks.launch(
         server_name=host, server_port=port, prevent_thread_lock=True, max_file_size=workstation.most_bytes, mcp_server=False,
-        auth=accounts.allows if accounts else None, auth_message=RESEARCH_NOTICE if accounts else None,
+        auth=login, auth_message=RESEARCH_NOTICE if accounts else None,
         app_kwargs={"routes": [*routes(workstation), *more], "lifespan": lifespan, "middleware": checks}, **look, **off,
     )  # fmt: skip
     return str(blocks.local_url)
@@ -95,6 +98,43 @@ def private_folder() -> Iterator[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Load the model once, serve until Ctrl+C or SIGTERM; 2 where there is no model to load, the port is taken or the host is refused."""
+    arguments = options().parse_args(argv)
+    try:
+        if arguments.host not in HERE_ONLY and arguments.auth_file is None:
+            raise ValueError(
+                f"--host {arguments.host} would let others in without a password; give --auth-file, too (see app/accounts.py)."
+            )
+        if arguments.mcp and arguments.auth_file is not None:
+            raise ValueError("--mcp has no accounts and would let everybody in; leave out --mcp or --auth-file.")
+        check_free(arguments.host, arguments.port)
+        if min(arguments.limit, arguments.parallel) < 1:
+            raise ValueError(f"--limit {arguments.limit} and --parallel {arguments.parallel} must be at least 1.")
+        if wrong := [
+            name for name in arguments.allow_host if not re.fullmatch(r"[\w.-]+(:\d+)?|\[[\da-f:]+\](:\d+)?", name, re.IGNORECASE)
+        ]:
+            raise ValueError(f"--allow-host {wrong[0]} is not a name or an address; give it as scans.example.org or 192.0.2.1:7860.")
+        accounts = None if arguments.auth_file is None else Accounts.load(arguments.auth_file)
+        chat = load(arguments.model)
+        analysis = load_analysis(chat, arguments.contrastive, arguments.index)
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(ending, signal.default_int_handler)  # so that the private folder goes then, too
+        warnings.simplefilter("ignore")  # a library's may quote a header
+        with private_folder():
+            workstation = Workstation(chat, "/".join(arguments.model.resolve().parts[-2:]), arguments.limit * 2**20, analysis)
+            blocks = build(workstation, arguments.parallel, accounts is not None)
+            address = launch(blocks, workstation, arguments.port, arguments.host, accounts, arguments.mcp, arguments.allow_host)
+            print(f"Med3DVLM listens on {address} (Ctrl+C ends it). {RESEARCH_NOTICE}", flush=True)
+            blocks.block_thread()
+    except (ImportError, OSError, ValueError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # while the model was loaded
+        return 130
+    return 0
+
+
+def options() -> argparse.ArgumentParser:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description="Look at a scan and talk with a model about it, in the browser.", epilog=RESEARCH_NOTICE)
     parser.add_argument("--model", type=Path, required=True, help="directory of a trained model")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
@@ -118,39 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--index", type=Path, help="index of cases, made by `med3dvlm index`: offers the cases that a scan resembles")
     parser.add_argument("--mcp", action="store_true", help="offer answer and report as MCP tools, too, under /gradio_api/mcp/")
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.host not in HERE_ONLY and arguments.auth_file is None:
-            raise ValueError(
-                f"--host {arguments.host} would let others in without a password; give --auth-file, too (see app/accounts.py)."
-            )
-        if arguments.mcp and arguments.auth_file is not None:
-            raise ValueError("--mcp has no accounts and would let everybody in; leave out --mcp or --auth-file.")
-        check_free(arguments.host, arguments.port)
-        if min(arguments.limit, arguments.parallel) < 1:
-            raise ValueError(f"--limit {arguments.limit} and --parallel {arguments.parallel} must be at least 1.")
-        if wrong := [
-            name for name in arguments.allow_host if not re.fullmatch(r"[\w.-]+(:\d+)?|\[[\da-f:]+\](:\d+)?", name, re.IGNORECASE)
-        ]:
-            raise ValueError(f"--allow-host {wrong[0]} is not a name or an address; give it as scans.example.org or 192.0.2.1:7860.")
-        accounts = None if arguments.auth_file is None else Accounts.load(arguments.auth_file)
-        chat = load(arguments.model)
-        insight = load_insight(chat, arguments.contrastive, arguments.index)
-        for ending in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(ending, signal.default_int_handler)  # so that the private folder goes then, too
-        warnings.simplefilter("ignore")  # a library's may quote a header
-        with private_folder():
-            workstation = Workstation(chat, "/".join(arguments.model.resolve().parts[-2:]), arguments.limit * 2**20, insight)
-            blocks = build(workstation, arguments.parallel, accounts is not None)
-            address = launch(blocks, workstation, arguments.port, arguments.host, accounts, arguments.mcp, arguments.allow_host)
-            print(f"Med3DVLM listens on {address} (Ctrl+C ends it). {RESEARCH_NOTICE}", flush=True)
-            blocks.block_thread()
-    except (ImportError, OSError, ValueError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # while the model was loaded
-        return 130
-    return 0
+    return parser
 
 
 def check_free(host: str, port: int) -> None:

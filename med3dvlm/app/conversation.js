@@ -1,9 +1,9 @@
 // The conversation. gr.HTML runs this file once, after common.js, with `element`, `props`, `trigger` and `watch`; `props.value` is what workstation.py's
-// `talk` gives.
+// `conversation_data` gives.
 //
 // Everything that somebody wrote, the model included, enters the page as text, never as HTML and never through a template.
 
-const log = element.querySelector(".log"), hints = element.querySelector(".hints"), plea = element.querySelector(".plea");
+const log = element.querySelector(".log"), hints = element.querySelector(".hints"), problemLine = element.querySelector(".problem");
 let shownTurns = [], told = 0, editing = null;  // the question that is being changed
 let follow = true;  // the newest answer stays in sight, until somebody scrolls up
 
@@ -62,8 +62,8 @@ function update() {
   const lately = turns[turns.length - 1];
   if (editing !== null && (!lately || lately.open || lately.question !== editing)) [editing, shownTurns] = [null, []];  // it is gone
   if (problem || !lately || !lately.open || turns.length !== told) {  // the words that stream in do not wipe it away
-    plea.textContent = problem;
-    plea.hidden = !problem;
+    problemLine.textContent = problem;
+    problemLine.hidden = !problem;
   }
   if (turns.length > told) follow = true;
   told = turns.length;

@@ -44,7 +44,7 @@ class Guard:
     as long as the session of that name has Gradio's heartbeat."""
 
     def __init__(
-        self, app: ASGIApp, hosts: Iterable[str] = (), connection: Callable[[str], AbstractContextManager[None]] = nullcontext
+        self, app: ASGIApp, hosts: Iterable[str] = (), connection: Callable[[str], AbstractContextManager[Any]] = nullcontext
     ) -> None:
         self.app, self.hosts, self.connection = app, {host.lower() for host in hosts}, connection
         self._rates = {path: Rate(*limits) for path, limits in RATES.items()}

@@ -1,4 +1,4 @@
-// Distances and regions of interest that somebody draws in a plane. Runs after pane.js and before hands.js, in the viewer's scope.
+// Distances and regions of interest that somebody draws in a plane. Runs after pane.js and before input.js, in the viewer's scope.
 //
 // A measure is {kind, pane, number, points}: the slice it lies in, and two points [column, row] of it in voxels, whole at their edges: the ends of
 // a distance, or opposite corners of the box around an ellipse or a rectangle.

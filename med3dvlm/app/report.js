@@ -1,5 +1,5 @@
 // What stands below the report: its sections, the findings that it names, and the files that it can be saved as.
-// gr.HTML runs this file once, after common.js, with `element`, `props`, `trigger` and `watch`; `props.value` is what workstation.py's `reading` gives.
+// gr.HTML runs this file once, after common.js, with `element`, `props`, `trigger` and `watch`; `props.value` is what workstation.py's `report_data` gives.
 
 const field = () => document.querySelector("#report textarea");
 let typed = false, kept = "", keptPictures = "", shownPictures = 0;  // whether a person wrote there, and what was saved last
@@ -32,8 +32,8 @@ function lock(locked) {
 }
 
 function complain(words) {
-  find(".plea").textContent = words;
-  find(".plea").hidden = !words;
+  find(".problem").textContent = words;
+  find(".problem").hidden = !words;
 }
 
 async function save(url, name) {

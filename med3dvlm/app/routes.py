@@ -41,7 +41,7 @@ def routes(workstation: Workstation) -> list[Route]:
             return Response(f"The report has more than {MOST_REPORT} characters; shorten it.", 409, PRIVATE, "text/plain")
         text = (await request.body()).decode("utf-8", "replace")
         try:
-            content = await run_in_threadpool(workstation.save, session, kind, text)
+            content = await run_in_threadpool(workstation.save_report, session, kind, text)
         except ValueError as error:
             return Response(str(error), 409, PRIVATE, "text/plain")
         return Response(content, media_type=MEDIA[kind], headers=PRIVATE | {"Content-Disposition": f"attachment; filename=report.{kind}"})
@@ -53,7 +53,7 @@ def routes(workstation: Workstation) -> list[Route]:
         return Response(image.png, headers=PRIVATE, media_type="image/png")
 
     def first_script(request: Request) -> Response:
-        return FileResponse(Path(__file__).parent / "leave.js", headers=PRIVATE, media_type="text/javascript")
+        return FileResponse(Path(__file__).parent / "page_unload.js", headers=PRIVATE, media_type="text/javascript")
 
     return [
         Route("/workstation/{token}/picture/{number:int}", picture),

@@ -22,23 +22,13 @@ import numpy as np
 
 from med3dvlm.app.viewer import Picture, describe, picture
 from med3dvlm.datasets.phantom import Acquisition, draw, plan_phantoms
-from med3dvlm.formats import READERS
+from med3dvlm.formats import FORMATS
 from med3dvlm.formats.dicom import is_dicom
 from med3dvlm.volume import Volume, VolumeError, read_volume
 
-KINDS = {
-    ".nii": "NIfTI", ".nii.gz": "NIfTI", ".nrrd": "NRRD", ".mha": "MetaImage", ".npy": "NumPy array", ".npz": "NumPy array",
-    ".dcm": "DICOM", ".zip": "zip archive",
-}  # fmt: skip
-OPENED = "a NIfTI (.nii, .nii.gz), NRRD, MHA, npy or npz file, a zip, or all files of a DICOM series"
+KINDS = {ending: each.title for ending, each in FORMATS.items() if not each.detached}
+OPENED = f"one file ({', '.join(KINDS)}) or all files of a DICOM series"
 MAY_BE_DICOM = ("DICOM", "DICOM series", "zip archive")
-SIGNS = {
-    ".nii.gz": (0, b"\x1f\x8b"),
-    ".zip": (0, b"PK\x03\x04"),
-    ".nrrd": (0, b"NRRD"),
-    ".mha": (0, b"ObjectType"),
-    ".nii": (344, b"n+1\0"),
-}
 PICTURES = (".png", ".jpg", ".jpeg")
 MOST_FILES = 20_000
 PREFIX = "scan-"  # of the folders of scans that are read, or open
@@ -72,7 +62,7 @@ class OpenScan:
     @property
     def files(self) -> Path | None:
         """What `read_volume` reads again, of a DICOM study."""
-        return self.upload and self.upload.path
+        return None if self.upload is None else self.upload.path
 
     @property
     def nbytes(self) -> int:
@@ -163,7 +153,7 @@ def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int, move:
     if len(uploads) > MOST_FILES:
         raise VolumeError(f"{len(uploads)} files were sent but at most {MOST_FILES} are taken; give one series, or a zip of it.")
     endings = [_ending(upload) for upload in uploads]
-    if {".mhd", ".nhdr"} & set(endings):
+    if any(ending in FORMATS and FORMATS[ending].detached for ending in endings):
         raise VolumeError("An .mhd or .nhdr file has its voxels in another file; save the scan as one .mha or .nrrd file.")
     if len(uploads) == 1:
         if uploads[0].stat().st_size and not (endings[0] in KINDS or is_dicom(uploads[0])):
@@ -171,7 +161,7 @@ def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int, move:
         path = folder / f"scan{endings[0]}"
         move(uploads[0], path)
         return path, KINDS.get(endings[0], "DICOM")
-    if any(ending in READERS and ending != ".dcm" for ending in endings):
+    if any(ending in FORMATS and ending != ".dcm" for ending in endings):
         raise VolumeError(f"{len(uploads)} files were sent, and not all are of one DICOM series; open one scan at a time.")
     for number, upload in enumerate(sorted(uploads, key=lambda upload: _natural(upload.name)), start=1):
         move(upload, folder / f"{number:05d}{_ending(upload)}")
@@ -180,13 +170,14 @@ def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int, move:
 
 def _ending(upload: Path) -> str:
     """The ending that says a format, in lower case; where the name has none, as an agent's upload, by the file's first bytes, else ""."""
-    known = sorted((*READERS, *PICTURES), key=len, reverse=True)
+    known = sorted((*FORMATS, *PICTURES), key=len, reverse=True)
     name = upload.name.lower()
     if ending := next((ending for ending in known if name.endswith(ending)), ""):
         return ending
     with upload.open("rb") as file:
         start = file.read(352)
-    return next((ending for ending, (place, sign) in SIGNS.items() if start[place:].startswith(sign)), "")
+    signed = [(ending, each.signature) for ending, each in FORMATS.items() if each.signature]
+    return next((ending for ending, (place, sign) in signed if start[place:].startswith(sign)), "")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

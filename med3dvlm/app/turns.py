@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 LOW_CONFIDENCE = 0.5
 BROKEN = "Something went wrong here. Try again; with a large scan the machine may be short of memory."
 MALFORMED = (
-    "This call does not fit: a value is missing, of another kind, or a path that was not sent to this server. app/programs.py says how the "
+    "This call does not fit: a value is missing, of another kind, or a path that was not sent to this server. med3dvlm/app/api.py says how the "
     "functions are called."
 )
 

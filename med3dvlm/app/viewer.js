@@ -1,6 +1,6 @@
 // The viewer: three linked planes of a volume that the browser holds, drawn on 2D canvases. No library, no network beyond this server.
 //
-// gr.HTML runs this file once, after the scripts that page.py lists before it, with `element` (its root, filled by viewer.html), `props`, `trigger`
+// gr.HTML runs this file once, after the scripts that layout.py lists before it, with `element` (its root, filled by viewer.html), `props`, `trigger`
 // and `watch`. `props.value` is
 // {scan, overlay}: `scan` are the facts of viewer.py's Picture and the `url` of its bytes, `overlay` the same for a heat map.
 // Display axes are z, y, x (viewer.py); `at` is the crosshair in voxels along them.

@@ -13,11 +13,12 @@ from weakref import WeakValueDictionary
 
 import psutil
 
-from med3dvlm.app.insight import Case, Cells, Insight
+from med3dvlm.app.analysis import Analysis, Case, Cells
 from med3dvlm.app.key_images import MOST as MOST_KEY_IMAGES
 from med3dvlm.app.key_images import key_image
 from med3dvlm.app.scans import EXAMPLES, OpenScan, example, read_series, read_uploads
-from med3dvlm.app.sessions import BUSY, MOST_CHARACTERS, NO_SCAN, Session, Sessions
+from med3dvlm.app.session import BUSY, MOST_CHARACTERS, NO_SCAN, Session
+from med3dvlm.app.sessions import Sessions
 from med3dvlm.app.turns import Turn, history, sentence
 from med3dvlm.app.viewer import overlay
 from med3dvlm.prompts import REPORT_PROMPTS
@@ -37,12 +38,12 @@ SECONDS_BETWEEN = 0.05  # at least, between two states of an answer that are sen
 
 @dataclass(eq=False)
 class Workstation:
-    """Everything behind the page. `chat` has `encode`, `stream` and `familiarity` as Med3DChat has; `model` is its name for the page."""
+    """Everything behind the page. `chat` has `encode`, `stream` and `out_of_distribution` as Med3DChat has; `model` is its name for the page."""
 
     chat: Any
     model: str = "model"
     most_bytes: int = MOST_BYTES
-    insight: Insight = Insight()
+    analysis: Analysis = Analysis()
     room: int = psutil.virtual_memory().total // 2  # bytes for the scans of all sessions together
     sessions: Sessions = field(default_factory=Sessions)
     # Gradio names an upload by its content: two sessions that send the same file share one path, and the first to read it deletes it. The
@@ -95,14 +96,14 @@ class Workstation:
                 f"The scan needs {scan.nbytes / 2**30:.1f} GiB of memory, and the scans that are open leave less than that; "
                 "close another page, or crop the scan."
             )
-        session.put(scan)
+        session.open(scan)
 
     def open_example(self, session: Session, name: str) -> OpenScan:
         """Put one of EXAMPLES there. Raises VolumeError for another name."""
         if name not in EXAMPLES:
             raise VolumeError(f"There is no example {str(name)[:40]!r}; there are {', '.join(EXAMPLES)}.")
         scan = example(name)
-        session.put(scan)
+        session.open(scan)
         return scan
 
     def notice(self, session: Session) -> str:
@@ -129,7 +130,7 @@ class Workstation:
                 shown = time.monotonic()
                 yield turn
 
-    def draft(self, session: Session, report: str | None = None) -> Iterator[Turn]:
+    def draft_report(self, session: Session, report: str | None = None) -> Iterator[Turn]:
         """Let the model write the report; yields it as it grows, and it becomes the session's report in place of what stood there.
 
         `report` is what stands in the field, where a person may have written something that is still on its way.
@@ -143,7 +144,7 @@ class Workstation:
         if session.draft is not None and session.draft.open:
             raise ValueError(BUSY)
         if report is not None:
-            self.rewrite(session, report)
+            self.edit_report(session, report)
         if session.unsaved and session.warned != session.report:
             session.warned = session.report
             raise ValueError("The report was changed by hand and not saved. Save it first, or draft once more to replace it.")
@@ -154,18 +155,18 @@ class Workstation:
             turn.unlike = turn.state == "done" and bool(self.notice(session))
             if not turn.open or time.monotonic() - shown > SECONDS_BETWEEN:
                 shown = time.monotonic()
-                if session.write(turn, before if turn.state == "failed" else turn.answer):
+                if session.set_draft(turn, before if turn.state == "failed" else turn.answer):
                     yield turn
 
-    def rewrite(self, session: Session, report: str) -> None:
-        """The report as it stands in the field (see `Session.typed`). Raises ValueError where it is too long."""
+    def edit_report(self, session: Session, report: str) -> None:
+        """The report as it stands in the field (see `Session.set_report`). Raises ValueError where it is too long."""
         if report == session.report:
             return
         if len(report) > MOST_REPORT:
             raise ValueError(f"The report has {len(report)} characters but at most {MOST_REPORT} are taken; shorten it.")
-        session.typed(report)
+        session.set_report(report)
 
-    def notes(self, session: Session) -> tuple[str, ...]:
+    def report_notes(self, session: Session) -> tuple[str, ...]:
         """What a reader of the report has to know of the scan and of how the draft came about."""
         scan, draft = session.scan, session.draft
         notes = [f"About the scan: {warning}" for warning in scan.warnings] if scan is not None else []
@@ -178,8 +179,11 @@ class Workstation:
             notes.append(f"The model's confidence in its words: {100 * draft.confidence:.0f} %. It does not say whether they are true.")
         return tuple(notes)
 
-    def reading(self, session: Session, problem: str = "") -> dict[str, Any]:
-        """What report.js shows below the report: sections, findings, files to save, key images [label, address, number]; `problem` as in `talk`."""
+    def report_data(self, session: Session, problem: str = "") -> dict[str, Any]:
+        """What report.js shows below the report: sections, findings, files to save, key images [label, address, number].
+
+        `problem` is a sentence about the last thing that was tried.
+        """
         draft, line = session.draft, ""
         if draft is not None and draft.state == "failed":
             problem = problem or draft.answer
@@ -208,29 +212,29 @@ class Workstation:
     def explain(self, session: Session, number: int) -> None:
         """Lay on the viewer what moved the answer of that number. Raises ValueError, one sentence, where that cannot be."""
         scan, turns = session.scan, session.turns
-        if scan is None or self.insight.explain is None or not 0 <= number < len(turns) or not turns[number].answer:
+        if scan is None or self.analysis.explain is None or not 0 <= number < len(turns) or not turns[number].answer:
             raise ValueError("There is no answer to explain.")
         turn = turns[number]
-        cells = self.insight.explain(scan.volume, turn.question, turn.answer, history(turns[:number]))
-        self._lay(session, scan, cells, f"What moved the answer to “{turn.question}”")
+        cells = self.analysis.explain(scan.volume, turn.question, turn.answer, history(turns[:number]))
+        self._set_overlay(session, scan, cells, f"What moved the answer to “{turn.question}”")
 
-    def find(self, session: Session, phrase: str) -> None:
+    def find_phrase(self, session: Session, phrase: str) -> None:
         """Lay on the viewer where the scan resembles the phrase. Raises ValueError as `explain` does."""
         scan = session.scan
-        if scan is None or self.insight.find is None:
+        if scan is None or self.analysis.find is None:
             raise ValueError(NO_SCAN)
         if len(phrase) > MOST_CHARACTERS:
             raise ValueError(f"The phrase has {len(phrase)} characters but at most {MOST_CHARACTERS} are taken.")
-        self._lay(session, scan, self.insight.find(scan.volume, phrase), f"Where the scan resembles “{phrase.strip()}”")
+        self._set_overlay(session, scan, self.analysis.find(scan.volume, phrase), f"Where the scan resembles “{phrase.strip()}”")
 
-    def _lay(self, session: Session, scan: OpenScan, cells: Cells, label: str) -> None:
-        session.lay(scan, overlay(scan.volume, scan.picture, *cells, label))
+    def _set_overlay(self, session: Session, scan: OpenScan, cells: Cells, label: str) -> None:
+        session.set_overlay(scan, overlay(scan.volume, scan.picture, *cells, label))
 
-    def similar(self, session: Session) -> list[Case]:
+    def similar_cases(self, session: Session) -> list[Case]:
         """The cases of the index that the scan resembles. Raises ValueError as `explain` does."""
-        if session.scan is None or self.insight.similar is None:
+        if session.scan is None or self.analysis.similar is None:
             raise ValueError(NO_SCAN)
-        return self.insight.similar(session.scan.volume)
+        return self.analysis.similar(session.scan.volume)
 
     def add_key_image(self, session: Session, plane: str, index: int, window: tuple[float, float]) -> KeyImage:
         """Mark a slice as seen in the viewer: of "axial", "coronal" or "sagittal" number `index` from 0, shown from window[0] to window[1].
@@ -252,15 +256,15 @@ class Workstation:
         """Take the key image of that number out of the report again."""
         session.key_images.pop(number, None)
 
-    def save(self, session: Session, kind: str, text: str) -> bytes:
+    def save_report(self, session: Session, kind: str, text: str) -> bytes:
         """The report, of which `text` stands in the field, as a file of one of the kinds in SAVES. Raises ValueError where it cannot be."""
         if session.draft is not None and session.draft.open:
             raise ValueError("The report is being drafted; wait for it or stop it.")
-        self.rewrite(session, text)
+        self.edit_report(session, text)
         scan, author = session.scan, session.author
         source = {} if scan is None else origin(scan.volume, None if author == "hand" else self.model)
         pictures = tuple(session.key_images.values())
-        report = read_report(session.report, self.notes(session), author=author, origin=source, key_images=pictures)
+        report = read_report(session.report, self.report_notes(session), author=author, origin=source, key_images=pictures)
         session.saved = session.report
         if kind == "dcm":
             if scan is None or scan.files is None:
@@ -273,7 +277,7 @@ class Workstation:
             return report_zip(report)
         return {"txt": report_text, "md": report_markdown, "json": report_json}[kind](report).encode()
 
-    def talk(self, session: Session, problem: str = "") -> dict[str, Any]:
+    def conversation_data(self, session: Session, problem: str = "") -> dict[str, Any]:
         """The conversation for conversation.js; `problem` is a sentence about the last thing that was tried."""
         turns = [turn.shown() for turn in session.turns]
         scan = session.scan
@@ -281,10 +285,10 @@ class Workstation:
         suggestions = [] if scan is None or busy else suggest(scan.volume, {turn.question for turn in session.turns})
         return {
             "turns": turns, "suggestions": suggestions, "problem": problem, "explained": EXPLAINED, "scan": scan is not None,
-            "grounded": self.insight.explain is not None,
+            "grounded": self.analysis.explain is not None,
         }  # fmt: skip
 
-    def view(self, session: Session) -> dict[str, Any]:
+    def viewer_data(self, session: Session) -> dict[str, Any]:
         """The viewer's value for viewer.js."""
         scan, heat = session.scan, session.overlay
         return {

@@ -117,7 +117,7 @@ class Med3DChat:
             if (features := self._remembered(key)) is not None:
                 return features
             pixels = self.processor.image_processor(scan)["pixel_values"]  # (1, 1, D, H, W)
-            low, high = self.encoder(pixels.to(self.model.device, self.model.dtype))[-2:]
+            low, high = self.model.config.levels_of(self.encoder(pixels.to(self.model.device, self.model.dtype)))
             if key is not None:
                 with self._remembering:
                     self._encoded[key] = low, high

@@ -76,7 +76,7 @@ def fit_detector(train_features: Tensor, validation_features: Tensor, components
     """
     if len(train_features) < 20 or not len(validation_features):
         raise ValueError(
-            f"the out-of-distribution detector needs at least 20 training scans and a validation scan, not {len(train_features)} and {len(validation_features)}"
+            f"the detector needs at least 20 training scans and a validation scan, not {len(train_features)} and {len(validation_features)}"
         )
     train = train_features.double().cpu()
     mean, scale = train.mean(0), train.std(0)

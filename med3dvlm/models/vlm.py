@@ -6,7 +6,7 @@ Shapes: B conversations; L tokens; N image tokens; E width of the language model
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -44,6 +44,9 @@ class Med3DVLMConfig(PretrainedConfig):
         size: (D, H, W) of the volumes.
         projector: name of the projector, see `build_projector`.
         projector_depth: its depth.
+        image_levels: the two outputs of the encoder that the projector takes, counted as in a list (-1 is the last stage): the paper's are
+            the last two; (-3, -2) are finer grids, for places, and more tokens.
+        position_embedding: whether every token of the two is given its position, learned, before the projector.
         text_config: configuration of the language model, any type that AutoModelForCausalLM knows.
         image_token_id: the placeholder's id; it may lie beyond the language model's vocabulary, since it is never looked up.
         image_splice: "mask", or "published" for weights converted from the released model, which was trained with the
@@ -61,6 +64,8 @@ class Med3DVLMConfig(PretrainedConfig):
         size: Size = (128, 256, 256),
         projector: str = "mixer",
         projector_depth: int = 2,
+        image_levels: Sequence[int] = (-2, -1),
+        position_embedding: bool = False,
         text_config: dict[str, Any] | PretrainedConfig | None = None,
         image_token_id: int = 0,
         image_splice: str = "mask",
@@ -68,6 +73,14 @@ class Med3DVLMConfig(PretrainedConfig):
     ) -> None:
         if image_splice not in IMAGE_SPLICES:
             raise ValueError(f"image_splice {image_splice!r} is unknown; known: {', '.join(IMAGE_SPLICES)}")
+        if (
+            len(image_levels) != 2
+            or not all(isinstance(level, int) and level < 0 for level in image_levels)
+            or image_levels[0] >= image_levels[1]
+        ):
+            raise ValueError(
+                f"image_levels is {list(image_levels)} but must be two outputs of the encoder counted from its end, as [-2, -1]"
+            )
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         self.encoder = encoder
@@ -75,6 +88,8 @@ class Med3DVLMConfig(PretrainedConfig):
         self.size = check_size(size)
         self.projector = projector
         self.projector_depth = projector_depth
+        self.image_levels = list(image_levels)
+        self.position_embedding = position_embedding
         self.text_config = text_config
         self.image_token_id = image_token_id
         self.image_splice = image_splice
@@ -97,8 +112,20 @@ class Med3DVLMConfig(PretrainedConfig):
         return int(self.text_config.hidden_size)
 
     def _build_projector(self, encoder: Any) -> Projector:
-        low, high = encoder.grids(self.size)[-2:]
-        return build_projector(self.projector, (low, high), encoder.widths[-2:], self.language_width, self.projector_depth)
+        grids, widths, first = encoder.grids(self.size), encoder.widths, self.image_levels[0]
+        if len(grids) < -first:
+            raise ValueError(
+                f"image_levels is {self.image_levels} but {self.encoder} has {len(grids)} outputs; take levels from -{len(grids)}"
+            )
+        (low, high), (narrow, wide) = self.levels_of(grids), self.levels_of(widths)
+        return build_projector(
+            self.projector, (low, high), (narrow, wide), self.language_width, self.projector_depth, self.position_embedding
+        )
+
+    def levels_of(self, outputs: Sequence[Any]) -> tuple[Any, Any]:
+        """Of a list with an entry for every output of the encoder the two of `image_levels`."""
+        low, high = self.image_levels
+        return outputs[low], outputs[high]
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()
@@ -234,9 +261,8 @@ class Med3DVLM(PreTrainedModel, GenerationMixin):
         return logits
 
     def encode_image(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1, D, H, W) -> the tokens of the last two stages, (B, n_low, C_low) and (B, n_high, C_high)."""
-        low, high = self.vision_encoder(pixel_values)[-2:]
-        return low, high
+        """(B, 1, D, H, W) -> the tokens of the two `image_levels`, by default the last two stages: (B, n_low, C_low), (B, n_high, C_high)."""
+        return self.config.levels_of(self.vision_encoder(pixel_values))
 
     def embed(self, input_ids: Tensor, image_features: tuple[Tensor, Tensor] | None) -> Tensor:
         """Token embeddings with the image's in place of the placeholders: (B, L) -> (B, L, E).

@@ -167,6 +167,8 @@ def _cached_features(
     with arguments.main_process_first(local=False):
         model.eval().to(arguments.device)
         name = fingerprint(model.vision_encoder, str(data.summary["fingerprint"])) + ("" if split == "train" else f"-{split}")
+        if (levels := model.config.image_levels) != [-2, -1]:
+            name += f"-levels{levels[0]}{levels[1]}"
         path = Path(arguments.data) / "features" / f"image-{name}.safetensors"
         low, high = frozen_features(path, len(studies), compute, description=f"image features, {split}")
     return partial(_features_of, places, low, high)  # workers may have to be sent it: no lambda

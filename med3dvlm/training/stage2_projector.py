@@ -26,6 +26,11 @@ class Stage2Arguments(ConversationArguments):
     projector: str = field(default="mixer", metadata={"help": "mlp, low_high_mlp, mixer or spatial_pooling"})
     standardise: bool = field(default=False, metadata={"help": "start the projector from standardised features: sooner in short runs"})
     projector_depth: int = field(default=2, metadata={"help": "layers of the mixer"})
+    image_levels: list[int] = field(
+        default_factory=lambda: [-2, -1],
+        metadata={"help": "the encoder's two outputs that it takes, counted from the last, -1: the paper's are -2 -1, finer ones -3 -2"},
+    )
+    position_embedding: bool = field(default=False, metadata={"help": "give every token its position, learned, before the projector"})
 
 
 def main() -> None:
@@ -40,7 +45,13 @@ def main() -> None:
     started_from = {"clip": fingerprint(clip), "language_model": fingerprint(language_model)}
     processor = Med3DVLMProcessor(volumes, tokenizer)
     model = Med3DVLM.from_parts(
-        clip, language_model, processor.image_token_id, projector=arguments.projector, projector_depth=arguments.projector_depth
+        clip,
+        language_model,
+        processor.image_token_id,
+        projector=arguments.projector,
+        projector_depth=arguments.projector_depth,
+        image_levels=arguments.image_levels,
+        position_embedding=arguments.position_embedding,
     )
     processor.num_image_tokens = model.config.num_image_tokens
     train_only(model, lambda name: name.startswith("projector."))

@@ -18,9 +18,9 @@ def test_look_and_ask(visit, server, scan) -> None:
     expect(page.get_by_text(RESEARCH_NOTICE)).to_be_visible()
     expect(page.get_by_text("No scan yet")).to_be_visible()
     ask(page, "Anything?")
-    expect(page.locator(".conversation .plea")).to_contain_text("open a scan first")
+    expect(page.locator(".conversation .problem")).to_contain_text("open a scan first")
     page.wait_for_timeout(1500)  # and it stays
-    expect(page.locator(".conversation .plea")).to_be_visible()
+    expect(page.locator(".conversation .problem")).to_be_visible()
     assert page.get_by_label("Your question").input_value() == "Anything?"
     opened(page, scan())
     assert "Doe" not in page.content()
@@ -109,10 +109,10 @@ def test_stop_sampling_and_a_page_that_is_closed_while_an_answer_streams(visit, 
     ask(page, "slowly once more")
     wait_for(lambda: server.parrot.running)
     ask(page, "Meanwhile?")
-    expect(page.locator(".conversation .plea")).to_contain_text("An answer is being written")
+    expect(page.locator(".conversation .problem")).to_contain_text("An answer is being written")
     with changes(lambda: page.locator(".answered").last.text_content()):
         pass
-    expect(page.locator(".conversation .plea")).to_be_visible()
+    expect(page.locator(".conversation .problem")).to_be_visible()
     page.close()
     wait_for(lambda: not server.parrot.running)
     assert files_with_content(server.uploads) == []
@@ -127,9 +127,9 @@ def test_what_cannot_be_read_is_said_where_one_looks_and_the_open_scan_stays(vis
     expect(page.locator("#status .bar.error")).to_contain_text("cannot be read as")
     expect(page.locator("#loader input[type=file]")).to_be_attached()
     ask(page, "word " * 10_000)
-    expect(page.locator(".conversation .plea")).to_contain_text("at most 4000")
+    expect(page.locator(".conversation .problem")).to_contain_text("at most 4000")
     ask(page, " ")
-    expect(page.locator(".conversation .plea")).to_contain_text("type a question")
+    expect(page.locator(".conversation .problem")).to_contain_text("type a question")
     ask(page, "too small")
     expect(page.locator(".answered.failed")).to_contain_text("The volume is too small for the encoder.")
     ask(page, "still there?")
@@ -165,7 +165,7 @@ def test_a_dicom_series_is_reported_and_saved(visit, tmp_path) -> None:
     page.locator("#report textarea").fill("Cardiomegaly.")
     expect(page.locator(".reading .chip.present")).to_have_text("cardiomegaly")
     page.get_by_role("button", name="Draft the report").click()
-    expect(page.locator(".reading .plea")).to_contain_text("changed by hand")
+    expect(page.locator(".reading .problem")).to_contain_text("changed by hand")
     assert page.locator("#report textarea").input_value() == "Cardiomegaly."
     page.get_by_role("button", name="Draft the report").click()
     expect(page.locator(".reading .chip.present")).to_have_text("lung nodule")

@@ -23,7 +23,7 @@ from med3dvlm.app.accounts import Accounts, add
 from med3dvlm.app.accounts import main as accounts_main
 from med3dvlm.prompts import RESEARCH_NOTICE
 
-APP = Path(app.__file__).parent
+SCRIPT = Path(__file__).parents[2] / "app" / "chat.py"
 
 
 def test_no_model_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:
@@ -85,8 +85,8 @@ def test_what_a_killed_chat_left_goes_and_what_another_has_stays(tmp_path, monke
 
 
 def test_a_wrong_guess_takes_its_time_and_nobody_elses(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("accounts.SECONDS_AFTER_WRONG", 5.0)
-    monkeypatch.setattr("accounts.COST", {"n": 2**10, "r": 8, "p": 1})
+    monkeypatch.setattr("med3dvlm.app.accounts.SECONDS_AFTER_WRONG", 5.0)
+    monkeypatch.setattr("med3dvlm.app.accounts.COST", {"n": 2**10, "r": 8, "p": 1})
     add(tmp_path / "accounts.json", "anna", "correct horse")
     accounts = Accounts.load(tmp_path / "accounts.json")
     assert inspect.iscoroutinefunction(accounts.allows)  # as Gradio asks
@@ -103,7 +103,7 @@ def test_a_wrong_guess_takes_its_time_and_nobody_elses(tmp_path, monkeypatch) ->
         return seconds
 
     assert asyncio.run(guess()) < 4
-    monkeypatch.setattr("accounts.SECONDS_AFTER_WRONG", 0.2)
+    monkeypatch.setattr("med3dvlm.app.accounts.SECONDS_AFTER_WRONG", 0.2)
     started = time.monotonic()
     assert not asyncio.run(accounts.allows("anna", "no horse")) and time.monotonic() - started > 0.2
 
@@ -155,12 +155,11 @@ def test_the_program_serves_who_has_an_account_and_removes_its_private_folder_at
         fake.Med3DChat = type("Med3DChat", (), {{"from_pretrained": classmethod(lambda cls, path: cls())}})
         sys.modules["med3dvlm.inference.chat"] = fake
         sys.argv = ["chat.py", "--model", {str(model)!r}, "--port", "{free_port}", "--auth-file", {str(accounts)!r}]
-        sys.path.insert(0, {str(APP)!r})
-        runpy.run_path({str(APP / "chat.py")!r}, run_name="__main__")
+        runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     """
     environment = {**os.environ, "TMPDIR": str(temporary)}
     arguments = [sys.executable, "-c", textwrap.dedent(program)]
-    with subprocess.Popen(arguments, cwd=APP.parent, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(arguments, cwd=SCRIPT.parents[1], env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()
             assert "http://127.0.0.1:" in line and RESEARCH_NOTICE in line

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from med3dvlm.app import chat as app
-from med3dvlm.app.insight import Insight
+from med3dvlm.app.analysis import Analysis
 from med3dvlm.app.page import build
 from med3dvlm.app.workstation import Workstation
 
@@ -125,7 +125,7 @@ def test_controls_that_can_do_nothing_are_disabled(visit, scan) -> None:
 
 def test_a_server_that_went_away_is_said_and_the_words_can_be_saved(browser, scan, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    workstation = Workstation(Parrot(), "parrot", insight=Insight())
+    workstation = Workstation(Parrot(), "parrot", analysis=Analysis())
     blocks = build(workstation)
     context = browser.new_context(accept_downloads=True)
     try:
@@ -148,7 +148,7 @@ def test_a_server_that_went_away_is_said_and_the_words_can_be_saved(browser, sca
         with page.expect_download() as download:
             page.get_by_role("button", name="Text").click()
         assert Path(download.value.path()).read_text() == "My words."
-        expect(page.locator(".reading .plea")).to_contain_text("without notes")
+        expect(page.locator(".reading .problem")).to_contain_text("without notes")
     finally:
         context.close()
         blocks.close(verbose=False)

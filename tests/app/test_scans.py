@@ -16,7 +16,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from med3dvlm.app.scans import EXAMPLES, example, read_uploads, sweep
-from med3dvlm.app.sessions import Session
+from med3dvlm.app.session import Session
 from med3dvlm.app.workstation import Workstation
 from med3dvlm.volume import VolumeError
 
@@ -165,14 +165,14 @@ def test_another_series_of_a_study_is_opened_from_the_same_upload(tmp_path) -> N
     workstation, session = Workstation(SimpleNamespace(), "none"), Session()
     first = workstation.open_uploads(session, [str(path) for path in uploads])
     assert len(first.volume.array) == 8 and "above the picture" in " ".join(first.warnings)
-    listed = workstation.view(session)["series"]
+    listed = workstation.viewer_data(session)["series"]
     assert sorted(open for _, _, open in listed) == [False, True] and "Doe" not in str(listed)
     (other,) = [number for number, _, open in listed if not open]
     second = workstation.open_series(session, other)
     assert len(second.volume.array) == 5 and session.scan is second
-    assert [number for number, _, open in workstation.view(session)["series"] if open] == [other]
+    assert [number for number, _, open in workstation.viewer_data(session)["series"] if open] == [other]
     wanted = {pydicom.dcmread(path).SOPInstanceUID for path in short}
-    saved = pydicom.dcmread(io.BytesIO(workstation.save(session, "dcm", "Clear lungs.")))  # refers to the series that is open
+    saved = pydicom.dcmread(io.BytesIO(workstation.save_report(session, "dcm", "Clear lungs.")))  # refers to the series that is open
     named = {
         item.ReferencedSOPInstanceUID
         for item in saved.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence

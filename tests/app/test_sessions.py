@@ -17,7 +17,8 @@ from PIL import Image
 
 from med3dvlm.app.key_images import key_image
 from med3dvlm.app.scans import example
-from med3dvlm.app.sessions import BUSY, FULL, NO_SCAN, Session, Sessions
+from med3dvlm.app.session import BUSY, NO_SCAN, Session
+from med3dvlm.app.sessions import FULL, Sessions
 from med3dvlm.app.turns import BROKEN, Turn, history
 from med3dvlm.app.workstation import Workstation
 from med3dvlm.volume import VolumeError
@@ -26,7 +27,7 @@ from .conftest import Parrot
 
 
 def told(session: Session, parrot: Parrot, question: str) -> Turn:
-    session.pose(question)
+    session.ask(question)
     turn = session.claim()
     for _ in session.answer(parrot, turn):
         pass
@@ -36,7 +37,7 @@ def told(session: Session, parrot: Parrot, question: str) -> Turn:
 @pytest.fixture
 def session() -> Session:
     session = Session()
-    session.put(example("Chest phantom"))
+    session.open(example("Chest phantom"))
     return session
 
 
@@ -45,48 +46,48 @@ def test_asking_again_replaces_the_last_question_and_its_answer(session) -> None
     told(session, parrot, "First?")
     told(session, parrot, "Second?")
     for words in (None, "Changed?"):
-        session.pose_again(words)
+        session.ask_again(words)
         list(session.answer(parrot, session.claim()))
         assert [message["content"] for message in parrot.histories[-1]][::2] == ["First?"]
     assert [turn.question for turn in session.turns] == ["First?", "Changed?"]
     with pytest.raises(ValueError, match="type a question"):
-        session.pose_again("  ")
+        session.ask_again("  ")
     assert [turn.question for turn in session.turns] == ["First?", "Changed?"]  # nothing lost
     assert parrot.encoded == [len(session.scan.volume.array)]  # once for all answers
 
 
 def test_one_answer_at_a_time_and_only_one_writer(session) -> None:
-    session.pose("First?")
+    session.ask("First?")
     with pytest.raises(ValueError, match=BUSY):
-        session.pose("Second?")
+        session.ask("Second?")
     with pytest.raises(ValueError, match=BUSY):
-        session.pose_again()
+        session.ask_again()
     assert session.claim() is session.turns[0] and session.claim() is None
 
 
 def test_a_question_stopped_while_it_waits_is_never_written(session) -> None:
-    session.pose("First?")
+    session.ask("First?")
     session.stop()
     assert session.turns[0].state == "stopped" and session.claim() is None
-    session.pose("Second?")
+    session.ask("Second?")
     assert history(session.turns) == []
 
 
 def test_a_new_scan_ends_the_answer_about_the_old_one(session) -> None:
     parrot = Parrot()
-    session.pose("slowly")
+    session.ask("slowly")
     turn = session.claim()
     writing = session.answer(parrot, turn)
     while not turn.answer:
         next(writing)
     number = session.number
-    session.put(example("Abdomen phantom"))
+    session.open(example("Abdomen phantom"))
     list(writing)
     assert turn.state == "stopped" and parrot.running == 0
     assert session.turns == [] and session.features is None and session.number > number
     session.close()
     with pytest.raises(ValueError, match=NO_SCAN.split(":")[0]):
-        session.pose("Anything?")
+        session.ask("Anything?")
 
 
 def test_the_models_own_mistake_is_told_and_its_words_are_not_logged(session, caplog) -> None:
@@ -94,68 +95,68 @@ def test_the_models_own_mistake_is_told_and_its_words_are_not_logged(session, ca
         yield "The"
         raise RuntimeError("no place for Doe^Jane")
 
-    session.pose("First?")
+    session.ask("First?")
     turn = session.claim()
     list(session.answer(SimpleNamespace(encode=id, stream=fail), turn))
     assert turn.state == "failed" and turn.answer == BROKEN
     assert f"RuntimeError in {__file__}" in caplog.text and "Doe" not in caplog.text
-    session.pose("Second?")
+    session.ask("Second?")
 
 
 def test_nothing_of_an_old_scan_is_taken_for_the_new_ones(session) -> None:
     old, draft = session.scan, Turn("Report.")
     session.draft = draft
-    assert session.write(draft, "About the old one.") and session.report == "About the old one."
+    assert session.set_draft(draft, "About the old one.") and session.report == "About the old one."
 
     def encode(volume: object) -> str:
-        session.put(example("Abdomen phantom"))  # while the encoder is at work
+        session.open(example("Abdomen phantom"))  # while the encoder is at work
         return "features of the old one"
 
     session.encoded(SimpleNamespace(encode=encode))
     assert session.features is None and session.report == ""
-    assert not session.write(draft, "More about the old one.") and session.report == ""
-    session.lay(old, "heat")
+    assert not session.set_draft(draft, "More about the old one.") and session.report == ""
+    session.set_overlay(old, "heat")
     assert session.overlay is None
 
 
 def test_a_report_counts_as_changed_by_a_person_alone(session) -> None:
     """The page tells of every change, a draft's own words too, and some of them late."""
     workstation = Workstation(Parrot())
-    for _ in workstation.draft(session):
+    for _ in workstation.draft_report(session):
         if session.draft.open:
-            workstation.rewrite(session, session.report[:5])
+            workstation.edit_report(session, session.report[:5])
     words = session.report
     assert len(words) > 20 and not session.edited
     for late in (words[:7], words):
-        workstation.rewrite(session, late)
+        workstation.edit_report(session, late)
     assert session.report == words and not session.edited
-    workstation.rewrite(session, words + " Changed.")
+    workstation.edit_report(session, words + " Changed.")
     assert session.edited and session.author == "model, changed by hand"
     with pytest.raises(ValueError, match="changed by hand"):
-        list(workstation.draft(session))
+        list(workstation.draft_report(session))
     assert session.report == words + " Changed."
-    list(workstation.draft(session))
+    list(workstation.draft_report(session))
     assert session.report == words and not session.edited
-    workstation.rewrite(session, "By hand.")
+    workstation.edit_report(session, "By hand.")
     workstation.chat = SimpleNamespace(encode=id)  # whose draft fails
     with pytest.raises(ValueError, match="changed by hand"):
-        list(workstation.draft(session))
-    list(workstation.draft(session))
+        list(workstation.draft_report(session))
+    list(workstation.draft_report(session))
     assert session.report == "By hand." and session.edited
 
 
 def test_a_saved_report_says_of_what_scan_and_who_wrote_it(session) -> None:
     workstation = Workstation(Parrot(), "demo/parrot")
-    saved = json.loads(workstation.save(session, "json", "Typed by hand."))
+    saved = json.loads(workstation.save_report(session, "json", "Typed by hand."))
     assert saved["author"] == "hand" and "Draft" not in saved["notice"] and "model" not in saved["origin"]
     assert saved["origin"]["sha256"] == hashlib.sha256(session.scan.volume.array.tobytes()).hexdigest()
     session.report = ""
-    list(workstation.draft(session))
+    list(workstation.draft_report(session))
     words = session.report
-    saved = json.loads(workstation.save(session, "json", words))
+    saved = json.loads(workstation.save_report(session, "json", words))
     assert saved["author"] == "model" and saved["origin"]["model"] == "demo/parrot"
     assert any("confidence" in note for note in saved["notes"])
-    saved = workstation.save(session, "txt", words + " And more.").decode()
+    saved = workstation.save_report(session, "txt", words + " And more.").decode()
     assert saved.startswith("Draft written by a model and changed by hand.") and "confidence" not in saved
 
 
@@ -179,17 +180,17 @@ def test_key_images_are_the_slices_that_the_viewer_shows(session) -> None:
         assert (image.place is None) == (plane != "axial")
     place = session.key_images[1].place
     np.testing.assert_array_equal(scan.picture.stored[3], scan.volume.array[place])  # an axial phantom, rows and columns as on a screen
-    with zipfile.ZipFile(io.BytesIO(workstation.save(session, "zip", "A nodule."))) as archive:
+    with zipfile.ZipFile(io.BytesIO(workstation.save_report(session, "zip", "A nodule."))) as archive:
         assert archive.read("key_image_3.png") == image.png and "sagittal, slice 4 of" in archive.read("report.txt").decode()
     uneven = replace(scan, as_filed=False)  # resampled between the slices of the files
     assert key_image(uneven, "axial", 3, (0, 1)).place is None and key_image(scan, "axial", 3, (0, 1)).place == place
     workstation.remove_key_image(session, 2)
-    assert [label.partition(",")[0] for label, _, _ in workstation.reading(session)["pictures"]] == ["axial", "sagittal"]
+    assert [label.partition(",")[0] for label, _, _ in workstation.report_data(session)["pictures"]] == ["axial", "sagittal"]
     for _ in range(18):
         workstation.add_key_image(session, "axial", 0, (0, 1))
     with pytest.raises(ValueError, match="at most 20"):
         workstation.add_key_image(session, "axial", 0, (0, 1))
-    session.put(example("Abdomen phantom"))
+    session.open(example("Abdomen phantom"))
     assert session.key_images == {}
 
 
@@ -198,7 +199,7 @@ def test_a_scan_without_room_beside_the_open_ones_is_refused(scan, tmp_path) -> 
         return [str(shutil.copy(scan(slices), tmp_path / f"{slices}.nii.gz"))]
 
     workstation = Workstation(Parrot())
-    one, two = workstation.sessions.of("one"), workstation.sessions.of("two")
+    one, two = workstation.sessions.get("one"), workstation.sessions.get("two")
     scans = [workstation.open_uploads(one, sent(10)), workstation.open_uploads(two, sent(9))]
     workstation.room = sum(scan.nbytes for scan in scans)
     with pytest.raises(VolumeError, match="close another page, or crop the scan"):
@@ -210,108 +211,110 @@ def test_a_scan_without_room_beside_the_open_ones_is_refused(scan, tmp_path) -> 
 
 def test_above_the_limit_the_session_that_rested_longest_closes() -> None:
     sessions = Sessions(most=2)
-    one, two = sessions.of("one"), sessions.of("two")
-    one.put(example("Chest phantom"))
-    two.put(example("Chest phantom"))
-    assert sessions.of("one") is one
-    three = sessions.of("three")
+    one, two = sessions.get("one"), sessions.get("two")
+    one.open(example("Chest phantom"))
+    two.open(example("Chest phantom"))
+    assert sessions.get("one") is one
+    three = sessions.get("three")
     assert two.scan is None and one.scan is not None and len(sessions) == 2
     assert sessions.by_token(one.token) is one and sessions.by_token(two.token) is None
     sessions.close("one")
-    assert one.scan is None and sessions.of("three") is three
+    assert one.scan is None and sessions.get("three") is three
 
 
 def test_programs_do_not_take_the_place_of_who_works() -> None:
     sessions = Sessions(most=3)
-    page = sessions.arrive("page")
-    page.put(example("Chest phantom"))
+    page = sessions.connect("page")
+    page.open(example("Chest phantom"))
     with sessions.connection("connected"):
-        connected = sessions.of("connected")
-        connected.put(example("Chest phantom"))
+        connected = sessions.get("connected")
+        connected.open(example("Chest phantom"))
         for number in range(70):
-            sessions.of(f"call {number}")
+            sessions.get(f"call {number}")
         assert page.scan is not None and connected.scan is not None and len(sessions) == 3
-        asked = sessions.of("call 69")
-        asked.put(example("Chest phantom"))
-        asked.pose("Which?")
+        asked = sessions.get("call 69")
+        asked.open(example("Chest phantom"))
+        asked.ask("Which?")
         with pytest.raises(ValueError, match=re.escape(FULL)):
-            sessions.of("one more")  # an answer is being written there
+            sessions.get("one more")  # an answer is being written there
         asked.stop()
-        sessions.of("one more")
+        sessions.get("one more")
         assert asked.scan is None
-        sessions.arrive("second page")
-        sessions.arrive("third page")  # takes a program's place
+        sessions.connect("second page")
+        sessions.connect("third page")  # takes a program's place
         assert connected.scan is None and page.scan is not None
     with pytest.raises(ValueError, match=re.escape(FULL)):
-        sessions.arrive("fourth page")
-    sessions.leave("page")
-    sessions.arrive("fourth page")  # takes the place of one that is gone
+        sessions.connect("fourth page")
+    sessions.disconnect("page")
+    sessions.connect("fourth page")  # takes the place of one that is gone
     assert page.scan is None
 
 
 def test_a_page_that_is_loaded_again_goes_on_where_it_was(monkeypatch) -> None:
     sessions, parrot = Sessions(), Parrot()
-    page = sessions.arrive("before", "", "anna")
-    page.put(example("Chest phantom"))
+    page = sessions.connect("before", "", "anna")
+    page.open(example("Chest phantom"))
     page.report = "Typed by hand."
-    page.pose("slowly")
+    page.ask("slowly")
     writing = page.answer(parrot, page.claim())
     while not page.turns[0].answer:
         next(writing)
-    sessions.leave("before")
+    sessions.disconnect("before")
     assert [turn.state for turn in page.turns] == ["stopped"]
     writing.close()
     assert [turn.state for turn in page.turns] == ["stopped"] and page.turns[0].answer
     for token, owner in (("", "anna"), ("wrong", "anna"), (page.token, "ben"), (page.token, None)):
-        other = sessions.arrive("another", token, owner)
+        other = sessions.connect("another", token, owner)
         assert other is not page and other.scan is None
         sessions.close("another")
-    sessions.of("after")  # what the page asked for before it said who it is
-    assert sessions.arrive("after", page.token, "anna") is page and sessions.of("after") is page and len(sessions) == 1
+    sessions.get("after")  # what the page asked for before it said who it is
+    assert sessions.connect("after", page.token, "anna") is page and sessions.get("after") is page and len(sessions) == 1
     assert page.scan is not None and page.report == "Typed by hand." and page.left is None
-    sessions.leave("after")  # cut off
-    assert sessions.of("after") is page and page.left is None
+    sessions.disconnect("after")  # cut off
+    assert sessions.get("after") is page and page.left is None
 
 
 def test_a_page_that_stays_away_is_forgotten_later_with_an_unsaved_report(monkeypatch) -> None:
     planned = []
-    monkeypatch.setattr("sessions.threading.Timer", lambda seconds, act, given: planned.append((seconds, lambda: act(*given))) or Mock())
+    monkeypatch.setattr(
+        "med3dvlm.app.sessions.threading.Timer", lambda seconds, act, given: planned.append((seconds, lambda: act(*given))) or Mock()
+    )
     sessions = Sessions()
     for name, report, saved, seconds in (
         ("none", "", "", 600),
         ("unsaved", "Mine.", "", 4 * 3600),
         ("saved", "Mine.", "Mine.", 600),
     ):
-        page = sessions.arrive(name)
-        page.put(example("Chest phantom"))
+        page = sessions.connect(name)
+        page.open(example("Chest phantom"))
         page.report, page.saved = report, saved
-        sessions.leave(name)
+        sessions.disconnect(name)
         assert planned[-1][0] == seconds
-    sessions.of("saved")  # came back
+    sessions.get("saved")  # came back
     for _, act in planned:
         act()
-    assert len(sessions) == 1 and sessions.of("saved").scan is not None
+    assert len(sessions) == 1 and sessions.get("saved").scan is not None
 
-    sessions.leave("saved")
-    back = sessions.arrive("unsaved")
+    sessions.disconnect("saved")
+    back = sessions.connect("unsaved")
     back.report = "Mine."
-    sessions.leave("unsaved")
-    assert sessions.close_gone() and not sessions.close_gone() and sessions.of("unsaved") is back  # memory is needed
+    sessions.disconnect("unsaved")
+    assert sessions.close_gone() and not sessions.close_gone() and sessions.get("unsaved") is back  # memory is needed
 
 
 def test_words_typed_while_a_draft_is_written_stay(session) -> None:
     workstation = Workstation(Parrot())
-    writing = workstation.draft(session, "")
+    writing = workstation.draft_report(session, "")
     for _ in range(3):
         next(writing)
-    workstation.rewrite(session, "A nodule that I see.")
+    workstation.edit_report(session, "A nodule that I see.")
     assert list(writing) == [] and session.report == "A nodule that I see." and session.author == "model, changed by hand"
-    session.put(example("Abdomen phantom"))
+    session.open(example("Abdomen phantom"))
     with pytest.raises(ValueError, match="changed by hand and not saved"):
-        list(workstation.draft(session, "Typed just now."))
+        list(workstation.draft_report(session, "Typed just now."))
     assert session.report == "Typed just now."
-    workstation.save(session, "txt", "Typed just now.")
-    for _ in workstation.draft(session, "Typed just now."):  # saved, so nothing is lost
+    workstation.save_report(session, "txt", "Typed just now.")
+    for _ in workstation.draft_report(session, "Typed just now."):  # saved, so nothing is lost
         if session.draft.open:
-            workstation.rewrite(session, "Typed just now.")  # comes late
+            workstation.edit_report(session, "Typed just now.")  # comes late
     assert session.author == "model"

@@ -1,5 +1,7 @@
 """Med3DVLM: where the image goes in, what comes out, saving, LoRA, and language models of several families."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,17 @@ ENCODER = {"widths": [4, 4, 8, 8, 16], "layer_scale": 0.5}
 IMAGE_TOKEN = 400  # beyond the language model's vocabulary
 
 
-def build(family: str = "qwen2", size: tuple[int, int, int] = SIZE, projector: str = "mixer", **settings: Any) -> Med3DVLM:
+def build(
+    family: str = "qwen2",
+    size: tuple[int, int, int] = SIZE,
+    projector: str = "mixer",
+    levels: Sequence[int] = (-2, -1),
+    position_embedding: bool = False,
+    **settings: Any,
+) -> Med3DVLM:
     text_model = language_model(family, **settings)
-    config = Med3DVLMConfig("dcformer_nano", ENCODER, size, projector=projector, text_config=text_model.config, image_token_id=IMAGE_TOKEN)
+    image = {"projector": projector, "image_levels": levels, "position_embedding": position_embedding}
+    config = Med3DVLMConfig("dcformer_nano", ENCODER, size, text_config=text_model.config, image_token_id=IMAGE_TOKEN, **image)
     model = Med3DVLM(config, language_model=text_model)
     with torch.no_grad():
         for name, parameter in model.projector.named_parameters():
@@ -253,3 +263,22 @@ def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
     assert all(
         torch.allclose(gradient, dict(model.named_parameters())[name].grad, rtol=1e-4, atol=1e-6) for name, gradient in gradients.items()
     )
+
+
+@pytest.mark.parametrize("levels", [(-2, -1), (-3, -2), (-4, -1)])
+def test_any_two_levels_of_the_encoder_become_tokens(levels: tuple[int, int], tmp_path: Path) -> None:
+    model = build(projector="low_high_mlp", levels=levels, position_embedding=True)
+    outputs = model.vision_encoder(torch.zeros(1, 1, *SIZE))
+    assert model.config.num_image_tokens == outputs[levels[0]].shape[1] + outputs[levels[1]].shape[1]
+    low, high = model.encode_image(torch.zeros(1, 1, *SIZE))
+    torch.testing.assert_close(low, outputs[levels[0]])
+    torch.testing.assert_close(high, outputs[levels[1]])
+    model.save_pretrained(tmp_path)
+    again = Med3DVLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.projector(low, high), model.projector(low, high))
+
+
+@pytest.mark.parametrize("levels", [(-1, -2), (-1,), (0, 1), (-9, -1)])
+def test_levels_that_the_encoder_has_not_are_refused(levels: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="image_levels is"):
+        build(levels=levels)

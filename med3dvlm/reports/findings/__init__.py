@@ -1,12 +1,10 @@
-"""Findings in reports: `rules.py` reads them by the rules of `rules.yaml`, from the clauses that `clauses.py` cuts a report into; `scores.py`
-compares what two readers read."""
+"""Findings in reports: `rules.py` reads them by the rules of `rules.yaml`, from the clauses that `clauses.py` cuts a report into."""
 
 from med3dvlm.reports.findings.cues import STATES
 from med3dvlm.reports.findings.names import finding_name, label_names, named_labels
 from med3dvlm.reports.findings.phrases import RULES_FILE
 from med3dvlm.reports.findings.rules import (
     FINDINGS,
-    FINDINGS_ABDOMEN,
     FINDINGS_CT_RATE,
     Mention,
     find_mentions,
@@ -18,7 +16,6 @@ from med3dvlm.reports.findings.sections import headings
 
 __all__ = [
     "FINDINGS",
-    "FINDINGS_ABDOMEN",
     "FINDINGS_CT_RATE",
     "RULES_FILE",
     "STATES",

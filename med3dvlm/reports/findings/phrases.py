@@ -17,7 +17,8 @@ def rules_data() -> dict[str, Any]:
     """`rules.yaml` as it stands in the file."""
     import yaml
 
-    data: dict[str, Any] = yaml.safe_load(RULES_FILE.read_text(encoding="utf-8-sig"))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster
+    data: dict[str, Any] = yaml.load(RULES_FILE.read_text(encoding="utf-8-sig"), loader)
     return data
 
 

@@ -38,19 +38,7 @@ FINDINGS_CT_RATE = (
     "bronchiectasis",
     "interlobular_septal_thickening",
 )
-FINDINGS_ABDOMEN = (
-    "liver_mass",
-    "renal_cyst",
-    "kidney_stone",
-    "gallstone",
-    "splenomegaly",
-    "ascites",
-    "aortic_aneurysm",
-    "bowel_obstruction",
-    "hydronephrosis",
-    "pancreatic_mass",
-)
-FINDINGS = FINDINGS_CT_RATE + FINDINGS_ABDOMEN
+FINDINGS = tuple(rules_data()["findings"])  # those of CT-RATE, in its order, and others, of the abdomen
 
 
 @dataclass(frozen=True)

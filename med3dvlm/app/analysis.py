@@ -1,6 +1,6 @@
 """What else the models can show: where an answer or a phrase comes from in the scan, and which cases it resembles.
 
-`Insight` brings the package's functions to what the workstation needs; a part that there is no model for is None.
+`Analysis` brings the package's functions to what the workstation needs; a part that there is no model for is None.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Insight:
+class Analysis:
     """`explain(volume, question, answer, history)` and `find(volume, phrase)` say where, `similar(volume)` gives the nearest cases.
 
     They raise ValueError, one sentence, where they cannot.
@@ -40,7 +40,7 @@ class Insight:
     similar: Callable[[Volume], list[Case]] | None = None
 
 
-def load(chat: Any, contrastive: Path | None, index: Path | None) -> Insight:
+def load(chat: Any, contrastive: Path | None, index: Path | None) -> Analysis:
     """Everything that a Med3DChat, the directory of a Med3DCLIP and that of an index of cases give.
 
     `contrastive` is by default the model that made the index. Raises FileNotFoundError or ValueError where one is missing or of another kind.
@@ -71,4 +71,4 @@ def load(chat: Any, contrastive: Path | None, index: Path | None) -> Insight:
         assert cases is not None
         return [Case(hit.similarity, hit.report, cases.picture(hit)) for hit in cases.search_scan(volume, SIMILAR)]
 
-    return Insight(explain, find if finder else None, similar if cases else None)
+    return Analysis(explain, find if finder else None, similar if cases else None)

@@ -1,4 +1,4 @@
-"""The workstation driven by programs over localhost: the example that app/programs.py gives, wrong input, several sessions at once."""
+"""The workstation driven by programs over localhost: the example that med3dvlm/app/api.py gives, wrong input, several sessions at once."""
 
 import gc
 import json
@@ -15,9 +15,9 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from med3dvlm.app import programs
+from med3dvlm.app import api
 from med3dvlm.app.scans import sweep
-from med3dvlm.app.sessions import BUSY, NO_ANSWER, NO_QUESTION, NO_SCAN
+from med3dvlm.app.session import BUSY, NO_ANSWER, NO_QUESTION, NO_SCAN
 from med3dvlm.prompts import RESEARCH_NOTICE
 
 from .browsing import wait_for
@@ -36,7 +36,7 @@ def asked(session: Client, question: str) -> dict:
 
 
 def test_the_example_runs(server, scan, monkeypatch) -> None:
-    example = re.search(r"\n((?:    .*\n)+)", programs.__doc__)[1].replace("\n    ", "\n").strip()
+    example = re.search(r"\n((?:    .*\n)+)", api.__doc__)[1].replace("\n    ", "\n").strip()
     example = example.replace("http://127.0.0.1:7860", server.address).replace("scan.nii.gz", str(scan()))
     lines = [line.partition("  #")[0].replace("...", "print(state)") for line in example.splitlines()]
     assert len(lines) == 6
@@ -132,7 +132,7 @@ def test_nobody_passes_by_the_queue_or_goes_without_a_session(server) -> None:
         )
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(request, timeout=10)
-    assert server.workstation.sessions.of("").scan is None
+    assert server.workstation.sessions.get("").scan is None
 
 
 def test_one_file_from_two_at_once_and_twice_in_one_request(server, client, scan) -> None:
@@ -235,7 +235,7 @@ def test_sessions_see_their_own_scan_also_when_two_upload_the_same_file(server, 
 def test_a_closed_session_gives_its_memory_back_and_stops_its_answer(server, client, scan) -> None:
     session = client()
     read(session, scan())
-    workstation = server.workstation.sessions.of(session.session_hash)
+    workstation = server.workstation.sessions.get(session.session_hash)
     volume = weakref.ref(workstation.scan.volume)
     session.submit("slowly", api_name="/ask")
     wait_for(lambda: server.parrot.running)
@@ -248,7 +248,7 @@ def test_the_browsers_bytes_need_the_sessions_own_secret(server, client, scan) -
     session = client()
     read(session, scan())
     name = session.session_hash
-    workstation = server.workstation.sessions.of(name)
+    workstation = server.workstation.sessions.get(name)
     url = f"{server.address}workstation/{workstation.token}/scan/{workstation.number}"
     with urllib.request.urlopen(url) as answer:
         stored = np.frombuffer(answer.read(), "<i2").reshape(10, 20, 30)

@@ -1,4 +1,4 @@
-// Slabs, cine, full screen, and slices for the report. Runs after hands.js and before viewer.js, in the viewer's scope.
+// Slabs, cine, full screen, and slices for the report. Runs after input.js and before viewer.js, in the viewer's scope.
 
 const MODES = ["", "MIP", "MinIP", "Mean"];
 let playing = null;
@@ -38,7 +38,7 @@ function fullScreen() {
   else find(".workstation").requestFullscreen().catch((error) => say(`The browser does not show the viewer in full screen: ${error.message}.`, "error"));
 }
 
-// page.py's `mark` takes the slice. Where that fails it says so above the viewer.
+// events.py's `add_key_image` takes the slice. Where that fails it says so above the viewer.
 function addToReport() {
   const pane = panes[active], alone = slab.mode ? " It shows the slice alone, without the slab." : "";
   workstation.added = (label) => {

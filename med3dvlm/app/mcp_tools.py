@@ -22,9 +22,9 @@ from gradio.utils import get_upload_folder
 from pydantic import Field
 from starlette.routing import BaseRoute, Route
 
-from med3dvlm.app.programs import once
+from med3dvlm.app.api import once
 from med3dvlm.app.scans import PREFIX
-from med3dvlm.app.sessions import Session
+from med3dvlm.app.session import Session
 from med3dvlm.app.turns import sentence
 from med3dvlm.app.workstation import Workstation
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
@@ -84,6 +84,7 @@ def tools(workstation: Workstation, parallel: int = 2) -> tuple[list[BaseRoute],
         return await worked(scan, REPORT_PROMPTS[0])
 
     (route,) = server.streamable_http_app().routes
+    assert isinstance(route, Route)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:

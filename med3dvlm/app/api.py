@@ -8,7 +8,7 @@
     client.predict(handle_file("scan.nii.gz"), "Which organ is abnormal?", api_name="/answer")  # both in one, nothing is kept
 
 `/open` also lists the series of a study, as [number, what it is, whether it is open]; `/series` opens another one by its number.
-A Client is a session of its own, as a browser's page is. `/answer` and `/report` belong to none; tools.py offers the same to agents.
+A Client is a session of its own, as a browser's page is. `/answer` and `/report` belong to none; mcp_tools.py offers the same to agents.
 """
 
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ from typing import Any
 
 import gradio as gr
 
-from med3dvlm.app.sessions import Session
+from med3dvlm.app.session import Session
 from med3dvlm.app.turns import MALFORMED, sentence
 from med3dvlm.app.workstation import Workstation, listed
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 
 
-def sent(files: gr.File) -> gr.File:
-    """The same component, of which Gradio fetches nothing from an address: files are sent."""
+def uploaded_only(files: gr.File) -> gr.File:
+    """The same component, which refuses addresses: Gradio would fetch them."""
     move = files.async_move_resource_to_block_cache
 
     async def take(place: str | Path | None) -> str | None:
@@ -33,16 +33,16 @@ def sent(files: gr.File) -> gr.File:
             raise gr.Error("Send the file itself: this server fetches nothing from an address.", print_exception=False)
         return await move(place)
 
-    files.async_move_resource_to_block_cache = take  # type: ignore[method-assign]
+    files.async_move_resource_to_block_cache = take  # type: ignore[assignment, method-assign]
     return files
 
 
 def session_of(workstation: Workstation, request: gr.Request) -> Session:
-    """Raises gr.Error for a caller who gives no session: all such would share one."""
+    """The caller's session. Raises gr.Error for a call that names none: all such calls would share one."""
     if not request.session_hash:
         raise gr.Error("The call names no session; give a session_hash, as gradio_client does.", print_exception=False)
     with sentences():
-        return workstation.sessions.of(request.session_hash)
+        return workstation.sessions.get(request.session_hash)
 
 
 def endpoints(workstation: Workstation, modelling: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ def endpoints(workstation: Workstation, modelling: dict[str, Any]) -> None:
         if None in (question, temperature, top_p):
             raise gr.Error(MALFORMED, print_exception=False)
         with sentences():
-            turn = session.pose(question)
+            turn = session.ask(question)
         for _ in workstation.answer(session, temperature=temperature, top_p=top_p):
             yield turn.shown()
         yield turn.shown()
@@ -104,7 +104,7 @@ def endpoints(workstation: Workstation, modelling: dict[str, Any]) -> None:
         return answer(scan, REPORT_PROMPTS[0])
 
     with gr.Column(visible=False):
-        files, scan = sent(gr.File(file_count="multiple", label="Files of a scan")), sent(gr.File(label="Scan"))
+        files, scan = uploaded_only(gr.File(file_count="multiple", label="Files of a scan")), uploaded_only(gr.File(label="Scan"))
         question, said = gr.Textbox(label="Question"), gr.JSON(label="Answer")
         temperature, top_p = gr.Number(0, label="Temperature"), gr.Number(1, label="Top-p")
         number = gr.Number(label="Series")
@@ -127,7 +127,7 @@ def once(workstation: Workstation, session: Session, uploads: list[str], questio
     """Open, ask, and close again; `keep` as in `Workstation.open_uploads`. Raises ValueError, one sentence, where there is no answer."""
     try:
         workstation.open_uploads(session, uploads, keep)
-        turn = session.pose(question)
+        turn = session.ask(question)
         for _ in workstation.answer(session):
             pass
         if turn.state == "failed":
@@ -139,7 +139,7 @@ def once(workstation: Workstation, session: Session, uploads: list[str], questio
 
 @contextmanager
 def sentences() -> Iterator[None]:
-    """What is wrong with a program's request reaches it as that sentence; Gradio would hide it."""
+    """Raise errors as gr.Error with a sentence, which reaches the caller; Gradio hides others."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  told in a sentence

@@ -1,0 +1,211 @@
+"""One person's workstation: the scan that is open, the conversation about it, the report. Nothing here knows the page."""
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from med3dvlm.app.scans import OpenScan
+from med3dvlm.app.turns import Turn, history, sentence
+from med3dvlm.app.viewer import Overlay
+from med3dvlm.reports.draft import KeyImage
+
+MOST_CHARACTERS = 4000  # of a question, about 700 words
+NO_SCAN = "Please open a scan first: drop its file on the viewer, or take an example."
+NO_QUESTION = "Please type a question first."
+NO_ANSWER = "The model gave no answer; please ask in other words."
+BUSY = "An answer is being written; wait for it or stop it."
+
+
+@dataclass(eq=False)
+class Session:
+    """One workstation. `token` is the secret under which its browser fetches what belongs to it."""
+
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    scan: OpenScan | None = None
+    number: int = 0  # of the scan, so that nothing of an old one is taken for the new one's
+    features: Any = None  # the encoder's, of this scan
+    turns: list[Turn] = field(default_factory=list)
+    overlay: Overlay | None = None  # on the viewer
+    overlays: int = 0  # so far, which numbers them
+    draft: Turn | None = None  # of the report, as the model writes it
+    report: str = ""  # as it stands in the field
+    key_images: dict[int, KeyImage] = field(default_factory=dict)  # that go with the report, by number
+    marked: int = 0  # of them so far, which numbers them
+    saved: str = ""  # the report as it was saved last
+    before: str = ""  # the report that a draft replaces
+    warned: str = ""  # the changed report of which a person was told that a draft would replace it
+    page: bool = False  # a browser shows it, or did before it left; else a program's
+    owner: str | None = None  # the account of who sees the page
+    seen: float = field(default_factory=time.monotonic)  # the last sign of life
+    left: float | None = None  # when the page was closed, loaded again or cut off
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    def open(self, scan: OpenScan) -> None:
+        """A new scan: whatever was said about the one before ends and goes."""
+        with self._lock:
+            self.close()
+            self.scan = scan
+
+    def clear(self) -> None:
+        """A new conversation about the same scan."""
+        self.stop()
+        self.turns, self.overlay = [], None
+
+    def stop(self) -> None:
+        """End the answer that is being written, if one is."""
+        if waiting := self.claim():
+            waiting.state = "stopped"
+        for turn in self.turns:
+            turn.stop.set()
+
+    def stop_draft(self) -> None:
+        """The same for the report."""
+        if self.draft is not None:
+            self.draft.stop.set()
+
+    def set_overlay(self, scan: OpenScan, overlay: Overlay) -> None:
+        """Put it on the viewer, unless another scan was opened meanwhile."""
+        with self._lock:
+            if self.scan is scan:
+                self.overlay = overlay
+                self.overlays += 1
+
+    def set_draft(self, draft: Turn, report: str) -> bool:
+        """What a draft has come to is the report, unless another one was begun or another scan opened; whether it is."""
+        with self._lock:
+            if self.draft is draft:
+                self.report = report
+            return self.draft is draft
+
+    @property
+    def author(self) -> str:
+        """Who wrote the report, a key of `reports.draft.NOTICES`."""
+        if self.draft is None or not self.draft.answer.strip() or self.draft.state == "failed":
+            return "hand"
+        return "model, changed by hand" if self.edited else "model"
+
+    @property
+    def edited(self) -> bool:
+        """Whether the report is a person's: not what the draft came to. A draft's own words may arrive late, while and after it is written."""
+        if self.draft is not None and (self.draft.open or self.report == self.draft.answer):
+            return False
+        return bool(self.report.strip())
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether a person wrote or changed the report and it was not saved since."""
+        return self.edited and self.report != self.saved
+
+    def set_report(self, report: str) -> None:
+        """The report as it stands in the field. While a draft is written, its own words come back, some late; a person's own end the draft."""
+        with self._lock:
+            draft = self.draft
+            if draft is not None and draft.open:
+                if report == self.before or draft.answer.startswith(report):
+                    return
+                draft.stop.set()
+                self.draft = replace(draft, state="stopped")  # the writer's own is not this one any more
+            self.report = report
+
+    def disconnect(self) -> None:
+        """The page is gone, for a while or for good: nobody reads what is being written."""
+        self.stop()
+        self.stop_draft()
+        for turn in (*self.turns, *([self.draft] if self.draft else [])):
+            if turn.open:
+                turn.state = "stopped"
+        self.left = time.monotonic()
+
+    def close(self) -> None:
+        """Everything of the scan goes, whatever is being written ends."""
+        with self._lock:
+            self.number += 1
+            self.clear()
+            self.stop_draft()
+            self.scan = self.features = self.draft = self.overlay = None
+            self.report = self.warned = self.saved = self.before = ""
+            self.key_images = {}
+
+    def ask(self, question: str) -> Turn:
+        """The next turn, still waiting for its answer.
+
+        Raises:
+            ValueError: there is no scan or no question, the question is too long, or an answer is still being written; one sentence.
+        """
+        question = question.strip()
+        if self.scan is None:
+            raise ValueError(NO_SCAN)
+        if not question:
+            raise ValueError(NO_QUESTION)
+        if len(question) > MOST_CHARACTERS:
+            raise ValueError(f"The question has {len(question)} characters but at most {MOST_CHARACTERS} are taken; ask a shorter one.")
+        if self.turns and self.turns[-1].open:
+            raise ValueError(BUSY)
+        self.turns.append(Turn(question))
+        return self.turns[-1]
+
+    def ask_again(self, question: str | None = None) -> Turn:
+        """The last question once more, or another one in its place. Raises ValueError as `ask` does."""
+        if not self.turns:
+            raise ValueError(NO_QUESTION)
+        if self.turns[-1].open:
+            raise ValueError(BUSY)
+        last = self.turns.pop()
+        try:
+            return self.ask(last.question if question is None else question)
+        except ValueError:
+            self.turns.append(last)
+            raise
+
+    def claim(self) -> Turn | None:
+        """The turn that waits for an answer, now being written by whoever called; None where none waits."""
+        with self._lock:
+            turn = self.turns[-1] if self.turns else None
+            if turn is None or turn.state != "waiting":
+                return None
+            turn.state = "writing"
+            return turn
+
+    def answer(self, chat: Any, turn: Turn, **sampling: Any) -> Iterator[Turn]:
+        """Let the model write a claimed turn's answer; yields it at first and after each piece. It ends when the turn is told to stop."""
+        yield turn
+        earlier = self.turns[: self.turns.index(turn)] if turn in self.turns else []
+        try:
+            yield from self._write(chat, turn, history(earlier), **sampling)
+        except Exception as error:  # noqa: BLE001  told in a sentence, the program's own mistakes in the log, too
+            turn.state, turn.answer = "failed", sentence(error)
+        except BaseException:  # a page that went away: the turn must not stay open
+            turn.state = "stopped"
+            raise
+        yield turn
+
+    def _write(self, chat: Any, turn: Turn, earlier: list[dict[str, str]], **sampling: Any) -> Iterator[Turn]:
+        pieces = chat.stream(self.encoded(chat), turn.question, history=earlier, **sampling)
+        try:
+            while not turn.stop.is_set():
+                turn.answer += next(pieces)
+                yield turn
+            turn.state = "stopped"
+        except StopIteration as end:
+            said = end.value
+            if not turn.answer.strip():
+                raise ValueError(NO_ANSWER) from None
+            turn.seconds, turn.tokens, turn.confidence, turn.state = said.seconds, said.tokens, said.confidence, "done"
+        finally:
+            pieces.close()
+
+    def encoded(self, chat: Any) -> Any:
+        """The scan as the language model gets it, computed once."""
+        with self._lock:
+            scan, features = self.scan, self.features
+        if scan is None:
+            raise ValueError(NO_SCAN)
+        if features is None:
+            features = chat.encode(scan.volume)
+            with self._lock:
+                if self.scan is scan:
+                    self.features = features
+        return features
