@@ -358,7 +358,7 @@ class VolumeProcessor(BaseImageProcessor):
             result &= np.expand_dims(inside, tuple({0, 1, 2} - {axis}))
         return torch.from_numpy(np.ascontiguousarray(result))
 
-    def to_scan(self, values: Tensor | NDArray[Any], volume: Volume) -> Tensor:
+    def to_scan(self, values: Tensor | NDArray[Any], volume: Volume, placement: NDArray[np.float64] | None = None) -> Tensor:
         """What lies on the grid of `transform(volume)`, on the scan's own: the inverse of what `transform` does to the scan's grid.
 
         Real numbers, such as scores, are linear between voxels; whole numbers and booleans, such as masks, are those of the nearest voxel.
@@ -367,6 +367,7 @@ class VolumeProcessor(BaseImageProcessor):
         Args:
             values: (..., D, H, W) of the processor's `size`.
             volume: the scan that `transform` was given.
+            placement: what `placement` returns for it, straightened where the processor straightens; it is computed where not given.
 
         Returns:
             (..., D, H, W) of the scan's own shape, of the type of the values and on their device.
@@ -379,7 +380,9 @@ class VolumeProcessor(BaseImageProcessor):
             raise ValueError(f"The values are {tuple(values.shape)} but end on (D, H, W) = {self.size}, the processor's size.")
         straightens = self.straighten and not volume.regular
         matrices = volume.straightening().matrices() if straightens else np.eye(4)
-        back = np.linalg.inv(self.placement(volume.straighten() if straightens else volume)) @ matrices
+        if placement is None:
+            placement = self.placement(volume.straighten() if straightens else volume)
+        back = np.linalg.inv(placement) @ matrices
         return sample(values, volume.shape, np.broadcast_to(back, (volume.shape[0], 4, 4)))
 
     def _on_grid(self, made: Any) -> Tensor:

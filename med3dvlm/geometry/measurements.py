@@ -116,11 +116,12 @@ def side_of(mask: Mask, places: Places, middle: float) -> str | None:
     """
     total, left, cut = 0.0, 0.0, 0.0
     for label, box in _parts(mask):
-        voxels = _voxels(label, box)
-        share = places.millilitres[voxels[:, 0]]
-        on_left = places.at(voxels)[:, 0] < middle
-        volume = float(share.sum())
-        of_left = float(share[on_left].sum())
+        depth, rows, columns = (np.arange(edge.start, edge.stop) for edge in box)
+        along, down, across = places.steps[0]
+        beyond = middle - places.origin[0] - np.add.outer(down * rows, across * columns)  # x left for the way along D
+        of_slice = [np.count_nonzero(along * place < beyond[part]) for place, part in zip(places.slices[depth], label, strict=True)]
+        volume = float(label.sum(axis=(1, 2)) @ places.millilitres[depth])
+        of_left = float(np.array(of_slice) @ places.millilitres[depth])
         total, left = total + volume, left + of_left
         if min(of_left, volume - of_left) > (1 - ONE_SIDE) * volume:
             cut += volume

@@ -166,9 +166,10 @@ class Segmenter:
         if not isinstance(scan, Volume):
             raise ValueError("A mask lies on a scan's own grid: give a path or a Volume, not a prepared tensor.")
         volume, places = scan, scan.places
-        likely, presence = self.probabilities(self.processor(volume)["pixel_values"], texts)
+        pixels, placement = self.processor.transform_and_placement(volume.straighten() if self.processor.straighten else volume)
+        likely, presence = self.probabilities(pixels[None], texts)
         masks = [
-            self.on_scan(one, volume, threshold) if score > THRESHOLD else np.zeros(volume.shape, bool)
+            self.on_scan(one, volume, placement, threshold) if score > THRESHOLD else np.zeros(volume.shape, bool)
             for one, score in zip(likely, presence.tolist(), strict=True)
         ]
         middle = None if places is None else measurements.body_middle(volume.array, places, volume.unit == "HU")
@@ -177,9 +178,9 @@ class Segmenter:
             for text, mask, score in zip(texts, masks, presence.tolist(), strict=True)
         ]
 
-    def on_scan(self, likely: Tensor, volume: Volume, threshold: float) -> NDArray[np.bool_]:
+    def on_scan(self, likely: Tensor, volume: Volume, placement: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
         """Where the probabilities (D', H', W') exceed the threshold, on the scan's own grid."""
         # What lies a voxel and more from every one above the threshold cannot exceed it between voxels: as zeros it costs nothing.
         near = functional.max_pool3d(likely[None, None], 3, stride=1, padding=1)[0, 0] > threshold
-        mask: NDArray[np.bool_] = (self.processor.to_scan(likely * near, volume) > threshold).cpu().numpy()
+        mask: NDArray[np.bool_] = (self.processor.to_scan(likely * near, volume, placement) > threshold).cpu().numpy()
         return mask
