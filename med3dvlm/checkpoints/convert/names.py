@@ -310,35 +310,22 @@ _PLACEHOLDER = re.compile(r"\{(\w+)([+-]\d+)?\}")
 def _compiled(pattern: str) -> tuple[re.Pattern[str], dict[str, int]]:
     """As a regular expression, with what is to be subtracted from each number."""
     shifts: dict[str, int] = {}
-    expression = ""
-    for literal, name, shift in re.findall(r"([^{]*)(?:\{(\w+)([+-]\d+)?\})?", pattern):
-        expression += re.escape(literal)
-        if name:
-            shifts[name] = int(shift or 0)
-            expression += f"(?P<{name}>{_expression(name)})"
-    return re.compile(expression), shifts
 
+    def group(found: re.Match[str]) -> str:
+        name, shift = found.groups()
+        shifts[name] = int(shift or 0)
+        return f"(?P<{name}>{'.+' if name == 'rest' else '[0-9]+' if len(name) == 1 else '[^.]+'})"
 
-def _expression(placeholder: str) -> str:
-    if placeholder == "rest":
-        return ".+"
-    return r"\d+" if len(placeholder) == 1 else "[^.]+"
+    return re.compile(_PLACEHOLDER.sub(group, pattern.replace(".", "[.]"))), shifts
 
 
 def _match(pattern: str, name: str) -> dict[str, str] | None:
     """What the pattern's placeholders stand for in the name."""
     expression, shifts = _compiled(pattern)
     found = expression.fullmatch(name)
-    if found is None:
+    if found is None or any(shift and int(found[key]) < shift for key, shift in shifts.items()):
         return None
-    values = found.groupdict()
-    for placeholder, shift in shifts.items():
-        if shift:
-            number = int(values[placeholder]) - shift
-            if number < 0:
-                return None
-            values[placeholder] = str(number)
-    return values
+    return {key: str(int(found[key]) - shift) if shift else found[key] for key, shift in shifts.items()}
 
 
 def _fill(pattern: str, values: dict[str, str]) -> str:

@@ -229,32 +229,26 @@ def write_safetensors(folder: Path, tensors: Mapping[str, Stored], read: Callabl
     Args:
         read: gives a tensor of that shape and type; called once for each, when its turn comes.
     """
-    shards: list[list[str]] = [[]]
-    room = largest
-    for name in sorted(tensors):
-        size = _bytes_of(tensors[name])
-        if shards[-1] and size > room:
-            shards.append([])
-            room = largest
-        shards[-1].append(name)
-        room -= size
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    sizes = {name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta") for name in sorted(tensors)}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=largest)
     digests: dict[str, str] = {}
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        index |= dict.fromkeys(names, file)
+    for file, names in plan.filename_to_tensors.items():
         # The widest types first, so that every tensor begins at a multiple of its own width.
-        digests |= _write_file(
-            folder / file, {name: tensors[name] for name in sorted(names, key=lambda name: -tensors[name].dtype.itemsize)}, read
-        )
-    if len(shards) > 1:
-        text = json.dumps({"metadata": {"total_size": sum(map(_bytes_of, tensors.values()))}, "weight_map": index}, indent=1)
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        names = sorted(names, key=lambda name: -tensors[name].dtype.itemsize)
+        digests |= _write_file(folder / file, {name: tensors[name] for name in names}, read)
+    if plan.is_sharded:
+        index = json.dumps({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}, indent=1)
+        (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
     return _combined(digests, tensors)
 
 
 def _write_file(file: Path, tensors: Mapping[str, Stored], read: Callable[[str], Tensor]) -> dict[str, str]:
-    """One file, in the format that the documentation of safetensors describes; gives the digest of each tensor."""
+    """One file, in the format that the documentation of safetensors describes; gives the digest of each tensor.
+
+    safetensors' own `save_file` wants all tensors of a file in memory at once.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, stored in tensors.items():
