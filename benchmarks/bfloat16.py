@@ -13,7 +13,7 @@ from med3dvlm import evaluation
 from med3dvlm.checkpoints import load_clip
 from med3dvlm.datasets.store import same_preprocessing
 from med3dvlm.datasets.torch import PairCollator, load_volumes
-from med3dvlm.metrics.retrieval import partner_ranks, retrieval_scores
+from med3dvlm.metrics.retrieval import retrieval_ranks, retrieval_scores
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         reports = model.encode_text(**{name: value.to(model.device) for name, value in texts.items()}).cpu()
     full, half = embed(torch.float32), embed(torch.bfloat16)
     cosines = torch.nn.functional.cosine_similarity(full, half)
-    moved = abs(partner_ranks(full, reports) - partner_ranks(half, reports))
+    moved = abs(retrieval_ranks(full, reports)["image_to_text"] - retrieval_ranks(half, reports)["image_to_text"])
     scores = {
         "studies": len(studies),
         "cosine": {"least": float(cosines.min()), "mean": float(cosines.mean())},

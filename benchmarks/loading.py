@@ -17,7 +17,7 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from med3dvlm.datasets.phantom import write_phantoms
 from med3dvlm.datasets.preparation import finish, prepare, prepare_one
 from med3dvlm.datasets.store import PreparedData, volume_path
 from med3dvlm.files import read_lines, write_json
-from med3dvlm.plots import memory_curve
+from med3dvlm.plots.canvas import new_page, plain, save
+from med3dvlm.plots.preparation import COLOURS
 from med3dvlm.preprocessing import RECIPES
 from med3dvlm.records import Study
 
@@ -72,6 +73,19 @@ class Files(Dataset[Tensor]):
         import SimpleITK as sitk
 
         return torch.from_numpy(sitk.GetArrayFromImage(sitk.ReadImage(str(self.paths[index]))))[None]
+
+
+def memory_curve(samples: Sequence[tuple[int, Mapping[str, float]]], path: str | Path) -> Path:
+    """Memory in MB against the volumes read so far, [(volumes, {"all processes": MB, ...}), ...]."""
+    page = new_page(6.4, 3.6)
+    axes = page.add_subplot()
+    for name, colour in zip(samples[0][1], COLOURS, strict=False):
+        axes.plot([volumes for volumes, _ in samples], [memory[name] for _, memory in samples], color=colour, linewidth=1.6, label=name)
+    axes.set(xlabel="volumes read", ylabel="MB", title="Memory over an epoch")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+    plain(axes)
+    return save(page, path)
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def picture(path: Path) -> np.ndarray:
         lambda path: plots.precision_recall_curves({"ascites": ([0, 1], [0.5, 0.4])}, path),
         lambda path: plots.calibration_curve([(0.1, 0.0, 30), (0.95, 1.0, 5)], path),
         lambda path: plots.cases([STUDY, STUDY | {"prediction": "word " * 2000}], path),
-        lambda path: plots.montage(VOLUME, (5.0, 0.7, 0.7), path, title="scan.nii.gz", orientation="SPL"),
+        lambda path: plots.montage(VOLUME, (5.0, 0.7, 0.7), path, orientation="SPL"),
         lambda path: plots.montage(VOLUME[:1], None, path),
         lambda path: plots.montage(np.zeros((3, 4, 5), dtype=np.int16), None, path),
     ],

@@ -245,14 +245,10 @@ def similar_reports(reports: Sequence[str], threshold: float = SAME_REPORT) -> l
 
 def groups(size: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     """For each of `size` places the smallest place that pairs lead to from it, itself where there is none."""
-    root = list(range(size))
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def find(place: int) -> int:
-        while root[place] != place:
-            root[place] = place = root[root[place]]
-        return place
-
-    for first, second in pairs:
-        one, other = sorted((find(first), find(second)))
-        root[other] = one
-    return [find(place) for place in range(size)]
+    ends = np.array([*pairs], dtype=np.int64).reshape(-1, 2)
+    _, group = connected_components(coo_array((np.ones(len(ends)), ends.T), shape=(size, size)), directed=False)
+    _, smallest = np.unique(group, return_index=True)
+    return smallest[group].tolist()

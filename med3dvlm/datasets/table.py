@@ -4,7 +4,7 @@
     report     its text
     id         optional: a name for the study; the image's path without its ending
     patient    optional: whose scan it is; the id, so state it where patients have several scans
-    split      optional: train, validation, test or what you like; without it, patients are dealt out 80/10/10 (see `dealt`)
+    split      optional: train, validation, test or what you like; without it, patients are divided 80/10/10 (see `default_split`)
     question, answer, choices, kind
                optional: a question about the scan, its answer, for a closed one the choices ("Yes|No"; in .jsonl also a list),
                and one of plane, phase, organ, abnormality, location, other
@@ -73,7 +73,7 @@ SHOWN = 10
 
 
 def splits(root: str | Path) -> list[str]:
-    """The splits that the table names, or into which it is dealt out. Raises FileNotFoundError or ValueError where it is missing or wrong."""
+    """The splits that the table names, or into which it is divided. Raises FileNotFoundError or ValueError where it is missing or wrong."""
     return list(dict.fromkeys(study.split for study in _read(Path(root))[0]))
 
 
@@ -116,7 +116,7 @@ def table_of(root: Path) -> Path:
     return named[0] if named else found[0]
 
 
-def dealt(patient: str) -> str:
+def default_split(patient: str) -> str:
     """The split of a patient where the table names none: by the SHA-256 of the name, 80 % train, 10 % validation, 10 % test.
 
     It depends on the name alone, so that a patient stays where they are when others come.
@@ -179,9 +179,9 @@ def _study(image: str, facts: Mapping[str, Any], has_splits: bool) -> Study:
     ending = next((ending for ending in READERS if image.lower().endswith(ending)), "")
     name = facts.get("id") or image[: -len(ending) or None]
     patient = facts.get("patient") or name
-    split = facts.get("split") if has_splits else dealt(patient)
+    split = facts.get("split") if has_splits else default_split(patient)
     if not split:
-        raise ValueError(f"{facts['where']}: split is empty; name one, or delete the column to have patients dealt out")
+        raise ValueError(f"{facts['where']}: split is empty; name one, or delete the column to have patients divided")
     labels = {column.removeprefix(LABEL): value for column, value in facts.items() if column.startswith(LABEL)}
     try:
         return Study(name, patient, image, facts.get("report", ""), labels, split, "table", _reading(facts))
@@ -257,8 +257,8 @@ def _text(name: str, value: Any) -> str:
 
 def _means_nothing(name: str, text: str, row: Mapping[str, str]) -> bool:
     """Whether a cell counts as empty. "None" is an answer where a question is asked."""
-    told = name == "answer" and text.casefold() in MAY_SAY_NONE and not is_missing(row.get("question", ""))
-    return is_missing(text) and not told
+    is_answer = name == "answer" and text.casefold() in MAY_SAY_NONE and not is_missing(row.get("question", ""))
+    return is_missing(text) and not is_answer
 
 
 def _split(text: str, spelled: dict[str, str]) -> str:

@@ -98,11 +98,6 @@ def recall_curve(
     return curves
 
 
-def partner_ranks(queries: Any, candidates: Any) -> NDArray[np.int64]:
-    """(N,) ranks, from 1, of candidate i among all candidates for query i, by cosine similarity, ties against it."""
-    return _ranks(normalised(queries, "queries"), normalised(candidates, "candidates"), None)[0]
-
-
 def _ranks(
     images: NDArray[np.float64], texts: NDArray[np.float64], equal: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

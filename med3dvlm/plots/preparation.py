@@ -1,4 +1,4 @@
-"""Pictures of prepared data: what lies in a store, and the memory that reading it takes."""
+"""A picture of what lies in a store of prepared data."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,18 +57,3 @@ def _histograms(axes: Any, series: Mapping[str, Any]) -> None:
         axes.stairs(np.histogram(values, edges)[0], edges, color=colour, linewidth=1.6, label=label or None)
     if any(series):
         axes.legend(frameon=False, fontsize=8)
-
-
-def memory_curve(samples: Sequence[tuple[int, Mapping[str, float]]], path: str | Path) -> Path:
-    """Memory in MB against the volumes read so far, [(volumes, {"all processes": MB, ...}), ...]."""
-    if not samples:
-        raise ValueError("memory_curve needs at least one sample, got none.")
-    page = new_page(6.4, 3.6)
-    axes = page.add_subplot()
-    for name, colour in zip(samples[0][1], COLOURS, strict=False):
-        axes.plot([volumes for volumes, _ in samples], [memory[name] for _, memory in samples], color=colour, linewidth=1.6, label=name)
-    axes.set(xlabel="volumes read", ylabel="MB", title="Memory over an epoch")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
-    plain(axes)
-    return save(page, path)

@@ -4,7 +4,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 DOWNWARD, RIGHTWARD = "IP", "LP"
 OPPOSITE = dict(zip("RLAPIS", "LRPASI", strict=True))
 AXIS_OF = dict(zip("RLAPIS", ("LR", "LR", "AP", "AP", "IS", "IS"), strict=True))
+
+
+class Scan(NamedTuple):
+    """What is drawn: the volume (D, H, W), its geometry as for `montage`, and the intensities that are black and white."""
+
+    volume: NDArray[np.float32]
+    spacing: Any
+    orientation: str | None
+    window: tuple[float, float]
+    direction: NDArray[np.float64] | None = None
 
 
 def cases(studies: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
@@ -40,35 +50,17 @@ def cases(studies: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         top=1 - 0.1 / page.get_figheight(), wspace=0.04, hspace=0.04,
     )  # fmt: skip
     for row, (study, text) in enumerate(zip(studies, texts, strict=True)):
-        array = _volume(study["array"])
-        _check_geometry(study.get("spacing"), study.get("orientation"))
-        for column, plane in enumerate(range(3)):
-            axes = page.add_subplot(grid[row, column])
-            _show(
-                axes,
-                array,
-                plane,
-                array.shape[plane] // 2,
-                study.get("spacing"),
-                study.get("orientation"),
-                (0.0, 1.0),
-                anchor="N",
-            )
+        scan = Scan(_volume(study["array"]), study.get("spacing"), study.get("orientation"), (0.0, 1.0))
+        _check_geometry(scan.spacing, scan.orientation)
+        for plane in range(3):
+            _show(page.add_subplot(grid[row, plane]), scan, plane, scan.volume.shape[plane] // 2, anchor="N")
         axes = page.add_subplot(grid[row, 3])
         axes.axis("off")
         top = 0.04
         for style, lines in text:
             for content in lines:
-                axes.text(
-                    0.03,
-                    1 - top / heights[row],
-                    content,
-                    transform=axes.transAxes,
-                    va="top",
-                    fontsize=7.5,
-                    parse_math=False,
-                    **style,
-                )
+                place = 0.03, 1 - top / heights[row]
+                axes.text(*place, content, transform=axes.transAxes, va="top", fontsize=7.5, parse_math=False, **style)
                 top += line
     return save(page, path)
 
@@ -77,7 +69,6 @@ def montage(
     array: Any,
     spacing: tuple[float, float, float] | None,
     path: str | Path,
-    title: str | None = None,
     columns: int = 6,
     rows: int = 3,
     orientation: str | None = None,
@@ -111,9 +102,8 @@ def montage(
     cell, half = 1.6, 1.6 * columns / 2
     slices_height = grid_rows * (cell * heights[0] + 0.05)
     reformats_height = min(max(half * heights[1], half * heights[2]), 4.5)
-    note = "" if spacing is not None else "spacing unknown: voxels drawn as cubes"
-    heading = "\n".join(filter(None, [title, note]))
-    head, foot = 0.1 + 0.22 * len(heading.splitlines()), 0.3
+    heading = "" if spacing is not None else "spacing unknown: voxels drawn as cubes"
+    head, foot = 0.32 if heading else 0.1, 0.3
     total = head + slices_height + 0.3 + reformats_height + foot
     page = new_page(cell * columns + 0.1, total, layout="none")
     if heading:
@@ -122,25 +112,22 @@ def montage(
         grid_rows, columns, left=0.005, right=0.995, wspace=0.03, hspace=0.03,
         top=1 - head / total, bottom=(foot + reformats_height + 0.3) / total,
     )  # fmt: skip
-    dark = LABEL_BACKGROUND | {"facecolor": "black"}
+    scan = Scan(volume, spacing, orientation, window, direction)
+    number: dict[str, Any] = {
+        "color": "white",
+        "ha": "right",
+        "va": "bottom",
+        "fontsize": 7,
+        "bbox": LABEL_BACKGROUND | {"facecolor": "black"},
+    }
     for cell_index, index in enumerate(indices):
         axes = page.add_subplot(upper[cell_index // columns, cell_index % columns])
-        _show(axes, volume, 0, int(index), spacing, orientation, window, direction, letters=cell_index == 0)
-        axes.text(
-            0.98,
-            0.02,
-            str(index),
-            transform=axes.transAxes,
-            color="white",
-            ha="right",
-            va="bottom",
-            fontsize=7,
-            bbox=dark,
-        )
+        _show(axes, scan, 0, int(index), letters=cell_index == 0)
+        axes.text(0.98, 0.02, str(index), transform=axes.transAxes, **number)
     lower = page.add_gridspec(1, 2, left=0.005, right=0.995, top=(foot + reformats_height) / total, bottom=foot / total, wspace=0.03)
     for plane in (1, 2):
         axes = page.add_subplot(lower[0, plane - 1])
-        _show(axes, volume, plane, volume.shape[plane] // 2, spacing, orientation, window, direction, letters=True)
+        _show(axes, scan, plane, volume.shape[plane] // 2, letters=True)
         axes.set_title(f"reformat at {'row' if plane == 1 else 'column'} {volume.shape[plane] // 2}", fontsize=8, pad=3)
     return save(page, path)
 
@@ -179,18 +166,9 @@ def _aspect(shape: Sequence[int], plane: int, spacing: Any, orientation: str | N
     return float(shape[vertical] * steps[vertical] / (shape[horizontal] * steps[horizontal]))
 
 
-def _show(
-    axes: "Axes",
-    volume: NDArray[np.float32],
-    plane: int,
-    index: int,
-    spacing: Any,
-    orientation: str | None,
-    window: tuple[float, float],
-    direction: NDArray[np.float64] | None = None,
-    letters: bool = False,
-    anchor: str = "C",
-) -> None:
+def _show(axes: "Axes", scan: Scan, plane: int, index: int, letters: bool = False, anchor: str = "C") -> None:
+    """The slice `index` across axis `plane`, perhaps with the letters of its edges."""
+    volume, spacing, orientation, window, direction = scan
     vertical, horizontal, flip_vertical, flip_horizontal = _axes_of(plane, orientation)
     picture = np.take(volume, index, axis=plane)  # (first, second) of the two remaining axes
     if vertical > horizontal:

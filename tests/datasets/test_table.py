@@ -86,7 +86,7 @@ def test_patients_are_dealt_out_by_their_names(tmp_path: Path) -> None:
     counts = Counter(split for _, split in set(where.values()))
     assert 290 <= counts["train"] <= 350 and 22 <= counts["validation"] <= 60 and 22 <= counts["test"] <= 60
     # written down once: whoever prepares the same table next year gets the same split
-    assert [table.dealt(name) for name in ("p1", "p2", "p11", "p26")] == ["validation", "train", "test", "train"]
+    assert [table.default_split(name) for name in ("p1", "p2", "p11", "p26")] == ["validation", "train", "test", "train"]
 
 
 def test_a_study_without_report_is_a_failure(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_what_a_program_writes_for_no_value_is_no_value(word: str, tmp_path: Pat
     root = write(tmp_path / "mine", text + missing)
     failures: list[dict[str, str]] = []
     found = [table.read(root, split, failures) for split in table.splits(root)]
-    assert [study for studies, _ in found for study in studies] == [Study("a", "a", "a.nii", "x", {}, table.dealt("a"), "table")]
+    assert [study for studies, _ in found for study in studies] == [Study("a", "a", "a.nii", "x", {}, table.default_split("a"), "table")]
     assert not any(questions for _, questions in found) and [failure["study"] for failure in failures] == ["b"]
     assert f"table.csv: patient is '{word}' in 1 rows, the first in line 2; it counts as empty." in caplog.text
 
@@ -217,7 +217,9 @@ def test_a_missing_value_in_json_is_no_name(tmp_path: Path) -> None:
     root = write(tmp_path / "mine", "\n".join(map(json.dumps, lines)), "table.JSONL")
     studies = [study for split in table.splits(root) for study in table.read(root, split)[0]]
     assert {study.patient for study in studies} == {*map(str, range(20)), "7"} and len({study.split for study in studies}) > 1
-    assert {study.id: study.split for study in studies if study.patient == "7"} == dict.fromkeys(("7", "s7", "88"), table.dealt("7"))
+    assert {study.id: study.split for study in studies if study.patient == "7"} == dict.fromkeys(
+        ("7", "s7", "88"), table.default_split("7")
+    )
     csv = write(tmp_path / "csv", "image,report,patient\na.nii,x,7\nb.nii,x,7.0\nc.nii,x,007\n")
     patients = {study.id: study.patient for split in table.splits(csv) for study in table.read(csv, split)[0]}
     assert patients == {"a": "7", "b": "7", "c": "007"}

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from med3dvlm.metrics import retrieval
-from med3dvlm.metrics.retrieval import partner_ranks, rank_values, recall_curve, retrieval_ranks, retrieval_scores
+from med3dvlm.metrics.retrieval import rank_values, recall_curve, retrieval_ranks, retrieval_scores
 
 
 def looped_ranks(queries: NDArray[np.float64], candidates: NDArray[np.float64]) -> list[int]:
@@ -57,9 +57,9 @@ def test_pool_takes_the_first_pairs(pairs: tuple[NDArray[np.float64], NDArray[np
 
 def test_ties_count_against_us() -> None:
     same = np.full((5, 3), 0.1)
-    assert partner_ranks(same, same).tolist() == [5] * 5
+    assert retrieval_ranks(same, same)["image_to_text"].tolist() == [5] * 5
     assert retrieval_scores(same, same)["image_to_text"] == {"r1": 0, "r5": 1, "r10": 1, "median_rank": 5, "mrr": 0.2}
-    assert partner_ranks(np.zeros((4, 2)), np.eye(4, 2)).tolist() == [4] * 4  # an all-zero embedding finds nothing
+    assert retrieval_ranks(np.zeros((4, 2)), np.eye(4, 2))["image_to_text"].tolist() == [4] * 4  # an all-zero embedding finds nothing
 
 
 def test_blocks_change_nothing(pairs: tuple[NDArray[np.float64], NDArray[np.float64]], monkeypatch: pytest.MonkeyPatch) -> None:
