@@ -1,9 +1,9 @@
-"""What else the models can show: where an answer or a phrase comes from in the scan, and which cases it resembles.
+"""What else the models can show: masks of findings, where an answer or a phrase comes from in the scan, and which cases it resembles.
 
 `Analysis` brings the package's functions to what the workstation needs; a part that there is no model for is None.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from med3dvlm.inference.segmentation import Segmentation
 from med3dvlm.volume import Volume
 
 MOST_CELLS = 128  # of an overlay along an axis; the page draws smoothly between them
 SIMILAR = 4
+SEGMENTERS = ("segmenter", "segmentation")  # folders within or beside the model that may hold a segmenter
 
 Cells = tuple[NDArray[np.float32], int]  # 0..1 at every step-th voxel of the volume along (D, H, W), from the first, and the step
+Segment = Callable[[Volume, Sequence[str]], list[Segmentation]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Analysis:
-    """`explain(volume, question, answer, history)` and `find(volume, phrase)` say where, `similar(volume)` gives the nearest cases.
+    """`explain(volume, question, answer, history)` and `find(volume, phrase)` say where, `similar(volume)` gives the nearest cases,
+    `segment(volume, names)` a mask for each name on the volume's own grid.
 
     They raise ValueError, one sentence, where they cannot.
     """
@@ -38,12 +42,20 @@ class Analysis:
     explain: Callable[[Volume, str, str, list[dict[str, str]]], Cells] | None = None
     find: Callable[[Volume, str], Cells] | None = None
     similar: Callable[[Volume], list[Case]] | None = None
+    segment: Segment | None = None
 
 
-def load(chat: Any, contrastive: Path | None, index: Path | None) -> Analysis:
-    """Everything that a Med3DChat, the directory of a Med3DCLIP and that of an index of cases give.
+def find_segmenter(model: Path) -> Path | None:
+    """The folder of a segmenter within or beside a model's folder, None where there is none."""
+    folders = [place / name for place in (model, model.resolve().parent) for name in SEGMENTERS]
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
-    `contrastive` is by default the model that made the index. Raises FileNotFoundError or ValueError where one is missing or of another kind.
+
+def load(chat: Any, contrastive: Path | None, index: Path | None, segmenter: Path | None = None) -> Analysis:
+    """Everything that a Med3DChat and the directories of a Med3DCLIP, of an index of cases and of a Med3DSegmenter give.
+
+    `contrastive` is by default the model that made the index. With a segmenter there are masks in the place of
+    overlays of saliency. Raises FileNotFoundError or ValueError where one is missing or of another kind.
     """
     from med3dvlm.inference.saliency import PhraseSaliency, SaliencyMap, answer_saliency, place
 
@@ -61,7 +73,7 @@ def load(chat: Any, contrastive: Path | None, index: Path | None) -> Analysis:
         cases = CaseIndex(index, contrastive)
         cases.embedder  # noqa: B018  loaded now, not at somebody's first question
         contrastive = cases.model
-    finder = None if contrastive is None else PhraseSaliency.from_pretrained(contrastive)
+    finder = None if contrastive is None or segmenter is not None else PhraseSaliency.from_pretrained(contrastive)
 
     def find(volume: Volume, phrase: str) -> Cells:
         assert finder is not None
@@ -71,4 +83,8 @@ def load(chat: Any, contrastive: Path | None, index: Path | None) -> Analysis:
         assert cases is not None
         return [Case(hit.similarity, hit.report, cases.picture(hit)) for hit in cases.search_scan(volume, SIMILAR)]
 
+    if segmenter is not None:
+        from med3dvlm.inference.segmentation import Segmenter
+
+        return Analysis(similar=similar if cases else None, segment=Segmenter.from_pretrained(segmenter).segment_all)
     return Analysis(explain, find if finder else None, similar if cases else None)

@@ -10,9 +10,9 @@ nobody read, for some minutes), and each browser session has a scan of its own.
 
 Where to find what: layout.py (what stands where) and events.py (what each control does), which page.py connects; workstation.py (what can be
 done), session.py, sessions.py and turns.py (who is there and what was said), scans.py (files in), viewer.py and viewer.js (the viewer; layout.py
-lists its other scripts), common.js, conversation.js, report.js, page_load.js, page_unload.js, analysis.py (overlays, similar cases),
-key_images.py (slices for the report), routes.py (what the browser fetches), api.py (functions for programs), mcp_tools.py (for agents),
-accounts.py and guard.py (who may come in).
+lists its other scripts), common.js, conversation.js, report.js, page_load.js, page_unload.js, analysis.py (overlays, similar cases, segmentation),
+masks.py and masks.js (masks of findings), key_images.py (slices for the report), routes.py (what the browser fetches), api.py (functions for
+programs), mcp_tools.py (for agents), accounts.py and guard.py (who may come in).
 """
 
 import argparse
@@ -35,6 +35,7 @@ import psutil
 from starlette.middleware import Middleware
 
 from med3dvlm.app.accounts import Accounts
+from med3dvlm.app.analysis import find_segmenter
 from med3dvlm.app.analysis import load as load_analysis
 from med3dvlm.app.guard import Guard
 from med3dvlm.app.layout import THEME, file
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--allow-host {wrong[0]} is not a name or an address; give it as scans.example.org or 192.0.2.1:7860.")
         accounts = None if arguments.auth_file is None else Accounts.load(arguments.auth_file)
         chat = load(arguments.model)
-        analysis = load_analysis(chat, arguments.contrastive, arguments.index)
+        analysis = load_analysis(chat, arguments.contrastive, arguments.index, arguments.segmenter or find_segmenter(arguments.model))
         for ending in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(ending, signal.default_int_handler)  # so that the private folder goes then, too
         warnings.simplefilter("ignore")  # a library's may quote a header
@@ -157,6 +158,10 @@ def options() -> argparse.ArgumentParser:
         "--contrastive", type=Path, help="directory of a contrastive model (stage 1), which shows where a scan resembles a phrase"
     )
     parser.add_argument("--index", type=Path, help="index of cases, made by `med3dvlm index`: offers the cases that a scan resembles")
+    parser.add_argument(
+        "--segmenter", type=Path, metavar="FOLDER",
+        help="directory of a segmentation model, which draws findings (default: segmenter or segmentation within or beside the model)",
+    )  # fmt: skip
     parser.add_argument("--mcp", action="store_true", help="offer answer and report as MCP tools, too, under /gradio_api/mcp/")
     return parser
 

@@ -9,6 +9,12 @@ function make(tag, kind, words = "", more = {}) {
   return Object.assign(node, more);
 }
 
+function download(blob, name) {
+  const link = make("a", "", "", { href: URL.createObjectURL(blob), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);  // at once would be before a busy browser has it
+}
+
 function button(words, kind, act, title = "") {
   const node = make("button", kind, words, { type: "button", title });
   node.addEventListener("click", act);
@@ -17,14 +23,17 @@ function button(words, kind, act, title = "") {
 
 // What one part has to know of the others, once for the whole page. Each part sets what it knows and calls `tell`.
 const workstation = (window.med3dvlm ??= {
-  scan: false, turns: 0, answering: false, drafting: false, lost: "", parts: [],  // `parts`: what to call when the connection is lost or back
+  scan: false, segmenter: false, turns: 0, answering: false, drafting: false, lost: "", parts: [],  // `parts`: what to call when the connection is lost or back
   unsaved: () => false, mayOpen: () => true, added: () => {},  // of the report: its words are unsaved, a scan may replace it, an image came to it
+  locate: () => {},  // shows a finding on the scan, by name
 });
 
 function tell(known = {}) {
   Object.assign(workstation, known);
   enable();
 }
+
+const PHRASE = ["Type a finding first", "Type a finding, or draft the report first"];
 
 // Controls that can do nothing are disabled and say why.
 function enable() {
@@ -34,7 +43,7 @@ function enable() {
     "#clear": [!workstation.turns && "There is no conversation yet"],
     "#draft": [workstation.drafting && "The report is being drafted", !workstation.scan && "Open a scan first"],
     "#end-draft": [!workstation.drafting && "No draft is being written"],
-    "#phrase button": [!workstation.scan && "Open a scan first", !written("#phrase textarea, #phrase input") && "Type a finding first"],
+    "#phrase button": [!workstation.scan && "Open a scan first", !written("#phrase textarea, #phrase input") && !(workstation.segmenter && written("#report textarea")) && PHRASE[workstation.segmenter ? 1 : 0]],
     "#search": [!workstation.scan && "Open a scan first"],
   };
   for (const [selector, reasons] of Object.entries(needs)) {

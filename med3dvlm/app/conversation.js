@@ -34,8 +34,21 @@ function edit(row, turn) {
   field.focus();
 }
 
+// The answer's words, of which those that name a finding lead to it on the scan.
+function worded({ answer, stated }) {
+  const letters = Array.from(answer), parts = [];  // as the server counts, not as JavaScript does
+  let end = 0;
+  for (const [from, to, name] of stated) {
+    const words = letters.slice(from, to).join("");
+    parts.push(letters.slice(end, from).join(""), button(words, "finding", () => workstation.locate(name), `Show ${name} on the scan`));
+    end = to;
+  }
+  return [...parts, letters.slice(end).join("")];
+}
+
 function answered(turn, last, index, explained) {
-  const card = make("div", `answered ${turn.state}`), text = make("div", "text", turn.answer);
+  const card = make("div", `answered ${turn.state}`), text = make("div", "text");
+  text.append(...worded(turn));
   if (turn.state === "waiting") text.replaceChildren(make("span", "dots", "Waiting for the model"));
   card.append(text);
   const line = make("div", "line");

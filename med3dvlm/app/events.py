@@ -90,7 +90,10 @@ class ScanEvents(Events):
         switched.then(self.check, None, self.page.notice, **EACH, **hidden)
         overlaid = [scan.status, scan.viewer]
         self.page.conversation.log.select(self.explain_answer, None, overlaid, **hidden)
-        scan.phrase.submit(self.find_phrase, scan.phrase, overlaid, **hidden)
+        find = self.find_phrase if self.workstation.analysis.segment is None else self.find_findings
+        scan.phrase.submit(find, scan.phrase, overlaid, **hidden)
+        scan.viewer.submit(self.find_named, None, overlaid, **hidden)
+        scan.viewer.delete(self.remove_mask, None, scan.viewer, **AT_ONCE)
         scan.viewer.select(self.add_key_image, None, [scan.status, self.page.report.summary], **AT_ONCE)
         self.page.cases.search.click(
             self.find_cases, None, self.page.cases.found, show_progress="minimal", api_visibility="private", **self.model_queue
@@ -124,14 +127,28 @@ class ScanEvents(Events):
 
     def explain_answer(self, event: gr.EventData, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         number = int(event.value)
-        yield from self._overlay(lambda session: self.workstation.explain(session, number), request)
+        yield from self._show("Computing the overlay", lambda session: self.workstation.explain(session, number), request)
 
     def find_phrase(self, words: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
-        yield from self._overlay(lambda session: self.workstation.find_phrase(session, words), request)
+        yield from self._show("Computing the overlay", lambda session: self.workstation.find_phrase(session, words), request)
 
-    def _overlay(self, act: Callable[[Session], None], request: gr.Request) -> Iterator[tuple[Any, ...]]:
+    def find_findings(self, words: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        """The findings that the report states, or what is typed."""
+        yield from self._show("Segmenting findings", lambda session: self.workstation.segment(session, words), request)
+
+    def find_named(self, event: gr.EventData, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        """A finding that was clicked in the report or in an answer."""
+        name = str(event.value)
+        yield from self._show(f"Segmenting {name}", lambda session: self.workstation.segment(session, name), request)
+
+    def remove_mask(self, event: gr.EventData, request: gr.Request) -> dict[str, Any]:
         session = self.session(request)
-        yield alert("busy", "Computing the overlay"), self.workstation.viewer_data(session)
+        self.workstation.remove_mask(session, int(event.value))
+        return self.workstation.viewer_data(session)
+
+    def _show(self, busy: str, act: Callable[[Session], None], request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        session = self.session(request)
+        yield alert("busy", busy), self.workstation.viewer_data(session)
         try:
             act(session)
             yield no_alert(), self.workstation.viewer_data(session)

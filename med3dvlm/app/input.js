@@ -72,7 +72,7 @@ Pane.prototype.keys = function keys(shift) {
     Enter: () => (drawn ? finish() : enlarge(this.name)), Escape: drawn ? () => discard(drawn) : undefined,
     d: () => drawWithKeys("distance", this), e: () => drawWithKeys("ellipse", this), b: () => drawWithKeys("rectangle", this),
     Delete: () => discard(measures.at(-1)), Backspace: () => discard(measures.at(-1)),
-    p: play, f: fullScreen, m: nextSlab, k: addToReport, 0: reset, r: reset, c: () => { marks = !marks; refresh(); },
+    p: play, f: fullScreen, m: nextSlab, k: addToReport, v: showAll, n: nextMask, 0: reset, r: reset, c: () => { marks = !marks; refresh(); },
   };
 };
 

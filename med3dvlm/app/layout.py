@@ -18,7 +18,16 @@ HERE = Path(__file__).parent
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
 THEME = gr.themes.Base(primary_hue="sky", secondary_hue="sky", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"])
 LOG_OUT = '<a class="log-out" href="logout">Log out</a>'
-VIEWER = ("voxels.js", "pane.js", "measure.js", "input.js", "cine.js", "series.js", "viewer.js")  # they share a scope, in this order
+VIEWER = (
+    "voxels.js",
+    "pane.js",
+    "measure.js",
+    "masks.js",
+    "input.js",
+    "cine.js",
+    "series.js",
+    "viewer.js",
+)  # they share a scope, in this order
 
 
 def file(name: str) -> str:
@@ -120,10 +129,14 @@ def scan_region(workstation: Workstation) -> ScanRegion:
             examples = [gr.Button(name, size="sm", variant="secondary") for name in EXAMPLES]
     status = gr.HTML(visible=False, elem_id="status")
     viewer = custom_html("viewer", workstation.viewer_data(Session()), "viewer", VIEWER)
-    with gr.Row(elem_id="finding", visible=workstation.analysis.find is not None):
+    analysis = workstation.analysis
+    asks, act = "Where does the scan resemble … (a finding, in words)", "Show"
+    if analysis.segment is not None:
+        asks, act = "A finding in words; empty: those that the report states", "Find findings"
+    with gr.Row(elem_id="finding", visible=analysis.find is not None or analysis.segment is not None):
         phrase = gr.Textbox(
-            show_label=False, label="A finding to look for", placeholder="Where does the scan resemble … (a finding, in words)",
-            submit_btn="Show", lines=1, max_lines=1, container=False, elem_id="phrase", max_length=200,
+            show_label=False, label="A finding to look for", placeholder=asks, submit_btn=act, lines=1, max_lines=1,
+            container=False, elem_id="phrase", max_length=200,
         )  # fmt: skip
     facts = gr.HTML(elem_id="facts")
     return ScanRegion(uploaded_only(loader), examples, status, viewer, phrase, facts)

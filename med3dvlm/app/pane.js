@@ -75,6 +75,7 @@ class Pane {
     context.drawImage(this.slice, ...area);
     if (heat && this.cutHeat()) this.drawHeat(context, left, top, across, down);
     if (marks) this.drawMarks(context, left, top, across, down, density);
+    drawContours(context, this, density);
     drawMeasures(context, this, density);
     this.drawScale(context, pixels, width, height, density);
     const number = at[this.cut], millimetres = scan.millimetres ? `  ·  ${(number * scan.spacing[this.cut]).toFixed(1)} mm` : "";

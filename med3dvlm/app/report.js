@@ -57,12 +57,6 @@ function rescue(words, why) {
   complain(`${why}. The words of the report were saved as report.txt, without notes on the model and the scan.`);
 }
 
-function download(blob, name) {
-  const link = make("a", "", "", { href: URL.createObjectURL(blob), download: name });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);  // at once would be before a busy browser has it
-}
-
 function update() {
   const { sections, findings, saves, line, problem, pictures, open } = props.value, drafting = Boolean(open && !workstation.lost);
   if (drafting) typed = false;
@@ -76,7 +70,7 @@ function update() {
   if (sections.length) rows.push(row("Sections", sections.map((words) => make("span", "chip", words))));
   for (const state of ["present", "uncertain", "absent"]) {
     const named = findings.filter((finding) => finding[1] === state);
-    if (named.length) rows.push(row(state[0].toUpperCase() + state.slice(1), named.map(([words]) => make("span", `chip ${state}`, words))));
+    if (named.length) rows.push(row(state[0].toUpperCase() + state.slice(1), named.map(([words]) => finding(words, state))));
   }
   find(".found").replaceChildren(...rows);
   find(".pictures").replaceChildren(...pictures.map(([label, url, number]) => {
@@ -86,6 +80,12 @@ function update() {
     return figure;
   }));
   find(".saves").replaceChildren(...saves.map(([label, url, name]) => button(label, "save", () => save(url, name))));
+}
+
+// With a segmenter, a finding that the report does not deny can be shown on the scan.
+function finding(words, state) {
+  if (!props.value.segmenter || state === "absent") return make("span", `chip ${state}`, words);
+  return button(words, `chip ${state}`, () => workstation.locate(words), "Show it on the scan");
 }
 
 function row(name, chips) {

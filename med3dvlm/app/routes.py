@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from med3dvlm.app.masks import SAVES as MASK_SAVES
 from med3dvlm.app.workstation import MOST_REPORT, SAVES, Workstation
 
 MEDIA = {"txt": "text/plain", "md": "text/markdown", "json": "application/json", "zip": "application/zip", "dcm": "application/dicom"}
@@ -32,6 +33,22 @@ def routes(workstation: Workstation) -> list[Route]:
         if session is None or session.overlay is None or session.overlays != request.path_params["number"]:
             return gone()
         return Response(session.overlay.heat.tobytes(), headers=PRIVATE, media_type="application/octet-stream")
+
+    def mask(request: Request) -> Response:
+        session = workstation.sessions.by_token(request.path_params["token"])
+        if session is None or (found := session.masks.get(request.path_params["number"])) is None:
+            return gone()
+        return Response(found.bits, headers=PRIVATE, media_type="application/octet-stream")
+
+    def masks(request: Request) -> Response:
+        session, kind = workstation.sessions.by_token(request.path_params["token"]), request.path_params["kind"]
+        if session is None or kind not in MASK_SAVES:
+            return gone()
+        try:
+            content = workstation.save_masks(session, kind)
+        except ValueError as error:
+            return Response(str(error), 409, PRIVATE, "text/plain")
+        return Response(content, media_type=MEDIA[kind], headers=PRIVATE | {"Content-Disposition": f"attachment; filename=masks.{kind}"})
 
     async def report(request: Request) -> Response:
         session, kind = workstation.sessions.by_token(request.path_params["token"]), request.path_params["kind"]
@@ -61,6 +78,8 @@ def routes(workstation: Workstation) -> list[Route]:
         Route("/static/js/iframeResizer.contentWindow.min.js", first_script),
         Route("/workstation/{token}/scan/{number:int}", scan),
         Route("/workstation/{token}/overlay/{number:int}", overlay),
+        Route("/workstation/{token}/mask/{number:int}", mask),
+        Route("/workstation/{token}/masks/{kind}", masks),
         Route("/workstation/{token}/report/{kind}", report, methods=["POST"]),
     ]
 

@@ -57,6 +57,7 @@ class OpenScan:
     warnings: tuple[str, ...]
     upload: Upload | None = None
     series: int | None = None
+    resampled: bool = False  # the volume was straightened, so its voxels are not those of the file
     as_filed: bool = True  # each slice of the volume is one of the file's, though perhaps moved within its plane
 
     @property
@@ -109,7 +110,8 @@ def read_series(upload: Upload, series: int | None, straighten: bool = False) ->
     warnings = tuple(_without(upload.folder, warning) for warning in volume.warnings)
     volume = dataclasses.replace(volume, source="scan", warnings=warnings)
     scan = opened(volume, upload.kind, upload if upload.kind in MAY_BE_DICOM else None, series)
-    return dataclasses.replace(scan, as_filed=not straighten or read.slice_positions is None)
+    as_filed = not straighten or read.slice_positions is None
+    return dataclasses.replace(scan, resampled=straighten and not read.regular, as_filed=as_filed)
 
 
 def sweep(private: Path, seconds: float) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from med3dvlm.app.masks import MOST as MOST_MASKS
+from med3dvlm.app.masks import Mask
 from med3dvlm.app.scans import OpenScan
 from med3dvlm.app.turns import Turn, history, sentence
 from med3dvlm.app.viewer import Overlay
@@ -30,6 +32,9 @@ class Session:
     turns: list[Turn] = field(default_factory=list)
     overlay: Overlay | None = None  # on the viewer
     overlays: int = 0  # so far, which numbers them
+    masks: dict[int, Mask] = field(default_factory=dict)  # of findings, by number
+    masks_made: int = 0  # so far, which numbers them
+    target: int | None = None  # the number of the mask that the planes go to
     draft: Turn | None = None  # of the report, as the model writes it
     report: str = ""  # as it stands in the field
     key_images: dict[int, KeyImage] = field(default_factory=dict)  # that go with the report, by number
@@ -72,6 +77,22 @@ class Session:
             if self.scan is scan:
                 self.overlay = overlay
                 self.overlays += 1
+
+    def add_mask(self, scan: OpenScan, mask: Mask) -> None:
+        """Put a mask on the viewer in the place of one of the same name, unless another scan was opened meanwhile.
+
+        Raises:
+            ValueError: there are too many; one sentence.
+        """
+        with self._lock:
+            if self.scan is not scan:
+                return
+            name = mask.found.name.casefold()
+            kept = {number: each for number, each in self.masks.items() if each.found.name.casefold() != name}
+            if len(kept) >= MOST_MASKS:
+                raise ValueError(f"At most {MOST_MASKS} findings are shown on a scan; remove one first.")
+            self.masks_made += 1
+            self.masks = kept | {self.masks_made: mask}
 
     def set_draft(self, draft: Turn, report: str) -> bool:
         """What a draft has come to is the report, unless another one was begun or another scan opened; whether it is."""
@@ -127,7 +148,7 @@ class Session:
             self.stop_draft()
             self.scan = self.features = self.draft = self.overlay = None
             self.report = self.warned = self.saved = self.before = ""
-            self.key_images = {}
+            self.key_images, self.masks, self.target = {}, {}, None
 
     def ask(self, question: str) -> Turn:
         """The next turn, still waiting for its answer.

@@ -2,7 +2,8 @@
 //
 // gr.HTML runs this file once, after the scripts that layout.py lists before it, with `element` (its root, filled by viewer.html), `props`, `trigger`
 // and `watch`. `props.value` is
-// {scan, overlay}: `scan` are the facts of viewer.py's Picture and the `url` of its bytes, `overlay` the same for a heat map.
+// {scan, overlay, masks, ...}: `scan` are the facts of viewer.py's Picture and the `url` of its bytes, `overlay` the same for a heat map, the
+// rest is for masks.js.
 // Display axes are z, y, x (viewer.py); `at` is the crosshair in voxels along them.
 
 let scan = null, voxels = null, overlay = null, heat = null;
@@ -78,6 +79,7 @@ async function open(facts) {
   wanted = facts.url;
   [scan, voxels, wantedHeat, before] = [null, null, "", null];  // nothing of the scan before stands beside what is said of this one
   uncover();
+  clearMasks();
   pause();
   [measures, drawn] = [[], null];
   find(".workstation").dataset.state = "loading";
@@ -143,6 +145,7 @@ async function update() {
   if (now().scan && now().scan.url !== wanted) await open(now().scan);
   const { scan: facts, overlay: heatFacts } = now();  // one may have come while the picture was loaded
   if (scan && facts && facts.url === scan.url && (heatFacts ? heatFacts.url : "") !== wantedHeat) await lay(heatFacts);
+  if (scan && now().scan && now().scan.url === scan.url) await setMasks(now());
 }
 
 for (const name of Object.keys(PLANES)) panes[name] = new Pane(name);

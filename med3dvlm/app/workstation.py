@@ -16,6 +16,8 @@ import psutil
 from med3dvlm.app.analysis import Analysis, Case, Cells
 from med3dvlm.app.key_images import MOST as MOST_KEY_IMAGES
 from med3dvlm.app.key_images import key_image
+from med3dvlm.app.masks import for_viewer, names_to_segment, readable, segment_findings, stated
+from med3dvlm.app.masks import save as save_masks
 from med3dvlm.app.scans import EXAMPLES, OpenScan, example, read_series, read_uploads
 from med3dvlm.app.session import BUSY, MOST_CHARACTERS, NO_SCAN, Session
 from med3dvlm.app.sessions import Sessions
@@ -197,6 +199,7 @@ class Workstation:
             line = f"Drafted in {draft.seconds:.1f} s, {draft.tokens} tokens, with a confidence of {100 * draft.confidence:.0f} %{doubt}."
         shown = {
             "pictures": [[image.label, f"workstation/{session.token}/picture/{number}", number] for number, image in session.key_images.items()],
+            "segmenter": self.analysis.segment is not None,
             "line": line, "problem": problem, "open": draft is not None and draft.open, "unsaved": session.unsaved,
         }  # fmt: skip
         try:
@@ -206,7 +209,7 @@ class Workstation:
         saves = [[label, f"workstation/{session.token}/report/{kind}", f"report.{kind}"] for kind, label in SAVES.items()]
         if session.scan is None or session.scan.files is None:
             del saves[list(SAVES).index("dcm")]
-        findings = [[name.replace("_", " "), state] for name, state in report.findings.items()]
+        findings = [[readable(name), state] for name, state in report.findings.items()]
         return shown | {"sections": [section.heading for section in report.sections], "findings": findings, "saves": saves}
 
     def explain(self, session: Session, number: int) -> None:
@@ -229,6 +232,31 @@ class Workstation:
 
     def _set_overlay(self, session: Session, scan: OpenScan, cells: Cells, label: str) -> None:
         session.set_overlay(scan, overlay(scan.volume, scan.picture, *cells, label))
+
+    def segment(self, session: Session, phrase: str) -> None:
+        """Put masks on the viewer: of what a phrase names, or where it is empty of the findings that the report states.
+
+        The planes go to the first that was found. Raises ValueError as `explain` does.
+        """
+        scan = session.scan
+        if scan is None or self.analysis.segment is None:
+            raise ValueError(NO_SCAN)
+        before = session.masks_made
+        for mask in segment_findings(self.analysis.segment, scan, names_to_segment(phrase, session.report)):
+            session.add_mask(scan, mask)
+        if session.scan is not scan:  # another one was opened meanwhile
+            return
+        session.target = next((number for number, mask in session.masks.items() if number > before and mask.found.found), None)
+
+    def remove_mask(self, session: Session, number: int) -> None:
+        """Take the mask of that number from the viewer again."""
+        session.masks.pop(number, None)
+
+    def save_masks(self, session: Session, kind: str) -> bytes:
+        """The masks as a file of one of the kinds in `masks.SAVES`. Raises ValueError where that cannot be."""
+        if session.scan is None:
+            raise ValueError(NO_SCAN)
+        return save_masks(list(session.masks.values()), session.scan, kind, self.model)
 
     def similar_cases(self, session: Session) -> list[Case]:
         """The cases of the index that the scan resembles. Raises ValueError as `explain` does."""
@@ -279,7 +307,7 @@ class Workstation:
 
     def conversation_data(self, session: Session, problem: str = "") -> dict[str, Any]:
         """The conversation for conversation.js; `problem` is a sentence about the last thing that was tried."""
-        turns = [turn.shown() for turn in session.turns]
+        turns = [turn.shown() | {"stated": [] if turn.open else self._stated(turn.answer)} for turn in session.turns]
         scan = session.scan
         busy = bool(session.turns) and session.turns[-1].open
         suggestions = [] if scan is None or busy else suggest(scan.volume, {turn.question for turn in session.turns})
@@ -288,13 +316,19 @@ class Workstation:
             "grounded": self.analysis.explain is not None,
         }  # fmt: skip
 
+    def _stated(self, answer: str) -> list[list[Any]]:
+        return [] if self.analysis.segment is None else stated(answer)
+
     def viewer_data(self, session: Session) -> dict[str, Any]:
         """The viewer's value for viewer.js."""
-        scan, heat = session.scan, session.overlay
+        scan, heat, address = session.scan, session.overlay, f"workstation/{session.token}"
         return {
-            "scan": scan and {"url": f"workstation/{session.token}/scan/{session.number}", **scan.picture.facts},
+            "scan": scan and {"url": f"{address}/scan/{session.number}", **scan.picture.facts},
             "series": [] if scan is None else listed(scan),
-            "overlay": heat and {"url": f"workstation/{session.token}/overlay/{session.overlays}", **heat.facts},
+            "overlay": heat and {"url": f"{address}/overlay/{session.overlays}", **heat.facts},
+            "segmenter": self.analysis.segment is not None,
+            "target": session.target,
+            **for_viewer(dict(session.masks), address, dicom=scan is not None and scan.files is not None),
         }
 
 
