@@ -90,8 +90,10 @@ class ScanEvents(Events):
         switched.then(self.check, None, self.page.notice, **EACH, **hidden)
         overlaid = [scan.status, scan.viewer]
         self.page.conversation.log.select(self.explain_answer, None, overlaid, **hidden)
-        find = self.find_phrase if self.workstation.analysis.segment is None else self.find_findings
-        scan.phrase.submit(find, scan.phrase, overlaid, **hidden)
+        if self.workstation.analysis.segment is None:
+            scan.phrase.submit(self.find_phrase, scan.phrase, overlaid, **hidden)
+        else:
+            scan.phrase.submit(self.find_findings, scan.phrase, [*overlaid, scan.phrase], **hidden)
         scan.viewer.submit(self.find_named, None, overlaid, **hidden)
         scan.viewer.delete(self.remove_mask, None, scan.viewer, **AT_ONCE)
         scan.viewer.select(self.add_key_image, None, [scan.status, self.page.report.summary], **AT_ONCE)
@@ -133,8 +135,9 @@ class ScanEvents(Events):
         yield from self._show("Computing the overlay", lambda session: self.workstation.find_phrase(session, words), request)
 
     def find_findings(self, words: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
-        """The findings that the report states, or what is typed."""
-        yield from self._show("Segmenting findings", lambda session: self.workstation.segment(session, words), request)
+        """The findings that the report states, or what is typed; the field is emptied when that was drawn."""
+        for status, viewer in self._show("Segmenting findings", lambda session: self.workstation.segment(session, words), request):
+            yield status, viewer, gr.skip() if status["visible"] else ""
 
     def find_named(self, event: gr.EventData, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """A finding that was clicked in the report or in an answer."""

@@ -77,7 +77,7 @@ def _for_browser(mask: NDArray[np.bool_], scan: OpenScan) -> tuple[bytes, dict[s
     if block > 1:
         depth, height, width = mask.shape
         cut = mask[:, : height - height % block, : width - width % block]
-        mask = cut.reshape(depth, height // block, block, width // block, block).any(axis=(2, 4))
+        mask = np.logical_or.reduce(cut.reshape(depth, height // block, block, width // block, block), axis=(2, 4))
     shown = mask.transpose(order)[flips]  # (Z, Y, X)
     box = bounding_box(shown)
     if box is None:
@@ -140,7 +140,8 @@ def measurements(found: Segmentation) -> str:
     if found.longest_diameter_mm is not None:
         parts.append(f"longest diameter {found.longest_diameter_mm:.0f} mm")
     if found.volume_ml is not None:
-        parts.append(f"{found.volume_ml:.3g} ml")
+        digits = 2 if found.volume_ml < 1 else 1 if found.volume_ml < 100 else 0
+        parts.append(f"{found.volume_ml:.{digits}f} ml")
     if found.side is not None:
         parts.append({"both": "both sides", "midline": "midline"}.get(found.side, f"{found.side} side"))
     return ", ".join(parts)

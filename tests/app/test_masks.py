@@ -114,7 +114,7 @@ def test_findings_of_the_report_or_a_phrase_are_segmented(workstation: Workstati
     assert data["target"] == data["masks"][-1]["number"] == 4
     reference = segment(session.scan.volume, ["x"])[0]
     words = data["masks"][0]["measurements"]
-    assert f"longest diameter {reference.longest_diameter_mm:.0f} mm" in words and f"{reference.volume_ml:.3g} ml" in words
+    assert f"longest diameter {reference.longest_diameter_mm:.0f} mm" in words and f"{reference.volume_ml:.1f} ml" in words
     assert reference.side and reference.side in words
     assert [mask["found"] for mask in data["masks"]] == [True, False, True]
     with pytest.raises(ValueError, match="at most 200"):
@@ -232,7 +232,7 @@ def test_contours_are_drawn_toggled_and_gone_to(visit: Any, server: SimpleNamesp
     button.click()
     row = page.locator(".findings li").first
     reference = segment(read_volume(scan()), ["x"])[0]
-    expect(row).to_contain_text(f"1: lung nodule, longest diameter {reference.longest_diameter_mm:.0f} mm, {reference.volume_ml:.3g} ml, ")
+    expect(row).to_contain_text(f"1: lung nodule, longest diameter {reference.longest_diameter_mm:.0f} mm, {reference.volume_ml:.2f} ml, ")
     wait_for(lambda: place(page)[0] == 9 - 3)  # the middle of the box; slices run from feet to head, on the screen from head to feet
     for plane in ("axial", "coronal", "sagittal"):
         wait_for(lambda plane=plane: coloured(page, plane) > 50)
@@ -254,6 +254,7 @@ def test_contours_are_drawn_toggled_and_gone_to(visit: Any, server: SimpleNamesp
     assert zipfile.ZipFile(download.value.path()).namelist() == ["01_lung_nodule.nii.gz", "measurements.json"]
     page.get_by_label("A finding to look for").fill("absent mass")
     page.get_by_label("A finding to look for").press("Enter")
+    expect(page.get_by_label("A finding to look for")).to_have_value("")
     expect(page.locator(".findings .missing")).to_have_text("2: absent mass, not found (probability of being present: 12 %)")
     assert not page.evaluate(PALE)
     page.get_by_role("button", name="Remove lung nodule").click()
