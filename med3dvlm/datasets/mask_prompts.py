@@ -17,7 +17,7 @@ from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.streams import Purpose, stream
 from med3dvlm.datasets.torch import PairCollator, PairDataset, StudyDataset, stack_images
-from med3dvlm.records import Study
+from med3dvlm.records import Mask, Study
 from med3dvlm.reports.findings import finding_name
 
 OTHER_SIDE = {"left": "right", "right": "left"}
@@ -38,7 +38,7 @@ class MaskPrompts:
         count: prompts a study at most.
         structures: how many of them name a structure that is there; the rest are its findings, then absent ones.
         sentences: share of findings asked for by the report's sentence, where there is one.
-        sides: share of findings asked for with their side, where they have one; some other prompt then names the other side.
+        sides: share of findings asked for with their side, where they lie on one; another prompt then names the other side.
     """
 
     features: dict[str, Tensor] | None = None  # text -> (C), once they have been computed
@@ -69,7 +69,7 @@ class MaskPrompts:
         said = list(self.findings)
         for study in studies:
             for name, mask in study.masks.items():
-                said += [name, *(f"{side} {name}" for side in OTHER_SIDE if mask.side in OTHER_SIDE), *filter(None, [mask.text])]
+                said += [name, *(f"{side} {name}" for side in OTHER_SIDE if _side(name, mask)), *filter(None, [mask.text])]
         return list(dict.fromkeys(said))
 
     def draw(self, study: Study, epoch: int, row: int) -> list[Prompt]:
@@ -84,9 +84,9 @@ class MaskPrompts:
             mask, choice = study.masks[name], random.random()
             if mask.text and choice < self.sentences:
                 there.append(Prompt(mask.text, name))
-            elif mask.side in OTHER_SIDE and choice >= 1 - self.sides:
-                there.append(Prompt(f"{mask.side} {name}", name))
-                missing.insert(0, Prompt(f"{OTHER_SIDE[mask.side]} {name}", None))
+            elif (side := _side(name, mask)) and choice >= 1 - self.sides:
+                there.append(Prompt(f"{side} {name}", name))
+                missing.insert(0, Prompt(f"{OTHER_SIDE[side]} {name}", None))
             else:
                 there.append(Prompt(name, name))
         return [*there, *missing][: self.count]
@@ -102,6 +102,12 @@ class MaskPrompts:
             return {"prompts": [prompt.text for prompt in drawn], "masks": masks}
         known = [self.features[prompt.text] for prompt in drawn]
         return {"prompt_features": torch.stack(known) if known else torch.zeros(0, *_one(self.features).shape), "masks": masks}
+
+
+def _side(name: str, mask: Mask) -> str:
+    """Left or right, where a finding lies on one side and its name does not say so; else nothing."""
+    told = mask.kind != "finding" or mask.side not in OTHER_SIDE or not OTHER_SIDE.keys().isdisjoint(name.lower().split())
+    return "" if told else mask.side
 
 
 def _one(features: dict[str, Tensor]) -> Tensor:

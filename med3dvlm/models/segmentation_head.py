@@ -128,6 +128,7 @@ class SegmentationHead(nn.Module):
         self.parts, self.embedding_stride = encoder.stem_stride // embedding_stride, embedding_stride
         self.embed = Linear(widths[0], embedding_dim * self.parts**3)
         self.pooled = Linear(sum(encoder.widths[-2:]), embedding_dim)
+        self.evidence = Linear(widths[0], embedding_dim)
         # One element each, not zero dimensions: DeepSpeed cannot broadcast a scalar parameter.
         self.scale = nn.Parameter(torch.full((1,), 0.5))
         self.bias = nn.Parameter(torch.full((1,), -4.0))  # few voxels belong to a finding
@@ -159,15 +160,22 @@ class SegmentationHead(nn.Module):
             bias = self.embed.bias.to(cells.dtype).unflatten(0, (-1, self.parts**3))
             products = torch.einsum("bkp,psc->bksc", queries, weight).flatten(1, 2) @ cells.movedim(-1, 1).flatten(2)
             products = products + torch.einsum("bkp,ps->bks", queries, bias).flatten(1, 2).unsqueeze(-1)  # (B, K * parts^3, N)
+            pointed = self._pointed(products, cells)  # (B, K, P)
             products = self._spread(products.unflatten(2, cells.shape[1:4]), size)  # (B, K, d, h, w)
             logits = widened(products) * widened(self.scale) + widened(self.bias)
             highest = logits.flatten(2)
             highest = highest.topk(min(HIGHEST, highest.shape[-1]), dim=-1).values.mean(dim=-1)  # (B, K)
-            fit = widened(torch.einsum("bkp,bp->bk", queries, whole)) * widened(self.scale)
+            fit = widened((queries * (pointed + whole.unsqueeze(1))).sum(dim=-1)) * widened(self.scale)
             presence = widened(self.presence_scale) * highest + fit + widened(self.presence_bias)
             if logits.shape[2:] != torch.Size(size):
                 logits = F.interpolate(logits, tuple(size), mode="trilinear", align_corners=False)
         return logits, presence
+
+    def _pointed(self, products: Tensor, cells: Tensor) -> Tensor:
+        """What lies where each query points: features of cells, averaged by the softmax of their best parts' products, (B, K, P)."""
+        best = widened(products.unflatten(1, (-1, self.parts**3)).amax(dim=2)) * widened(self.scale)  # (B, K, N)
+        pointed: Tensor = self.evidence(best.softmax(dim=-1).to(cells.dtype) @ cells.flatten(1, 3))
+        return pointed
 
     def _spread(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """What cells have for their parts, to the grid of the parts: (B, C * parts^3, d, h, w) -> (B, C, d', h', w')."""

@@ -40,12 +40,14 @@ class Known:
 NODULE = "Lung nodule of 8 mm in the left lung."
 STUDIES = [
     Known(
-        "both", {"lung nodule": about("left", NODULE), "liver mass": about("right"), "liver": about(kind="structure")}, {"renal_cyst": 0}
+        "both",
+        {"lung nodule": about("left", NODULE), "liver mass": about("right"), "left kidney": about("left", kind="structure")},
+        {"renal_cyst": 0},
     ),
     Known("absent", {"renal cyst": about("both")}, {"lung_nodule": 0, "liver_mass": 1}),
     Known("unknown", {}),
 ]
-VOXELS = {"lung nodule": box(0, 0, 0), "liver mass": box(2, 4, 6), "liver": box(2, 2, 2), "renal cyst": box(0, 4, 0)}
+VOXELS = {"lung nodule": box(0, 0, 0), "liver mass": box(2, 4, 6), "left kidney": box(2, 2, 2), "renal cyst": box(0, 4, 0)}
 
 
 class Data:
@@ -67,7 +69,7 @@ def prompts(**settings: Any) -> MaskPrompts:
 def test_each_prompt_comes_with_the_voxels_of_which_it_is_true() -> None:
     true = {
         "lung nodule": "lung nodule", "left lung nodule": "lung nodule", NODULE: "lung nodule", "liver mass": "liver mass",
-        "right liver mass": "liver mass", "liver": "liver",
+        "right liver mass": "liver mass", "left kidney": "left kidney",
     }  # fmt: skip
     untrue = {"right lung nodule", "left liver mass", "renal cyst"}
     seen: set[str] = set()
@@ -101,7 +103,7 @@ def test_shares_and_counts_are_as_asked_for() -> None:
     assert said.count(NODULE) / 800 == pytest.approx(0.5, abs=0.06)
     assert said.count("left lung nodule") / 800 == pytest.approx(0.25, abs=0.05)
     assert all(len(prompts(count=2).draw(study, epoch, 7)) == 2 for epoch in range(9))
-    assert not any(prompt.mask == "liver" for epoch in range(9) for prompt in prompts(structures=0).draw(study, epoch, 7))
+    assert not any(prompt.mask == "left kidney" for epoch in range(9) for prompt in prompts(structures=0).draw(study, epoch, 7))
     assert [prompts(seed=1).draw(study, 3, 7) for _ in range(2)] == [prompts(seed=1).draw(study, 3, 7)] * 2
 
 

@@ -53,7 +53,10 @@ def test_a_logit_is_the_scaled_product_of_query_and_voxel_embedding(settings: di
                 if stride == 1:
                     torch.testing.assert_close(output.logits[volume, prompt], logits, rtol=1e-4, atol=1e-4)
                 highest = sorted(logits.flatten().tolist())[-8:]
-                presence = sum(highest) / 8 + scale * float(query @ whole[volume])
+                every = scale * (model.head.embed(cells[volume]).unflatten(-1, (5, -1)) * query[:, None]).sum(dim=-2)  # of cells' parts
+                weights = every.amax(dim=-1).exp()  # (d, h, w)
+                mean = (cells[volume] * weights[..., None]).sum(dim=(0, 1, 2)) / weights.sum()
+                presence = sum(highest) / 8 + scale * float(query @ (whole[volume] + model.head.evidence(mean)))
                 assert output.presence[volume, prompt].item() == pytest.approx(presence, abs=1e-4)
 
 
