@@ -37,7 +37,7 @@ from med3dvlm.datasets.store import PreparedData, volume_path
 from med3dvlm.files import read_lines, write_json
 from med3dvlm.plots.canvas import new_page, plain, save
 from med3dvlm.plots.preparation import COLOURS
-from med3dvlm.preprocessing import RECIPES
+from med3dvlm.recipes import RECIPES
 from med3dvlm.records import Study
 
 BASELINE = "prepared .nii.gz float32, SimpleITK"

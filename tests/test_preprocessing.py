@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, PreTrainedConfig, ProcessorMixin
 
-from med3dvlm.preprocessing import RECIPES, VolumeProcessor, as_displayed
+from med3dvlm.preprocessing import VolumeProcessor
+from med3dvlm.recipes import RECIPES, as_displayed
 from med3dvlm.volume import Volume, VolumeError, read_volume
 
 SHAPE = (10, 20, 30)  # D, H, W: all different, so that swapped axes fail

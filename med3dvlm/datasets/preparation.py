@@ -40,7 +40,8 @@ from med3dvlm.datasets.statistics import BINS, statistics
 from med3dvlm.datasets.store import CHECKED, checksum, read_stored_masks, read_voxels, volume_path
 from med3dvlm.files import PART, json_lines, read_lines, whole_file, write_json, write_text
 from med3dvlm.formats import VERSION, state_of
-from med3dvlm.preprocessing import RECIPES, VolumeProcessor
+from med3dvlm.preprocessing import VolumeProcessor
+from med3dvlm.recipes import RECIPES
 from med3dvlm.records import Question, Study, check_ids, fields_of
 from med3dvlm.reports.findings import named_labels
 from med3dvlm.volume import Volume, read_volume

@@ -15,7 +15,7 @@ from med3dvlm.datasets import table
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import PairCollator, PairDataset, load_volumes
-from med3dvlm.preprocessing import RECIPES
+from med3dvlm.recipes import RECIPES
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
