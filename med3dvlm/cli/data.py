@@ -26,7 +26,7 @@ FAILURES_SHOWN = 10
 def add_commands(commands: Commands) -> None:
     from med3dvlm.cli.findings import add_arguments as add_findings_arguments
 
-    phantom = commands.add_parser("phantom", help="write a data set of CT phantoms with reports, questions and labels")
+    phantom = commands.add_parser("phantom", help="write a data set of CT phantoms with reports, questions, labels and masks")
     phantom.add_argument("out", metavar="OUT", type=Path, help="the folder")
     phantom.add_argument(
         "--layout", choices=("m3d", "ct_rate"), default="m3d",
@@ -40,7 +40,11 @@ def add_commands(commands: Commands) -> None:
     phantom.set_defaults(run=_phantom)
 
     prepare = commands.add_parser("prepare", help="run every volume of a data set through the preprocessing, once")
-    prepare.add_argument("dataset", metavar="DATASET", help="layout of SRC: m3d, ct_rate, or table (a CSV or JSONL of your own)")
+    prepare.add_argument(
+        "dataset",
+        metavar="DATASET",
+        help="layout of SRC: m3d, ct_rate, m3d_seg, totalsegmentator, rex_grounding_ct, or table (a CSV or JSONL of your own)",
+    )
     prepare.add_argument("source", metavar="SRC", type=Path, help="the folder of the data set")
     prepare.add_argument("destination", metavar="DST", type=Path, help="the prepared data; an interrupted preparation continues")
     prepare.add_argument("--recipe", default="m3d", help="name of the preprocessing (default: %(default)s)")
@@ -129,7 +133,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         raise ValueError(f"data set {arguments.dataset!r} is unknown; known: {', '.join(DATASETS)}")
     dataset, source, destination = DATASETS[arguments.dataset], arguments.source, arguments.destination
     told = reading(arguments, MEANING)
-    if told and arguments.dataset == "ct_rate":
+    if told and arguments.dataset in ("ct_rate", "rex_grounding_ct"):
         raise ValueError(f"--{min(told)} is for scans of which nobody has said it, but the metadata of CT-RATE do; leave it out")
     processor = VolumeProcessor(arguments.recipe, size=arguments.size, spacing=arguments.target_spacing, straighten=arguments.straighten)
     missed: dict[str, list[dict[str, str]]] = {split: [] for split in dataset.splits(source)}

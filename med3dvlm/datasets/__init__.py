@@ -6,6 +6,13 @@ Each module of `DATASETS` has `splits(root) -> list[str]`, the names of the spli
 
 from types import ModuleType
 
-from med3dvlm.datasets import ct_rate, m3d, m3d_seg, table
+from med3dvlm.datasets import ct_rate, m3d, m3d_seg, rex_grounding_ct, table, totalsegmentator
 
-DATASETS: dict[str, ModuleType] = {"m3d": m3d, "ct_rate": ct_rate, "m3d_seg": m3d_seg, "table": table}
+DATASETS: dict[str, ModuleType] = {
+    "m3d": m3d,
+    "ct_rate": ct_rate,
+    "m3d_seg": m3d_seg,
+    "totalsegmentator": totalsegmentator,
+    "rex_grounding_ct": rex_grounding_ct,
+    "table": table,
+}

@@ -9,6 +9,7 @@
     metadata/no_chest_{train,valid}.txt             volumes or scans that do not show the chest: left out, and counted in the log
     multi_abnormality_labels/{train,valid}_predicted_labels.csv
                                                     VolumeName and 18 findings, 0 or 1
+    dataset.json, segmentations/                    optional: masks of sentences, see `sentence_masks`
 
 All of it below the root or its folder `dataset`; a CSV file may lie there itself. A split is named as its folder. Reports are needed;
 labels may be missing, and the metadata too for version 2.
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from med3dvlm.datasets import sentence_masks
 from med3dvlm.datasets.csv_files import csv_rows, is_missing, label_value
 from med3dvlm.records import Question, Study
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
@@ -76,6 +78,7 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
     unknown = {} if split == short else {"hu": "already_hu"}
     elsewhere = _not_of_the_chest(base / "metadata" / f"no_chest_{short}.txt")
 
+    masks = {entry.volume: entry.masks for entry in sentence_masks.entries(root) if (root / entry.label).is_file()}
     volumes = {path.name.removesuffix(".nii.gz"): path for path in sorted((base / split).glob("*/*/*.nii.gz"))}
     studies: list[Study] = []
     problems: list[dict[str, str]] = []
@@ -88,9 +91,8 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
             continue
         path = volumes.get(name, base / split / patient / scan / f"{name}.nii.gz")
         image, report = path.relative_to(root).as_posix(), _report(row)
-        study = Study(
-            f"{split}/{patient}/{scan}/{name}", patient, image, report, labels.get(name, {}), split, "ct_rate", readings.get(name, unknown)
-        )
+        identity, found = f"{split}/{patient}/{scan}/{name}", labels.get(name, {})
+        study = Study(identity, patient, image, report, found, split, "ct_rate", readings.get(name, unknown), masks.get(name, {}))
         if name not in volumes:
             problems.append({"study": study.id, "file": image, "reason": f"{path}, the volume of {where}, is missing"})
         elif not report:

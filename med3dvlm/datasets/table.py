@@ -10,6 +10,9 @@
                and one of plane, phase, organ, abnormality, location, other
     label:<finding>
                optional, as many as there are: 0, 1, or empty where nobody looked
+    mask:<name>
+               optional, as many as there are: the file of its mask below the folder, "file#2" for label 2 of several in it, or empty
+    masks      optional: a folder of masks below the folder, a file for each, named by it; lung_nodule.nii.gz is "lung nodule"
     series, hu, rescale (or slope, intercept), spacing, unit
                optional: what `read_volume` is told of the scan, as by the options of `inspect`; several numbers as "1,-1024" (in .jsonl
                also a list)
@@ -43,18 +46,19 @@ from pathlib import Path
 from typing import Any
 
 from med3dvlm.datasets.csv_files import check_columns, csv_rows, is_missing, json_rows, label_value, own_names
-from med3dvlm.records import Question, Study, check_ids, check_inside
+from med3dvlm.datasets.m3d_seg import side_in
+from med3dvlm.records import Mask, Question, Study, check_ids, check_inside
 from med3dvlm.volume import HU_POLICIES, READERS, UNITS
 
 logger = logging.getLogger(__name__)
 
 NEEDED = ("image", "report")
-ABOUT_THE_STUDY = ("report", "id", "patient", "split")
+ABOUT_THE_STUDY = ("report", "id", "patient", "split", "masks")
 ABOUT_A_QUESTION = ("question", "answer", "choices", "kind")
 ABOUT_THE_SCAN = {"series": 1, "hu": 0, "rescale": 2, "slope": 1, "intercept": 1, "spacing": 3, "unit": 0}  # how many numbers
 COLUMNS = ("image", *ABOUT_THE_STUDY, *ABOUT_A_QUESTION, *ABOUT_THE_SCAN)
 WORDS = {"hu": HU_POLICIES, "unit": UNITS}
-LABEL = "label:"
+LABEL, MASK = "label:", "mask:"
 ENDINGS = (".csv", ".tsv", ".jsonl")
 SHARES = {"train": 80, "validation": 10, "test": 10}
 SPLITS = {
@@ -149,7 +153,7 @@ def _parsed(path: Path, changed: int, size: int) -> tuple[list[Study], list[Ques
                 raise ValueError("image is empty; name the scan's file or folder")
             check_inside(image, "image")
             labels = {name: label_value(name, text) for name, text in row.items() if name.startswith(LABEL)}
-            said: dict[str, Any] = {name: row[name] for name in ABOUT_THE_STUDY if row.get(name)}
+            said: dict[str, Any] = {name: text for name, text in row.items() if text and (name in ABOUT_THE_STUDY or name.startswith(MASK))}
             if "split" in said:
                 said["split"] = _split(said["split"], spelled)
             said |= {name: value for name, value in labels.items() if value is not None}
@@ -166,7 +170,7 @@ def _parsed(path: Path, changed: int, size: int) -> tuple[list[Study], list[Ques
     if not known:
         raise ValueError(f"{path} has no rows")
     doubts.tell()
-    studies = {image: _study(image, facts, has_splits) for image, facts in known.items()}
+    studies = {image: _study(path.parent, image, facts, has_splits) for image, facts in known.items()}
     try:
         check_ids(studies.values())
     except ValueError as error:
@@ -175,7 +179,7 @@ def _parsed(path: Path, changed: int, size: int) -> tuple[list[Study], list[Ques
     return list(studies.values()), questions, {study.id: known[image]["where"] for image, study in studies.items()}
 
 
-def _study(image: str, facts: Mapping[str, Any], has_splits: bool) -> Study:
+def _study(root: Path, image: str, facts: Mapping[str, Any], has_splits: bool) -> Study:
     ending = next((ending for ending in READERS if image.lower().endswith(ending)), "")
     name = facts.get("id") or image[: -len(ending) or None]
     patient = facts.get("patient") or name
@@ -184,9 +188,30 @@ def _study(image: str, facts: Mapping[str, Any], has_splits: bool) -> Study:
         raise ValueError(f"{facts['where']}: split is empty; name one, or delete the column to have patients divided")
     labels = {column.removeprefix(LABEL): value for column, value in facts.items() if column.startswith(LABEL)}
     try:
-        return Study(name, patient, image, facts.get("report", ""), labels, split, "table", _reading(facts))
+        return Study(name, patient, image, facts.get("report", ""), labels, split, "table", _reading(facts), _masks(root, facts))
     except ValueError as error:
         raise ValueError(f"{facts['where']}: {error}") from error
+
+
+def _masks(root: Path, facts: Mapping[str, Any]) -> dict[str, Mask]:
+    masks = {}
+    if folder := facts.get("masks"):
+        check_inside(folder, "masks")
+        files = [file for file in sorted((root / folder).glob("*")) if file.is_file() and not file.name.startswith(".")]
+        if not files:
+            raise ValueError(f"masks is {folder!r} but {root / folder} is no folder with files in it")
+        for file in files:
+            ending = next((ending for ending in READERS if file.name.lower().endswith(ending)), file.suffix)
+            name = file.name[: -len(ending) or None].replace("_", " ")
+            masks[name] = Mask(file.relative_to(root).as_posix(), side=side_in(name))
+    for column, text in facts.items():
+        if column.startswith(MASK):
+            name = column.removeprefix(MASK)
+            path, mark, value = text.rpartition("#")
+            if mark and not re.fullmatch(r"[1-9]\d*", value):
+                raise ValueError(f"{column} is {text!r} but must be a file, or file#label with a whole number above 0")
+            masks[name] = Mask(path if mark else text, value=int(value) if mark else None, side=side_in(name))
+    return masks
 
 
 def _reading(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,16 +239,17 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row with columns that are known, in our spelling."""
     in_json = path.suffix.lower() == ".jsonl"
     for where, row in json_rows(path) if in_json else csv_rows(path, NEEDED, COLUMNS):
-        names = [re.sub(rf"(?i)^{LABEL}\s*", LABEL, name) for name in own_names(list(row), COLUMNS)]
+        names = [re.sub(rf"(?i)^({LABEL}|{MASK})\s*", lambda found: found[1].lower(), name) for name in own_names(list(row), COLUMNS)]
         _check(Path(where) if in_json else path, names)
         yield where, dict(zip(names, row.values(), strict=True))
 
 
 def _check(place: Path, columns: list[str]) -> None:
     check_columns(place, columns, NEEDED)
-    if unknown := [name for name in columns if name not in COLUMNS and not (name.startswith(LABEL) and name != LABEL)]:
+    if unknown := [name for name in columns if name not in COLUMNS and not (name.startswith((LABEL, MASK)) and name not in (LABEL, MASK))]:
         raise ValueError(
-            f"{place} has the unknown columns {unknown}; known are {', '.join(COLUMNS)}, and {LABEL}<finding> for a column of 0 and 1"
+            f"{place} has the unknown columns {unknown}; known are {', '.join(COLUMNS)}, {LABEL}<finding> for a column of 0 and 1, and "
+            f"{MASK}<name> for one of mask files"
         )
 
 
@@ -261,15 +287,17 @@ def _means_nothing(name: str, text: str, row: Mapping[str, str]) -> bool:
     return is_missing(text) and not is_answer
 
 
+def usual_split(text: str) -> str:
+    """The usual name of a split, "validation" for "Val"; another one as it is."""
+    return next((name for name, spellings in SPLITS.items() if text.casefold() in spellings), text)
+
+
 def _split(text: str, spelled: dict[str, str]) -> str:
-    """Its usual name, "validation" for "Val"; another one as it is. Raises ValueError where two differ in capital letters alone."""
-    folded = text.casefold()
-    for name, spellings in SPLITS.items():
-        if folded in spellings:
-            return name
-    if spelled.setdefault(folded, text) != text:
-        raise ValueError(f"split is {text!r} but other rows write {spelled[folded]!r}; write it in one way")
-    return text
+    """Its usual name. Raises ValueError where two differ in capital letters alone."""
+    name = usual_split(text)
+    if name not in SPLITS and spelled.setdefault(name.casefold(), name) != name:
+        raise ValueError(f"split is {text!r} but other rows write {spelled[name.casefold()]!r}; write it in one way")
+    return name
 
 
 def _scan_setting(name: str, text: str) -> Any:

@@ -49,6 +49,14 @@ class StudyDataset(Dataset[dict[str, Any]]):
             augmentation.check(text for question in questions for text in (question.text, *question.choices, question.answer))
             augmentation.check(study.report for study in self.studies)
 
+    def require_reports(self) -> None:
+        """Raises ValueError where a study has none, as those of data sets of masks."""
+        if without := [study.id for study in self.studies if not study.report.strip()]:
+            raise ValueError(
+                f"{len(without)} of the {len(self.studies)} studies in {self.data.root} have no report, the first is {without[0]}; this stage "
+                "learns from reports, so leave them out by --split_file"
+            )
+
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer: every epoch draws anew."""
         self.epoch = epoch
@@ -88,6 +96,7 @@ class PairDataset(StudyDataset):
         sentences: int | None = None,
     ) -> None:
         super().__init__(data, split, seed, augmentation)
+        self.require_reports()
         self.sentences = sentences
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -167,6 +176,8 @@ class ConversationDataset(StudyDataset):
         if rows not in ROWS:
             raise ValueError(f"rows {rows!r} is unknown; known: {', '.join(ROWS)}")
         super().__init__(data, split, seed, augmentation)
+        if reports:
+            self.require_reports()
         self.yes_no, self.reports, self.closed, self.follow_ups = yes_no, reports, closed, follow_ups
         self.features, self.with_image, self.packed = features, image, rows == "study"
         self.asked: dict[str, list[Question]] = defaultdict(list)

@@ -1,4 +1,5 @@
-"""Chest phantoms in the layout of CT-RATE: patients with one or two scans, scans in one or two reconstructions, the 18 findings as labels.
+"""Chest phantoms in the layout of CT-RATE: patients with one or two scans, scans in one or two reconstructions, the 18 findings as labels,
+and masks of the sentences in the layout of ReXGroundingCT.
 
 Every finding is about equally common, 3.6 of them in a scan on average, which is CT-RATE's own average; CT-RATE's frequencies differ by
 a factor of six (DCFormer paper, Table 5), and the rare ones would not be learnt from a thousand drawings.
@@ -20,10 +21,11 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from med3dvlm.datasets import ct_rate
-from med3dvlm.datasets.phantom.anatomy import draw
+from med3dvlm.datasets import ct_rate, sentence_masks
 from med3dvlm.datasets.phantom.body import Body, Finding
 from med3dvlm.datasets.phantom.canvas import Acquisition
+from med3dvlm.datasets.phantom.lesions import draw_with_masks
+from med3dvlm.datasets.phantom.places import COUNTS, STRUCTURES, about_finding, about_structure
 from med3dvlm.files import whole_file, write_json
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
 
@@ -102,8 +104,7 @@ def _findings(body: Body, random: np.random.Generator) -> str:
     sentences = []
     for finding in body.findings:
         wording = str(random.choice(KINDS[finding.kind]["present"]))
-        count = {1: "one", 2: "two", 3: "three"}[finding.count]
-        sentences.append(wording.format(place=finding.place, size=finding.size_mm, count=count))
+        sentences.append(wording.format(place=finding.place, size=finding.size_mm, count=COUNTS[finding.count]))
     absent = [kind for kind in KINDS if kind not in {finding.kind for finding in body.findings}]
     for kind in random.permutation(absent)[: random.integers(4, 9)]:
         denial = str(random.choice(DENIALS)).format(KINDS[kind]["name"])
@@ -119,7 +120,7 @@ def _impressions(body: Body) -> str:
 def write_ct_rate(
     root: str | Path, volumes: int = 800, seed: int = 0, detail: float = 1.0, version: int = 2, workers: int = 2
 ) -> list[Plan]:
-    """Write volumes, reports, metadata and labels under `root`; a volume that is there already is kept, so that a killed run continues.
+    """Write volumes, reports, metadata, labels and masks under `root`; a volume that is there already is kept, so that a killed run continues.
 
     Args:
         version: 1 writes raw values under a header without geometry into train and valid; 2 HU with geometry into train_fixed, valid_fixed.
@@ -152,7 +153,15 @@ def write_ct_rate(
         _write_table(root / "metadata" / f"{long}_metadata.csv", METADATA_COLUMNS, [_metadata(plan, shape) for plan, shape in part])
         labels = [(_file(plan), *_labels(plan.body)) for plan, _ in part]
         _write_table(root / "multi_abnormality_labels" / f"{short}_predicted_labels.csv", ("VolumeName", *ct_rate.LABEL_COLUMNS), labels)
+    named = {"train": "train", "valid": "val"}
+    sentence_masks.write(root, {named[short]: [(plan.name, _about(plan)) for plan in plans if plan.split == short] for short in named})
     return plans
+
+
+def _about(plan: Plan) -> dict[str, dict[str, Any]]:
+    """What is known of a volume's masks, in the order of their channels."""
+    found = {KINDS[finding.kind]["name"]: about_finding(finding, KINDS[finding.kind], plan.findings) for finding in plan.body.findings}
+    return found | {name: about_structure(name) for name in STRUCTURES[plan.body.region]}
 
 
 def _labels(body: Body) -> list[int]:
@@ -183,19 +192,22 @@ def _write_volume(root: Path, version: int, plan: Plan) -> tuple[int, int, int]:
 
     scan = plan.name.rsplit("_", 1)[0]
     path = root / (plan.split + ("_fixed" if version == 2 else "")) / scan.rsplit("_", 1)[0] / scan / _file(plan)
-    if path.exists():
+    masks = root / sentence_masks.FOLDER / _file(plan)
+    if path.exists() and masks.exists():
         columns, rows, depth = nib.load(path).shape  # type: ignore[attr-defined]
         return depth, rows, columns
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas = draw(plan.body, plan.acquisition)
-    values = canvas.array.astype(np.int16).transpose(2, 1, 0)  # a NIfTI counts columns first: left, posterior, superior
+    canvas, found = draw_with_masks(plan.body, plan.acquisition)
     affine = np.eye(4)
-    if version == 1:
-        values = values - np.int16(plan.intercept)
-    else:
+    if version == 2:
         affine[:3, :3] = canvas.directions[:, ::-1]
         affine[:3, 3] = canvas.corner
-    aside = path.with_name("part-" + path.name)
-    nib.save(nib.Nifti1Image(values, affine), aside)
-    aside.replace(path)
+    named = {KINDS[kind]["name"]: mask for kind, mask in found.items()} | {name: canvas.structure(name) for name in canvas.names}
+    drawn = np.stack([named[name].transpose(2, 1, 0) for name in _about(plan)]).astype(np.uint8)  # (F, x, y, z)
+    values = canvas.array.astype(np.int16).transpose(2, 1, 0)  # a NIfTI counts columns first: left, posterior, superior
+    for place, array in ((masks, drawn), (path, values if version == 2 else values - np.int16(plan.intercept))):
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            aside = place.with_name("part-" + place.name)
+            nib.save(nib.Nifti1Image(array, affine), aside)
+            aside.replace(place)
     return canvas.array.shape
