@@ -114,7 +114,7 @@ def install_model(aside: Path, folder: Path) -> None:
     """Move a saved model from `aside` into `folder`, which holds the old model, none, or the new one, at no time parts of both.
 
     The configuration, without which a folder is no model, goes first and comes last. Old weights go with what was measured on them
-    (familiarity); any other file stays.
+    (out-of-distribution detection); any other file stays.
     """
     share(aside)
     if not folder.exists() or not any(folder.iterdir()):

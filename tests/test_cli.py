@@ -189,7 +189,7 @@ def test_a_command_line_that_does_not_fit(run: Run, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prepare", "soup", "SRC", "DST"], "data set 'soup' is unknown; known: m3d, ct_rate, table"),
+        (["prepare", "soup", "SRC", "DST"], "data set 'soup' is unknown; known: m3d, ct_rate"),
         (["prepare", "m3d", "SRC", "DST", "--recipe", "soup"], "Unknown recipe 'soup'; known are m3d"),
         (["prepare", "m3d", "SRC", "DST", "--size", "0,64,64"], "three whole numbers"),
         (["prepare", "m3d", "SRC", "DST", "--workers", "0"], "at least one process"),
@@ -275,7 +275,7 @@ def test_ask_and_report_from_a_shell(model: Path, scan: Path, tmp_path: Path) ->
     assert "Loading" not in done.stderr and "outside" not in done.stderr
 
 
-def test_an_unfamiliar_scan_is_named_so(run: Run, model: Path, scan: Path, tmp_path: Path) -> None:
+def test_a_scan_out_of_distribution_is_named_so(run: Run, model: Path, scan: Path, tmp_path: Path) -> None:
     code, output, error = run("ask", model, scan, "Which organ has a lesion?")
     assert (code, output) == (0, "Liver\n")
     assert "outside the data" not in error and RESEARCH_NOTICE in error
@@ -287,9 +287,9 @@ def test_an_unfamiliar_scan_is_named_so(run: Run, model: Path, scan: Path, tmp_p
     )
 
 
-def test_a_model_that_cannot_tell_what_is_familiar(run: Run, model: Path, scan: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_detector_says_so(run: Run, model: Path, scan: Path, tmp_path: Path) -> None:
     for file in model.iterdir():
-        if "familiarity" not in file.name:
+        if "out_of_distribution" not in file.name:
             (tmp_path / file.name).symlink_to(file)
     code, output, error = run("ask", tmp_path, scan, "Plane?", "--max-new-tokens", "5")
     assert (code, output) == (0, "Axial\n")

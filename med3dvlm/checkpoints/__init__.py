@@ -269,8 +269,8 @@ def merge_lora(adapter: str | Path, destination: str | Path, base: str | Path | 
     try:
         merged.save_pretrained(aside)
         processor.save_pretrained(aside)
-        if (familiarity := adapter / DETECTOR_FILE).is_file():
-            shutil.copy(familiarity, aside)
+        if (detector := adapter / DETECTOR_FILE).is_file():
+            shutil.copy(detector, aside)
         write_json(aside / MERGED_FROM, {"adapter": str(adapter.resolve())})
         install_model(aside, destination)
     finally:

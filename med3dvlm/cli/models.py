@@ -74,16 +74,16 @@ def _ask(arguments: argparse.Namespace) -> None:
         print(f"Warning: {warning}", file=sys.stderr)
     chat = _load(arguments.model)
     answer = _print_pieces(chat.stream(volume, question, max_new_tokens=arguments.max_new_tokens))
-    familiarity = chat.out_of_distribution(volume)
+    known = chat.out_of_distribution(volume)
     notices = [f"{answer.seconds:.1f} s, {answer.tokens} tokens, confidence {answer.confidence:.2f}"]
     if not answer.text:
         notices.append("The model gave no answer; ask in other words.")
-    if familiarity is None:
+    if known is None:
         notices.append(
             f"Whether the model knows scans like this one cannot be told: {arguments.model} holds no out_of_distribution.safetensors."
         )
-    elif familiarity.message:
-        notices.append(familiarity.message)
+    elif known.message:
+        notices.append(known.message)
     print(*notices, RESEARCH_NOTICE, sep="\n", file=sys.stderr)
 
 

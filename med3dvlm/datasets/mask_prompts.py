@@ -18,7 +18,7 @@ from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.streams import Purpose, stream
 from med3dvlm.datasets.torch import PairCollator, PairDataset, StudyDataset, stack_images
 from med3dvlm.records import Mask, Study
-from med3dvlm.reports.findings import finding_name
+from med3dvlm.reports.findings import finding_of
 
 OTHER_SIDE = {"left": "right", "right": "left"}
 
@@ -58,7 +58,7 @@ class MaskPrompts:
 
     def absent(self, study: Study) -> list[str]:
         """Findings that the study's labels say are not there."""
-        return [name for name in self.findings if name not in study.masks and study.labels.get(finding_name(name)) == 0]
+        return [name for name in self.findings if name not in study.masks and study.labels.get(finding_of(name)) == 0]
 
     def known(self, study: Study) -> bool:
         """Whether anything can be said about the study."""

@@ -43,7 +43,7 @@ from med3dvlm.metrics.detection import reliability
 from med3dvlm.metrics.intervals import intervals, mean_of, ratio_of
 from med3dvlm.metrics.segmentation import component_counts, dice, surface_scores
 from med3dvlm.records import Study
-from med3dvlm.reports.findings import FINDINGS, finding_name, finding_states
+from med3dvlm.reports.findings import finding_of
 
 LARGE = 8.0  # mm
 CONTROLS = ("mean_mask", "other_patient", "one_mask")
@@ -66,16 +66,10 @@ def tasks_of(data: PreparedData, studies: Sequence[Study]) -> list[Task]:
     drawn = {study.id: [name for name in data.mask_names(study) if study.masks[name].kind == "finding"] for study in studies}
     names = sorted({name for found in drawn.values() for name in found})
     tasks = [
-        Task(study, drawn[study.id], [name for name in names if name not in study.masks and study.labels.get(label_of(name)) == 0])
+        Task(study, drawn[study.id], [name for name in names if name not in study.masks and study.labels.get(finding_of(name)) == 0])
         for study in studies
     ]
     return [task for task in tasks if task.present or task.absent]
-
-
-def label_of(name: str) -> str:
-    """The finding that a mask's name names: "lung nodule" -> "lung_nodule", and "pacemaker", by the rules, "medical_material"."""
-    found = finding_name(name)
-    return found if found in FINDINGS else next(iter(finding_states(name)), found)
 
 
 def mean_masks(data: PreparedData, split: str | None, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:

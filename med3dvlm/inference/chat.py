@@ -225,7 +225,7 @@ class Med3DChat:
         return self.segmenter.segment(scan, text)
 
     def out_of_distribution(self, scan: Scan | Features) -> OutOfDistributionScore | None:
-        """Whether the scan resembles the training data; None where the model directory has no familiarity file and so nobody can say.
+        """Whether the scan resembles the training data; None where the model directory holds no out_of_distribution.safetensors.
 
         What lies beyond the limit is unlike anything seen in training. What lies within may still be answered wrongly.
         """

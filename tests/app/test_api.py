@@ -201,7 +201,7 @@ def test_stop_ends_an_answer_and_a_second_question_waits_its_turn(server, client
     assert asked(session, "Next?")["state"] == "done"
 
 
-def test_an_unfamiliar_scan_is_said_to_be_one(client, scan) -> None:
+def test_a_scan_out_of_distribution_is_said_to_be_so(client, scan) -> None:
     session = client()
     assert session.predict(api_name="/notice") == ""  # no scan
     read(session, scan(12))

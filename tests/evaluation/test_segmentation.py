@@ -13,10 +13,11 @@ from torch import Tensor
 
 from med3dvlm.checkpoints import load_clip
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.evaluation.segmentation import Judge, label_of, predicted, scores_of, table, tasks_of
+from med3dvlm.evaluation.segmentation import Judge, predicted, scores_of, table, tasks_of
 from med3dvlm.files import read_lines
 from med3dvlm.metrics.segmentation import dice
 from med3dvlm.models.segmentation import Med3DSegmenter
+from med3dvlm.reports.findings import finding_of
 
 Run = Callable[..., None]
 
@@ -53,7 +54,7 @@ def test_every_known_finding_is_asked_for_and_figures_are_means(demo: SimpleName
     for study, row in zip(studies, rows, strict=True):
         assert row["id"] == study.id
         for finding in row["findings"]:
-            assert finding["finding"] in names and finding["present"] == study.labels[label_of(finding["finding"])]
+            assert finding["finding"] in names and finding["present"] == study.labels[finding_of(finding["finding"])]
     cases = [finding for row in rows for finding in row["findings"]]
     present = [case for case in cases if case["present"]]
     scores = json.loads((whole / "scores.json").read_text())

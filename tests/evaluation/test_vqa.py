@@ -19,7 +19,7 @@ from med3dvlm.checkpoints import load_vlm
 from med3dvlm.datasets.audit import text_only_baselines
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.encoders.base import Encoder
-from med3dvlm.evaluation import other_patients, turn
+from med3dvlm.evaluation import exchange, other_patients
 from med3dvlm.evaluation.question_scores import question_scores, question_tables
 from med3dvlm.prompts import closed_prompt
 from med3dvlm.records import Question
@@ -61,7 +61,7 @@ def test_ranking_is_the_plain_way(demo: SimpleNamespace, whole: Path) -> None:
         other = demo.data.volume(stranger[row["id"]])[None].float() / 255
         for column, pixels in (("closed", volume), ("blind", torch.zeros_like(volume)), ("shuffled", other)):
             for choice, found in zip(row["choices"], row[column], strict=True):
-                coded = processor.encode(turn(row["question"], choice))
+                coded = processor.encode(exchange(row["question"], choice))
                 with torch.no_grad():
                     logits = model(torch.tensor([coded["input_ids"]]), pixel_values=pixels).logits[0]
                 terms = [float(logits[place - 1].log_softmax(-1)[label]) for place, label in enumerate(coded["labels"]) if label != -100]

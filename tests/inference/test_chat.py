@@ -433,7 +433,7 @@ def correlated(count: int, seed: int) -> torch.Tensor:
     return torch.tensor(values * np.geomspace(1e-3, 1e2, 30) + np.arange(30), dtype=torch.float32)
 
 
-def test_familiarity_against_its_formula() -> None:
+def test_distances_against_their_formula() -> None:
     train, validation, other = (correlated(count, seed).double().numpy() for count, seed in ((200, 0), (70, 1), (8, 2)))
     fitted = fit_detector(torch.tensor(train), torch.tensor(validation), components=7)
     mean, scale = train.mean(0), train.std(0, ddof=1)
@@ -449,7 +449,7 @@ def test_familiarity_against_its_formula() -> None:
     assert 0.8 < fitted.distance(torch.tensor(train)).mean() < 1.2
 
 
-def test_familiarity_tells_strangers_from_its_own() -> None:
+def test_the_detector_tells_other_scans_from_its_own() -> None:
     fitted = fit_detector(correlated(400, 0), correlated(100, 1))
     assert len(fitted.components) == 29  # not 64: as many as there are channels, less one for the residual
     own = fitted.distance(correlated(1000, 2))
@@ -460,7 +460,7 @@ def test_familiarity_tells_strangers_from_its_own() -> None:
         assert not (fitted.distance(other_patients) <= fitted.limit).any()
 
 
-def test_familiarity_with_few_scans_and_dead_channels() -> None:
+def test_the_detector_with_few_scans_and_dead_channels() -> None:
     train, validation = correlated(25, 0), correlated(3, 1)
     train[:, 4] = validation[:, 4] = 0.0
     fitted = fit_detector(train, validation)
@@ -474,7 +474,7 @@ def test_familiarity_with_few_scans_and_dead_channels() -> None:
         fitted.distance(torch.zeros(1, 31))
 
 
-def test_familiarity_of_scans(chat: Med3DChat, directory: Path, tmp_path: Path) -> None:
+def test_out_of_distribution_detection(chat: Med3DChat, directory: Path, tmp_path: Path) -> None:
     def noisy(seed: int) -> Volume:
         array = volume(seed % 2).array + np.random.default_rng(100 + seed).normal(0, 20, (10, 20, 30))
         return Volume(array.astype(np.float32), (3.0, 1.0, 1.0), "SPL")
@@ -483,7 +483,7 @@ def test_familiarity_of_scans(chat: Med3DChat, directory: Path, tmp_path: Path) 
     features = torch.cat([pool_features(chat.encode(noisy(seed))) for seed in range(60)])
     assert features.shape == (60, 16 + 32)
     fit_detector(features[:40], features[40:]).save(directory)
-    assert sorted(path.suffix for path in directory.glob("familiarity*")) == [".safetensors"]
+    assert sorted(path.suffix for path in directory.glob("out_of_distribution*")) == [".safetensors"]
     loaded = Med3DChat.from_pretrained(directory, device="cpu")
     (directory / "out_of_distribution.safetensors").unlink()
     assert OutOfDistributionDetector.load(directory) is None

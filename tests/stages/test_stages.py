@@ -264,7 +264,7 @@ def test_a_merge_replaces_a_model_whole_or_not_at_all(
 
 
 @pytest.mark.parametrize(("count", "expected"), [(999, 500), (501, 500), (20, 20)])
-def test_familiarity_rests_on_500_scans_evenly_spread(count: int, expected: int, tmp_path: Path) -> None:
+def test_the_detector_rests_on_500_scans_evenly_spread(count: int, expected: int, tmp_path: Path) -> None:
     seen: list[int] = []
 
     def volume(study: int) -> Tensor:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from med3dvlm.reports.findings.answers import answer_state
 from med3dvlm.reports.findings.clauses import clauses
 from med3dvlm.reports.findings.cues import KINDS, STATES, reaches
+from med3dvlm.reports.findings.names import finding_name
 from med3dvlm.reports.findings.phrases import Phrases, Span, overlaps, rules_data
 
 FINDINGS_CT_RATE = (
@@ -182,3 +183,12 @@ def _stated(span: Span, text: str, finding: _Finding) -> tuple[str, bool, str | 
 
 
 _reaches = lru_cache(maxsize=1 << 8)(reaches)  # the same for all findings of a clause
+
+
+def finding_of(phrase: str) -> str:
+    """The finding that a short phrase names: "lung nodule" -> "lung_nodule", and "pacemaker", by the rules, "medical_material".
+
+    A phrase that the rules do not know stays as it is, spelled as `finding_name` does.
+    """
+    name = finding_name(phrase)
+    return name if name in FINDINGS else next(iter(finding_states(phrase)), name)
