@@ -163,7 +163,7 @@ class SegmentationHead(nn.Module):
             pointed = self._pointed(products, cells)  # (B, K, P)
             products = self._spread(products.unflatten(2, cells.shape[1:4]), size)  # (B, K, d, h, w)
             logits = widened(products) * widened(self.scale) + widened(self.bias)
-            highest = logits.flatten(2)
+            highest = logits.detach().flatten(2)  # what presence learns must not move the masks: at first it would flatten all peaks
             highest = highest.topk(min(HIGHEST, highest.shape[-1]), dim=-1).values.mean(dim=-1)  # (B, K)
             fit = widened((queries * (pointed + whole.unsqueeze(1))).sum(dim=-1)) * widened(self.scale)
             presence = widened(self.presence_scale) * highest + fit + widened(self.presence_bias)
@@ -173,7 +173,7 @@ class SegmentationHead(nn.Module):
 
     def _pointed(self, products: Tensor, cells: Tensor) -> Tensor:
         """What lies where each query points: features of cells, averaged by the softmax of their best parts' products, (B, K, P)."""
-        best = widened(products.unflatten(1, (-1, self.parts**3)).amax(dim=2)) * widened(self.scale)  # (B, K, N)
+        best = widened(products.detach().unflatten(1, (-1, self.parts**3)).amax(dim=2)) * widened(self.scale.detach())  # (B, K, N)
         pointed: Tensor = self.evidence(best.softmax(dim=-1).to(cells.dtype) @ cells.flatten(1, 3))
         return pointed
 
