@@ -55,7 +55,7 @@ def test_a_scan_is_described_without_its_name_and_not_kept(server, client, scan)
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("<img src=x>notes.txt", "no scan that can be opened here; open a NIfTI"),
+        ("<img src=x>notes.txt", "no scan that can be opened here; open one file (.nii, .nii.gz"),
         ("text.nii.gz", "cannot be read"),
         ("empty.nii.gz", "empty"),
         ("cut.nii.gz", "cannot be read"),

@@ -18,14 +18,16 @@ import pydicom
 import pytest
 
 from med3dvlm.app import chat as app
-from med3dvlm.app.analysis import Analysis, find_segmenter
+from med3dvlm.app.analysis import Analysis, find_segmenter, load
 from med3dvlm.app.masks import MOST, Mask, names_to_segment, pack, stated
 from med3dvlm.app.page import build
 from med3dvlm.app.scans import OpenScan, example, opened
 from med3dvlm.app.session import Session
 from med3dvlm.app.viewer import picture
 from med3dvlm.app.workstation import Workstation
-from med3dvlm.inference.segmentation import Segmentation
+from med3dvlm.checkpoints import load_clip
+from med3dvlm.inference.segmentation import Segmentation, Segmenter
+from med3dvlm.models.segmentation import Med3DSegmenter
 from med3dvlm.volume import Volume, read_volume
 from tests.formats.dicom_files import scan as values
 from tests.formats.dicom_files import write_series
@@ -192,6 +194,23 @@ def test_the_segmenter_is_found_within_or_beside_the_model(tmp_path: Path) -> No
     assert find_segmenter(model) == beside
     (model / "segmenter" / "config.json").write_text("{}")
     assert find_segmenter(model) == model / "segmenter"
+
+
+def test_a_segmenter_from_its_folder_draws_in_the_place_of_overlays(tmp_path: Path, tiny_models: SimpleNamespace, session: Session) -> None:
+    clip, tokenizer, processor = load_clip(tiny_models.clip)
+    model = Med3DSegmenter.from_clip(clip, decoder_widths=[8, 4, 8, 8], embedding_dim=5, attention_heads=2).eval()
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(tmp_path / "segmenter")
+    analysis = load(Parrot(), tiny_models.clip, None, tmp_path / "segmenter")
+    assert analysis.explain is analysis.find is None
+    workstation = Workstation(Parrot(), "parrot", analysis=analysis)
+    workstation.segment(session, "liver mass")
+    (mask,) = session.masks.values()
+    wanted = Segmenter.from_pretrained(tmp_path / "segmenter").segment(session.scan.volume, "liver mass")
+    np.testing.assert_array_equal(mask.unpacked(session.scan.volume.shape).mask, wanted.mask)
+    assert mask.found.score == pytest.approx(wanted.score)
+    with pytest.raises((ValueError, FileNotFoundError), match="med3d_clip"):
+        load(Parrot(), None, None, Path(tiny_models.clip))
 
 
 @pytest.fixture(scope="module")
