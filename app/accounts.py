@@ -6,7 +6,7 @@ python app/chat.py --model outputs/demo/model --auth-file accounts.json --host 0
 
 import sys
 
-from med3dvlm.app.accounts import main
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("med3dvlm.app.accounts"))

@@ -7,7 +7,7 @@ python app/chat.py --model outputs/demo/model --host 0.0.0.0 --auth-file account
 
 import sys
 
-from med3dvlm.app.chat import main
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("med3dvlm.app.chat"))

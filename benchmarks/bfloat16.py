@@ -5,6 +5,9 @@
 Writes scores.json: the least and the mean cosine between a volume's two embeddings, recall in both types, and how far ranks move.
 """
 
+import sys
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,11 +17,12 @@ from med3dvlm.checkpoints import load_clip
 from med3dvlm.datasets.store import same_preprocessing
 from med3dvlm.datasets.torch import PairCollator, load_volumes
 from med3dvlm.metrics.retrieval import retrieval_ranks, retrieval_scores
+from med3dvlm.programs import run
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     data, studies = evaluation.open_data(arguments)
     model, tokenizer, processor = load_clip(arguments.model, dtype=torch.float32)
     same_preprocessing(processor, data)
@@ -54,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    evaluation.script(main)
+    sys.exit(run(main))

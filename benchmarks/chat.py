@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,9 @@ import nibabel
 import numpy as np
 from gradio_client import Client, handle_file
 
-from med3dvlm import evaluation
 from med3dvlm.datasets.phantom import Acquisition, draw, plan_phantoms
 from med3dvlm.files import write_json, write_text
+from med3dvlm.programs import Parser, positive, run
 from med3dvlm.tables import markdown_table
 
 QUESTIONS = ("Describe the findings.", "Which organ is abnormal?", "What abnormality is seen?")
@@ -122,15 +122,15 @@ def serve(model: Path, run: Callable[[str], Any]) -> Any:
             chat.communicate()  # it says that it ends
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="speed.py app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", type=Path, default=Path("outputs/demo/model"), help="directory of a trained model (default: %(default)s)"
     )
     parser.add_argument("--address", help="of a chat that runs already")
-    parser.add_argument("--sessions", type=evaluation.positive, default=20, help="(default: %(default)s)")
+    parser.add_argument("--sessions", type=positive, default=20, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     def run(address: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -151,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    evaluation.script(main)
+    sys.exit(run(main))

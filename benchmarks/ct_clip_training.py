@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 from transformers import BertConfig
@@ -23,6 +24,7 @@ from med3dvlm import Med3DCLIP, Med3DCLIPConfig, evaluation
 from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.cli.options import parse_size
 from med3dvlm.encoders.base import bfloat16_is_fast
+from med3dvlm.programs import Parser, positive, run
 
 WAYS = {"all kept": [], "computed again": ["--recompute"]}
 
@@ -53,16 +55,16 @@ def step_cost(arguments: argparse.Namespace) -> dict[str, float]:
     return {"seconds": statistics.median(seconds[1:]), "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="dcformer_tiny", help="default: %(default)s")
     parser.add_argument("--size", type=parse_size, default=(256, 512, 512), metavar="D,H,W", help="default: 256,512,512")
-    parser.add_argument("--batch", type=evaluation.positive, default=1, help="volumes (default: %(default)s)")
-    parser.add_argument("--runs", type=evaluation.positive, default=2, help="steps after the warm-up (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=1, help="volumes (default: %(default)s)")
+    parser.add_argument("--runs", type=positive, default=2, help="steps after the warm-up (default: %(default)s)")
     parser.add_argument("--bfloat16", action="store_true", help="autocast; the encoder computes in float32 where the CPU is faster at that")
     parser.add_argument("--recompute", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.one:
         print(json.dumps(step_cost(arguments)))
         return
@@ -82,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    evaluation.script(main)
+    sys.exit(run(main))

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.literal_encoder import literal
-from med3dvlm import evaluation
 from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.encoders import build_encoder
 from med3dvlm.encoders.base import bfloat16_is_fast
 from med3dvlm.encoders.cost import count, resident
 from med3dvlm.files import write_json
+from med3dvlm.programs import Parser, positive, run
 
 LITERAL = "literal, float32"
 LITERAL_BF16 = "literal, bfloat16 autocast"
@@ -47,18 +48,18 @@ class Form:
             return [tokens.float() for tokens in self.module(volume)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="dcformer_small", help="a DCFormer (default: %(default)s)")
     parser.add_argument("--size", default="128,256,256", help="D,H,W of the volume (default: %(default)s)")
-    parser.add_argument("--batch", type=evaluation.positive, default=2, help="volumes in a training step (default: %(default)s)")
-    parser.add_argument("--runs", type=evaluation.positive, default=5, help="timed runs of each form (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=2, help="volumes in a training step (default: %(default)s)")
+    parser.add_argument("--runs", type=positive, default=5, help="timed runs of each form (default: %(default)s)")
     parser.add_argument("--allocation", choices=["kept", "system"], default="kept", help="of freed memory (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"))
     parser.add_argument(
         "--memory_of", help=argparse.SUPPRESS
     )  # in a process of its own: a training step of this form, its memory to stdout
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.allocation == "kept":
         keep_freed_memory()
     size = tuple(int(number) for number in arguments.size.split(","))
@@ -225,4 +226,4 @@ def table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ from benchmarks import gpu_encoders, gpu_models
 from benchmarks.gpu_encoders import LITERAL, NUMBERS, OURS, Cases, Settings
 from benchmarks.gpu_models import REPOSITORY
 from med3dvlm.files import read_lines, write_json, write_text
+from med3dvlm.programs import Parser, run
 from med3dvlm.tables import markdown_table
 
 OWN = ("benchmarks", "med3dvlm", "stages", "tests")
@@ -226,8 +227,8 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu"), help="folder of the results (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=9.0, help="no part is begun when they are nearly used up (default: %(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
@@ -236,7 +237,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu with --tiny alone")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, of which figures say nothing")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # in a process of its own
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.device == "cpu" and not arguments.tiny:
         parser.error("--device cpu takes tiny sizes alone; add --tiny, or run on a GPU without --device")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -282,4 +283,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

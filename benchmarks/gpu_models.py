@@ -3,10 +3,9 @@
 import importlib
 import json
 import os
-import runpy
-import sys
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +222,7 @@ def train(settings: Settings, name: str) -> Figures:
     from benchmarks.rehearsal_report import stage_figures
 
     script, recipes, flags = STAGES[name]
-    path, output = f"stages/{script}.py", settings.work / name
+    output = settings.work / name
     arguments: list[object] = [
         "--config", f"stages/configs/{recipes}/{script}.yaml", "--data", settings.work / ("chests" if name == "ct_clip" else "prepared"),
         "--output_dir", output, "--max_steps", 3 if settings.tiny else 8, "--bf16", "true", "--deepspeed", "ds_configs/zero2.json",
@@ -236,8 +235,7 @@ def train(settings: Settings, name: str) -> Figures:
         arguments += ["--text_options", json.dumps(small)] if name == "ct_clip" else []
     if settings.device == "cpu":
         arguments += ["--use_cpu", "true"]
-    sys.argv = [path, *map(str, arguments)]
-    runpy.run_path(str(REPOSITORY / path), run_name="__main__")
+    import_module(f"med3dvlm.training.{script}").main([*map(str, arguments)])
     figures = stage_figures(output) | {"peak_gb": peak_gb(settings.device)}
     figures["parameters"] = json.dumps(figures.get("parameters"))
     if not figures.pop("finite", False):

@@ -15,6 +15,7 @@ import argparse
 import gzip
 import io
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from med3dvlm import VolumeProcessor, evaluation, read_volume
+from med3dvlm import VolumeProcessor, read_volume
 from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.datasets.phantom import write_phantoms
 from med3dvlm.datasets.preparation import finish, prepare, prepare_one
@@ -37,6 +38,7 @@ from med3dvlm.datasets.store import PreparedData, volume_path
 from med3dvlm.files import read_lines, write_json
 from med3dvlm.plots.canvas import new_page, plain, save
 from med3dvlm.plots.preparation import COLOURS
+from med3dvlm.programs import Parser, positive, run
 from med3dvlm.recipes import RECIPES
 from med3dvlm.records import Study
 
@@ -88,17 +90,17 @@ def memory_curve(samples: Sequence[tuple[int, Mapping[str, float]]], path: str |
     return save(page, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="speed.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scan", type=Path, help="a scan to measure with (default: phantoms)")
     parser.add_argument("--recipe", default="m3d", help="(default: %(default)s)")
     parser.add_argument("--size", help="D,H,W of the prepared volumes (default: the recipe's)")
-    parser.add_argument("--volumes", type=evaluation.positive, default=16, help="in an epoch (default: %(default)s)")
-    parser.add_argument("--batch", type=evaluation.positive, default=2, help="(default: %(default)s)")
-    parser.add_argument("--runs", type=evaluation.positive, default=5, help="epochs of each way (default: %(default)s)")
+    parser.add_argument("--volumes", type=positive, default=16, help="in an epoch (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=2, help="(default: %(default)s)")
+    parser.add_argument("--runs", type=positive, default=5, help="epochs of each way (default: %(default)s)")
     parser.add_argument("--memory", type=int, default=0, metavar="VOLUMES", help="read so many with four workers, instead of the rest")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     keep_freed_memory()
     torch.set_num_threads(1)  # per core
     size = None if arguments.size is None else tuple(int(number) for number in arguments.size.split(","))
@@ -232,11 +234,11 @@ def preparation(root: Path, scans: list[Path], processor: VolumeProcessor, runs:
 def medians(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
     """The median seconds of each call after a warm-up; they take turns, so that a slow moment of the machine does not meet one alone."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for run in range(runs + 1):
+    for turn in range(runs + 1):
         for name, call in calls.items():
             started = time.perf_counter()
             call()
-            if run:
+            if turn:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -279,4 +281,4 @@ def table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -11,6 +11,7 @@ conversation, comes on top.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ from transformers import Qwen2Config
 
 from med3dvlm import Med3DVLM, Med3DVLMConfig
 from med3dvlm.models.vlm_processor import IGNORED, branch_mask
+from med3dvlm.programs import Parser, run
 
 IMAGE_TOKEN = 1000
 
@@ -64,8 +66,8 @@ def batch_of(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return batch | {"attention_mask": (branches >= 0).long()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image_tokens", type=int, default=256, help="of a volume; the paper has 256 (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=5, help="about a volume (default: %(default)s)")
     parser.add_argument("--report", type=int, default=200, help="tokens of a report (default: %(default)s)")
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of the language model (default: %(default)s)")
     parser.add_argument("--width", type=int, default=256, help="of the language model (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="steps of each kind (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     model = build(arguments)
 
@@ -110,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -12,9 +12,10 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from med3dvlm import evaluation, read_volume
+from med3dvlm import read_volume
 from med3dvlm.files import write_json
+from med3dvlm.programs import Parser, positive, run
 
 DISTINCT = 10  # slices; a longer series repeats them, as packing takes longer than reading
 Picture = NDArray[np.uint16]
@@ -109,15 +111,15 @@ def by_us(folder: Path) -> NDArray[Any]:
 READERS = {"ours": by_us, "SimpleITK": by_itk}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slices", type=evaluation.positive, default=300, help="of the series (default: %(default)s)")
-    parser.add_argument("--size", type=evaluation.positive, default=512, help="rows and columns (default: %(default)s)")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slices", type=positive, default=300, help="of the series (default: %(default)s)")
+    parser.add_argument("--size", type=positive, default=512, help="rows and columns (default: %(default)s)")
     parser.add_argument("--packings", nargs="+", choices=PACKINGS, default=[*PACKINGS], help="default: all")
-    parser.add_argument("--repeats", type=evaluation.positive, default=5, help="runs that count (default: %(default)s)")
-    parser.add_argument("--processors", type=evaluation.positive, help="that both readers may use (default: all)")
+    parser.add_argument("--repeats", type=positive, default=5, help="runs that count (default: %(default)s)")
+    parser.add_argument("--processors", type=positive, help="that both readers may use (default: all)")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.processors:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.processors])
     processors = len(os.sched_getaffinity(0))
@@ -152,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -12,7 +12,9 @@
 import argparse
 import json
 import re
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -25,6 +27,7 @@ from med3dvlm.checkpoints.convert.weights import Checkpoint, Stored, digest, wri
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import ConversationDataset
 from med3dvlm.files import whole_folder, write_json
+from med3dvlm.programs import Parser, run
 from med3dvlm.training.contrastive import common_words
 
 CLINICAL_BERT_WORDS = 119547
@@ -166,14 +169,14 @@ def require_same(model: Path, other: Path) -> None:
         raise ValueError(f"{model} and {other} differ in {len(different)} tensors, as in {min(different)}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("plan", "text_encoder", "language_model", "published", "same"))
     parser.add_argument("folders", nargs="+", type=Path)
     for name, value in (("layers", 2), ("steps", 8), ("processes", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--tiny", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     if arguments.what == "plan":
         print(*plan(*arguments.folders, arguments.layers, arguments.steps, arguments.processes))
@@ -186,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -13,6 +13,7 @@ import os
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import psutil
 import torch
 
 from med3dvlm.files import read_lines, write_json, write_text
+from med3dvlm.programs import Parser, run
 from med3dvlm.tables import markdown_table
 from med3dvlm.training.run import environment
 
@@ -143,10 +145,10 @@ processes share count once for each.
 """
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, type=Path, help="folder of the rehearsal")
-    root = parser.parse_args().root
+    root = parser.parse_args(argv).root
     report = collect(root)
     write_json(root / "report.json", report)
     text = markdown(report)
@@ -156,4 +158,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -16,12 +16,12 @@ import argparse
 import contextlib
 import io
 import platform
-import runpy
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from med3dvlm.metrics import bertscore
 from med3dvlm.metrics.evaluate_module import TextScore
 from med3dvlm.metrics.meteor import meteor_available
 from med3dvlm.metrics.text import text_values
+from med3dvlm.programs import Parser, positive, run
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.records import Study
 
@@ -99,21 +100,18 @@ def ours(chat: Med3DChat, data: PreparedData, studies: Sequence[Study], length: 
 
 
 def encoded(script: str, *arguments: object) -> int:
-    """How many volumes an encoder computes while a script of this folder runs."""
+    """How many volumes an encoder computes while an evaluation runs."""
     seen = [0]
 
     def count(module: Any, inputs: Any, output: Any) -> None:
         if isinstance(module, Encoder):
             seen[0] += len(inputs[0])
 
-    hook, before = register_module_forward_hook(count), sys.argv
-    path = Path(__file__).parents[1] / "eval" / f"{script}.py"
-    sys.argv = [str(path), *map(str, arguments)]
+    hook = register_module_forward_hook(count)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            runpy.run_path(str(path))["main"]()
+            import_module(f"med3dvlm.evaluation.{script}").main([*map(str, arguments)])
     finally:
-        sys.argv = before
         hook.remove()
     return seen[0]
 
@@ -161,16 +159,16 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="speed.py eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("outputs/demo"), help="with model, stage1 and prepared (default: %(default)s)")
     parser.add_argument("--split", default="test", help="(default: %(default)s)")
-    parser.add_argument("--studies", type=evaluation.positive, default=64, help="(default: %(default)s)")
-    parser.add_argument("--batch_size", type=evaluation.positive, default=32, help="of our way (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=evaluation.positive, default=256, help="(default: %(default)s)")
-    parser.add_argument("--runs", type=evaluation.positive, default=3, help="of each way (default: %(default)s)")
+    parser.add_argument("--studies", type=positive, default=64, help="(default: %(default)s)")
+    parser.add_argument("--batch_size", type=positive, default=32, help="of our way (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=positive, default=256, help="(default: %(default)s)")
+    parser.add_argument("--runs", type=positive, default=3, help="of each way (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     keep_freed_memory()
     data = PreparedData(arguments.root / "prepared")
     studies = data.studies(arguments.split)[: arguments.studies]
@@ -210,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    evaluation.script(main)
+    sys.exit(run(main))

@@ -11,16 +11,18 @@ import argparse
 import os
 import platform
 import resource
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm import evaluation
 from med3dvlm.files import write_json
 from med3dvlm.metrics.retrieval import retrieval_ranks
+from med3dvlm.programs import Parser, positive, run
 
 CHECKED = 20  # queries each way that are ranked one at a time, too
 
@@ -39,12 +41,12 @@ def plain_rank(query: int, queries: NDArray[np.float32], candidates: NDArray[np.
     return int((cosines >= cosines[query]).sum())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="speed.py retrieval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=evaluation.positive, default=50_000, help="studies in the pool (default: %(default)s)")
-    parser.add_argument("--width", type=evaluation.positive, default=768, help="of the embeddings (default: %(default)s)")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=positive, default=50_000, help="studies in the pool (default: %(default)s)")
+    parser.add_argument("--width", type=positive, default=768, help="of the embeddings (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     images, texts = pairs(arguments.pairs, arguments.width)
     started = time.perf_counter()
     ranks = retrieval_ranks(images, texts)
@@ -64,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    evaluation.script(main)
+    sys.exit(run(main))

@@ -16,17 +16,18 @@ Writes <output>/search.json and .md.
 import argparse
 import platform
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 
-from med3dvlm import evaluation
 from med3dvlm.files import write_json, write_text
+from med3dvlm.programs import Parser, positive, run
 from med3dvlm.search import vectors
 from med3dvlm.search.vectors import Nearest, Vectors
 from med3dvlm.tables import markdown_table
@@ -134,15 +135,15 @@ def measure(search: Search, queries: dict[str, Vectors], truth: dict[str, list[N
     return {"milliseconds": 1000 * statistics.median(seconds)} | row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="speed.py search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=evaluation.positive, default=1_000_000, help="embeddings (default: %(default)s)")
-    parser.add_argument("--width", type=evaluation.positive, default=512, help="numbers in each (default: %(default)s)")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=positive, default=1_000_000, help="embeddings (default: %(default)s)")
+    parser.add_argument("--width", type=positive, default=512, help="numbers in each (default: %(default)s)")
     parser.add_argument("--spread", type=float, default=1.2, help="of a cluster (default: %(default)s)")
-    parser.add_argument("--queries", type=evaluation.positive, default=50, help="of each kind (default: %(default)s)")
+    parser.add_argument("--queries", type=positive, default=50, help="of each kind (default: %(default)s)")
     parser.add_argument("--others", action="store_true", help="measure other indexes beside ours")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     count = arguments.count
     space = Space(arguments.width, arguments.spread)
     results: dict[str, Any] = {"count": count, "width": arguments.width, "spread": arguments.spread, "queries": arguments.queries}
@@ -201,4 +202,4 @@ def seconds(row: dict[str, float]) -> str | None:
 
 
 if __name__ == "__main__":
-    evaluation.script(main)
+    sys.exit(run(main))

@@ -15,6 +15,7 @@ as it does at the papers' size. Writes <output>/zero_shot.json and .md.
 import argparse
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from med3dvlm.checkpoints import load_clip
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.files import write_json, write_text
+from med3dvlm.programs import Parser, positive, run
 from med3dvlm.prompts import finding_prompts
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
 
@@ -92,17 +94,17 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="speed.py zero_shot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory of a Med3DCLIP (default: random weights)")
     parser.add_argument("--data", help="prepared data, with --model")
     parser.add_argument("--split", default="test", help="of the data (default: %(default)s)")
     parser.add_argument("--encoder", default="dcformer_nano", help="without --model (default: %(default)s)")
     parser.add_argument("--size", default="64,128,128", help="D,H,W of a volume, without --model (default: %(default)s)")
-    parser.add_argument("--studies", type=evaluation.positive, default=8, help="(default: %(default)s)")
-    parser.add_argument("--runs", type=evaluation.positive, default=3, help="of each way (default: %(default)s)")
+    parser.add_argument("--studies", type=positive, default=8, help="(default: %(default)s)")
+    parser.add_argument("--runs", type=positive, default=3, help="of each way (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if bool(arguments.model) != bool(arguments.data):
         raise ValueError("--model and --data belong together; give both, or neither for random weights")
     keep_freed_memory()
@@ -158,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    evaluation.script(main)
+    sys.exit(run(main))

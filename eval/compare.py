@@ -5,8 +5,9 @@ python eval/compare.py outputs/demo/eval/vqa --split_file outputs/demo/prepared/
 python eval/compare.py --published outputs/demo
 """
 
-from med3dvlm.evaluation import script
-from med3dvlm.evaluation.compare import main
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    script(main)
+    sys.exit(run("med3dvlm.evaluation.compare"))

@@ -5,8 +5,9 @@ python eval/linear_probe.py --data outputs/ct_clip/prepared --split valid --outp
 python eval/linear_probe.py --model outputs/ct_clip/model --data other/prepared --output other/probe --probe outputs/ct_clip/eval/probe
 """
 
-from med3dvlm.evaluation import script
-from med3dvlm.evaluation.linear_probe import main
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    script(main)
+    sys.exit(run("med3dvlm.evaluation.linear_probe"))

@@ -4,8 +4,9 @@ python eval/page.py outputs/paper --cases 200 --megabytes 10
 python eval/page.py runs/retrieval runs/report_7b --output runs/report.html
 """
 
-from med3dvlm.evaluation import script
-from med3dvlm.evaluation.page import main
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    script(main)
+    sys.exit(run("med3dvlm.evaluation.page"))

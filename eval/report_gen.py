@@ -4,8 +4,9 @@ python eval/report_gen.py --model outputs/demo/model --data outputs/demo/prepare
 python eval/report_gen.py --data outputs/demo/prepared --output outputs/demo/eval/report --score_only --bertscore
 """
 
-from med3dvlm.evaluation import script
-from med3dvlm.evaluation.report_gen import main
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    script(main)
+    sys.exit(run("med3dvlm.evaluation.report_gen"))

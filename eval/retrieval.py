@@ -4,8 +4,9 @@ python eval/retrieval.py --model outputs/demo/stage1 --data outputs/demo/prepare
 python eval/retrieval.py --data outputs/demo/prepared --output outputs/demo/eval/retrieval --score_only --pools 50,100 --ks 5,10,50,100
 """
 
-from med3dvlm.evaluation import script
-from med3dvlm.evaluation.retrieval import main
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    script(main)
+    sys.exit(run("med3dvlm.evaluation.retrieval"))

@@ -5,8 +5,9 @@
     python eval/saliency.py --data outputs/demo/prepared --output outputs/demo/eval/grounding --score_only
 """
 
-from med3dvlm.evaluation import script
-from med3dvlm.evaluation.saliency import main
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    script(main)
+    sys.exit(run("med3dvlm.evaluation.saliency"))

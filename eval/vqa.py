@@ -5,8 +5,9 @@ python eval/vqa.py --data outputs/demo/prepared --output outputs/demo/eval/vqa -
 torchrun --nproc_per_node 2 eval/vqa.py --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/vqa
 """
 
-from med3dvlm.evaluation import script
-from med3dvlm.evaluation.vqa import main
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    script(main)
+    sys.exit(run("med3dvlm.evaluation.vqa"))

@@ -5,8 +5,9 @@ python eval/zero_shot.py --data outputs/ct_clip/prepared --split valid --output 
 torchrun --nproc_per_node 2 eval/zero_shot.py --model ... --templates 4
 """
 
-from med3dvlm.evaluation import script
-from med3dvlm.evaluation.zero_shot import main
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    script(main)
+    sys.exit(run("med3dvlm.evaluation.zero_shot"))

@@ -4,8 +4,9 @@ deepspeed stages/ct_clip.py --config stages/configs/demo/ct_clip.yaml
 python stages/ct_clip.py --config stages/configs/smoke/ct_clip.yaml --encoder vit3d_naive
 """
 
-from med3dvlm.training.ct_clip import main
-from med3dvlm.training.run import launch
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    launch(main)
+    sys.exit(run("med3dvlm.training.ct_clip"))

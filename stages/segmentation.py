@@ -4,8 +4,9 @@ deepspeed stages/segmentation.py --config stages/configs/demo/segmentation.yaml
 python stages/segmentation.py --config stages/configs/smoke/segmentation.yaml --dual_cross_attention false
 """
 
-from med3dvlm.training.run import launch
-from med3dvlm.training.segmentation import main
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    launch(main)
+    sys.exit(run("med3dvlm.training.segmentation"))

@@ -4,8 +4,9 @@ deepspeed stages/stage0_language_model.py --config stages/configs/demo/stage0_la
 python stages/stage0_language_model.py --config stages/configs/smoke/stage0_language_model.yaml --max_steps 4
 """
 
-from med3dvlm.training.run import launch
-from med3dvlm.training.stage0_language_model import main
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    launch(main)
+    sys.exit(run("med3dvlm.training.stage0_language_model"))

@@ -4,8 +4,9 @@ deepspeed stages/stage1_siglip.py --config stages/configs/demo/stage1_siglip.yam
 python stages/stage1_siglip.py --config stages/configs/smoke/stage1_siglip.yaml --learning_rate 1e-3
 """
 
-from med3dvlm.training.run import launch
-from med3dvlm.training.stage1_siglip import main
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    launch(main)
+    sys.exit(run("med3dvlm.training.stage1_siglip"))

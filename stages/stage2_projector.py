@@ -4,8 +4,9 @@ deepspeed stages/stage2_projector.py --config stages/configs/demo/stage2_project
 python stages/stage2_projector.py --config stages/configs/smoke/stage2_projector.yaml --projector low_high_mlp
 """
 
-from med3dvlm.training.run import launch
-from med3dvlm.training.stage2_projector import main
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    launch(main)
+    sys.exit(run("med3dvlm.training.stage2_projector"))

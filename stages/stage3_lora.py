@@ -4,8 +4,9 @@ deepspeed stages/stage3_lora.py --config stages/configs/demo/stage3_lora.yaml
 python stages/stage3_lora.py --config stages/configs/smoke/stage3_lora.yaml --lora_rank 8
 """
 
-from med3dvlm.training.run import launch
-from med3dvlm.training.stage3_lora import main
+import sys
+
+from med3dvlm.programs import run
 
 if __name__ == "__main__":
-    launch(main)
+    sys.exit(run("med3dvlm.training.stage3_lora"))

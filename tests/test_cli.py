@@ -442,7 +442,7 @@ def test_ctrl_c(run: Run, scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("med3dvlm.volume.read_volume", interrupted)
-    assert run("inspect", scan) == (130, "", "med3dvlm: interrupted\n")
+    assert run("inspect", scan) == (130, "", "med3dvlm: interrupted; started again, the same command continues\n")
 
 
 def test_the_place_of_an_error_can_be_shown(tmp_path: Path) -> None:

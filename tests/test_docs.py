@@ -4,7 +4,6 @@ Commands run in this process, which has imported what each of them would take se
 """
 
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from med3dvlm import cli
+from med3dvlm import cli, programs
 from tests.evaluation.conftest import chests  # noqa: F401
 
 REPOSITORY = Path(__file__).parent.parent
@@ -136,8 +135,7 @@ def test_command_runs(
         subprocess.run([sys.executable, *arguments], check=True)
     else:
         script, *arguments = arguments
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        runpy.run_path(script, run_name="__main__")
+        assert programs.run(f"med3dvlm.evaluation.{Path(script).stem}", arguments) == 0
     assert capfd.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""The command line: `med3dvlm COMMAND --help` says what each takes.
+"""Vision-language models for 3D CT scans: `med3dvlm COMMAND --help` says what each command takes.
 
 Results go to stdout; warnings, progress and notices to stderr. The exit code is 0, or 1 where `prepare` had to leave studies
 out, or 2 with one sentence where the input or the place of the output is at fault, or 130 after Ctrl+C. Files appear under
@@ -9,64 +9,97 @@ their names when they are whole.
 # file formats are imported by the command that needs them.
 
 import argparse
-import errno
-import logging
-import re
-import sys
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor
 
-from safetensors import SafetensorError
-
+from med3dvlm import programs
 from med3dvlm.cli import cases, data, models, scans, segment
+from med3dvlm.cli.options import Commands
 
-REASONS = {
-    errno.ENOSPC: "the disk is full; free some space and run the command again",
-    errno.EDQUOT: "your share of the disk is full; free some space and run the command again",
-    errno.EFBIG: "the file grows larger than is allowed here; write to another disk",
-    errno.EACCES: "access is not permitted; choose another place or ask for the right",
-    errno.EPERM: "access is not permitted; choose another place or ask for the right",
-    errno.EROFS: "this disk can only be read; choose another place",
-    errno.ENOENT: "there is no such file or folder; check the path",
-    errno.ENOTDIR: "a part of this path is a file, not a folder; check the path",
-    errno.EEXIST: "a file of this name stands where a folder is needed; choose another name",
-    errno.EISDIR: "this is a folder but a file is needed; check the path",
+# Command -> what it runs -> its module and what it does. These parse their own words.
+PROGRAMS = {
+    "train": {
+        "stage0": ("training.stage0_language_model", "a small language model from nothing, on the texts of the data"),
+        "stage1": ("training.stage1_siglip", "vision encoder and text encoder, on pairs of scan and report"),
+        "stage2": ("training.stage2_projector", "the projector between vision encoder and language model"),
+        "stage3": ("training.stage3_lora", "LoRA on the language model, and the projector; then the merge"),
+        "segmentation": ("training.segmentation", "a segmenter, which draws what a text names"),
+        "ct_clip": ("training.ct_clip", "an image-text model of chest CT"),
+    },
+    "evaluate": {
+        "report": ("evaluation.report_gen", "written reports"),
+        "vqa": ("evaluation.vqa", "answers to questions"),
+        "retrieval": ("evaluation.retrieval", "scans found by reports and reports by scans"),
+        "zero_shot": ("evaluation.zero_shot", "findings detected without training on labels"),
+        "linear_probe": ("evaluation.linear_probe", "findings detected by a linear layer on the frozen encoder"),
+        "saliency": ("evaluation.saliency", "where a model looks, on phantoms"),
+        "compare": ("evaluation.compare", "a run beside another, or beside the papers"),
+        "page": ("evaluation.page", "one HTML page of runs and their cases"),
+    },
+}
+PASSED_ON = {
+    "train": "train a model: `med3dvlm train STAGE --help`",
+    "evaluate": "score a model: `med3dvlm evaluate WHAT --help`",
+    "chat": "look at a scan and talk with a model about it, in the browser, on this machine",
+}
+GROUPS = {
+    "Data": ("phantom", "prepare", "audit", "findings"),
+    "Training": ("train", "merge", "convert", "encoders"),
+    "Evaluation": ("evaluate",),
+    "A scan": ("inspect", "ask", "report", "segment", "chat"),
+    "Cases": ("index", "search"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        return arguments.run(arguments) or 0
-    except (OSError, ValueError, SafetensorError, BrokenExecutor) as error:
-        if arguments.traceback:
-            raise
-        print(f"med3dvlm: {_sentence(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("med3dvlm: interrupted", file=sys.stderr)
-        return 130
+    return programs.run(_main, argv, "med3dvlm")
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    words = list(argv or ())
+    if words and words[0] in PASSED_ON:
+        return _pass_on(*words)
+    arguments = _parser().parse_args(words)
+    return arguments.run(arguments) or 0
+
+
+def _pass_on(command: str, *words: str) -> int:
+    """Run a program with its own words."""
+    if command == "chat":
+        model = ("--model",) if words and not words[0].startswith("-") else ()
+        return programs.run("med3dvlm.app.chat", [*model, *words], "med3dvlm chat")
+    known = PROGRAMS[command]
+    choice = programs.Parser(prog=f"med3dvlm {command}", description=PASSED_ON[command], add_help=True)
+    kinds = choice.add_subparsers(dest="kind", required=True, metavar="STAGE" if command == "train" else "WHAT")
+    for name, (_, help_text) in known.items():
+        kinds.add_parser(name, help=help_text)
+    kind = words[0] if words and words[0] in known else choice.parse_args(words[:1]).kind  # which ends with help, or what is wrong
+    return programs.run(f"med3dvlm.{known[kind][0]}", words[1:], f"med3dvlm {command} {kind}")
+
+
+class _Grouped(programs.Parser):
+    """Lists the commands by what they are about."""
+
+    def format_help(self) -> str:
+        listed: Commands = self._subparsers._group_actions[0]  # type: ignore[union-attr, assignment]
+        helps = {action.dest: action.help for action in listed._choices_actions}
+        groups = (f"{title}:\n" + "\n".join(f"  {name:<10}{helps[name]}" for name in names) for title, names in GROUPS.items())
+        return f"{self.format_usage()}\n{(self.description or '').strip()}\n\n" + "\n\n".join([*groups, OPTIONS])
+
+
+OPTIONS = """Options:
+  -h, --help   this list, or what a command takes
+  --traceback  where something fails, show the place in the code
+"""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="med3dvlm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traceback", action="store_true", help="where something fails, show the place in the code")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = _Grouped(
+        prog="med3dvlm", description=__doc__, usage="med3dvlm COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(prog="med3dvlm", required=True, metavar="COMMAND", parser_class=programs.Parser)
     for group in (scans, data, models, segment, cases):
         group.add_commands(commands)
+    for name, help_text in PASSED_ON.items():
+        commands.add_parser(name, help=help_text)
     return parser
-
-
-def _sentence(error: Exception) -> str:
-    """The error in one line."""
-    if isinstance(error, OSError) and error.errno is not None:
-        place = f"{error.filename}: " if error.filename else ""
-        return place + REASONS.get(error.errno, error.strerror or str(error))
-    if isinstance(error, SafetensorError):
-        code = re.search(r"os error (\d+)", str(error))
-        return f"a weights file: {REASONS.get(int(code[1]) if code else 0, str(error))}"
-    if isinstance(error, BrokenExecutor):
-        return "a worker process was killed, perhaps for want of memory; run the command again with fewer --workers"
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,7 +1,6 @@
-"""`ask`, `report`, `chat`, `merge`, `convert`, `encoders`: models at work, and their files."""
+"""`ask`, `report`, `merge`, `convert`, `encoders`: models at work, and their files."""
 
 import argparse
-import runpy
 import sys
 from collections.abc import Generator
 from contextlib import closing
@@ -24,13 +23,8 @@ def add_commands(commands: Commands) -> None:
         command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length at most (default: %(default)s)")
         command.set_defaults(run=_ask, question=None) if name == "report" else command.set_defaults(run=_ask)
 
-    chat = commands.add_parser("chat", help="look at a scan and talk with a model about it, in the browser, on this machine")
-    chat.add_argument("model", metavar="MODEL", type=Path, help="the folder of a trained model")
-    chat.add_argument("options", metavar="...", nargs=argparse.REMAINDER, help="as of app/chat.py, say --port 8080 (app/chat.py --help)")
-    chat.set_defaults(run=_chat)
-
     merge = commands.add_parser("merge", help="merge a LoRA adapter into its base model")
-    merge.add_argument("adapter", metavar="ADAPTER", type=Path, help="the folder that stages/stage3_lora.py wrote")
+    merge.add_argument("adapter", metavar="ADAPTER", type=Path, help="the folder that stage 3 wrote")
     merge.add_argument("out", metavar="OUT", type=Path, help="the folder of the whole model, which must not exist yet")
     merge.add_argument("--base", metavar="FOLDER", type=Path, help="the model that the adapter was trained on, where it has been moved")
     merge.set_defaults(run=_merge)
@@ -50,18 +44,6 @@ def add_commands(commands: Commands) -> None:
     encoders.add_argument("--size", type=parse_size, metavar="D,H,W", help="voxels of a volume (default: 256,512,512 or the encoder's own)")
     encoders.add_argument("--measure", action="store_true", help="time and memory here too, one encoder after the other")
     encoders.set_defaults(run=_encoders)
-
-
-def _chat(arguments: argparse.Namespace) -> None:
-    """The app is not part of the installed package, so that the package does not need a web server."""
-    script = Path(__file__).parents[2] / "app" / "chat.py"
-    if not script.is_file():
-        raise FileNotFoundError(
-            f"{script} is missing: the page lives in the repository; clone it and install from there (pip install -e .)"
-        )
-    sys.argv = [str(script), "--model", str(arguments.model), *arguments.options]
-    sys.path.insert(0, str(script.parent))  # as `python app/chat.py` has it
-    runpy.run_path(str(script), run_name="__main__")
 
 
 def _ask(arguments: argparse.Namespace) -> None:

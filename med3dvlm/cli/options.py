@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # what `add_subparsers` gives
+from med3dvlm.programs import Parser
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # what `add_subparsers` gives
 MEANING = ("unit", "hu", "rescale", "series")
 SCANS = "a file, a zip, or a folder with a DICOM series or numbered PNG or JPEG slices"
 

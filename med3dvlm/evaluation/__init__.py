@@ -3,13 +3,10 @@
 from med3dvlm.evaluation.cases import in_batches, is_first, predict, predictions
 from med3dvlm.evaluation.models import Embedder, answer_likelihoods, empty_volume, exchange, load_chat
 from med3dvlm.evaluation.runs import (
-    add_flag,
     begin,
     evaluation_parser,
     open_data,
     other_patients,
-    positive,
-    script,
     training_split,
     write_scores,
 )
@@ -17,7 +14,6 @@ from med3dvlm.tables import markdown_table, with_interval
 
 __all__ = [
     "Embedder",
-    "add_flag",
     "empty_volume",
     "answer_likelihoods",
     "begin",
@@ -27,10 +23,8 @@ __all__ = [
     "load_chat",
     "markdown_table",
     "open_data",
-    "positive",
     "predict",
     "predictions",
-    "script",
     "other_patients",
     "training_split",
     "exchange",

@@ -8,6 +8,7 @@ Cases are dealt out by whole batches, so that a case is always computed beside t
 the number of processes and however often the run was stopped.
 """
 
+import atexit
 import json
 import os
 import time
@@ -32,6 +33,7 @@ def processes() -> tuple[int, int]:
         return 0, 1
     if not distributed.is_initialized():
         distributed.init_process_group("gloo", timeout=timedelta(days=7))  # one waits for the slowest
+        atexit.register(distributed.destroy_process_group)
     return distributed.get_rank(), distributed.get_world_size()
 
 

@@ -45,6 +45,7 @@ from med3dvlm.metrics.intervals import (
 )
 from med3dvlm.metrics.retrieval import rank_values, retrieval_ranks
 from med3dvlm.metrics.text import text_values
+from med3dvlm.programs import Parser
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import ALL_KINDS, Study, has_letters
 from med3dvlm.reports.findings import findings_table
@@ -281,8 +282,8 @@ def difference_table(header: Sequence[str], compared: dict[str, dict[str, Any]])
     return evaluation.markdown_table(("figure", *header), rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "runs", nargs="+", type=Path, help="folders of predictions: two, or one with --split_file; any number with --published"
     )
@@ -291,7 +292,7 @@ def main() -> None:
     parser.add_argument("--split_file", type=Path, help="JSON of the studies of each split, as `med3dvlm audit` writes it")
     parser.add_argument("--data", type=Path, help="prepared data of the runs (default: where their run.json says)")
     parser.add_argument("--output", type=Path, help="folder of comparison.md and comparison.json")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.published:
         print(paper_tables.compare_with_papers(arguments.runs, arguments.data_name, arguments.output))
         return

@@ -30,6 +30,7 @@ from med3dvlm.evaluation import detection, paper_tables
 from med3dvlm.evaluation.probe import DECAYS, FrozenEncoder, LinearProbe, fit
 from med3dvlm.files import read_lines, write_json, write_lines
 from med3dvlm.metrics.detection import macro_auroc, permuted
+from med3dvlm.programs import add_flag
 from med3dvlm.records import Study
 
 
@@ -97,19 +98,19 @@ def shuffled_labels(rows: Sequence[dict[str, Any]], studies: Sequence[Study], na
     return {"probes": len(areas), "macro_auroc": float(np.mean(areas)), "each": areas}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
     parser.add_argument("--train_split", help="split to learn from (default: the first whose name begins with train)")
     detection.add_threshold_arguments(parser)
     parser.add_argument(
         "--decays", type=numbers, default=list(DECAYS), help="weight decays to choose from, as 0.1,0.01 (default: %(default)s)"
     )
-    evaluation.add_flag(parser, "balanced", True, "let present and absent weigh alike in training")
+    add_flag(parser, "balanced", True, "let present and absent weigh alike in training")
     parser.add_argument("--controls", type=int, default=5, help="probes trained on shuffled labels (default: %(default)s)")
     parser.add_argument("--cache", type=Path, help="folder of the features, which several runs may share (default: OUTPUT/features)")
     parser.add_argument("--probe", type=Path, help="output of a run whose probe is taken instead of training one")
     parser.add_argument("--data_name", default="this data", help="what the data is called beside the papers (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     started, output = time.perf_counter(), arguments.output
     data, studies = evaluation.open_data(arguments)
     detection.require_labels(data, arguments.split, studies)

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from med3dvlm import evaluation
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation import compare, page_cases, paper_tables
 from med3dvlm.evaluation.question_scores import WITHOUT_SCAN, YES_NO, likeliest
@@ -28,6 +27,7 @@ from med3dvlm.metrics.answers import right_choices
 from med3dvlm.metrics.intervals import intervals, mean_of
 from med3dvlm.metrics.retrieval import retrieval_ranks
 from med3dvlm.metrics.text import LABELS
+from med3dvlm.programs import Parser, positive
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import ALL_KINDS, Study
 
@@ -304,13 +304,13 @@ def nice(low: float, high: float) -> list[float]:
     return [round(step * place, 9) for place in range(int(np.ceil(low / step)), int(high / step) + 1)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of predictions, or one above eval/")
     parser.add_argument("--name", help="what the page is called (default: the name of the folder above eval/)")
     parser.add_argument("--output", type=Path, help="file of the page (default: report.html in the folder above eval/)")
     parser.add_argument("--data", type=Path, help="prepared data of the runs (default: beside eval/, or where their run.json says)")
-    parser.add_argument("--cases", type=evaluation.positive, help="how many cases to show (default: all)")
+    parser.add_argument("--cases", type=positive, help="how many cases to show (default: all)")
     parser.add_argument("--megabytes", type=float, default=20, help="size of the page, at most (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     print(write_page(arguments.runs, arguments.name, arguments.output, arguments.data, arguments.cases, arguments.megabytes))

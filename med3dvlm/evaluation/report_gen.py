@@ -26,22 +26,21 @@ from med3dvlm import evaluation
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.evaluation.report_scores import fixed_reports, report_scores, report_table
 from med3dvlm.metrics.bertscore import bert_scorer
+from med3dvlm.programs import add_flag, positive
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.records import Study
 
 PROMPT = REPORT_PROMPTS[0]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
-    parser.add_argument(
-        "--max_new_tokens", type=evaluation.positive, default=256, help="length of a report, at most (default: %(default)s)"
-    )
+    parser.add_argument("--max_new_tokens", type=positive, default=256, help="length of a report, at most (default: %(default)s)")
     parser.add_argument("--clip", help="directory of a Med3DCLIP, as stage 1 wrote it, that finds the nearest training report")
-    evaluation.add_flag(parser, "blind", True, "let the model write about an empty volume, too")
-    evaluation.add_flag(parser, "shuffled", True, "score what it wrote about another patient, too")
-    evaluation.add_flag(parser, "bertscore", False, "score by BERTScore, too")
-    arguments = parser.parse_args()
+    add_flag(parser, "blind", True, "let the model write about an empty volume, too")
+    add_flag(parser, "shuffled", True, "score what it wrote about another patient, too")
+    add_flag(parser, "bertscore", False, "score by BERTScore, too")
+    arguments = parser.parse_args(argv)
     data, studies = evaluation.open_data(arguments)
     if not any(study.report.strip() for study in studies):
         raise ValueError(f"no study of split {arguments.split!r} in {arguments.data} has a report, so there is nothing to compare with")

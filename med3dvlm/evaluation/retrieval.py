@@ -29,6 +29,7 @@ from med3dvlm.evaluation.image_to_image import image_to_image_scores, image_to_i
 from med3dvlm.files import whole_file, write_lines
 from med3dvlm.metrics.intervals import intervals, mean_of, median_of
 from med3dvlm.metrics.retrieval import rank_values, retrieval_ranks, retrieval_scores
+from med3dvlm.programs import positive
 from med3dvlm.records import Study
 
 POOLS = (100, 500, 1000, 2000)
@@ -38,7 +39,7 @@ WAYS = ("image_to_text", "text_to_image")
 
 def numbers(text: str) -> list[int]:
     """ "100,500" -> [100, 500], for argparse."""
-    return sorted({evaluation.positive(part.strip()) for part in text.split(",")})
+    return sorted({positive(part.strip()) for part in text.split(",")})
 
 
 def first_equals(data: PreparedData, studies: Sequence[Study]) -> tuple[list[int], list[int]]:
@@ -110,14 +111,14 @@ def table(scores: dict[str, Any], ks: Sequence[int] = KS) -> str:
     return "\n\n".join(filter(None, [evaluation.markdown_table(header, rows), equal_ones, image_to_image_table(scores, ks)]))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
-    parser.add_argument("--max_text_length", type=evaluation.positive, help="tokens of a report (default: what the text encoder takes)")
+    parser.add_argument("--max_text_length", type=positive, help="tokens of a report (default: what the text encoder takes)")
     parser.add_argument("--pools", type=numbers, help="sizes of pools, as 100,500 (default: those of the papers that the split fills)")
     parser.add_argument(
         "--ks", type=numbers, default=list(KS), help="k of recall@k and of image to image, as 5,10,50,100 (default: %(default)s)"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     data, studies = evaluation.open_data(arguments)
     pools = arguments.pools or [pool for pool in POOLS if pool <= len(studies)] or [len(studies)]
     if pools[-1] > len(studies):

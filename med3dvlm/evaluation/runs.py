@@ -8,45 +8,28 @@
 import argparse
 import json
 import os
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.hf_argparser import string_to_bool
 
 from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation.cases import ELSEWHERE, is_first, wait_for_all
 from med3dvlm.files import write_json, write_text
+from med3dvlm.programs import Parser, add_flag, command_line, positive
 from med3dvlm.records import Study
 from med3dvlm.training.run import environment
 
 
-def script(main: Callable[[], None]) -> None:
-    """Run a script's main; what the user can mend ends it with one sentence and exit code 2."""
-    keep_freed_memory()
-    try:
-        main()
-    except (OSError, ValueError, SafetensorError) as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command continues here\n")
-        sys.exit(130)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def evaluation_parser(documentation: str, batch_size: int = 16) -> argparse.ArgumentParser:
+def evaluation_parser(documentation: str, batch_size: int = 16) -> Parser:
     """The arguments that every evaluation has; its help begins with the script's own documentation."""
-    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory of the model; not needed with --score_only")
     parser.add_argument("--data", required=True, help="prepared data, see `med3dvlm prepare`")
     parser.add_argument("--output", required=True, type=Path, help="folder of predictions and scores")
@@ -63,27 +46,15 @@ def evaluation_parser(documentation: str, batch_size: int = 16) -> argparse.Argu
     return parser
 
 
-def add_flag(parser: argparse.ArgumentParser, name: str, default: bool, explanation: str) -> None:
-    """`--name`, `--name true` or `--name false`."""
-    text = f"{explanation} (default: {str(default).lower()})"
-    parser.add_argument(f"--{name}", type=string_to_bool, nargs="?", const=True, default=default, metavar="BOOL", help=text)
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
 def open_data(arguments: argparse.Namespace) -> tuple[PreparedData, list[Study]]:
-    """The prepared data and the studies to evaluate.
+    """The prepared data and the studies to evaluate, at the beginning of the work.
 
     Raises:
         ValueError: --model is missing, the split is unknown or smaller than --limit, or the predictions to score are about other data.
     """
     if not arguments.model and not arguments.score_only:
         raise ValueError("--model is missing; name a model's directory, or score the predictions that are there with --score_only")
+    keep_freed_memory()
     data = PreparedData(arguments.data, arguments.exclude_failures, arguments.split_file)
     studies = data.studies(arguments.split)
     if arguments.score_only:
@@ -109,7 +80,7 @@ def begin(arguments: argparse.Namespace, model: PreTrainedModel, data: PreparedD
             raise ValueError(f"{arguments.output} holds {left[0]} without a run.json that says of what; {ELSEWHERE}")
         arguments.output.mkdir(parents=True, exist_ok=True)
         record = {
-            "command": " ".join(sys.argv),
+            "command": command_line(),
             "model": str(arguments.model),
             "data": str(arguments.data),
             "split_file": arguments.split_file,

@@ -168,11 +168,11 @@ def table(scores: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
     parser.add_argument("--clip", help="directory of a Med3DCLIP, as stage 1 wrote it, besides the assistant or in its place as --model")
     parser.add_argument("--scans", type=Path, help="folder of the phantoms that the data was prepared from; not needed with --score_only")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     data, studies = evaluation.open_data(arguments)
     predicted = arguments.output / "predictions.jsonl"
     cases = [Case(study, kind) for study in studies for kind in KINDS if study.labels.get(kind)]

@@ -28,6 +28,7 @@ from med3dvlm import evaluation
 from med3dvlm.evaluation.question_scores import YES_NO, question_scores, question_tables
 from med3dvlm.inference.chat import Features, Med3DChat
 from med3dvlm.metrics.bertscore import bert_scorer
+from med3dvlm.programs import add_flag, positive
 from med3dvlm.prompts import closed_prompt
 from med3dvlm.records import Question, Study, has_letters
 
@@ -42,13 +43,13 @@ def rank(chat: Med3DChat, questions: Sequence[Question], features: dict[str, Fea
     return {question: [round(next(values), 4) for _ in question.choices] for question in questions}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
-    parser.add_argument("--max_new_tokens", type=evaluation.positive, default=32, help="length of an answer (default: %(default)s)")
-    evaluation.add_flag(parser, "blind", True, "ask about an empty volume, too")
-    evaluation.add_flag(parser, "shuffled", True, "ask about another patient's volume, too")
-    evaluation.add_flag(parser, "bertscore", False, "score open answers by BERTScore, too: seconds for a hundred on a CPU")
-    arguments = parser.parse_args()
+    parser.add_argument("--max_new_tokens", type=positive, default=32, help="length of an answer (default: %(default)s)")
+    add_flag(parser, "blind", True, "ask about an empty volume, too")
+    add_flag(parser, "shuffled", True, "ask about another patient's volume, too")
+    add_flag(parser, "bertscore", False, "score open answers by BERTScore, too: seconds for a hundred on a CPU")
+    arguments = parser.parse_args(argv)
     data, studies = evaluation.open_data(arguments)
     asked: dict[str, list[Question]] = {study.id: [] for study in studies}
     for question in data.questions(arguments.split):

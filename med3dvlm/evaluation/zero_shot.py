@@ -32,6 +32,7 @@ from torch import Tensor
 from med3dvlm import evaluation
 from med3dvlm.evaluation import detection, paper_tables
 from med3dvlm.files import read_lines, write_lines
+from med3dvlm.programs import positive
 from med3dvlm.prompts import FINDING_PROMPTS, finding_prompts
 from med3dvlm.records import Study
 
@@ -46,17 +47,17 @@ def prompt_directions(embedder: evaluation.Embedder, names: Sequence[str], templ
     return embedder.model.temperature.detach().double().cpu() * (sides[0] - sides[1])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
     parser.add_argument(
         "--templates",
-        type=evaluation.positive,
+        type=positive,
         default=1,
         help=f"prompt pairs averaged, 1 to {len(FINDING_PROMPTS)}; 1 is the published one",
     )
     detection.add_threshold_arguments(parser)
     parser.add_argument("--data_name", default="this data", help="what the data is called beside the papers (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.templates > len(FINDING_PROMPTS):
         raise ValueError(f"--templates {arguments.templates}: there are {len(FINDING_PROMPTS)} pairs of prompts in med3dvlm/prompts.py")
     data, studies = evaluation.open_data(arguments)

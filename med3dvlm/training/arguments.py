@@ -16,12 +16,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import torch
 import yaml
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments, get_scheduler
+from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 
+from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.programs import Parser
 from med3dvlm.training.limits import check_settings
 
 logger = logging.getLogger(__name__)
@@ -34,10 +37,7 @@ LEARNING = (
 # Where to write, what to measure, and how to be quick; the split file is in the fingerprint of the data.
 FREE = {"merged", "cache_features", "exclude_failures", "validation_split", "split_file"}
 ZERO_STAGES = (1, 2, 3)
-
-
-class SettingError(ValueError):
-    """A setting that cannot be honoured, wherever that is found."""
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 @dataclass
@@ -62,7 +62,9 @@ class StageArguments(TrainingArguments):
                 "bf16 is true but there is no GPU here that computes in bfloat16; pass --use_cpu true to train on the CPU, or --bf16 false"
             )
         if isinstance(self.deepspeed, str) and self.deepspeed:
-            _require_json(Path(self.deepspeed))
+            path = find_config(self.deepspeed, ".json")
+            _require_json(path)
+            self.deepspeed = str(path)
         if self.output_dir == "" or Path(self.output_dir or ".").is_file():
             raise ValueError(f"output_dir is {self.output_dir!r}, which is no folder; name one that is there or can be made")
         if str(getattr(self.save_strategy, "value", self.save_strategy)) == "best" and self.metric_for_best_model is None:
@@ -115,7 +117,7 @@ class StageArguments(TrainingArguments):
     def _check_launcher(self) -> None:
         """Raise ValueError where `accelerate launch` brings an engine or a precision that the settings do not name."""
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or (self.deepspeed_plugin and not self.deepspeed):
-            raise ValueError("accelerate launch brings an engine of its own; leave it out there and pass --deepspeed ds_configs/zero2.json")
+            raise ValueError("accelerate launch brings an engine of its own; leave it out there and pass --deepspeed deepspeed/zero2")
         if self.mixed_precision != ("bf16" if self.bf16 else "no"):
             raise ValueError(
                 f"accelerate launch brings --mixed_precision {self.mixed_precision}, but bf16 is {self.bf16}; leave it out there and pass --bf16"
@@ -132,7 +134,8 @@ class StageArguments(TrainingArguments):
         return self.eval_on_start or str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
 
     def open_data(self) -> PreparedData:
-        """The prepared data that these settings name."""
+        """The prepared data that these settings name, at the beginning of the work."""
+        keep_freed_memory()
         return PreparedData(self.data, self.exclude_failures, self.split_file or None)
 
 
@@ -150,6 +153,41 @@ class ImageArguments(StageArguments):
         self.augmentation = None if chosen is None else chosen.to_dict()  # every amount stands in the record of the run
 
 
+def find_config(name: str, ending: str) -> Path:
+    """The file of this name, or the package's own where there is none.
+
+    The package's are named by their path below med3dvlm/configs, with or without the ending, as demo/stage1_siglip or deepspeed/zero2, or by their
+    place in the repository: stages/configs/demo/stage1_siglip.yaml, ds_configs/zero2.json.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    below = name.removeprefix("stages/configs/").removesuffix(ending)
+    below = f"deepspeed/{below.removeprefix('ds_configs/')}" if below.startswith("ds_configs/") else below
+    ours = CONFIGS / f"{below}{ending}"
+    return ours if ours.is_file() else path
+
+
+def recipes() -> list[str]:
+    """The names of the package's own settings of stages."""
+    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.yaml"))
+
+
+class SettingsParser(Parser, HfArgumentParser):
+    """Flags of a dataclass's fields, in the dialect of all programs."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """As `Parser`'s; what transformers makes of a boolean field, one option or two, becomes one flag."""
+        if options.get("action") == "store_false":  # --no-NAME comes with the flag
+            return self._option_string_actions[names[-1]]
+        if options.get("type") is not string_to_bool:
+            return super().add_argument(*names, **options)
+        kept = {name: options[name] for name in ("default", "help") if name in options}
+        flag = super().add_argument(*names, action=argparse.BooleanOptionalAction, **kept)
+        flag.type = string_to_bool  # of a text in a YAML
+        return flag
+
+
 Arguments = TypeVar("Arguments", bound=StageArguments)
 
 
@@ -158,16 +196,20 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
 
     Ends the program with one sentence when a key is unknown or a value does not fit.
     """
-    parser = HfArgumentParser(kind, usage="%(prog)s --config FILE [--name value ...]", allow_abbrev=False)  # type: ignore[arg-type]
-    parser.add_argument("--config", metavar="FILE", help="settings as YAML; what the command line says goes before it")
+    parser = SettingsParser(kind, usage="%(prog)s --config FILE [--name value ...]", allow_abbrev=False)  # type: ignore[arg-type]
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="settings as YAML: a file, or a recipe of the package, as demo/stage1_siglip; the command line goes before it",
+    )
     _ours_first(parser, kind)
     argv = list(sys.argv[1:] if argv is None else argv)
     config = parser.parse_known_args(argv)[0].config
     known = {name.name for name in fields(kind) if name.init}
     if config is not None:
-        path = Path(config)
+        path = find_config(config, ".yaml")
         if not path.is_file():
-            parser.error(f"{path} is missing; the recipes are in stages/configs")
+            parser.error(f"{config} is neither a file nor a recipe of the package; those are {', '.join(recipes())}")
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -223,14 +265,14 @@ def _require_json(path: Path) -> None:
     """Raise ValueError where DeepSpeed's configuration is not there or no JSON object."""
     if not path.is_file():
         raise ValueError(
-            f"{path}, DeepSpeed's configuration, is missing; the path starts from where the stage is started, as in ds_configs/zero2.json"
+            f"{path}, DeepSpeed's configuration, is neither a file nor one of the package, as deepspeed/zero2, zero3 and zero3_offload are"
         )
     try:
         settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}, DeepSpeed's configuration, is no JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}, DeepSpeed's configuration, must hold settings by name, as ds_configs/zero2.json does")
+        raise ValueError(f"{path}, DeepSpeed's configuration, must hold settings by name, as deepspeed/zero2 of the package does")
 
 
 def _check_engine(config: Any, path: str) -> None:

@@ -8,6 +8,7 @@ VolumeProcessor, for eval/zero_shot.py, eval/linear_probe.py, eval/retrieval.py 
 last whole checkpoint.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from med3dvlm.training.arguments import parse_arguments
@@ -25,5 +26,5 @@ class CTCLIPArguments(ContrastiveArguments):
     loss: str = field(default="clip", metadata={"help": "siglip or clip"})
 
 
-def main() -> None:
-    train_contrastive(parse_arguments(CTCLIPArguments))
+def main(argv: Sequence[str] | None = None) -> None:
+    train_contrastive(parse_arguments(CTCLIPArguments, argv))

@@ -84,7 +84,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (False, "the batch size is a part of what is learned; choose a smaller per_device_train_batch_size"),
     "average_tokens_across_devices": (True, "else the gradients would be divided by the number of processes"),
     "use_liger_kernel": (False, "its kernels replace a language model's loss, which is not used here"),
-    "fsdp": (None, "weights are shared out by DeepSpeed; pass --deepspeed ds_configs/zero3.json"),
+    "fsdp": (None, "weights are shared out by DeepSpeed; pass --deepspeed deepspeed/zero3"),
     "accelerator_config": (None, "it may change what a batch is"),
     "remove_unused_columns": (False, "the collators need every column of a row"),
     "save_only_model": (False, "a training would not continue from its checkpoints"),

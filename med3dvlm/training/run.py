@@ -5,27 +5,24 @@ import logging
 import platform
 import shutil
 import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 
-from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.encoders import count_parameters
 from med3dvlm.files import install_model, read_lines, write_json, write_lines
 from med3dvlm.models.vlm import Med3DVLM
-from med3dvlm.training.arguments import SettingError, StageArguments, identity_of
+from med3dvlm.programs import command_line
+from med3dvlm.training.arguments import StageArguments, identity_of
 from med3dvlm.training.trainer import StageTrainer
 
 logger = logging.getLogger(__name__)
@@ -124,7 +121,7 @@ def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerpr
         return  # it was finished before, and its record is there
     if trainer.is_world_process_zero():
         record = {
-            "command": " ".join(sys.argv),
+            "command": command_line(),
             "settings": settings,
             "data_fingerprint": data_fingerprint,
             "parameters": parameters,
@@ -159,7 +156,15 @@ def environment() -> dict[str, Any]:
     if (root / ".git").exists() and shutil.which("git"):  # an installed package may lie in somebody else's repository
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
         commit = git.stdout.strip() or None
-    return {"versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}, "commit": commit}
+    return {"versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}, "commit": commit}
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: an extra that this run did not need."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def release(trainer: StageTrainer) -> None:
@@ -176,21 +181,3 @@ def finish() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def launch(main: Callable[[], None]) -> None:
-    """Run a stage's `main`. What the user can mend, a file or a setting, ends it with one sentence; a defect with its traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    keep_freed_memory()
-    try:
-        main()
-    except (OSError, SafetensorError, ValueError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        ours = isinstance(error, SettingError) or Path(__file__).parents[1] in raised_in.parents
-        if isinstance(error, ValueError) and not ours:
-            raise  # a library's: it needs its traceback
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; started again, it continues from its last checkpoint\n")
-        raise SystemExit(130) from None

@@ -6,6 +6,7 @@
 Writes a Med3DSegmenter with its tokenizer and VolumeProcessor. Started again, it continues from the last whole checkpoint.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from med3dvlm.datasets.torch import PairCollator
 from med3dvlm.models.clip import Med3DCLIP
 from med3dvlm.models.segmentation import Med3DSegmenter, Med3DSegmenterConfig, Med3DSegmenterOutput
 from med3dvlm.records import Study
-from med3dvlm.training.arguments import ImageArguments, SettingError, parse_arguments
+from med3dvlm.training.arguments import ImageArguments, parse_arguments
 from med3dvlm.training.run import finish, run_training, save_final, train_only
 from med3dvlm.training.trainer import StageTrainer
 
@@ -128,10 +129,10 @@ def keep_features(prompts: MaskPrompts, studies: list[Study], folder: Path, clip
     prompts.features = dict(zip(texts, features, strict=True))
 
 
-def main() -> None:
-    arguments = parse_arguments(SegmentationArguments)
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(SegmentationArguments, argv)
     if not arguments.clip:
-        raise SettingError("--clip is missing; name the output of stage 1")
+        raise ValueError("--clip is missing; name the output of stage 1")
     data = arguments.open_data()
     rows = MaskDataset(data, arguments.train_split, arguments.seed, Augmentation.read(arguments.augmentation), **arguments.drawn)
 

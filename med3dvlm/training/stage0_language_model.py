@@ -6,6 +6,7 @@
 It is plain language modelling on text: reports, and questions asked about a report where later the image will stand. No volume is read.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,8 +67,8 @@ def train_tokenizer(dataset: ConversationDataset, vocabulary: int) -> Qwen2Token
     return tokenizer
 
 
-def main() -> None:
-    arguments = parse_arguments(Stage0Arguments)
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(Stage0Arguments, argv)
     data = arguments.open_data()
 
     def dataset(split: str) -> ConversationDataset:

@@ -6,9 +6,11 @@
 Writes a Med3DCLIP with its tokenizer and VolumeProcessor. Started again, it continues from the last whole checkpoint.
 """
 
+from collections.abc import Sequence
+
 from med3dvlm.training.arguments import parse_arguments
 from med3dvlm.training.contrastive import ContrastiveArguments, train_contrastive
 
 
-def main() -> None:
-    train_contrastive(parse_arguments(ContrastiveArguments))
+def main(argv: Sequence[str] | None = None) -> None:
+    train_contrastive(parse_arguments(ContrastiveArguments, argv))

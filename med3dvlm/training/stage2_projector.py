@@ -6,6 +6,7 @@
 Writes a Med3DVLM with its processor. Started again, it continues from the last whole checkpoint.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,7 @@ from med3dvlm import Med3DVLM, Med3DVLMProcessor
 from med3dvlm.checkpoints import load_clip, load_language_model
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.torch import load_volumes
-from med3dvlm.training.arguments import SettingError, parse_arguments
+from med3dvlm.training.arguments import parse_arguments
 from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations
 from med3dvlm.training.run import finish, run_training, save_final, train_only
 
@@ -33,10 +34,10 @@ class Stage2Arguments(ConversationArguments):
     position_embedding: bool = field(default=False, metadata={"help": "give every token its position, learned, before the projector"})
 
 
-def main() -> None:
-    arguments = parse_arguments(Stage2Arguments)
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(Stage2Arguments, argv)
     if not arguments.clip:
-        raise SettingError("--clip is missing; name the output of stage 1")
+        raise ValueError("--clip is missing; name the output of stage 1")
     data = arguments.open_data()
 
     torch.manual_seed(arguments.seed)

@@ -9,6 +9,7 @@ Writes a PEFT adapter to the output folder and the merged Med3DVLM, ready to use
 import gc
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.inference.out_of_distribution import fit_detector, pool_features
-from med3dvlm.training.arguments import SettingError, parse_arguments
+from med3dvlm.training.arguments import parse_arguments
 from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations
 from med3dvlm.training.run import finish, lora_targets, release, run_training, save_final
 
@@ -45,21 +46,21 @@ def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
     """The model with LoRA modules and a copy of the projector to train; everything else is frozen.
 
     Raises:
-        SettingError: `also_train` names what is no module, or what LoRA trains already.
+        ValueError: `also_train` names what is no module, or what LoRA trains already.
     """
     targets = re.compile(lora_targets(base))
     modules = [name for name, _ in base.named_modules()]
     for wanted in arguments.also_train:
         found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         if not found:
-            raise SettingError(
+            raise ValueError(
                 f"also_train names {wanted!r}, which is no module of the model; vision_encoder, embed_tokens and lm_head are, for example"
             )
         if any(targets.fullmatch(name) and name.startswith(tuple(found)) for name in modules):
-            raise SettingError(f"also_train names {wanted!r}, but its layers get LoRA; leave it out")
+            raise ValueError(f"also_train names {wanted!r}, but its layers get LoRA; leave it out")
         whole = {"projector", *arguments.also_train}
         if any(not whole.isdisjoint(name.split(".")[:-1]) for name in found):
-            raise SettingError(f"also_train names {wanted!r}, which lies in a module that trains as a whole; leave it out")
+            raise ValueError(f"also_train names {wanted!r}, which lies in a module that trains as a whole; leave it out")
     lora = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,
@@ -70,10 +71,10 @@ def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
     return get_peft_model(base, lora)
 
 
-def main() -> None:
-    arguments = parse_arguments(Stage3Arguments)
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(Stage3Arguments, argv)
     if not arguments.model:
-        raise SettingError("--model is missing; name the output of stage 2")
+        raise ValueError("--model is missing; name the output of stage 2")
     if arguments.merged:
         require_own(arguments.merged, str(arguments.output_dir))
     data = arguments.open_data()

@@ -10,6 +10,7 @@ and with nothing that the paper prints.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +23,7 @@ from med3dvlm.evaluation.paper_tables import TABLES
 from med3dvlm.files import read_lines, write_text
 from med3dvlm.metrics.meteor import meteor_available
 from med3dvlm.metrics.text import text_scores
+from med3dvlm.programs import Parser, run
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS
 from med3dvlm.training.run import environment
@@ -240,11 +242,11 @@ def write_report(rows: dict[str, dict[str, Any]], data: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, type=Path, help="folder of the runs, one below it for each row")
     parser.add_argument("--data_name", default="phantoms", help="what our rows learned from, as the tables call it (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     root: Path = arguments.root
     rows = collect(root)
     if not rows:
@@ -259,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    evaluation.script(main)
+    sys.exit(run(main))

@@ -9,6 +9,8 @@ It sets the figures that are expected of the run of that name beside those that 
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from med3dvlm.evaluation.targets import Targets, at, compare, target_table
 from med3dvlm.files import read_lines, write_text
 from med3dvlm.metrics.answers import right_choices
 from med3dvlm.metrics.retrieval import recall_curve
+from med3dvlm.programs import Parser, run
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS, Study
 from med3dvlm.training.run import environment
@@ -194,14 +197,14 @@ def value(figure: float | None) -> str:
     return "none" if figure is None else f"{figure:.2f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, type=Path, help="folder of the run, with eval/ and prepared/ in it")
     parser.add_argument("--name", default="demo", help="demo, demo-full, or a name of which nothing is expected (default: %(default)s)")
     parser.add_argument(
         "--scans", type=Path, help="data set with the scan files, to draw cases in true proportions (default: ROOT/phantoms)"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     root = arguments.root
     summary = collect(root)
     summary["reached"] = compare(summary, TARGETS, arguments.name)
@@ -214,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    evaluation.script(main)
+    sys.exit(run(main))

@@ -7,12 +7,15 @@ Sets the figures that are expected of the run of that name beside those that wer
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from med3dvlm import evaluation
 from med3dvlm.evaluation.targets import Targets, at, compare, target_table
 from med3dvlm.files import read_lines, write_text
+from med3dvlm.programs import Parser, run
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.training.run import environment
 
@@ -63,11 +66,11 @@ def collect(root: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, type=Path, help="folder of the run, with eval/ in it")
     parser.add_argument("--name", default=DEMO, help="%(default)s (the default), or a name of which nothing is expected")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     summary = collect(arguments.root)
     summary["reached"] = compare(summary, TARGETS, arguments.name)
     evaluation.write_scores(arguments.root / "summary.json", summary)
@@ -83,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    evaluation.script(main)
+    sys.exit(run(main))

@@ -16,8 +16,7 @@ from tests.encoders import test_precision
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *flags: object) -> int:
-    monkeypatch.setattr("sys.argv", ["gpu.py", *map(str, flags)])
-    return gpu.main()
+    return gpu.main([*map(str, flags)])
 
 
 def tiny(work: Path, device: str = "cpu") -> gpu.Settings:

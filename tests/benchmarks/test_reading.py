@@ -30,6 +30,4 @@ def test_other_values_fail(monkeypatch: pytest.MonkeyPatch, run: Callable[..., N
 
 
 def benchmark_main(monkeypatch: pytest.MonkeyPatch, output: Path) -> None:
-    words = ["reading", "--slices", "4", "--size", "16", "--packings", "plain", "--repeats", "1", "--output", str(output)]
-    monkeypatch.setattr("sys.argv", words)
-    benchmark.main()
+    benchmark.main(["--slices", "4", "--size", "16", "--packings", "plain", "--repeats", "1", "--output", str(output)])

@@ -142,8 +142,7 @@ def write_run(root: Path, codes: dict[str, int] | None = None, last_loss: float 
 
 
 def report(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, Any], str]:
-    monkeypatch.setattr("sys.argv", ["rehearsal_report.py", "--root", str(root)])
-    code = rehearsal_report.main()
+    code = rehearsal_report.main(["--root", str(root)])
     return code, json.loads((root / "report.json").read_text()), (root / "report.md").read_text()
 
 

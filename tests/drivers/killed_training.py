@@ -16,7 +16,7 @@ from typing import Any
 
 import torch._dynamo  # noqa: F401  before the forks, so that it is imported once
 
-from med3dvlm.training import run as training
+from med3dvlm import programs
 from med3dvlm.training.run import LossRecorder
 from med3dvlm.training.trainer import StageTrainer
 
@@ -88,11 +88,10 @@ def attempt(stage: ModuleType, output: Path, flags: list[str], kill: Kill | None
     process = os.fork()
     if process == 0:
         torch.set_num_threads(1)
-        sys.argv = [str(stage.__file__), *flags, "--output_dir", str(output), "--merged", str(output / "merged")]
         if kill is not None:
             kill()
-        training.launch(stage.main)
-        os._exit(0)
+        words = [*flags, "--output_dir", str(output), "--merged", str(output / "merged")]
+        os._exit(programs.run(stage.main, words, stage.__name__))
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMProcessor, VolumeProcessor, evaluation
+from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMProcessor, VolumeProcessor, programs
 from med3dvlm.datasets import ct_rate, m3d
 from med3dvlm.datasets.phantom import write_phantoms
 from med3dvlm.datasets.preparation import prepare
@@ -84,9 +85,12 @@ def call(repository: Path, script: str | Path, *arguments: object, checked: bool
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-        evaluation.script(module.main) if checked else module.main()
+    main = getattr(module, "main", None) or import_module(f"med3dvlm.evaluation.{script}").main
+    words = [*map(str, arguments)]
+    if not checked:
+        main(words)
+    elif code := programs.run(main, words, path.name):
+        sys.exit(code)
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import itertools
 import json
-import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,7 +185,7 @@ def test_figures_are_those_of_the_evaluations(demo: SimpleNamespace, evaluated: 
 
 def test_studies_without_a_report_are_left_out(repository: Path) -> None:
     """As eval/report_gen.py leaves them out: of words always, of findings where the reports are read for want of labels."""
-    compare = runpy.run_path(str(repository / "eval/compare.py"))
+    compare = vars(import_module("med3dvlm.evaluation.compare"))
     listed = [Study(f"s{i}", f"p{i}", "x", report, {}, "test", "hand") for i, report in enumerate(("Ascites.", " ", "A gallstone."))]
     texts = ["Ascites.", "A lung nodule and a renal cyst.", "Nothing."]
     expected = report_scores(texts, listed)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,7 +104,7 @@ def root(prepared: Path, tmp_path_factory: pytest.TempPathFactory, run_whole: Ru
     texts = [HOSTILE, "", *(study.report for study in studies[2:])]
     fixed = {"report": "<b>modal</b>", **report_scores(["<b>modal</b>"] * len(studies), studies)}
     images = torch.eye(len(studies))
-    score = runpy.run_path(str(repository / "eval/retrieval.py"))["score"]
+    score = import_module("med3dvlm.evaluation.retrieval").score
     write_retrieval(root / "eval/retrieval", data, studies, images.numpy(), images.numpy())
     write_scores(root / "eval/retrieval", {"pool_5": score(images, images, len(studies), studies, list(range(len(studies))))})
     write_run(root / "eval/vqa", data, asked(studies))

@@ -100,7 +100,7 @@ def test_embeddings_grow_as_the_bytes_of_float32(
         def full(*_: object) -> None:
             raise OSError("the disk is full")
 
-        patch.setattr("safetensors.torch.save_file", full)
+        patch.setattr("med3dvlm.evaluation.retrieval.save_file", full)
         run("retrieval", *arguments, "--output", tmp_path, "--batch_size", 4)
     rows = read_lines(tmp_path / "embeddings.jsonl")
     stored = load_file(whole / "embeddings.safetensors")

@@ -9,13 +9,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from med3dvlm import Med3DCLIP, Med3DCLIPConfig
+from med3dvlm import Med3DCLIP, Med3DCLIPConfig, programs
 from med3dvlm.checkpoints import load_clip
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import PairDataset
 from med3dvlm.training import ct_clip
 from med3dvlm.training.contrastive import common_words
-from med3dvlm.training.run import launch
 
 
 @pytest.fixture
@@ -37,8 +36,8 @@ def train(monkeypatch: pytest.MonkeyPatch, repository: Path, prepared: Path, tmp
             2,
             *flags,
         )
-        monkeypatch.setattr(sys, "argv", ["ct_clip.py", *map(str, given)])
-        launch(ct_clip.main)
+        if code := programs.run(ct_clip.main, [*map(str, given)], "ct_clip.py"):
+            sys.exit(code)
         return tmp_path / "out"
 
     return run

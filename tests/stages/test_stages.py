@@ -17,14 +17,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from med3dvlm import Med3DChat, Med3DVLMProcessor, VolumeProcessor
+from med3dvlm import Med3DChat, Med3DVLMProcessor, VolumeProcessor, programs
 from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm, merge_lora, verify_equal
 from med3dvlm.datasets import m3d
 from med3dvlm.datasets.store import PreparedData, checksum
 from med3dvlm.files import DETECTOR_FILE
 from med3dvlm.training import contrastive as contrastive_training
 from med3dvlm.training import ct_clip, stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
-from med3dvlm.training.run import launch
 from med3dvlm.training.trainer import COMPLETE
 
 STAGES = (stage0_language_model, stage1_siglip, ct_clip, stage2_projector, stage3_lora)
@@ -76,7 +75,6 @@ def run(
         output = output or tmp_path / f"run{next(count)}"
         config = repository / "stages" / "configs" / "smoke" / f"{name_of(stage)}.yaml"
         flags = ("--config", config, "--data", prepared, "--output_dir", output, *inputs[stage], *flags)
-        monkeypatch.setattr(sys, "argv", [f"{name_of(stage)}.py", *map(str, flags)])
         result = Run(output, {}, {}, set(), set())
 
         def watched(trainer: Any, *rest: Any, **more: Any) -> None:
@@ -90,7 +88,8 @@ def run(
         run_training = home.run_training
         with monkeypatch.context() as patch:
             patch.setattr(home, "run_training", watched)
-            launch(stage.main)
+            if code := programs.run(stage.main, [*map(str, flags)], f"{name_of(stage)}.py"):
+                sys.exit(code)
         return result
 
     return run_stage

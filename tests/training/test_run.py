@@ -15,12 +15,11 @@ from transformers import TrainerCallback, TrainingArguments
 
 import med3dvlm.training.arguments
 import med3dvlm.training.run
-from med3dvlm import Med3DCLIP, Med3DVLM
+from med3dvlm import Med3DCLIP, Med3DVLM, programs
 from med3dvlm.training.arguments import StageArguments, parse_arguments
 from med3dvlm.training.run import (
     environment,
     finish,
-    launch,
     lora_targets,
     run_training,
     train_only,
@@ -86,7 +85,7 @@ def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
             [],
             "bf16.enabled=False but bf16|bf16_full_eval=True; write",
         ),
-        ("data: x\ndeepspeed: nowhere.json\n", [], "nowhere.json, DeepSpeed's configuration, is missing; the path starts from where"),
+        ("data: x\ndeepspeed: nowhere.json\n", [], "nowhere.json, DeepSpeed's configuration, is neither a file nor one of the package"),
         ("data: x\nuse_cpu: true\ndeepspeed: {folder}/adam.json\n", [], "adam.json has a part 'optimizer': it would let biases"),
         ("data: x\naverage_tokens_across_devices: false\n", [], "average_tokens_across_devices is False but must be true"),
         ("data: x\n", ["--accelerator_config", '{"split_batches": true}'], "accelerator_config is"),
@@ -133,14 +132,14 @@ def test_what_accelerate_launch_brings_is_refused(
 def test_a_missing_config_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(ToyArguments, ["--config", "nowhere.yaml", "--data", "x"])
-    assert "nowhere.yaml is missing; the recipes are in stages/configs" in capsys.readouterr().err
+    assert "nowhere.yaml is neither a file nor a recipe of the package; those are ablation/stage1_siglip, " in capsys.readouterr().err
 
 
 def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         parse_arguments(ToyArguments, ["--help"])
     said = capsys.readouterr().out
-    places = [said.index(f"\n  {name}") for name in ("--config FILE", "--data", "--exclude_failures", "--colour", "--learning_rate")]
+    places = [said.index(f"\n  {name}") for name in ("--config FILE", "--data", "--exclude-failures", "--colour", "--learning-rate")]
     assert places == sorted(places)  # ours first
 
 
@@ -439,8 +438,7 @@ def test_a_training_that_diverges_stops_before_it_is_saved(
         return {"loss": loss}
 
     monkeypatch.setattr(Toy, "forward", diverging)
-    with pytest.raises(SystemExit, match="2"):
-        launch(lambda: train(tmp_path) and None)
+    assert programs.run(lambda _: train(tmp_path) and None, []) == 2
     said = capsys.readouterr().err
     last = tmp_path / f"checkpoint-{6 if spoilt == 'loss' else 4}"
     assert (
@@ -450,26 +448,6 @@ def test_a_training_that_diverges_stops_before_it_is_saved(
     assert (last / COMPLETE).is_file() and not (tmp_path / "run.json").exists()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*"))[-1] == last.name
     assert all(math.isfinite(loss) and loss for _, loss in losses(tmp_path))
-
-
-def failing(error: Exception) -> Callable[[], None]:
-    def main() -> None:
-        raise error
-
-    return main
-
-
-def test_what_the_user_can_mend_ends_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        launch(failing(FileNotFoundError("scan.nii.gz is missing")))
-    with pytest.raises(SystemExit, match="2"):
-        launch(lambda: train_only(nn.Linear(1, 1), lambda name: False))  # a ValueError of ours
-    said = capsys.readouterr().err.splitlines()
-    assert said[0].endswith("error: scan.nii.gz is missing") and "no parameter is left to train" in said[1] and len(said) == 2
-    with pytest.raises(ValueError, match="shapes"):  # not of ours: whoever looks into it needs the traceback
-        launch(failing(ValueError("shapes")))
-    with pytest.raises(SystemExit, match="130"):
-        launch(failing(KeyboardInterrupt()))  # type: ignore[arg-type]
 
 
 def test_finish_without_processes() -> None:
