@@ -267,8 +267,8 @@ def test_what_has_no_report_is_compared_with_nothing(repository: Path) -> None:
     told, untold = (Study(name, name, "x", report, {}, "test", "hand") for name, report in (("a", "Ascites."), ("b", " ")))
     rows = reports([told, untold], ["Ascites.", "A lung nodule."])
     first, second = gallery({"report": SimpleNamespace(rows=rows)}, {"a": told, "b": untold})
-    assert (first["f1"], first["alike"], first["told"]) == (1, 1, True)
-    assert (second["f1"], second["alike"], second["told"], second["findings"]) == (None, None, False, [])
+    assert (first["f1"], first["alike"], first["with_report"]) == (1, 1, True)
+    assert (second["f1"], second["alike"], second["with_report"], second["findings"]) == (None, None, False, [])
 
 
 @pytest.mark.parametrize("task", ["retrieval", "vqa", "report"])
