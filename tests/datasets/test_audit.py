@@ -76,7 +76,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     phantoms = root / "phantoms"
     write_phantoms(phantoms, studies=12, seed=1, workers=2)
     records = {split: m3d.read(phantoms, split) for split in m3d.SPLITS}
-    studies = [study for split in records for study in records[split][0]]
+    studies = [replace(study, masks={}) for split in records for study in records[split][0]]
     of = {split: records[split][0] for split in records}
     originals: dict[str, str] = {}
     source = root / "scans"

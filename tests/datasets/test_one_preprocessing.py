@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from med3dvlm import Med3DChat, VolumeProcessor, read_volume
+from med3dvlm import Med3DChat, Med3DVLMConfig, VolumeProcessor, read_volume
 from med3dvlm.datasets import table
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
@@ -34,7 +34,7 @@ def test_preparation_training_evaluation_command_line_and_app_see_one_tensor(tmp
     seen = []
     chat = Med3DChat.__new__(Med3DChat)  # without a model: what its encoder is given is all that counts
     chat.processor = SimpleNamespace(image_processor=VolumeProcessor.from_pretrained(tmp_path / "prepared"))
-    chat.model, chat._encoded = SimpleNamespace(device="cpu", dtype=torch.float32), OrderedDict()
+    chat.model, chat._encoded = SimpleNamespace(device="cpu", dtype=torch.float32, config=Med3DVLMConfig()), OrderedDict()
     chat._remembering, chat._encoding = Lock(), Lock()
     chat.encoder = lambda pixels: (seen.append(pixels), pixels)
     chat.encode(str(scans / "a.nii.gz"))  # med3dvlm ask, med3dvlm report
