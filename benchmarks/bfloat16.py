@@ -15,7 +15,7 @@ from tqdm import tqdm
 from med3dvlm import evaluation
 from med3dvlm.checkpoints import load_clip
 from med3dvlm.datasets.store import same_preprocessing
-from med3dvlm.datasets.torch import PairCollator, load_volumes
+from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.metrics.retrieval import retrieval_ranks, retrieval_scores
 from med3dvlm.programs import run
 
@@ -24,11 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
     arguments = parser.parse_args(argv)
     data, studies = evaluation.open_data(arguments)
-    model, tokenizer, processor = load_clip(arguments.model, dtype=torch.float32)
-    same_preprocessing(processor, data)
+    model, processor = load_clip(arguments.model, dtype=torch.float32)
+    same_preprocessing(processor.image_processor, data)
     model.to(arguments.device)
-    longest = min(tokenizer.model_max_length, getattr(model.text_encoder.config, "max_position_embeddings", tokenizer.model_max_length))
-    texts = PairCollator(tokenizer, longest).tokenize([study.report for study in studies])
 
     @torch.no_grad()
     def embed(dtype: torch.dtype) -> Tensor:
@@ -38,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return torch.cat([model.encode_image(volume).cpu() for volume in volumes])  # (N, P)
 
     with torch.no_grad():
-        reports = model.encode_text(**{name: value.to(model.device) for name, value in texts.items()}).cpu()
+        reports = model.encode_text(**processor(text=[study.report for study in studies]).to(model.device)).cpu()
     full, half = embed(torch.float32), embed(torch.bfloat16)
     cosines = torch.nn.functional.cosine_similarity(full, half)
     moved = abs(retrieval_ranks(full, reports)["image_to_text"] - retrieval_ranks(half, reports)["image_to_text"])

@@ -110,21 +110,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     if arguments.model:
         data = PreparedData(arguments.data)
-        model, tokenizer, processor = load_clip(arguments.model)
-        same_preprocessing(processor, data)
-        name, size = f"{model.config.encoder} of {arguments.model}", processor.size
+        model, processor = load_clip(arguments.model)
+        same_preprocessing(processor.image_processor, data)
+        name, size = f"{model.config.encoder} of {arguments.model}", data.processor.size
         studies = data.studies(arguments.split)[: arguments.studies]
         volumes = [lambda study=study: load_volumes(data, [study]) for study in studies]
 
         def tokenize(texts: Sequence[str]) -> Tokens:
-            coded = tokenizer(
-                list(texts),
-                padding=True,
-                truncation=True,
-                max_length=model.text_encoder.config.max_position_embeddings,
-                return_tensors="pt",
-            )
-            return {key: coded[key] for key in ("input_ids", "attention_mask")}
+            return dict(processor(text=texts))
     else:
         size = tuple(int(number) for number in arguments.size.split(","))
         model, tokenize = random_model(arguments.encoder, size)

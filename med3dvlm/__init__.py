@@ -1,7 +1,7 @@
 """Med3DVLM: vision-language models for three-dimensional medical scans. Research software, not a medical device.
 
 The public names are imported when they are first used, so that what needs no model starts at once. With a model class, transformers'
-Auto classes know its kind (contrastive.py and vlm.py register it).
+Auto classes know its kind (models/ registers it).
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from med3dvlm.inference.chat import Med3DChat
     from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
+    from med3dvlm.models.clip_processor import Med3DCLIPProcessor
     from med3dvlm.models.segmentation import Med3DSegmenter, Med3DSegmenterConfig
     from med3dvlm.models.vlm import Med3DVLM, Med3DVLMConfig
     from med3dvlm.models.vlm_processor import Med3DVLMProcessor
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Med3DCLIP",
     "Med3DCLIPConfig",
+    "Med3DCLIPProcessor",
     "Med3DChat",
     "Med3DSegmenter",
     "Med3DSegmenterConfig",
@@ -34,12 +36,13 @@ __version__ = "0.1.0"
 _MODULES = {
     "Med3DCLIP": "models.clip",
     "Med3DCLIPConfig": "models.clip",
+    "Med3DCLIPProcessor": "models.clip",  # which registers it: a processor is loaded by the Auto classes of its parts
     "Med3DChat": "inference.chat",
     "Med3DSegmenter": "models.segmentation",
     "Med3DSegmenterConfig": "models.segmentation",
     "Med3DVLM": "models.vlm",
     "Med3DVLMConfig": "models.vlm",
-    "Med3DVLMProcessor": "models.vlm",  # which registers it: a processor is loaded by the Auto classes of its parts
+    "Med3DVLMProcessor": "models.vlm",  # likewise
     "Volume": "volume",
     "VolumeProcessor": "preprocessing",
     "read_volume": "volume",

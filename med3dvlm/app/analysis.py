@@ -77,7 +77,7 @@ def load(chat: Any, contrastive: Path | None, index: Path | None, segmenter: Pat
 
     def find(volume: Volume, phrase: str) -> Cells:
         assert finder is not None
-        return placed(finder.saliency(volume, phrase), volume, finder.processor)
+        return placed(finder.saliency(volume, phrase), volume, finder.processor.image_processor)
 
     def similar(volume: Volume) -> list[Case]:
         assert cases is not None

@@ -20,10 +20,10 @@ from med3dvlm.checkpoints.convert.weights import Checkpoint, find_weights
 from med3dvlm.encoders import Encoder, build_encoder
 from med3dvlm.files import DETECTOR_FILE, MODEL_CONFIGS, install_model, write_json
 from med3dvlm.models.clip import Med3DCLIP
+from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.models.segmentation import Med3DSegmenter
 from med3dvlm.models.vlm import Med3DVLM
 from med3dvlm.models.vlm_processor import Med3DVLMProcessor
-from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.projectors import Projector, build_projector
 
 __all__ = [
@@ -172,20 +172,25 @@ def _require_whole(path: Path) -> None:
             raise ValueError(f"{file} is damaged or incomplete ({error}); copy it again, or let it be written anew") from None
 
 
-def load_clip(path: str | Path, **options: Any) -> tuple[Med3DCLIP, Any, VolumeProcessor]:
-    """A stage-1 model with its tokenizer and VolumeProcessor, in evaluation mode; `options` go to `from_pretrained` (dtype)."""
+def load_clip(path: str | Path, **options: Any) -> tuple[Med3DCLIP, Med3DCLIPProcessor]:
+    """A stage-1 model with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype)."""
     path = _require_type(path, "med3d_clip")
-    return Med3DCLIP.from_pretrained(path, **options).eval(), AutoTokenizer.from_pretrained(path), VolumeProcessor.from_pretrained(path)
+    model = Med3DCLIP.from_pretrained(path, **options).eval()
+    return model, _processor_of_texts(path, model.config.longest_text)
 
 
-def load_segmenter(path: str | Path, **options: Any) -> tuple[Med3DSegmenter, Any, VolumeProcessor]:
-    """A Med3DSegmenter with its tokenizer and VolumeProcessor, in evaluation mode; `options` go to `from_pretrained` (dtype)."""
+def load_segmenter(path: str | Path, **options: Any) -> tuple[Med3DSegmenter, Med3DCLIPProcessor]:
+    """A Med3DSegmenter with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype)."""
     path = _require_type(path, "med3d_segmenter")
-    return (
-        Med3DSegmenter.from_pretrained(path, **options).eval(),
-        AutoTokenizer.from_pretrained(path),
-        VolumeProcessor.from_pretrained(path),
-    )
+    model = Med3DSegmenter.from_pretrained(path, **options).eval()
+    return model, _processor_of_texts(path, model.clip.config.longest_text)
+
+
+def _processor_of_texts(path: Path, longest: int | None) -> Med3DCLIPProcessor:
+    processor = Med3DCLIPProcessor.from_pretrained(path)
+    if longest is not None:  # a folder of an earlier version, without processor_config.json, knows the tokenizer's limit alone
+        processor.max_text_length = min(processor.max_text_length, longest)
+    return processor
 
 
 def load_vlm(path: str | Path, **options: Any) -> tuple[Med3DVLM, Med3DVLMProcessor]:

@@ -44,7 +44,7 @@ def _segment(arguments: argparse.Namespace) -> int | None:
         require_dicom(Path(arguments.scan), arguments.scan, "segmentation")
     quiet_transformers()
     segmenter = Segmenter.from_pretrained(arguments.model)
-    segmenter.processor.straighten |= straighten
+    segmenter.processor.image_processor.straighten |= straighten
     found = segmenter.segment_all(volume, arguments.texts, arguments.threshold)
     for one in found:
         print(_line(one))

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from med3dvlm.datasets.torch import PairCollator
 from med3dvlm.files import whole_file
 from med3dvlm.models.clip import Med3DCLIP
+from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 
 
 def fingerprint(module: nn.Module, *also: str) -> str:
@@ -44,15 +44,14 @@ def frozen_features(
     return [stored[str(level)] for level in range(len(stored))]
 
 
-def report_features(folder: Path, model: Med3DCLIP, collator: PairCollator, reports: Sequence[str]) -> Tensor:
+def report_features(folder: Path, model: Med3DCLIP, processor: Med3DCLIPProcessor, reports: Sequence[str]) -> Tensor:
     """(N, C), what `pool_text` gives for N reports, kept in a file of the folder that is named after text encoder, reports and their length.
 
     Stage 1 with a frozen text encoder leaves those of the training split, and retrieval of training reports finds them there.
     """
-    name = fingerprint(model.text_encoder, *reports, model.config.text_pooling, str(collator.max_length))
+    name = fingerprint(model.text_encoder, *reports, model.config.text_pooling, str(processor.max_text_length))
 
     def compute(rows: range) -> list[Tensor]:
-        coded = collator.tokenize([reports[row] for row in rows])
-        return [model.pool_text(**{key: value.to(model.device) for key, value in coded.items()})]
+        return [model.pool_text(**processor(text=[reports[row] for row in rows]).to(model.device))]
 
     return frozen_features(folder / f"text-{name}.safetensors", len(reports), compute, description="texts")[0]

@@ -6,7 +6,7 @@ findings whose label is 0, and what lies on one side alone, said to be on the ot
 Shapes: B volumes of D, H, W voxels; K prompts a volume, N in all; L text tokens; C width of text features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.streams import Purpose, stream
 from med3dvlm.datasets.torch import PairCollator, PairDataset, StudyDataset, stack_images
+from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.records import Mask, Study
 from med3dvlm.reports.findings import finding_of
 
@@ -114,7 +115,7 @@ def _one(features: dict[str, Tensor]) -> Tensor:
     return next(iter(features.values()))
 
 
-def collate_prompts(rows: Sequence[dict[str, Any]], tokenize: Callable[[Sequence[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
+def collate_prompts(rows: Sequence[dict[str, Any]], processor: Med3DCLIPProcessor) -> dict[str, Tensor]:
     """Prompts of rows as Med3DSegmenter takes them: `text_features` (N, C), or `input_ids` and `attention_mask` (N, L); `counts` (B), `masks`."""
     masks = pad_sequence([row["masks"] for row in rows], batch_first=True)
     batch = {"counts": torch.tensor([len(row["masks"]) for row in rows]), "masks": masks}  # (B, K, D, H, W)
@@ -122,7 +123,7 @@ def collate_prompts(rows: Sequence[dict[str, Any]], tokenize: Callable[[Sequence
         return batch | {"text_features": torch.cat([row["prompt_features"] for row in rows])}
     texts = [text for row in rows for text in row["prompts"]]
     none = torch.zeros(0, 1, dtype=torch.long)
-    return batch | (tokenize(texts) if texts else {"input_ids": none, "attention_mask": none})
+    return batch | (dict(processor(text=texts)) if texts else {"input_ids": none, "attention_mask": none})
 
 
 def require_masks(data: PreparedData, split: str, studies: Sequence[Study]) -> None:
@@ -150,17 +151,13 @@ class MaskDataset(StudyDataset):
 
 
 class MaskCollator:
-    """Rows of a MaskDataset -> the arguments of Med3DSegmenter.forward, as `collate_prompts`.
+    """Rows of a MaskDataset -> the arguments of Med3DSegmenter.forward, as `collate_prompts`."""
 
-    Args:
-        tokenize: as that of PairCollator.
-    """
-
-    def __init__(self, tokenize: Callable[[Sequence[str]], dict[str, Tensor]]) -> None:
-        self.tokenize = tokenize
+    def __init__(self, processor: Med3DCLIPProcessor) -> None:
+        self.processor = processor
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {**stack_images(rows), **collate_prompts(rows, self.tokenize)}
+        return {**stack_images(rows), **collate_prompts(rows, self.processor)}
 
 
 class PromptedPairDataset(PairDataset):
@@ -186,4 +183,4 @@ class PromptedPairCollator(PairCollator):
     """Rows of a PromptedPairDataset -> what PairCollator makes of them, and "prompts" as `collate_prompts`."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {**super().__call__(rows), "prompts": collate_prompts(rows, self.tokenize)}
+        return {**super().__call__(rows), "prompts": collate_prompts(rows, self.processor)}

@@ -19,10 +19,10 @@ from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.rows import Row, pack
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.streams import Purpose, stream
+from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.models.vlm_processor import Med3DVLMProcessor, Message, answer_lengths, branch_mask
 from med3dvlm.prompts import REPORT_PROMPTS, closed_answer, closed_prompt
 from med3dvlm.records import Question, Study
-from med3dvlm.special_tokens import only_words
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -118,19 +118,14 @@ class PairCollator:
     The first two are (B, L), or (2B, L) where rows have a second text: all first ones, then all second ones.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
-
-    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        words = [only_words(self.tokenizer, text) for text in texts]
-        coded = self.tokenizer(words, padding=True, padding_side="right", truncation=True, max_length=self.max_length, return_tensors="pt")
-        return {key: coded[key] for key in ("input_ids", "attention_mask")}
+    def __init__(self, processor: Med3DCLIPProcessor) -> None:
+        self.processor = processor
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if "text_features" in rows[0]:
             return {**stack_images(rows), "text_features": torch.stack([row["text_features"] for row in rows])}
         texts = [row[kind] for kind in ("text", "sentences") if kind in rows[0] for row in rows]
-        return {**stack_images(rows), **self.tokenize(texts)}
+        return {**stack_images(rows), **self.processor(text=texts)}
 
 
 ROWS = ("study", "conversation")

@@ -1,7 +1,7 @@
 """What the scripts of eval/ share: arguments and records of a run, predictions on disk, models at work, and scores of answers and reports."""
 
 from med3dvlm.evaluation.cases import in_batches, is_first, predict, predictions
-from med3dvlm.evaluation.models import Embedder, answer_likelihoods, empty_volume, exchange, load_chat
+from med3dvlm.evaluation.models import answer_likelihoods, embed_reports, embed_volumes, empty_volume, exchange, load_chat, load_embedder
 from med3dvlm.evaluation.runs import (
     begin,
     evaluation_parser,
@@ -13,21 +13,23 @@ from med3dvlm.evaluation.runs import (
 from med3dvlm.tables import markdown_table, with_interval
 
 __all__ = [
-    "Embedder",
-    "empty_volume",
     "answer_likelihoods",
     "begin",
+    "embed_reports",
+    "embed_volumes",
+    "empty_volume",
     "evaluation_parser",
+    "exchange",
     "in_batches",
     "is_first",
     "load_chat",
+    "load_embedder",
     "markdown_table",
     "open_data",
+    "other_patients",
     "predict",
     "predictions",
-    "other_patients",
     "training_split",
-    "exchange",
     "with_interval",
     "write_scores",
 ]

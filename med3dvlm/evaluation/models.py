@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from med3dvlm import search
 from med3dvlm.datasets.features import report_features
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import load_volumes
@@ -19,6 +18,7 @@ from med3dvlm.inference.out_of_distribution import Features
 from med3dvlm.models.vlm import Med3DVLM
 from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message, branch_mask
 from med3dvlm.records import Study
+from med3dvlm.search import Embedder
 
 CONVERSATIONS = 64  # in a row, at most
 
@@ -40,32 +40,35 @@ def load_chat(arguments: argparse.Namespace, data: PreparedData) -> Med3DChat:
     return chat
 
 
-class Embedder(search.Embedder):
-    """A Med3DCLIP at work on prepared data.
+def load_embedder(path: str, data: PreparedData, device: str, max_text_length: int | None = None) -> Embedder:
+    """A Med3DCLIP to embed prepared data.
 
     Raises:
         ValueError: the directory holds another kind of model, or one for data that was prepared otherwise.
     """
+    embedder = Embedder(path, device, max_text_length)
+    same_preprocessing(embedder.processor.image_processor, data)
+    return embedder
 
-    def __init__(self, path: str, data: PreparedData, device: str, max_text_length: int | None = None) -> None:
-        super().__init__(path, device, max_text_length)
-        same_preprocessing(self.processor, data)
-        self.data = data
 
-    def images(self, studies: Sequence[Study]) -> Tensor:
-        """(B, P) float32 on the CPU, of length 1."""
-        return self.volumes(load_volumes(self.data, studies, self.model.device))
+def embed_volumes(embedder: Embedder, data: PreparedData, studies: Sequence[Study]) -> Tensor:
+    """The volumes of B studies, (B, P) float32 on the CPU, of length 1."""
+    return embedder.volumes(load_volumes(data, studies, embedder.model.device))
 
-    @torch.no_grad()
-    def split_texts(self, split: str) -> Tensor:
-        """(N, P), as `texts`, of the reports of all studies of a split. The text encoder's part is kept beside the data, see `report_features`."""
-        if not is_first():
-            wait_for_all()  # the first computes, the others read
-        reports = [study.report for study in self.data.studies(split)]
-        pooled = report_features(self.data.root / "features", self.model, self._collator, reports)
-        if is_first():
-            wait_for_all()
-        return self.model.project_text(pooled.to(self.model.device, self.model.dtype)).float().cpu()
+
+@torch.no_grad()
+def embed_reports(embedder: Embedder, data: PreparedData, split: str) -> Tensor:
+    """The reports of all N studies of a split, (N, P) float32 on the CPU, of length 1.
+
+    The text encoder's part is kept beside the data, see `report_features`.
+    """
+    if not is_first():
+        wait_for_all()  # the first computes, the others read
+    reports, model = [study.report for study in data.studies(split)], embedder.model
+    pooled = report_features(data.root / "features", model, embedder.processor, reports)
+    if is_first():
+        wait_for_all()
+    return model.project_text(pooled.to(model.device, model.dtype)).float().cpu()
 
 
 @torch.no_grad()

@@ -48,8 +48,9 @@ class FrozenEncoder:
     def __init__(self, path: str, data: PreparedData, device: str) -> None:
         self.data, self.stages = data, 1
         if (kind := model_type(path)) == "med3d_clip":
-            clip, _, processor = load_clip(path)
+            clip, pairs = load_clip(path)
             self.encoder: Encoder = clip.vision_encoder
+            processor = pairs.image_processor
             self.name, self.stages = clip.config.encoder, clip.config.image_stages
         elif kind == "med3dvlm":
             vlm, words = load_vlm(path)

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if not arguments.score_only:
         chat = evaluation.load_chat(arguments, data)
-        embedder = evaluation.Embedder(arguments.clip, data, arguments.device) if arguments.clip else None
+        embedder = evaluation.load_embedder(arguments.clip, data, arguments.device) if arguments.clip else None
         settings = {"max_new_tokens": arguments.max_new_tokens, "blind": arguments.blind}
         settings |= {"clip": fingerprint(embedder.model)} if embedder else {}
         evaluation.begin(arguments, chat.model, data, prompt=PROMPT, **settings)
@@ -61,14 +61,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.blind:
             extra["blind"] = chat.answers([evaluation.empty_volume(data)], [PROMPT], arguments.max_new_tokens)[0].text
         if embedder and split and train:
-            reports = embedder.split_texts(split)[[bool(study.report.strip()) for study in data.studies(split)]]  # (training studies, P)
+            told = [bool(study.report.strip()) for study in data.studies(split)]
+            reports = evaluation.embed_reports(embedder, data, split)[told]  # (training studies, P)
 
         def write(batch: Sequence[Study]) -> list[dict]:
             features = [chat.encode(data.volume(study).to(chat.model.device)) for study in batch]
             answers = chat.answers(features, [PROMPT] * len(batch), arguments.max_new_tokens, len(batch))
             rows = [about(study) | {"prediction": answer.text} | extra for study, answer in zip(batch, answers, strict=True)]
             if embedder and train:
-                nearest = (embedder.images(batch) @ reports.T).argmax(dim=1).tolist()
+                nearest = (evaluation.embed_volumes(embedder, data, batch) @ reports.T).argmax(dim=1).tolist()
                 rows = [row | {"nearest": train[place].id} for row, place in zip(rows, nearest, strict=True)]
             return rows
 

@@ -132,11 +132,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return {"id": study.id}
 
     if not arguments.score_only:
-        embedder = evaluation.Embedder(arguments.model, data, arguments.device, arguments.max_text_length)
-        evaluation.begin(arguments, embedder.model, data, max_text_length=embedder.max_text_length)
+        embedder = evaluation.load_embedder(arguments.model, data, arguments.device, arguments.max_text_length)
+        evaluation.begin(arguments, embedder.model, data, max_text_length=embedder.processor.max_text_length)
 
         def embed(batch: Sequence[Study]) -> list[dict]:
-            images, texts = encoded(embedder.images(batch)), encoded(embedder.texts([study.report for study in batch]))
+            images, texts = (
+                encoded(evaluation.embed_volumes(embedder, data, batch)),
+                encoded(embedder.texts([study.report for study in batch])),
+            )
             return [about(study) | {"image": image, "text": text} for study, image, text in zip(batch, images, texts, strict=True)]
 
         batches = evaluation.in_batches(studies, arguments.batch_size)

@@ -61,7 +61,7 @@ def finders(arguments: argparse.Namespace, data: PreparedData) -> tuple[dict[str
         if kind == "med3d_clip":
             finder = PhraseSaliency.from_pretrained(path, arguments.device)
             found["phrase"] = lambda scan, name, finder=finder: finder.saliency(scan, f"{name.capitalize()}.")
-            models.append((finder.model, finder.processor))
+            models.append((finder.model, finder.processor.image_processor))
         elif kind == "med3dvlm":
             chat = Med3DChat.from_pretrained(path, arguments.device)
             found["answer"] = lambda scan, name, chat=chat: answer_saliency(chat, scan, QUESTION, name.capitalize())

@@ -295,7 +295,7 @@ def main() -> None:
     file = arguments.output / "predictions.jsonl"
     if not arguments.score_only:
         segmenter = Segmenter.from_pretrained(arguments.model, arguments.device)
-        same_preprocessing(segmenter.processor, data)
+        same_preprocessing(segmenter.processor.image_processor, data)
         evaluation.begin(arguments, segmenter.model, data, threshold=arguments.threshold, tolerance=arguments.tolerance)
         judge = Judge(data, tasks, evaluation.training_split(data, arguments.split), arguments.threshold, arguments.tolerance)
 

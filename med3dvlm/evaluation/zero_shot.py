@@ -35,9 +35,10 @@ from med3dvlm.files import read_lines, write_lines
 from med3dvlm.programs import positive
 from med3dvlm.prompts import FINDING_PROMPTS, finding_prompts
 from med3dvlm.records import Study
+from med3dvlm.search import Embedder
 
 
-def prompt_directions(embedder: evaluation.Embedder, names: Sequence[str], templates: int) -> Tensor:
+def prompt_directions(embedder: Embedder, names: Sequence[str], templates: int) -> Tensor:
     """(K, P) float64: temperature times the present prompt's embedding less the absent one's: times a volume's, a finding's log-odds."""
     prompts = [finding_prompts(name, templates) for name in names]
     sides = []
@@ -71,13 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return {"id": study.id}
 
     if not arguments.score_only:
-        embedder = evaluation.Embedder(arguments.model, data, arguments.device)
+        embedder = evaluation.load_embedder(arguments.model, data, arguments.device)
         facts = detection.encoder_facts(embedder.model.vision_encoder, embedder.model.config.encoder, data.processor.size)
         evaluation.begin(arguments, embedder.model, data, templates=arguments.templates, encoder=facts, findings=names)
         directions = prompt_directions(embedder, names, arguments.templates)
 
         def detect(batch: Sequence[Study]) -> list[dict]:
-            return [detection.row(study.id, names, (directions @ embedder.images([study])[0].double()).tolist()) for study in batch]
+            embedded = ((study.id, evaluation.embed_volumes(embedder, data, [study])[0].double()) for study in batch)
+            return [detection.row(name, names, (directions @ volume).tolist()) for name, volume in embedded]
 
         if not all(
             [evaluation.predict(path, evaluation.in_batches(part, arguments.batch_size), detect, about) for path, part in paths.items()]

@@ -3,7 +3,7 @@
     finder = PhraseSaliency.from_pretrained("outputs/demo/stage1")
     heat = finder.saliency("scan.nii.gz", "Pleural effusion.")                       # of a Med3DCLIP
     heat = answer_saliency(chat, "scan.nii.gz", "What is seen?", answer.text)       # of a Med3DChat
-    overlay = place(heat, read_volume("scan.nii.gz"), finder.processor)         # 0..1 in the scan's own voxels
+    overlay = place(heat, read_volume("scan.nii.gz"), finder.processor.image_processor)  # 0..1 in the scan's own voxels
 
 Both are one thing: how far a cell's features lie from those of the scan's mean cell, times the gradient of what was said with respect to them,
 channel by channel, and of that the parts that speak for it (Grad-CAM, arXiv 1610.02391, with the product of HiResCAM, arXiv 2011.08891, so that
@@ -29,9 +29,9 @@ from med3dvlm.checkpoints import load_clip
 from med3dvlm.encoders import HierarchicalEncoder, Size
 from med3dvlm.inference.chat import Med3DChat
 from med3dvlm.models.clip import Med3DCLIP
+from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.models.vlm_processor import IGNORED, Message
 from med3dvlm.preprocessing import Scan, VolumeProcessor
-from med3dvlm.special_tokens import only_words
 from med3dvlm.volume import Volume
 
 LEVEL = -2  # of the encoder's outputs: the low one of the two that a language model sees; finer ones found less
@@ -60,8 +60,8 @@ class SaliencyMap:
 class PhraseSaliency:
     """A Med3DCLIP that shows where a scan resembles a phrase. Its model is for prediction alone."""
 
-    def __init__(self, model: Med3DCLIP, tokenizer: Any, processor: VolumeProcessor) -> None:
-        self.model, self.tokenizer, self.processor = model.eval().requires_grad_(False), tokenizer, processor
+    def __init__(self, model: Med3DCLIP, processor: Med3DCLIPProcessor) -> None:
+        self.model, self.processor = model.eval().requires_grad_(False), processor
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> "PhraseSaliency":
@@ -70,9 +70,9 @@ class PhraseSaliency:
         Raises:
             FileNotFoundError, ValueError: there is no model, or one of another kind.
         """
-        model, tokenizer, processor = load_clip(path)
+        model, processor = load_clip(path)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model.to(device), tokenizer, processor)  # type: ignore[arg-type]
+        return cls(model.to(device), processor)  # type: ignore[arg-type]
 
     def saliency(self, scan: Scan, phrase: str, level: int = LEVEL) -> SaliencyMap:
         """What speaks for the cosine of scan and phrase in each cell.
@@ -86,15 +86,11 @@ class PhraseSaliency:
         """
         if not phrase.strip():
             raise ValueError("The phrase is empty; say what to look for.")
-        direction = self._embed(phrase.strip())  # (P)
-        pixels = self.processor(scan)["pixel_values"].to(self.model.device, self.model.dtype)
+        inputs = self.processor(scan, phrase.strip()).to(self.model.device)
+        with torch.no_grad():
+            direction = self.model.encode_text(inputs["input_ids"], inputs["attention_mask"])[0]  # (P)
+        pixels = inputs["pixel_values"].to(self.model.dtype)
         return weighted_features(self.model.vision_encoder, pixels, level, lambda: (self.model.encode_image(pixels) @ direction).sum())
-
-    @torch.no_grad()
-    def _embed(self, text: str) -> Tensor:
-        text = only_words(self.tokenizer, text)
-        coded = self.tokenizer(text, truncation=True, return_tensors="pt", return_token_type_ids=False).to(self.model.device)
-        return self.model.encode_text(**coded)[0]
 
 
 def answer_saliency(
@@ -110,7 +106,7 @@ def answer_saliency(
 
     Args:
         part: some of the answer's own words, of which alone the probability is meant; all by default. Of a long report, give one sentence.
-        level: as for `PhraseSaliency.heat`.
+        level: as for `PhraseSaliency.saliency`.
 
     Raises:
         ValueError: question or answer is empty, the answer lacks the part, or the scan is unusable (VolumeError).

@@ -25,8 +25,8 @@ from med3dvlm.checkpoints import load_segmenter
 from med3dvlm.files import whole_file
 from med3dvlm.formats.nifti import mask_file
 from med3dvlm.geometry import measurements
-from med3dvlm.preprocessing import Scan, VolumeProcessor
-from med3dvlm.special_tokens import only_words
+from med3dvlm.models.clip_processor import Med3DCLIPProcessor
+from med3dvlm.preprocessing import Scan
 from med3dvlm.volume import Volume, read_volume
 
 THRESHOLD = 0.5
@@ -110,8 +110,8 @@ def require_nifti(path: str | Path) -> None:
 class Segmenter:
     """A Med3DSegmenter that draws what is asked for in words. Its model is for prediction alone."""
 
-    def __init__(self, model: Any, tokenizer: Any, processor: VolumeProcessor) -> None:
-        self.model, self.tokenizer, self.processor = model.eval().requires_grad_(False), tokenizer, processor
+    def __init__(self, model: Any, processor: Med3DCLIPProcessor) -> None:
+        self.model, self.processor = model.eval().requires_grad_(False), processor
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> "Segmenter":
@@ -120,8 +120,8 @@ class Segmenter:
         Raises:
             FileNotFoundError, ValueError: there is no model, or one of another kind.
         """
-        model, tokenizer, processor = load_segmenter(path)
-        return cls(model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))), tokenizer, processor)  # type: ignore[arg-type]
+        model, processor = load_segmenter(path)
+        return cls(model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))), processor)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def probabilities(self, pixel_values: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -132,8 +132,7 @@ class Segmenter:
         """
         if not texts or not all(text.strip() for text in texts):
             raise ValueError("The text is empty; say what to look for, as in 'liver mass'.")
-        words = [only_words(self.tokenizer, text.strip()) for text in texts]
-        coded = self.tokenizer(words, padding=True, truncation=True, return_tensors="pt", return_token_type_ids=False)
+        coded = self.processor(text=[text.strip() for text in texts])
         device = self.model.device
         output = self.model(
             pixel_values=pixel_values.to(device, self.model.dtype),
@@ -166,7 +165,8 @@ class Segmenter:
         if not isinstance(scan, Volume):
             raise ValueError("A mask lies on a scan's own grid: give a path or a Volume, not a prepared tensor.")
         volume, places = scan, scan.places
-        pixels, placement = self.processor.transform_and_placement(volume.straighten() if self.processor.straighten else volume)
+        volumes = self.processor.image_processor
+        pixels, placement = volumes.transform_and_placement(volume.straighten() if volumes.straighten else volume)
         likely, presence = self.probabilities(pixels[None], texts)
         masks = [
             self.on_scan(one, volume, placement, threshold) if score > THRESHOLD else np.zeros(volume.shape, bool)
@@ -182,5 +182,5 @@ class Segmenter:
         """Where the probabilities (D', H', W') exceed the threshold, on the scan's own grid."""
         # What lies a voxel and more from every one above the threshold cannot exceed it between voxels: as zeros it costs nothing.
         near = functional.max_pool3d(likely[None, None], 3, stride=1, padding=1)[0, 0] > threshold
-        mask: NDArray[np.bool_] = (self.processor.to_scan(likely * near, volume, placement) > threshold).cpu().numpy()
+        mask: NDArray[np.bool_] = (self.processor.image_processor.to_scan(likely * near, volume, placement) > threshold).cpu().numpy()
         return mask

@@ -13,10 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput
 
 from med3dvlm.encoders import Size, build_encoder, check_size
+from med3dvlm.models.clip_processor import Med3DCLIPProcessor
+from med3dvlm.preprocessing import VolumeProcessor
 
 LOSSES = ("siglip", "clip")
 POOLINGS = ("cls", "mean")
@@ -102,6 +115,11 @@ class Med3DCLIPConfig(PretrainedConfig):
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = {}  # None would unset that of a text encoder which is there already
         super().__init__(**kwargs)
+
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens that the text encoder reads at most; None where it has no limit."""
+        return getattr(self.text_config, "max_position_embeddings", None)
 
 
 @dataclass
@@ -276,3 +294,5 @@ class Med3DCLIP(PreTrainedModel):
 
 AutoConfig.register(Med3DCLIPConfig.model_type, Med3DCLIPConfig)
 AutoModel.register(Med3DCLIPConfig, Med3DCLIP)
+AutoImageProcessor.register(Med3DCLIPConfig, slow_image_processor_class=VolumeProcessor)
+AutoProcessor.register(Med3DCLIPConfig, Med3DCLIPProcessor)

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from med3dvlm.encoders.layers import LayerNorm, Linear
 from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
+from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.models.segmentation_head import SegmentationHead
+from med3dvlm.preprocessing import VolumeProcessor
 
 SEGMENTATION_LOSSES = ("dice_balanced_ce", "dice_ce", "dice_focal")
 BALANCE = (0.2, 5.0)  # weights of the mean cross entropy within a mask and of that outside, where they are balanced
@@ -274,3 +276,5 @@ def _by_volume(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 AutoConfig.register(Med3DSegmenterConfig.model_type, Med3DSegmenterConfig)
 AutoModel.register(Med3DSegmenterConfig, Med3DSegmenter)
+AutoImageProcessor.register(Med3DSegmenterConfig, slow_image_processor_class=VolumeProcessor)
+AutoProcessor.register(Med3DSegmenterConfig, Med3DCLIPProcessor)

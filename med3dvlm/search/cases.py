@@ -111,7 +111,7 @@ class CaseIndex:
         if untold := [study.id for study in studies if not study.report.strip()]:
             raise ValueError(f"{len(untold)} studies have no report to show, the first is {untold[0]}; leave them out with a split file")
         embedder = Embedder(model, device)
-        same_preprocessing(embedder.processor, data)
+        same_preprocessing(embedder.processor.image_processor, data)
         facts = {
             "model": os.path.abspath(model),
             "model_fingerprint": _fingerprint(embedder),
@@ -225,7 +225,7 @@ class CaseIndex:
 
 def _fingerprint(embedder: Embedder) -> str:
     """Of all that makes an embedding out of a scan."""
-    return fingerprint(embedder.model, json.dumps({name: getattr(embedder.processor, name) for name in SETTINGS}))
+    return fingerprint(embedder.model, json.dumps({name: getattr(embedder.processor.image_processor, name) for name in SETTINGS}))
 
 
 def _embed(embedder: Embedder, data: PreparedData, studies: Sequence[Study], batch_size: int, part: Path, facts: dict[str, Any]) -> Vectors:

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from med3dvlm.checkpoints import load_clip, model_type
-from med3dvlm.datasets.torch import PairCollator
 
 
 class Embedder:
-    """A Med3DCLIP with its tokenizer and its preprocessing.
+    """A Med3DCLIP with its processor, on a device.
 
     Args:
         device: by default the GPU where there is one.
-        max_text_length: tokens of a text, at most what the text encoder takes, which is the default; the rest of a longer one is cut.
+        max_text_length: tokens of a text, at most those of the processor, which is the default; the rest of a longer one is cut.
 
     Raises:
         FileNotFoundError, ValueError: the directory holds no model, or one of another kind.
@@ -27,12 +26,10 @@ class Embedder:
     def __init__(self, path: str | Path, device: str | torch.device | None = None, max_text_length: int | None = None) -> None:
         if (kind := model_type(path)) != "med3d_clip":
             raise ValueError(f"{path} holds a {kind} model, which embeds nothing; name the output of stages/stage1_siglip.py")
-        self.model, tokenizer, self.processor = load_clip(path)
+        self.model, self.processor = load_clip(path)
         self.model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
-        longest = getattr(self.model.text_encoder.config, "max_position_embeddings", tokenizer.model_max_length)
-        longest = min(tokenizer.model_max_length, longest)
-        self.max_text_length = min(max_text_length or longest, longest)
-        self._collator = PairCollator(tokenizer, self.max_text_length)
+        if max_text_length is not None:
+            self.processor.max_text_length = min(self.processor.max_text_length, max_text_length)
 
     @torch.no_grad()
     def volumes(self, pixel_values: Tensor) -> Tensor:
@@ -42,5 +39,4 @@ class Embedder:
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(B, P) float32 on the CPU, of length 1."""
-        coded = self._collator.tokenize(texts)
-        return self.model.encode_text(**{name: value.to(self.model.device) for name, value in coded.items()}).float().cpu()
+        return self.model.encode_text(**self.processor(text=texts).to(self.model.device)).float().cpu()

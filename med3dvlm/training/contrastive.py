@@ -18,6 +18,7 @@ from med3dvlm.datasets.features import fingerprint, report_features
 from med3dvlm.datasets.mask_prompts import PromptedPairCollator, PromptedPairDataset
 from med3dvlm.datasets.torch import PairCollator, PairDataset
 from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
+from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.training.arguments import ImageArguments
 from med3dvlm.training.dense import DenselySupervisedCLIP, save_both
 from med3dvlm.training.run import finish, run_training, save_final, train_only
@@ -99,7 +100,7 @@ class ContrastiveTrainer(StageTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if isinstance(self.model, DenselySupervisedCLIP):
-            save_both(self.model, Path(str(output_dir)), state_dict, [self.processing_class, self.train_dataset.data.processor])  # type: ignore
+            save_both(self.model, Path(str(output_dir)), state_dict, self.processing_class)
         else:
             super()._save(output_dir, state_dict)
 
@@ -122,7 +123,7 @@ class ContrastiveTrainer(StageTrainer):
 
 
 def train_contrastive(arguments: ContrastiveArguments) -> None:
-    """Train, and save model, tokenizer and VolumeProcessor; continues from the last whole checkpoint."""
+    """Train, and save model and processor; continues from the last whole checkpoint."""
     data = arguments.open_data()
     options: dict[str, Any] = {"augmentation": Augmentation.read(arguments.augmentation), "sentences": arguments.sentences}
     dense = arguments.dense_weight > 0
@@ -149,9 +150,9 @@ def train_contrastive(arguments: ContrastiveArguments) -> None:
         logit_scale=arguments.logit_scale,
         logit_bias=arguments.logit_bias,
     )
-    limit = getattr(text_encoder.config, "max_position_embeddings", None)
-    if limit is not None and arguments.max_text_length > limit:
-        raise ValueError(f"max_text_length is {arguments.max_text_length} but the text encoder reads {limit} tokens; pass that at most")
+    longest = config.longest_text
+    if longest is not None and arguments.max_text_length > longest:
+        raise ValueError(f"max_text_length is {arguments.max_text_length} but the text encoder reads {longest} tokens; pass that at most")
     _say_how_many_are_cut([study.report for study in pairs.studies], tokenizer, arguments)
     clip = Med3DCLIP(config, text_encoder)
     model = DenselySupervisedCLIP.from_clip(clip, **arguments.decoder) if dense else clip
@@ -160,23 +161,24 @@ def train_contrastive(arguments: ContrastiveArguments) -> None:
     train_only(model, lambda name: name in learning and not name.removeprefix("clip.").startswith(frozen))
     if isinstance(model, DenselySupervisedCLIP):
         model.dense_weight = arguments.dense_weight
-    collator = (PromptedPairCollator if dense else PairCollator)(tokenizer, arguments.max_text_length)
+    processor = Med3DCLIPProcessor(data.processor, tokenizer, arguments.max_text_length)
+    collator = (PromptedPairCollator if dense else PairCollator)(processor)
 
     if arguments.cache_features and not arguments.train_text:
         model.eval()
         with arguments.main_process_first(local=False):
             reports = [study.report for study in pairs.studies]
             folder = Path(arguments.data) / "features"
-            pairs.text_features = report_features(folder, clip, collator, reports)
+            pairs.text_features = report_features(folder, clip, processor, reports)
             if isinstance(pairs, PromptedPairDataset):
-                keep_features(pairs.prompts, pairs.studies, folder, clip, collator)
+                keep_features(pairs.prompts, pairs.studies, folder, clip, processor)
 
     trainer = ContrastiveTrainer(
-        model, arguments, train_dataset=pairs, data_collator=collator, processing_class=tokenizer,
+        model, arguments, train_dataset=pairs, data_collator=collator, processing_class=processor,
         eval_dataset=PairDataset(data, arguments.validation_split, arguments.seed) if arguments.validates else None,
     )  # fmt: skip
     run_training(trainer, arguments, str(data.summary["fingerprint"]), text_encoder=fingerprint(clip.text_encoder))
-    save_final(trainer, data.processor)
+    save_final(trainer)
     finish()
 
 

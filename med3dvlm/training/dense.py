@@ -1,6 +1,5 @@
 """Stage 1 with a dense loss: beside the pairs of volume and report, prompts and where in the volume they are true."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ class DenselySupervisedCLIP(Med3DSegmenter):
         return output
 
 
-def save_both(model: DenselySupervisedCLIP, folder: Path, state: dict[str, Tensor] | None, processors: Sequence[Any]) -> None:
-    """Write the Med3DCLIP to the folder, as without a dense loss, and the whole Med3DSegmenter to a folder within, each with its processors.
+def save_both(model: DenselySupervisedCLIP, folder: Path, state: dict[str, Tensor] | None, processor: Any) -> None:
+    """Write the Med3DCLIP to the folder, as without a dense loss, and the whole Med3DSegmenter to a folder within, each with the processor.
 
     Args:
         state: the model's weights, where an engine has them; None takes the model's own.
@@ -46,6 +45,5 @@ def save_both(model: DenselySupervisedCLIP, folder: Path, state: dict[str, Tenso
     own = {name.removeprefix("clip."): weight for name, weight in state.items() if name.startswith("clip.")}
     model.clip.save_pretrained(folder, state_dict=own)
     model.save_pretrained(segmenter, state_dict=state)
-    for processor in processors:
-        processor.save_pretrained(folder)
-        processor.save_pretrained(segmenter)
+    for place in (folder, segmenter):
+        processor.save_pretrained(place)

@@ -133,8 +133,8 @@ def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerpr
         write_json(path, record)
 
 
-def save_final(trainer: StageTrainer, *processors: Any) -> None:
-    """Write model and processors to the output folder, whole or not at all. The weights are in one type, as DeepSpeed leaves them."""
+def save_final(trainer: StageTrainer) -> None:
+    """Write model and processor to the output folder, whole or not at all. The weights are in one type, as DeepSpeed leaves them."""
     trainer.require_finite()
     if not trainer.args.deepspeed:
         for parameter in trainer.model.parameters():
@@ -144,8 +144,6 @@ def save_final(trainer: StageTrainer, *processors: Any) -> None:
     trainer.save_model(str(aside))
     if not trainer.is_world_process_zero():
         return
-    for processor in processors:
-        processor.save_pretrained(aside)
     install_model(aside, output)
 
 

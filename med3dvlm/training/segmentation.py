@@ -3,7 +3,7 @@
     deepspeed stages/segmentation.py --config stages/configs/demo/segmentation.yaml
     python stages/segmentation.py --config stages/configs/smoke/segmentation.yaml --dual_cross_attention false
 
-Writes a Med3DSegmenter with its tokenizer and VolumeProcessor. Started again, it continues from the last whole checkpoint.
+Writes a Med3DSegmenter with its processor. Started again, it continues from the last whole checkpoint.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.features import fingerprint, report_features
 from med3dvlm.datasets.mask_prompts import MaskCollator, MaskDataset, MaskPrompts
 from med3dvlm.datasets.store import same_preprocessing
-from med3dvlm.datasets.torch import PairCollator
 from med3dvlm.models.clip import Med3DCLIP
+from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.models.segmentation import Med3DSegmenter, Med3DSegmenterConfig, Med3DSegmenterOutput
 from med3dvlm.records import Study
 from med3dvlm.training.arguments import ImageArguments, parse_arguments
@@ -122,10 +122,10 @@ def moved_masks(inputs: dict[str, Any], prompts: dict[str, Any], trainer: StageT
     return inputs
 
 
-def keep_features(prompts: MaskPrompts, studies: list[Study], folder: Path, clip: Med3DCLIP, collator: PairCollator) -> None:
+def keep_features(prompts: MaskPrompts, studies: list[Study], folder: Path, clip: Med3DCLIP, processor: Med3DCLIPProcessor) -> None:
     """Compute what a frozen text encoder makes of all prompts once, and keep it on disk."""
     texts = prompts.texts(studies)
-    features: Tensor = report_features(folder, clip, collator, texts)
+    features: Tensor = report_features(folder, clip, processor, texts)
     prompts.features = dict(zip(texts, features, strict=True))
 
 
@@ -138,32 +138,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(arguments.seed)
     goes_on = model_type(arguments.clip) == Med3DSegmenterConfig.model_type
-    loaded, tokenizer, volumes = (load_segmenter if goes_on else load_clip)(arguments.clip, dtype=arguments.weights_dtype)
+    loaded, processor = (load_segmenter if goes_on else load_clip)(arguments.clip, dtype=arguments.weights_dtype)
     started_from = {"clip": fingerprint(loaded)}
-    same_preprocessing(volumes, data)
+    same_preprocessing(processor.image_processor, data)
     model = loaded if isinstance(loaded, Med3DSegmenter) else Med3DSegmenter.from_clip(loaded, **arguments.decoder)
     frozen = CONTRAST_ONLY + (() if arguments.train_text else ("clip.text_encoder.",))
     frozen += () if arguments.train_encoder else ("clip.vision_encoder.",)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     train_only(model, lambda name: name in learning and not name.startswith(frozen))
 
-    collator = PairCollator(tokenizer, tokenizer.model_max_length)
     validation = MaskDataset(data, arguments.validation_split, arguments.seed, **arguments.drawn) if arguments.validates else None
     if arguments.cache_features:
         model.eval()
         with arguments.main_process_first(local=False):
             for each in (rows, validation):
                 if each is not None:
-                    keep_features(each.prompts, each.studies, Path(arguments.data) / "features", model.clip, collator)
+                    keep_features(each.prompts, each.studies, Path(arguments.data) / "features", model.clip, processor)
 
     trainer = SegmentationTrainer(
         model,
         arguments,
         train_dataset=rows,
         eval_dataset=validation,
-        data_collator=MaskCollator(collator.tokenize),
-        processing_class=tokenizer,
+        data_collator=MaskCollator(processor),
+        processing_class=processor,
     )
     run_training(trainer, arguments, str(data.summary["fingerprint"]), **started_from)
-    save_final(trainer, volumes)
+    save_final(trainer)
     finish()

@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = arguments.open_data()
 
     torch.manual_seed(arguments.seed)
-    clip, _, volumes = load_clip(arguments.clip, dtype=arguments.weights_dtype)
+    clip, pairs = load_clip(arguments.clip, dtype=arguments.weights_dtype)
     language_model, tokenizer = load_language_model(arguments.language_model, arguments.weights_dtype)
     started_from = {"clip": fingerprint(clip), "language_model": fingerprint(language_model)}
-    processor = Med3DVLMProcessor(volumes, tokenizer)
+    processor = Med3DVLMProcessor(pairs.image_processor, tokenizer)
     model = Med3DVLM.from_parts(
         clip,
         language_model,

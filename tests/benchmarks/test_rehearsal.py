@@ -97,7 +97,8 @@ def test_the_models_are_written_as_a_hub_has_them(prepared: Path, tmp_path: Path
 
 def test_models_survive_the_published_names(tiny_models: SimpleNamespace, tmp_path: Path) -> None:
     """With an activation in the stem, whose layers are then numbered with gaps; the released ones are not."""
-    clip, tokenizer, volumes = load_clip(tiny_models.clip)
+    clip, processor = load_clip(tiny_models.clip)
+    volumes, tokenizer = processor.image_processor, processor.tokenizer
     clip = Med3DCLIP(Med3DCLIPConfig("dcformer_nano", size=volumes.size, text_config=clip.config.text_config, projection_dim=16))
     language_model, _ = load_language_model(str(tiny_models.language_model))
     language_model.resize_token_embeddings(len(tokenizer) + 2)  # room for both image tokens

@@ -160,8 +160,9 @@ def test_projector_gives_the_released_numbers(name: str, prefix: str, tmp_path: 
 def test_clip_gives_the_released_embeddings_and_loss(tmp_path: Path) -> None:
     texts = released.text_encoder(tmp_path / "text", "clip_text_config.json")
     convert_published(released.clip(tmp_path / "released"), tmp_path / "ours", text_encoder=texts, verify=True)
-    model, tokenizer, volumes = load_clip(tmp_path / "ours")
-    assert (volumes.recipe, volumes.size, len(tokenizer) > 0) == ("m3d", SMALL, True)
+    model, processor = load_clip(tmp_path / "ours")
+    volumes = processor.image_processor
+    assert (volumes.recipe, volumes.size, len(processor.tokenizer) > 0) == ("m3d", SMALL, True)
     ids, mask = (torch.from_numpy(golden()[f"clip/{name}"]) for name in ("input_ids", "attention_mask"))
     with torch.no_grad():
         output = model(volume("volume-small"), ids, mask)
@@ -174,7 +175,7 @@ def test_ct_clip_gives_the_released_embeddings(tmp_path: Path) -> None:
     file = released.write_pickle(tmp_path / "CT-CLIP_v2.pt", published_weights("ct_clip_small"))
     texts = released.text_encoder(tmp_path / "text", "ct_clip_text_config.json")
     convert_published(file, tmp_path / "ours", text_encoder=texts, size=CT_VOLUME, verify=True)
-    model, _, _ = load_clip(tmp_path / "ours")
+    model, _ = load_clip(tmp_path / "ours")
     assert (model.config.encoder, model.config.loss, model.config.image_pooling) == ("ctvit", "clip", "frames")
     ids, mask = (torch.from_numpy(golden()[f"ct_clip_small/{name}"]) for name in ("input_ids", "attention_mask"))
     with torch.no_grad():

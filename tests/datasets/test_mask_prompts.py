@@ -110,7 +110,7 @@ def test_shares_and_counts_are_as_asked_for() -> None:
 def test_rows_of_different_lengths_become_one_batch() -> None:
     drawn = prompts()
     rows = [drawn.row(study, 0, number) | {"volume": torch.zeros(1, *SIZE, dtype=torch.uint8)} for number, study in enumerate(STUDIES)]  # type: ignore[arg-type]
-    collator = MaskCollator(lambda texts: {"input_ids": torch.tensor([[len(text)] for text in texts])})
+    collator = MaskCollator(lambda text: {"input_ids": torch.tensor([[len(one)] for one in text])})  # type: ignore[arg-type]
     batch = collator(rows)
     counts = batch["counts"].tolist()
     assert counts == [len(row["prompts"]) for row in rows] and counts[2] == 0
@@ -152,5 +152,5 @@ def test_pairs_keep_what_they_are(prepared: Path) -> None:
         row, other = plain[number], prompted[number]
         assert all(torch.equal(row[name], other[name]) if name == "volume" else row[name] == other[name] for name in row)
         assert other["masks"].any() and len(other["prompts"]) == len(other["masks"])
-    batch = PromptedPairCollator(lambda *_, **__: {"input_ids": 0, "attention_mask": 0}, 8)
-    assert batch.max_length == 8
+    batch = PromptedPairCollator(lambda text: {"input_ids": len(text)})([prompted[0], prompted[1]])  # type: ignore[arg-type]
+    assert batch["input_ids"] == 4 and batch["prompts"]["input_ids"] == sum(batch["prompts"]["counts"])

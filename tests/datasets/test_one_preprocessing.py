@@ -41,7 +41,7 @@ def test_preparation_training_evaluation_command_line_and_app_see_one_tensor(tmp
     chat.encode(read_volume(scans / "a.nii.gz"))  # the app
     chat.encode(data.volume(data.studies("train")[0]))  # an evaluation script
 
-    batch = PairCollator(None, 8)([row | {"text_features": torch.zeros(2)}])  # on a device, training makes it floats
+    batch = PairCollator(None)([row | {"text_features": torch.zeros(2)}])  # on a device, training makes it floats
     ways = {
         "direct": processor(scans / "a.nii.gz")["pixel_values"],
         "training": data.processor.dequantize(batch["pixel_values"]),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from med3dvlm.checkpoints import load_vlm
+from med3dvlm.checkpoints import load_clip, load_vlm
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset, PairCollator, PairDataset, load_volumes
@@ -35,10 +35,8 @@ class Eye(nn.Module):
 
 
 @pytest.fixture
-def tokenizer(tiny_models: SimpleNamespace) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_models.text_encoder)
+def pair_processor(tiny_models: SimpleNamespace) -> Any:
+    return load_clip(tiny_models.clip)[1]
 
 
 def settings(folder: Path, kind: type = ImageArguments, **others: Any) -> Any:
@@ -46,12 +44,12 @@ def settings(folder: Path, kind: type = ImageArguments, **others: Any) -> Any:
     return kind(str(folder), **values)
 
 
-def test_volumes_leave_the_loader_as_they_are_stored(prepared: Path, tokenizer: Any, tiny_models: SimpleNamespace) -> None:
+def test_volumes_leave_the_loader_as_they_are_stored(prepared: Path, pair_processor: Any, tiny_models: SimpleNamespace) -> None:
     data = PreparedData(prepared)
     pairs, (_, processor) = PairDataset(data, "train"), load_vlm(tiny_models.vlm)
     talks = ConversationDataset(data, "train", yes_no=True)
     stored = torch.stack([data.volume(study) for study in data.studies("train")[:3]])
-    for dataset, collator in ((pairs, PairCollator(tokenizer, 32)), (talks, ConversationCollator(processor, 400))):
+    for dataset, collator in ((pairs, PairCollator(pair_processor)), (talks, ConversationCollator(processor, 400))):
         batch = collator([dataset[index] for index in range(3)])
         assert torch.equal(batch["pixel_values"], stored) and batch["pixel_values"].dtype == data.processor.stored_dtype
         assert "augmentation_keys" not in batch
@@ -74,24 +72,24 @@ def test_only_questions_with_a_letter_for_every_choice_are_asked_by_letters(prep
     assert answer["content"] == "H. organ 7"
 
 
-def test_the_trainer_hands_the_model_what_the_processor_makes(prepared: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_the_trainer_hands_the_model_what_the_processor_makes(prepared: Path, pair_processor: Any, tmp_path: Path) -> None:
     """The same bits as one scan at a time, in float32; keys are no argument of the model."""
     data = PreparedData(prepared)
     pairs, eye = PairDataset(data, "train"), Eye()
     arguments = settings(tmp_path, max_steps=2, per_device_train_batch_size=11, train_sampling_strategy="sequential")
-    StageTrainer(model=eye, args=arguments, train_dataset=pairs, data_collator=PairCollator(tokenizer, 32)).train()
+    StageTrainer(model=eye, args=arguments, train_dataset=pairs, data_collator=PairCollator(pair_processor)).train()
     seen = torch.cat(eye.seen)
     expected = torch.cat([data.processor(data.volume(study))["pixel_values"] for study in pairs.studies])
     assert seen.dtype == torch.float32 and torch.equal(seen, expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_augmentation_follows_from_seed_epoch_and_study(workers: int, prepared: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_augmentation_follows_from_seed_epoch_and_study(workers: int, prepared: Path, pair_processor: Any, tmp_path: Path) -> None:
     """Two epochs through the trainer, shuffled, with and without workers: each volume as it is computed here alone."""
     data, augment = PreparedData(prepared), Augmentation(share=1)
     pairs, eye = PairDataset(data, "train", 5, augment), Eye()
     arguments = settings(tmp_path, num_train_epochs=2, per_device_train_batch_size=11, dataloader_num_workers=workers, seed=workers)
-    trainer_with_epochs(eye, arguments, pairs, PairCollator(tokenizer, 32)).train()
+    trainer_with_epochs(eye, arguments, pairs, PairCollator(pair_processor)).train()
     seen = torch.cat(eye.seen)
     assert len(seen) == 2 * len(pairs)
     plain = load_volumes(data, pairs.studies)
@@ -108,11 +106,14 @@ def trainer_with_epochs(model: nn.Module, arguments: Any, dataset: PairDataset, 
     return StageTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=[EpochSetter()])
 
 
-def test_keys_are_the_same_for_every_number_of_workers(prepared: Path, tokenizer: Any) -> None:
+def test_keys_are_the_same_for_every_number_of_workers(prepared: Path, pair_processor: Any) -> None:
     pairs = PairDataset(PreparedData(prepared), "train", 3, Augmentation())
     pairs.set_epoch(4)
     batches = [
-        [batch["augmentation_keys"].tolist() for batch in DataLoader(pairs, 5, num_workers=workers, collate_fn=PairCollator(tokenizer, 32))]
+        [
+            batch["augmentation_keys"].tolist()
+            for batch in DataLoader(pairs, 5, num_workers=workers, collate_fn=PairCollator(pair_processor))
+        ]
         for workers in (0, 2)
     ]
     assert batches[0] == batches[1] and sum(batches[0], []) == [[3, 4, index] for index in range(len(pairs))]

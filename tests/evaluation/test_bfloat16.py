@@ -28,8 +28,8 @@ SPLIT, STUDIES = "valid_fixed", 8
 def half(chests: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model of the chests, its weights rounded to bfloat16 and stored so."""
     folder = tmp_path_factory.mktemp("half") / "clip"
-    model, tokenizer, processor = load_clip(chests.clip)
-    for part in (model.bfloat16(), tokenizer, processor):
+    model, processor = load_clip(chests.clip)
+    for part in (model.bfloat16(), processor):
         part.save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     return folder
@@ -38,19 +38,19 @@ def half(chests: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def exact(chests: SimpleNamespace, half: Path) -> SimpleNamespace:
     """In float64: `model`, `embed(texts)`, and of the first studies of the split `volumes`, `images` (N, P), `texts` (N, P)."""
-    model, tokenizer, _ = load_clip(half, dtype=torch.float64)
+    model, processor = load_clip(half, dtype=torch.float64)
     studies = chests.data.studies(SPLIT)[:STUDIES]
 
     @torch.no_grad()
     def embed(texts: list[str]) -> Tensor:
         limits = {"truncation": True, "max_length": 64, "return_tensors": "pt", "return_token_type_ids": False}
-        return torch.cat([model.encode_text(**tokenizer(text, **limits)) for text in texts])
+        return torch.cat([model.encode_text(**processor.tokenizer(text, **limits)) for text in texts])
 
     volumes = torch.stack([chests.data.processor.dequantize(chests.data.volume(study)) for study in studies]).double()
     with torch.no_grad():
         images = model.encode_image(volumes)
     texts = embed([study.report for study in studies])
-    return SimpleNamespace(model=model, tokenizer=tokenizer, embed=embed, volumes=volumes, images=images, texts=texts)
+    return SimpleNamespace(model=model, processor=processor, embed=embed, volumes=volumes, images=images, texts=texts)
 
 
 def least_cosine(mine: Tensor, plain: Tensor) -> float:
@@ -92,6 +92,6 @@ def test_search(chests: SimpleNamespace, half: Path, exact: SimpleNamespace, tmp
 
 
 def test_phrases_in_scans(half: Path, exact: SimpleNamespace) -> None:
-    finders = PhraseSaliency.from_pretrained(half, "cpu"), PhraseSaliency(exact.model, exact.tokenizer, load_clip(half)[2])
+    finders = PhraseSaliency.from_pretrained(half, "cpu"), PhraseSaliency(exact.model, exact.processor)
     mine, plain = (finder.saliency(exact.volumes[0].float(), "Pleural effusion.").values for finder in finders)
     assert np.corrcoef(np.ravel(mine), np.ravel(plain))[0, 1] > 0.99

@@ -102,7 +102,7 @@ def test_it_learns_and_shuffled_labels_teach_nothing(whole: Path) -> None:
 
 
 def test_predictions_are_the_layer_on_the_mean_of_the_last_stage(chests: SimpleNamespace, whole: Path) -> None:
-    model, _, _ = load_clip(chests.clip)
+    model, _ = load_clip(chests.clip)
     stored = load_file(whole / "probe.safetensors")
     names = json.loads((whole / "probe.json").read_text())["names"]
     assert names == list(FINDINGS_CT_RATE)

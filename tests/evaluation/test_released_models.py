@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BatchFeature
 
-from med3dvlm import VolumeProcessor
+from med3dvlm import Med3DCLIPProcessor, VolumeProcessor
 from med3dvlm.checkpoints import convert_published, load_encoder
 from med3dvlm.datasets import ct_rate
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.datasets.torch import PairCollator, load_volumes
+from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
 from tests import released
 from tests.golden_weights import golden, published_weights, volume
@@ -54,12 +55,12 @@ def test_zero_shot_gives_the_released_latents_softmax(
     """The released volume in every study's place, the released token ids in the prompts': the softmax of the released latents."""
     ids, mask = (torch.from_numpy(golden()[f"ct_clip_small/{name}"]) for name in ("input_ids", "attention_mask"))
 
-    def tokenize(self: PairCollator, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        side = 1 if all(text.endswith("is not present.") for text in texts) else 0
-        assert len(texts) == 18 and all(text.endswith("is present.") for text in texts) == (side == 0)
-        return {"input_ids": ids[[side] * 18], "attention_mask": mask[[side] * 18]}
+    def tokenize(self: Med3DCLIPProcessor, text: Sequence[str]) -> BatchFeature:
+        side = 1 if all(one.endswith("is not present.") for one in text) else 0
+        assert len(text) == 18 and all(one.endswith("is present.") for one in text) == (side == 0)
+        return BatchFeature({"input_ids": ids[[side] * 18], "attention_mask": mask[[side] * 18]})
 
-    monkeypatch.setattr(PairCollator, "tokenize", tokenize)
+    monkeypatch.setattr(Med3DCLIPProcessor, "__call__", tokenize)
     monkeypatch.setattr("med3dvlm.evaluation.models.load_volumes", lambda *_: 2 * volume("volume-ctvit") - 1)
     run("zero_shot", *arguments(ct_clip), "--output", tmp_path, "--limit", 2, "--threshold_split", "none")
     image, texts = (golden()[f"ct_clip_small/{name}"].astype(np.float64) for name in ("image", "text"))

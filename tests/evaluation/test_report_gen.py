@@ -11,7 +11,7 @@ import pytest
 
 from med3dvlm import Med3DChat, Med3DCLIP
 from med3dvlm.datasets.store import checksum
-from med3dvlm.evaluation import Embedder, other_patients
+from med3dvlm.evaluation import embed_volumes, load_embedder, other_patients
 from med3dvlm.evaluation.report_scores import fixed_reports, report_scores
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.records import Study, read_questions, read_studies, write_records
@@ -237,11 +237,11 @@ def test_what_can_be_had_without_the_scan(demo: SimpleNamespace, whole: Path) ->
 
 def test_nearest_training_report(demo: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path) -> None:
     run("report_gen", *arguments, "--output", tmp_path, "--clip", demo.clip)
-    embedder = Embedder(str(demo.clip), demo.data, "cpu")
+    embedder = load_embedder(str(demo.clip), demo.data, "cpu")
     train = demo.data.studies("train")
     texts = [embedder.texts([one.report])[0] for one in train]
     for row, one in zip(rows_of(tmp_path), demo.data.studies("test"), strict=True):
-        image = embedder.images([one])[0]
+        image = embed_volumes(embedder, demo.data, [one])[0]
         assert row["nearest"] == train[max(range(len(train)), key=lambda place: float(image @ texts[place]))].id
     scores = json.loads((tmp_path / "scores.json").read_text())
     reports = {one.id: one.report for one in train}

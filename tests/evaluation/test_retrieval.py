@@ -30,11 +30,13 @@ def whole(evaluated: Path) -> Path:
 
 
 def test_ranks_and_recalls_in_plain_loops(demo: SimpleNamespace, whole: Path) -> None:
-    model, tokenizer, _ = load_clip(demo.clip)
+    model, processor = load_clip(demo.clip)
     studies = demo.data.studies("train")
     with torch.no_grad():
         images = [model.encode_image(demo.data.volume(study)[None] / 255)[0] for study in studies]
-        texts = [model.encode_text(**tokenizer(study.report, return_tensors="pt", return_token_type_ids=False))[0] for study in studies]
+        texts = [
+            model.encode_text(**processor.tokenizer(study.report, return_tensors="pt", return_token_type_ids=False))[0] for study in studies
+        ]
     rows = [json.loads(line) for line in (whole / "predictions.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [study.id for study in studies]
     for index, row in enumerate(rows):

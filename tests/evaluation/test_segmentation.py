@@ -24,13 +24,13 @@ Run = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def segmenter(demo: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    clip, tokenizer, processor = load_clip(demo.clip)
+    clip, processor = load_clip(demo.clip)
     torch.manual_seed(0)
     model = Med3DSegmenter.from_clip(clip, embedding_dim=4, attention_heads=2, dual_cross_attention=False)
     with torch.no_grad():
         model.head.bias.fill_(0.0)  # some voxels above, some below
     folder = tmp_path_factory.mktemp("models") / "segmenter"
-    for part in (model, tokenizer, processor):
+    for part in (model, processor):
         part.save_pretrained(folder)
     return folder
 

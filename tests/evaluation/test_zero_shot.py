@@ -54,7 +54,8 @@ def label_file(chests: SimpleNamespace) -> dict[str, dict[str, str]]:
 
 def test_probabilities_are_those_of_the_literal_protocol(chests: SimpleNamespace, stated: list[dict[str, str]]) -> None:
     """A volume encoded anew beside each of the 18 pairs, softmax over temperature times the two similarities."""
-    model, tokenizer, _ = load_clip(chests.clip)
+    model, processor = load_clip(chests.clip)
+    tokenizer = processor.tokenizer
     studies = chests.data.studies("valid_fixed")
     assert [row["VolumeName"] for row in stated] == [Path(study.image).name for study in studies]
     for study, row in list(zip(studies, stated, strict=True))[::7]:
@@ -125,7 +126,8 @@ def test_what_can_be_had_without_looking(whole: Path, chests: SimpleNamespace) -
     assert control["macro_auroc"] == pytest.approx(0.5, abs=0.04) and control["range"][0] < 0.5 < control["range"][1]
     assert scores["shuffled"]["macro"] != scores["macro"]
     air = json.loads((whole / "predictions_blind.jsonl").read_text())["log_odds"]
-    model, tokenizer, _ = load_clip(chests.clip)
+    model, processor = load_clip(chests.clip)
+    tokenizer = processor.tokenizer
     texts = tokenizer(["Emphysema is present.", "Emphysema is not present."], padding=True, return_tensors="pt")
     with torch.no_grad():
         similar = (
@@ -199,7 +201,8 @@ def test_two_processes_write_the_same_bytes(
 def test_templates_are_averaged_as_embeddings(chests: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path) -> None:
     run("zero_shot", *arguments, "--output", tmp_path, "--templates", 3, "--threshold_split", "none", "--limit", 2)
     line = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[1])
-    model, tokenizer, _ = load_clip(chests.clip)
+    model, processor = load_clip(chests.clip)
+    tokenizer = processor.tokenizer
     with torch.no_grad():
         image = model.encode_image(load_volumes(chests.data, [chests.data.studies("valid_fixed")[1]]))[0]
         sides = []

@@ -4,6 +4,7 @@ import gzip
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -42,15 +43,16 @@ class Drawer(torch.nn.Module):
         return SimpleNamespace(logits=torch.stack([drawn[number] for number in asked])[None], presence=presence)
 
 
-class Tokenizer:
-    """A number for each of WORDS."""
+class Processor:
+    """A VolumeProcessor, and a number for each of WORDS."""
 
-    def __call__(self, texts: list[str], **options: object) -> dict[str, Tensor]:
-        ids = torch.tensor([[WORDS.index(text), 7] for text in texts])
+    image_processor = VolumeProcessor("hu_window", size=(36, 48, 64), resize="trilinear")
+
+    def __call__(self, volumes: Any = None, text: list[str] | None = None) -> Any:
+        if text is None:
+            return self.image_processor(volumes)
+        ids = torch.tensor([[WORDS.index(one), 7] for one in text])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def get_added_vocab(self) -> dict[str, int]:
-        return {}
 
 
 def scan() -> np.ndarray:
@@ -64,8 +66,7 @@ def scan() -> np.ndarray:
 
 @pytest.fixture
 def segmenter(monkeypatch: pytest.MonkeyPatch) -> Segmenter:
-    made = Segmenter(Drawer(), Tokenizer(), VolumeProcessor("hu_window", size=(36, 48, 64), resize="trilinear"))
-    monkeypatch.setattr("med3dvlm.inference.segmentation.only_words", lambda tokenizer, text: text)
+    made = Segmenter(Drawer(), Processor())
     monkeypatch.setattr(Segmenter, "from_pretrained", classmethod(lambda cls, path, device=None: made))
     return made
 
@@ -116,7 +117,7 @@ def test_several_texts_and_what_is_absent(segmenter: Segmenter, nifti: Path) -> 
     assert not absent.found and absent.volume_ml == 0 and absent.side is None and absent.bounding_box_mm is None and absent.score < 0.5
     for threshold in (0.2, 0.7):
         likely, _ = segmenter.probabilities(segmenter.processor(read_volume(nifti))["pixel_values"], ["bright spot"])
-        plain = (segmenter.processor.to_scan(likely[0], read_volume(nifti)) > threshold).numpy()
+        plain = (segmenter.processor.image_processor.to_scan(likely[0], read_volume(nifti)) > threshold).numpy()
         np.testing.assert_array_equal(segmenter.segment(nifti, "bright spot", threshold).mask, plain)
 
 
@@ -218,7 +219,7 @@ def test_tilted_scans_come_back_as_they_lie(segmenter: Segmenter, nifti: Path, t
     nibabel.save(image, tmp_path / "tilted.nii.gz")
     code, _, error = run(capsys, "segment", "model", tmp_path / "tilted.nii.gz", "bright spot", "--straighten", "--out", tmp_path / "m.nii")
     assert code == 0, error
-    assert segmenter.processor.straighten
+    assert segmenter.processor.image_processor.straighten
     mask = np.asarray(nibabel.load(tmp_path / "m.nii").dataobj).transpose().astype(bool)
     wanted = scan() == 900
     assert mask.shape == SHAPE and 2 * (mask & wanted).sum() / (mask.sum() + wanted.sum()) > 0.75
@@ -233,20 +234,20 @@ def test_another_model_is_refused(tmp_path: Path, tiny_models: SimpleNamespace, 
 
 def test_with_a_real_segmenter(tmp_path: Path, tiny_models: SimpleNamespace, nifti: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From its folder: the mask is where the model's own logits, brought to the scan, are above 0; the command and the chat say the same."""
-    clip, tokenizer, processor = load_clip(tiny_models.clip)
+    clip, processor = load_clip(tiny_models.clip)
     torch.manual_seed(3)
     model = Med3DSegmenter.from_clip(clip, decoder_widths=[8, 4, 8, 8], embedding_dim=5, attention_heads=2).eval()
     with torch.no_grad():
         model.head.bias.fill_(0.0)
-    for part in (model, tokenizer, processor):
+    for part in (model, processor):
         part.save_pretrained(tmp_path / "segmenter")
     segmenter, volume = Segmenter.from_pretrained(tmp_path / "segmenter", "cpu"), read_volume(nifti)
-    coded = tokenizer("liver mass", return_tensors="pt", return_token_type_ids=False)
+    coded = processor.tokenizer("liver mass", return_tensors="pt")
     with torch.no_grad():
         output = model(processor(volume)["pixel_values"], coded["input_ids"][None], coded["attention_mask"][None])
     found = segmenter.segment(volume, "liver mass")
     assert found.score == pytest.approx(float(output.presence.sigmoid()), abs=1e-5)
-    wanted = (processor.to_scan(output.logits[0, 0].sigmoid(), volume) > 0.5).numpy() & (found.score > 0.5)
+    wanted = (processor.image_processor.to_scan(output.logits[0, 0].sigmoid(), volume) > 0.5).numpy() & (found.score > 0.5)
     assert (found.mask != wanted).mean() < 1e-3  # but for rounding at the threshold
     chat = Med3DChat.from_pretrained(tiny_models.vlm, "cpu", segmenter=tmp_path / "segmenter")
     np.testing.assert_array_equal(chat.segment(nifti, "liver mass").mask, found.mask)

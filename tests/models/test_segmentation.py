@@ -201,15 +201,16 @@ def test_encoders_without_stages_of_falling_resolution_are_refused() -> None:
 
 
 def test_a_folder_holds_all_that_a_scan_needs(tiny_models: SimpleNamespace, tmp_path: Path) -> None:
-    clip, tokenizer, processor = load_clip(tiny_models.clip)
-    for part in (Med3DSegmenter.from_clip(clip, embedding_dim=8), tokenizer, processor):
+    clip, processor = load_clip(tiny_models.clip)
+    for part in (Med3DSegmenter.from_clip(clip, embedding_dim=8), processor):
         part.save_pretrained(tmp_path)
-    model, tokenizer, processor = load_segmenter(tmp_path)
-    coded = tokenizer(["lung nodule", "pleural effusion"], padding=True, return_tensors="pt")
-    pixels = torch.rand(1, 1, *processor.size)
+    model, processor = load_segmenter(tmp_path)
+    assert processor.max_text_length == 64  # of the text encoder
+    coded = processor(text=["lung nodule", "pleural effusion"])
+    pixels = torch.rand(1, 1, *model.clip.config.size)
     with torch.no_grad():
         output = model(pixels, coded["input_ids"][None], coded["attention_mask"][None])
-    assert output.logits.shape == (1, 2, *processor.size)
+    assert output.logits.shape == (1, 2, *model.clip.config.size)
     assert load_encoder(tmp_path).widths == clip.vision_encoder.widths
     with pytest.raises(ValueError, match="load it with load_segmenter"):
         load_clip(tmp_path)

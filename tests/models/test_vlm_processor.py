@@ -12,8 +12,7 @@ import pytest
 import torch
 from transformers import BertTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, T5Tokenizer
 
-from med3dvlm import Med3DVLM, Med3DVLMConfig, Med3DVLMProcessor, Volume, VolumeProcessor
-from med3dvlm.datasets.torch import PairCollator
+from med3dvlm import Med3DCLIPProcessor, Med3DVLM, Med3DVLMConfig, Med3DVLMProcessor, Volume, VolumeProcessor
 from med3dvlm.models.vlm_processor import IGNORED, MARK, Message, branch_mask
 from med3dvlm.training.contrastive import common_words
 from tests.tiny_parts import CHATML, END, INSTRUCT, TEMPLATES, TEXTS, language_model, tokenizer, turn
@@ -171,11 +170,11 @@ UNIGRAM = [
 def test_a_report_is_words_for_a_text_encoder(made: Callable[[], Any]) -> None:
     words = made()
     words.pad_token = words.pad_token or words.eos_token
-    collator = PairCollator(words, 200)
+    pairs = Med3DCLIPProcessor(VolumeProcessor(size=SIZE), words, 200)
     special = {token for token in words.all_special_ids if token != words.unk_token_id}
-    (plain,) = collator.tokenize(["No mass."])["input_ids"].tolist()
+    (plain,) = pairs(text="No mass.")["input_ids"].tolist()
     for text in words.all_special_tokens:
-        (row,) = collator.tokenize([f"No {text}mass{text}."])["input_ids"].tolist()
+        (row,) = pairs(text=[f"No {text}mass{text}."])["input_ids"].tolist()
         assert [token for token in row if token in special] == [token for token in plain if token in special], text
         assert re.sub(r"\W", "", text).lower() in re.sub(r"\W", "", words.decode(row, skip_special_tokens=True)).lower()
 

@@ -44,7 +44,8 @@ def model(prepared: Path, tiny_models: SimpleNamespace, tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp("search") / "clip"
     data = PreparedData(prepared)
     studies = data.studies("test")
-    clip, tokenizer, processor = load_clip(tiny_models.clip)
+    clip, both = load_clip(tiny_models.clip)
+    processor, tokenizer = both.image_processor, both.tokenizer
     with torch.no_grad():
         scans = torch.cat([clip.encode_image(processor.dequantize(data.volume(study))[None]) for study in studies])
         words = torch.cat([clip.pool_text(**coded(tokenizer, study.report)) for study in studies])
@@ -86,7 +87,8 @@ def test_a_report_finds_its_scan(index: CaseIndex, prepared: Path) -> None:
 def test_scans_are_ordered_by_the_models_cosines(index: CaseIndex, model: Path, prepared: Path) -> None:
     data = PreparedData(prepared)
     studies = [study for split in ("train", "validation", "test") for study in data.studies(split)]
-    clip, _, processor = load_clip(model)
+    clip, both = load_clip(model)
+    processor = both.image_processor
     with torch.no_grad():
         made = {study.id: clip.encode_image(processor.dequantize(data.volume(study))[None])[0].double() for study in studies}
     for study in studies[::9]:

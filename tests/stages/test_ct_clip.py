@@ -59,8 +59,8 @@ def test_cxr_bert_is_a_bert_and_its_own_code_stays_unread(train, prepared: Path,
     for name in ("configuration_cxrbert.py", "modeling_cxrbert.py"):
         (folder / name).write_text("raise SystemExit('remote code was run')\n")
 
-    clip, loaded, _ = load_clip(train("--text_encoder", folder, "--text_options", '{"num_hidden_layers": 1}', "--train_text", "false"))
-    assert loaded("effusion")["input_ids"] == tokenizer("effusion")["input_ids"]
+    clip, processor = load_clip(train("--text_encoder", folder, "--text_options", '{"num_hidden_layers": 1}', "--train_text", "false"))
+    assert processor.tokenizer("effusion")["input_ids"] == tokenizer("effusion")["input_ids"]
     assert clip.config.text_config.num_hidden_layers == 1
     weights = clip.text_encoder.state_dict()
     assert len(weights) < len(bert.state_dict())
@@ -69,10 +69,11 @@ def test_cxr_bert_is_a_bert_and_its_own_code_stays_unread(train, prepared: Path,
 
 
 def test_a_new_text_encoder_has_the_words_of_the_training_reports(train, prepared: Path) -> None:  # type: ignore[no-untyped-def]
-    clip, tokenizer, _ = load_clip(train("--text_options", '{"vocab_size": 90, "hidden_size": 8, "num_attention_heads": 1}'))
+    clip, processor = load_clip(train("--text_options", '{"vocab_size": 90, "hidden_size": 8, "num_attention_heads": 1}'))
+    tokenizer = processor.tokenizer
     assert isinstance(clip.text_encoder, BertModel)
     assert len(tokenizer) == clip.config.text_config.vocab_size <= 90 and clip.config.text_config.hidden_size == 8
-    assert tokenizer.model_max_length == 256
+    assert processor.max_text_length == 256
     report = PreparedData(prepared).studies("train")[0].report
     assert tokenizer.unk_token_id not in tokenizer(report)["input_ids"]
 

@@ -248,10 +248,10 @@ def test_the_validation_loss_of_pairs_is_that_of_plain_loops_however_it_is_compu
     for launcher, size in (("python", 2), ("ZeRO-3 on two", 1)):
         output = train("stage1_siglip", launcher, f"pairs_{size}", *flags, "--per_device_eval_batch_size", size, bf16=False)
         found.append(json.loads((output / "validation_losses.jsonl").read_text())["eval_loss"])
-        model, tokenizer, _ = load_clip(output, dtype=torch.float64)
+        model, processor = load_clip(output, dtype=torch.float64)
         data = PreparedData(train.data[1], split_file=train.data[3])  # type: ignore[arg-type]
         studies = data.studies("validation")
-        coded = tokenizer([study.report for study in studies], padding=True, truncation=True, max_length=64, return_tensors="pt")
+        coded = processor.tokenizer([study.report for study in studies], padding=True, truncation=True, max_length=64, return_tensors="pt")
         with torch.no_grad():
             images = model.encode_image(load_volumes(data, studies).double())
             texts = model.encode_text(coded["input_ids"], coded["attention_mask"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from med3dvlm.checkpoints import load_clip, load_segmenter
 from med3dvlm.datasets.mask_prompts import MaskDataset
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.datasets.torch import PairCollator, load_volumes
+from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.training.dense import SEGMENTER
 from med3dvlm.training.trainer import COMPLETE
 from tests.launching import launch
@@ -79,11 +79,11 @@ def test_a_decoder_learns_alike_under_deepspeed_in_either_type(attention: bool, 
             assert not moved, name
         elif not name.endswith(("depth.0.bias", "height.0.bias", "width.0.bias", "num_batches_tracked")):  # batch norm takes them out
             assert moved, name
-    model, tokenizer, processor = load_segmenter(train("segmentation", f"zero2_{attention}_True", *flags, *ZERO2, bf16=True))
+    model, processor = load_segmenter(train("segmentation", f"zero2_{attention}_True", *flags, *ZERO2, bf16=True))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    coded = PairCollator(tokenizer, 32).tokenize(["lung nodule"])
+    coded = processor(text="lung nodule")
     with torch.no_grad():
-        output = model(torch.rand(1, 1, *processor.size), **coded, counts=torch.tensor([1]))
+        output = model(torch.rand(1, 1, *processor.image_processor.size), **coded, counts=torch.tensor([1]))
     assert output.logits.isfinite().all()
 
 
@@ -116,8 +116,8 @@ def test_a_dense_loss_leaves_a_clip_and_a_segmenter(train: Train) -> None:
         curves[bf16] = losses(output)
         own, within = weights(output), weights(output / SEGMENTER)
         assert all(torch.equal(own[name], within[f"clip.{name}"]) for name in own)
-        model, tokenizer, processor = load_segmenter(output / SEGMENTER)
-        assert load_clip(output)[2].size == processor.size and len(tokenizer)
+        model, processor = load_segmenter(output / SEGMENTER)
+        assert load_clip(output)[1].to_dict() == processor.to_dict()
         assert not model.dtype.is_complex
     assert curves[True][:5] == pytest.approx(curves[False][:5], rel=0.05)
     before = weights(train("stage1_siglip", "dense_False", *flags) / SEGMENTER)
@@ -133,13 +133,13 @@ def test_the_validation_loss_is_that_of_single_studies(train: Train, clip: Path,
     for size, processes in ((2, 1), (1, 2)):
         output = train("segmentation", f"validated_{size}", *flags, "--per_device_eval_batch_size", size, processes=processes)
         found.append(json.loads((output / "validation_losses.jsonl").read_text())["eval_loss"])
-    model, tokenizer, _ = load_segmenter(output)
+    model, processor = load_segmenter(output)
     data = PreparedData(prepared, split_file=output.parent / "few.json")
     rows = MaskDataset(data, "validation", 42, count=4)
     expected = []
     for number, study in enumerate(rows.studies):
         row = rows[number]
-        coded = PairCollator(tokenizer, 64).tokenize(row["prompts"])
+        coded = processor(text=row["prompts"])
         with torch.no_grad():
             expected.append(
                 float(

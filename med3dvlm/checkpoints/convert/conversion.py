@@ -32,6 +32,8 @@ from med3dvlm.checkpoints.convert.weights import (
 )
 from med3dvlm.encoders import Size
 from med3dvlm.files import whole_folder
+from med3dvlm.models.clip import Med3DCLIPConfig
+from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.models.vlm import Med3DVLMConfig
 from med3dvlm.models.vlm_processor import Med3DVLMProcessor
 from med3dvlm.preprocessing import VolumeProcessor
@@ -240,10 +242,11 @@ def _write_settings(
         processor.save_pretrained(folder)
         if (home / "generation_config.json").is_file():
             (folder / "generation_config.json").write_bytes((home / "generation_config.json").read_bytes())
+    elif isinstance(config, Med3DCLIPConfig):
+        longest = tokenizer.model_max_length
+        Med3DCLIPProcessor(volumes, tokenizer, min(longest, config.longest_text or longest)).save_pretrained(folder)
     else:
         volumes.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
     if isinstance(config, PretrainedConfig):
         config.published = published
         config.dtype = max((stored.dtype for stored in tensors.values()), key=_weight_of(tensors))

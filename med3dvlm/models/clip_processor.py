@@ -1,0 +1,53 @@
+"""Med3DCLIPProcessor: volumes and texts -> what a Med3DCLIP takes.
+
+Shapes: B volumes of D, H, W voxels; N texts, L tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from med3dvlm.special_tokens import only_words
+
+
+class Med3DCLIPProcessor(ProcessorMixin):
+    """A VolumeProcessor and a tokenizer.
+
+        processor = Med3DCLIPProcessor.from_pretrained("outputs/demo/stage1")
+        inputs = processor(volumes="scan.nii.gz", text=["Right pleural effusion."])
+
+    Args:
+        max_text_length: tokens of a text, of which the rest is cut; None takes the tokenizer's own limit.
+    """
+
+    def __init__(self, image_processor: Any, tokenizer: Any, max_text_length: int | None = None) -> None:
+        super().__init__(image_processor, tokenizer)
+        self.max_text_length = tokenizer.model_max_length if max_text_length is None else max_text_length
+
+    def __call__(self, volumes: Any = None, text: str | Sequence[str] | None = None) -> BatchFeature:
+        """`pixel_values` (B, 1, D, H, W) float32 of volumes; `input_ids` and `attention_mask` (N, L), padded on the right, of texts.
+
+        Args:
+            volumes: one scan or a list of them, see `VolumeProcessor.preprocess`.
+            text: one text or several. The text of a special token in it is read as words.
+
+        Raises:
+            ValueError: neither is given, or no text is; a scan that cannot be used is a VolumeError.
+        """
+        if volumes is None and text is None:
+            raise ValueError("a Med3DCLIPProcessor was given nothing; pass volumes, text, or both")
+        batch: dict[str, Any] = {}
+        if volumes is not None:
+            batch["pixel_values"] = self.image_processor(volumes)["pixel_values"]
+        if text is not None:
+            texts = [text] if isinstance(text, str) else text
+            if not len(texts):
+                raise ValueError("a Med3DCLIPProcessor was given an empty list of texts; give at least one")
+            words = [only_words(self.tokenizer, one) for one in texts]
+            coded = self.tokenizer(
+                words, padding=True, padding_side="right", truncation=True, max_length=self.max_text_length, return_tensors="pt"
+            )
+            batch |= {key: coded[key] for key in ("input_ids", "attention_mask")}
+        return BatchFeature(batch)
