@@ -242,7 +242,7 @@ def _write_settings(
         processor.save_pretrained(folder)
         if (home / "generation_config.json").is_file():
             (folder / "generation_config.json").write_bytes((home / "generation_config.json").read_bytes())
-    elif isinstance(config, Med3DCLIPConfig):
+    elif isinstance(config, Med3DCLIPConfig) and tokenizer is not None:
         longest = tokenizer.model_max_length
         Med3DCLIPProcessor(volumes, tokenizer, min(longest, config.longest_text or longest)).save_pretrained(folder)
     else:
