@@ -214,7 +214,7 @@ def _question(study: str, row: Mapping[str, str]) -> Question:
 
 
 def write(root: str | Path, studies: Sequence[Study], questions: Sequence[Question]) -> None:
-    """Write reports, questions and labels in this layout; the volumes are the caller's.
+    """Write reports, questions and labels in this layout; volumes and masks (`m3d_seg.write`) are the caller's.
 
     Raises:
         ValueError: two studies have one id, a split is none of `SPLITS`, or a question is about no study or has not two or four choices.
