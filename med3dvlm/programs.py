@@ -39,8 +39,8 @@ REASONS = {
 # Extra of the package -> the modules that it brings.
 EXTRAS = {
     "train": ("accelerate", "deepspeed", "ninja", "open_clip", "peft", "torchvision"),
-    "evaluate": ("bert_score", "evaluate", "matplotlib", "nltk", "rouge_score", "sacrebleu", "sklearn"),
-    "chat": ("gradio", "pydantic", "starlette"),
+    "evaluate": ("bert_score", "evaluate", "nltk", "rouge_score", "sacrebleu", "sklearn"),
+    "chat": ("gradio", "starlette"),
     "mcp": ("mcp",),
     "search": ("datasketch", "faiss"),
     "dicom": ("highdicom",),
@@ -133,7 +133,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         running = _running.get()
-        if running and not arguments:
+        if running:
             options.setdefault("prog", running[0])
         super().__init__(*arguments, **options)
         self.add_argument("--traceback", action="store_true", help="where something fails, show the place in the code")

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-import tomllib
 from torch import nn
 from transformers import TrainingArguments
 
@@ -123,8 +124,14 @@ def test_every_parser_shows_one_spelling(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_extras_are_those_of_the_package(repository: Path) -> None:
+    tomllib = pytest.importorskip("tomllib")
     declared = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert set(EXTRAS) == set(declared) - {"all", "dev"}
+    assert declared["all"] == [f"med3dvlm[{','.join(EXTRAS)}]"]
+    brought = packages_distributions()
+    for extra, modules in EXTRAS.items():
+        of_modules = {name.lower().replace("_", "-") for module in modules for name in brought.get(module, ())}
+        assert {re.split("[<>=]", requirement)[0] for requirement in declared[extra]} - {"ninja"} <= of_modules, extra
 
 
 def test_a_flag_is_argparse_own() -> None:

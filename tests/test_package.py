@@ -1,0 +1,104 @@
+"""What is installed: the base without its extras, and the wheel outside of the repository."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from med3dvlm.programs import EXTRAS
+
+EXTRA_MODULES = sorted(module for modules in EXTRAS.values() for module in modules)
+BASE = f"""
+import sys
+
+MISSING = {EXTRA_MODULES}
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):  # such as find_distributions, for their versions
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *rest):
+        return None if name.split(".")[0] in MISSING else self.finder.find_spec(name, *rest)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+from med3dvlm import Med3DChat, Med3DCLIP, VolumeProcessor, read_volume
+from med3dvlm.cli import main
+
+scan, clip, model = sys.argv[1:4]
+volume = read_volume(scan)
+embedding = Med3DCLIP.from_pretrained(clip).encode_image(VolumeProcessor.from_pretrained(clip)(volume)["pixel_values"])
+assert embedding.ndim == 2
+Med3DChat.from_pretrained(model).ask(scan, "Which organ?", max_new_tokens=3)
+assert main(["inspect", scan]) == main(["ask", model, scan, "Which organ?", "--max-new-tokens", "3"]) == 0
+assert main(sys.argv[4:]) == 2
+assert not sys.modules.keys() & set(MISSING)
+"""
+
+
+@pytest.mark.slow
+def test_the_base_reads_embeds_and_asks(phantoms: Path, tiny_models: SimpleNamespace, tmp_path: Path) -> None:
+    """Where no extra is installed; what needs one says which."""
+    scan = next(phantoms.rglob("*.nii.gz"))
+    command = ["train", "stage1", "--config", "smoke/stage1_siglip", "--data", tmp_path, "--output_dir", tmp_path]
+    words = [sys.executable, "-c", BASE, scan, tiny_models.clip, tiny_models.vlm, *command]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "accelerate is not installed, which this needs; install it by: pip install 'med3dvlm[train]'" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, where no earlier build left anything."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(repository / name, source)
+    shutil.copytree(repository / "med3dvlm", source / "med3dvlm", ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", "."]
+    subprocess.run(build, cwd=source, check=True)
+    return next((source / "dist").glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_everything(wheel: Path, repository: Path) -> None:
+    files = {path for path in (repository / "med3dvlm").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path.relative_to(repository).as_posix() for path in files} <= set(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_of_the_repository(wheel: Path, tmp_path: Path) -> None:
+    """In an environment that has the libraries, not the repository."""
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    own = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    zipfile.ZipFile(wheel).extractall(own)  # what pip does with a wheel of Python alone, but for the program's entry point
+    (own / "libraries.pth").write_text(
+        sysconfig.get_path("purelib") + "\n"
+    )  # whose own .pth files, the repository's among them, do not count
+
+    def med3dvlm(*words: object, code: int = 0) -> str:
+        start = [str(python), "-m", "med3dvlm.cli", *map(str, words)]
+        environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    found = subprocess.run(
+        [str(python), "-c", "import med3dvlm; print(med3dvlm.__file__)"], cwd=tmp_path, env={}, capture_output=True, text=True, check=True
+    )
+    assert Path(found.stdout.strip()).is_relative_to(own)
+    assert "evaluate" in med3dvlm("--help") and "--port" in med3dvlm("chat", "--help")
+    med3dvlm("phantom", "scans", "--studies", 16, "--detail", 0.3, "--workers", 1)
+    med3dvlm("prepare", "m3d", "scans", "prepared", "--size", "16,32,32", "--workers", 1)
+    flags = ("--data", "prepared", "--output-dir", "stage1", "--text-encoder", "new", "--train-text", "--max-steps", 2)
+    med3dvlm("train", "stage1", "--config", "smoke/stage1_siglip", *flags)
+    assert "R@1" in med3dvlm("evaluate", "retrieval", "--model", "stage1", "--data", "prepared", "--split", "train", "--output", "scores")
+    assert "demo/stage1_siglip" in med3dvlm("train", "stage1", "--config", "nowhere", code=2)
