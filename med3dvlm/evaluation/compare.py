@@ -72,7 +72,7 @@ class Run:
     @property
     def cases(self) -> list[tuple[Any, ...]]:
         """What each prediction is about: a study, the question, its choices or the findings."""
-        return [(row["id"], row.get("question"), *map(str, row.get("choices", row.get("log_odds", ())))) for row in self.rows]
+        return [(row["id"], row.get("question"), *map(str, row.get("choices") or row.get("log_odds") or ())) for row in self.rows]
 
 
 class Figure(NamedTuple):

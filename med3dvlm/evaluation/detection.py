@@ -25,7 +25,7 @@ from scipy.special import expit
 
 from med3dvlm import plots
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.encoders import Encoder, Size, count_parameters
+from med3dvlm.encoders import Encoder, count_parameters
 from med3dvlm.encoders.cost import operations
 from med3dvlm.evaluation.detection_tables import COMPARED, detection_tables
 from med3dvlm.evaluation.runs import other_patients, training_split, write_scores
@@ -128,9 +128,10 @@ def threshold_studies(data: PreparedData, evaluated: str, scored: Sequence[Study
     return [], f"{HALF}, since there are no labelled studies of other patients to choose on"
 
 
-def encoder_facts(encoder: Encoder, name: str, size: Size) -> dict[str, Any]:
+def encoder_facts(encoder: Encoder, name: str, size: Sequence[int]) -> dict[str, Any]:
     """Name and cost of an image encoder for volumes of `size`, as the papers' tables have them."""
-    count = operations(copy.deepcopy(encoder).to("meta"), size)
+    depth, height, width = size
+    count = operations(copy.deepcopy(encoder).to("meta"), (depth, height, width))
     return {"name": name, "parameters": sum(count_parameters(encoder).values()), "operations": count, "size": list(size)}
 
 

@@ -65,16 +65,17 @@ def training_studies(arguments: argparse.Namespace, data: PreparedData, others: 
 
 
 def trained(
-    arguments: argparse.Namespace, parts: Sequence[Sequence[Study]], features: Sequence[Tensor]
+    arguments: argparse.Namespace, parts: tuple[Sequence[Study], Sequence[Study]], features: tuple[Tensor, Tensor]
 ) -> tuple[LinearProbe, list[LinearProbe], dict[str, Any]]:
     """The probe, those of the shuffled labels, and how it was found; `parts` are the studies to learn from and to choose by."""
     names = detection.names_of(parts[0])
-    labels = [detection.label_table(part, names) for part in parts]
+    first, second = (detection.label_table(part, names) for part in parts)
+    labels = (first, second)
     probe, found = fit(names, features, labels, arguments.decays, arguments.balanced)
     controls = []
     for seed in range(arguments.controls):
-        shuffled = [table[permuted([study.patient for study in part], seed)] for table, part in zip(labels, parts, strict=True)]
-        controls.append(fit(names, features, shuffled, [found["decay"]], arguments.balanced)[0])
+        first, second = (table[permuted([study.patient for study in part], seed)] for table, part in zip(labels, parts, strict=True))
+        controls.append(fit(names, features, (first, second), [found["decay"]], arguments.balanced)[0])
     return probe, controls, found
 
 
@@ -142,11 +143,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluation.begin(arguments, encoder.encoder, data, encoder=facts, thresholds=whence, **settings)
         cache = arguments.cache or output / "features"
         features = {path: encoder.features(part, cache, path.stem) for path, part in parts.items()}
-        pooled = [] if arguments.probe else [encoder.features(train, cache, "train"), features[output / "predictions_thresholds.jsonl"]]
+        learned_from = None if arguments.probe else encoder.features(train, cache, "train")
         if not evaluation.is_first():
             return
         controls: list[LinearProbe] = []
-        if not arguments.probe:
+        if learned_from is not None:
+            pooled = (learned_from, features[output / "predictions_thresholds.jsonl"])
             probe, controls, training = trained(arguments, (train, others), pooled)
             probe.save(output, {"encoder": fingerprint(encoder.encoder), "stages": encoder.stages, "training": training})
         empty = encoder.pooled(evaluation.empty_volume(data)[None, None])

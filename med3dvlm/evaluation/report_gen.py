@@ -21,6 +21,7 @@ They are null where they cannot be had: without a training split, or where all s
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from med3dvlm import evaluation
 from med3dvlm.datasets.features import fingerprint
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train = [study for study in data.studies(split) if study.report.strip()] if split else []
     predictions_file = arguments.output / "predictions.jsonl"
 
-    def about(study: Study) -> dict:
+    def about(study: Study) -> dict[str, Any]:
         return {"id": study.id, "prompt": PROMPT, "reference": study.report}
 
     if not arguments.score_only:
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             told = [bool(study.report.strip()) for study in data.studies(split)]
             reports = evaluation.embed_reports(embedder, data, split)[told]  # (training studies, P)
 
-        def write(batch: Sequence[Study]) -> list[dict]:
+        def write(batch: Sequence[Study]) -> list[dict[str, Any]]:
             features = [chat.encode(data.volume(study).to(chat.model.device)) for study in batch]
             answers = chat.answers(features, [PROMPT] * len(batch), arguments.max_new_tokens, len(batch))
             rows = [about(study) | {"prediction": answer.text} | extra for study, answer in zip(batch, answers, strict=True)]
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, text in fixed.items():
         scores[name] = None if text is None else {"report": text, **report_scores([text] * len(studies), studies, scorer)}
     scores["shuffled"] = report_scores([texts[place] for place in others], studies, scorer) if others else None
-    found = [known.get(row.get("nearest")) for row in rows]
+    found = [known.get(row.get("nearest", ""), "") for row in rows]
     scores["nearest"] = report_scores(found, studies, scorer) if all(found) else None
     names = [name for name in ("blind", "shuffled", "modal", "best_fixed", "nearest") if scores[name]]
     table = report_table({"model": scores, **{name: scores[name] for name in names}})

@@ -128,14 +128,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     predicted, embedded = arguments.output / "predictions.jsonl", arguments.output / "embeddings.safetensors"
     growing = arguments.output / "embeddings.jsonl"  # line by line, so that a killed run continues
 
-    def about(study: Study) -> dict:
+    def about(study: Study) -> dict[str, Any]:
         return {"id": study.id}
 
     if not arguments.score_only:
         embedder = evaluation.load_embedder(arguments.model, data, arguments.device, arguments.max_text_length)
         evaluation.begin(arguments, embedder.model, data, max_text_length=embedder.processor.max_text_length)
 
-        def embed(batch: Sequence[Study]) -> list[dict]:
+        def embed(batch: Sequence[Study]) -> list[dict[str, Any]]:
             images, texts = (
                 encoded(evaluation.embed_volumes(embedder, data, batch)),
                 encoded(embedder.texts([study.report for study in batch])),

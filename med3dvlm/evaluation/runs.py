@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.datasets.features import fingerprint
@@ -67,7 +67,7 @@ def open_data(arguments: argparse.Namespace) -> tuple[PreparedData, list[Study]]
     return data, studies[: arguments.limit]
 
 
-def begin(arguments: argparse.Namespace, model: PreTrainedModel, data: PreparedData, **settings: Any) -> None:
+def begin(arguments: argparse.Namespace, model: nn.Module, data: PreparedData, **settings: Any) -> None:
     """Make the output folder and write run.json, or make sure that the predictions in it came from the same model, data and settings.
 
     Raises:

@@ -21,6 +21,7 @@ interval is a 95 % bootstrap over patients; scores.json has that of the gain, fi
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +53,14 @@ class Case(NamedTuple):
     finding: str
 
 
+def by_phrase(finder: PhraseSaliency, scan: Any, name: str) -> SaliencyMap:
+    return finder.saliency(scan, f"{name.capitalize()}.")
+
+
+def by_answer(chat: Med3DChat, scan: Any, name: str) -> SaliencyMap:
+    return answer_saliency(chat, scan, QUESTION, name.capitalize())
+
+
 def finders(arguments: argparse.Namespace, data: PreparedData) -> tuple[dict[str, Find], list[Any]]:
     """A way to look for each model that was named, and the models."""
     found: dict[str, Find] = {}
@@ -60,11 +69,11 @@ def finders(arguments: argparse.Namespace, data: PreparedData) -> tuple[dict[str
         kind = model_type(path)
         if kind == "med3d_clip":
             finder = PhraseSaliency.from_pretrained(path, arguments.device)
-            found["phrase"] = lambda scan, name, finder=finder: finder.saliency(scan, f"{name.capitalize()}.")
+            found["phrase"] = partial(by_phrase, finder)
             models.append((finder.model, finder.processor.image_processor))
         elif kind == "med3dvlm":
             chat = Med3DChat.from_pretrained(path, arguments.device)
-            found["answer"] = lambda scan, name, chat=chat: answer_saliency(chat, scan, QUESTION, name.capitalize())
+            found["answer"] = partial(by_answer, chat)
             models.append((chat.model, chat.processor.image_processor))
         else:
             raise ValueError(

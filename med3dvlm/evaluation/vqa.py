@@ -23,10 +23,12 @@ patients. `confusion` counts right answers and chosen ones, by text where a kind
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 from med3dvlm import evaluation
 from med3dvlm.evaluation.question_scores import YES_NO, question_scores, question_tables
-from med3dvlm.inference.chat import Features, Med3DChat
+from med3dvlm.inference.chat import Med3DChat
+from med3dvlm.inference.out_of_distribution import Features
 from med3dvlm.metrics.bertscore import bert_scorer
 from med3dvlm.programs import add_flag, positive
 from med3dvlm.prompts import closed_prompt
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{len(unanswered)} questions of {arguments.data} have no answer, the first is about {unanswered[0].study}")
     predictions_file = arguments.output / "predictions.jsonl"
 
-    def about(question: Question) -> dict:
+    def about(question: Question) -> dict[str, Any]:
         return {
             "id": question.study,
             "kind": question.kind,
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "answer": question.answer,
         }
 
-    def texts_of(row: dict) -> list[str]:
+    def texts_of(row: dict[str, Any]) -> list[str]:
         return [] if row["choices"] == YES_NO else ["open", "letter"] if has_letters(row["choices"]) else ["open"]
 
     if not arguments.score_only:
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         order = {study.id: place for place, study in enumerate(studies)}
         features: dict[str, Features] = {}  # of the volumes that a later question needs, about them or about whom they stand in for
 
-        def answer(batch: Sequence[Question]) -> list[dict]:
+        def answer(batch: Sequence[Question]) -> list[dict[str, Any]]:
             names = list(dict.fromkeys(question.study for question in batch))
             for name in [name for name in features if uses[name] < order[names[0]]]:
                 del features[name]
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ranked = [question for question in batch if question.choices]
             others = [question for question in batch if not question.yes_no]
             lettered = [question for question in others if question.lettered]
-            columns = {
+            columns: dict[str, dict[Question, Any]] = {
                 "closed": rank(chat, ranked, features),
                 "blind": rank(chat, ranked, dict.fromkeys(names, empty)) if arguments.blind else {},
                 "shuffled": rank(chat, ranked, {name: features[other[name].id] for name in names}) if other else {},

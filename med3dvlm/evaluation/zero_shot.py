@@ -25,6 +25,7 @@ Thresholds never come from what is scored, see --threshold_split. med3dvlm/evalu
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = {"predictions.jsonl": studies, "predictions_thresholds.jsonl": others}
     paths, blind = {arguments.output / name: part for name, part in files.items() if part}, arguments.output / "predictions_blind.jsonl"
 
-    def about(study: Study) -> dict:
+    def about(study: Study) -> dict[str, Any]:
         return {"id": study.id}
 
     if not arguments.score_only:
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluation.begin(arguments, embedder.model, data, templates=arguments.templates, encoder=facts, findings=names)
         directions = prompt_directions(embedder, names, arguments.templates)
 
-        def detect(batch: Sequence[Study]) -> list[dict]:
+        def detect(batch: Sequence[Study]) -> list[dict[str, Any]]:
             embedded = ((study.id, evaluation.embed_volumes(embedder, data, [study])[0].double()) for study in batch)
             return [detection.row(name, names, (directions @ volume).tolist()) for name, volume in embedded]
 

@@ -196,7 +196,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
 
     Ends the program with one sentence when a key is unknown or a value does not fit.
     """
-    parser = SettingsParser(kind, usage="%(prog)s --config FILE [--name value ...]", allow_abbrev=False)  # type: ignore[arg-type]
+    parser = SettingsParser(kind, usage="%(prog)s --config FILE [--name value ...]", allow_abbrev=False)
     parser.add_argument(
         "--config",
         metavar="FILE",

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     remember_training_data(trained, data, str(arguments.output_dir))
     del adapted, trained  # the merge loads the base anew
     if arguments.merged:
-        merge_lora(arguments.output_dir, arguments.merged)
+        merge_lora(str(arguments.output_dir), arguments.merged)
 
 
 def remember_training_data(model: Med3DVLM, data: PreparedData, folder: str) -> None:
