@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--allocation", choices=["kept", "system"], default="kept", help="of freed memory (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"))
     parser.add_argument(
-        "--memory_of", help=argparse.SUPPRESS
+        "--memory-of", help=argparse.SUPPRESS
     )  # in a process of its own: a training step of this form, its memory to stdout
     arguments = parser.parse_args(argv)
     if arguments.allocation == "kept":
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results["training"] = training(training_forms(encoder), volumes, arguments.runs)
     for name, row in results["training"].items():
         child = subprocess.run(
-            [sys.executable, "-m", "benchmarks.encoder", *sys.argv[1:], "--memory_of", name], check=True, capture_output=True, text=True
+            [sys.executable, "-m", "benchmarks.encoder", *sys.argv[1:], "--memory-of", name], check=True, capture_output=True, text=True
         )
         row["step_gb"] = float(child.stdout)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -205,10 +205,10 @@ def write_model(settings: Settings, name: str) -> Figures:
 # part -> script, recipes, further flags
 STAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "stage0": ("stage0_language_model", "demo", ()),
-    "stage1": ("stage1_siglip", "paper", ("--text_encoder", "{work}/text_encoder")),
-    "stage2": ("stage2_projector", "paper", ("--clip", "{work}/stage1", "--language_model", "{work}/language_model")),
+    "stage1": ("stage1_siglip", "paper", ("--text-encoder", "{work}/text_encoder")),
+    "stage2": ("stage2_projector", "paper", ("--clip", "{work}/stage1", "--language-model", "{work}/language_model")),
     "stage3": ("stage3_lora", "paper", ("--model", "{work}/stage2", "--merged", "")),
-    "ct_clip": ("ct_clip", "paper", ("--text_encoder", "new")),
+    "ct_clip": ("ct_clip", "paper", ("--text-encoder", "new")),
 }
 
 
@@ -225,16 +225,16 @@ def train(settings: Settings, name: str) -> Figures:
     output = settings.work / name
     arguments: list[object] = [
         "--config", f"stages/configs/{recipes}/{script}.yaml", "--data", settings.work / ("chests" if name == "ct_clip" else "prepared"),
-        "--output_dir", output, "--max_steps", 3 if settings.tiny else 8, "--bf16", "true", "--deepspeed", "ds_configs/zero2.json",
-        "--logging_steps", 1, "--save_strategy", "no", "--include_num_input_tokens_seen", "true", "--disable_tqdm", "true",
-        "--dataloader_num_workers", 0 if settings.tiny else 4, *(flag.format(work=settings.work) for flag in flags),
+        "--output-dir", output, "--max-steps", 3 if settings.tiny else 8, "--bf16", "true", "--deepspeed", "ds_configs/zero2.json",
+        "--logging-steps", 1, "--save-strategy", "no", "--include-num-input-tokens-seen", "true", "--disable-tqdm", "true",
+        "--dataloader-num-workers", 0 if settings.tiny else 4, *(flag.format(work=settings.work) for flag in flags),
     ]  # fmt: skip
     if settings.tiny:
-        arguments += ["--per_device_train_batch_size", 2]
+        arguments += ["--per-device-train-batch-size", 2]
         small = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 1000}
-        arguments += ["--text_options", json.dumps(small)] if name == "ct_clip" else []
+        arguments += ["--text-options", json.dumps(small)] if name == "ct_clip" else []
     if settings.device == "cpu":
-        arguments += ["--use_cpu", "true"]
+        arguments += ["--use-cpu", "true"]
     import_module(f"med3dvlm.training.{script}").main([*map(str, arguments)])
     figures = stage_figures(output) | {"peak_gb": peak_gb(settings.device)}
     figures["parameters"] = json.dumps(figures.get("parameters"))

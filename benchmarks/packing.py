@@ -1,7 +1,7 @@
 """What packing saves: all conversations about a volume in one row, against a row for each.
 
     python benchmarks/packing.py
-    python benchmarks/packing.py --image_tokens 64 --questions 12 --batch 4
+    python benchmarks/packing.py --image-tokens 64 --questions 12 --batch 4
 
 Training steps of a small Qwen2 on random words in the proportions of M3D: a report and some questions about every volume, one of them asked
 again with its choices. Both kinds of rows hold the same conversations, so loss and gradient are equal; steps of one and the other take
@@ -68,7 +68,7 @@ def batch_of(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_tokens", type=int, default=256, help="of a volume; the paper has 256 (default: %(default)s)")
+    parser.add_argument("--image-tokens", type=int, default=256, help="of a volume; the paper has 256 (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=5, help="about a volume (default: %(default)s)")
     parser.add_argument("--report", type=int, default=200, help="tokens of a report (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="volumes a step (default: %(default)s)")

@@ -34,8 +34,8 @@ write() {
 #
 # Without workers: one that is forked at an epoch's begin shares the memory that a training on the CPU has filled, until that is written again.
 stage() {
-  OMP_NUM_THREADS=$threads train "$1" "$2" "$1" "$steps" --save_steps $(((steps + 1) / 2)) --logging_steps 1 \
-    --include_num_input_tokens_seen true --dataloader_num_workers 0 "${@:3}"
+  OMP_NUM_THREADS=$threads train "$1" "$2" "$1" "$steps" --save-steps $(((steps + 1) / 2)) --logging-steps 1 \
+    --include-num-input-tokens-seen true --dataloader-num-workers 0 "${@:3}"
   rm -rf "$root/$1"/checkpoint-*
 }
 
@@ -49,9 +49,9 @@ step phantoms "$root/phantoms/M3D_Cap/M3D_Cap.json" med3dvlm phantom "$root/phan
 step prepare "$data/summary.json" med3dvlm prepare m3d "$root/phantoms" "$data" --recipe m3d --size "$size"
 write text_encoder "$root/text_encoder" $models text_encoder "$data" "$root/text_encoder" "${tiny[@]}"
 write language_model "$root/language_model" $models language_model "$data" "$root/language_model" --layers "$layers" "${tiny[@]}"
-stage stage1 stage1_siglip --text_encoder "$root/text_encoder" --per_device_train_batch_size 2
-stage stage2 stage2_projector --clip "$root/stage1" --language_model "$root/language_model" --per_device_train_batch_size 1
-stage stage3 stage3_lora --model "$root/stage2" --per_device_train_batch_size 1
+stage stage1 stage1_siglip --text-encoder "$root/text_encoder" --per-device-train-batch-size 2
+stage stage2 stage2_projector --clip "$root/stage1" --language-model "$root/language_model" --per-device-train-batch-size 1
+stage stage3 stage3_lora --model "$root/stage2" --per-device-train-batch-size 1
 write merge "$root/merged" med3dvlm merge "$root/stage3" "$root/merged"
 step merge_same "$root" $models same "$root/model" "$root/merged"
 for model in stage1 merged; do
@@ -65,5 +65,5 @@ scan=$(find "$root/phantoms/M3D_Cap" -name '*.nii.gz' | sort | head -n 1)
 for model in merged converted_merged; do
   step "ask_$model" "$root" med3dvlm ask "$root/$model" "$scan" "Which plane is this scan?" --max-new-tokens 8
 done
-evaluate retrieval retrieval stage1 eval/retrieval --pools 4 --limit 4 --batch_size 2
-evaluate report report_gen merged eval/report --clip "$root/stage1" --limit 2 --batch_size 2 --max_new_tokens 8
+evaluate retrieval retrieval stage1 eval/retrieval --pools 4 --limit 4 --batch-size 2
+evaluate report report_gen merged eval/report --clip "$root/stage1" --limit 2 --batch-size 2 --max-new-tokens 8

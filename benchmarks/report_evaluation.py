@@ -122,7 +122,7 @@ def counts(root: Path, split: str, studies: int) -> dict[str, dict[str, int]]:
     common = ("--data", root / "prepared", "--split", split, "--limit", studies, "--output")
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder) / "vqa"
-        vqa = encoded("vqa", "--model", root / "model", *common, answers, "--max_new_tokens", 1)
+        vqa = encoded("vqa", "--model", root / "model", *common, answers, "--max-new-tokens", 1)
         questions = len(read_lines(answers / "predictions.jsonl"))
         sizes = ",".join(map(str, pools))
         retrieval = encoded("retrieval", "--model", root / "stage1", *common, Path(folder) / "retrieval", "--pools", sizes)
@@ -164,8 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, default=Path("outputs/demo"), help="with model, stage1 and prepared (default: %(default)s)")
     parser.add_argument("--split", default="test", help="(default: %(default)s)")
     parser.add_argument("--studies", type=positive, default=64, help="(default: %(default)s)")
-    parser.add_argument("--batch_size", type=positive, default=32, help="of our way (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=positive, default=256, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="of our way (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, help="(default: %(default)s)")
     parser.add_argument("--runs", type=positive, default=3, help="of each way (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"))
     arguments = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Sets a run of one of the evaluations beside another, beside the papers, or beside itself without duplicates.
 
 python eval/compare.py outputs/demo/eval/report outputs/other/eval/report
-python eval/compare.py outputs/demo/eval/vqa --split_file outputs/demo/prepared/audit/deduplicated.json
+python eval/compare.py outputs/demo/eval/vqa --split-file outputs/demo/prepared/audit/deduplicated.json
 python eval/compare.py --published outputs/demo
 """
 

@@ -1,7 +1,7 @@
 """What a linear layer on a frozen image encoder learns of findings: CT-RATE's 18 (DCFormer paper, Table 2), or whichever the data have labels of.
 
 python eval/linear_probe.py --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe
-python eval/linear_probe.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe --score_only
+python eval/linear_probe.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe --score-only
 python eval/linear_probe.py --model outputs/ct_clip/model --data other/prepared --output other/probe --probe outputs/ct_clip/eval/probe
 """
 

@@ -2,7 +2,7 @@
 
     python eval/saliency.py --model outputs/demo/model --clip outputs/demo/stage1 --data outputs/demo/prepared \\
         --scans outputs/demo/phantoms --output outputs/demo/eval/grounding
-    python eval/saliency.py --data outputs/demo/prepared --output outputs/demo/eval/grounding --score_only
+    python eval/saliency.py --data outputs/demo/prepared --output outputs/demo/eval/grounding --score-only
 """
 
 import sys

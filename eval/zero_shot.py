@@ -1,7 +1,7 @@
 """Which findings a Med3DCLIP sees in a volume, without having been taught any: zero-shot detection.
 
 python eval/zero_shot.py --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot
-python eval/zero_shot.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot --score_only
+python eval/zero_shot.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot --score-only
 torchrun --nproc_per_node 2 eval/zero_shot.py --model ... --templates 4
 """
 

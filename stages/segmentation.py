@@ -1,7 +1,7 @@
 """Segmentation: a decoder on the encoder of a stage-1 model learns where the things lie that prompts name.
 
 deepspeed stages/segmentation.py --config stages/configs/demo/segmentation.yaml
-python stages/segmentation.py --config stages/configs/smoke/segmentation.yaml --dual_cross_attention false
+python stages/segmentation.py --config stages/configs/smoke/segmentation.yaml --dual-cross-attention false
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Stage 3: LoRA on every linear layer of the language model, and the projector (paper, section 3.2.3); then the merge.
 
 deepspeed stages/stage3_lora.py --config stages/configs/demo/stage3_lora.yaml
-python stages/stage3_lora.py --config stages/configs/smoke/stage3_lora.yaml --lora_rank 8
+python stages/stage3_lora.py --config stages/configs/smoke/stage3_lora.yaml --lora-rank 8
 """
 
 import sys

@@ -14,7 +14,7 @@ step, command = (sys.argv[3], sys.argv[4:]) if sys.argv[1] == "stages/demo/timed
 if step == os.environ.get("FAILS", ""):
     sys.exit(1)
 products = {{
-    "--output_dir": "config.json", "--merged": "config.json", "--output": "scores.json",
+    "--output-dir": "config.json", "--merged": "config.json", "--output": "scores.json",
     "phantom": "M3D_Cap/M3D_Cap.json", "m3d": "../prepared/summary.json", "ct_rate": "../prepared/summary.json",
 }}
 if "--layout" in command:

@@ -340,7 +340,7 @@ def test_a_split_within_another_is_prepared_once(run: Run, phantoms: Path, tmp_p
     code, _, error = run("prepare", "m3d", source, prepared, "--size", "16,32,24", "--workers", 1)
     summary, split_file = json.loads((prepared / "summary.json").read_text()), prepared / "split_part.json"
     assert (code, summary["studies"], summary["failures"]) == (1, 11, 1) and "part" not in summary["splits"]
-    assert f"pass --split_file {split_file}" in error
+    assert f"pass --split-file {split_file}" in error
     whole, part = PreparedData(prepared, True), PreparedData(prepared, True, split_file)
     assert [study.id for study in part.studies("part")] == [study.id for study in whole.studies("train")[:2]]
     assert {q.study for q in part.questions("part")} == {study.id for study in part.studies("part")}

@@ -148,7 +148,7 @@ def test_training_command_parses(line: str, repository: Path, monkeypatch: pytes
     kinds = [value for value in vars(stage).values() if isinstance(value, type) and issubclass(value, StageArguments)]
     kind = max(kinds, key=lambda value: len(value.__mro__))
     monkeypatch.chdir(repository)
-    parsed = parse_arguments(kind, [*arguments, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--deepspeed", ""])
+    parsed = parse_arguments(kind, [*arguments, "--output-dir", str(tmp_path), "--use-cpu", "true", "--bf16", "false", "--deepspeed", ""])
     assert parsed.data in ("data/mine_128", "data/ct_rate_256")
 
 

@@ -48,7 +48,7 @@ assert not sys.modules.keys() & set(MISSING)
 def test_the_base_reads_embeds_and_asks(phantoms: Path, tiny_models: SimpleNamespace, tmp_path: Path) -> None:
     """Where no extra is installed; what needs one says which."""
     scan = next(phantoms.rglob("*.nii.gz"))
-    command = ["train", "stage1", "--config", "smoke/stage1_siglip", "--data", tmp_path, "--output_dir", tmp_path]
+    command = ["train", "stage1", "--config", "smoke/stage1_siglip", "--data", tmp_path, "--output-dir", tmp_path]
     words = [sys.executable, "-c", BASE, scan, tiny_models.clip, tiny_models.vlm, *command]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

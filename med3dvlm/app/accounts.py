@@ -6,7 +6,6 @@
 A password is kept as scrypt's hash with a salt of its own (RFC 7914; n = 2^15, r = 8, p = 1: 32 MiB and about a tenth of a second a guess).
 """
 
-import argparse
 import asyncio
 import getpass
 import hashlib
@@ -19,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from med3dvlm.files import PART
+from med3dvlm.programs import Parser
 
 SHORTEST = 8
 SECONDS_AFTER_WRONG = 1.0
@@ -88,7 +88,7 @@ def add(path: Path, name: str, password: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Ask for a password (or read it from a pipe) and keep its hash; 2 where that cannot be done."""
-    parser = argparse.ArgumentParser(description="Add an account for the chat, or give it a new password.")
+    parser = Parser(description="Add an account for the chat, or give it a new password.")
     parser.add_argument("file", type=Path, help="the accounts file, made where there is none")
     parser.add_argument("name", help="who it is")
     arguments = parser.parse_args(argv)

@@ -15,7 +15,6 @@ masks.py and masks.js (masks of findings), key_images.py (slices for the report)
 programs), mcp_tools.py (for agents), accounts.py and guard.py (who may come in).
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -44,6 +43,7 @@ from med3dvlm.app.page import build
 from med3dvlm.app.routes import routes
 from med3dvlm.app.scans import sweep
 from med3dvlm.app.workstation import Workstation
+from med3dvlm.programs import Parser
 from med3dvlm.prompts import RESEARCH_NOTICE
 
 HERE_ONLY = ("127.0.0.1", "localhost", "::1")
@@ -134,9 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def options() -> argparse.ArgumentParser:
+def options() -> Parser:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description="Look at a scan and talk with a model about it, in the browser.", epilog=RESEARCH_NOTICE)
+    parser = Parser(description="Look at a scan and talk with a model about it, in the browser.", epilog=RESEARCH_NOTICE)
     parser.add_argument("--model", type=Path, required=True, help="directory of a trained model")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     parser.add_argument(

@@ -31,6 +31,7 @@ PROGRAMS = {
         "retrieval": ("evaluation.retrieval", "scans found by reports and reports by scans"),
         "zero_shot": ("evaluation.zero_shot", "findings detected without training on labels"),
         "linear_probe": ("evaluation.linear_probe", "findings detected by a linear layer on the frozen encoder"),
+        "segmentation": ("evaluation.segmentation", "masks, finding by finding"),
         "saliency": ("evaluation.saliency", "where a model looks, on phantoms"),
         "compare": ("evaluation.compare", "a run beside another, or beside the papers"),
         "page": ("evaluation.page", "one HTML page of runs and their cases"),

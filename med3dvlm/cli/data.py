@@ -52,7 +52,7 @@ def add_commands(commands: Commands) -> None:
         "--size", type=parse_size, metavar="D,H,W", help="voxels of the result (default: the recipe's; 128,256,256 for m3d)"
     )
     prepare.add_argument(
-        "--target-spacing", "--target_spacing",
+        "--target-spacing",
         type=numbers("Z,Y,X"),
         metavar="Z,Y,X",
         help="mm along D, H and W of the result, for ct_rate and ct_clip (default: the recipe's)",
@@ -164,7 +164,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         without = {failure["study"] for failure in failures}
         path = destination / f"split_{part.replace('/', '_')}.json"
         write_json(path, {split: [study for study in ids if study not in without] for split, ids in listed.items()})
-        print(f"All studies of split {part!r} are in another split, too; to use it, pass --split_file {path}", file=sys.stderr)
+        print(f"All studies of split {part!r} are in another split, too; to use it, pass --split-file {path}", file=sys.stderr)
     if failures:
         where = "the run that finishes tries them again" if shard else f"{listing} lists them"
         print(f"Warning: {len(failures)} of {total} studies could not be prepared; {where}:", file=sys.stderr)

@@ -2,7 +2,7 @@
 
     <out>/audit.json          all figures, and the groups of duplicates as study ids
     <out>/audit.md            the same as tables, with the worst examples as study ids
-    <out>/deduplicated.json   {split: [study ids]} for `--split_file` of training and evaluation
+    <out>/deduplicated.json   {split: [study ids]} for `--split-file` of training and evaluation
     <out>/thumbnails/         what was read of the volumes; an interrupted audit continues from there
 
 deduplicated.json keeps the training split whole and takes studies out of the others, so that it serves for weights that were trained on

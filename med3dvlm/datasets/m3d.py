@@ -13,7 +13,7 @@
 Paths in the files are relative to the root and differ between releases (M3D_Cap, M3D_Cap_npy, M3D_Cap_nii; .npy, .nii.gz): an
 image is found under any of these folders and endings, and a question belongs to the study whose path it names but for them.
 Where all of a split is in another one too, as "test1k" in "test", `med3dvlm prepare` prepares the whole and writes split_test1k.json
-for --split_file; questions are then those of the whole. Splits that share a part of their images only are refused.
+for --split-file; questions are then those of the whole. Splits that share a part of their images only are refused.
 Source: M3D (arXiv 2404.00578), section 3 and the published files.
 """
 

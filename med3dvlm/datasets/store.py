@@ -137,7 +137,7 @@ class PreparedData:
             first, reason = failures[0]["study"], failures[0]["reason"].rstrip(".")
             raise ValueError(
                 f"{len(failures)} studies of {self.root} could not be prepared, the first is {first}: {reason}; mend the files and prepare "
-                "again, or pass --exclude_failures true"
+                "again, or pass --exclude-failures true"
             )
         self.processor = VolumeProcessor.from_pretrained(self.root)
         studies = read_studies(self.root / "studies.jsonl")

@@ -54,7 +54,7 @@ class StudyDataset(Dataset[dict[str, Any]]):
         if without := [study.id for study in self.studies if not study.report.strip()]:
             raise ValueError(
                 f"{len(without)} of the {len(self.studies)} studies in {self.data.root} have no report, the first is {without[0]}; this stage "
-                "learns from reports, so leave them out by --split_file"
+                "learns from reports, so leave them out by --split-file"
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -187,7 +187,7 @@ class ConversationDataset(StudyDataset):
 
     def _rows_of_one(self) -> list[Row]:
         if self.follow_ups:
-            raise ValueError(f"follow_ups is {self.follow_ups} but must be 0 where a row is one conversation; pass --follow_ups 0")
+            raise ValueError(f"follow_ups is {self.follow_ups} but must be 0 where a row is one conversation; pass --follow-ups 0")
         reported = stream(self.seed, Purpose.REPORT_ROWS).random(len(self.studies)) < self.reports
         rows = []
         for place, study in enumerate(self.studies):

@@ -85,7 +85,7 @@ def require_cells(cells: Tensor) -> None:
     if len(cells) == 1:
         raise ValueError(
             "a batch of one volume has a single cell left here, from which batch norm learns nothing; train with larger volumes, or "
-            "with batches of several (--dataloader_drop_last true leaves out a smaller last one)"
+            "with batches of several (--dataloader-drop-last true leaves out a smaller last one)"
         )
 
 

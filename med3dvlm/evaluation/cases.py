@@ -129,11 +129,11 @@ def predictions(path: Path, expected: Sequence[Record], texts: Callable[[Record]
         FileNotFoundError, ValueError: there are none, not all, those of other cases, or a record without its prediction.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; run the same command without --score_only")
+        raise FileNotFoundError(f"{path} is missing; run the same command without --score-only")
     records = read_lines(path)
     _check(path, records, expected)
     if len(records) < len(expected):
-        raise ValueError(f"{path} holds {len(records)} of {len(expected)} cases; run the same command without --score_only, it continues")
+        raise ValueError(f"{path} holds {len(records)} of {len(expected)} cases; run the same command without --score-only, it continues")
     for number, record in enumerate(records, start=1):
         if wrong := [name for name in texts(record) if not isinstance(record.get(name), str)]:
             raise ValueError(f"{path} line {number}, about {record['id']}, has no text as {wrong[0]!r}; {ELSEWHERE}")

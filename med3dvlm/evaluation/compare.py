@@ -1,12 +1,12 @@
 """Sets a run of one of the evaluations beside another, beside the papers, or beside itself without duplicates.
 
     python eval/compare.py outputs/demo/eval/report outputs/other/eval/report
-    python eval/compare.py outputs/demo/eval/vqa --split_file outputs/demo/prepared/audit/deduplicated.json
+    python eval/compare.py outputs/demo/eval/vqa --split-file outputs/demo/prepared/audit/deduplicated.json
     python eval/compare.py --published outputs/demo
 
 Two runs about the same studies: each figure of both, their difference, its 95 % bootstrap interval and the p value of a paired randomisation
 test, both by patient. They are computed from predictions.jsonl; patients and labels come from the prepared data that the runs name.
-With --split_file, of one run: its figures over all studies and over those that the file keeps (retrieval then has a smaller pool); of two:
+With --split-file, of one run: its figures over all studies and over those that the file keeps (retrieval then has a smaller pool); of two:
 the comparison over those alone. --published belongs to eval/published.py. With --output, comparison.md and comparison.json.
 """
 
@@ -285,11 +285,11 @@ def difference_table(header: Sequence[str], compared: dict[str, dict[str, Any]])
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "runs", nargs="+", type=Path, help="folders of predictions: two, or one with --split_file; any number with --published"
+        "runs", nargs="+", type=Path, help="folders of predictions: two, or one with --split-file; any number with --published"
     )
     parser.add_argument("--published", action="store_true", help="set all runs below the folders beside the papers' tables")
-    parser.add_argument("--data_name", default="this data", help="what the tables of --published call the data (default: %(default)s)")
-    parser.add_argument("--split_file", type=Path, help="JSON of the studies of each split, as `med3dvlm audit` writes it")
+    parser.add_argument("--data-name", default="this data", help="what the tables of --published call the data (default: %(default)s)")
+    parser.add_argument("--split-file", type=Path, help="JSON of the studies of each split, as `med3dvlm audit` writes it")
     parser.add_argument("--data", type=Path, help="prepared data of the runs (default: where their run.json says)")
     parser.add_argument("--output", type=Path, help="folder of comparison.md and comparison.json")
     arguments = parser.parse_args(argv)
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(paper_tables.compare_with_papers(arguments.runs, arguments.data_name, arguments.output))
         return
     if len(arguments.runs) > 2 or (len(arguments.runs) == 1 and not arguments.split_file):
-        raise ValueError("name two runs to compare, one with --split_file, or --published; see --help")
+        raise ValueError("name two runs to compare, one with --split-file, or --published; see --help")
     first, *others = map(open_run, arguments.runs)
     studies = studies_of(first, arguments.data)
     counted = f"{len(first.rows)} cases"

@@ -48,12 +48,12 @@ HOW_TO_LABEL = {  # source of a study -> where its labels are read
 
 def add_threshold_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--threshold_split",
+        "--threshold-split",
         help="split that thresholds are chosen on, of other patients than those scored, or 'none' for 0.5 "
         "(default: a split called valid..., else a part of the training split, else 0.5)",
     )
     parser.add_argument(
-        "--threshold_rule",
+        "--threshold-rule",
         choices=THRESHOLD_RULES,
         default="youden",
         help="highest recall + specificity, the ROC point nearest to (0, 1), or highest F1 (default: %(default)s)",
@@ -111,7 +111,7 @@ def threshold_studies(data: PreparedData, evaluated: str, scored: Sequence[Study
         studies = data.studies(wanted)
         if common := sorted(patients & {study.patient for study in studies}):
             raise ValueError(
-                f"--threshold_split {wanted} has {len(common)} patients of split {evaluated!r}; thresholds may not come from what is scored"
+                f"--threshold-split {wanted} has {len(common)} patients of split {evaluated!r}; thresholds may not come from what is scored"
             )
         require_labels(data, wanted, studies)
         return studies, f"chosen on split {wanted!r}, {len(studies)} studies"

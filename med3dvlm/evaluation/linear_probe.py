@@ -1,12 +1,12 @@
 """What a linear layer on a frozen image encoder learns of findings: CT-RATE's 18 (DCFormer paper, Table 2), or whichever the data have labels of.
 
     python eval/linear_probe.py --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe
-    python eval/linear_probe.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe --score_only
+    python eval/linear_probe.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe --score-only
     python eval/linear_probe.py --model outputs/ct_clip/model --data other/prepared --output other/probe --probe outputs/ct_clip/eval/probe
 
 Takes the image encoder of a Med3DCLIP, a Med3DVLM, or alone. Its tokens' mean is computed once for each volume and kept in the cache, the layer
 is trained on those by binary cross-entropy (med3dvlm/evaluation/probe.py), and stopped early. Weight decay, the end of training and thresholds
-come from the same studies, never from those that are scored, see --threshold_split. With --balanced, present and absent weigh alike, as the
+come from the same studies, never from those that are scored, see --threshold-split. With --balanced, present and absent weigh alike, as the
 papers' recall suggests; probabilities are then those of a world where every second study has the finding. The trained layer stays beside the
 scores, and --probe takes it to other data. Rows as in zero_shot.py, and besides
 
@@ -48,7 +48,7 @@ def training_studies(arguments: argparse.Namespace, data: PreparedData, others: 
     split = arguments.train_split or evaluation.training_split(data, arguments.split)
     if split is None:
         raise ValueError(
-            f"{data.root} has no split to learn from besides {arguments.split!r}; it has {data.summary['splits']}; name one by --train_split"
+            f"{data.root} has no split to learn from besides {arguments.split!r}; it has {data.summary['splits']}; name one by --train-split"
         )
     known = {study.patient for study in data.studies(arguments.split)}
     apart = {study.patient for study in others}
@@ -56,10 +56,10 @@ def training_studies(arguments: argparse.Namespace, data: PreparedData, others: 
     if common := sorted({study.patient for study in studies} & known):
         raise ValueError(
             f"{len(common)} patients of split {arguments.split!r} are in {split!r}, too, and a probe may not learn from what is scored; "
-            "name another --train_split, or deal the patients out anew"
+            "name another --train-split, or deal the patients out anew"
         )
     if not studies:
-        raise ValueError(f"no study of split {split!r} is left to learn from; name another --threshold_split")
+        raise ValueError(f"no study of split {split!r} is left to learn from; name another --threshold-split")
     detection.require_labels(data, split, studies)
     return studies
 
@@ -101,7 +101,7 @@ def shuffled_labels(rows: Sequence[dict[str, Any]], studies: Sequence[Study], na
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
-    parser.add_argument("--train_split", help="split to learn from (default: the first whose name begins with train)")
+    parser.add_argument("--train-split", help="split to learn from (default: the first whose name begins with train)")
     detection.add_threshold_arguments(parser)
     parser.add_argument(
         "--decays", type=numbers, default=list(DECAYS), help="weight decays to choose from, as 0.1,0.01 (default: %(default)s)"
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--controls", type=int, default=5, help="probes trained on shuffled labels (default: %(default)s)")
     parser.add_argument("--cache", type=Path, help="folder of the features, which several runs may share (default: OUTPUT/features)")
     parser.add_argument("--probe", type=Path, help="output of a run whose probe is taken instead of training one")
-    parser.add_argument("--data_name", default="this data", help="what the data is called beside the papers (default: %(default)s)")
+    parser.add_argument("--data-name", default="this data", help="what the data is called beside the papers (default: %(default)s)")
     arguments = parser.parse_args(argv)
     started, output = time.perf_counter(), arguments.output
     data, studies = evaluation.open_data(arguments)
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.score_only:
         if not (others or arguments.probe):
             raise ValueError(
-                f"there are no labelled studies of other patients to stop the training by ({whence}); name a --threshold_split"
+                f"there are no labelled studies of other patients to stop the training by ({whence}); name a --threshold-split"
             )
         train = [] if arguments.probe else training_studies(arguments, data, others)
         encoder = FrozenEncoder(arguments.model, data, arguments.device)

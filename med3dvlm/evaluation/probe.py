@@ -130,6 +130,16 @@ class LinearProbe:
         return cls(names, stored["weight"], stored["bias"]), about
 
 
+def _learnable(train: Tensor, validation: Tensor) -> list[int]:
+    """The findings that some training studies have and some have not and that validation has labels of, of labels (N, K) and (M, K)."""
+    both = ((train == 0).any(dim=0) & (train == 1).any(dim=0) & ~validation.isnan().all(dim=0)).nonzero()[:, 0].tolist()
+    if not both:
+        raise ValueError(
+            "no finding is both present and absent in the training studies and known in the validation ones; there is nothing to learn"
+        )
+    return [int(index) for index in both]
+
+
 def fit(
     names: Sequence[str],
     features: tuple[Tensor, Tensor],
@@ -156,13 +166,7 @@ def fit(
         ValueError: there is no such finding.
     """
     train, validation = (torch.from_numpy(np.asarray(table)).double() for table in labels)
-    usable = [
-        index for index in range(len(names)) if {0.0, 1.0} <= set(train[:, index].tolist()) and not validation[:, index].isnan().all()
-    ]
-    if not usable:
-        raise ValueError(
-            "no finding is both present and absent in the training studies and known in the validation ones; there is nothing to learn"
-        )
+    usable = _learnable(train, validation)
     train, validation = train[:, usable], validation[:, usable]
     mean, spread = features[0].double().mean(dim=0), features[0].double().std(dim=0, correction=0)
     spread = torch.where(spread == 0, 1.0, spread)

@@ -1,7 +1,7 @@
 """Reports that a Med3DVLM writes, against the radiologist's.
 
     python eval/report_gen.py --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/report
-    python eval/report_gen.py --data outputs/demo/prepared --output outputs/demo/eval/report --score_only --bertscore
+    python eval/report_gen.py --data outputs/demo/prepared --output outputs/demo/eval/report --score-only --bertscore
 
 Lexical scores see mostly style, so scores.json has besides them `collapse` (does every scan get the same report?) and `findings`: which
 ones the written report states as present, against the studies' labels (a finding that a study has no label of counts for nothing), or,
@@ -36,7 +36,7 @@ PROMPT = REPORT_PROMPTS[0]
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
-    parser.add_argument("--max_new_tokens", type=positive, default=256, help="length of a report, at most (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, help="length of a report, at most (default: %(default)s)")
     parser.add_argument("--clip", help="directory of a Med3DCLIP, as stage 1 wrote it, that finds the nearest training report")
     add_flag(parser, "blind", True, "let the model write about an empty volume, too")
     add_flag(parser, "shuffled", True, "score what it wrote about another patient, too")

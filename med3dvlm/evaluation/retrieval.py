@@ -1,7 +1,7 @@
 """Retrieval of a Med3DCLIP: which report belongs to a volume, and which volume to a report.
 
     python eval/retrieval.py --model outputs/demo/stage1 --data outputs/demo/prepared --output outputs/demo/eval/retrieval
-    python eval/retrieval.py --data outputs/demo/prepared --output outputs/demo/eval/retrieval --score_only --pools 50,100 --ks 5,10,50,100
+    python eval/retrieval.py --data outputs/demo/prepared --output outputs/demo/eval/retrieval --score-only --pools 50,100 --ks 5,10,50,100
 
 Every study is embedded once, to embeddings.safetensors. A pool is the first 100, 500, 1000 or 2000 studies of the split, as far as it has
 that many, or all of a smaller split. predictions.jsonl has the rank of each one's partner among the whole split, from 1; a tie counts
@@ -113,7 +113,7 @@ def table(scores: dict[str, Any], ks: Sequence[int] = KS) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
-    parser.add_argument("--max_text_length", type=positive, help="tokens of a report (default: what the text encoder takes)")
+    parser.add_argument("--max-text-length", type=positive, help="tokens of a report (default: what the text encoder takes)")
     parser.add_argument("--pools", type=numbers, help="sizes of pools, as 100,500 (default: those of the papers that the split fills)")
     parser.add_argument(
         "--ks", type=numbers, default=list(KS), help="k of recall@k and of image to image, as 5,10,50,100 (default: %(default)s)"
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if pools[-1] > len(studies):
         raise ValueError(f"--pools asks for {pools[-1]} studies, but there are {len(studies)} to rank")
     if untold := [study.id for study in studies if not study.report.strip()]:
-        raise ValueError(f"{len(untold)} studies have no report to be found by, the first is {untold[0]}; leave them out with --split_file")
+        raise ValueError(f"{len(untold)} studies have no report to be found by, the first is {untold[0]}; leave them out with --split-file")
     predicted, embedded = arguments.output / "predictions.jsonl", arguments.output / "embeddings.safetensors"
     growing = arguments.output / "embeddings.jsonl"  # line by line, so that a killed run continues
 
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     evaluation.predictions(predicted, [about(study) for study in studies])  # makes sure that they are about these studies
     if not embedded.is_file():
-        raise FileNotFoundError(f"{embedded} is missing; run the same command without --score_only")
+        raise FileNotFoundError(f"{embedded} is missing; run the same command without --score-only")
     stored = load_file(embedded)  # (N, P) each
     if len(stored["image"]) != len(studies):
         raise ValueError(f"{embedded} holds {len(stored['image'])} studies, not {len(studies)}; delete it or choose another --output")

@@ -30,19 +30,19 @@ from med3dvlm.training.run import environment
 def evaluation_parser(documentation: str, batch_size: int = 16) -> Parser:
     """The arguments that every evaluation has; its help begins with the script's own documentation."""
     parser = Parser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="directory of the model; not needed with --score_only")
+    parser.add_argument("--model", help="directory of the model; not needed with --score-only")
     parser.add_argument("--data", required=True, help="prepared data, see `med3dvlm prepare`")
     parser.add_argument("--output", required=True, type=Path, help="folder of predictions and scores")
     parser.add_argument("--split", default="test", help="split of the data (default: %(default)s)")
     parser.add_argument(
-        "--batch_size", type=positive, default=batch_size, help="studies at a time: speed, not results (default: %(default)s)"
+        "--batch-size", type=positive, default=batch_size, help="studies at a time: speed, not results (default: %(default)s)"
     )
-    parser.add_argument("--split_file", help="JSON of the studies of each split, as `med3dvlm audit` writes it (default: the data's own)")
+    parser.add_argument("--split-file", help="JSON of the studies of each split, as `med3dvlm audit` writes it (default: the data's own)")
     parser.add_argument("--limit", type=positive, help="take the first LIMIT studies only")
     add_flag(parser, "exclude_failures", False, "leave out unprepared studies")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="default: %(default)s")
-    parser.add_argument("--score_only", action="store_true", help="score the predictions that are there, without a model")
+    parser.add_argument("--score-only", action="store_true", help="score the predictions that are there, without a model")
     return parser
 
 
@@ -53,14 +53,14 @@ def open_data(arguments: argparse.Namespace) -> tuple[PreparedData, list[Study]]
         ValueError: --model is missing, the split is unknown or smaller than --limit, or the predictions to score are about other data.
     """
     if not arguments.model and not arguments.score_only:
-        raise ValueError("--model is missing; name a model's directory, or score the predictions that are there with --score_only")
+        raise ValueError("--model is missing; name a model's directory, or score the predictions that are there with --score-only")
     keep_freed_memory()
     data = PreparedData(arguments.data, arguments.exclude_failures, arguments.split_file)
     studies = data.studies(arguments.split)
     if arguments.score_only:
         path = arguments.output / "run.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path}, the record of the predictions, is missing; run the same command without --score_only")
+            raise FileNotFoundError(f"{path}, the record of the predictions, is missing; run the same command without --score-only")
         _check_identity(path, _about(arguments, data))
     if arguments.limit and arguments.limit > len(studies):
         raise ValueError(f"--limit {arguments.limit} exceeds the {len(studies)} studies of split {arguments.split!r} in {arguments.data}")

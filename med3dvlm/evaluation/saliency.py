@@ -2,7 +2,7 @@
 
     python eval/saliency.py --model outputs/demo/model --clip outputs/demo/stage1 --data outputs/demo/prepared \\
         --scans outputs/demo/phantoms --output outputs/demo/eval/grounding
-    python eval/saliency.py --data outputs/demo/prepared --output outputs/demo/eval/grounding --score_only
+    python eval/saliency.py --data outputs/demo/prepared --output outputs/demo/eval/grounding --score-only
 
 A case is a finding of a study. Its heat (med3dvlm.inference.saliency) has one highest cell, of which is asked whether it holds a part of the lesion
 (inside), whether it or a cell that touches it does (near), and how far its middle lies from the lesion (mm).
@@ -180,7 +180,7 @@ def table(scores: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
     parser.add_argument("--clip", help="directory of a Med3DCLIP, as stage 1 wrote it, besides the assistant or in its place as --model")
-    parser.add_argument("--scans", type=Path, help="folder of the phantoms that the data was prepared from; not needed with --score_only")
+    parser.add_argument("--scans", type=Path, help="folder of the phantoms that the data was prepared from; not needed with --score-only")
     arguments = parser.parse_args(argv)
     data, studies = evaluation.open_data(arguments)
     predicted = arguments.output / "predictions.jsonl"

@@ -1,7 +1,7 @@
 """Masks that a Med3DSegmenter draws, finding by finding, against those of the data.
 
     python eval/segmentation.py --model outputs/demo/segmentation --data outputs/demo/prepared --output outputs/demo/eval/segmentation
-    python eval/segmentation.py --data outputs/demo/prepared --output outputs/demo/eval/segmentation --score_only
+    python eval/segmentation.py --data outputs/demo/prepared --output outputs/demo/eval/segmentation --score-only
 
 A case is a finding of a study: one that has a mask, or that its labels say is absent. All are asked by their names, together, on the prepared
 volume. A mask is drawn where the finding is likelier there than not; its voxels are those whose probability exceeds --threshold.
@@ -284,10 +284,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", type=float, default=2.0, help="mm of the surface distance (default: %(default)s)")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__ or "", batch_size=1)
     add_arguments(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     data, studies = evaluation.open_data(arguments)
     tasks = tasks_of(data, studies)
     if not any(task.present for task in tasks):

@@ -1,7 +1,7 @@
 """Visual question answering of a Med3DVLM, question by question.
 
     python eval/vqa.py --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/vqa
-    python eval/vqa.py --data outputs/demo/prepared --output outputs/demo/eval/vqa --score_only
+    python eval/vqa.py --data outputs/demo/prepared --output outputs/demo/eval/vqa --score-only
     torchrun --nproc_per_node 2 eval/vqa.py --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/vqa
 
     closed   the choice whose text the model finds likeliest after the bare question: highest mean log-probability of its tokens;
@@ -26,6 +26,7 @@ from itertools import chain
 from typing import Any
 
 from med3dvlm import evaluation
+from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation.question_scores import YES_NO, question_scores, question_tables
 from med3dvlm.inference.chat import Med3DChat
 from med3dvlm.inference.out_of_distribution import Features
@@ -45,23 +46,34 @@ def rank(chat: Med3DChat, questions: Sequence[Question], features: dict[str, Fea
     return {question: [round(next(values), 4) for _ in question.choices] for question in questions}
 
 
+def questions_about(data: PreparedData, studies: Sequence[Study], split: str) -> dict[str, list[Question]]:
+    """The questions about each of the studies.
+
+    Raises:
+        ValueError: there is none, or one has no answer.
+    """
+    asked: dict[str, list[Question]] = {study.id: [] for study in studies}
+    for question in data.questions(split):
+        if question.study in asked:
+            asked[question.study].append(question)
+    questions = list(chain.from_iterable(asked.values()))
+    if not questions:
+        raise ValueError(f"{data.root} has no questions about split {split!r}, so there is nothing to ask the model")
+    if unanswered := [question for question in questions if not question.answer.strip()]:
+        raise ValueError(f"{len(unanswered)} questions of {data.root} have no answer, the first is about {unanswered[0].study}")
+    return asked
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
-    parser.add_argument("--max_new_tokens", type=positive, default=32, help="length of an answer (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive, default=32, help="length of an answer (default: %(default)s)")
     add_flag(parser, "blind", True, "ask about an empty volume, too")
     add_flag(parser, "shuffled", True, "ask about another patient's volume, too")
     add_flag(parser, "bertscore", False, "score open answers by BERTScore, too: seconds for a hundred on a CPU")
     arguments = parser.parse_args(argv)
     data, studies = evaluation.open_data(arguments)
-    asked: dict[str, list[Question]] = {study.id: [] for study in studies}
-    for question in data.questions(arguments.split):
-        if question.study in asked:
-            asked[question.study].append(question)
+    asked = questions_about(data, studies, arguments.split)
     questions = [question for study in studies for question in asked[study.id]]
-    if not questions:
-        raise ValueError(f"{arguments.data} has no questions about split {arguments.split!r}, so there is nothing to ask the model")
-    if unanswered := [question for question in questions if not question.answer.strip()]:
-        raise ValueError(f"{len(unanswered)} questions of {arguments.data} have no answer, the first is about {unanswered[0].study}")
     predictions_file = arguments.output / "predictions.jsonl"
 
     def about(question: Question) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which findings a Med3DCLIP sees in a volume, without having been taught any: zero-shot detection.
 
     python eval/zero_shot.py --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot
-    python eval/zero_shot.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot --score_only
+    python eval/zero_shot.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot --score-only
     torchrun --nproc_per_node 2 eval/zero_shot.py --model ... --templates 4
 
 The findings are those that the studies have labels of: CT-RATE's 18, and any others by the same prompts.
@@ -20,7 +20,7 @@ Volumes are encoded one by one: predictions are the same bytes for every batch s
     everything        every finding stated of every study: DCFormer's F1 of that is far from 0
     permuted_labels   the macro AUROC against labels dealt out anew among the patients
 
-Thresholds never come from what is scored, see --threshold_split. med3dvlm/evaluation/detection.py says what is written.
+Thresholds never come from what is scored, see --threshold-split. med3dvlm/evaluation/detection.py says what is written.
 """
 
 import json
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"prompt pairs averaged, 1 to {len(FINDING_PROMPTS)}; 1 is the published one",
     )
     detection.add_threshold_arguments(parser)
-    parser.add_argument("--data_name", default="this data", help="what the data is called beside the papers (default: %(default)s)")
+    parser.add_argument("--data-name", default="this data", help="what the data is called beside the papers (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.templates > len(FINDING_PROMPTS):
         raise ValueError(f"--templates {arguments.templates}: there are {len(FINDING_PROMPTS)} pairs of prompts in med3dvlm/prompts.py")

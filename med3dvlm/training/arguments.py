@@ -49,7 +49,7 @@ class StageArguments(TrainingArguments):
     exclude_failures: bool = field(default=False, metadata={"help": "train without the studies that could not be prepared"})
     split_file: str = field(default="", metadata={"help": "JSON of the studies of each split, as `med3dvlm audit` writes it"})
     validation_split: str = field(
-        default="validation", metadata={"help": "split whose loss is computed every --eval_steps steps, with --eval_strategy steps"}
+        default="validation", metadata={"help": "split whose loss is computed every --eval-steps steps, with --eval-strategy steps"}
     )
     cache_features: bool = field(
         default=False, metadata={"help": "compute a frozen tower's output once a study and keep it in <data>/features"}
@@ -59,7 +59,7 @@ class StageArguments(TrainingArguments):
         check_settings(vars(self))
         if self.bf16 and not self.use_cpu and not _gpu_has_bfloat16():
             raise ValueError(
-                "bf16 is true but there is no GPU here that computes in bfloat16; pass --use_cpu true to train on the CPU, or --bf16 false"
+                "bf16 is true but there is no GPU here that computes in bfloat16; pass --use-cpu true to train on the CPU, or --bf16 false"
             )
         if isinstance(self.deepspeed, str) and self.deepspeed:
             path = find_config(self.deepspeed, ".json")
@@ -69,7 +69,7 @@ class StageArguments(TrainingArguments):
             raise ValueError(f"output_dir is {self.output_dir!r}, which is no folder; name one that is there or can be made")
         if str(getattr(self.save_strategy, "value", self.save_strategy)) == "best" and self.metric_for_best_model is None:
             raise ValueError(
-                "save_strategy is 'best', of which nothing says by what; pass --metric_for_best_model loss, and an --eval_strategy"
+                "save_strategy is 'best', of which nothing says by what; pass --metric-for-best-model loss, and an --eval-strategy"
             )
         super().__post_init__()
         self._check_reports()

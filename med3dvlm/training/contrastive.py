@@ -67,9 +67,9 @@ class ContrastiveArguments(DecoderArguments, ImageArguments):
         self.encoder_options = _options("encoder_options", self.encoder_options, '{"stem_stride": 2}')
         self.text_options = _options("text_options", self.text_options, '{"num_hidden_layers": 2}')
         if self.sentences is not None and self.cache_features:
-            raise ValueError("with cache_features every report is read once, whole; pass --cache_features false or leave sentences out")
+            raise ValueError("with cache_features every report is read once, whole; pass --cache-features false or leave sentences out")
         if self.text_encoder == NEW and not self.train_text:
-            raise ValueError("a new text encoder has to learn; pass --train_text true or name a pretrained one")
+            raise ValueError("a new text encoder has to learn; pass --train-text true or name a pretrained one")
         if self.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but each part of an accumulated batch would be contrasted "

@@ -68,7 +68,7 @@ class ConversationArguments(ImageArguments):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r} but must be {' or '.join(known)}")
         if self.rows == "conversation" and self.follow_ups:
-            raise ValueError(f"follow_ups is {self.follow_ups} but must be 0 where a row is one conversation; pass --follow_ups 0")
+            raise ValueError(f"follow_ups is {self.follow_ups} but must be 0 where a row is one conversation; pass --follow-ups 0")
         if self.max_row_length < self.max_length:
             raise ValueError(f"max_row_length is {self.max_row_length} but must be at least max_length, {self.max_length}; raise it")
 
@@ -104,13 +104,13 @@ def limit_lengths(rows: ConversationDataset, split: str, processor: Med3DVLMProc
         try:
             processor.encode(turn + turn, image=False)
         except ValueError as error:
-            raise ValueError(f"{error}; or pass --follow_ups 0, so that no conversation has two questions") from None
+            raise ValueError(f"{error}; or pass --follow-ups 0, so that no conversation has two questions") from None
     rows.limit_rows(processor, arguments.max_length, arguments.max_row_length)
     for kind, (cut, count, needed) in rows.count_cut(processor, arguments.max_length).items():
         if cut and arguments.process_index == 0:
             logger.warning(
                 "%d of the %d %s in split %s do not fit into max_length %d: their last words are left out, and with them the token that ends an "
-                "answer, so that the model does not learn to stop there; --max_length %d leaves all of them whole",
+                "answer, so that the model does not learn to stop there; --max-length %d leaves all of them whole",
                 cut, count, kind, split, arguments.max_length, needed,
             )  # fmt: skip
 
@@ -128,14 +128,14 @@ def conversations(
     """
     same_preprocessing(processor.image_processor, data)
     if arguments.cache_features and any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
-        raise ValueError("with cache_features the vision encoder runs once and would not be trained; pass --cache_features false")
+        raise ValueError("with cache_features the vision encoder runs once and would not be trained; pass --cache-features false")
     if arguments.rows == "study" and (reason := model.unpackable) is not None:
         raise ValueError(
-            f"rows is 'study', but several conversations cannot share a row: {reason}; pass --rows conversation --follow_ups 0"
+            f"rows is 'study', but several conversations cannot share a row: {reason}; pass --rows conversation --follow-ups 0"
         )
     augmentation = Augmentation.read(arguments.augmentation)
     if arguments.cache_features and augmentation is not None:
-        raise ValueError("with cache_features every volume is seen once, unchanged; pass --cache_features false or --augmentation none")
+        raise ValueError("with cache_features every volume is seen once, unchanged; pass --cache-features false or --augmentation none")
 
     def dataset(split: str, augmentation: Augmentation | None) -> ConversationDataset:
         rows = ConversationDataset(

@@ -1,7 +1,7 @@
 """Segmentation: a decoder on the encoder of a stage-1 model learns where the things lie that prompts name.
 
     deepspeed stages/segmentation.py --config stages/configs/demo/segmentation.yaml
-    python stages/segmentation.py --config stages/configs/smoke/segmentation.yaml --dual_cross_attention false
+    python stages/segmentation.py --config stages/configs/smoke/segmentation.yaml --dual-cross-attention false
 
 Writes a Med3DSegmenter with its processor. Started again, it continues from the last whole checkpoint.
 """
@@ -90,7 +90,7 @@ class SegmentationArguments(DecoderArguments, ImageArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cache_features and self.train_text:
-            raise ValueError("a text encoder that trains has no features to keep; pass --cache_features false or --train_text false")
+            raise ValueError("a text encoder that trains has no features to keep; pass --cache-features false or --train-text false")
 
 
 class SegmentationTrainer(StageTrainer):

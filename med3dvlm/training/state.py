@@ -91,7 +91,7 @@ class TrainingState:
                 self.places[name][kind] = file
         if not self.places:
             raise FileNotFoundError(
-                f"{folder} holds no {STATE_FILES}, so it cannot be continued; delete it, or choose another --output_dir"
+                f"{folder} holds no {STATE_FILES}, so it cannot be continued; delete it, or choose another --output-dir"
             )
 
     def read(self, name: str, kind: str) -> Tensor:

@@ -116,7 +116,7 @@ class StageTrainer(Trainer):
         kept = f"; the last good checkpoint is {checkpoint}" if checkpoint else ""
         raise DivergedError(
             f"the training diverged: {what}{kept}. Try a smaller learning_rate (now {self.args.learning_rate:g}), a longer warm-up or a "
-            "smaller max_grad_norm, into another --output_dir"
+            "smaller max_grad_norm, into another --output-dir"
         )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class StageTrainer(Trainer):
         path = root / IDENTITY
         if not path.is_file():
             raise ValueError(
-                f"{root} holds a model or checkpoints but no {IDENTITY} that says of what training; move them or choose another --output_dir"
+                f"{root} holds a model or checkpoints but no {IDENTITY} that says of what training; move them or choose another --output-dir"
             )
         before = json.loads(path.read_text(encoding="utf-8-sig"))
         different = [name for name, value in identity.items() if before.get(name, value) != value]
@@ -223,12 +223,12 @@ class StageTrainer(Trainer):
             each, processes, parts = self.args.train_batch_size, self.args.world_size, self.args.gradient_accumulation_steps
             notes = f"; batch_size is per_device_train_batch_size {each} x {processes} processes x gradient_accumulation_steps {parts}"
             if before["batch_size"] % (processes * parts) == 0:
-                notes += f", and --per_device_train_batch_size {before['batch_size'] // (processes * parts)} makes it what it was"
+                notes += f", and --per-device-train-batch-size {before['batch_size'] // (processes * parts)} makes it what it was"
         if "batch_norm_volumes" in different:
             notes += "; batch norm sees the volumes of one process (per_device_train_batch_size), so that it would learn something else"
         raise ValueError(
             f"{root} holds a training with another {' and '.join(different)}: {' then, '.join(values)} now; start it as it was begun, delete it "
-            f"or choose another --output_dir{notes}"
+            f"or choose another --output-dir{notes}"
         )
 
     def last_checkpoint(self, identity: dict[str, Any]) -> str | None:

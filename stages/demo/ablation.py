@@ -245,7 +245,7 @@ def write_report(rows: dict[str, dict[str, Any]], data: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, type=Path, help="folder of the runs, one below it for each row")
-    parser.add_argument("--data_name", default="phantoms", help="what our rows learned from, as the tables call it (default: %(default)s)")
+    parser.add_argument("--data-name", default="phantoms", help="what our rows learned from, as the tables call it (default: %(default)s)")
     arguments = parser.parse_args(argv)
     root: Path = arguments.root
     rows = collect(root)

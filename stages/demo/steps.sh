@@ -3,7 +3,7 @@
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=${DS_ACCELERATOR:-}
 [ -n "$DS_ACCELERATOR" ] || unset DS_ACCELERATOR
-cpu=$(python -c 'import torch; print("" if torch.cuda.is_available() else "--use_cpu true")')
+cpu=$(python -c 'import torch; print("" if torch.cuda.is_available() else "--use-cpu true")')
 
 after= # the mark of the step before, on which the next one rests
 
@@ -30,7 +30,7 @@ train() {
   local name=$1 stage=$2 output=$root/$3 count=$4 model=$root/$3; shift 4
   if [ "$stage" = stage3_lora ]; then model=$(dirname "$output")/model; set -- --merged "$model" "$@"; fi
   # shellcheck disable=SC2086
-  step "$name" "$model/config.json" ${LAUNCHER:-deepspeed} "stages/$stage.py" --config "$config/$stage.yaml" --data "$data" --output_dir "$output" --max_steps "$count" "$@" $cpu
+  step "$name" "$model/config.json" ${LAUNCHER:-deepspeed} "stages/$stage.py" --config "$config/$stage.yaml" --data "$data" --output-dir "$output" --max-steps "$count" "$@" $cpu
 }
 
 # evaluate STEP SCRIPT MODEL FOLDER OPTIONS...: a script of eval/ on a model and $data; model and output below the root

@@ -34,7 +34,7 @@ def test_the_script_runs_the_steps_that_the_report_asks_for(repository: Path, tm
     for name in rehearsal_report.STAGES:
         (command,) = (command for command in commands if command[0] == "deepspeed" and f"stages/{name}_" in command[3])
         assert command[1:3] == ["--num_accelerators", "3"] and "--bf16" not in command
-        assert command[5].startswith("stages/configs/paper/") and command[command.index("--max_steps") + 1] == "5"
+        assert command[5].startswith("stages/configs/paper/") and command[command.index("--max-steps") + 1] == "5"
 
 
 def test_the_report_is_written_when_a_step_fails(repository: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def test_writing_and_scoring(demo: SimpleNamespace, shell: Callable[..., str], t
     root.mkdir()
     for name, source in (("model", demo.model), ("stage1", demo.clip), ("prepared", demo.root / "prepared")):
         (root / name).symlink_to(source)
-    small = ("--studies", 4, "--runs", 1, "--max_new_tokens", 8, "--batch_size", 3, "--output", tmp_path / "out")
+    small = ("--studies", 4, "--runs", 1, "--max-new-tokens", 8, "--batch-size", 3, "--output", tmp_path / "out")
     said = shell("python", "-m", "benchmarks.report_evaluation", "--root", root, *small)
     results = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert (tmp_path / "out" / "eval.md").read_text() in said

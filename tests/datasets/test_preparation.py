@@ -278,7 +278,7 @@ def test_bad_samples_are_listed_and_the_others_prepared(prepared_from: Callable[
 
     with pytest.raises(
         ValueError,
-        match=r"4 studies of .* the first is case/0/Axial: .*[^.]; mend the files and prepare again, or pass --exclude_failures true$",
+        match=r"4 studies of .* the first is case/0/Axial: .*[^.]; mend the files and prepare again, or pass --exclude-failures true$",
     ):
         PreparedData(root)
     data = PreparedData(root, exclude_failures=True)

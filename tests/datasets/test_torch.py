@@ -129,7 +129,7 @@ def test_features_that_are_kept_cannot_be_augmented(prepared: Path, tiny_models:
     model.vision_encoder.requires_grad_(False)
     data = PreparedData(prepared)
     arguments = settings(tmp_path, Talk, cache_features=True, augmentation="default")
-    with pytest.raises(ValueError, match="every volume is seen once, unchanged; pass --cache_features false or --augmentation none"):
+    with pytest.raises(ValueError, match="every volume is seen once, unchanged; pass --cache-features false or --augmentation none"):
         conversations(arguments, data, model, processor, yes_no=True)
     parts = conversations(settings(tmp_path, Talk, augmentation='{"zoom": 0}'), data, model, processor, yes_no=True)
     dataset = parts["train_dataset"]

@@ -90,7 +90,7 @@ def attempt(stage: ModuleType, output: Path, flags: list[str], kill: Kill | None
         torch.set_num_threads(1)
         if kill is not None:
             kill()
-        words = [*flags, "--output_dir", str(output), "--merged", str(output / "merged")]
+        words = [*flags, "--output-dir", str(output), "--merged", str(output / "merged")]
         os._exit(programs.run(stage.main, words, stage.__name__))
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 

@@ -109,9 +109,9 @@ def run_whole(repository: Path) -> Callable[..., None]:
 def evaluated(demo: SimpleNamespace, run_whole: Callable[..., None]) -> Path:
     """The root with eval/retrieval (the training split: more studies), eval/vqa and eval/report in it, from runs that nothing disturbed."""
     data, root = ("--data", demo.root / "prepared"), demo.root / "eval"
-    run_whole("retrieval", "--model", demo.clip, *data, "--output", root / "retrieval", "--batch_size", 4, "--split", "train")
-    run_whole("vqa", "--model", demo.model, *data, "--output", root / "vqa", "--batch_size", 2, "--max_new_tokens", 8)
-    run_whole("report_gen", "--model", demo.model, *data, "--output", root / "report", "--max_new_tokens", 20)
+    run_whole("retrieval", "--model", demo.clip, *data, "--output", root / "retrieval", "--batch-size", 4, "--split", "train")
+    run_whole("vqa", "--model", demo.model, *data, "--output", root / "vqa", "--batch-size", 2, "--max-new-tokens", 8)
+    run_whole("report_gen", "--model", demo.model, *data, "--output", root / "report", "--max-new-tokens", 20)
     return demo.root
 
 

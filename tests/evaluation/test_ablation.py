@@ -62,7 +62,7 @@ def trainings(commands: list[list[str]]) -> dict[str, Any]:
     for launcher, script, *flags in commands:
         if Path(script).parent.name == "stages":
             assert launcher == "deepspeed"
-            arguments = parse_arguments(ARGUMENTS[Path(script).stem], [*flags, "--deepspeed", "", "--use_cpu", "true"])
+            arguments = parse_arguments(ARGUMENTS[Path(script).stem], [*flags, "--deepspeed", "", "--use-cpu", "true"])
             parsed["/".join(Path(arguments.output_dir).parts[-2:])] = arguments
     return parsed
 
@@ -223,7 +223,7 @@ def test_tables_from_hand_made_scores(root: Path, run: Run, capsys: pytest.Captu
 
 
 def test_summary_holds_every_figure(root: Path, run: Run) -> None:
-    run("ablation", "--root", root, "--data_name", "rabbits")
+    run("ablation", "--root", root, "--data-name", "rabbits")
     summary = json.loads((root / "summary.json").read_text())
     assert set(summary["rows"]) == {"vit3d_siglip", "mixer_1"} and summary["data"] == "rabbits"
     row = summary["rows"]["mixer_1"]

@@ -236,11 +236,11 @@ def test_without_duplicates_the_pool_is_smaller(
     texts[1] = images[0]
     folder = write_retrieval(tmp_path / "a", data, studies, images, texts)
     (tmp_path / "split.json").write_text(json.dumps({"train": [], "test": [s.id for place, s in enumerate(studies) if place != 1]}))
-    run("compare", folder, "--split_file", tmp_path / "split.json", "--output", tmp_path / "out")
+    run("compare", folder, "--split-file", tmp_path / "split.json", "--output", tmp_path / "out")
     entry = json.loads((tmp_path / "out/comparison.json").read_text())["figures"]["image to text, r1"]
     assert entry["values"] == pytest.approx([1 - 1 / len(studies), 1.0]) and entry["difference"] == pytest.approx(-1 / len(studies))
     assert "p_value" not in entry and f"Kept: {len(studies) - 1} of them" in capsys.readouterr().out
-    run("compare", folder, folder, "--split_file", tmp_path / "split.json")
+    run("compare", folder, folder, "--split-file", tmp_path / "split.json")
     assert f"{len(studies) - 1} of {len(studies)} cases" in capsys.readouterr().out
 
 
@@ -300,7 +300,7 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(
     runs = [first] if change.keys() & {"alone", "split_file"} else [first, write_run(tmp_path / "b", data, other, identity)]
     if "split_file" in change:
         (tmp_path / "split.json").write_text(json.dumps({"test": []}))
-        more = ["--split_file", tmp_path / "split.json"]
+        more = ["--split-file", tmp_path / "split.json"]
     with pytest.raises(SystemExit) as stopped:
         run("compare", *runs, *more, checked=True)
     said = capsys.readouterr().err

@@ -126,7 +126,7 @@ def test_it_does_not_learn_from_those_who_choose_or_are_scored(chests: SimpleNam
 
 def test_same_bytes_each_time_and_features_once(whole: Path, run: Run, arguments: list[object], tmp_path: Path) -> None:
     before = {name: (whole / name).read_bytes() for name in FILES}
-    run("linear_probe", *arguments[2:], "--output", whole, "--score_only")
+    run("linear_probe", *arguments[2:], "--output", whole, "--score-only")
     assert {name: (whole / name).read_bytes() for name in FILES} == before
     seen: list[int] = []
     encode = Encoder.forward
@@ -139,7 +139,7 @@ def test_same_bytes_each_time_and_features_once(whole: Path, run: Run, arguments
         patch.setattr(Encoder, "forward", counted)
         run("linear_probe", *arguments, "--output", tmp_path / "shared", "--cache", whole / "features")
         assert seen == [1, 1]  # counting operations, and air
-        run("linear_probe", *arguments, "--output", tmp_path / "anew", "--batch_size", 3)
+        run("linear_probe", *arguments, "--output", tmp_path / "anew", "--batch-size", 3)
     assert sum(seen) == 4 + 52 + 12 + 32
     for folder in ("shared", "anew"):
         assert {name: (tmp_path / folder / name).read_bytes() for name in FILES} == before
@@ -173,10 +173,10 @@ def test_any_model_with_an_encoder_and_wrong_input(
     with pytest.raises(ValueError, match="was prepared with"):
         FrozenEncoder(str(demo.clip), chests.data, "cpu")
     out = ("--output", tmp_path / "out")
-    with pytest.raises(ValueError, match="to stop the training by .*; name a --threshold_split"):
-        run("linear_probe", *arguments, *out, "--threshold_split", "none")
+    with pytest.raises(ValueError, match="to stop the training by .*; name a --threshold-split"):
+        run("linear_probe", *arguments, *out, "--threshold-split", "none")
     with pytest.raises(ValueError, match="24 patients of split 'valid_fixed' are in 'valid_fixed', too"):
-        run("linear_probe", *arguments, *out, "--train_split", "valid_fixed")
-    with pytest.raises(ValueError, match="is left to learn from; name another --threshold_split"):
-        run("linear_probe", *arguments, *out, "--threshold_split", "train_fixed")
+        run("linear_probe", *arguments, *out, "--train-split", "valid_fixed")
+    with pytest.raises(ValueError, match="is left to learn from; name another --threshold-split"):
+        run("linear_probe", *arguments, *out, "--threshold-split", "train_fixed")
     assert not (tmp_path / "out").exists()

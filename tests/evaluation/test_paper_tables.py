@@ -163,7 +163,7 @@ def test_a_run_stands_below_the_papers_rows(root: Path, run: Run, tmp_path: Path
 
 
 def test_only_the_same_data_may_compare(root: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    run("compare", "--published", root / "eval/report", "--data_name", "M3D-Cap")
+    run("compare", "--published", root / "eval/report", "--data-name", "M3D-Cap")
     text = capsys.readouterr().out
     assert "All rows are about M3D-Cap by name" in text and "no figure of the ones" not in text and "Table 1" not in text
 

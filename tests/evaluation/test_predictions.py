@@ -121,20 +121,20 @@ def test_two_real_processes_write_what_one_writes(
     script: str,
     launcher: str,
 ) -> None:
-    model, length = (demo.clip, ()) if script == "retrieval" else (demo.model, ("--max_new_tokens", 6))
-    arguments = ["--model", model, "--data", demo.root / "prepared", "--batch_size", 1, *length, "--output"]
+    model, length = (demo.clip, ()) if script == "retrieval" else (demo.model, ("--max-new-tokens", 6))
+    arguments = ["--model", model, "--data", demo.root / "prepared", "--batch-size", 1, *length, "--output"]
     launch = {
         "torchrun": ["--nproc_per_node", 2, "--master_port", free_port],
         "accelerate": [
             "launch",
             "--cpu",
-            "--num_processes",
+            "--num-processes",
             2,
-            "--num_machines",
+            "--num-machines",
             1,
             "--mixed_precision",
             "no",
-            "--main_process_port",
+            "--main-process-port",
             free_port,
         ],
     }[launcher]

@@ -62,7 +62,7 @@ def test_zero_shot_gives_the_released_latents_softmax(
 
     monkeypatch.setattr(Med3DCLIPProcessor, "__call__", tokenize)
     monkeypatch.setattr("med3dvlm.evaluation.models.load_volumes", lambda *_: 2 * volume("volume-ctvit") - 1)
-    run("zero_shot", *arguments(ct_clip), "--output", tmp_path, "--limit", 2, "--threshold_split", "none")
+    run("zero_shot", *arguments(ct_clip), "--output", tmp_path, "--limit", 2, "--threshold-split", "none")
     image, texts = (golden()[f"ct_clip_small/{name}"].astype(np.float64) for name in ("image", "text"))
     temperature = np.exp(float(published_weights("ct_clip_small")["temperature"]))
     similar = temperature * (image[0] @ texts.T)

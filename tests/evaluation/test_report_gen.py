@@ -25,7 +25,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def arguments(demo: SimpleNamespace) -> list[object]:
-    return ["--model", demo.model, "--data", demo.root / "prepared", "--max_new_tokens", 20]
+    return ["--model", demo.model, "--data", demo.root / "prepared", "--max-new-tokens", 20]
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_predictions_are_what_the_model_says_of_the_scan_file(demo: SimpleNamesp
 
 
 def test_batch_size_does_not_matter(whole: Path, run: Run, arguments: list[object], tmp_path: Path) -> None:
-    run("report_gen", *arguments, "--output", tmp_path, "--batch_size", 1)
+    run("report_gen", *arguments, "--output", tmp_path, "--batch-size", 1)
     assert rows_of(tmp_path) == rows_of(whole)
     assert (tmp_path / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
 
@@ -61,7 +61,7 @@ def test_what_was_cut_short_continues(whole: Path, run: Run, arguments: list[obj
 
 def test_scoring_again_gives_the_same_bytes(demo: SimpleNamespace, whole: Path, run: Run) -> None:
     before = (whole / "scores.json").read_bytes()
-    run("report_gen", "--data", demo.root / "prepared", "--output", whole, "--score_only")
+    run("report_gen", "--data", demo.root / "prepared", "--output", whole, "--score-only")
     assert (whole / "scores.json").read_bytes() == before
     scores = json.loads(before)
     assert scores["findings"]["against"] == "labels" and scores["samples"] == 4
@@ -135,7 +135,7 @@ def test_without_a_training_split_there_are_no_baselines(demo: SimpleNamespace, 
     (data / "summary.json").write_text(json.dumps(summary))
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    run("report_gen", "--data", data, "--output", out, "--score_only")
+    run("report_gen", "--data", data, "--output", out, "--score-only")
     scores, before = (json.loads((folder / "scores.json").read_text()) for folder in (out, whole))
     assert scores == before | {"modal": None, "best_fixed": None}
 

@@ -55,7 +55,7 @@ def test_ranks_and_recalls_in_plain_loops(demo: SimpleNamespace, whole: Path) ->
 
 
 def test_batch_size_does_not_matter(whole: Path, run: Run, arguments: list[object], tmp_path: Path) -> None:
-    run("retrieval", *arguments, "--output", tmp_path, "--batch_size", 7)
+    run("retrieval", *arguments, "--output", tmp_path, "--batch-size", 7)
     for name in ("predictions.jsonl", "scores.json"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
@@ -78,11 +78,11 @@ def test_what_was_cut_short_continues_to_the_same_bytes(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Med3DCLIP, "encode_image", encode_twice)
-        run("retrieval", *arguments, "--output", tmp_path, "--batch_size", 4)
+        run("retrieval", *arguments, "--output", tmp_path, "--batch-size", 4)
     assert not (tmp_path / "predictions.jsonl").exists()
     with (tmp_path / "embeddings.jsonl").open("a") as file:
         file.write('{"id": "half a li')
-    run("retrieval", *arguments, "--output", tmp_path, "--batch_size", 4)
+    run("retrieval", *arguments, "--output", tmp_path, "--batch-size", 4)
     for name in ("predictions.jsonl", "scores.json", "embeddings.safetensors"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     left = ["embeddings.safetensors", "predictions.jsonl", "run.json", "scores.json", "scores.md", "timings.jsonl"]
@@ -103,7 +103,7 @@ def test_embeddings_grow_as_the_bytes_of_float32(
             raise OSError("the disk is full")
 
         patch.setattr("med3dvlm.evaluation.retrieval.save_file", full)
-        run("retrieval", *arguments, "--output", tmp_path, "--batch_size", 4)
+        run("retrieval", *arguments, "--output", tmp_path, "--batch-size", 4)
     rows = read_lines(tmp_path / "embeddings.jsonl")
     stored = load_file(whole / "embeddings.safetensors")
     assert len(rows) == 15 and all(len(row[name]) == 128 for row in rows for name in ("image", "text"))  # 24 x 4 bytes in base64
@@ -112,12 +112,12 @@ def test_embeddings_grow_as_the_bytes_of_float32(
     others = (tmp_path / "embeddings.jsonl").read_text().split("\n", 1)[1]
     (tmp_path / "embeddings.jsonl").write_text(f"{decimals}\n{others}")
     with pytest.raises(ValueError, match="line 1, about .*, has no text as 'text'; delete it"):
-        run("retrieval", *arguments, "--output", tmp_path, "--batch_size", 4)
+        run("retrieval", *arguments, "--output", tmp_path, "--batch-size", 4)
 
 
 def test_scoring_again_gives_the_same_bytes(demo: SimpleNamespace, whole: Path, run: Run) -> None:
     before = (whole / "scores.json").read_bytes()
-    run("retrieval", "--data", demo.root / "prepared", "--split", "train", "--output", whole, "--score_only")
+    run("retrieval", "--data", demo.root / "prepared", "--split", "train", "--output", whole, "--score-only")
     assert (whole / "scores.json").read_bytes() == before
 
 
@@ -126,12 +126,12 @@ def test_other_studies_are_refused(demo: SimpleNamespace, whole: Path, run: Run,
     (tmp_path / "run.json").write_bytes((whole / "run.json").read_bytes())
     (tmp_path / "predictions.jsonl").write_text("".join([*others, first]))
     with pytest.raises(ValueError, match="line 1 is about .* is expected there"):
-        run("retrieval", "--data", demo.root / "prepared", "--split", "train", "--output", tmp_path, "--score_only")
+        run("retrieval", "--data", demo.root / "prepared", "--split", "train", "--output", tmp_path, "--score-only")
 
 
 def test_pools(whole: Path, run: Run, arguments: list[object]) -> None:
     """Any sizes, from the same embeddings; a pool of 3 by hand; more studies than there are is refused."""
-    run("retrieval", *arguments[2:], "--output", whole, "--score_only", "--pools", "10,3")
+    run("retrieval", *arguments[2:], "--output", whole, "--score-only", "--pools", "10,3")
     scores = json.loads((whole / "scores.json").read_text())
     assert {name: entry["pool"] for name, entry in scores.items()} == {"pool_3": 3, "pool_10": 10}
     stored = load_file(whole / "embeddings.safetensors")
@@ -143,8 +143,8 @@ def test_pools(whole: Path, run: Run, arguments: list[object]) -> None:
     low, high = scores["pool_10"]["text_to_image"]["intervals"]["mrr"]
     assert low <= scores["pool_10"]["text_to_image"]["mrr"] <= high
     with pytest.raises(ValueError, match="--pools asks for 16 studies, but there are 15"):
-        run("retrieval", *arguments[2:], "--output", whole, "--score_only", "--pools", "3,16")
-    run("retrieval", *arguments[2:], "--output", whole, "--score_only")
+        run("retrieval", *arguments[2:], "--output", whole, "--score-only", "--pools", "3,16")
+    run("retrieval", *arguments[2:], "--output", whole, "--score-only")
 
 
 def test_equal_studies(repository: Path, demo: SimpleNamespace) -> None:

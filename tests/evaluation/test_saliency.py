@@ -102,7 +102,7 @@ def test_what_was_cut_short_continues_and_is_scored_again(whole: Path, run: Run,
     run("saliency", *arguments, "--output", tmp_path)
     assert (tmp_path / "predictions.jsonl").read_bytes() == content
     (tmp_path / "scores.json").unlink()
-    run("saliency", *arguments[4:6], "--limit", 3, "--output", tmp_path, "--score_only")
+    run("saliency", *arguments[4:6], "--limit", 3, "--output", tmp_path, "--score-only")
     assert (tmp_path / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
 
 

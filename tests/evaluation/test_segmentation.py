@@ -138,10 +138,10 @@ def test_what_was_cut_short_continues_and_is_scored_again(whole: Path, run: Run,
     (tmp_path / "run.json").write_bytes((whole / "run.json").read_bytes())
     content = (whole / "predictions.jsonl").read_bytes()
     (tmp_path / "predictions.jsonl").write_bytes(content[: content.index(b"\n") + 30])
-    run("segmentation", *arguments, "--output", tmp_path, "--batch_size", 3)
+    run("segmentation", *arguments, "--output", tmp_path, "--batch-size", 3)
     assert (tmp_path / "predictions.jsonl").read_bytes() == content
     (tmp_path / "scores.json").unlink()
-    run("segmentation", *arguments[2:], "--output", tmp_path, "--score_only")
+    run("segmentation", *arguments[2:], "--output", tmp_path, "--score-only")
     assert (tmp_path / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
 
 

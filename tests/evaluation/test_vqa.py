@@ -33,7 +33,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def arguments(demo: SimpleNamespace) -> list[object]:
-    return ["--model", demo.model, "--data", demo.root / "prepared", "--max_new_tokens", 8]
+    return ["--model", demo.model, "--data", demo.root / "prepared", "--max-new-tokens", 8]
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_texts_are_the_plain_way(demo: SimpleNamespace, whole: Path) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_batch_size_does_not_matter(whole: Path, run: Run, arguments: list[object], tmp_path: Path, batch_size: int) -> None:
-    run("vqa", *arguments, "--output", tmp_path, "--batch_size", batch_size)
+    run("vqa", *arguments, "--output", tmp_path, "--batch-size", batch_size)
     assert (tmp_path / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
     for one, other in zip(rows_of(tmp_path), rows_of(whole), strict=True):
         for column in ("closed", "blind", "shuffled"):
@@ -103,7 +103,7 @@ def test_what_was_cut_short_continues_to_the_same_bytes(
     (tmp_path / "run.json").write_bytes((whole / "run.json").read_bytes())
     content = (whole / "predictions.jsonl").read_bytes()
     (tmp_path / "predictions.jsonl").write_bytes(content[: int(kept * len(content))])
-    run("vqa", *arguments, "--output", tmp_path, "--batch_size", 2)
+    run("vqa", *arguments, "--output", tmp_path, "--batch-size", 2)
     assert (tmp_path / "predictions.jsonl").read_bytes() == content
     assert (tmp_path / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
 
@@ -111,7 +111,7 @@ def test_what_was_cut_short_continues_to_the_same_bytes(
 def test_a_killed_program_continues_to_the_same_bytes(
     whole: Path, run: Run, arguments: list[object], tmp_path: Path, repository: Path
 ) -> None:
-    command = [sys.executable, str(repository / "eval/vqa.py"), *map(str, arguments), "--output", str(tmp_path), "--batch_size", "2"]
+    command = [sys.executable, str(repository / "eval/vqa.py"), *map(str, arguments), "--output", str(tmp_path), "--batch-size", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     lines = tmp_path / "predictions.jsonl"
     while process.poll() is None and not (lines.is_file() and lines.stat().st_size):
@@ -119,7 +119,7 @@ def test_a_killed_program_continues_to_the_same_bytes(
     os.kill(process.pid, signal.SIGKILL)
     _, errors = process.communicate()
     assert lines.is_file(), errors.decode()
-    run("vqa", *arguments, "--output", tmp_path, "--batch_size", 2)
+    run("vqa", *arguments, "--output", tmp_path, "--batch-size", 2)
     assert lines.read_bytes() == (whole / "predictions.jsonl").read_bytes()
     assert (tmp_path / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
 
@@ -129,7 +129,7 @@ def test_scoring_again_needs_no_model_and_gives_the_same_bytes(
 ) -> None:
     before = (whole / "scores.json").read_bytes()
     (whole / "scores.json").unlink()
-    run("vqa", "--data", demo.root / "prepared", "--output", whole, "--score_only")
+    run("vqa", "--data", demo.root / "prepared", "--output", whole, "--score-only")
     assert (whole / "scores.json").read_bytes() == before
     assert capsys.readouterr().out == (whole / "scores.md").read_text()
 
@@ -287,11 +287,11 @@ def test_an_answer_that_is_no_text_is_refused(demo: SimpleNamespace, whole: Path
     rows[1]["letter"] = None
     (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="line 2, about .*, has no text as 'letter'"):
-        run("vqa", "--data", demo.root / "prepared", "--output", tmp_path, "--score_only")
+        run("vqa", "--data", demo.root / "prepared", "--output", tmp_path, "--score-only")
     rows[1] |= {"letter": "A", "answer": next(choice for choice in rows[1]["choices"] if choice != rows[1]["answer"])}
     (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="line 2, about .*, has another answer than the data"):
-        run("vqa", "--data", demo.root / "prepared", "--output", tmp_path, "--score_only")
+        run("vqa", "--data", demo.root / "prepared", "--output", tmp_path, "--score-only")
 
 
 def test_each_volume_is_encoded_once(demo: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_each_volume_is_encoded_once(demo: SimpleNamespace, run: Run, arguments:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Encoder, "forward", counted)
-        run("vqa", *arguments, "--output", tmp_path, "--batch_size", 1)
+        run("vqa", *arguments, "--output", tmp_path, "--batch-size", 1)
     assert sum(seen) == len(demo.data.studies("test")) + 1
 
 

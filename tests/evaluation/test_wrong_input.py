@@ -51,8 +51,8 @@ def test_no_data(script: str, fails: Fails, demo: SimpleNamespace, tmp_path: Pat
     data = ("--data", demo.root / "prepared")
     assert "no studies of split 'tset'" in fails(script, *out, *data, "--split", "tset")
     assert "--limit 500 exceeds the 4 studies" in fails(script, *out, *data, "--limit", "500")
-    assert "whole number" in fails(script, *out, *data, "--batch_size", "0")
-    assert "is missing; run the same command without --score_only" in fails(script, *out, *data, "--score_only")
+    assert "whole number" in fails(script, *out, *data, "--batch-size", "0")
+    assert "is missing; run the same command without --score-only" in fails(script, *out, *data, "--score-only")
     assert not (tmp_path / "out").exists()
 
 
@@ -64,11 +64,11 @@ def test_the_output_is_a_file(fails: Fails, demo: SimpleNamespace, tmp_path: Pat
 def test_predictions_of_another_run_are_not_continued(
     fails: Fails, run: Callable[..., None], demo: SimpleNamespace, tmp_path: Path
 ) -> None:
-    arguments = ["--model", demo.model, "--data", demo.root / "prepared", "--output", tmp_path, "--max_new_tokens", 4]
+    arguments = ["--model", demo.model, "--data", demo.root / "prepared", "--output", tmp_path, "--max-new-tokens", 4]
     run("report_gen", *arguments, "--limit", 2)
     assert "another limit; delete it or choose another --output" in fails("report_gen", *arguments)
     assert "another max_new_tokens" in fails("report_gen", *arguments[:-1], 5, "--limit", 2)
-    data = ("--data", demo.root / "prepared", "--output", tmp_path, "--score_only")
+    data = ("--data", demo.root / "prepared", "--output", tmp_path, "--score-only")
     assert "holds 2 of 4 cases" in fails("report_gen", *data)
     assert "holds 2 cases, but 1 are asked for" in fails("report_gen", *data, "--limit", 1)
     record = json.loads((tmp_path / "run.json").read_text())
@@ -86,7 +86,7 @@ def test_scores_are_those_of_the_data_that_was_predicted(fails: Fails, evaluated
         shutil.copytree(evaluated / "eval" / name, out)
         shutil.copytree(evaluated / "prepared", data)
         split = "train" if script == "retrieval" else "test"
-        arguments = ("--data", data, "--output", out, "--score_only", "--split")
+        arguments = ("--data", data, "--output", out, "--score-only", "--split")
         other = "validation" if split == "train" else "train"
         assert "made with another split; delete it or choose another --output" in fails(script, *arguments, other)
         summary = json.loads((data / "summary.json").read_text())
@@ -106,14 +106,14 @@ def test_a_text_may_hold_any_character(character: str, evaluated: Path, run: Cal
     first, *others = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
     first["prediction"] = f"Ascites.{character}A gallstone."
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (first, *others)), encoding="utf-8", newline="\n")
-    run("report_gen", "--data", evaluated / "prepared", "--output", tmp_path / "out", "--score_only")
+    run("report_gen", "--data", evaluated / "prepared", "--output", tmp_path / "out", "--score-only")
     assert evaluation.predictions(path, [{"id": row["id"]} for row in (first, *others)]) == [first, *others]
 
 
 def test_a_line_that_is_no_json(fails: Fails, demo: SimpleNamespace, evaluated: Path, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes((evaluated / "eval" / "vqa" / "run.json").read_bytes())
     (tmp_path / "predictions.jsonl").write_text("{broken\n")
-    assert "line 1 is no JSON" in fails("vqa", "--data", demo.root / "prepared", "--output", tmp_path, "--score_only")
+    assert "line 1 is no JSON" in fails("vqa", "--data", demo.root / "prepared", "--output", tmp_path, "--score-only")
 
 
 def test_other_preprocessing(demo: SimpleNamespace) -> None:
@@ -138,7 +138,7 @@ def rewritten(evaluated: Path, out: Path, *texts: str | None) -> Path:
 def test_empty_and_foreign_predictions_are_scored(evaluated: Path, run: Callable[..., None], tmp_path: Path) -> None:
     """An empty one scores 0 and states nothing; letters of any script are words."""
     out = rewritten(evaluated, tmp_path / "out", "", "Sağ akciğerde nodül. 右肺結節 ☤", "", "")
-    run("report_gen", "--data", evaluated / "prepared", "--output", out, "--score_only")
+    run("report_gen", "--data", evaluated / "prepared", "--output", out, "--score-only")
     scores = json.loads((out / "scores.json").read_text())
     assert scores["samples"] == scores["text"]["samples"] == 4 and scores["collapse"]["commonest"] == 0.75
     assert scores["findings_f1"] == 0 and scores["text"]["corpus_bleu4"] == 0
@@ -148,7 +148,7 @@ def test_empty_and_foreign_predictions_are_scored(evaluated: Path, run: Callable
 def test_a_prediction_that_is_no_text(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
     out = rewritten(evaluated, tmp_path / "out", "Ascites.", None)
     before = (out / "scores.json").read_bytes()
-    said = fails("report_gen", "--data", evaluated / "prepared", "--output", out, "--score_only")
+    said = fails("report_gen", "--data", evaluated / "prepared", "--output", out, "--score-only")
     assert "line 2, about" in said and "has no text as 'prediction'" in said
     assert (out / "scores.json").read_bytes() == before
 
@@ -159,13 +159,13 @@ def test_another_reference_than_the_data_s(fails: Fails, evaluated: Path, tmp_pa
     text = (out / "predictions.jsonl").read_text(encoding="utf-8")
     reference = json.loads(text.split("\n")[0])["reference"]
     (out / "predictions.jsonl").write_text(text.replace(json.dumps(reference), '"Something else."', 1), encoding="utf-8")
-    said = fails("report_gen", "--data", evaluated / "prepared", "--output", out, "--score_only")
+    said = fails("report_gen", "--data", evaluated / "prepared", "--output", out, "--score-only")
     assert "line 1, about" in said and "has another reference than the data" in said
 
 
 def test_predictions_of_another_task(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
     shutil.copytree(evaluated / "eval" / "vqa", tmp_path / "out")
-    data = ("--data", evaluated / "prepared", "--output", tmp_path / "out", "--score_only")
+    data = ("--data", evaluated / "prepared", "--output", tmp_path / "out", "--score-only")
     assert "than the data" in fails("report_gen", *data) or "is expected there" in fails("report_gen", *data)
 
 
@@ -173,7 +173,7 @@ def test_half_a_line_is_no_case(fails: Fails, evaluated: Path, tmp_path: Path) -
     out = rewritten(evaluated, tmp_path / "out")
     content = (out / "predictions.jsonl").read_bytes()
     (out / "predictions.jsonl").write_bytes(content[:-9])
-    said = fails("report_gen", "--data", evaluated / "prepared", "--output", out, "--score_only")
+    said = fails("report_gen", "--data", evaluated / "prepared", "--output", out, "--score-only")
     assert "holds 3 of 4 cases" in said and "it continues" in said
 
 
@@ -189,7 +189,7 @@ def test_a_reference_of_4000_words() -> None:
 
 def test_embeddings_of_other_studies(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
     shutil.copytree(evaluated / "eval" / "retrieval", tmp_path / "out")
-    data = ("--data", evaluated / "prepared", "--output", tmp_path / "out", "--score_only", "--split", "train")
+    data = ("--data", evaluated / "prepared", "--output", tmp_path / "out", "--score-only", "--split", "train")
     stored = load_file(tmp_path / "out" / "embeddings.safetensors")
     save_file({name: value[:9].clone() for name, value in stored.items()}, tmp_path / "out" / "embeddings.safetensors")
     assert "holds 9 studies, not 15" in fails("retrieval", *data)

@@ -36,7 +36,7 @@ def arguments(chests: SimpleNamespace) -> list[object]:
 @pytest.fixture(scope="module")
 def whole(arguments: list[object], run_whole: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("zero_shot")
-    run_whole("zero_shot", *arguments, "--output", out, "--batch_size", 4)
+    run_whole("zero_shot", *arguments, "--output", out, "--batch-size", 4)
     return out
 
 
@@ -140,9 +140,9 @@ def test_same_bytes_whatever_the_batch_and_after_scoring_again(
     whole: Path, run: Run, arguments: list[object], chests: SimpleNamespace, tmp_path: Path
 ) -> None:
     before = {name: (whole / name).read_bytes() for name in FILES}
-    run("zero_shot", *arguments, "--output", tmp_path, "--batch_size", 7)
+    run("zero_shot", *arguments, "--output", tmp_path, "--batch-size", 7)
     assert {name: (tmp_path / name).read_bytes() for name in FILES} == before
-    run("zero_shot", *arguments[2:], "--output", whole, "--score_only")
+    run("zero_shot", *arguments[2:], "--output", whole, "--score-only")
     assert {name: (whole / name).read_bytes() for name in FILES} == before
     pictures = {path.name for path in whole.glob("*.png")}
     assert pictures == {"roc.png", "precision_recall.png", "calibration.png"}
@@ -162,7 +162,7 @@ def test_a_killed_run_continues_to_the_same_bytes(whole: Path, run: Run, argumen
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Med3DCLIP, "encode_image", encode_nine)
-        run("zero_shot", *arguments, "--output", tmp_path, "--batch_size", 4)
+        run("zero_shot", *arguments, "--output", tmp_path, "--batch-size", 4)
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 8
     calls.clear()
 
@@ -172,7 +172,7 @@ def test_a_killed_run_continues_to_the_same_bytes(whole: Path, run: Run, argumen
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Med3DCLIP, "encode_image", counted)
-        run("zero_shot", *arguments, "--output", tmp_path, "--batch_size", 4)
+        run("zero_shot", *arguments, "--output", tmp_path, "--batch-size", 4)
     assert calls == [1] * (32 - 8 + 12 + 1)  # each volume once, one by one, and air
     assert all((tmp_path / name).read_bytes() == (whole / name).read_bytes() for name in FILES)
 
@@ -191,7 +191,7 @@ def test_two_processes_write_the_same_bytes(
         *arguments,
         "--output",
         tmp_path,
-        "--batch_size",
+        "--batch-size",
         4,
     )
     assert all((tmp_path / name).read_bytes() == (whole / name).read_bytes() for name in FILES)
@@ -199,7 +199,7 @@ def test_two_processes_write_the_same_bytes(
 
 
 def test_templates_are_averaged_as_embeddings(chests: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path) -> None:
-    run("zero_shot", *arguments, "--output", tmp_path, "--templates", 3, "--threshold_split", "none", "--limit", 2)
+    run("zero_shot", *arguments, "--output", tmp_path, "--templates", 3, "--threshold-split", "none", "--limit", 2)
     line = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[1])
     model, processor = load_clip(chests.clip)
     tokenizer = processor.tokenizer
@@ -302,8 +302,8 @@ def test_wrong_input(
     assert "prepare" in refused("--model", demo.clip, *arguments[2:], *out)  # made for another recipe
     assert "holds a med3dvlm model, which embeds nothing" in refused("--model", demo.model, *arguments[2:], *out)
     assert "there are 4 pairs of prompts" in refused(*arguments, *out, "--templates", 5)
-    assert "no studies of split 'validation'" in refused(*arguments, *out, "--threshold_split", "validation")
-    assert "thresholds may not come from what is scored" in refused(*arguments, *out, "--threshold_split", "valid_fixed")
+    assert "no studies of split 'validation'" in refused(*arguments, *out, "--threshold-split", "validation")
+    assert "thresholds may not come from what is scored" in refused(*arguments, *out, "--threshold-split", "valid_fixed")
     studies = PreparedData.studies
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PreparedData, "studies", lambda self, split: [replace(one, labels={}) for one in studies(self, split)])

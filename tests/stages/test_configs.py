@@ -41,7 +41,7 @@ CLINICAL_BERT = {"vocab_size": 119547, "max_position_embeddings": 512, "dim": 76
 
 def parse(path: Path, *flags: str) -> Any:
     """The stage's arguments; without DeepSpeed, which would start here, and on the CPU."""
-    return parse_arguments(ARGUMENTS[path.stem], ["--config", str(path), "--deepspeed", "", "--use_cpu", "true", *flags])
+    return parse_arguments(ARGUMENTS[path.stem], ["--config", str(path), "--deepspeed", "", "--use-cpu", "true", *flags])
 
 
 def paper(stage: str) -> Any:
@@ -72,11 +72,11 @@ def test_the_command_in_a_recipe_names_the_recipe(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_flags_win_and_unknown_ones_are_named(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = parse(path, "--data", "y", "--learning_rate", "0.5", "--max_steps", "3", "--output_dir", "there")
+    arguments = parse(path, "--data", "y", "--learning-rate", "0.5", "--max-steps", "3", "--output-dir", "there")
     assert (arguments.data, arguments.learning_rate, arguments.max_steps, arguments.output_dir) == ("y", 0.5, 3, "there")
     with pytest.raises(SystemExit, match="2"):
-        parse(path, "--data", "y", "--learning_rat", "0.5")
-    assert "unknown: --learning_rat 0.5; did you mean learning_rate" in capsys.readouterr().err
+        parse(path, "--data", "y", "--learning-rat", "0.5")
+    assert "unknown: --learning-rat 0.5; did you mean learning_rate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["demo", "smoke", "paper"])

@@ -11,7 +11,7 @@ from tests.launching import REPOSITORY, launch
 
 pytestmark = pytest.mark.slow
 VIT = {"patch": [8, 16, 16], "width": 16, "depth": 4, "heads": 2}  # no batch norm, which sees the volumes of one process alone
-STILL = ("--text_options", json.dumps({"dropout": 0, "attention_dropout": 0}))
+STILL = ("--text-options", json.dumps({"dropout": 0, "attention_dropout": 0}))
 ZERO2, ZERO3, OFFLOADED = "{zero}2.json", "{zero}3.json", "ds_configs/zero3_offload.json"
 # launcher, processes, DeepSpeed's configuration: one for each step
 CHAIN = (
@@ -33,9 +33,9 @@ def stage(prepared: Path, tiny_models: SimpleNamespace, tmp_path: Path) -> Stage
         engine["zero_optimization"] |= {"stage": number} | ({"stage3_param_persistence_threshold": 0} if number == 3 else {})
         (tmp_path / f"zero{number}.json").write_text(json.dumps(engine))
     parts: dict[str, tuple[object, ...]] = {
-        "stage1_siglip": ("--text_encoder", tiny_models.text_encoder, "--train_text", "true", "--cache_features", "false", *STILL),
-        "stage2_projector": ("--clip", tiny_models.clip, "--language_model", tiny_models.language_model),
-        "stage3_lora": ("--model", tiny_models.vlm, "--merged", "", "--lora_dropout", 0),
+        "stage1_siglip": ("--text-encoder", tiny_models.text_encoder, "--train-text", "true", "--cache-features", "false", *STILL),
+        "stage2_projector": ("--clip", tiny_models.clip, "--language-model", tiny_models.language_model),
+        "stage3_lora": ("--model", tiny_models.vlm, "--merged", "", "--lora-dropout", 0),
     }
 
     def run(name: str, output: Path, how: tuple[str, int, str], *flags: object) -> tuple[list[int], str]:
@@ -43,9 +43,9 @@ def stage(prepared: Path, tiny_models: SimpleNamespace, tmp_path: Path) -> Stage
         log = output.with_suffix(".log")
         log.unlink(missing_ok=True)
         codes = launch(
-            launcher, processes, f"stages/{name}.py", "--config", f"stages/configs/smoke/{name}.yaml", "--data", prepared, "--output_dir",
-            output, *parts[name], "--deepspeed", engine.format(zero=tmp_path / "zero"), "--per_device_train_batch_size", 4 // processes,
-            "--lr_scheduler_type", "constant", "--learning_rate", RATE[name], "--save_steps", 1, "--disable_tqdm", "true", *flags, log=log,
+            launcher, processes, f"stages/{name}.py", "--config", f"stages/configs/smoke/{name}.yaml", "--data", prepared, "--output-dir",
+            output, *parts[name], "--deepspeed", engine.format(zero=tmp_path / "zero"), "--per-device-train-batch-size", 4 // processes,
+            "--lr-scheduler-type", "constant", "--learning-rate", RATE[name], "--save-steps", 1, "--disable-tqdm", "true", *flags, log=log,
         )  # fmt: skip
         return codes, log.read_text()
 
@@ -59,12 +59,12 @@ def losses(output: Path) -> list[float]:
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["stage1_siglip", "stage3_lora"])
 def test_any_engine_and_number_of_processes_continues(name: str, bf16: bool, stage: Stage, tmp_path: Path) -> None:
-    vit = ("--encoder", "vit3d_naive", "--encoder_options", json.dumps(VIT)) if name == "stage1_siglip" else ()
+    vit = ("--encoder", "vit3d_naive", "--encoder-options", json.dumps(VIT)) if name == "stage1_siglip" else ()
     flags = ("--bf16", bf16, *vit)
-    codes, said = stage(name, tmp_path / "whole", ("python", 1, ""), *flags, "--max_steps", len(CHAIN))
+    codes, said = stage(name, tmp_path / "whole", ("python", 1, ""), *flags, "--max-steps", len(CHAIN))
     assert codes == [0], said[-3000:]
     for steps, how in enumerate(CHAIN, start=1):
-        codes, said = stage(name, tmp_path / "chain", how, *flags, "--max_steps", steps)
+        codes, said = stage(name, tmp_path / "chain", how, *flags, "--max-steps", steps)
         assert codes == [0] * how[1], said[-5000:]
         assert steps == 1 or f"continuing from {tmp_path / 'chain' / 'checkpoint'}-{steps - 1}" in said
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "chain")
@@ -75,17 +75,17 @@ def test_any_engine_and_number_of_processes_continues(name: str, bf16: bool, sta
 def test_what_would_be_another_training_is_refused(stage: Stage, tmp_path: Path) -> None:
     """Batch norm sees the volumes of one process; another number of rows a step is another training, whoever takes it."""
     one, two = ("python", 1, ""), ("torchrun", 2, "")
-    codes, said = stage("stage1_siglip", tmp_path / "pairs", one, "--max_steps", 1)
+    codes, said = stage("stage1_siglip", tmp_path / "pairs", one, "--max-steps", 1)
     assert codes == [0], said[-3000:]
-    codes, said = stage("stage1_siglip", tmp_path / "pairs", two, "--max_steps", 2)
+    codes, said = stage("stage1_siglip", tmp_path / "pairs", two, "--max-steps", 2)
     assert 2 in codes and "Traceback" not in said
     assert (
         "holds a training with another batch_norm_volumes: 4 then, 2 now" in said and "batch norm sees the volumes of one process" in said
     )
-    codes, said = stage("stage2_projector", tmp_path / "answers", one, "--max_steps", 1)
+    codes, said = stage("stage2_projector", tmp_path / "answers", one, "--max-steps", 1)
     assert codes == [0], said[-3000:]
-    codes, said = stage("stage2_projector", tmp_path / "answers", two, "--max_steps", 2, "--per_device_train_batch_size", 4)
+    codes, said = stage("stage2_projector", tmp_path / "answers", two, "--max-steps", 2, "--per-device-train-batch-size", 4)
     assert 2 in codes and "Traceback" not in said
     assert "another batch_size: 4 then, 8 now" in said
     assert "per_device_train_batch_size 4 x 2 processes x gradient_accumulation_steps 1" in said
-    assert "--per_device_train_batch_size 2 makes it what it was" in said
+    assert "--per-device-train-batch-size 2 makes it what it was" in said

@@ -28,11 +28,11 @@ def train(monkeypatch: pytest.MonkeyPatch, repository: Path, prepared: Path, tmp
             config,
             "--data",
             prepared,
-            "--output_dir",
+            "--output-dir",
             tmp_path / "out",
-            "--train_split",
+            "--train-split",
             "train",
-            "--max_steps",
+            "--max-steps",
             2,
             *flags,
         )
@@ -59,7 +59,7 @@ def test_cxr_bert_is_a_bert_and_its_own_code_stays_unread(train, prepared: Path,
     for name in ("configuration_cxrbert.py", "modeling_cxrbert.py"):
         (folder / name).write_text("raise SystemExit('remote code was run')\n")
 
-    clip, processor = load_clip(train("--text_encoder", folder, "--text_options", '{"num_hidden_layers": 1}', "--train_text", "false"))
+    clip, processor = load_clip(train("--text-encoder", folder, "--text-options", '{"num_hidden_layers": 1}', "--train-text", "false"))
     assert processor.tokenizer("effusion")["input_ids"] == tokenizer("effusion")["input_ids"]
     assert clip.config.text_config.num_hidden_layers == 1
     weights = clip.text_encoder.state_dict()
@@ -69,7 +69,7 @@ def test_cxr_bert_is_a_bert_and_its_own_code_stays_unread(train, prepared: Path,
 
 
 def test_a_new_text_encoder_has_the_words_of_the_training_reports(train, prepared: Path) -> None:  # type: ignore[no-untyped-def]
-    clip, processor = load_clip(train("--text_options", '{"vocab_size": 90, "hidden_size": 8, "num_attention_heads": 1}'))
+    clip, processor = load_clip(train("--text-options", '{"vocab_size": 90, "hidden_size": 8, "num_attention_heads": 1}'))
     tokenizer = processor.tokenizer
     assert isinstance(clip.text_encoder, BertModel)
     assert len(tokenizer) == clip.config.text_config.vocab_size <= 90 and clip.config.text_config.hidden_size == 8
@@ -151,10 +151,10 @@ def test_recomputed_activations_change_no_gradient() -> None:
     ("flags", "message"),
     [
         (("--sentences", 0), "must be at least 1: leave it out"),
-        (("--cache_features", "true", "--train_text", "false", "--text_encoder", "x"), "every report is read once, whole"),
-        (("--train_text", "false"), "a new text encoder has to learn"),
-        (("--text_options", "small"), "is no JSON"),
-        (("--train_split", "train_fixed"), "train_fixed"),
+        (("--cache-features", "true", "--train-text", "false", "--text-encoder", "x"), "every report is read once, whole"),
+        (("--train-text", "false"), "a new text encoder has to learn"),
+        (("--text-options", "small"), "is no JSON"),
+        (("--train-split", "train_fixed"), "train_fixed"),
     ],
 )
 def test_wrong_settings(train, flags: tuple[object, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]

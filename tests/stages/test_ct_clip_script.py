@@ -27,7 +27,7 @@ def test_every_encoder_has_the_same_steps_seed_and_data(repository: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     trained = [command for command in commands if command[1] == "stages/ct_clip.py"]
     assert len(trained) == 2 and "vit3d_naive" in trained[1] and "vit3d_naive" not in trained[0]
-    for flag in ("--data", "--max_steps", "--config"):
+    for flag in ("--data", "--max-steps", "--config"):
         assert trained[0][trained[0].index(flag) + 1] == trained[1][trained[1].index(flag) + 1]
     assert [command[1] for command in commands if command[1] in EVALUATIONS] == EVALUATIONS * 2
     compared = commands[-1]

@@ -28,22 +28,22 @@ BERT = {
     "max_position_embeddings": 256, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0,
 }  # fmt: skip
 PAIRS = (
-    "--config", "stages/configs/smoke/stage1_siglip.yaml", "--text_encoder", "new", "--text_options", json.dumps(BERT), "--train_text",
-    "true", "--cache_features", "false", "--encoder_options", json.dumps(ENCODER), "--train_sampling_strategy", "sequential",
+    "--config", "stages/configs/smoke/stage1_siglip.yaml", "--text-encoder", "new", "--text-options", json.dumps(BERT), "--train-text",
+    "true", "--cache-features", "false", "--encoder-options", json.dumps(ENCODER), "--train-sampling-strategy", "sequential",
 )  # fmt: skip
-QUESTIONS = ("--reports", 0, "--closed", 0, "--follow_ups", 0)
+QUESTIONS = ("--reports", 0, "--closed", 0, "--follow-ups", 0)
 # stage -> its flags; {name} is the output folder of the stage of that name
 STAGES: dict[str, tuple[object, ...]] = {
-    "stage0_language_model": ("--config", "stages/configs/smoke/stage0_language_model.yaml", "--hidden_size", 64, *QUESTIONS),
+    "stage0_language_model": ("--config", "stages/configs/smoke/stage0_language_model.yaml", "--hidden-size", 64, *QUESTIONS),
     "stage1_siglip": PAIRS,
-    "ct_clip": (*PAIRS, "--loss", "clip", "--train_split", "train"),
+    "ct_clip": (*PAIRS, "--loss", "clip", "--train-split", "train"),
     "stage2_projector": (
-        "--config", "stages/configs/smoke/stage2_projector.yaml", "--clip", "{stage1_siglip}", "--language_model",
-        "{stage0_language_model}", "--standardise", "true", "--cache_features", "false", "--learning_rate", 0.003, *QUESTIONS,
+        "--config", "stages/configs/smoke/stage2_projector.yaml", "--clip", "{stage1_siglip}", "--language-model",
+        "{stage0_language_model}", "--standardise", "true", "--cache-features", "false", "--learning-rate", 0.003, *QUESTIONS,
     ),
     "stage3_lora": (
-        "--config", "stages/configs/smoke/stage3_lora.yaml", "--model", "{stage2_projector}", "--lora_dropout", 0, "--merged",
-        "{stage3_lora}/merged", "--closed", 0, "--follow_ups", 0,
+        "--config", "stages/configs/smoke/stage3_lora.yaml", "--model", "{stage2_projector}", "--lora-dropout", 0, "--merged",
+        "{stage3_lora}/merged", "--closed", 0, "--follow-ups", 0,
     ),
 }  # fmt: skip
 STEPS = {stage: 30 for stage in STAGES} | {"stage1_siglip": 48, "ct_clip": 48}
@@ -53,9 +53,9 @@ LAUNCHERS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "deepspeed": ("deepspeed", 1, ZERO2),
     "deepspeed on two": ("deepspeed", 2, ZERO2),
     "python": ("python", 1, ()),
-    "torchrun on two": ("torchrun", 2, ("--gradient_checkpointing", "true")),  # the text encoder has a pooler that never gets a gradient
+    "torchrun on two": ("torchrun", 2, ("--gradient-checkpointing", "true")),  # the text encoder has a pooler that never gets a gradient
     # Full determinism fills memory that nobody has written with NaN, which must not be taken for weights.
-    "ZeRO-3 on two": ("deepspeed", 2, ("--deepspeed", "{zero3}", "--full_determinism", "true")),
+    "ZeRO-3 on two": ("deepspeed", 2, ("--deepspeed", "{zero3}", "--full-determinism", "true")),
     "ZeRO-3, offloading": ("deepspeed", 1, ("--deepspeed", "ds_configs/zero3_offload.json")),
 }
 
@@ -75,8 +75,8 @@ class Trainer:
         is_place = re.compile(r"\{(stage|zero)\w+\}").match
         named = (str(flag).format(**places) if is_place(str(flag)) else flag for flag in (*STAGES[stage], *engine))
         flags = (
-            "--learning_rate", 0.01, *named, *self.data, "--bf16", bf16, "--output_dir", output, "--per_device_train_batch_size",
-            4 // processes, "--max_steps", STEPS[stage], "--save_steps", 1000, "--lr_scheduler_type", "constant", "--disable_tqdm", "true",
+            "--learning-rate", 0.01, *named, *self.data, "--bf16", bf16, "--output-dir", output, "--per-device-train-batch-size",
+            4 // processes, "--max-steps", STEPS[stage], "--save-steps", 1000, "--lr-scheduler-type", "constant", "--disable-tqdm", "true",
             *flags,
         )  # fmt: skip
         log, kill = self.root / f"{name}.log", None if kill_at is None else output / kill_at
@@ -98,9 +98,9 @@ def train(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     engine = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
     engine["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (root / "zero3.json").write_text(json.dumps(engine))
-    trainer = Trainer(("--data", prepared, "--split_file", root / "four.json"), root, root / "deepspeed")
+    trainer = Trainer(("--data", prepared, "--split-file", root / "four.json"), root, root / "deepspeed")
     for stage in STAGES:
-        trainer(stage, "deepspeed", "deepspeed", "--save_steps", STEPS[stage] // 2)
+        trainer(stage, "deepspeed", "deepspeed", "--save-steps", STEPS[stage] // 2)
     return trainer
 
 
@@ -130,8 +130,8 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_zero3_on_two_processes_learns_what_zero2_does(stage: str, train: Trainer) -> None:
     """The engine shares all weights out; what was saved has them whole."""
-    output = train(stage, "ZeRO-3 on two", "zero3", "--max_steps", EARLY)
-    expected = losses(train(stage, "deepspeed on two", "zero2", "--max_steps", EARLY))
+    output = train(stage, "ZeRO-3 on two", "zero3", "--max-steps", EARLY)
+    expected = losses(train(stage, "deepspeed on two", "zero2", "--max-steps", EARLY))
     assert losses(output) == pytest.approx(expected, abs=0.05 * expected[0])
     found, same = weights(output), weights(train.root / "zero2" / stage)
     shapes = {name: tensor.shape for name, tensor in same.items() if name in found or not name.endswith("lm_head.weight")}  # a tied head
@@ -153,7 +153,7 @@ def test_four_studies_are_learnt_by_heart(stage: str, launcher: str, train: Trai
     reference = {1: "python", 2: "torchrun on two"}[LAUNCHERS[launcher][1]]
     exact = train.root / f"float32_{reference.split()[0]}" / stage
     if not exact.exists():
-        train(stage, reference, exact.parent.name, "--max_steps", EARLY, bf16=False)
+        train(stage, reference, exact.parent.name, "--max-steps", EARLY, bf16=False)
     expected = losses(exact)
     assert curve[:EARLY] == pytest.approx(expected, abs=0.05 * expected[0]), expected
 
@@ -208,7 +208,7 @@ def test_what_was_saved_in_bfloat16_loads_in_one_type_and_answers(train: Trainer
 )
 def test_a_killed_training_goes_on_where_it_was(stage: str, launcher: str, train: Trainer) -> None:
     """The losses after the kill are those of a run that was not killed; the kill comes when a checkpoint is whole."""
-    flags = ("--max_steps", 9, "--save_steps", 3)
+    flags = ("--max-steps", 9, "--save-steps", 3)
     name = f"{launcher.split()[0]}_{stage}"
     whole = train(stage, launcher, f"whole_{name}", *flags)
     killed = train(stage, launcher, f"killed_{name}", *flags, kill_at=f"checkpoint-3/{COMPLETE}")
@@ -220,9 +220,9 @@ def test_a_killed_training_goes_on_where_it_was(stage: str, launcher: str, train
 
 def test_the_validation_loss_is_that_of_plain_loops_however_it_is_computed(train: Trainer) -> None:
     """Three validation rows in batches of 2, and of 1 on two processes that share out all weights."""
-    flags = ("--max_steps", 1, "--learning_rate", 0, "--eval_strategy", "steps", "--eval_steps", 1, "--loss_weighting", "conversation")
-    alone = train("stage2_projector", "python", "validated", *flags, "--per_device_eval_batch_size", 2, bf16=False)
-    shared = train("stage2_projector", "ZeRO-3 on two", "validated3", *flags, "--per_device_eval_batch_size", 1, bf16=False)
+    flags = ("--max-steps", 1, "--learning-rate", 0, "--eval-strategy", "steps", "--eval-steps", 1, "--loss-weighting", "conversation")
+    alone = train("stage2_projector", "python", "validated", *flags, "--per-device-eval-batch-size", 2, bf16=False)
+    shared = train("stage2_projector", "ZeRO-3 on two", "validated3", *flags, "--per-device-eval-batch-size", 1, bf16=False)
     found = [json.loads((output / "validation_losses.jsonl").read_text())["eval_loss"] for output in (alone, shared)]
 
     model, processor = load_vlm(alone, dtype=torch.float64)
@@ -243,10 +243,10 @@ def test_the_validation_loss_is_that_of_plain_loops_however_it_is_computed(train
 
 def test_the_validation_loss_of_pairs_is_that_of_plain_loops_however_it_is_computed(train: Trainer) -> None:
     """Three pairs, a batch of the training's size, contrasted with each other by SigLIP's formula."""
-    flags = ("--max_steps", 1, "--learning_rate", 0, "--eval_strategy", "steps", "--eval_steps", 1)
+    flags = ("--max-steps", 1, "--learning-rate", 0, "--eval-strategy", "steps", "--eval-steps", 1)
     found = []
     for launcher, size in (("python", 2), ("ZeRO-3 on two", 1)):
-        output = train("stage1_siglip", launcher, f"pairs_{size}", *flags, "--per_device_eval_batch_size", size, bf16=False)
+        output = train("stage1_siglip", launcher, f"pairs_{size}", *flags, "--per-device-eval-batch-size", size, bf16=False)
         found.append(json.loads((output / "validation_losses.jsonl").read_text())["eval_loss"])
         model, processor = load_clip(output, dtype=torch.float64)
         data = PreparedData(train.data[1], split_file=train.data[3])  # type: ignore[arg-type]

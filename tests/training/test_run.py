@@ -41,11 +41,11 @@ def yaml_file(folder: Path, text: str) -> str:
 
 def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
     config = yaml_file(tmp_path, "data: there\ncolour: green\nspeed: 2\nlearning_rate: 1e-3\nmax_steps: 7\nuse_cpu: true\n")
-    assert parse_arguments(ToyArguments, ["--data", "here", "--use_cpu", "true"]).colour == "red"
+    assert parse_arguments(ToyArguments, ["--data", "here", "--use-cpu", "true"]).colour == "red"
     arguments = parse_arguments(ToyArguments, ["--config", config])
     assert (arguments.data, arguments.colour, arguments.speed, arguments.max_steps) == ("there", "green", 2, 7)
     assert arguments.learning_rate == 1e-3  # YAML reads 1e-3 as a text
-    arguments = parse_arguments(ToyArguments, ["--max_steps", "9", f"--config={config}", "--colour", "blue"])
+    arguments = parse_arguments(ToyArguments, ["--max-steps", "9", f"--config={config}", "--colour", "blue"])
     assert (arguments.data, arguments.colour, arguments.max_steps) == ("there", "blue", 9)
 
 
@@ -59,7 +59,7 @@ def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
         ("data: x\n", ["--color=blue"], "unknown: --color=blue; did you mean colour?"),
         ("data: x\n", ["--col", "blue"], "unknown: --col blue"),  # no guessing from the first letters
         ("data: x\n", ["blue"], "unknown: blue; every setting is --name value"),
-        ("data: x\n", ["--max_steps", "many"], "invalid int value: 'many'"),
+        ("data: x\n", ["--max-steps", "many"], "invalid int value: 'many'"),
         ("data: x\nmax_steps: many\n", [], "invalid int value: 'many'"),
         ("data: x\nsave_total_limit: 1\n", [], "save_total_limit is 1 but must be at least 2: while a checkpoint"),
         ("data: x\nmax_steps: [1]\n", [], "toy.yaml: max_steps is [1] but must be int"),
@@ -73,13 +73,13 @@ def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
         ("data: {\n", [], "toy.yaml is no YAML"),
         ("data: x\nlabel_smoothing_factor: 0.1\n", [], "label_smoothing_factor is 0.1 but must be 0.0: the models compute their losses"),
         ("data: x\nfp16: true\nuse_cpu: true\n", [], "fp16 is True but must be false: the models compute in float32 or bfloat16"),
-        ("data: x\n", ["--neftune_noise_alpha", "5"], "neftune_noise_alpha is 5.0 but must be none"),
+        ("data: x\n", ["--neftune-noise-alpha", "5"], "neftune_noise_alpha is 5.0 but must be none"),
         (
             "data: x\n",
-            ["--train_sampling_strategy", "group_by_length"],
+            ["--train-sampling-strategy", "group_by_length"],
             "is 'group_by_length' but must be random or sequential: others need lengths",
         ),
-        ("data: x\nbf16: true\n", [], "no GPU here that computes in bfloat16; pass --use_cpu true to train on the CPU, or --bf16 false"),
+        ("data: x\nbf16: true\n", [], "no GPU here that computes in bfloat16; pass --use-cpu true to train on the CPU, or --bf16 false"),
         (
             "data: x\nuse_cpu: true\nbf16: true\ndeepspeed: {folder}/off.json\n",
             [],
@@ -88,7 +88,7 @@ def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
         ("data: x\ndeepspeed: nowhere.json\n", [], "nowhere.json, DeepSpeed's configuration, is neither a file nor one of the package"),
         ("data: x\nuse_cpu: true\ndeepspeed: {folder}/adam.json\n", [], "adam.json has a part 'optimizer': it would let biases"),
         ("data: x\naverage_tokens_across_devices: false\n", [], "average_tokens_across_devices is False but must be true"),
-        ("data: x\n", ["--accelerator_config", '{"split_batches": true}'], "accelerator_config is"),
+        ("data: x\n", ["--accelerator-config", '{"split_batches": true}'], "accelerator_config is"),
         (
             "data: x\nuse_cpu: true\ndeepspeed: {folder}/five.json\n",
             [],
@@ -125,7 +125,7 @@ def test_what_accelerate_launch_brings_is_refused(
 ) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="2"):
-        parse_arguments(ToyArguments, ["--data", "x", "--use_cpu", "true"])
+        parse_arguments(ToyArguments, ["--data", "x", "--use-cpu", "true"])
     assert sentence in capsys.readouterr().err
 
 
