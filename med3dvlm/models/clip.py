@@ -29,6 +29,7 @@ from transformers.utils import ModelOutput
 
 from med3dvlm.encoders import Size, build_encoder, check_size
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
+from med3dvlm.models.portable import Carried, Portable, auto_map
 from med3dvlm.preprocessing import VolumeProcessor
 
 LOSSES = ("siglip", "clip")
@@ -52,7 +53,7 @@ AutoModel.register(CXRBertConfig, CXRBertModel)
 AutoTokenizer.register(CXRBertConfig, BertTokenizer)
 
 
-class Med3DCLIPConfig(PretrainedConfig):
+class Med3DCLIPConfig(Carried, PretrainedConfig):
     """Settings of a Med3DCLIP.
 
     Args:
@@ -115,6 +116,7 @@ class Med3DCLIPConfig(PretrainedConfig):
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = {}  # None would unset that of a text encoder which is there already
         super().__init__(**kwargs)
+        self.auto_map = auto_map(AutoConfig="Med3DCLIPConfig", AutoModel="Med3DCLIP")
 
     @property
     def longest_text(self) -> int | None:
@@ -149,7 +151,7 @@ def _at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-class Med3DCLIP(PreTrainedModel):
+class Med3DCLIP(Portable, PreTrainedModel):
     """Vision encoder x text encoder. Both sides are projected linearly and L2-normalised.
 
     A pooler of the text encoder is frozen: texts are pooled without it, so that it never gets a gradient.

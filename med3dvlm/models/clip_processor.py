@@ -9,10 +9,11 @@ from typing import Any
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from med3dvlm.models.portable import Portable, auto_map
 from med3dvlm.special_tokens import only_words
 
 
-class Med3DCLIPProcessor(ProcessorMixin):
+class Med3DCLIPProcessor(Portable, ProcessorMixin):
     """A VolumeProcessor and a tokenizer.
 
         processor = Med3DCLIPProcessor.from_pretrained("outputs/demo/stage1")
@@ -24,6 +25,7 @@ class Med3DCLIPProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: Any, tokenizer: Any, max_text_length: int | None = None) -> None:
         super().__init__(image_processor, tokenizer)
+        self.auto_map = auto_map(AutoProcessor="Med3DCLIPProcessor")
         self.max_text_length = tokenizer.model_max_length if max_text_length is None else max_text_length
 
     def __call__(self, volumes: Any = None, text: str | Sequence[str] | None = None) -> BatchFeature:

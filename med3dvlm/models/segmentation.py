@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from med3dvlm.encoders.layers import LayerNorm, Linear
 from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
+from med3dvlm.models.portable import Carried, Portable, auto_map
 from med3dvlm.models.segmentation_head import SegmentationHead
 from med3dvlm.preprocessing import VolumeProcessor
 
@@ -25,7 +26,7 @@ BALANCE = (0.2, 5.0)  # weights of the mean cross entropy within a mask and of t
 NO_PROMPT = -1e4  # logits where a volume has fewer prompts than others of its batch
 
 
-class Med3DSegmenterConfig(PretrainedConfig):
+class Med3DSegmenterConfig(Carried, PretrainedConfig):
     """Settings of a Med3DSegmenter.
 
     Args:
@@ -71,6 +72,7 @@ class Med3DSegmenterConfig(PretrainedConfig):
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = {}  # None would unset that of a text encoder which is there already
         super().__init__(**kwargs)
+        self.auto_map = auto_map(AutoConfig="Med3DSegmenterConfig", AutoModel="Med3DSegmenter")
 
 
 @dataclass
@@ -82,7 +84,7 @@ class Med3DSegmenterOutput(ModelOutput):
     presence: Tensor | None = None
 
 
-class Med3DSegmenter(PreTrainedModel):
+class Med3DSegmenter(Portable, PreTrainedModel):
     """Med3DCLIP, a decoder over its encoder's stages, and a projection of texts to queries."""
 
     config_class = Med3DSegmenterConfig

@@ -28,6 +28,7 @@ from transformers.utils import ModelOutput
 
 from med3dvlm.encoders import Size, build_encoder, check_size
 from med3dvlm.models.clip import Med3DCLIP
+from med3dvlm.models.portable import Carried, Portable, auto_map
 from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.projectors import Projector, build_projector
@@ -35,7 +36,7 @@ from med3dvlm.projectors import Projector, build_projector
 IMAGE_SPLICES = ("mask", "published")
 
 
-class Med3DVLMConfig(PretrainedConfig):
+class Med3DVLMConfig(Carried, PretrainedConfig):
     """Settings of a Med3DVLM.
 
     Args:
@@ -97,6 +98,7 @@ class Med3DVLMConfig(PretrainedConfig):
             if (chosen := getattr(text_config, f"_{name}", None)) is not None:
                 kwargs.setdefault(name, chosen)
         super().__init__(**kwargs)
+        self.auto_map = auto_map(AutoConfig="Med3DVLMConfig", AutoModel="Med3DVLM", AutoModelForImageTextToText="Med3DVLM")
 
     @cached_property
     def num_image_tokens(self) -> int:
@@ -141,7 +143,7 @@ class Med3DVLMOutput(ModelOutput):
     logits: Tensor | None = None
 
 
-class Med3DVLM(PreTrainedModel, GenerationMixin):
+class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
     """A language model that reads a 3D scan."""
 
     config_class = Med3DVLMConfig

@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from med3dvlm.models.portable import Portable, auto_map
 from med3dvlm.special_tokens import only_words
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -23,7 +24,7 @@ MARK = "\ufdd0"  # no character (Unicode): stands within the text of a special t
 Message = dict[str, str]
 
 
-class Med3DVLMProcessor(ProcessorMixin):
+class Med3DVLMProcessor(Portable, ProcessorMixin):
     """A VolumeProcessor and a tokenizer with a chat template.
 
     Args:
@@ -42,6 +43,7 @@ class Med3DVLMProcessor(ProcessorMixin):
         if tokenizer.chat_template is None and chat_template is None:
             raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model's, or set one")
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        self.auto_map = auto_map(AutoProcessor="Med3DVLMProcessor")
         if image_token not in tokenizer.all_special_tokens:
             tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
         self.num_image_tokens = num_image_tokens

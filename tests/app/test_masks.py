@@ -197,9 +197,9 @@ def test_the_segmenter_is_found_within_or_beside_the_model(tmp_path: Path) -> No
 
 
 def test_a_segmenter_from_its_folder_draws_in_the_place_of_overlays(tmp_path: Path, tiny_models: SimpleNamespace, session: Session) -> None:
-    clip, tokenizer, processor = load_clip(tiny_models.clip)
+    clip, processor = load_clip(tiny_models.clip)
     model = Med3DSegmenter.from_clip(clip, decoder_widths=[8, 4, 8, 8], embedding_dim=5, attention_heads=2).eval()
-    for part in (model, tokenizer, processor):
+    for part in (model, processor):
         part.save_pretrained(tmp_path / "segmenter")
     analysis = load(Parrot(), tiny_models.clip, None, tmp_path / "segmenter")
     assert analysis.explain is analysis.find is None

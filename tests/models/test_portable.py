@@ -1,0 +1,102 @@
+"""A model's folder loads by the Auto classes in a process that has no med3dvlm, and gives the same numbers."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from med3dvlm import Med3DCLIP
+from med3dvlm.checkpoints import load_clip, load_vlm
+from med3dvlm.models.portable import CODE_FILE, code
+
+ELSEWHERE = """
+import sys
+sys.modules["med3dvlm"] = None  # as if it were not installed
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoProcessor
+
+folder, scan, kind, out = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    if kind == "clip":
+        output = model(**processor(volumes=scan, text=["Liver mass."]), return_loss=False)
+        save_file({"first": output.image_embeds, "second": output.text_embeds}, out)
+    else:
+        batch = processor([[{"role": "user", "content": "Where?"}]], [scan])
+        save_file({"first": model(**batch).logits, "second": model.generate(**batch, max_new_tokens=4).float()}, out)
+model.save_pretrained(out + "-again")
+processor.save_pretrained(out + "-again")
+assert not any(name.split(".")[0] in ("med3dvlm", "gradio") for name, module in sys.modules.items() if module)
+"""
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scan") / "scan.nii.gz"
+    voxels = np.random.default_rng(0).integers(-900, 900, (20, 24, 16)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-1.0, -1.0, 2.0, 1.0])), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["clip", "vlm"])
+def test_a_folder_loads_without_the_package(kind: str, scan: Path, tiny_models: SimpleNamespace, tmp_path: Path) -> None:
+    model, processor = load_clip(tiny_models.clip) if kind == "clip" else load_vlm(tiny_models.vlm)
+    folder = tmp_path / "model"
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    script = tmp_path / "elsewhere.py"
+    script.write_text(ELSEWHERE, encoding="utf-8")
+
+    def elsewhere(folder: Path, out: Path) -> dict[str, torch.Tensor]:
+        command = [sys.executable, "-P", str(script), str(folder), str(scan), kind, str(out)]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        return load_file(out)
+
+    found = elsewhere(folder, tmp_path / "out")
+    with torch.no_grad():
+        if kind == "clip":
+            output = model(**processor(volumes=scan, text=["Liver mass."]), return_loss=False)
+            expected = (output.image_embeds, output.text_embeds)
+        else:
+            batch = processor([[{"role": "user", "content": "Where?"}]], [scan])
+            expected = (model(**batch).logits, model.generate(**batch, max_new_tokens=4).float())
+    assert torch.equal(found["first"], expected[0]) and torch.equal(found["second"], expected[1])
+    again = tmp_path / "out-again"  # what was saved there loads here and there
+    assert (again / CODE_FILE).read_bytes() == (folder / CODE_FILE).read_bytes()
+    assert (again / "config.json").read_text() == (folder / "config.json").read_text()
+    assert (again / "processor_config.json").read_text() == (folder / "processor_config.json").read_text()
+
+
+def test_the_loaders_of_the_package_run_no_code_of_a_folder(tiny_models: SimpleNamespace, tmp_path: Path) -> None:
+    for part in load_clip(tiny_models.clip):
+        part.save_pretrained(tmp_path)
+    (tmp_path / CODE_FILE).write_text("raise SystemExit('was run')\n", encoding="utf-8")
+    assert (
+        type(load_clip(tmp_path)[0]) is type(Med3DCLIP.from_pretrained(tmp_path)) is type(AutoModel.from_pretrained(tmp_path)) is Med3DCLIP
+    )
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is type(load_clip(tmp_path)[1])
+
+
+def test_the_copy_is_small_and_of_models_alone() -> None:
+    text = code()
+    assert len(text) < 500_000
+    for absent in ("gradio", "deepspeed", "med3dvlm.", "[NAME + '.training"):
+        lines = [line for line in text.splitlines() if absent in line and line.lstrip().startswith(("import", "from", "SOURCES"))]
+        assert not lines, lines
