@@ -106,7 +106,7 @@ def write_code(folder: Path) -> None:
 def code() -> str:
     """The content of CODE_FILE."""
     sources = {module: path.read_text(encoding="utf-8-sig") for module, path in sorted(_needed().items())}
-    sources["med3dvlm"] = ""  # the public names, of modules that are not here
+    sources[PACKAGE.name] = ""  # it names what is not here
     if any(QUOTES in source or source.endswith("\\") for source in sources.values()):
         raise ValueError("a module cannot be quoted by three single quotes; write its text with double ones")
     name = "med3dvlm_" + hashlib.sha256(repr(sources).encode()).hexdigest()[:12]
@@ -124,7 +124,7 @@ def _needed() -> dict[str, Path]:
     while waiting:
         module = waiting.pop()
         path = _file(module)
-        if module not in found and path is not None:
+        if module not in found and path is not None and module != PACKAGE.name:
             found[module] = path
             waiting += [module.rpartition(".")[0], *_imported(path)]
     return found
