@@ -175,22 +175,13 @@ def _require_whole(path: Path) -> None:
 def load_clip(path: str | Path, **options: Any) -> tuple[Med3DCLIP, Med3DCLIPProcessor]:
     """A stage-1 model with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype)."""
     path = _require_type(path, "med3d_clip")
-    model = Med3DCLIP.from_pretrained(path, **options).eval()
-    return model, _processor_of_texts(path, model.config.longest_text)
+    return Med3DCLIP.from_pretrained(path, **options).eval(), Med3DCLIPProcessor.from_pretrained(path)
 
 
 def load_segmenter(path: str | Path, **options: Any) -> tuple[Med3DSegmenter, Med3DCLIPProcessor]:
     """A Med3DSegmenter with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype)."""
     path = _require_type(path, "med3d_segmenter")
-    model = Med3DSegmenter.from_pretrained(path, **options).eval()
-    return model, _processor_of_texts(path, model.clip.config.longest_text)
-
-
-def _processor_of_texts(path: Path, longest: int | None) -> Med3DCLIPProcessor:
-    processor = Med3DCLIPProcessor.from_pretrained(path)
-    if longest is not None:  # a folder of an earlier version, without processor_config.json, knows the tokenizer's limit alone
-        processor.max_text_length = min(processor.max_text_length, longest)
-    return processor
+    return Med3DSegmenter.from_pretrained(path, **options).eval(), Med3DCLIPProcessor.from_pretrained(path)
 
 
 def load_vlm(path: str | Path, **options: Any) -> tuple[Med3DVLM, Med3DVLMProcessor]:

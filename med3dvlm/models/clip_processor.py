@@ -6,11 +6,18 @@ Shapes: B volumes of D, H, W voxels; N texts, L tokens.
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import BatchFeature
+from transformers import AutoConfig, BatchFeature
 from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+from transformers.utils import cached_file
 
 from med3dvlm.models.portable import Portable, auto_map
 from med3dvlm.special_tokens import only_words
+
+
+def shortest(*limits: int | None) -> int | None:
+    """The least of the limits on a text's tokens; None where there is none."""
+    return min((limit for limit in limits if limit is not None and limit < VERY_LARGE_INTEGER), default=None)
 
 
 class Med3DCLIPProcessor(Portable, ProcessorMixin):
@@ -20,13 +27,22 @@ class Med3DCLIPProcessor(Portable, ProcessorMixin):
         inputs = processor(volumes="scan.nii.gz", text=["Right pleural effusion."])
 
     Args:
-        max_text_length: tokens of a text, of which the rest is cut; None takes the tokenizer's own limit.
+        max_text_length: tokens of a text, of which the rest is cut; None takes the tokenizer's own limit, if it has one.
     """
 
     def __init__(self, image_processor: Any, tokenizer: Any, max_text_length: int | None = None) -> None:
         super().__init__(image_processor, tokenizer)
         self.auto_map = auto_map(AutoProcessor="Med3DCLIPProcessor")
-        self.max_text_length = tokenizer.model_max_length if max_text_length is None else max_text_length
+        self.max_text_length = shortest(tokenizer.model_max_length) if max_text_length is None else max_text_length
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "Med3DCLIPProcessor":  # type: ignore[override]
+        """As that of transformers. Folders of earlier versions say in config.json alone how long a text may be."""
+        processor: Med3DCLIPProcessor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if cached_file(pretrained_model_name_or_path, "processor_config.json", _raise_exceptions_for_missing_entries=False) is None:
+            longest = AutoConfig.from_pretrained(pretrained_model_name_or_path).longest_text
+            processor.max_text_length = shortest(processor.max_text_length, longest)
+        return processor
 
     def __call__(self, volumes: Any = None, text: str | Sequence[str] | None = None) -> BatchFeature:
         """`pixel_values` (B, 1, D, H, W) float32 of volumes; `input_ids` and `attention_mask` (N, L), padded on the right, of texts.

@@ -74,6 +74,11 @@ class Med3DSegmenterConfig(Carried, PretrainedConfig):
         super().__init__(**kwargs)
         self.auto_map = auto_map(AutoConfig="Med3DSegmenterConfig", AutoModel="Med3DSegmenter")
 
+    @property
+    def longest_text(self) -> int | None:
+        """As that of its Med3DCLIPConfig."""
+        return None if self.clip_config is None else self.clip_config.longest_text
+
 
 @dataclass
 class Med3DSegmenterOutput(ModelOutput):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from med3dvlm.checkpoints import load_clip, model_type
+from med3dvlm.models.clip_processor import shortest
 
 
 class Embedder:
@@ -28,8 +29,7 @@ class Embedder:
             raise ValueError(f"{path} holds a {kind} model, which embeds nothing; name the output of stages/stage1_siglip.py")
         self.model, self.processor = load_clip(path)
         self.model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
-        if max_text_length is not None:
-            self.processor.max_text_length = min(self.processor.max_text_length, max_text_length)
+        self.processor.max_text_length = shortest(self.processor.max_text_length, max_text_length)
 
     @torch.no_grad()
     def volumes(self, pixel_values: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from med3dvlm.checkpoints.convert.weights import (
 from med3dvlm.encoders import Size
 from med3dvlm.files import whole_folder
 from med3dvlm.models.clip import Med3DCLIPConfig
-from med3dvlm.models.clip_processor import Med3DCLIPProcessor
+from med3dvlm.models.clip_processor import Med3DCLIPProcessor, shortest
 from med3dvlm.models.vlm import Med3DVLMConfig
 from med3dvlm.models.vlm_processor import Med3DVLMProcessor
 from med3dvlm.preprocessing import VolumeProcessor
@@ -243,8 +243,7 @@ def _write_settings(
         if (home / "generation_config.json").is_file():
             (folder / "generation_config.json").write_bytes((home / "generation_config.json").read_bytes())
     elif isinstance(config, Med3DCLIPConfig) and tokenizer is not None:
-        longest = tokenizer.model_max_length
-        Med3DCLIPProcessor(volumes, tokenizer, min(longest, config.longest_text or longest)).save_pretrained(folder)
+        Med3DCLIPProcessor(volumes, tokenizer, shortest(tokenizer.model_max_length, config.longest_text)).save_pretrained(folder)
     else:
         volumes.save_pretrained(folder)
     if isinstance(config, PretrainedConfig):
