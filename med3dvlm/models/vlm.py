@@ -5,7 +5,6 @@ Image features replace the placeholder tokens by mask, and their number is check
 Shapes: B conversations; L tokens; N image tokens; E width of the language model; V its vocabulary.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +27,7 @@ from transformers.utils import ModelOutput
 
 from med3dvlm.encoders import Size, build_encoder, check_size
 from med3dvlm.models.clip import Med3DCLIP
+from med3dvlm.models.language_models import branch_scores, scaled_logits, unpackable
 from med3dvlm.models.portable import Carried, Portable, auto_map
 from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor
 from med3dvlm.preprocessing import VolumeProcessor
@@ -201,66 +201,9 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
     @property
     def unpackable(self) -> str | None:
         """Why several conversations cannot share a row (see `Med3DVLMProcessor.branch`), as a clause; None where they can."""
-        config, decoder = self._language_config, self.language_model.get_decoder()
         if self.config.image_splice == "published":
             return "with image_splice 'published' the image takes the place of the first token of the first conversation alone"
-        if "flash" in (name := str(config._attn_implementation)):
-            return f"{name} takes no mask that keeps conversations apart (sdpa and eager do)"
-        kinds = self._attention_kinds
-        if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
-            return f"the language model ({config.model_type}) has layers of {', '.join(unknown)}, for which there is no mask that does so"
-        if getattr(decoder, "_is_stateful", False) or "position_ids" not in inspect.signature(decoder.forward).parameters:
-            return f"the language model ({config.model_type}) goes by the order of tokens, not by position_ids and a mask"
-        return None
-
-    @property
-    def _language_config(self) -> Any:
-        return self.language_model.config.get_text_config()
-
-    @property
-    def _attention_kinds(self) -> set[str]:
-        """The kinds of attention of the language model's layers, in the words of transformers."""
-        config = self._language_config
-        if kinds := getattr(config, "layer_types", None):
-            return set(kinds)
-        if getattr(config, "attention_chunk_size", None):
-            return {"chunked_attention"}
-        if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
-            return {"local_attention"}
-        if getattr(config, "alibi", False):  # Falcon, Bloom, MPT: their biases go by places in the row
-            return {"alibi"}
-        return {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
-
-    def _branch_masks(self, mask: Tensor, position_ids: Tensor | None, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        """(B, 1, L, L) from `branch_mask` -> the numbers to add to the attention's scores (eager attention would add True as 1).
-
-        A window counts positions, not places in the row: every branch continues where the image ends. A dict by kind where layers differ.
-        """
-        if (reason := self.unpackable) is not None:
-            raise ValueError(f"several conversations cannot share a row: {reason}; give each a row of its own and a mask (B, L)")
-        if position_ids is None:
-            raise ValueError("a mask (B, 1, L, L) needs the position_ids that Med3DVLMProcessor.branch gives with it")
-        masks = {}
-        for kind in self._attention_kinds:
-            seen = mask
-            if kind == "sliding_attention":
-                distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]
-                seen = mask & (distance < self._language_config.sliding_window)
-            masks[kind] = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-        return masks if len(masks) > 1 else masks.popitem()[1]
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """(..., E) -> (..., V), as the language model's own forward gives them: some families scale or cap what their head computes."""
-        config, logits = self._language_config, self.get_output_embeddings()(hidden)
-        if (factor := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
-            logits = logits * factor
-        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-            logits = logits * scale
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / divisor
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        return unpackable(self.language_model)
 
     def encode_image(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, D, H, W) -> the tokens of the two `image_levels`, by default the last two stages: (B, n_low, C_low), (B, n_high, C_high)."""
@@ -325,13 +268,17 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         embeds = self.embed(input_ids, image_features)
         mask: Any = attention_mask
         if attention_mask is not None and attention_mask.ndim == 4:
-            mask = self._branch_masks(attention_mask, position_ids, embeds.dtype)
+            if (reason := self.unpackable) is not None:
+                raise ValueError(f"several conversations cannot share a row: {reason}; give each a row of its own and a mask (B, L)")
+            if position_ids is None:
+                raise ValueError("a mask (B, 1, L, L) needs the position_ids that Med3DVLMProcessor.branch gives with it")
+            mask = branch_scores(self.language_model.config.get_text_config(), attention_mask, position_ids, embeds.dtype)
         decoder = self.language_model.get_decoder()
         hidden = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False).last_hidden_state
         if labels is None:
-            return Med3DVLMOutput(logits=self._logits(hidden))
+            return Med3DVLMOutput(logits=scaled_logits(self.language_model, hidden))
         wanted = labels[:, 1:] != IGNORED  # position i predicts token i + 1
-        logits = self._logits(hidden[:, :-1][wanted])  # (labelled, V)
+        logits = scaled_logits(self.language_model, hidden[:, :-1][wanted])  # (labelled, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="none")
         if answer_lengths is not None:

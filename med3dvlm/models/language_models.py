@@ -1,0 +1,66 @@
+"""What differs between families of language models: how their layers attend, and how their head's logits are scaled.
+
+transformers' names of settings are asked for, never the name of a family.
+
+Shapes: B rows, L tokens, E width, V vocabulary.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def unpackable(language_model: Any) -> str | None:
+    """Why several conversations cannot share a row of this language model, as a clause; None where they can."""
+    config, decoder = language_model.config.get_text_config(), language_model.get_decoder()
+    if "flash" in (name := str(config._attn_implementation)):
+        return f"{name} takes no mask that keeps conversations apart (sdpa and eager do)"
+    if unknown := sorted(attention_kinds(config) - {"full_attention", "sliding_attention"}):
+        return f"the language model ({config.model_type}) has layers of {', '.join(unknown)}, for which there is no mask that does so"
+    if getattr(decoder, "_is_stateful", False) or "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return f"the language model ({config.model_type}) goes by the order of tokens, not by position_ids and a mask"
+    return None
+
+
+def attention_kinds(config: Any) -> set[str]:
+    """The kinds of attention of a language model's layers, in the words of transformers."""
+    if kinds := getattr(config, "layer_types", None):
+        return set(kinds)
+    if getattr(config, "attention_chunk_size", None):
+        return {"chunked_attention"}
+    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
+        return {"local_attention"}
+    if getattr(config, "alibi", False):  # Falcon, Bloom, MPT: their biases go by places in the row
+        return {"alibi"}
+    return {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
+
+
+def branch_scores(config: Any, mask: Tensor, position_ids: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """(B, 1, L, L) from `branch_mask` -> the numbers to add to the attention's scores (eager attention would add True as 1).
+
+    A window counts positions, not places in the row: every branch continues where the image ends. A dict by kind where layers differ.
+    """
+    scores = {}
+    for kind in attention_kinds(config):
+        seen = mask
+        if kind == "sliding_attention":
+            distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]
+            seen = mask & (distance < config.sliding_window)
+        scores[kind] = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return scores if len(scores) > 1 else scores.popitem()[1]
+
+
+def scaled_logits(language_model: Any, hidden: Tensor) -> Tensor:
+    """(..., E) -> (..., V), as the language model's own forward gives them: some families scale or cap what their head computes."""
+    config, logits = language_model.config.get_text_config(), language_model.get_output_embeddings()(hidden)
+    if (factor := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
+        logits = logits * factor
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = cap * torch.tanh(logits / cap)
+    return logits
