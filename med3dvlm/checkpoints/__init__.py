@@ -221,7 +221,7 @@ def load_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[A
     from peft import PeftConfig, PeftModel
 
     if not (Path(adapter) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{adapter} holds no adapter (adapter_config.json); name the output of stages/stage3_lora.py")
+        raise FileNotFoundError(f"{adapter} holds no adapter (adapter_config.json); name the output of stage 3")
     if base is None:
         base = Path(str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path))
         if not base.is_dir():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Commands) -> None:
     index = commands.add_parser("index", help="embed the scans of prepared data, so that search finds cases among them")
-    index.add_argument("model", metavar="MODEL", type=Path, help="the folder of a contrastive model, as stages/stage1_siglip.py writes it")
+    index.add_argument("model", metavar="MODEL", type=Path, help="the folder of a contrastive model, as stage 1 writes it")
     index.add_argument("data", metavar="DATA", type=Path, help="the prepared data")
     index.add_argument("out", metavar="OUT", type=Path, help="the folder of the index; an interrupted command continues")
     index.add_argument("--split", help="the cases of this split only (default: all)")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Commands) -> None:
     command = commands.add_parser("segment", help="let a model draw a finding or an organ in a scan, and measure it")
-    command.add_argument("model", metavar="MODEL", type=Path, help="the folder of a trained segmenter (stages/segmentation.py)")
+    command.add_argument("model", metavar="MODEL", type=Path, help="the folder of a trained segmenter (`med3dvlm train segmentation`)")
     add_scan(command)
     command.add_argument("texts", metavar="TEXT", nargs="+", help="what to look for, as in 'liver mass'; each gets a mask of its own")
     command.add_argument(

@@ -1,13 +1,13 @@
 """Sets a run of one of the evaluations beside another, beside the papers, or beside itself without duplicates.
 
-    python eval/compare.py outputs/demo/eval/report outputs/other/eval/report
-    python eval/compare.py outputs/demo/eval/vqa --split-file outputs/demo/prepared/audit/deduplicated.json
-    python eval/compare.py --published outputs/demo
+    med3dvlm evaluate compare outputs/demo/eval/report outputs/other/eval/report
+    med3dvlm evaluate compare outputs/demo/eval/vqa --split-file outputs/demo/prepared/audit/deduplicated.json
+    med3dvlm evaluate compare --published outputs/demo
 
 Two runs about the same studies: each figure of both, their difference, its 95 % bootstrap interval and the p value of a paired randomisation
 test, both by patient. They are computed from predictions.jsonl; patients and labels come from the prepared data that the runs name.
 With --split-file, of one run: its figures over all studies and over those that the file keeps (retrieval then has a smaller pool); of two:
-the comparison over those alone. --published belongs to eval/published.py. With --output, comparison.md and comparison.json.
+the comparison over those alone. --published prints the papers' tables (paper_tables.py). With --output, comparison.md and comparison.json.
 """
 
 import argparse
@@ -84,7 +84,7 @@ class Figure(NamedTuple):
 
 def read(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; name a folder that a script of eval/ wrote")
+        raise FileNotFoundError(f"{path} is missing; name a folder that `med3dvlm evaluate` wrote")
     return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
@@ -102,7 +102,7 @@ def open_run(folder: Path) -> Run:
     task = next((task for task, fields in FIELDS.items() if all(field in rows[0] for field in fields)), None)
     if task is None:
         raise ValueError(
-            f"{path} holds {', '.join(rows[0])}, which is no output of eval/{{retrieval,vqa,report_gen,zero_shot,linear_probe}}.py"
+            f"{path} holds {', '.join(rows[0])}, which is no output of `med3dvlm evaluate retrieval`, `vqa`, `report`, `zero_shot` or `linear_probe`"
         )
     return Run(folder, task, record, rows)
 

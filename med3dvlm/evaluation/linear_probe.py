@@ -1,8 +1,8 @@
 """What a linear layer on a frozen image encoder learns of findings: CT-RATE's 18 (DCFormer paper, Table 2), or whichever the data have labels of.
 
-    python eval/linear_probe.py --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe
-    python eval/linear_probe.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe --score-only
-    python eval/linear_probe.py --model outputs/ct_clip/model --data other/prepared --output other/probe --probe outputs/ct_clip/eval/probe
+    med3dvlm evaluate linear_probe --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe
+    med3dvlm evaluate linear_probe --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe --score-only
+    med3dvlm evaluate linear_probe --model outputs/ct_clip/model --data other/prepared --output other/probe --probe outputs/ct_clip/eval/probe
 
 Takes the image encoder of a Med3DCLIP, a Med3DVLM, or alone. Its tokens' mean is computed once for each volume and kept in the cache, the layer
 is trained on those by binary cross-entropy (med3dvlm/evaluation/probe.py), and stopped early. Weight decay, the end of training and thresholds

@@ -1,9 +1,9 @@
 """One page to look at: report.html with the figures of runs, what could be had without looking, and their cases, in one file.
 
-    python eval/page.py outputs/paper --cases 200 --megabytes 10
-    python eval/page.py runs/retrieval runs/report_7b --output runs/report.html
+    med3dvlm evaluate page outputs/paper --cases 200 --megabytes 10
+    med3dvlm evaluate page runs/retrieval runs/report_7b --output runs/report.html
 
-Takes folders that the scripts of eval/ wrote, or the folder above eval/ that holds them; all about the same data, whose volumes are read from
+Takes folders that evaluations wrote, or the folder above eval/ that holds them; all about the same data, whose volumes are read from
 where run.json says. Losses are those of the stages beside eval/. The page needs neither network nor server; it follows the system's light or
 dark mode and prints. Cases are spread evenly over the split, not selected:
 three slices, reference and prediction with their findings marked as agreed, missed or invented by med3dvlm.reports.findings, and the answers.

@@ -1,7 +1,7 @@
 """The tables of the papers (med3dvlm/evaluation/paper_tables.yaml), with what the runs of the evaluations reached below their rows.
 
-    python eval/compare.py --published outputs/demo
-    python eval/compare.py --published outputs/paper/eval/report --data-name M3D-Cap --output outputs/paper/published
+    med3dvlm evaluate compare --published outputs/demo
+    med3dvlm evaluate compare --published outputs/paper/eval/report --data-name M3D-Cap --output outputs/paper/published
 
 Takes folders with a scores.json, or the folder above eval/. Only tables that some run has figures for are printed, in the papers' units; a
 figure that the run lacks is a dash. At the end stands what each name means, there and here. With --output, published.md and published.json.

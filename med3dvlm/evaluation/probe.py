@@ -122,7 +122,9 @@ class LinearProbe:
         """
         for name in (WEIGHTS_FILE, SETTINGS_FILE):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name} is missing; name the output of a run of eval/linear_probe.py that trained")
+                raise FileNotFoundError(
+                    f"{folder / name} is missing; name the output of a run of `med3dvlm evaluate linear_probe` that trained"
+                )
         about = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8-sig"))
         names, stored = tuple(about.pop("names")), load_file(folder / WEIGHTS_FILE)
         if stored.keys() != {"weight", "bias"} or not len(names) == len(stored["weight"]) == len(stored["bias"]):

@@ -1,7 +1,7 @@
 """Reports that a Med3DVLM writes, against the radiologist's.
 
-    python eval/report_gen.py --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/report
-    python eval/report_gen.py --data outputs/demo/prepared --output outputs/demo/eval/report --score-only --bertscore
+    med3dvlm evaluate report --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/report
+    med3dvlm evaluate report --data outputs/demo/prepared --output outputs/demo/eval/report --score-only --bertscore
 
 Lexical scores see mostly style, so scores.json has besides them `collapse` (does every scan get the same report?) and `findings`: which
 ones the written report states as present, against the studies' labels (a finding that a study has no label of counts for nothing), or,

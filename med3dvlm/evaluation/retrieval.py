@@ -1,7 +1,7 @@
 """Retrieval of a Med3DCLIP: which report belongs to a volume, and which volume to a report.
 
-    python eval/retrieval.py --model outputs/demo/stage1 --data outputs/demo/prepared --output outputs/demo/eval/retrieval
-    python eval/retrieval.py --data outputs/demo/prepared --output outputs/demo/eval/retrieval --score-only --pools 50,100 --ks 5,10,50,100
+    med3dvlm evaluate retrieval --model outputs/demo/stage1 --data outputs/demo/prepared --output outputs/demo/eval/retrieval
+    med3dvlm evaluate retrieval --data outputs/demo/prepared --output outputs/demo/eval/retrieval --score-only --pools 50,100 --ks 5,10,50,100
 
 Every study is embedded once, to embeddings.safetensors. A pool is the first 100, 500, 1000 or 2000 studies of the split, as far as it has
 that many, or all of a smaller split. predictions.jsonl has the rank of each one's partner among the whole split, from 1; a tie counts

@@ -1,8 +1,8 @@
 """Where a model looks, against where the finding is: of phantoms, whose lesions' places are known.
 
-    python eval/saliency.py --model outputs/demo/model --clip outputs/demo/stage1 --data outputs/demo/prepared \\
+    med3dvlm evaluate saliency --model outputs/demo/model --clip outputs/demo/stage1 --data outputs/demo/prepared \\
         --scans outputs/demo/phantoms --output outputs/demo/eval/grounding
-    python eval/saliency.py --data outputs/demo/prepared --output outputs/demo/eval/grounding --score-only
+    med3dvlm evaluate saliency --data outputs/demo/prepared --output outputs/demo/eval/grounding --score-only
 
 A case is a finding of a study. Its heat (med3dvlm.inference.saliency) has one highest cell, of which is asked whether it holds a part of the lesion
 (inside), whether it or a cell that touches it does (near), and how far its middle lies from the lesion (mm).

@@ -1,7 +1,7 @@
 """Masks that a Med3DSegmenter draws, finding by finding, against those of the data.
 
-    python eval/segmentation.py --model outputs/demo/segmentation --data outputs/demo/prepared --output outputs/demo/eval/segmentation
-    python eval/segmentation.py --data outputs/demo/prepared --output outputs/demo/eval/segmentation --score-only
+    med3dvlm evaluate segmentation --model outputs/demo/segmentation --data outputs/demo/prepared --output outputs/demo/eval/segmentation
+    med3dvlm evaluate segmentation --data outputs/demo/prepared --output outputs/demo/eval/segmentation --score-only
 
 A case is a finding of a study: one that has a mask, or that its labels say is absent. All are asked by their names, together, on the prepared
 volume. A mask is drawn where the finding is likelier there than not; its voxels are those whose probability exceeds --threshold.

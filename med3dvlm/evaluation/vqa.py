@@ -1,8 +1,8 @@
 """Visual question answering of a Med3DVLM, question by question.
 
-    python eval/vqa.py --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/vqa
-    python eval/vqa.py --data outputs/demo/prepared --output outputs/demo/eval/vqa --score-only
-    torchrun --nproc_per_node 2 eval/vqa.py --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/vqa
+    med3dvlm evaluate vqa --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/vqa
+    med3dvlm evaluate vqa --data outputs/demo/prepared --output outputs/demo/eval/vqa --score-only
+    torchrun --nproc_per_node 2 -m med3dvlm.cli evaluate vqa --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/vqa
 
     closed   the choice whose text the model finds likeliest after the bare question: highest mean log-probability of its tokens;
              a tie counts against the answer

@@ -1,8 +1,8 @@
 """Which findings a Med3DCLIP sees in a volume, without having been taught any: zero-shot detection.
 
-    python eval/zero_shot.py --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot
-    python eval/zero_shot.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot --score-only
-    torchrun --nproc_per_node 2 eval/zero_shot.py --model ... --templates 4
+    med3dvlm evaluate zero_shot --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot
+    med3dvlm evaluate zero_shot --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot --score-only
+    torchrun --nproc_per_node 2 -m med3dvlm.cli evaluate zero_shot --model ... --templates 4
 
 The findings are those that the studies have labels of: CT-RATE's 18, and any others by the same prompts.
 

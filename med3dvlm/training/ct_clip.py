@@ -1,10 +1,10 @@
 """The CT-CLIP path: an image-text model of chest CT learns from the scans and reports of CT-RATE (DCFormer paper, Methods; arXiv 2403.17834).
 
-    deepspeed stages/ct_clip.py --config stages/configs/demo/ct_clip.yaml
-    python stages/ct_clip.py --config stages/configs/smoke/ct_clip.yaml --encoder vit3d_naive
+    med3dvlm train ct_clip --config demo/ct_clip
+    med3dvlm train ct_clip --config smoke/ct_clip --encoder vit3d_naive
 
 It is stage 1's training with other settings by default: CXR-BERT, CLIP's loss, a common space of 512. Writes a Med3DCLIP with its tokenizer and
-VolumeProcessor, for eval/zero_shot.py, eval/linear_probe.py, eval/retrieval.py and `med3dvlm index`. Started again, it continues from the
+VolumeProcessor, for `med3dvlm evaluate zero_shot`, `linear_probe` and `retrieval`, and for `med3dvlm index`. Started again, it continues from the
 last whole checkpoint.
 """
 

@@ -1,7 +1,7 @@
 """Segmentation: a decoder on the encoder of a stage-1 model learns where the things lie that prompts name.
 
-    deepspeed stages/segmentation.py --config stages/configs/demo/segmentation.yaml
-    python stages/segmentation.py --config stages/configs/smoke/segmentation.yaml --dual-cross-attention false
+    med3dvlm train segmentation --config demo/segmentation
+    med3dvlm train segmentation --config smoke/segmentation --dual-cross-attention false
 
 Writes a Med3DSegmenter with its processor. Started again, it continues from the last whole checkpoint.
 """

@@ -1,7 +1,7 @@
 """Before the stages, for the embedded default alone: a small Qwen2 with a tokenizer of its own learns the words of the training texts.
 
-    deepspeed stages/stage0_language_model.py --config stages/configs/demo/stage0_language_model.yaml
-    python stages/stage0_language_model.py --config stages/configs/smoke/stage0_language_model.yaml --max-steps 4
+    med3dvlm train stage0 --config demo/stage0_language_model
+    med3dvlm train stage0 --config smoke/stage0_language_model --max-steps 4
 
 It is plain language modelling on text: reports, and questions asked about a report where later the image will stand. No volume is read.
 """

@@ -1,7 +1,7 @@
 """Stage 2: the projector learns to put the image into the language model's words; everything else is frozen (paper, section 3.2.2).
 
-    deepspeed stages/stage2_projector.py --config stages/configs/demo/stage2_projector.yaml
-    python stages/stage2_projector.py --config stages/configs/smoke/stage2_projector.yaml --projector low_high_mlp
+    med3dvlm train stage2 --config demo/stage2_projector
+    med3dvlm train stage2 --config smoke/stage2_projector --projector low_high_mlp
 
 Writes a Med3DVLM with its processor. Started again, it continues from the last whole checkpoint.
 """

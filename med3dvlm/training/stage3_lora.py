@@ -1,7 +1,7 @@
 """Stage 3: LoRA on every linear layer of the language model, and the projector (paper, section 3.2.3); then the merge.
 
-    deepspeed stages/stage3_lora.py --config stages/configs/demo/stage3_lora.yaml
-    python stages/stage3_lora.py --config stages/configs/smoke/stage3_lora.yaml --lora-rank 8
+    med3dvlm train stage3 --config demo/stage3_lora
+    med3dvlm train stage3 --config smoke/stage3_lora --lora-rank 8
 
 Writes a PEFT adapter to the output folder and the merged Med3DVLM, ready to use, to `merged`.
 """

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from med3dvlm.evaluation import air, other_patients, training_split
+from med3dvlm.evaluation import empty_volume, other_patients, training_split
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.records import Study
 from med3dvlm.volume import Volume
@@ -19,7 +19,7 @@ def test_air_is_what_the_recipe_makes_of_air(recipe: str) -> None:
     array = torch.full((40, 60, 50), -1000, dtype=torch.int16).numpy()
     array[15:25, 20:40, 15:35] = 40
     around = processor.transform(Volume(array, (3.0, 1.0, 1.0), "SPL", unit="HU"))
-    empty = air(SimpleNamespace(processor=processor))
+    empty = empty_volume(SimpleNamespace(processor=processor))
     assert empty.shape == (8, 12, 10) and empty.dtype == torch.float32
     assert (empty == {"m3d": 0, "hu_window": 0, "ct_rate": -1, "ct_clip": -1}[recipe]).all()
     assert float(around.min()) >= float(empty[0, 0, 0])

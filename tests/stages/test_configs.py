@@ -14,7 +14,7 @@ from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMConfig
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.encoders import build_encoder, count_parameters
 from med3dvlm.training import ct_clip, segmentation, stage0_language_model, stage2_projector, stage3_lora
-from med3dvlm.training.arguments import StageArguments, parse_arguments
+from med3dvlm.training.arguments import StageArguments, find_config, parse_arguments
 from med3dvlm.training.contrastive import ContrastiveArguments
 from med3dvlm.training.run import lora_targets, train_only
 
@@ -61,7 +61,7 @@ def test_every_recipe_parses_and_its_values_arrive(path: Path) -> None:
     assert arguments.report_to == []  # nothing goes to a service unless asked for
     assert arguments.save_total_limit >= 2
     if "deepspeed" in settings:
-        assert json.loads((REPOSITORY / settings["deepspeed"]).read_text(encoding="utf-8"))["zero_optimization"]["stage"] == 2
+        assert json.loads(find_config(settings["deepspeed"], ".json").read_text(encoding="utf-8"))["zero_optimization"]["stage"] == 2
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -103,7 +103,7 @@ def test_the_papers_numbers(stage: str, batch: int, rate: float, decay: float, e
     assert arguments.lr_scheduler_type == "cosine" and arguments.get_warmup_steps(1000) == 30
     assert arguments.optim == "adamw_torch" and arguments.bf16 and arguments.gradient_accumulation_steps == 1
     settings = yaml.safe_load((CONFIGS / "paper" / f"{stage}.yaml").read_text(encoding="utf-8"))
-    assert settings["deepspeed"] == "ds_configs/zero2.json"
+    assert settings["deepspeed"] == "deepspeed/zero2"
 
 
 def test_the_papers_models() -> None:
