@@ -11,6 +11,7 @@ from torch import nn
 from transformers import DistilBertConfig, Qwen2Config
 
 from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMConfig
+from med3dvlm.cli import PROGRAMS
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.encoders import build_encoder, count_parameters
 from med3dvlm.training import ct_clip, segmentation, stage0_language_model, stage2_projector, stage3_lora
@@ -67,7 +68,8 @@ def test_every_recipe_parses_and_its_values_arrive(path: Path) -> None:
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_the_command_in_a_recipe_names_the_recipe(path: Path) -> None:
     said = path.read_text(encoding="utf-8")
-    assert f"stages/{path.stem}.py --config {path.relative_to(REPOSITORY)}" in said
+    (stage,) = (name for name, (module, _) in PROGRAMS["train"].items() if module == f"training.{path.stem}")
+    assert f"train {stage} --config {path.parent.name}/{path.stem}" in said
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
