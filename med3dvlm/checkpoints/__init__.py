@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 
 from med3dvlm.checkpoints.convert.conversion import Conversion, convert_published
 from med3dvlm.checkpoints.convert.weights import Checkpoint, find_weights
+from med3dvlm.checkpoints.hub import write_card
 from med3dvlm.encoders import Encoder, build_encoder
 from med3dvlm.files import DETECTOR_FILE, MODEL_CONFIGS, install_model, write_json
 from med3dvlm.models.clip import Med3DCLIP
@@ -268,6 +269,7 @@ def merge_lora(adapter: str | Path, destination: str | Path, base: str | Path | 
         if (detector := adapter / DETECTOR_FILE).is_file():
             shutil.copy(detector, aside)
         write_json(aside / MERGED_FROM, {"adapter": str(adapter.resolve())})
+        write_card(aside, destination)
         install_model(aside, destination)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

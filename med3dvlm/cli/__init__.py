@@ -45,7 +45,7 @@ PASSED_ON = {
 }
 GROUPS = {
     "Data": ("phantom", "prepare", "audit", "findings"),
-    "Training": ("train", "merge", "convert", "encoders"),
+    "Training": ("train", "merge", "convert", "push", "encoders"),
     "Evaluation": ("evaluate",),
     "A scan": ("inspect", "ask", "report", "segment", "chat", "accounts"),
     "Cases": ("index", "search"),

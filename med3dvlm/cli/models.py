@@ -39,6 +39,12 @@ def add_commands(commands: Commands) -> None:
     convert.add_argument("--verify", action="store_true", help="read the result back and compare it with the source, bit for bit")
     convert.set_defaults(run=_convert)
 
+    push = commands.add_parser("push", help="upload a model to the Hugging Face hub, with a card written from its records")
+    push.add_argument("model", metavar="MODEL", type=Path, help="the folder of a trained, merged or converted model")
+    push.add_argument("repo", metavar="REPO_ID", help="the repository, OWNER/NAME; made where there is none")
+    push.add_argument("--private", action="store_true", help="for yourself and whom you let in")
+    push.set_defaults(run=_push)
+
     encoders = commands.add_parser("encoders", help="the vision encoders: parameters and operations, counted, beside the paper's")
     encoders.add_argument("names", metavar="NAME", nargs="*", help="these only")
     encoders.add_argument("--size", type=parse_size, metavar="D,H,W", help="voxels of a volume (default: 256,512,512 or the encoder's own)")
@@ -105,6 +111,16 @@ def _merge(arguments: argparse.Namespace) -> None:
     with whole_folder(arguments.out) as aside:
         merge_lora(arguments.adapter, aside, arguments.base)
     print(f"{arguments.out} holds the merged model")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from med3dvlm.checkpoints.hub import push
+
+    names = push(arguments.model, arguments.repo, arguments.private)
+    print(f"{arguments.repo} holds {', '.join(names)}")
+    left = sorted(path.name for path in arguments.model.iterdir() if path.name not in names)
+    if left:
+        print(f"not uploaded: {', '.join(left)}", file=sys.stderr)
 
 
 def _encoders(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 
+from med3dvlm.checkpoints.hub import write_card
 from med3dvlm.encoders import count_parameters
 from med3dvlm.files import install_model, read_lines, write_json, write_lines
 from med3dvlm.models.vlm import Med3DVLM
@@ -144,6 +145,7 @@ def save_final(trainer: StageTrainer) -> None:
     trainer.save_model(str(aside))
     if not trainer.is_world_process_zero():
         return
+    write_card(aside, output)
     install_model(aside, output)
 
 
