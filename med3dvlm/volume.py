@@ -34,12 +34,12 @@ from med3dvlm.formats import HU_POLICIES, READERS, VolumeError
 from med3dvlm.formats.base import colour
 from med3dvlm.formats.hu import interpret
 from med3dvlm.geometry.measurements import Places
+from med3dvlm.geometry.orientation import PLANES, direction_of, is_orientation, nearest_letters
 from med3dvlm.geometry.straightening import Straightening
 
 __all__ = ["HU_POLICIES", "READERS", "UNITS", "Volume", "VolumeError", "read_volume"]
 
 UNITS = ("HU", "unit", "arbitrary")
-PLANES = {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal", "L": "sagittal", "R": "sagittal"}
 OBLIQUE_DEGREES = 15.0  # beyond this, calling an axis by the nearest anatomical direction is worth a warning
 AMBIGUOUS_DEGREES = 35.0  # beyond this, another direction is about as near
 FINEST, COARSEST = 0.05, 50.0  # mm; a scan has no finer and no coarser voxels
@@ -96,7 +96,7 @@ class Volume:
             return f"spacing is {spacing} but must be three positive numbers (z, y, x) in mm"
         if (heights := self.slice_positions) is not None and not (len(heights) == len(array) and (np.diff(heights) > 0).all()):
             return f"slice_positions must be {len(array)} growing numbers, one for each slice; leave them out"
-        if letters is not None and sorted(PLANES.get(x, "?") for x in letters) != ["axial", "coronal", "sagittal"]:
+        if letters is not None and not is_orientation(letters):
             return f"orientation is {letters!r} but must be one letter each of L/R, A/P and I/S, such as 'SPL'"
         if self.unit not in UNITS:
             return f"unit is {self.unit!r} but must be one of {', '.join(UNITS)}"
@@ -157,7 +157,7 @@ class Volume:
         """
         if self.spacing is None or self.orientation is None:
             return None
-        direction = geometry.direction_of(self.orientation) if self.direction is None else self.direction
+        direction = direction_of(self.orientation) if self.direction is None else self.direction
         slices = np.arange(len(self.array), dtype=np.float64)
         if self.slice_positions is not None:
             normal = np.cross(direction[:, 1], direction[:, 2])
@@ -179,7 +179,7 @@ class Volume:
         grid = self.straightening()
         letters, facing, origin = self.orientation, None, None
         if self.direction is not None:
-            letters, facing = geometry.nearest_letters(grid.direction), grid.direction
+            letters, facing = nearest_letters(grid.direction), grid.direction
             origin = None if self.origin is None else self.origin + grid.offset
         doubts = _doubts(self)
         notes = (*self.notes, f"the slices are resampled to a regular grid ({'; '.join(_irregular(self))}).")
@@ -254,7 +254,7 @@ def read_volume(
         heights = None
     if millimetres is None:
         warnings.append("the spacing is unknown; state it with spacing=(z, y, x) in mm.")
-    letters = None if direction is None else geometry.nearest_letters(direction)
+    letters = None if direction is None else nearest_letters(direction)
     if orientation is not None and orientation != letters:
         if letters is not None:
             warnings.append(f"the file says orientation {letters}; the stated {orientation} is used.")

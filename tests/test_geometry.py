@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from med3dvlm.geometry import letters_towards, nearest_letters, shear, turn
+from med3dvlm.geometry import shear, turn
+from med3dvlm.geometry.orientation import letters_towards, nearest_letters
 from med3dvlm.geometry.straightening import Straightening
 from med3dvlm.volume import Volume, VolumeError, read_volume
 from tests.formats.scans import scan

@@ -3,10 +3,10 @@
 import io
 
 import numpy as np
-from PIL import Image
 
 from med3dvlm.app.scans import OpenScan
-from med3dvlm.app.viewer import display_order
+from med3dvlm.geometry.orientation import for_screen
+from med3dvlm.plots.slices import draw_slice
 from med3dvlm.reports.draft import KeyImage
 
 PLANES = ("axial", "coronal", "sagittal")  # that cut the display axes z, y, x
@@ -31,14 +31,10 @@ def key_image(scan: OpenScan, plane: str, index: int, window: tuple[float, float
         raise ValueError("The window needs a lowest value that is below its highest.")
     facts = picture.facts
     values = facts["slope"] * np.take(picture.stored, index, cut).astype(np.float64) + facts["intercept"]
-    grey = np.clip(np.round(255 * (values - low) / (high - low)), 0, 255).astype(np.uint8)  # rows, columns
-    millimetres = [length * mm for axis, (length, mm) in enumerate(zip(picture.stored.shape, facts["spacing"], strict=True)) if axis != cut]
-    finest = min(mm for axis, mm in enumerate(facts["spacing"]) if axis != cut)
-    scale = min(1 / finest, LONGEST / max(millimetres))  # pixels a mm
-    rows, columns = (max(1, round(scale * mm)) for mm in millimetres)
+    down, across = (mm for axis, mm in enumerate(facts["spacing"]) if axis != cut)
     buffer = io.BytesIO()
-    Image.fromarray(grey).resize((columns, rows), Image.Resampling.BILINEAR).save(buffer, "png")
-    order, flips = display_order(scan.volume)
+    draw_slice(values, (low, high), (down, across), LONGEST).save(buffer, "png")
+    order, flips = for_screen(scan.volume.orientation)
     place = None
     if order[cut] == 0 and scan.as_filed:
         place = index if flips[cut].step == 1 else count - 1 - index

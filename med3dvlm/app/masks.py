@@ -19,9 +19,9 @@ from scipy import ndimage
 
 from med3dvlm.app.analysis import Segment
 from med3dvlm.app.scans import OpenScan
-from med3dvlm.app.viewer import display_order
 from med3dvlm.formats.nifti import mask_file
 from med3dvlm.geometry.measurements import NEIGHBOURS, bounding_box
+from med3dvlm.geometry.orientation import for_screen
 from med3dvlm.inference.segmentation import Segmentation
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.reports.dicom_seg import dicom_segmentation
@@ -72,7 +72,7 @@ def pack(found: Segmentation, scan: OpenScan) -> Mask:
 
 def _for_browser(mask: NDArray[np.bool_], scan: OpenScan) -> tuple[bytes, dict[str, Any]]:
     """`bits` and `facts` of a Mask. Where the picture is coarser than the scan, a voxel of it belongs to the mask if any of its block does."""
-    order, flips = display_order(scan.volume)
+    order, flips = for_screen(scan.volume.orientation)
     block = scan.picture.block
     if block > 1:
         depth, height, width = mask.shape

@@ -16,15 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from med3dvlm.geometry import SECOND_LETTER, letters_towards
+from med3dvlm.geometry.orientation import SECOND_LETTER, for_screen, letters_towards
 from med3dvlm.volume import Volume
 
 # The letters at a picture's edges: top, bottom, left, right.
 EDGES = {"axial": "APRL", "coronal": "SIRL", "sagittal": "SIAP"}
 AXES = {"axial": (1, 2), "coronal": (0, 2), "sagittal": (0, 1)}  # of (z, y, x), down a picture and across it
 STORED_NAMES = {"axial": "slices", "coronal": "rows", "sagittal": "columns"}  # where the orientation is unknown
-DISPLAY_AXES = "IPL"  # the direction in which the index grows along z, y, x
-OPPOSITE = dict(zip("SIAPLR", "ISPARL", strict=True))
 
 # Lowest and highest value shown, in Hounsfield units.
 WINDOWS = {
@@ -61,7 +59,7 @@ def picture(volume: Volume, most_voxels: int = MOST_SHOWN) -> Picture:
     A value is `slope * stored + intercept`: int16 volumes are sent as they are, others in 65535 steps from their least to their greatest
     value. Above `most_voxels`, blocks of 2 x 2, 3 x 3, ... voxels within a stored slice become their mean, and `facts["note"]` says so.
     """
-    order, flips = display_order(volume)
+    order, flips = for_screen(volume.orientation)
     spacing = list(volume.spacing or (1.0, 1.0, 1.0))
     array, block = coarser(volume.array, most_voxels)
     spacing[1:] = [mm * block for mm in spacing[1:]]
@@ -101,7 +99,7 @@ def directions(volume: Volume) -> NDArray[np.float64]:
     """Unit vectors (right, anterior, superior), in the columns, in which the display axes z, y, x grow; of letters alone the patient's axes."""
     if volume.direction is None:
         return np.array([[0, 0, -1], [0, -1, 0], [-1, 0, 0]], dtype=np.float64)
-    order, flips = display_order(volume)
+    order, flips = for_screen(volume.orientation)
     return volume.direction[:, order] * [flip.step or 1 for flip in flips]
 
 
@@ -111,7 +109,7 @@ def metric(volume: Volume, spacing: Sequence[float]) -> NDArray[np.float64]:
     `spacing` is that of the stored axes, as shown.
     """
     grows = directions(volume)
-    along = np.array(spacing)[list(display_order(volume)[0])]
+    along = np.array(spacing)[list(for_screen(volume.orientation)[0])]
     return (grows.T @ grows) * np.outer(along, along)
 
 
@@ -128,7 +126,7 @@ def overlay(volume: Volume, shown: Picture, cells: NDArray[np.float32], step: in
 
     `facts["peak"]` is the voxel of the picture in the middle of the hottest place, None where nothing is hotter than the rest.
     """
-    order, flips = display_order(volume)
+    order, flips = for_screen(volume.orientation)
     heat = np.ascontiguousarray(np.round(255 * cells).astype(np.uint8).transpose(order)[flips])
     origin, steps = [], []
     for axis, flip, length in zip(order, flips, shown.stored.shape, strict=True):
@@ -209,11 +207,3 @@ def describe(volume: Volume, kind: str) -> dict[str, str]:
     rows["Unit"] = UNITS.get(volume.unit, volume.unit)
     rows["Values"] = f"{volume.array.min():g} to {volume.array.max():g}"
     return rows
-
-
-def display_order(volume: Volume) -> tuple[tuple[int, int, int], tuple[slice, slice, slice]]:
-    """Which stored axis becomes z, y and x, and the slices that turn those growing the other way."""
-    stored = volume.orientation or DISPLAY_AXES
-    order = tuple(next(i for i, letter in enumerate(stored) if letter in (to, OPPOSITE[to])) for to in DISPLAY_AXES)
-    flips = tuple(slice(None, None, 1 if stored[i] == to else -1) for i, to in zip(order, DISPLAY_AXES, strict=True))
-    return order, flips  # type: ignore[return-value]

@@ -11,6 +11,7 @@ import torch
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation.question_scores import likeliest
 from med3dvlm.metrics.text import token_f1_values
+from med3dvlm.plots.slices import grey
 from med3dvlm.records import Study
 from med3dvlm.reports.findings import find_mentions
 
@@ -100,7 +101,7 @@ def picture(plane: torch.Tensor) -> str:
     """(H, W) in 0..1 as a data URI, PNG or JPEG, whichever is smaller."""
     from PIL import Image
 
-    image = Image.fromarray((plane * 255).round().to(torch.uint8).numpy())
+    image = Image.fromarray(grey(plane, (0.0, 1.0)))
     image.thumbnail((EDGE, EDGE))
     forms = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):

@@ -9,17 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm.geometry import letters_towards
+from med3dvlm.geometry.orientation import OPPOSITE, is_orientation, letters_towards, slice_axes
 from med3dvlm.plots.canvas import BLUE, LABEL_BACKGROUND, new_page, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# Patient directions that a picture shows towards its bottom and its right edge, as a radiologist expects: feet and
-# back below, the patient's left and back to the right.
-DOWNWARD, RIGHTWARD = "IP", "LP"
-OPPOSITE = dict(zip("RLAPIS", "LRPASI", strict=True))
-AXIS_OF = dict(zip("RLAPIS", ("LR", "LR", "AP", "AP", "IS", "IS"), strict=True))
 
 
 class Scan(NamedTuple):
@@ -141,27 +135,16 @@ def _volume(array: Any) -> NDArray[np.float32]:
     return volume
 
 
-def _axes_of(plane: int, orientation: str | None) -> tuple[int, int, bool, bool]:
-    """(vertical axis, horizontal axis, flip vertically, flip horizontally) of the slice across axis `plane`."""
-    vertical, horizontal = [axis for axis in range(3) if axis != plane]
-    if orientation is None:
-        return vertical, horizontal, False, False
-    # Up and down the page: head and feet, else front and back. The other axis lies across.
-    if AXIS_OF[orientation[horizontal]] == "IS" or AXIS_OF[orientation[vertical]] == "LR":
-        vertical, horizontal = horizontal, vertical
-    return vertical, horizontal, orientation[vertical] not in DOWNWARD, orientation[horizontal] not in RIGHTWARD
-
-
 def _check_geometry(spacing: Any, orientation: str | None) -> None:
     if spacing is not None and (len(spacing) != 3 or not all(math.isfinite(step) and step > 0 for step in spacing)):
         raise ValueError(f"spacing={spacing}; give three positive millimetres (z, y, x), or None.")
-    if orientation is not None and sorted(AXIS_OF.get(letter, "") for letter in orientation) != ["AP", "IS", "LR"]:
+    if orientation is not None and not is_orientation(orientation):
         raise ValueError(f'orientation={orientation!r}; give one letter each of R/L, A/P and S/I, such as "SPL", or None.')
 
 
 def _aspect(shape: Sequence[int], plane: int, spacing: Any, orientation: str | None) -> float:
     """Height over width of a drawn slice."""
-    vertical, horizontal, _, _ = _axes_of(plane, orientation)
+    vertical, horizontal, _, _ = slice_axes(plane, orientation)
     steps = (1.0, 1.0, 1.0) if spacing is None else spacing
     return float(shape[vertical] * steps[vertical] / (shape[horizontal] * steps[horizontal]))
 
@@ -169,7 +152,7 @@ def _aspect(shape: Sequence[int], plane: int, spacing: Any, orientation: str | N
 def _show(axes: "Axes", scan: Scan, plane: int, index: int, letters: bool = False, anchor: str = "C") -> None:
     """The slice `index` across axis `plane`, perhaps with the letters of its edges."""
     volume, spacing, orientation, window, direction = scan
-    vertical, horizontal, flip_vertical, flip_horizontal = _axes_of(plane, orientation)
+    vertical, horizontal, flip_vertical, flip_horizontal = slice_axes(plane, orientation)
     picture = np.take(volume, index, axis=plane)  # (first, second) of the two remaining axes
     if vertical > horizontal:
         picture = picture.T

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -35,6 +34,7 @@ from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData, read_voxels, same_preprocessing
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.files import PART, json_lines, require_free, whole_file, whole_folder, write_json
+from med3dvlm.plots.slices import grey
 from med3dvlm.preprocessing import SETTINGS, Scan, VolumeProcessor
 from med3dvlm.records import Study
 from med3dvlm.search import vectors
@@ -218,9 +218,7 @@ class CaseIndex:
             return None
         voxels = read_voxels(path, hit.checksum)  # (D, H, W)
         grid = VolumeProcessor.from_pretrained(root).grid
-        shares = (voxels[len(voxels) // 2].to(torch.float32) - grid.low) / (grid.high - grid.low)
-        picture: NDArray[np.uint8] = (255 * shares).round().to(torch.uint8).numpy()
-        return picture
+        return grey(voxels[len(voxels) // 2], (grid.low, grid.high))
 
 
 def _fingerprint(embedder: Embedder) -> str:

@@ -7,7 +7,8 @@ import nibabel.orientations
 import numpy as np
 import pytest
 
-from med3dvlm.app.viewer import WINDOWS, coarser, default_window, describe, display_order, overlay, picture
+from med3dvlm.app.viewer import WINDOWS, coarser, default_window, describe, overlay, picture
+from med3dvlm.geometry.orientation import for_screen
 from med3dvlm.inference.saliency import SaliencyMap, place
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.volume import Volume
@@ -143,7 +144,7 @@ def test_the_crosshair_jumps_to_the_middle_of_the_hottest_cell_also_at_the_edge(
     body[4:, 8:90, 6:84] = generator.integers(100, 900, (56, 82, 78))
     volume = volume_of(body, orientation, spacing=(1.5, 1.25, 1.0), unit="HU")
     shown = picture(volume)
-    order, flips = display_order(volume)
+    order, flips = for_screen(volume.orientation)
     first, step = (7.5, 7.5, 7.5), (16, 16, 16)
     cells = np.diag([*step, 1.0])
     cells[:3, 3] = first
@@ -172,7 +173,7 @@ def test_lengths_are_those_of_the_patient_also_where_axes_are_sheared(orientatio
     tilted = direction[:, 0] + 0.35 * direction[:, 1]  # the stack leans along its rows, as with a tilted gantry
     direction[:, 0] = tilted / np.linalg.norm(tilted)
     volume = volume_of(array, orientation, spacing=tuple(spacing), direction=direction)
-    order, flips = display_order(volume)
+    order, flips = for_screen(volume.orientation)
     found = np.array(picture(volume).facts["metric"])
     for step in np.random.default_rng(5).normal(size=(5, 3)):
         stored = np.zeros(3)
