@@ -14,7 +14,7 @@ HOLD = "import time; held = b'x' * 10**8; time.sleep(2)"
 
 
 def timed(repository: Path, file: Path, *command: str) -> list[str]:
-    return [sys.executable, str(repository / "stages" / "timed.py"), str(file), "step", *command]
+    return [sys.executable, str(repository / "stages" / "demo" / "timed.py"), str(file), "step", *command]
 
 
 def only_line(file: Path) -> dict[str, Any]:
