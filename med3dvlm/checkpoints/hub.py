@@ -215,7 +215,8 @@ def _figures(folder: Path) -> str:
         if table.is_file() and record.get("model") and Path(record["model"]).resolve() == folder.resolve():
             about = record.get("identity", {})
             heading = f"### {path.parent.name}: split {about.get('split')} of data `{about.get('data')}`"
-            parts.append(f"{heading}\n\n{table.read_text(encoding='utf-8-sig').strip()}\n")
+            text = table.read_text(encoding="utf-8-sig").strip()
+            parts.append(f"{heading}\n\n{text}\n")
     return "\n## Figures\n\n" + "\n".join(parts) if parts else ""
 
 

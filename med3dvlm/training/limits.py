@@ -38,6 +38,7 @@ INTERVALS = {
     "heads": "[1, 1024]",
     # stage 1 and the CT-CLIP path
     "image_stages": COUNT,
+    "image_levels": "[-64, -1]",  # of stage 2
     "logit_bias": "(-inf, inf)",
     "logit_scale": "[-10, 4.6052]",
     "max_text_length": "[3, inf)",
@@ -104,7 +105,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise ValueError where a number lies outside of its interval, or a setting has a value that is not allowed."""
     for name, interval in INTERVALS.items():
         value = settings.get(name)
-        if value not in (None, UNSET.get(name)) and not _contains(interval, value):
+        numbers: list[float] = value if isinstance(value, list) else [value]  # type: ignore[list-item]
+        if value not in (None, UNSET.get(name)) and not all(_contains(interval, number) for number in numbers):
             reason = f": {REASONS[name]}" if name in REASONS else ""
             raise ValueError(f"{name} is {value} but must be {_in_words(interval)}{reason}")
     for name, known, reason in CHOICES:

@@ -177,7 +177,7 @@ def test_without_scores_it_says_so(tmp_path: Path, run: Run, capsys: pytest.Capt
 def test_only_the_papers_bertscore_stands_beside_theirs(repository: Path) -> None:
     from bert_score.utils import model2layers
 
-    written = vars(importlib.import_module("med3dvlm.evaluation.paper_tables"))["written"]
+    written = vars(importlib.import_module("med3dvlm.evaluation.paper_tables"))["comparable_text_scores"]
     papers = {
         "bleu1": 0.5,
         "bertscore_f1": 0.9,

@@ -41,6 +41,7 @@ def test_what_is_stopped_counts_too(repository: Path, tmp_path: Path) -> None:
     started = tmp_path / "started"
     process = subprocess.Popen(timed(repository, tmp_path / "seconds.jsonl", "sh", "-c", f"touch {started}; exec sleep 60"))
     while not started.exists():
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)  # Ctrl+C goes to the command too; this one did not
     process.terminate()
