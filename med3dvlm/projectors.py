@@ -60,17 +60,17 @@ class PositionedProjector(Projector):
 
     def __init__(self, projector: Projector, grids: tuple[Grid, Grid], widths: tuple[int, int]) -> None:
         super().__init__()
-        self.projector, self.num_tokens = projector, projector.num_tokens
+        self.inner, self.num_tokens = projector, projector.num_tokens  # named `projector` PEFT would take it for a second module
         self.low, self.high = (nn.Parameter(position_codes(grid, width)) for grid, width in zip(grids, widths, strict=True))
 
     @torch.no_grad()
     def standardise(self, low: Tensor, high: Tensor) -> None:
         for positions, tokens in ((self.low, low), (self.high, high)):
             positions.mul_(_channel_statistics(tokens)[1])
-        self.projector.standardise(low + self.low, high + self.high)
+        self.inner.standardise(low + self.low, high + self.high)
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        return self.projector(low + self.low.to(low.dtype), high + self.high.to(high.dtype))
+        return self.inner(low + self.low.to(low.dtype), high + self.high.to(high.dtype))
 
 
 def position_codes(grid: Grid, width: int) -> Tensor:

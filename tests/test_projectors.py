@@ -161,7 +161,7 @@ def test_positions_are_added_to_the_tokens_and_count_as_much_as_they_do() -> Non
                 angle = math.pi * (place[channel % 3] * 2 ** (channel // 6 % octaves) + (channel // 3 % 2) / 2)
                 assert float(positions[cell, channel]) == pytest.approx(math.sqrt(2) * math.sin(angle), abs=1e-5)
     low, high = 5 * torch.randn(4, 30, 7), torch.randn(4, 4, 12)
-    plain, start = projector.projector, [positions.detach().clone() for positions in (projector.low, projector.high)]
+    plain, start = projector.inner, [positions.detach().clone() for positions in (projector.low, projector.high)]
     torch.testing.assert_close(projector(low, high), plain(low + start[0], high + start[1]))
     projector.standardise(low, high)
     torch.testing.assert_close(projector.low / start[0], (low.std(dim=(0, 1)) + 1e-3).expand(30, 7), rtol=1e-4, atol=1e-4)

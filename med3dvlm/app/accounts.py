@@ -86,17 +86,12 @@ def add(path: Path, name: str, password: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Ask for a password (or read it from a pipe) and keep its hash; 2 where that cannot be done."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Ask for a password (or read it from a pipe) and keep its hash. Raises ValueError as `add` does."""
     parser = Parser(description="Add an account for the chat, or give it a new password.")
     parser.add_argument("file", type=Path, help="the accounts file, made where there is none")
     parser.add_argument("name", help="who it is")
     arguments = parser.parse_args(argv)
-    try:
-        password = getpass.getpass(f"Password for {arguments.name}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
-        add(arguments.file, arguments.name, password)
-    except (OSError, ValueError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 2
+    password = getpass.getpass(f"Password for {arguments.name}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    add(arguments.file, arguments.name, password)
     print(f"{arguments.file} knows {arguments.name}")
-    return 0

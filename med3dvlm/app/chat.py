@@ -20,7 +20,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import warnings
@@ -98,12 +97,16 @@ def private_folder() -> Iterator[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Load the model once, serve until Ctrl+C or SIGTERM; 2 where there is no model to load, the port is taken or the host is refused."""
+    """Load the model once, and serve until Ctrl+C or SIGTERM.
+
+    Raises:
+        OSError, ValueError: there is no model to load, the port is taken or the host is refused.
+    """
     arguments = options().parse_args(argv)
     try:
         if arguments.host not in HERE_ONLY and arguments.auth_file is None:
             raise ValueError(
-                f"--host {arguments.host} would let others in without a password; give --auth-file, too (see app/accounts.py)."
+                f"--host {arguments.host} would let others in without a password; give --auth-file, too (made by `med3dvlm accounts`)."
             )
         if arguments.mcp and arguments.auth_file is not None:
             raise ValueError("--mcp has no accounts and would let everybody in; leave out --mcp or --auth-file.")
@@ -126,9 +129,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             address = launch(blocks, workstation, arguments.port, arguments.host, accounts, arguments.mcp, arguments.allow_host)
             print(f"Med3DVLM listens on {address} (Ctrl+C ends it). {RESEARCH_NOTICE}", flush=True)
             blocks.block_thread()
-    except (ImportError, OSError, ValueError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 2
     except KeyboardInterrupt:  # while the model was loaded
         return 130
     return 0
@@ -142,7 +142,7 @@ def options() -> Parser:
     parser.add_argument(
         "--host", default=HERE_ONLY[0], help="address to listen on; one that other machines reach needs --auth-file (default: %(default)s)"
     )
-    parser.add_argument("--auth-file", type=Path, help="accounts that may use the page, made by app/accounts.py")
+    parser.add_argument("--auth-file", type=Path, help="accounts that may use the page, made by `med3dvlm accounts`")
     parser.add_argument(
         "--allow-host",
         action="append",

@@ -146,7 +146,7 @@ def push(folder: Path, repo_id: str, private: bool = False) -> list[str]:
         raise ValueError(f"{error}") from None
     names = uploaded(folder)
     card = (folder / CARD).read_text(encoding="utf-8-sig") if _own_card(folder) else model_card(folder).replace("REPO_ID", repo_id)
-    files: dict[str, Any] = {name: folder / name for name in names} | {CARD: card.encode()}
+    files: dict[str, Any] = {name: folder / name for name in names} | {CARD: card.encode(), "config.json": _config(folder)}
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -178,6 +178,15 @@ def uploaded(folder: Path) -> list[str]:
     if state or folder.resolve().name.startswith("checkpoint-"):
         raise ValueError(f"{folder} is a checkpoint of a training that goes on; name the folder above it when the training is finished")
     return [name for name in present if (folder / name).is_file() and any(fnmatch(name, pattern) for pattern in FILES)]
+
+
+def _config(folder: Path) -> bytes:
+    """config.json, without where on this machine a converted model was read from."""
+    content = (folder / "config.json").read_bytes()
+    config = json.loads(content)
+    if config.get("published", {}).pop("source", None) is None:
+        return content
+    return json.dumps(config, indent=2).encode()
 
 
 def _own_card(folder: Path) -> bool:

@@ -88,7 +88,7 @@ def entries(root: Path, needed: bool = False) -> Iterator[Entry]:
         code = listing.parent.name
         if listing.stem != code:
             continue
-        content = _json(listing)
+        content = json_object(listing)
         names = _labels(listing, content, base)
         for split, listed in content.items():
             if not isinstance(listed, list):
@@ -104,7 +104,8 @@ def entries(root: Path, needed: bool = False) -> Iterator[Entry]:
                     raise ValueError(f"{where}: {error}") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file. Raises ValueError where it is none, or no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -117,7 +118,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _labels(listing: Path, content: Mapping[str, Any], base: Path) -> list[str]:
     """The names of the labels 1, 2, ..."""
     shared = base / "dataset_info.json"
-    labels = content.get("labels") or (_json(shared).get(listing.parent.name) if shared.is_file() else None)
+    labels = content.get("labels") or (json_object(shared).get(listing.parent.name) if shared.is_file() else None)
     if isinstance(labels, dict):
         labels = [labels[number] for number in sorted(labels, key=int) if int(number) > 0]
     if not labels or not isinstance(labels, list):

@@ -6,7 +6,7 @@ findings whose label is 0, and what lies on one side alone, said to be on the ot
 Shapes: B volumes of D, H, W voxels; K prompts a volume, N in all; L text tokens; C width of text features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,11 @@ from med3dvlm.records import Mask, Study
 from med3dvlm.reports.findings import finding_of
 
 OTHER_SIDE = {"left": "right", "right": "left"}
+
+
+def absent_findings(study: Study, names: Iterable[str]) -> list[str]:
+    """Of findings by their masks' names those that the study's labels say are not there."""
+    return [name for name in names if name not in study.masks and study.labels.get(finding_of(name)) == 0]
 
 
 class Prompt(NamedTuple):
@@ -57,13 +62,9 @@ class MaskPrompts:
         self.data, self.seed, self.count, self.structures, self.sentences, self.sides = data, seed, count, structures, sentences, sides
         self.findings = sorted({name for study in studies for name, mask in study.masks.items() if mask.kind == "finding"})
 
-    def absent(self, study: Study) -> list[str]:
-        """Findings that the study's labels say are not there."""
-        return [name for name in self.findings if name not in study.masks and study.labels.get(finding_of(name)) == 0]
-
     def known(self, study: Study) -> bool:
         """Whether anything can be said about the study."""
-        return bool(self.data.mask_names(study) or self.absent(study))
+        return bool(self.data.mask_names(study) or absent_findings(study, self.findings))
 
     def texts(self, studies: Sequence[Study]) -> list[str]:
         """All that may be said about these studies."""
@@ -80,7 +81,7 @@ class MaskPrompts:
         findings = [name for name in names if study.masks[name].kind == "finding"]
         structures = [name for name in names if study.masks[name].kind != "finding"]
         there: list[Prompt] = []
-        missing = [Prompt(str(name), None) for name in random.permutation(self.absent(study))]
+        missing = [Prompt(str(name), None) for name in random.permutation(absent_findings(study, self.findings))]
         for name in (*structures[: self.structures], *findings):
             mask, choice = study.masks[name], random.random()
             if mask.text and choice < self.sentences:
@@ -107,8 +108,8 @@ class MaskPrompts:
 
 def _side(name: str, mask: Mask) -> str:
     """Left or right, where a finding lies on one side and its name does not say so; else nothing."""
-    told = mask.kind != "finding" or mask.side not in OTHER_SIDE or not OTHER_SIDE.keys().isdisjoint(name.lower().split())
-    return "" if told else mask.side
+    needless = mask.kind != "finding" or mask.side not in OTHER_SIDE or not OTHER_SIDE.keys().isdisjoint(name.lower().split())
+    return "" if needless else mask.side
 
 
 def _one(features: dict[str, Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 from med3dvlm import formats
 from med3dvlm.formats.base import MOST_VOXELS, damaged
 from med3dvlm.geometry import is_geometry
+from med3dvlm.geometry.measurements import bounding_box
 from med3dvlm.geometry.sampling import sample
 from med3dvlm.records import Mask
 from med3dvlm.volume import Volume, VolumeError
@@ -199,10 +200,8 @@ class Packed(NamedTuple):
 def pack(mask: Tensor) -> Packed:
     """A mask (D, H, W), small."""
     array = mask.numpy()
-    box = []
-    for axis in range(3):
-        found = np.flatnonzero(array.any(axis=tuple({0, 1, 2} - {axis})))
-        box.append([int(found[0]), int(found[-1]) + 1] if len(found) else [0, 0])
+    found = bounding_box(array)
+    box = [[0, 0]] * 3 if found is None else [list(ends) for ends in zip(*found, strict=True)]
     inside = array[tuple(slice(*ends) for ends in box)]
     return Packed(int(inside.sum()), box, zlib.compress(np.packbits(inside).tobytes()))
 

@@ -11,13 +11,12 @@ That the masks lie on the voxels of CT-RATE's version 2 as stored, whatever thei
 rests on; one of them says that rows and columns run the other way there. Look at some in a viewer before training on them.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from med3dvlm.datasets.m3d_seg import side_in
+from med3dvlm.datasets.m3d_seg import json_object, side_in
 from med3dvlm.files import write_json
 from med3dvlm.records import Mask
 
@@ -41,13 +40,7 @@ def entries(root: Path) -> Iterator[Entry]:
     if base is None:
         return
     path = base / LISTING
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} must be {{"train": [...], ...}} but is something else')
-    for split, listed in content.items():
+    for split, listed in json_object(path).items():
         for number, entry in enumerate(listed if isinstance(listed, list) else (), start=1):
             where = f"{path}, entry {number} of {split!r}"
             if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not isinstance(entry.get("findings"), dict):

@@ -36,6 +36,7 @@ import torch
 from numpy.typing import NDArray
 
 from med3dvlm import evaluation
+from med3dvlm.datasets.mask_prompts import absent_findings
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.geometry.measurements import Places, longest_diameter_mm
 from med3dvlm.inference.segmentation import THRESHOLD, Segmenter
@@ -43,7 +44,6 @@ from med3dvlm.metrics.detection import reliability
 from med3dvlm.metrics.intervals import intervals, mean_of, ratio_of
 from med3dvlm.metrics.segmentation import component_counts, dice, surface_scores
 from med3dvlm.records import Study
-from med3dvlm.reports.findings import finding_of
 
 LARGE = 8.0  # mm
 CONTROLS = ("mean_mask", "other_patient", "one_mask")
@@ -65,10 +65,7 @@ def tasks_of(data: PreparedData, studies: Sequence[Study]) -> list[Task]:
     """The studies with a case. A finding that no study has a mask of is not asked for."""
     drawn = {study.id: [name for name in data.mask_names(study) if study.masks[name].kind == "finding"] for study in studies}
     names = sorted({name for found in drawn.values() for name in found})
-    tasks = [
-        Task(study, drawn[study.id], [name for name in names if name not in study.masks and study.labels.get(finding_of(name)) == 0])
-        for study in studies
-    ]
+    tasks = [Task(study, drawn[study.id], absent_findings(study, names)) for study in studies]
     return [task for task in tasks if task.present or task.absent]
 
 

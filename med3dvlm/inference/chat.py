@@ -107,7 +107,7 @@ class Med3DChat:
 
     @torch.no_grad()
     def encode(self, scan: Scan | Features) -> Features:
-        """The encoder's last two stages for one scan. The last few files and Volumes are remembered: further questions skip the encoder."""
+        """The encoder's two `image_levels` for one scan. The last few files and Volumes are remembered: further questions skip the encoder."""
         if isinstance(scan, tuple):
             return scan
         key = _identity(scan)

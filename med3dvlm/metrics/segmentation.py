@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from med3dvlm.geometry.measurements import NEIGHBOURS, bounding_box
+
 Mask = NDArray[np.bool_]
 LEAST_OVERLAP = 0.1  # intersection over union from which on two components are the same
 MARGIN = 2  # voxels around both masks, beyond which nothing changes a distance
@@ -27,10 +29,10 @@ def surface_scores(drawn: Mask, true: Mask, spacing: Sequence[float], tolerance:
     from monai.metrics.hausdorff_distance import compute_hausdorff_distance
     from monai.metrics.surface_dice import compute_surface_dice
 
-    if not drawn.any() or not true.any():
+    both = bounding_box(drawn | true)
+    if both is None or not drawn.any() or not true.any():
         return 0.0, float("nan")
-    both = [np.flatnonzero((drawn | true).any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
-    box = tuple(slice(max(int(place[0]) - MARGIN, 0), int(place[-1]) + 1 + MARGIN) for place in both)
+    box = tuple(slice(max(first - MARGIN, 0), after + MARGIN) for first, after in zip(*both, strict=True))
     # A surface at the volume's edge is one, too.
     ours, theirs = (torch.from_numpy(np.pad(mask[box], MARGIN))[None, None] for mask in (drawn, true))
     options: Any = {"include_background": True, "spacing": list(spacing)}
@@ -47,7 +49,7 @@ def component_counts(drawn: Mask, true: Mask) -> tuple[int, int, int]:
     """
     from scipy.ndimage import label
 
-    (ours, count), (theirs, wanted) = (label(mask, np.ones((3, 3, 3))) for mask in (drawn, true))
+    (ours, count), (theirs, wanted) = (label(mask, NEIGHBOURS) for mask in (drawn, true))
     both = np.bincount((ours * (wanted + 1) + theirs).ravel(), minlength=(count + 1) * (wanted + 1)).reshape(count + 1, wanted + 1)
     sizes, wanted_sizes = both.sum(axis=1)[1:, None], both.sum(axis=0)[None, 1:]
     overlap = both[1:, 1:] / np.maximum(sizes + wanted_sizes - both[1:, 1:], 1)

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import io
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from med3dvlm.app import chat as app
 from med3dvlm.app.accounts import Accounts, add
 from med3dvlm.app.accounts import main as accounts_main
+from med3dvlm.programs import run
 from med3dvlm.prompts import RESEARCH_NOTICE
 
 SCRIPT = Path(__file__).parents[2] / "app" / "chat.py"
@@ -33,13 +35,13 @@ def test_no_model_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:
     (other / "config.json").write_text('{"model_type": "med3d_clip"}')
     save_file({}, other / "model.safetensors")
     for model, words in ((tmp_path / "nowhere", "no model directory"), (tmp_path, "holds no weights"), (other, "a med3d_clip model")):
-        assert app.main(["--model", str(model)]) == 2
+        assert run(app.main, ["--model", str(model)]) == 2
         error = capsys.readouterr().err
         assert words in error and str(model) in error and error.count("\n") == 1
 
 
 def test_others_are_let_in_with_a_password_only(tmp_path, capsys) -> None:
-    assert app.main(["--model", str(tmp_path), "--host", "0.0.0.0"]) == 2
+    assert run(app.main, ["--model", str(tmp_path), "--host", "0.0.0.0"]) == 2
     assert "give --auth-file" in capsys.readouterr().err
     for content, words in (
         (None, "no accounts file"),
@@ -50,22 +52,22 @@ def test_others_are_let_in_with_a_password_only(tmp_path, capsys) -> None:
         path = tmp_path / "accounts.json"
         if content is not None:
             path.write_text(content)
-        assert app.main(["--model", str(tmp_path), "--host", "0.0.0.0", "--auth-file", str(path)]) == 2
+        assert run(app.main, ["--model", str(tmp_path), "--host", "0.0.0.0", "--auth-file", str(path)]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
 
 
 def test_a_wrong_other_name_is_refused(tmp_path, capsys) -> None:
     for name in ("http://scans.example", "a b", "", "scans.example:", "scans.example/page"):
-        assert app.main(["--model", str(tmp_path), "--allow-host", name]) == 2
+        assert run(app.main, ["--model", str(tmp_path), "--allow-host", name]) == 2
         assert "is not a name or an address" in capsys.readouterr().err
     for name in ("scans.example", "localhost:9000", "[::1]:80", "192.0.2.1"):
-        assert app.main(["--model", str(tmp_path), "--allow-host", name]) == 2
+        assert run(app.main, ["--model", str(tmp_path), "--allow-host", name]) == 2
         assert "no weights" in capsys.readouterr().err
 
 
 def test_programs_without_accounts_and_accounts_are_no_pair(tmp_path, capsys) -> None:
-    assert app.main(["--model", str(tmp_path), "--mcp", "--auth-file", str(tmp_path / "accounts.json")]) == 2
+    assert run(app.main, ["--model", str(tmp_path), "--mcp", "--auth-file", str(tmp_path / "accounts.json")]) == 2
     assert "--mcp has no accounts" in capsys.readouterr().err
 
 
@@ -137,7 +139,10 @@ def test_a_password_is_kept_as_its_scrypt_hash(tmp_path, monkeypatch, capsys) ->
     os.close(write)
     with os.fdopen(read) as pipe:
         monkeypatch.setattr(sys, "stdin", pipe)
-        assert accounts_main([str(path), "dora"]) == 0
+        assert run(accounts_main, [str(path), "dora"]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO("short\n"))
+            assert run(accounts_main, [str(path), "emil"]) == 2
     assert Accounts.load(path)("dora", "from a pipe") and "knows dora" in capsys.readouterr().out
 
 

@@ -89,6 +89,13 @@ def test_what_is_listed_is_uploaded_and_nothing_else(folder: Path, hub: Hub, cap
     assert error.strip() == "not uploaded: losses.jsonl, notes.txt, run.json, segmenter"
 
 
+def test_where_a_converted_model_was_read_from_stays_here(folder: Path, hub: Hub) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"published": {"layout": "clip", "source": "/home/somebody/weights", "sha256": "00"}})
+    assert cli.main(["push", str(folder), "somebody/clip"]) == 0
+    assert json.loads(hub.files["config.json"]) == config | {"published": {"layout": "clip", "sha256": "00"}}
+
+
 def test_the_card_tells_what_the_records_say(folder: Path, hub: Hub) -> None:
     assert cli.main(["push", str(folder), "somebody/clip"]) == 0
     card = hub.files["README.md"].decode()

@@ -152,7 +152,7 @@ def test_a_saved_mask_overlays_its_scan_for_nibabel_and_itk(segmenter: Segmenter
         found.save_nifti(tmp_path / "mask.png")
 
 
-def test_wrong_input_is_told_in_a_sentence(segmenter: Segmenter, nifti: Path) -> None:
+def test_wrong_input_gets_a_sentence(segmenter: Segmenter, nifti: Path) -> None:
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: segmenter.segment(nifti, " "), "The text is empty"),
         (lambda: segmenter.segment_all(nifti, []), "The text is empty"),

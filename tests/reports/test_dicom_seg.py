@@ -92,7 +92,7 @@ def test_segments_lie_where_the_masks_lie(tmp_path: Path, kind: str) -> None:
         same({tuple(np.round(place, 2).tolist()) for place in lps}, expected(path, mask))
 
 
-def test_what_cannot_be_written_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_what_cannot_be_written_gets_a_sentence(tmp_path: Path) -> None:
     write_series(tmp_path / "series", scan())
     np.save(tmp_path / "scan.npy", scan())
     cases = [

@@ -1,6 +1,7 @@
 """The stage scripts on tiny models: what each trains and writes; killed, spread over processes and started by every launcher."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -183,6 +184,20 @@ def test_features_computed_before_change_nothing(stage: ModuleType, flags: tuple
 
 def test_any_projector_may_start_from_standardised_features(run: Callable[..., Run]) -> None:
     assert run(stage2_projector, *TWO_STEPS, "--projector", "mlp", "--standardise", True).losses
+
+
+def test_finer_levels_with_positions_go_through_both_stages(run: Callable[..., Run]) -> None:
+    levels = ("--image-levels", -3, -2, "--position-embedding", True, "--projector", "low_high_mlp", "--standardise", True)
+    coarse, fine = run(stage2_projector, *TWO_STEPS), run(stage2_projector, *TWO_STEPS, *levels)
+    assert "projector.low" in fine.changed and "projector.high" in fine.changed
+    (coarse_model, _), (model, _) = load_vlm(coarse.output), load_vlm(fine.output)
+    grids = model.vision_encoder.grids(model.config.size)
+    assert model.config.num_image_tokens == math.prod(grids[-3]) + math.prod(grids[-2]) > coarse_model.config.num_image_tokens
+    merged = run(
+        stage3_lora, *TWO_STEPS, "--model", fine.output, "--merged", fine.output.with_name("merged"), output=fine.output.with_name("lora")
+    )
+    answer = Med3DChat(*load_vlm(fine.output.with_name("merged"))).ask(torch.zeros(*model.config.size), "Where?", max_new_tokens=2)
+    assert merged.losses and answer.tokens <= 2
 
 
 def test_the_clip_loss_and_options_as_json(run: Callable[..., Run]) -> None:
