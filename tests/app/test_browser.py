@@ -100,9 +100,14 @@ def test_stop_sampling_and_a_page_that_is_closed_while_an_answer_streams(visit, 
     page.get_by_role("button", name="Stop").first.click()
     expect(page.locator(".answered").last).to_contain_text("stopped")
     page.get_by_role("button", name="Sampling").click()
-    page.locator("#sampling input[type=number]").first.fill("0.5")
-    page.locator("#sampling input[type=number]").first.press("Enter")
-    expect(page.locator("#sampling input[type=range]").first).to_have_value("0.5")  # the page has taken it
+    number, slider = (page.locator(f"#sampling input[type={kind}]").first for kind in ("number", "range"))
+
+    def taken() -> bool:
+        number.fill("0.5")  # what is typed while the section still opens is lost
+        number.press("Enter")
+        return slider.input_value() == "0.5"
+
+    wait_for(taken)
     ask(page, "Sampled?")
     expect(page.locator(".answered").last).to_contain_text("confidence")
     assert server.parrot.sampling[-1] == {"temperature": 0.5, "top_p": 1}
