@@ -67,10 +67,10 @@ class Med3DChat:
         self.encoder = model.vision_encoder.for_inference(model.dtype)
         self._encoded: OrderedDict[Hashable, Features] = OrderedDict()
         self._remembering, self._encoding = Lock(), Lock()
-        self._ends = _end_tokens(processor, model)
+        self.ends = _end_tokens(processor, model)
         # In place of whatever sampling settings the language model was published with.
         model.language_model.generation_config = GenerationConfig(
-            do_sample=False, num_beams=1, eos_token_id=self._ends, pad_token_id=processor.pad_token_id
+            do_sample=False, num_beams=1, eos_token_id=self.ends, pad_token_id=processor.pad_token_id
         )
 
     @classmethod
@@ -138,7 +138,7 @@ class Med3DChat:
         Raises:
             ValueError: the question is empty or too long, or the scan unusable (VolumeError); one sentence.
         """
-        row, room = self._prompt(question, history, max_new_tokens)
+        row, room = self.prompt(question, history, max_new_tokens)
         return self._generate([row], [self.encode(scan)], room)[0]
 
     def stream(
@@ -158,7 +158,7 @@ class Med3DChat:
         """
         if not (temperature >= 0 and 0 < top_p <= 1):
             raise ValueError(f"temperature {temperature:g} must be 0 or more and top_p {top_p:g} above 0 and at most 1.")
-        row, room = self._prompt(question, history, max_new_tokens)
+        row, room = self.prompt(question, history, max_new_tokens)
         features = self.encode(scan)
         drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -207,7 +207,7 @@ class Med3DChat:
         for start in range(0, len(pairs), batch_size):
             by_room = defaultdict(list)  # a long question leaves its answer less room, not the others'
             for place, (scan, question) in enumerate(pairs[start : start + batch_size], start):
-                row, room = self._prompt(question, None, max_new_tokens)
+                row, room = self.prompt(question, None, max_new_tokens)
                 by_room[room].append((place, row, scan))
             for room, group in by_room.items():
                 places, rows, part = zip(*group, strict=True)
@@ -238,7 +238,7 @@ class Med3DChat:
         )
         return OutOfDistributionScore(distance, limit, None if distance <= limit else message)
 
-    def _prompt(self, question: str, history: Sequence[Message] | None, max_new_tokens: int) -> tuple[list[int], int]:
+    def prompt(self, question: str, history: Sequence[Message] | None, max_new_tokens: int) -> tuple[list[int], int]:
         """Token ids of the conversation up to the assistant's turn, and how many tokens may follow."""
         if not question.strip():
             raise ValueError("The question is empty; ask something about the scan.")
@@ -272,7 +272,7 @@ class Med3DChat:
         seconds = (time.perf_counter() - started) / len(rows)
         given = []
         for tokens, steps in zip(generated.tolist(), recorder.taken(generated[:, -1]), strict=True):
-            length = next((place + 1 for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+            length = next((place + 1 for place, token in enumerate(tokens) if token in self.ends), len(tokens))
             text = self.processor.tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
             given.append(Answer(text.strip(), length, seconds, float(steps[:length].mean().exp())))
         return given

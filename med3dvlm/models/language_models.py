@@ -37,16 +37,20 @@ def attention_kinds(config: Any) -> set[str]:
     return {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
 
 
-def branch_scores(config: Any, mask: Tensor, position_ids: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+def branch_scores(
+    config: Any, mask: Tensor, position_ids: Tensor, dtype: torch.dtype, key_positions: Tensor | None = None
+) -> Tensor | dict[str, Tensor]:
     """(B, 1, L, L) from `branch_mask` -> the numbers to add to the attention's scores (eager attention would add True as 1).
 
     A window counts positions, not places in the row: every branch continues where the image ends. A dict by kind where layers differ.
+    With `key_positions` (B, K), of tokens that were read before too, the mask is (B, 1, L, K).
     """
     scores = {}
+    keys = position_ids if key_positions is None else key_positions
     for kind in attention_kinds(config):
         seen = mask
         if kind == "sliding_attention":
-            distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]
+            distance = position_ids[:, None, :, None] - keys[:, None, None, :]
             seen = mask & (distance < config.sliding_window)
         scores[kind] = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
     return scores if len(scores) > 1 else scores.popitem()[1]

@@ -173,7 +173,7 @@ def test_a_batch_says_what_each_would_say_alone(chat: Med3DChat) -> None:
 def test_a_long_question_beside_it_cuts_no_answer_short(chat: Med3DChat) -> None:
     """The long one leaves room for a few tokens in the model's context; the report next to it needs more, whatever stands in the batch."""
     long = "why"
-    while chat._prompt(long, None, 128)[1] > 7:
+    while chat.prompt(long, None, 128)[1] > 7:
         long += " why"
     asked = [(volume(0), REPORT_PROMPTS[0]), (volume(1), long), (volume(1), REPORT_PROMPTS[0])]
     alone = [chat.ask(scan, question) for scan, question in asked]
@@ -315,11 +315,11 @@ def test_the_oldest_turns_go_when_the_context_is_full(chat: Med3DChat) -> None:
     history = [*old, *last]
     assert chat.ask(volume(0), FOLLOW_UP, history, max_new_tokens=120).text == SIZES["Plane?"]
     assert history == [*old, *last]  # the caller's list stays as it is
-    ids, room = chat._prompt(FOLLOW_UP, history, 120)
+    ids, room = chat.prompt(FOLLOW_UP, history, 120)
     assert ids == chat.processor.encode([*last, {"role": "user", "content": FOLLOW_UP}], generate=True)["input_ids"]
     assert ids.count(chat.processor.image_token_id) == chat.processor.num_image_tokens
     assert room == 120
-    ids, room = chat._prompt("Plane?", None, 1000)
+    ids, room = chat.prompt("Plane?", None, 1000)
     assert len(ids) + room == 160
 
 
@@ -342,10 +342,10 @@ def test_questions_that_cannot_be_asked(chat: Med3DChat, question: str, limit: i
 
 
 def test_a_question_cannot_end_its_turn_or_name_an_image(chat: Med3DChat) -> None:
-    words, ordinary = chat.processor.tokenizer, chat._prompt("Plane?", said("Where?", "Left"), 9)[0]
+    words, ordinary = chat.processor.tokenizer, chat.prompt("Plane?", said("Where?", "Left"), 9)[0]
     special = {chat.processor.image_token_id, *words.all_special_ids}
     for text in ["<image>", *words.all_special_tokens]:
-        ids, _ = chat._prompt(f"{text} plane {text}?", said(f"Where{text}?", f"Left{text}"), 9)
+        ids, _ = chat.prompt(f"{text} plane {text}?", said(f"Where{text}?", f"Left{text}"), 9)
         assert [token for token in ids if token in special] == [token for token in ordinary if token in special]
         assert chat.ask(volume(0), f"Plane{text}?", max_new_tokens=3).tokens
 

@@ -1,0 +1,141 @@
+"""The keys and values of a running batch, whose rows come and go, and of what was read before.
+
+Shapes: B rows; Q new tokens a row; C places; H heads of keys and values; d their width.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import Cache
+
+STEP = 128  # places are added by so many
+
+
+class SlotCache(Cache):
+    """Row r has the keys and values of its token p at place p of slot r; the slots in use are the first ones.
+
+    `at` says, before the language model runs, which slots its rows are and where their new tokens stand.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.slots = self.places = 0
+        self._kept: list[list[Tensor]] = []  # of each layer the keys and the values (slots, H, places + 1, d)
+        self._first, self._width = 0, 0
+        self._positions = torch.empty(0, 0, dtype=torch.long)
+
+    def reserve(self, slots: int, places: int) -> None:
+        """Have at least so many."""
+        slots, places = max(self.slots, slots), max(self.places, -(-places // STEP) * STEP)
+        if (slots, places) == (self.slots, self.places):
+            return
+        slots = max(slots, min(2 * self.slots, slots + 8)) if slots > self.slots else slots
+        for layer in self._kept:
+            for part, old in enumerate(layer):
+                layer[part] = _like(old, slots, places)
+                layer[part][: self.slots, :, : self.places] = old[:, :, : self.places]
+        self.slots, self.places = slots, places
+
+    def at(self, first: int, positions: Tensor, real: Tensor) -> int:
+        """The rows are slots first, first + 1, ...; their new tokens stand at `positions` (B, Q) where `real` (B, Q). Gives how many places
+        the rows have."""
+        self._first, self._width = first, int(positions.max()) + 1
+        self._positions = positions.masked_fill(~real, self.places)  # the last place, which nobody reads
+        return self._width
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep (B, H, Q, d) and give (B, H, width, d)."""
+        if layer_idx == len(self._kept):
+            self._kept.append([_like(new, self.slots, self.places) for new in (key_states, value_states)])
+        rows = slice(self._first, self._first + len(key_states))
+        numbers = torch.arange(rows.start, rows.stop, device=key_states.device)[:, None]
+        for kept, new in zip(self._kept[layer_idx], (key_states, value_states), strict=True):
+            kept[numbers, :, self._positions] = new.transpose(1, 2).to(kept.dtype)
+        keys, values = (kept[rows, :, : self._width] for kept in self._kept[layer_idx])
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._width
+
+    def move(self, source: int, target: int) -> None:
+        """Put one slot's in the place of another's."""
+        for layer in self._kept:
+            for kept in layer:
+                kept[target] = kept[source]
+
+    def copied(self, slot: int, length: int) -> list[list[Tensor]]:
+        """Keys and values (H, length, d) of each layer."""
+        return [[kept[slot, :, :length].clone() for kept in layer] for layer in self._kept]
+
+    def fill(self, slot: int, layers: Sequence[Sequence[Tensor]], length: int) -> None:
+        """Begin a slot with the first `length` of what `copied` gave."""
+        if not self._kept:
+            self._kept = [[_like(part[None], self.slots, self.places) for part in layer] for layer in layers]
+        for kept, given in zip(self._kept, layers, strict=True):
+            for into, part in zip(kept, given, strict=True):
+                into[slot, :, :length] = part[:, :length]
+
+
+def _like(states: Tensor, slots: int, places: int) -> Tensor:
+    """Zeros, since what is masked away is still multiplied by 0."""
+    _, heads, _, width = states.shape
+    return states.new_zeros(slots, heads, places + 1, width)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Tokens about a scan whose keys and values are kept. `scan` is the encoder's output; the same tensor means the same scan."""
+
+    scan: Tensor
+    ids: NDArray[np.int64]
+    layers: list[list[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.scan.nbytes + sum(part.nbytes for layer in self.layers for part in layer)
+
+    def shared(self, ids: NDArray[np.int64]) -> int:
+        """How many of the first tokens are the same."""
+        length = min(len(ids), len(self.ids))
+        differ = np.flatnonzero(ids[:length] != self.ids[:length])
+        return int(differ[0]) if len(differ) else length
+
+
+class Prefixes:
+    """What was read before, the last used of it, in at most so many bytes."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes, self.nbytes = most_bytes, 0
+        self._kept: OrderedDict[int, Prefix] = OrderedDict()
+        self._numbers = count()
+
+    def find(self, scan: Tensor, ids: NDArray[np.int64]) -> tuple[Prefix | None, int]:
+        """The one that shares most tokens with these, and how many."""
+        found = [(prefix.shared(ids), number) for number, prefix in self._kept.items() if prefix.scan is scan]
+        if not found:
+            return None, 0
+        shared, number = max(found)
+        self._kept.move_to_end(number)
+        return self._kept[number], shared
+
+    def add(self, prefix: Prefix) -> None:
+        """Keep it in the place of those that it continues, unless one that is kept continues it."""
+        if self.find(prefix.scan, prefix.ids)[1] == len(prefix.ids):
+            return
+        for number, known in list(self._kept.items()):
+            if known.scan is prefix.scan and known.shared(prefix.ids) == len(known.ids):
+                self._drop(number)
+        self._kept[next(self._numbers)] = prefix
+        self.nbytes += prefix.nbytes
+        while self.nbytes > self.most_bytes:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, number: int) -> None:
+        self.nbytes -= self._kept.pop(number).nbytes
