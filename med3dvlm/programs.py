@@ -46,6 +46,7 @@ EXTRAS = {
     "dicom": ("highdicom",),
     "gguf": ("gguf",),
 }
+CHATTY = ("bitsandbytes.backends.cpu.ops",)  # warns, when PEFT imports it, of a faster kernel that could be downloaded
 BOOLEANS = dict.fromkeys(("true", "yes", "1"), True) | dict.fromkeys(("false", "no", "0"), False)
 
 # The name of the program that runs, how it was called, and its words.
@@ -66,6 +67,8 @@ def run(program: str | Main, argv: Sequence[str] | None = None, name: str | None
     wants_traceback = "--traceback" in [*words, *(outer[2] if outer else ())]
     token = _running.set((name, called, words))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for library in CHATTY:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         main: Main = import_module(program).main if isinstance(program, str) else program
         return main([word for word in words if word != "--traceback"]) or 0

@@ -163,7 +163,7 @@ class ConversationDataset(StudyDataset):
         closed: float = 0.5,
         follow_ups: float = 0.25,
         seed: int = 0,
-        features: Callable[[Study], tuple[Tensor, Tensor]] | None = None,
+        features: Callable[[Study], tuple[Tensor, ...]] | None = None,
         image: bool = True,
         augmentation: Augmentation | None = None,
         rows: str = "study",

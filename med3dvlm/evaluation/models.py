@@ -12,7 +12,7 @@ from torch import Tensor
 from med3dvlm.datasets.features import report_features
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import load_volumes
-from med3dvlm.evaluation.cases import is_first, wait_for_all
+from med3dvlm.evaluation.cases import processes
 from med3dvlm.inference.chat import Med3DChat
 from med3dvlm.inference.out_of_distribution import Features
 from med3dvlm.models.vlm import Med3DVLM
@@ -62,12 +62,9 @@ def embed_reports(embedder: Embedder, data: PreparedData, split: str) -> Tensor:
 
     The text encoder's part is kept beside the data, see `report_features`.
     """
-    if not is_first():
-        wait_for_all()  # the first computes, the others read
+    processes()  # which share the work know each other
     reports, model = [study.report for study in data.studies(split)], embedder.model
     pooled = report_features(data.root / "features", model, embedder.processor, reports)
-    if is_first():
-        wait_for_all()
     return model.project_text(pooled.to(model.device, model.dtype)).float().cpu()
 
 

@@ -166,12 +166,11 @@ def train_contrastive(arguments: ContrastiveArguments) -> None:
 
     if arguments.cache_features and not arguments.train_text:
         model.eval()
-        with arguments.main_process_first(local=False):
-            reports = [study.report for study in pairs.studies]
-            folder = Path(arguments.data) / "features"
-            pairs.text_features = report_features(folder, clip, processor, reports)
-            if isinstance(pairs, PromptedPairDataset):
-                keep_features(pairs.prompts, pairs.studies, folder, clip, processor)
+        reports = [study.report for study in pairs.studies]
+        folder = Path(arguments.data) / "features"
+        pairs.text_features = report_features(folder, clip, processor, reports)
+        if isinstance(pairs, PromptedPairDataset):
+            keep_features(pairs.prompts, pairs.studies, folder, clip, processor)
 
     trainer = ContrastiveTrainer(
         model, arguments, train_dataset=pairs, data_collator=collator, processing_class=processor,

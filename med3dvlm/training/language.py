@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from med3dvlm.datasets.augmentation import Augmentation
-from med3dvlm.datasets.features import fingerprint, frozen_features
+from med3dvlm.datasets.features import SharedFeatures, fingerprint
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import LOSS_WEIGHTINGS, ROWS, ConversationCollator, ConversationDataset, load_volumes
 from med3dvlm.models.vlm import Med3DVLM, count_items
@@ -156,23 +156,22 @@ def conversations(
 
 def _cached_features(
     arguments: ConversationArguments, data: PreparedData, model: Med3DVLM, split: str
-) -> Callable[[Study], tuple[Tensor, Tensor]]:
-    """What gives the image features of a study of the split; they are computed by one process, once, and kept beside the data."""
+) -> Callable[[Study], tuple[Tensor, ...]]:
+    """What gives the image features of a study of the split; all processes compute them, once, and keep them beside the data."""
     studies = data.studies(split)
     places = {study.id: index for index, study in enumerate(studies)}
 
     def compute(rows: range) -> tuple[Tensor, Tensor]:
         return model.encode_image(load_volumes(data, [studies[row] for row in rows], arguments.device))
 
-    with arguments.main_process_first(local=False):
-        model.eval().to(arguments.device)
-        name = fingerprint(model.vision_encoder, str(data.summary["fingerprint"])) + ("" if split == "train" else f"-{split}")
-        if (levels := model.config.image_levels) != [-2, -1]:
-            name += f"-levels{levels[0]}{levels[1]}"
-        path = Path(arguments.data) / "features" / f"image-{name}.safetensors"
-        low, high = frozen_features(path, len(studies), compute, description=f"image features, {split}")
-    return partial(_features_of, places, low, high)  # workers may have to be sent it: no lambda
+    model.eval().to(arguments.device)
+    name = fingerprint(model.vision_encoder, str(data.summary["fingerprint"])) + ("" if split == "train" else f"-{split}")
+    if (levels := model.config.image_levels) != [-2, -1]:
+        name += f"-levels{levels[0]}{levels[1]}"
+    folder = Path(arguments.data) / "features" / f"image-{name}"
+    features = SharedFeatures(folder, len(studies), compute, description=f"image features, {split}")
+    return partial(_features_of, places, features)  # workers may have to be sent it: no lambda
 
 
-def _features_of(places: Mapping[str, int], low: Tensor, high: Tensor, study: Study) -> tuple[Tensor, Tensor]:
-    return low[places[study.id]], high[places[study.id]]
+def _features_of(places: Mapping[str, int], features: SharedFeatures, study: Study) -> tuple[Tensor, ...]:
+    return features[places[study.id]]

@@ -150,10 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     validation = MaskDataset(data, arguments.validation_split, arguments.seed, **arguments.drawn) if arguments.validates else None
     if arguments.cache_features:
         model.eval()
-        with arguments.main_process_first(local=False):
-            for each in (rows, validation):
-                if each is not None:
-                    keep_features(each.prompts, each.studies, Path(arguments.data) / "features", model.clip, processor)
+        for each in (rows, validation):
+            if each is not None:
+                keep_features(each.prompts, each.studies, Path(arguments.data) / "features", model.clip, processor)
 
     trainer = SegmentationTrainer(
         model,

@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from med3dvlm.files import MODEL_CONFIGS, share, write_json
 from med3dvlm.training.arguments import StageArguments
 from med3dvlm.training.state import TrainingState, write_state
+from med3dvlm.training.throughput import Throughput, figures
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,18 @@ class StageTrainer(Trainer):
         else:
             set_hf_deepspeed_config(args.hf_deepspeed_config)  # which the arguments took back while models were being loaded
         super().__init__(model=model, args=args, **options)
+        self.throughput = Throughput()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of a step, counted, and what their loss is divided by."""
+        return super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Log the figures, with the throughput beside those of training steps."""
+        if "loss" in logs:
+            totals = self.throughput.totals().float().to(self.args.device)
+            logs |= figures(self.accelerator.reduce(totals).cpu(), self.args.world_size)
+        super().log(logs, *arguments, **options)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that decay: those of at least two dimensions."""
@@ -79,16 +92,21 @@ class StageTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Compute, log and return the loss over the validation split, which does not depend on how its rows are batched and shared out."""
+        with self.throughput.paused():
+            metrics = self._evaluated(metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluated(self, prefix: str) -> dict[str, float]:
         training = self.model.training
         self.model.eval()
         if torch.distributed.is_initialized():
             for buffer in self.model.buffers():  # the running statistics that are saved are those of the first process
                 torch.distributed.broadcast(buffer, 0)
         with torch.no_grad():
-            metrics = {f"{metric_key_prefix}_loss": self.validation_loss()}
+            metrics = {f"{prefix}_loss": self.validation_loss()}
         self.model.train(training)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def validation_loss(self) -> float:
@@ -198,6 +216,10 @@ class StageTrainer(Trainer):
             set_seed(self.args.seed + self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.throughput.paused():
+            self._save_whole_checkpoint(model, trial)
+
+    def _save_whole_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.require_finite()
         super()._save_checkpoint(model, trial)
         if self.args.parallel_mode.value == "distributed":

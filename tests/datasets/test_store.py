@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from med3dvlm import VolumeProcessor
 from med3dvlm.datasets import m3d
-from med3dvlm.datasets.features import fingerprint, frozen_features
+from med3dvlm.datasets.features import SharedFeatures, fingerprint, frozen_features
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData, volume_path
 from med3dvlm.records import read_questions, write_records
@@ -165,6 +165,37 @@ def test_frozen_features_are_computed_once_and_whole(tmp_path: Path) -> None:
     assert torch.equal(first, torch.arange(7.0)) and second.shape == (7, 3)
     assert calls[2:] == [[0, 1, 2], [3, 4, 5], [6]]
     assert torch.equal(frozen_features(path, 7, compute)[0], first) and len(calls) == 5
+
+
+def test_shared_features_are_those_of_one_process_in_their_own_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes compute a half of the files each, and a worker reads what both wrote; a file that is lost is computed again."""
+    table = torch.randn(150, 3, 2).bfloat16()
+    calls: list[int] = []
+
+    def compute(rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.extend(rows)
+        return table[rows.start : rows.stop], table[rows.start : rows.stop, 0].float()
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    with pytest.raises(FileNotFoundError, match="00000.safetensors, which another process"):
+        SharedFeatures(tmp_path / "x", 150, compute, batch_size=4)
+    second = sorted(calls)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    features = SharedFeatures(tmp_path / "x", 150, compute, batch_size=4)
+    assert 60 < len(second) < 90 and sorted(calls) == list(range(150))
+    features[7]
+    read = pickle.loads(pickle.dumps(features))
+    assert len(read) == 150 and all(torch.equal(read[row][0], table[row]) for row in range(150))
+    whole = read.whole()
+    assert whole[0].dtype == torch.bfloat16 and torch.equal(whole[0], table) and torch.equal(whole[1], table[:, 0].float())
+    (tmp_path / "x" / "00001.safetensors").unlink()
+    calls.clear()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    SharedFeatures(tmp_path / "x", 150, compute, batch_size=4)
+    assert calls == list(range(4, 8))
 
 
 def test_a_fingerprint_follows_weights_statistics_and_data() -> None:

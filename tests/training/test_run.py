@@ -165,7 +165,8 @@ def test_lora_goes_to_every_linear_layer_of_the_language_model(tiny_models: Any)
 
 
 def toy_arguments(folder: Path, **settings: Any) -> ToyArguments:
-    return ToyArguments(str(folder), use_cpu=True, logging_steps=1, report_to="none", disable_tqdm=True, data="x", **settings)
+    fixed = {"use_cpu": True, "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "data": "x"}
+    return ToyArguments(str(folder), **fixed | settings)
 
 
 def test_of_several_gpus_one_process_takes_the_first(
