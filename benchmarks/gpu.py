@@ -1,9 +1,9 @@
 """What only a GPU can show, in one command without a network, at most 9 minutes on an H100 or H200.
 
-    python benchmarks/gpu.py
-    python benchmarks/gpu.py --parts precision training inference --minutes 4
-    python benchmarks/gpu.py --parts data models stage1 stage2 stage3 --layers 8
-    python benchmarks/gpu.py --device cpu --tiny          the same parts at tiny sizes without a GPU: to see that the script itself runs
+    python -m benchmarks.gpu
+    python -m benchmarks.gpu --parts precision training inference --minutes 4
+    python -m benchmarks.gpu --parts data models stage1 stage2 stage3 --layers 8
+    python -m benchmarks.gpu --device cpu --tiny          the same parts at tiny sizes without a GPU: to see that the script itself runs
 
 Its parts are the table PARTS below, in their order: encoders against float64 in every layout of types; the encoder beside its literal form, time and
 memory; which attention runs; data and models of the papers' sizes with random weights; steps of every stage through DeepSpeed; generation; and
@@ -30,8 +30,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package need not be installed
 
 import psutil
 import torch
@@ -121,7 +119,7 @@ def run_part(name: str, arguments: argparse.Namespace, deadline: float) -> dict[
     if arguments.device == "cpu":
         variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     flags = ["--output", arguments.output, "--device", arguments.device, "--layers", arguments.layers, "--batch", arguments.batch]
-    command = [sys.executable, __file__, "--part", name, *map(str, flags), *(["--tiny"] if arguments.tiny else [])]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, *map(str, flags), *(["--tiny"] if arguments.tiny else [])]
     with log.open("wb") as words:
         process = subprocess.Popen(command, stdout=words, stderr=words, cwd=REPOSITORY, env=os.environ | variables, start_new_session=True)
         try:
@@ -242,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--device cpu takes tiny sizes alone; add --tiny, or run on a GPU without --device")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print(
-            "gpu.py: torch sees no GPU here; run it where there is one, or try the script itself with --device cpu --tiny", file=sys.stderr
+            "benchmarks.gpu: torch sees no GPU here; run it where there is one, or try the script itself with --device cpu --tiny",
+            file=sys.stderr,
         )
         return 2
     output = arguments.output = arguments.output.resolve()

@@ -6,7 +6,7 @@ import numpy as np
 
 from med3dvlm.app.scans import OpenScan
 from med3dvlm.geometry.orientation import for_screen
-from med3dvlm.plots.slices import draw_slice
+from med3dvlm.plots.slices import draw_slice, take_slice
 from med3dvlm.reports.draft import KeyImage
 
 PLANES = ("axial", "coronal", "sagittal")  # that cut the display axes z, y, x
@@ -30,10 +30,10 @@ def key_image(scan: OpenScan, plane: str, index: int, window: tuple[float, float
     if not (np.isfinite([low, high]).all() and low < high):
         raise ValueError("The window needs a lowest value that is below its highest.")
     facts = picture.facts
-    values = facts["slope"] * np.take(picture.stored, index, cut).astype(np.float64) + facts["intercept"]
-    down, across = (mm for axis, mm in enumerate(facts["spacing"]) if axis != cut)
+    stored, pixel = take_slice(picture.stored, cut, index, facts["spacing"], None)
+    values = facts["slope"] * stored.astype(np.float64) + facts["intercept"]
     buffer = io.BytesIO()
-    draw_slice(values, (low, high), (down, across), LONGEST).save(buffer, "png")
+    draw_slice(values, (low, high), pixel, LONGEST).save(buffer, "png")
     order, flips = for_screen(scan.volume.orientation)
     place = None
     if order[cut] == 0 and scan.as_filed:

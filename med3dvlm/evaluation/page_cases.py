@@ -6,12 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation.question_scores import likeliest
 from med3dvlm.metrics.text import token_f1_values
-from med3dvlm.plots.slices import grey
+from med3dvlm.plots.slices import grey, take_slice
 from med3dvlm.records import Study
 from med3dvlm.reports.findings import find_mentions
 
@@ -90,18 +91,19 @@ def draw(cases: Sequence[Row], data: PreparedData, studies: Mapping[str, Study])
     """Give each case its three slices: the middle one, and the middle row and column through all slices, the last on top."""
     low, high = data.processor.grid.values
     for case in cases:
-        volume = (data.processor.dequantize(data.volume(studies[case["id"]]))[0] - low) / (high - low)  # (D, H, W) in 0..1
-        depth, height, width = (size // 2 for size in volume.shape)
-        planes = {"slice": volume[depth], "row": volume[:, height].flip(0), "column": volume[:, :, width].flip(0)}
-        places = dict(zip(planes, zip((depth, height, width), volume.shape, strict=True), strict=True))
-        case["slices"] = [(f"{name} {places[name][0] + 1} of {places[name][1]}", picture(plane)) for name, plane in planes.items()]
+        volume = data.processor.dequantize(data.volume(studies[case["id"]]))[0].numpy()  # (D, H, W)
+        case["slices"] = []
+        for axis, name in enumerate(("slice", "row", "column")):
+            count = volume.shape[axis]
+            plane, _ = take_slice(volume, axis, count // 2, None, "SPL")
+            case["slices"].append((f"{name} {count // 2 + 1} of {count}", picture(grey(plane, (low, high)))))
 
 
-def picture(plane: torch.Tensor) -> str:
-    """(H, W) in 0..1 as a data URI, PNG or JPEG, whichever is smaller."""
+def picture(plane: NDArray[np.uint8]) -> str:
+    """Grey values (H, W) as a data URI, PNG or JPEG, whichever is smaller."""
     from PIL import Image
 
-    image = Image.fromarray(grey(plane, (0.0, 1.0)))
+    image = Image.fromarray(plane)
     image.thumbnail((EDGE, EDGE))
     forms = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):

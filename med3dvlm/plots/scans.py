@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from med3dvlm.geometry.orientation import OPPOSITE, is_orientation, letters_towards, slice_axes
 from med3dvlm.plots.canvas import BLUE, LABEL_BACKGROUND, new_page, save
+from med3dvlm.plots.slices import grey, take_slice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,17 +153,12 @@ def _aspect(shape: Sequence[int], plane: int, spacing: Any, orientation: str | N
 def _show(axes: "Axes", scan: Scan, plane: int, index: int, letters: bool = False, anchor: str = "C") -> None:
     """The slice `index` across axis `plane`, perhaps with the letters of its edges."""
     volume, spacing, orientation, window, direction = scan
-    vertical, horizontal, flip_vertical, flip_horizontal = slice_axes(plane, orientation)
-    picture = np.take(volume, index, axis=plane)  # (first, second) of the two remaining axes
-    if vertical > horizontal:
-        picture = picture.T
-    picture = picture[:: -1 if flip_vertical else 1, :: -1 if flip_horizontal else 1]
-    steps = (1.0, 1.0, 1.0) if spacing is None else spacing
-    low, high = window if window[1] > window[0] else (window[0] - 0.5, window[0] + 0.5)  # a constant volume is mid-grey
-    axes.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=steps[vertical] / steps[horizontal], interpolation="nearest")
+    picture, (down, across) = take_slice(volume, plane, index, spacing, orientation)
+    axes.imshow(grey(picture, window), cmap="gray", vmin=0, vmax=255, aspect=down / across, interpolation="nearest")
     axes.set_anchor(anchor)
     axes.axis("off")
     if letters and orientation is not None:
+        vertical, horizontal, flip_vertical, flip_horizontal = slice_axes(plane, orientation)
         style: dict[str, Any] = {"transform": axes.transAxes, "color": "#F0E442", "fontsize": 8, "fontweight": "bold"}
         left, right = _edges(horizontal, orientation, direction)[:: -1 if flip_horizontal else 1]
         top, bottom = _edges(vertical, orientation, direction)[:: -1 if flip_vertical else 1]

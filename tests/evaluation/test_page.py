@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import runpy
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import torch
 from PIL import Image
 
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.evaluation.page_cases import gallery, marked, marks_of
 from med3dvlm.evaluation.question_scores import question_scores, question_tables
 from med3dvlm.evaluation.report_scores import report_scores
 from med3dvlm.records import Study
@@ -153,15 +153,14 @@ def test_findings_are_marked_by_colour_and_sign(page: Page) -> None:
     assert any(words.endswith("nodule") and kind in ("agreed", "invented") for kind, words in said[:10])  # of the hostile report
 
 
-def test_marks(repository: Path) -> None:
-    cases = runpy.run_path(str(repository / "med3dvlm/evaluation/page_cases.py"))
+def test_marks() -> None:
     reference, prediction = (
         "Pleural effusion on the left. No nodule.",
         "A nodule in the left lung. No emphysema, but emphysema. Pleural effusion.",
     )
-    marks = cases["marks_of"](reference, prediction)
+    marks = marks_of(reference, prediction)
     assert marks == {"pleural_effusion": "agreed", "lung_nodule": "invented", "emphysema": "invented"}
-    pieces = list(cases["marked"](prediction, marks))
+    pieces = list(marked(prediction, marks))
     assert "".join(words for words, _, _ in pieces) == prediction
     assert [(words, mark) for words, mark, _ in pieces if mark] == [
         ("nodule", "invented"),
@@ -170,8 +169,8 @@ def test_marks(repository: Path) -> None:
     ]
     before = "".join(words for words, _, _ in pieces[:3])
     assert before.endswith("No emphysema, but ")  # the second is the one that is stated
-    assert [mark for _, mark, _ in cases["marked"](reference, cases["marks_of"](reference, "")) if mark] == ["missed"]
-    assert list(cases["marked"](reference, {})) == [(reference, None, None)]
+    assert [mark for _, mark, _ in marked(reference, marks_of(reference, "")) if mark] == ["missed"]
+    assert list(marked(reference, {})) == [(reference, None, None)]
 
 
 def test_each_case_has_its_slices(page: Page, prepared: Path) -> None:
@@ -262,8 +261,7 @@ def test_questions_of_one_sort_are_enough(kept: str, prepared: Path, run: Run, t
     assert sum(attributes.get("class") == "matrix" for attributes in page.all("table")) == {"open": 0, "closed": 2, "yes_no": 1}[kept]
 
 
-def test_what_has_no_report_is_compared_with_nothing(repository: Path) -> None:
-    gallery = runpy.run_path(str(repository / "med3dvlm/evaluation/page_cases.py"))["gallery"]
+def test_what_has_no_report_is_compared_with_nothing() -> None:
     told, untold = (Study(name, name, "x", report, {}, "test", "hand") for name, report in (("a", "Ascites."), ("b", " ")))
     rows = reports([told, untold], ["Ascites.", "A lung nodule."])
     first, second = gallery({"report": SimpleNamespace(rows=rows)}, {"a": told, "b": untold})
