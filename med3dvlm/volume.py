@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 
 from med3dvlm import formats, geometry
 from med3dvlm.formats import HU_POLICIES, READERS, VolumeError
-from med3dvlm.formats.base import colour
+from med3dvlm.formats.base import smallest_exact_type
 from med3dvlm.formats.hu import interpret
+from med3dvlm.formats.hu_values import looks_like_labels
 from med3dvlm.geometry.measurements import Places
 from med3dvlm.geometry.orientation import PLANES, direction_of, is_orientation, nearest_letters
 from med3dvlm.geometry.straightening import Straightening
@@ -218,7 +219,30 @@ def read_volume(
     The values are int16 when they are all whole numbers within its range, else float32. Raises VolumeError, one sentence,
     for anything that is not one sound 3D scan, and for slope and intercept that would be applied twice.
     """
-    source, location = os.fspath(path), Path(path)
+    source = os.fspath(path)
+    parts = _read(Path(path), source, series, transpose)
+    array, warnings = smallest_exact_type(parts.array, source), list(parts.warnings)
+    if len(parts.series) > 1:
+        number = parts.series[0].partition(":")[0]
+        listed = "; ".join(sorted(parts.series, key=lambda line: int(line.partition(":")[0])))
+        warnings.append(f"there are {len(parts.series)} series ({listed}); number {number} is read, and series= picks another.")
+    # A scan at all, before its values are interpreted.
+    bare = Volume(array, source=source, **_geometry(parts, spacing, orientation, warnings))
+    warnings += _doubts(bare)
+    meaning = interpret(parts._replace(array=array), source, hu, rescale, unit)
+    window = parts.window
+    if meaning.array is not array:  # the window was meant for other values
+        window, array = None, smallest_exact_type(meaning.array, source)
+    warnings += meaning.warnings
+    if looks_like_labels(array):
+        warnings.append("the values are few small whole numbers in solid patches; this may be a segmentation instead of a scan.")
+    about: dict[str, Any] = {"modality": parts.modality, "window": window, "series": parts.series}
+    volume = dataclasses.replace(bare, array=array, unit=meaning.unit, warnings=tuple(warnings), notes=meaning.notes, **about)
+    return volume.straighten() if straighten else volume
+
+
+def _read(location: Path, source: str, series: int | None, transpose: bool) -> formats.Parts:
+    """What the file's reader finds."""
     if not location.exists():
         raise VolumeError(f"{source}: there is no such file or folder; check the path.")
     if not os.access(location, os.R_OK):
@@ -230,12 +254,12 @@ def read_volume(
     if transpose:
         if parts.axes is not None or parts.direction is not None:
             raise VolumeError(f"{source}: transpose is for arrays that do not say where their axes lead, but this file does; leave it out.")
-        parts = parts._replace(array=parts.array.T)
-    array, warnings = _smallest_exact_type(parts.array, source), list(parts.warnings)
-    if len(parts.series) > 1:
-        number = parts.series[0].partition(":")[0]
-        listed = "; ".join(sorted(parts.series, key=lambda line: int(line.partition(":")[0])))
-        warnings.append(f"there are {len(parts.series)} series ({listed}); number {number} is read, and series= picks another.")
+        return parts._replace(array=parts.array.T)
+    return parts
+
+
+def _geometry(parts: formats.Parts, spacing: Sequence[float] | None, orientation: str | None, warnings: list[str]) -> dict[str, Any]:
+    """A Volume's arguments that say where its voxels lie: what is stated, else what the file says. Adds to `warnings`."""
     found, direction, heights, origin = parts.spacing, None, parts.slice_positions, parts.origin
     if origin is not None and not np.isfinite(origin).all():
         origin = None
@@ -261,48 +285,7 @@ def read_volume(
         letters, direction, origin = orientation, None, None
     if letters is None:
         warnings.append("the orientation is unknown; slices are taken to be as displayed on a screen.")
-    # A scan at all, before its values are interpreted.
-    bare = Volume(array, millimetres, letters, direction, source=source, slice_positions=heights, origin=origin)
-    warnings += _doubts(bare)
-    meaning = interpret(parts._replace(array=array), source, hu, rescale, unit)
-    window = parts.window
-    if meaning.array is not array:  # the window was meant for other values
-        window, array = None, _smallest_exact_type(meaning.array, source)
-    warnings += meaning.warnings
-    if _looks_like_labels(array):
-        warnings.append("the values are few small whole numbers in solid patches; this may be a segmentation instead of a scan.")
-    about: dict[str, Any] = {"modality": parts.modality, "window": window, "series": parts.series}
-    volume = dataclasses.replace(bare, array=array, unit=meaning.unit, warnings=tuple(warnings), notes=meaning.notes, **about)
-    return volume.straighten() if straighten else volume
-
-
-def _smallest_exact_type(array: NDArray[Any], source: str) -> NDArray[np.int16] | NDArray[np.float32]:
-    """int16 where that loses nothing, else float32; in order, and writable where the array is a view of a file's bytes."""
-    if array.dtype.fields is not None:
-        raise colour(source)
-    if array.dtype.kind not in "iufb":
-        raise VolumeError(f"{source}: values are of type {array.dtype} but real numbers are needed; convert them.")
-    if array.size and array.min() >= -32768 and array.max() <= 32767:
-        if array.dtype.kind != "f" or (array == np.rint(array)).all():
-            return np.require(array, np.int16, ["C", "W"])
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which Volume refuses
-        return np.require(array, np.float32, ["C", "W"])
-
-
-def _looks_like_labels(array: NDArray[Any]) -> bool:
-    """Whether this is most likely a segmentation: whole numbers within 0..255, at most 16 of them, or else nine in ten voxels
-    above 0 equal to the next in their row, which the noise in a scan prevents.
-
-    A doubt, no refusal: a scan in coarse grey levels, or one that a program drew, has such numbers too.
-    """
-    if array.dtype != np.int16 or array.min() < 0 or array.max() > 255:
-        return False
-    counts = sum(np.bincount(picture.reshape(-1), minlength=256) for picture in array)
-    if np.count_nonzero(counts) <= 16:
-        return True
-    left, right = array[..., :-1], array[..., 1:]
-    inside = left > 0
-    return bool((inside & (left == right)).sum() >= 0.9 * inside.sum() > 0)
+    return {"spacing": millimetres, "orientation": letters, "direction": direction, "slice_positions": heights, "origin": origin}
 
 
 def _split(axes: NDArray[np.float64], warnings: list[str], parts: formats.Parts) -> tuple[Any, NDArray[np.float64] | None]:

@@ -124,7 +124,7 @@ def _phantom_m3d(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace) -> int:
     """Gives the exit code: 1 where some studies could not be prepared."""
     from med3dvlm.datasets import DATASETS
-    from med3dvlm.datasets.preparation import parts_of_splits, prepare
+    from med3dvlm.datasets.preparation import parts_of_splits, prepare, prepare_shard
     from med3dvlm.files import read_lines, write_json
     from med3dvlm.preprocessing import VolumeProcessor
 
@@ -144,8 +144,11 @@ def _prepare(arguments: argparse.Namespace) -> int:
     studies = [replace(study, reading=_beside(told, study.reading)) for study in studies] if told else studies
     unread = [failure for split in wholes for failure in missed[split]]
     require_writable(destination)
-    shard, options = arguments.shard, {"shard": arguments.shard, "verify": arguments.verify}
-    summary = prepare(source, studies, questions, processor, destination, arguments.workers, unread, **options)
+    shard, workers, verify = arguments.shard, arguments.workers, arguments.verify
+    if shard:
+        summary = prepare_shard(source, studies, processor, destination, shard, workers, verify)
+    else:
+        summary = prepare(source, studies, questions, processor, destination, workers, unread, verify)
     listing = destination / "failures.jsonl"
     failures = summary.pop("failures") if shard else read_lines(listing)
     total = len(failures) + summary["studies"]

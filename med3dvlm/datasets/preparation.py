@@ -4,7 +4,7 @@ Any number of processes, of several machines with one file system, may work on a
 
 - a volume's file carries what it was made from and how, is written aside, put on the disk and renamed; whoever comes later reads in its
   header that it need not be made. So a process killed at any time costs the volume that it was making, and nothing else;
-- a shard (i of n: every n-th study) writes volumes only. Records, index and summary are written by a run without `shard`, once the shards
+- a shard (i of n: every n-th study) writes volumes only. Records, index and summary are written by `prepare`, once the shards
   have ended; it makes what they left out, so it also mends a shard that was killed, and takes seconds where there is nothing to mend;
 - summary.json is written last and taken away before a volume that it counts is replaced, so that nobody reads what does not belong
   together. While it is there the index is true, and a run reads that instead of the headers.
@@ -62,34 +62,62 @@ def prepare(
     destination: str | Path,
     workers: int = 2,
     failures: Sequence[Failure] = (),
-    shard: tuple[int, int] | None = None,
     verify: bool = False,
 ) -> dict[str, Any]:
     """Prepare the volumes of `studies`, whose image paths are relative to `source`; returns the summary that is also written.
 
     Args:
         failures: {"study", "file", "reason"} of studies that could not be read, for failures.jsonl.
-        shard: (i, n), the i-th of n parts, counted from 1: its volumes only. Returns {"shard", "studies", "made", "failures"}, the last a list.
         verify: read every volume that is there, and make those anew that are damaged.
 
     Raises:
-        ValueError: two studies have one id, a volume would replace its own scan, there is no such shard, or the folder was prepared
-            with other settings.
+        ValueError: two studies have one id, a volume would replace its own scan, or the folder was prepared with other settings.
     """
     source, destination = Path(source), Path(destination)
-    _check(source, destination, studies, shard)
+    _check(source, destination, studies)
+    lines, failed, _ = _prepare_volumes(source, studies, processor, destination, workers, verify)
+    return finish(destination, processor, studies, questions, lines, [*failures, *failed])
+
+
+def prepare_shard(
+    source: str | Path,
+    studies: Sequence[Study],
+    processor: VolumeProcessor,
+    destination: str | Path,
+    shard: tuple[int, int],
+    workers: int = 2,
+    verify: bool = False,
+) -> dict[str, Any]:
+    """Prepare the volumes of the i-th of n parts of `studies`, and nothing else, where `shard` is (i, n), counted from 1.
+
+    Returns {"shard", "studies", "made", "failures"}, the last a list. Arguments and errors are those of `prepare`; also a ValueError where
+    there is no such shard.
+    """
+    source, destination = Path(source), Path(destination)
+    _check(source, destination, studies)
+    part, count = shard
+    if not 1 <= part <= count:
+        raise ValueError(f"there is no shard {part}/{count}; they count from 1/{count} to {count}/{count}")
+    mine = studies[part - 1 :: count]
+    _, failed, made = _prepare_volumes(source, mine, processor, destination, workers, verify)
+    return {"shard": f"{part}/{count}", "studies": len(mine) - len(failed), "made": made, "failures": failed}
+
+
+def _prepare_volumes(
+    source: Path, studies: Sequence[Study], processor: VolumeProcessor, destination: Path, workers: int, verify: bool
+) -> tuple[dict[str, Line | None], list[Failure], int]:
+    """The studies' lines of the index, what failed, and how many volumes were made."""
     settings = _settle(processor, destination)
-    mine = studies if shard is None else studies[shard[0] - 1 :: shard[1]]
     indexed = _index(destination)
-    lines = {study.id: indexed.get(study.id) or _header(volume_path(destination, study)) for study in mine}
-    stale = [study for study in mine if not _is_current(source, destination, settings, study, lines[study.id])]
-    reasons: dict[str, str] = {}
+    lines = {study.id: indexed.get(study.id) or _header(volume_path(destination, study)) for study in studies}
+    stale = [study for study in studies if not _is_current(source, destination, settings, study, lines[study.id])]
+    failed: list[Failure] = []
     if stale:
         RECIPES[processor.recipe].steps(processor)  # imports what it needs, once for all forked processes
     with _processes(workers) as run:
         if verify:
             outdated = {study.id for study in stale}
-            there = [study for study in mine if study.id not in outdated]
+            there = [study for study in studies if study.id not in outdated]
             found = [line for study in there if (line := lines[study.id])]
             whole = tqdm(
                 run(partial(_is_whole, destination, processor.size), there, found), total=len(there), unit="volume", desc="verifying"
@@ -98,16 +126,13 @@ def prepare(
         if any(study.id in indexed for study in stale):
             (destination / "summary.json").unlink(missing_ok=True)
         jobs = run(partial(prepare_one, source, destination, processor, settings), stale) if stale else ()
-        results = tqdm(jobs, total=len(mine), initial=len(mine) - len(stale), unit="volume", desc="preparing", smoothing=0.05)
+        results = tqdm(jobs, total=len(studies), initial=len(studies) - len(stale), unit="volume", desc="preparing", smoothing=0.05)
         for study, (line, reason) in zip(stale, results, strict=True):
             lines[study.id] = line
             if reason is not None:
-                reasons[study.id] = reason
-    failed = [{"study": study.id, "file": study.image, "reason": reasons[study.id]} for study in mine if study.id in reasons]
-    if shard is not None:
-        made = len(stale) - len(failed)
-        return {"shard": f"{shard[0]}/{shard[1]}", "studies": len(mine) - len(failed), "made": made, "failures": failed}
-    return finish(destination, processor, studies, questions, lines, [*failures, *failed])
+                failed.append({"study": study.id, "file": study.image, "reason": reason})
+    place = {study.id: number for number, study in enumerate(studies)}
+    return lines, sorted(failed, key=lambda failure: place[failure["study"]]), len(stale) - len(failed)
 
 
 def parts_of_splits(splits: Mapping[str, Sequence[Study]]) -> dict[str, dict[str, list[str]]]:
@@ -131,7 +156,7 @@ def parts_of_splits(splits: Mapping[str, Sequence[Study]]) -> dict[str, dict[str
     }
 
 
-def _check(source: Path, destination: Path, studies: Sequence[Study], shard: tuple[int, int] | None) -> None:
+def _check(source: Path, destination: Path, studies: Sequence[Study]) -> None:
     check_ids(studies)
     for study in studies:
         named_labels(study.labels)
@@ -139,8 +164,6 @@ def _check(source: Path, destination: Path, studies: Sequence[Study], shard: tup
     for study in studies:
         if here / study.image == volume_path(there, study):
             raise ValueError(f"{source / study.image} would be replaced by its own preparation; prepare into another folder")
-    if shard is not None and not 1 <= shard[0] <= shard[1]:
-        raise ValueError(f"there is no shard {shard[0]}/{shard[1]}; they count from 1/{shard[1]} to {shard[1]}/{shard[1]}")
 
 
 def _settle(processor: VolumeProcessor, destination: Path) -> str:

@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from med3dvlm import plots
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.encoders import Encoder, count_parameters
 from med3dvlm.encoders.cost import operations
+from med3dvlm.evaluation.cases import predictions
 from med3dvlm.evaluation.detection_tables import COMPARED, detection_tables
+from med3dvlm.evaluation.paper_tables import frequencies
 from med3dvlm.evaluation.runs import other_patients, training_split, write_scores
-from med3dvlm.files import write_text
+from med3dvlm.files import read_lines, write_text
 from med3dvlm.metrics.classification import THRESHOLD_RULES
 from med3dvlm.metrics.detection import choose_known_thresholds, detection_scores, label_control, reliability
 from med3dvlm.prompts import finding_words
@@ -39,6 +42,11 @@ from med3dvlm.reports.findings import label_names
 Table = NDArray[np.float64]
 FIFTH = 5  # of a training split at most this part serves for thresholds
 HALF = "0.5 for every finding"
+PREDICTIONS, OF_THRESHOLDS, BLIND = (
+    "predictions.jsonl",
+    "predictions_thresholds.jsonl",
+    "predictions_blind.jsonl",
+)  # the last of an empty volume
 HOW_TO_LABEL = {  # source of a study -> where its labels are read
     "table": "give the table columns such as label:effusion, 0 or 1",
     "ct_rate": "put CT-RATE's multi_abnormality_labels beside the volumes",
@@ -147,65 +155,76 @@ def log_odds_table(found: Iterable[Mapping[str, float]], names: Sequence[str]) -
     return np.array(rows, dtype=np.float64).reshape(-1, len(names))
 
 
-def report(
-    output: Path,
-    task: str,
-    studies: Sequence[Study],
-    names: Sequence[str],
-    log_odds: Table,
-    threshold: tuple[Sequence[Study], str, Table],
-    rule: str,
-    blind: Table | None,
-    frequencies: Mapping[str, tuple[float, float]],
-    about: Mapping[str, Any],
-    remarks: Sequence[str] = (),
-) -> str:
+@dataclass(frozen=True)
+class Detection:
+    """What was predicted of N studies, and of the M studies of other patients that thresholds are chosen on.
+
+    `log_odds` is (N, K) and `threshold_log_odds` (M, K), NaN where a finding was not predicted; `blind` is (K,), of an empty volume, None where
+    that was not asked for; `whence` says in words where thresholds come from.
+    """
+
+    names: Sequence[str]
+    studies: Sequence[Study]
+    log_odds: Table
+    threshold_studies: Sequence[Study]
+    threshold_log_odds: Table
+    whence: str
+    blind: Table | None = None
+
+    @classmethod
+    def read(
+        cls, output: Path, names: Sequence[str], studies: Sequence[Study], threshold_studies: Sequence[Study], whence: str
+    ) -> "Detection":
+        """From the predictions in the folder `output`. Raises ValueError where they are of other studies."""
+
+        def table(name: str, expected: Sequence[Study]) -> Table:
+            lines = predictions(output / name, [{"id": study.id} for study in expected]) if expected else ()
+            return log_odds_table((line["log_odds"] for line in lines), names)
+
+        log_odds, blind = table(PREDICTIONS, studies), None
+        if (output / BLIND).is_file():
+            blind = log_odds_table((line["log_odds"] for line in read_lines(output / BLIND)), names)[0]
+        others = table(OF_THRESHOLDS, threshold_studies)
+        return cls(names, studies, log_odds, threshold_studies, others, whence, blind)
+
+
+def report(output: Path, task: str, found: Detection, rule: str, about: Mapping[str, Any], remarks: Sequence[str] = ()) -> str:
     """Score a detection and write everything but the predictions; returns the tables.
 
     Args:
         task: "zero_shot" or "linear_probe", by which the papers' tables are found.
-        log_odds: (N, K), NaN where a finding was not predicted.
-        threshold: the studies that thresholds come from, where from in words, and their log-odds (M, K).
-        blind: (K,) log-odds of an empty volume.
-        frequencies: finding -> its share of CT-RATE's training and validation split.
+        rule: which of THRESHOLD_RULES.
         about: what else belongs into the scores.
         remarks: sentences for the end of the tables.
     """
+    names, studies, log_odds, others = found.names, found.studies, found.log_odds, found.threshold_studies
     labels, patients = label_table(studies, names), [study.patient for study in studies]
     labels = np.where(np.isnan(log_odds), np.nan, labels)
-    others, whence, other_log_odds = threshold
     rules = {rule: np.zeros(len(names))}
     if others:
-        known = np.where(np.isnan(other_log_odds), np.nan, label_table(others, names))
-        rules = {name: choose_known_thresholds(known, other_log_odds, name) for name in (rule, "nearest")}
+        known = np.where(np.isnan(found.threshold_log_odds), np.nan, label_table(others, names))
+        rules = {name: choose_known_thresholds(known, found.threshold_log_odds, name) for name in (rule, "nearest")}
     columns = {"model": log_odds}
-    if blind is not None:
-        columns["blind"] = np.tile(blind, (len(studies), 1))
+    if found.blind is not None:
+        columns["blind"] = np.tile(found.blind, (len(studies), 1))
     if place := other_patients(studies):
         columns["shuffled"] = log_odds[place]
     columns["everything"] = np.ones_like(log_odds)
-    found = {
-        name: detection_scores(
-            labels,
-            column,
-            np.zeros(len(names)) if name == "everything" else rules[rule],
-            names,
-            patients,
-            rules.get("nearest"),
-        )
-        for name, column in columns.items()
-    }
+    compared = {}
+    for name, column in columns.items():
+        thresholds = np.zeros(len(names)) if name == "everything" else rules[rule]
+        compared[name] = detection_scores(labels, column, thresholds, names, patients, rules.get("nearest"))
     calibration, control = reliability(labels, log_odds), label_control(labels, log_odds, patients)
     scores = {
         "task": task,
         **about,
-        "thresholds": {"from": whence, "rule": rule if others else None, "studies": len(others)},
-        **found["model"],
+        "thresholds": {"from": found.whence, "rule": rule if others else None, "studies": len(others)},
+        **compared["model"],
         "calibration": calibration,
         "permuted_labels": control,
-        **{name: found.get(name) for name in COMPARED if name != "model"},
+        **{name: compared.get(name) for name in COMPARED if name != "model"},
     }
-    tables = detection_tables(scores, found, frequencies, remarks)
+    tables = detection_tables(scores, compared, frequencies(), remarks)
     write_text(output / "probabilities.csv", _csv(studies, names, log_odds))
     draw(output, scores, names, labels, log_odds)
     write_scores(output / "scores.json", scores, tables)

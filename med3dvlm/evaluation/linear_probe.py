@@ -117,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     detection.require_labels(data, arguments.split, studies)
     names = detection.names_of(studies)
     others, whence = detection.threshold_studies(data, arguments.split, studies, arguments.threshold_split)
-    parts = {output / "predictions_thresholds.jsonl": others, output / "predictions.jsonl": studies}
-    parts, blind = {path: part for path, part in parts.items() if part}, output / "predictions_blind.jsonl"
+    parts = {output / detection.OF_THRESHOLDS: others, output / detection.PREDICTIONS: studies}
+    parts = {path: part for path, part in parts.items() if part}
 
     if not arguments.score_only:
         if not (others or arguments.probe):
@@ -148,32 +148,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         controls: list[LinearProbe] = []
         if learned_from is not None:
-            pooled = (learned_from, features[output / "predictions_thresholds.jsonl"])
+            pooled = (learned_from, features[output / detection.OF_THRESHOLDS])
             probe, controls, training = trained(arguments, (train, others), pooled)
             probe.save(output, {"encoder": fingerprint(encoder.encoder), "stages": encoder.stages, "training": training})
         empty = encoder.pooled(evaluation.empty_volume(data)[None, None])
-        write_lines(blind, [detection.row("air", probe.names, probe.log_odds(empty)[0])])
+        write_lines(output / detection.BLIND, [detection.row("air", probe.names, probe.log_odds(empty)[0])])
         for path, part in parts.items():
             write_predictions(path, part, features[path], probe, controls)
         record = json.loads((output / "run.json").read_text(encoding="utf-8-sig"))
         write_json(output / "run.json", record | {"seconds": round(record["seconds"] + time.perf_counter() - started, 1)})
 
-    rows = {path: evaluation.predictions(path, [{"id": study.id} for study in part]) for path, part in parts.items()}
-    log_odds = {path: detection.log_odds_table((line["log_odds"] for line in lines), names) for path, lines in rows.items()}
+    detected = detection.Detection.read(output, names, studies, others, whence)
     record = json.loads((output / "run.json").read_text(encoding="utf-8-sig"))["identity"]
-    control = shuffled_labels(rows[output / "predictions.jsonl"], studies, names)
-    tables = detection.report(
-        output,
-        "linear_probe",
-        studies,
-        names,
-        log_odds[output / "predictions.jsonl"],
-        (others, whence, log_odds.get(output / "predictions_thresholds.jsonl", np.empty((0, len(names))))),
-        arguments.threshold_rule,
-        detection.log_odds_table((line["log_odds"] for line in read_lines(blind)), names)[0] if blind.is_file() else None,
-        paper_tables.frequencies(),
-        {"encoder": record["encoder"], "shuffled_labels": control},
-        [f"Macro AUROC of {control['probes']} probes trained on shuffled labels: {control['macro_auroc']:.3f}."] if control else [],
-    )
-    print(tables)
+    control = shuffled_labels(read_lines(output / detection.PREDICTIONS), studies, names)
+    remark = [f"Macro AUROC of {control['probes']} probes trained on shuffled labels: {control['macro_auroc']:.3f}."] if control else []
+    facts = {"encoder": record["encoder"], "shuffled_labels": control}
+    print(detection.report(output, "linear_probe", detected, arguments.threshold_rule, facts, remark))
     print(paper_tables.write_beside(output, arguments.data_name))

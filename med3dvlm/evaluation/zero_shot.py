@@ -32,7 +32,7 @@ from torch import Tensor
 
 from med3dvlm import evaluation
 from med3dvlm.evaluation import detection, paper_tables
-from med3dvlm.files import read_lines, write_lines
+from med3dvlm.files import write_lines
 from med3dvlm.programs import positive
 from med3dvlm.prompts import FINDING_PROMPTS, finding_prompts
 from med3dvlm.records import Study
@@ -66,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     detection.require_labels(data, arguments.split, studies)
     names = detection.names_of(studies)
     others, whence = detection.threshold_studies(data, arguments.split, studies, arguments.threshold_split)
-    files = {"predictions.jsonl": studies, "predictions_thresholds.jsonl": others}
-    paths, blind = {arguments.output / name: part for name, part in files.items() if part}, arguments.output / "predictions_blind.jsonl"
+    paths = {arguments.output / detection.PREDICTIONS: studies, arguments.output / detection.OF_THRESHOLDS: others}
 
     def about(study: Study) -> dict[str, Any]:
         return {"id": study.id}
@@ -83,28 +82,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             return [detection.row(name, names, (directions @ volume).tolist()) for name, volume in embedded]
 
         if not all(
-            [evaluation.predict(path, evaluation.in_batches(part, arguments.batch_size), detect, about) for path, part in paths.items()]
+            [
+                evaluation.predict(path, evaluation.in_batches(part, arguments.batch_size), detect, about)
+                for path, part in paths.items()
+                if part
+            ]
         ):
             return
         with torch.no_grad():
             empty = evaluation.empty_volume(data)[None, None].to(embedder.model.device, embedder.model.dtype)  # (1, 1, D, H, W)
             scores = directions @ embedder.model.encode_image(empty).double().cpu()[0]
-        write_lines(blind, [detection.row("air", names, scores.tolist())])
+        write_lines(arguments.output / detection.BLIND, [detection.row("air", names, scores.tolist())])
 
-    rows = {path: evaluation.predictions(path, [about(study) for study in part]) for path, part in paths.items()}
-    log_odds, *threshold_log_odds = (detection.log_odds_table((line["log_odds"] for line in lines), names) for lines in rows.values())
     record = json.loads((arguments.output / "run.json").read_text(encoding="utf-8-sig"))["identity"]
-    tables = detection.report(
-        arguments.output,
-        "zero_shot",
-        studies,
-        names,
-        log_odds,
-        (others, whence, threshold_log_odds[0] if others else log_odds[:0]),
-        arguments.threshold_rule,
-        detection.log_odds_table((line["log_odds"] for line in read_lines(blind)), names)[0] if blind.is_file() else None,
-        paper_tables.frequencies(),
-        {"encoder": record["encoder"], "templates": record["templates"]},
-    )
-    print(tables)
+    found = detection.Detection.read(arguments.output, names, studies, others, whence)
+    facts = {"encoder": record["encoder"], "templates": record["templates"]}
+    print(detection.report(arguments.output, "zero_shot", found, arguments.threshold_rule, facts))
     print(paper_tables.write_beside(arguments.output, arguments.data_name))

@@ -76,3 +76,16 @@ def check_size(shape: Sequence[int], voxel_bytes: int, file_bytes: int, source: 
         raise VolumeError(
             f"{source}: {size} voxels of {voxel_bytes} bytes are more than the {limits} that are read; crop or resample the scan."
         )
+
+
+def smallest_exact_type(array: NDArray[Any], source: str) -> NDArray[np.int16] | NDArray[np.float32]:
+    """int16 where that loses nothing, else float32; in order, and writable where the array is a view of a file's bytes."""
+    if array.dtype.fields is not None:
+        raise colour(source)
+    if array.dtype.kind not in "iufb":
+        raise VolumeError(f"{source}: values are of type {array.dtype} but real numbers are needed; convert them.")
+    if array.size and array.min() >= -32768 and array.max() <= 32767:
+        if array.dtype.kind != "f" or (array == np.rint(array)).all():
+            return np.require(array, np.int16, ["C", "W"])
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which Volume refuses
+        return np.require(array, np.float32, ["C", "W"])

@@ -154,3 +154,19 @@ def _share(chosen: NDArray[np.bool_]) -> float:
 def _between(values: NDArray[Any], low: float, high: float) -> float:
     """The share of values from `low` to `high`."""
     return _share((values >= low) & (values <= high))
+
+
+def looks_like_labels(array: NDArray[Any]) -> bool:
+    """Whether this is most likely a segmentation: whole numbers within 0..255, at most 16 of them, or else nine in ten voxels
+    above 0 equal to the next in their row, which the noise in a scan prevents.
+
+    A doubt, no refusal: a scan in coarse grey levels, or one that a program drew, has such numbers too.
+    """
+    if array.dtype != np.int16 or array.min() < 0 or array.max() > 255:
+        return False
+    counts = sum(np.bincount(picture.reshape(-1), minlength=256) for picture in array)
+    if np.count_nonzero(counts) <= 16:
+        return True
+    left, right = array[..., :-1], array[..., 1:]
+    inside = left > 0
+    return bool((inside & (left == right)).sum() >= 0.9 * inside.sum() > 0)

@@ -8,7 +8,7 @@ preliminary and unverified, and says in its first words that it is research outp
 
 import io
 import warnings as python_warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,61 +77,44 @@ def _document(
     pictures: Sequence[tuple[str, tuple[Any, int] | None]],
 ) -> Any:
     """The report, of nobody yet; of each picture its words and, where it is a slice, the header and the frame (from 0) of its file."""
-    from highdicom import UID
-    from highdicom.sr import (
-        CodedConcept,
-        ContainerContentItem,
-        ContentSequence,
-        DeviceObserverIdentifyingAttributes,
-        EnhancedSR,
-        ImageContentItem,
-        LanguageOfContentItemAndDescendants,
-        ObserverContext,
-        RelationshipTypeValues,
-        TextContentItem,
-    )
+    from highdicom import UID, sr
     from highdicom.sr.templates import DEFAULT_LANGUAGE
     from pydicom.dataset import Dataset
     from pydicom.sr.codedict import codes
 
-    def coded(code: tuple[str, str]) -> CodedConcept:
-        return CodedConcept(code[0], "DCM", code[1])
+    contains = sr.RelationshipTypeValues.CONTAINS
 
-    def text(code: tuple[str, str], words: str) -> TextContentItem:
-        return TextContentItem(coded(code), words, relationship_type=RelationshipTypeValues.CONTAINS)
+    def coded(code: tuple[str, str]) -> Any:
+        return sr.CodedConcept(code[0], "DCM", code[1])
 
-    def key_images() -> ContainerContentItem:
-        container = ContainerContentItem(coded(KEY_IMAGES), is_content_continuous=False, relationship_type=RelationshipTypeValues.CONTAINS)
-        content = ContentSequence()
+    def container(code: tuple[str, str], items: Iterable[Any]) -> Any:
+        made = sr.ContainerContentItem(coded(code), is_content_continuous=False, relationship_type=contains)
+        made.ContentSequence = sr.ContentSequence(list(items))
+        return made
+
+    def text(code: tuple[str, str], words: str) -> Any:
+        return sr.TextContentItem(coded(code), words, relationship_type=contains)
+
+    def key_images() -> Iterator[Any]:
         for label, slice_ in pictures:
-            content.append(text(LABEL, label))
+            yield text(LABEL, label)
             if slice_ is not None:
                 header, frame = slice_
-                content.append(
-                    ImageContentItem(
-                        coded(KEY_IMAGE),
-                        header.SOPClassUID,
-                        header.SOPInstanceUID,
-                        referenced_frame_numbers=[frame + 1] if header.get("NumberOfFrames") else None,
-                        relationship_type=RelationshipTypeValues.CONTAINS,
-                    )
-                )
-        container.ContentSequence = content
-        return container
+                frames = [frame + 1] if header.get("NumberOfFrames") else None
+                uids = header.SOPClassUID, header.SOPInstanceUID
+                yield sr.ImageContentItem(coded(KEY_IMAGE), *uids, referenced_frame_numbers=frames, relationship_type=contains)
 
-    root = ContainerContentItem(codes.LN.DiagnosticImagingReport, is_content_continuous=False, template_id="2000")
-    observer = DeviceObserverIdentifyingAttributes(UID(), name=software)
-    items = ContentSequence()
-    items.extend(LanguageOfContentItemAndDescendants(DEFAULT_LANGUAGE))
-    items.extend(ObserverContext(codes.DCM.Device, observer))
-    items.append(text(("121106", "Comment"), notice))
+    root = sr.ContainerContentItem(codes.LN.DiagnosticImagingReport, is_content_continuous=False, template_id="2000")
+    observer = sr.DeviceObserverIdentifyingAttributes(UID(), name=software)
+    items = sr.ContentSequence()
+    items.extend(sr.LanguageOfContentItemAndDescendants(DEFAULT_LANGUAGE))
+    items.extend(sr.ObserverContext(codes.DCM.Device, observer))
+    items.append(text(LABEL, notice))
     for heading, texts in sections:
         of_section, of_text = CODES[heading]
-        section = ContainerContentItem(coded(of_section), is_content_continuous=False, relationship_type=RelationshipTypeValues.CONTAINS)
-        section.ContentSequence = ContentSequence([text(of_text, words) for words in texts])
-        items.append(section)
+        items.append(container(of_section, (text(of_text, words) for words in texts)))
     if pictures:
-        items.append(key_images())
+        items.append(container(KEY_IMAGES, key_images()))
     root.ContentSequence = items
 
     evidence = []
@@ -139,7 +122,7 @@ def _document(
         reference = Dataset()
         reference.update({keyword: header.get(keyword) for keyword in REFERENCE} | dict.fromkeys(MUST_BE_THERE))
         evidence.append(reference)
-    return EnhancedSR(
+    return sr.EnhancedSR(
         evidence,
         root,
         series_instance_uid=UID(),

@@ -21,7 +21,7 @@ from PIL import Image
 
 from med3dvlm import VolumeProcessor, read_volume
 from med3dvlm.datasets import m3d
-from med3dvlm.datasets.preparation import parts_of_splits, prepare
+from med3dvlm.datasets.preparation import parts_of_splits, prepare, prepare_shard
 from med3dvlm.datasets.statistics import kind_of
 from med3dvlm.datasets.store import PreparedData, volume_path
 from med3dvlm.files import read_lines
@@ -318,8 +318,11 @@ def abandon(root: Path) -> None:
 
 def prepare_phantoms(phantoms: Path, destination: Path, workers: int = 2, **options: Any) -> dict[str, Any]:
     splits = [m3d.read(phantoms, split) for split in m3d.splits(phantoms)]
-    records = ([record for split in splits for record in split[part]] for part in (0, 1))
-    return prepare(phantoms, *records, VolumeProcessor("m3d", size=(48, 64, 56)), destination, workers, **options)
+    studies, questions = ([record for split in splits for record in split[part]] for part in (0, 1))
+    processor = VolumeProcessor("m3d", size=(48, 64, 56))
+    if "shard" in options:
+        return prepare_shard(phantoms, studies, processor, destination, workers=workers, **options)
+    return prepare(phantoms, studies, questions, processor, destination, workers, **options)
 
 
 @pytest.fixture(scope="module")
@@ -425,12 +428,12 @@ def test_another_way_of_reading_is_a_change(prepared_from: Callable[..., dict[st
     assert prepared_from(other) == summary
 
 
-def test_volumes_of_other_settings_are_made_anew(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_volumes_of_other_settings_are_made_anew(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
     """As two shards leave them that were started at the same moment with different settings."""
     expected, root = prepared_from(), tmp_path / "prepared"
     whole = tree(root)
     shutil.rmtree(root)
-    prepared_from(size=(8, 16, 16), shard=(1, 2))
+    prepare_shard(scans, studies(), VolumeProcessor("m3d", size=(8, 16, 16)), root, (1, 2), workers=1)
     (root / "preprocessor_config.json").unlink()
     assert prepared_from() == expected and tree(root) == whole
 
