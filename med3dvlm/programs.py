@@ -42,6 +42,7 @@ EXTRAS = {
     "evaluate": ("bert_score", "evaluate", "nltk", "rouge_score", "sacrebleu", "sklearn"),
     "chat": ("gradio", "starlette"),
     "mcp": ("mcp",),
+    "serve": ("fastapi", "prometheus_client", "python_multipart", "uvicorn"),
     "search": ("datasketch", "faiss"),
     "dicom": ("highdicom",),
     "gguf": ("gguf",),

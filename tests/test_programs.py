@@ -120,7 +120,7 @@ def test_every_parser_shows_one_spelling(capsys: pytest.CaptureFixture[str]) -> 
             main([*words, "--help"])
         said = capsys.readouterr().out
         assert f"usage: med3dvlm {' '.join(words)}" in said
-    assert set(PASSED_ON) == {*PROGRAMS, "chat", "accounts"}
+    assert set(PASSED_ON) == {*PROGRAMS, "chat", "accounts", "serve"}
 
 
 def test_extras_are_those_of_the_package(repository: Path) -> None:

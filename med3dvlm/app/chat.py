@@ -17,10 +17,7 @@ programs), mcp_tools.py (for agents), accounts.py and guard.py (who may come in)
 
 import os
 import re
-import shutil
 import signal
-import socket
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import psutil
 from starlette.middleware import Middleware
 
 from med3dvlm.app.accounts import Accounts
 from med3dvlm.app.analysis import find_segmenter
 from med3dvlm.app.analysis import load as load_analysis
 from med3dvlm.app.guard import Guard
+from med3dvlm.app.hosting import HERE_ONLY, check_free, load, private
 from med3dvlm.app.layout import THEME, file
 from med3dvlm.app.mcp_tools import tools
 from med3dvlm.app.page import build
@@ -45,7 +42,6 @@ from med3dvlm.app.workstation import Workstation
 from med3dvlm.programs import Parser
 from med3dvlm.prompts import RESEARCH_NOTICE
 
-HERE_ONLY = ("127.0.0.1", "localhost", "::1")
 PRIVATE = "med3dvlm-chat-"  # begins the name of the folder of uploads, then the process
 SECONDS_UNREAD = 300.0  # after which an upload that nobody read goes
 
@@ -77,21 +73,17 @@ def launch(
 @contextmanager
 def private_folder() -> Iterator[Path]:
     """Where uploads lie, for this user alone; empty again at the end. What a chat that was killed left of its own goes, too."""
-    for stale in Path(tempfile.gettempdir()).glob(f"{PRIVATE}*"):
-        process = stale.name.removeprefix(PRIVATE).partition("-")[0]
-        if process.isdigit() and stale.stat().st_uid == os.getuid() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(stale, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{PRIVATE}{os.getpid()}-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    with private(PRIVATE) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)
         ended = threading.Event()
 
         def sweep_now_and_then() -> None:
             while not ended.wait(SECONDS_UNREAD / 10):
-                sweep(Path(folder), SECONDS_UNREAD)
+                sweep(folder, SECONDS_UNREAD)
 
         threading.Thread(target=sweep_now_and_then, daemon=True).start()
         try:
-            yield Path(folder)
+            yield folder
         finally:
             ended.set()
 
@@ -164,28 +156,3 @@ def options() -> Parser:
     )  # fmt: skip
     parser.add_argument("--mcp", action="store_true", help="offer answer and report as MCP tools, too, under /gradio_api/mcp/")
     return parser
-
-
-def check_free(host: str, port: int) -> None:
-    """Raises ValueError, one sentence, where nothing can listen there."""
-    if not 1 <= port <= 65535:
-        raise ValueError(f"--port {port} is not a port; ports go from 1 to 65535.")
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise ValueError(f"Nothing can listen on {host}, port {port} ({error.strerror}); name another one by --port.") from None
-
-
-def load(model: Path) -> Any:
-    """The model, loaded once. Raises FileNotFoundError or ValueError, one sentence, for a directory without one or of another kind."""
-    if model.is_file():
-        raise FileNotFoundError(f"{model} is a file; give the directory of a trained model.")
-    if not model.is_dir():
-        raise FileNotFoundError(f"There is no model directory {model}; train one with `make demo`.")
-    if not any(path.suffix in (".safetensors", ".bin") for path in model.iterdir()):
-        raise FileNotFoundError(f"{model} holds no weights (*.safetensors); give a trained model.")
-    from med3dvlm.allocator import keep_freed_memory
-    from med3dvlm.inference.chat import Med3DChat
-
-    keep_freed_memory()
-    return Med3DChat.from_pretrained(model)

@@ -10,7 +10,7 @@ out of the log.
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,13 +41,19 @@ MOST_CLIENTS = 4096  # whose calls are counted
 
 class Guard:
     """ASGI middleware. `hosts` are more names, with or without a port, under which the server may be addressed; `connection(name)` is held
-    as long as the session of that name has Gradio's heartbeat."""
+    as long as the session of that name has Gradio's heartbeat; `rates` are as RATES, and `refuse` answers as `refusal` does."""
 
     def __init__(
-        self, app: ASGIApp, hosts: Iterable[str] = (), connection: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        self,
+        app: ASGIApp,
+        hosts: Iterable[str] = (),
+        connection: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+        rates: Mapping[str, tuple[int, float]] = RATES,
+        refuse: Callable[..., ASGIApp] | None = None,
     ) -> None:
         self.app, self.hosts, self.connection = app, {host.lower() for host in hosts}, connection
-        self._rates = {path: Rate(*limits) for path, limits in RATES.items()}
+        self._rates = {path: Rate(*limits) for path, limits in rates.items()}
+        self._refuse = refuse or refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -64,10 +70,10 @@ class Guard:
             await send(message)
 
         if problem := self._problem(scope, headers):
-            await refusal(403, problem)(scope, receive, sent)
+            await self._refuse(403, problem)(scope, receive, sent)
             return
         if wait := self._wait(scope, client):
-            await refusal(429, f"These are too many calls at once; try again in {wait:.0f} seconds.", wait)(scope, receive, sent)
+            await self._refuse(429, f"These are too many calls at once; try again in {wait:.0f} seconds.", wait)(scope, receive, sent)
             return
         try:
             held = scope["path"].startswith(HEARTBEAT)
@@ -76,7 +82,7 @@ class Guard:
         except Exception as error:  # noqa: BLE001  the server's log would quote it
             log(error)
             if not started:
-                await refusal(500, MALFORMED)(scope, receive, sent)
+                await self._refuse(500, MALFORMED)(scope, receive, sent)
 
     def _problem(self, scope: Scope, headers: Headers) -> str:
         """Why the request is none of this server's, in a sentence; "" for one that is."""
@@ -99,7 +105,8 @@ class Guard:
         """Seconds until the client may call again; 0 for now. Reading is not counted, nor is sending files, one call each."""
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].endswith("/upload"):
             return 0.0
-        return self._rates.get(scope["path"].rstrip("/"), self._rates[""]).wait(client)
+        rate = self._rates.get(scope["path"].rstrip("/")) or self._rates.get("")
+        return rate.wait(client) if rate else 0.0
 
 
 class Rate:

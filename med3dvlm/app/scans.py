@@ -80,16 +80,7 @@ def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False, s
     Raises:
         VolumeError: they hold no scan, or are larger than `most_bytes` together; one sentence without a file's name.
     """
-    folder = tempfile.mkdtemp(prefix=PREFIX, dir=uploads[0].parent)
-    try:
-        path, kind = _plainly_named(uploads, Path(folder), most_bytes, os.link if keep else shutil.move)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
-    finally:
-        for upload in () if keep else uploads:
-            upload.unlink(missing_ok=True)
-    kept = Upload(path, kind, folder)
+    kept = take_uploads(uploads, most_bytes, keep)
     try:
         scan = read_series(kept, None, straighten)
     except BaseException:
@@ -100,18 +91,47 @@ def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False, s
     return scan
 
 
-def read_series(upload: Upload, series: int | None, straighten: bool = False) -> OpenScan:
-    """A scan of an upload: the series of that number in `volume.series`, None for the likeliest. Raises VolumeError as `read_uploads` does."""
+def take_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False) -> Upload:
+    """Put them into a folder of their own under plain names, checked as `read_uploads` says, which takes the same arguments."""
+    folder = tempfile.mkdtemp(prefix=PREFIX, dir=uploads[0].parent)
+    try:
+        path, kind = _plainly_named(uploads, Path(folder), most_bytes, os.link if keep else shutil.move)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    finally:
+        for upload in () if keep else uploads:
+            upload.unlink(missing_ok=True)
+    return Upload(path, kind, folder)
+
+
+def read_plainly(
+    upload: Upload, series: int | None, straighten: bool = False, say: Callable[[str], str] = str
+) -> tuple[Volume, bool, bool]:
+    """The volume of an upload, in whose warnings no path stands, nor in the VolumeError that is raised; `say` puts them in other words.
+
+    Beside it, whether it was resampled, and whether each of its slices is one of the file's.
+    """
+
+    def plain(words: str) -> str:
+        words = re.sub(rf"{re.escape(upload.folder)}(/[\w.]+)?: ", "", words)
+        words = say(re.sub(rf"{re.escape(upload.folder)}/?", "", words).strip())
+        return words[:1].upper() + words[1:]
+
     try:
         read = read_volume(upload.path, series=series)
         volume = read.straighten() if straighten else read
     except VolumeError as error:
-        raise VolumeError(_without(upload.folder, str(error))) from None
-    warnings = tuple(_without(upload.folder, warning) for warning in volume.warnings)
-    volume = dataclasses.replace(volume, source="scan", warnings=warnings)
+        raise VolumeError(plain(str(error))) from None
+    volume = dataclasses.replace(volume, source="scan", warnings=tuple(plain(warning) for warning in volume.warnings))
+    return volume, straighten and not read.regular, not straighten or read.slice_positions is None
+
+
+def read_series(upload: Upload, series: int | None, straighten: bool = False) -> OpenScan:
+    """A scan of an upload: the series of that number in `volume.series`, None for the likeliest. Raises VolumeError as `read_uploads` does."""
+    volume, resampled, as_filed = read_plainly(upload, series, straighten, _for_the_page)
     scan = opened(volume, upload.kind, upload if upload.kind in MAY_BE_DICOM else None, series)
-    as_filed = not straighten or read.slice_positions is None
-    return dataclasses.replace(scan, resampled=straighten and not read.regular, as_filed=as_filed)
+    return dataclasses.replace(scan, resampled=resampled, as_filed=as_filed)
 
 
 def sweep(private: Path, seconds: float) -> None:
@@ -165,16 +185,20 @@ def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int, move:
         return path, KINDS.get(endings[0], "DICOM")
     if any(ending in FORMATS and ending != ".dcm" for ending in endings):
         raise VolumeError(f"{len(uploads)} files were sent, and not all are of one DICOM series; open one scan at a time.")
-    for number, upload in enumerate(sorted(uploads, key=lambda upload: _natural(upload.name)), start=1):
+    for number, upload in enumerate(sorted(uploads, key=lambda upload: natural(upload.name)), start=1):
         move(upload, folder / f"{number:05d}{_ending(upload)}")
     return folder, "pictures" if set(endings) <= set(PICTURES) else "DICOM series"
 
 
-def _ending(upload: Path) -> str:
-    """The ending that says a format, in lower case; where the name has none, as an agent's upload, by the file's first bytes, else ""."""
+def upload_ending(name: str) -> str:
+    """The ending of a file's name that says a format, in lower case, else ""."""
     known = sorted((*FORMATS, *PICTURES), key=len, reverse=True)
-    name = upload.name.lower()
-    if ending := next((ending for ending in known if name.endswith(ending)), ""):
+    return next((ending for ending in known if name.lower().endswith(ending)), "")
+
+
+def _ending(upload: Path) -> str:
+    """That of its name; where there is none, as of an agent's upload, by the file's first bytes, else ""."""
+    if ending := upload_ending(upload.name):
         return ending
     with upload.open("rb") as file:
         start = file.read(352)
@@ -182,15 +206,12 @@ def _ending(upload: Path) -> str:
     return next((ending for ending, (place, sign) in signed if start[place:].startswith(sign)), "")
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """So that slice 9 comes before slice 10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _without(folder: str, words: str) -> str:
-    """The sentence without the path, which says nothing to whoever dropped a file on a page."""
-    words = re.sub(rf"{re.escape(folder)}(/[\w.]+)?: ", "", words)
-    words = re.sub(rf"{re.escape(folder)}/?", "", words).strip()
+def _for_the_page(words: str) -> str:
+    """Where a sentence names an argument of `read_volume`, what to do on the page."""
     words = words.replace("and series= picks another", "and another can be chosen above the picture")
-    words = re.sub(r"choose (one|another) with series=, of", r"open the files of \1 alone, of", words)
-    return words[:1].upper() + words[1:]
+    return re.sub(r"choose (one|another) with series=, of", r"open the files of \1 alone, of", words)

@@ -41,13 +41,14 @@ PASSED_ON = {
     "train": "train a model: `med3dvlm train STAGE --help`",
     "evaluate": "score a model: `med3dvlm evaluate WHAT --help`",
     "chat": "look at a scan and talk with a model about it, in the browser, on this machine",
+    "serve": "answer programs about scans, in the words of OpenAI's API",
     "accounts": "add an account for a shared chat, or give it a new password",
 }
 GROUPS = {
     "Data": ("phantom", "prepare", "audit", "findings"),
     "Training": ("train", "merge", "convert", "push", "encoders"),
     "Evaluation": ("evaluate",),
-    "A scan": ("inspect", "ask", "report", "segment", "chat", "accounts"),
+    "A scan": ("inspect", "ask", "report", "segment", "chat", "serve", "accounts"),
     "Cases": ("index", "search"),
 }
 
@@ -70,8 +71,9 @@ def _pass_on(command: str, *words: str) -> int:
     if command == "chat":
         model = ("--model",) if words and not words[0].startswith("-") else ()
         return programs.run("med3dvlm.app.chat", [*model, *words], "med3dvlm chat")
-    if command == "accounts":
-        return programs.run("med3dvlm.app.accounts", words, "med3dvlm accounts")
+    if command in ("accounts", "serve"):
+        module = {"accounts": "app.accounts", "serve": "serving.server"}[command]
+        return programs.run(f"med3dvlm.{module}", words, f"med3dvlm {command}")
     known = PROGRAMS[command]
     choice = programs.Parser(prog=f"med3dvlm {command}", description=PASSED_ON[command], add_help=True)
     kinds = choice.add_subparsers(dest="kind", required=True, metavar="STAGE" if command == "train" else "WHAT")

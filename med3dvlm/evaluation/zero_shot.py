@@ -28,25 +28,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from med3dvlm import evaluation
 from med3dvlm.evaluation import detection, paper_tables
 from med3dvlm.files import write_lines
 from med3dvlm.programs import positive
-from med3dvlm.prompts import FINDING_PROMPTS, finding_prompts
+from med3dvlm.prompts import FINDING_PROMPTS
 from med3dvlm.records import Study
-from med3dvlm.search import Embedder
-
-
-def prompt_directions(embedder: Embedder, names: Sequence[str], templates: int) -> Tensor:
-    """(K, P) float64: temperature times the present prompt's embedding less the absent one's: times a volume's, a finding's log-odds."""
-    prompts = [finding_prompts(name, templates) for name in names]
-    sides = []
-    for side in (0, 1):
-        embedded = [embedder.texts([pairs[number][side] for pairs in prompts]).double() for number in range(templates)]  # (K, P) each
-        sides.append(torch.nn.functional.normalize(torch.stack(embedded).mean(dim=0), dim=-1))
-    return embedder.model.temperature.detach().double().cpu() * (sides[0] - sides[1])
+from med3dvlm.search.embedding import prompt_directions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from med3dvlm.checkpoints import load_clip, model_type
 from med3dvlm.models.clip_processor import shortest
+from med3dvlm.prompts import finding_prompts
 
 
 class Embedder:
@@ -40,3 +41,13 @@ class Embedder:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(B, P) float32 on the CPU, of length 1."""
         return self.model.encode_text(**self.processor(text=texts).to(self.model.device)).float().cpu()
+
+
+def prompt_directions(embedder: Embedder, names: Sequence[str], templates: int) -> Tensor:
+    """(K, P) float64: temperature times the present prompt's embedding less the absent one's: times a volume's, a finding's log-odds."""
+    prompts = [finding_prompts(name, templates) for name in names]
+    sides = []
+    for side in (0, 1):
+        embedded = [embedder.texts([pairs[number][side] for pairs in prompts]).double() for number in range(templates)]  # (K, P) each
+        sides.append(torch.nn.functional.normalize(torch.stack(embedded).mean(dim=0), dim=-1))
+    return embedder.model.temperature.detach().double().cpu() * (sides[0] - sides[1])

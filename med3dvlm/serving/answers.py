@@ -1,0 +1,147 @@
+"""From an engine's stream to an answer over HTTP: whole, or piece by piece, and ended when nobody reads it any more."""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response, StreamingResponse
+
+from med3dvlm.app.turns import sentence
+from med3dvlm.inference.engine import Delta, Engine, Generation, Request, Stream
+from med3dvlm.serving.errors import Refused
+from med3dvlm.serving.metrics import Metrics
+from med3dvlm.serving.openai import FINISH, about, logprobs, usage
+
+STOPPED = Refused(503, "The server is being stopped before the answer is complete; ask again when it is back.", code="server_stopped")
+News = tuple[list[Delta], Generation | BaseException | None]
+
+
+class Answers:
+    """Asks the engine, unless `most_waiting` requests wait already."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, most_waiting: int) -> None:
+        self.engine, self.metrics, self.most_waiting = engine, metrics, most_waiting
+
+    async def ask(self, request: Request) -> Stream:
+        """Raises Refused where too many wait."""
+        if self.engine.stats()["waiting"] >= self.most_waiting:
+            raise Refused(429, f"{self.most_waiting} requests wait already; try again in a moment.", code="queue_full")
+        try:
+            (stream,) = await run_in_threadpool(self.engine.generate, [request])
+        except RuntimeError:  # it is closed
+            raise STOPPED from None
+        return stream
+
+    async def follow(self, http: HttpRequest, stream: Stream) -> AsyncIterator[News]:
+        """What is new, as it comes, with the outcome at last. The answer ends when the client goes away, or who leaves the loop."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(changed.set)
+
+        async def gone() -> None:
+            while (await http.receive())["type"] != "http.disconnect":
+                pass
+            stream.cancel()
+
+        watching = asyncio.create_task(gone())
+        stream.listen(tell)
+        try:
+            while True:
+                await changed.wait()
+                changed.clear()
+                news, outcome = stream.take()
+                if news or outcome is not None:
+                    yield news, outcome
+                if outcome is not None:
+                    return
+        finally:
+            watching.cancel()
+            stream.cancel()
+
+    def checked(self, outcome: Generation | BaseException) -> Generation:
+        """The answer. Raises Refused where there is none."""
+        if isinstance(outcome, ValueError):
+            raise Refused(400, str(outcome), "messages") from None
+        if isinstance(outcome, Exception):
+            raise Refused(500, sentence(outcome)) from None
+        if isinstance(outcome, BaseException):
+            raise outcome
+        self.metrics.answered(outcome)
+        if outcome.finish == "cancelled":
+            raise STOPPED
+        return outcome
+
+    async def whole(self, http: HttpRequest, request: Request) -> Generation:
+        """The whole answer. Raises Refused where there is none."""
+        outcome = None
+        async for news in self.follow(http, await self.ask(request)):
+            outcome = news[1]
+        assert outcome is not None
+        return self.checked(outcome)
+
+
+class Completion:
+    """One chat completion in OpenAI's form."""
+
+    def __init__(self, answers: Answers, model: str, tokenizer: Any, ends: Sequence[int], outside: str | None) -> None:
+        self.answers, self.model, self.tokenizer, self.ends, self.outside = answers, model, tokenizer, ends, outside
+        self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+
+    async def whole(self, http: HttpRequest, request: Request, with_logprobs: bool) -> dict[str, Any]:
+        answer = await self.answers.whole(http, request)
+        listed = logprobs(answer.tokens, self.tokenizer, self.ends) if with_logprobs else None
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": listed, "finish_reason": FINISH[answer.finish]}
+        return self._body("chat.completion", [choice]) | {"usage": usage(answer), "med3dvlm": about(answer, self.outside)}
+
+    async def streamed(self, http: HttpRequest, request: Request, with_logprobs: bool, with_usage: bool) -> Response:
+        """Server-sent events. What is wrong with the request is raised before the first."""
+        news = self.answers.follow(http, await self.answers.ask(request))
+        first = await anext(news)
+        if isinstance(first[1], BaseException) or (first[1] is not None and first[1].finish == "cancelled"):
+            self.answers.checked(first[1])
+        events = self._events(first, news, with_logprobs, with_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+
+    async def _events(self, first: News, rest: AsyncIterator[News], with_logprobs: bool, with_usage: bool) -> AsyncIterator[str]:
+        try:
+            yield self._event({"role": "assistant", "content": ""})
+            news: News | None = first
+            while news is not None:
+                deltas, outcome = news
+                for delta in deltas:
+                    listed = logprobs(delta.tokens, self.tokenizer, self.ends) if with_logprobs else None
+                    if delta.text or (listed and listed["content"]):
+                        yield self._event({"content": delta.text}, listed)
+                if outcome is not None:
+                    answer = self.answers.checked(outcome)
+                    yield self._event({}, finish=FINISH[answer.finish], more={"med3dvlm": about(answer, self.outside)})
+                    if with_usage:
+                        yield _sent(self._body("chat.completion.chunk", []) | {"usage": usage(answer)})
+                    yield "data: [DONE]\n\n"
+                news = await anext(rest, None)
+        except Refused as refused:
+            yield _sent(refused.body())
+        finally:
+            await rest.aclose()  # type: ignore[attr-defined]
+
+    def _event(
+        self, delta: dict[str, Any], listed: dict[str, Any] | None = None, finish: str | None = None, more: dict[str, Any] | None = None
+    ) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": listed, "finish_reason": finish}
+        return _sent(self._body("chat.completion.chunk", [choice]) | (more or {}))
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+
+def _sent(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

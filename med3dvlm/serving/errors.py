@@ -1,0 +1,36 @@
+"""What the server says where it cannot do what was asked: one sentence, in OpenAI's form."""
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from med3dvlm.prompts import RESEARCH_NOTICE
+
+NOTICE_HEADER = {"X-Research-Notice": RESEARCH_NOTICE}
+
+
+class Refused(Exception):
+    """A request that cannot be done. `status` is HTTP's; `param` names the field at fault, `code` is for programs."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        kind = (
+            "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error" if self.status >= 500 else "rate_limit"
+        )
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        headers = dict(NOTICE_HEADER)
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.status in (429, 503):
+            headers["Retry-After"] = "1"
+        return JSONResponse(self.body(), self.status, headers)
+
+
+def refusal(status: int, words: str, wait: float = 0.0) -> JSONResponse:
+    """As `Guard` refuses, in OpenAI's form."""
+    return Refused(status, words).response()

@@ -1,0 +1,46 @@
+"""Who may use a server that others reach: a file with a key a line, before it a name if there is one.
+
+anna sk-8f0c...
+# a comment
+"""
+
+import hashlib
+import hmac
+from pathlib import Path
+
+SHORTEST = 16
+
+
+class Keys:
+    """The keys of a file. Compared are their hashes, all of them each time, so that the time tells nothing about them."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self._owners = [(hashlib.sha256(key.encode()).digest(), name) for key, name in names.items()]
+
+    @classmethod
+    def load(cls, path: Path) -> "Keys":
+        """Raises OSError, or ValueError, one sentence, where a line is no key. No key is quoted."""
+        names: dict[str, str] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+            words = line.split()
+            if not words or words[0].startswith("#"):
+                continue
+            if len(words) > 2 or len(words[-1]) < SHORTEST:
+                raise ValueError(f"{path}, line {number}: a line is NAME KEY, or KEY, of at least {SHORTEST} characters without spaces.")
+            if words[-1] in names:
+                raise ValueError(f"{path}, line {number}: this key stands there twice; give each its own.")
+            names[words[-1]] = words[0] if len(words) == 2 else f"key {number}"
+        if len(set(names.values())) < len(names):
+            raise ValueError(f"{path}: two keys have the same name; give each its own.")
+        if not names:
+            raise ValueError(f"{path} holds no key; write one a line, such as `openssl rand -hex 24` gives.")
+        return cls(names)
+
+    def owner(self, authorization: str) -> str | None:
+        """The name of the key in the header "Bearer KEY"; None where it is none of these."""
+        scheme, _, key = authorization.partition(" ")
+        given, found = hashlib.sha256(key.strip().encode()).digest(), None
+        for known, name in self._owners:
+            if hmac.compare_digest(known, given):
+                found = name
+        return found if scheme.lower() == "bearer" else None

@@ -1,0 +1,75 @@
+"""ASGI middleware around all routes: whose request it is, how large it may be, and what is noted of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from med3dvlm.app.turns import BROKEN, log
+from med3dvlm.serving.errors import NOTICE_HEADER, Refused
+from med3dvlm.serving.keys import Keys
+
+OPEN = ("/healthz",)
+
+
+class Gate:
+    """Lets in who has a key, and nobody sends more than `most_bytes`. `noted(path, status)` is called of every answer.
+
+    The owner of a key stands in the scope's state as `owner`, "" where there are no keys.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys | None, most_bytes: int, noted: Callable[[str, int], None]) -> None:
+        self.app, self.keys, self.most_bytes, self.noted = app, keys, most_bytes, noted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers, status = Headers(scope=scope), 0
+
+        async def sent(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(NOTICE_HEADER)
+            await send(message)
+
+        taken = 0
+
+        async def bounded() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self.most_bytes:
+                raise self._too_large()
+            return message
+
+        try:
+            owner: str | None = "" if self.keys is None else self.keys.owner(headers.get("authorization", ""))
+            if owner is None and scope["path"] not in OPEN:
+                raise Refused(
+                    401, "The request has no key of this server; send the header Authorization: Bearer KEY.", code="invalid_api_key"
+                )
+            length = headers.get("content-length", "0")
+            if length.isdecimal() and int(length) > self.most_bytes:
+                raise self._too_large()
+            scope.setdefault("state", {})["owner"] = owner
+            await self.app(scope, bounded, sent)
+        except Refused as refused:
+            if not status:
+                await refused.response()(scope, receive, sent)
+        except Exception as error:  # noqa: BLE001  the server's log would quote it
+            log(error)
+            if not status:
+                await Refused(500, BROKEN).response()(scope, receive, sent)
+        finally:
+            route: Any = scope.get("route")
+            self.noted(getattr(route, "path", "other"), status)
+
+    def _too_large(self) -> Refused:
+        return Refused(
+            413,
+            f"The request has more than {self.most_bytes / 2**20:.0f} MiB; crop or pack the scan.",
+            code="too_large",
+        )

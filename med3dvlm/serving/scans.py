@@ -1,0 +1,177 @@
+"""The scans that a server knows: uploaded, read and encoded once, each its owner's alone, for a while.
+
+Files lie in the server's private folder while they are read; what is kept is the encoder's output, which the questions need.
+"""
+
+import hashlib
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from threading import Lock
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from med3dvlm.app.scans import natural, read_plainly, take_uploads, upload_ending
+from med3dvlm.app.viewer import describe
+from med3dvlm.inference.out_of_distribution import Features
+from med3dvlm.prompts import RESEARCH_NOTICE
+from med3dvlm.serving.errors import Refused
+
+BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes of an upload, scans that an owner keeps, scans of all together, and seconds that one is kept after its last use."""
+
+    upload_bytes: int = 2**30
+    scans: int = 64
+    all_scans: int = 1024
+    seconds: float = 3600.0
+
+
+@dataclass(eq=False)
+class KnownScan:
+    """`outside` says that the scan is unlike the training data, where it is; `embedding` (P,) is the contrastive model's, where there is one.
+    `digest` is that of a scan which came within a message and is known again by its bytes."""
+
+    id: str
+    owner: str
+    features: Features
+    facts: dict[str, str]
+    warnings: tuple[str, ...]
+    outside: str | None
+    embedding: Tensor | None = None
+    digest: str | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    used: float = field(default_factory=time.monotonic)
+
+    def shown(self, seconds: float) -> dict[str, Any]:
+        names = ("id", "created", "facts", "warnings")
+        expires = self.created + int(self.used + seconds - time.monotonic()) if seconds else None
+        shown = {name: getattr(self, name) for name in names}
+        return {"object": "scan", **shown, "expires_at": expires, "outside_training_data": self.outside, "notice": RESEARCH_NOTICE}
+
+
+class Scans:
+    """Takes uploads of scans, and finds them again.
+
+    Args:
+        chat: the Med3DChat that encodes them.
+        folder: where files lie while they are read.
+        embedder: a contrastive model, see `search.Embedder`.
+    """
+
+    def __init__(self, chat: Any, folder: Path, limits: Limits, embedder: Any = None) -> None:
+        self.chat, self.folder, self.limits, self.embedder = chat, folder, limits, embedder
+        self._lock, self._reading = Lock(), Lock()
+        self._known: dict[str, KnownScan] = {}
+
+    def add(self, owner: str, files: Sequence[tuple[str, BinaryIO]], series: int | None = None) -> KnownScan:
+        """Read the scan in one file, or in all files of a series, and encode it.
+
+        Raises:
+            Refused: there is no room.
+            VolumeError: they hold no scan, or too many bytes.
+        """
+        self._make_room(owner)
+        return self._read(owner, files, series)
+
+    def from_bytes(self, owner: str, content: bytes, name: str = "") -> KnownScan:
+        """The scan in a message; the same bytes again are the same scan. The oldest that came so give way to it."""
+        digest = hashlib.sha256(content).hexdigest()
+        with self._lock:
+            self._forget()
+            found = next((scan for scan in self._known.values() if (scan.owner, scan.digest) == (owner, digest)), None)
+            if found is not None:
+                found.used = time.monotonic()
+                return found
+            own = [scan for scan in self._known.values() if scan.owner == owner and scan.digest]
+            if len([scan for scan in self._known.values() if scan.owner == owner]) >= self.limits.scans and own:
+                del self._known[min(own, key=lambda scan: scan.used).id]
+        self._make_room(owner)
+        return self._read(owner, [(name, BytesIO(content))], None, digest)
+
+    def get(self, owner: str, id: str) -> KnownScan:
+        """Raises Refused where the owner has no such scan, or not any more."""
+        with self._lock:
+            self._forget()
+            scan = self._known.get(id)
+            if scan is None or scan.owner != owner:
+                raise Refused(
+                    404, "There is no scan of this id; it may have expired or been deleted: upload it again.", "scan", "scan_not_found"
+                )
+            scan.used = time.monotonic()
+            return scan
+
+    def of(self, owner: str) -> list[KnownScan]:
+        with self._lock:
+            self._forget()
+            return [scan for scan in self._known.values() if scan.owner == owner and scan.digest is None]
+
+    def delete(self, owner: str, id: str) -> None:
+        self.get(owner, id)
+        with self._lock:
+            self._known.pop(id, None)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def _forget(self) -> None:
+        now = time.monotonic()
+        for id in [id for id, scan in self._known.items() if now - scan.used > self.limits.seconds]:
+            del self._known[id]
+
+    def _make_room(self, owner: str) -> None:
+        with self._lock:
+            self._forget()
+            own = sum(scan.owner == owner for scan in self._known.values())
+            if own >= self.limits.scans:
+                raise Refused(
+                    429, f"{own} scans are kept for you and at most {self.limits.scans} can be; delete one.", "file", "too_many_scans"
+                )
+            if len(self._known) >= self.limits.all_scans:
+                raise Refused(429, "The server keeps as many scans as it can; try again later.", "file", "too_many_scans")
+
+    def _read(self, owner: str, files: Sequence[tuple[str, BinaryIO]], series: int | None, digest: str | None = None) -> KnownScan:
+        paths: list[Path] = []
+        upload, prefix = None, secrets.token_hex(8)
+        try:
+            for number, (name, content) in enumerate(sorted(files, key=lambda each: natural(each[0])), start=1):
+                path = self.folder / f"{prefix}-{number:06d}{upload_ending(name)}"
+                paths.append(path)
+                with path.open("wb") as out:
+                    while block := content.read(BLOCK):
+                        out.write(block)
+            upload = take_uploads(paths, self.limits.upload_bytes)
+            volume, _, _ = read_plainly(upload, series)
+            with self._reading:
+                embedding = None
+                if self.embedder is not None:
+                    pixels = self.embedder.processor.image_processor(volume)["pixel_values"]
+                    embedding = self.embedder.volumes(pixels)[0]
+                features = self.chat.encode(volume)
+            familiar = self.chat.out_of_distribution(features)
+            outside = None if familiar is None else familiar.message
+            scan = KnownScan(
+                f"scan-{secrets.token_urlsafe(16)}",
+                owner,
+                features,
+                describe(volume, upload.kind),
+                volume.warnings,
+                outside,
+                embedding,
+                digest,
+            )
+        finally:
+            for path in paths:
+                path.unlink(missing_ok=True)
+            if upload is not None:
+                upload.delete()
+        with self._lock:
+            self._known[scan.id] = scan
+        return scan

@@ -1,0 +1,167 @@
+"""A server for programs: OpenAI's chat completions about scans, uploads, reports, findings, embeddings, metrics.
+
+    med3dvlm serve outputs/demo/model
+    med3dvlm serve outputs/demo/model --host 0.0.0.0 --api-key-file keys.txt
+
+It listens on 127.0.0.1 unless there are keys. Nothing that was asked and nothing of a scan's identity is logged; uploads lie in a private
+folder while they are read. docs/serving.md says how to ask it.
+"""
+
+import signal
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from med3dvlm.app.guard import Guard
+from med3dvlm.app.hosting import HERE_ONLY, check_free, load, private
+from med3dvlm.inference.engine import Engine
+from med3dvlm.inference.transformers_engine import SLOTS, TransformersEngine
+from med3dvlm.programs import Parser, positive
+from med3dvlm.prompts import RESEARCH_NOTICE
+from med3dvlm.search import Embedder
+from med3dvlm.serving.answers import Answers
+from med3dvlm.serving.errors import Refused, refusal
+from med3dvlm.serving.keys import Keys
+from med3dvlm.serving.limits import Gate
+from med3dvlm.serving.metrics import Metrics
+from med3dvlm.serving.routes import Service, routes
+from med3dvlm.serving.scans import Limits, Scans
+
+PRIVATE = "med3dvlm-serve-"  # begins the name of the folder of uploads, then the process
+SECONDS_TO_END = 10  # for answers to be ended, when the server is stopped
+
+
+def build(
+    chat: Any,
+    engine: Engine,
+    folder: Path,
+    name: str,
+    limits: Limits | None = None,
+    keys: Keys | None = None,
+    embedder: Embedder | None = None,
+    seconds: float = 600.0,
+    most_waiting: int = 256,
+) -> ASGIApp:
+    """The server as an ASGI application; `folder` is where uploads lie while they are read."""
+    limits = limits or Limits()
+    scans = Scans(chat, folder, limits, embedder)
+    metrics = Metrics(engine.stats, lambda: len(scans))
+    app = FastAPI(title="Med3DVLM", description=RESEARCH_NOTICE, docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
+    app.include_router(routes(Service(name, chat, Answers(engine, metrics, most_waiting), scans, metrics, seconds, embedder)))
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return error.response()
+
+    @app.exception_handler(ValueError)
+    async def unusable(_: Request, error: ValueError) -> Response:
+        return Refused(400, str(error)).response()
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, Refused):  # raised while the body was read
+            return error.__cause__.response()
+        return Refused(error.status_code, f"{error.detail.rstrip('.')}.").response()
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> Response:
+        return _malformed(error).response()
+
+    most_bytes = limits.upload_bytes * 4 // 3 + 2**20  # base64, and the words around it
+    guarded: ASGIApp = Gate(app, keys, most_bytes, lambda path, status: metrics.requests.labels(path, str(status)).inc())
+    return guarded if keys else Guard(guarded, rates={}, refuse=refusal)
+
+
+def _malformed(error: RequestValidationError) -> Refused:
+    """The first of what is wrong with a body, in a sentence that quotes no value but a short one."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "extra_forbidden":
+        return Refused(400, f"The field {place!r:.80} is not known here; leave it out.", place, "unknown_parameter")
+    if first["type"] == "json_invalid":
+        return Refused(400, "The body is not JSON.", code="invalid_json")
+    return Refused(400, f"{place or 'The body'}: {first['msg']}.", place or None, "invalid_value")
+
+
+class Server(uvicorn.Server):
+    """Ends the answers that are being written as soon as it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self.engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        threading.Thread(target=self.engine.close, daemon=True).start()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Load the model once, and serve until Ctrl+C or SIGTERM.
+
+    Raises:
+        OSError, ValueError: there is no model to load, the port is taken or the host is refused.
+    """
+    arguments = options().parse_args(argv)
+    if arguments.host not in HERE_ONLY and arguments.api_key_file is None:
+        raise ValueError(f"--host {arguments.host} would let everybody in; give --api-key-file, too (a file with a key a line).")
+    check_free(arguments.host, arguments.port)
+    keys = None if arguments.api_key_file is None else Keys.load(arguments.api_key_file)
+    warnings.simplefilter("ignore")  # a library's may quote a header
+    chat = load(arguments.model)
+    embedder = None if arguments.contrastive is None else Embedder(arguments.contrastive)
+    engine = TransformersEngine(chat, arguments.parallel)
+    limits = Limits(arguments.limit * 2**20, arguments.scans, max(arguments.scans, 1024), 60.0 * arguments.minutes)
+    name = arguments.name or "/".join(arguments.model.resolve().parts[-2:])
+    signal.signal(signal.SIGHUP, signal.default_int_handler)  # so that the private folder goes then, too
+    with private(PRIVATE) as folder:
+        app = build(chat, engine, folder, name, limits, keys, embedder, arguments.seconds)
+        config = uvicorn.Config(
+            app, arguments.host, arguments.port, log_level="warning", access_log=False, timeout_graceful_shutdown=SECONDS_TO_END,
+            server_header=False,
+        )  # fmt: skip
+        print(f"Med3DVLM serves {name} on http://{arguments.host}:{arguments.port}/v1 (Ctrl+C ends it). {RESEARCH_NOTICE}", flush=True)
+        try:
+            Server(config, engine).run()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            engine.close()
+    return 0
+
+
+def options() -> Parser:
+    """The options of the command line."""
+    parser = Parser(description="Serve a model to programs, in the words of OpenAI's API.", epilog=RESEARCH_NOTICE)
+    add = parser.add_argument
+    add("model", metavar="MODEL", type=Path, help="the folder of a trained model")
+    add("--engine", choices=["transformers"], default="transformers", help="what generates (default: %(default)s)")
+    add("--port", type=int, default=8000, help="(default: %(default)s)")
+    add(
+        "--host",
+        default=HERE_ONLY[0],
+        help="address to listen on; one that other machines reach needs --api-key-file (default: %(default)s)",
+    )
+    add("--api-key-file", type=Path, metavar="FILE", help="keys that are let in, a line each: NAME KEY, or KEY alone")
+    add("--name", help="what the model is called in requests (default: the last two folders of its path)")
+    add(
+        "--contrastive",
+        type=Path,
+        metavar="FOLDER",
+        help="a contrastive model (stage 1), which embeds texts, and gives findings probabilities",
+    )
+    add("--parallel", type=positive, default=SLOTS, metavar="N", help="answers written at a time; others wait (default: %(default)s)")
+    add("--limit", type=positive, default=1024, metavar="MIB", help="largest upload (default: %(default)s MiB)")
+    add("--scans", type=positive, default=64, metavar="N", help="scans kept for one key (default: %(default)s)")
+    add("--minutes", type=positive, default=60, metavar="N", help="for which a scan is kept after its last use (default: %(default)s)")
+    add("--seconds", type=positive, default=600, metavar="N", help="for one answer, which then ends as it is (default: %(default)s)")
+    return parser

@@ -1,0 +1,135 @@
+"""What OpenAI's client gets from the server: the words of `ask`, whole and piece by piece, alone and beside others."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+
+from med3dvlm import read_volume
+from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
+from med3dvlm.reports.findings import finding_states
+
+from .conftest import about, data_url
+
+QUESTIONS = ("Which organ has a lesion?", "Is there an effusion?", "Where is it, and how large?")
+
+
+def test_whole_and_streamed_answers_are_the_words_of_ask(server, client: openai.OpenAI, upload: Callable[[int], str], scan) -> None:
+    id, chat = upload(1), server.chat
+    history = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Left."}]
+    wanted = chat.ask(read_volume(scan(1)), QUESTIONS[0], max_new_tokens=20)
+    answer = client.chat.completions.create(model="tiny", messages=about(id, QUESTIONS[0]), max_tokens=20)
+    assert answer.choices[0].message.content == wanted.text and wanted.text
+    assert answer.usage.completion_tokens == wanted.tokens
+    assert answer.usage.prompt_tokens == len(chat.prompt(QUESTIONS[0], None, 20)[0])
+    assert answer.choices[0].finish_reason == ("length" if wanted.tokens == 20 else "stop")
+    assert answer.med3dvlm["notice"] == RESEARCH_NOTICE
+    assert answer.med3dvlm["confidence"] == pytest.approx(wanted.confidence, abs=1e-3)
+    wanted = chat.ask(read_volume(scan(1)), QUESTIONS[1], history, max_new_tokens=20)
+    messages = [*about(id, history[0]["content"]), history[1], {"role": "user", "content": QUESTIONS[1]}]
+    options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}, "max_completion_tokens": 20}
+    chunks = list(client.chat.completions.create(model="tiny", messages=messages, **options))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == wanted.text
+    assert len(chunks) > 6
+    assert chunks[-2].choices[0].finish_reason and chunks[-1].usage.completion_tokens == wanted.tokens
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > chat.processor.num_image_tokens
+
+
+def test_a_scan_in_any_part_that_clients_send(client: openai.OpenAI, upload, scan) -> None:
+    id, data = upload(2), data_url(scan(2))
+    parts = [
+        {"type": "scan", "scan": {"id": id}},
+        {"type": "scan", "scan": {"url": data}},
+        {"type": "image_url", "image_url": {"url": f"scan:{id}"}},
+        {"type": "image_url", "image_url": {"url": data}},
+        {"type": "file", "file": {"file_id": id}},
+        {"type": "file", "file": {"file_data": data.partition(",")[2], "filename": "a.nii.gz"}},
+    ]
+    texts = set()
+    for part in parts:
+        messages = [{"role": "user", "content": [{"type": "text", "text": QUESTIONS[0]}, part]}]
+        texts.add(client.chat.completions.create(model="tiny", messages=messages, max_tokens=12).choices[0].message.content)
+    assert len(texts) == 1
+
+
+def test_logprobs_are_those_of_the_plain_loop(server, client: openai.OpenAI, upload, scan) -> None:
+    id, chat = upload(3), server.chat
+    answer = client.chat.completions.create(
+        model="tiny", messages=about(id, QUESTIONS[0]), max_tokens=6, logprobs=True, top_logprobs=3
+    ).choices[0]
+    ids, features = chat.prompt(QUESTIONS[0], None, 6)[0], chat.encode(read_volume(scan(3)))
+    for token in answer.logprobs.content:
+        with torch.no_grad():
+            steps = chat.model(torch.tensor([ids]), image_features=features).logits[0, -1].log_softmax(-1)
+        values, likeliest = steps.topk(3)
+        np.testing.assert_allclose([each.logprob for each in token.top_logprobs], values, rtol=1e-4)
+        assert token.logprob == token.top_logprobs[0].logprob
+        assert token.token == chat.processor.tokenizer.decode(likeliest[:1])
+        ids = [*ids, int(likeliest[0])]
+
+
+def test_many_clients_at_once_are_told_what_each_is_told_alone(server, client: openai.OpenAI, upload) -> None:
+    ids = [upload(number) for number in range(4)]
+    cases = [(id, question, length) for id in ids for question in QUESTIONS for length in (5, 30)]
+
+    def ask(case: tuple[str, str, int]) -> str:
+        messages = about(case[0], case[1])
+        return client.chat.completions.create(model="tiny", messages=messages, max_tokens=case[2]).choices[0].message.content or ""
+
+    alone = [ask(case) for case in cases]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        assert list(pool.map(ask, cases)) == alone
+    assert len(set(alone)) > 8
+
+
+def test_draws_depend_on_the_seed_alone(client: openai.OpenAI, upload) -> None:
+    id = upload(1)
+
+    def draw(seed: int) -> str:
+        answer = client.chat.completions.create(model="tiny", messages=about(id, "Why?"), max_tokens=12, temperature=2, seed=seed)
+        return answer.choices[0].message.content or ""
+
+    seeds = [*range(6)] * 2
+    alone = [draw(seed) for seed in seeds[:6]]
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(draw, seeds)) == alone * 2
+    assert len(set(alone)) > 3
+
+
+def test_a_stop_text_ends_the_answer_before_it(server, client: openai.OpenAI, upload) -> None:
+    id = upload(1)
+    whole = client.chat.completions.create(model="tiny", messages=about(id, QUESTIONS[2]), max_tokens=30).choices[0].message.content
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    for stream in (False, True):
+        answer = client.chat.completions.create(
+            model="tiny", messages=about(id, QUESTIONS[2]), max_tokens=30, stop=[stop, "@@@"], stream=stream
+        )
+        said = "".join(chunk.choices[0].delta.content or "" for chunk in answer) if stream else answer.choices[0].message.content
+        assert said == whole[: whole.index(stop)].rstrip()
+
+
+def test_reports_findings_embeddings_and_models(server, client: openai.OpenAI, upload, scan) -> None:
+    id, chat = upload(5), server.chat
+    with httpx.Client(base_url=server.address, trust_env=False) as http:
+        report = http.post("/v1/reports", json={"scan": {"id": id}, "max_tokens": 30}).json()
+        assert report["text"] == chat.ask(read_volume(scan(5)), REPORT_PROMPTS[0], max_new_tokens=30).text
+        assert report["notice"] == RESEARCH_NOTICE and report["usage"]["completion_tokens"] == 30
+        found = http.post("/v1/findings", json={"scan": {"id": id}, "max_tokens": 30}).json()
+        assert found["findings"] == finding_states(report["text"]) and found["probabilities"] is None
+        text = "There is a pleural effusion. No cardiomegaly."
+        stated = http.post("/v1/findings", json={"text": text}).json()
+        assert stated["findings"] == {"pleural_effusion": "present", "cardiomegaly": "absent"}
+        healthy = http.get("/healthz")
+        assert healthy.json()["status"] == "ok" and healthy.headers["X-Research-Notice"] == RESEARCH_NOTICE
+        counted = http.get("/metrics").text
+    assert 'med3dvlm_requests_total{path="/v1/reports",status="200"} 1.0' in counted
+    assert "med3dvlm_generated_tokens_total" in counted and "med3dvlm_first_token_seconds_bucket" in counted
+    assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
+    embedded = client.embeddings.create(model="tiny", input=[{"type": "scan", "scan": {"id": id}}]).data[0].embedding  # type: ignore[list-item]
+    levels = chat.encode(read_volume(scan(5)))
+    np.testing.assert_allclose(embedded, torch.cat([level.mean(1) for level in levels], 1)[0], rtol=1e-5)
