@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
     from med3dvlm.models.clip_processor import Med3DCLIPProcessor
     from med3dvlm.models.segmentation import Med3DSegmenter, Med3DSegmenterConfig
-    from med3dvlm.models.vlm import Med3DVLM, Med3DVLMConfig
+    from med3dvlm.models.vlm import Med3DVLM
+    from med3dvlm.models.vlm_config import Med3DVLMConfig
     from med3dvlm.models.vlm_processor import Med3DVLMProcessor
     from med3dvlm.preprocessing import VolumeProcessor
     from med3dvlm.volume import Volume, read_volume

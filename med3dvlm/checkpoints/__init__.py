@@ -56,6 +56,7 @@ LOADERS = {
 PACKAGE_PREFIX = "package:"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 MERGED_FROM = "merged_from.json"  # beside a merged model: the folder of its adapter
+POINTING_FILE = "pointing.json"  # beside the adapter of a model that learned to point: `segmentation_config`
 
 
 def locate_model(name: str) -> str:
@@ -230,6 +231,10 @@ def load_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[A
                 f"{adapter} was trained on the model in {base}, which is not there; say where it is now: med3dvlm merge --base FOLDER"
             )
     model, processor = load_vlm(base)
+    if (pointing := Path(adapter) / POINTING_FILE).is_file():
+        processor = Med3DVLMProcessor.from_pretrained(adapter)
+        if model.pointing is None:
+            model.add_pointing(json.loads(pointing.read_text(encoding="utf-8-sig")))
     return PeftModel.from_pretrained(model, str(adapter)).eval(), processor
 
 
@@ -260,6 +265,8 @@ def merge_lora(adapter: str | Path, destination: str | Path, base: str | Path | 
     adapter = Path(adapter)
     adapted, processor = load_adapted(adapter, base)
     merged: Med3DVLM = adapted.merge_and_unload()
+    if merged.pointing is not None:
+        merged.pointing.write_token(merged.language_model)
     destination = Path(destination).resolve()
     aside = destination.with_name(f".{destination.name}-merging")
     shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed

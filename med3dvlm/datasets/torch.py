@@ -9,10 +9,11 @@ device: in training in StageTrainer, which augments them there by their keys, el
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
 
 from med3dvlm.datasets.augmentation import Augmentation
@@ -20,9 +21,12 @@ from med3dvlm.datasets.rows import Row, pack
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.streams import Purpose, stream
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
-from med3dvlm.models.vlm_processor import Med3DVLMProcessor, Message, answer_lengths, branch_mask
+from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message, answer_lengths, branch_mask
 from med3dvlm.prompts import REPORT_PROMPTS, closed_answer, closed_prompt
 from med3dvlm.records import Question, Study
+
+if TYPE_CHECKING:
+    from med3dvlm.datasets.pointing import PointingAnswers
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -147,6 +151,7 @@ class ConversationDataset(StudyDataset):
         yes_no: ask the yes/no questions too (stage 3).
         reports, closed, follow_ups: probabilities.
         features: (study) -> image features computed before, instead of the volume.
+        answers: makes the answers point at what they name; rows then have "masks" and "points" (see `PointingAnswers.row`).
         image: False puts the report's text in the volume's place, which teaches a new language model its words.
         augmentation: of volumes; image features stay as they are. Every row draws its own.
 
@@ -167,6 +172,7 @@ class ConversationDataset(StudyDataset):
         image: bool = True,
         augmentation: Augmentation | None = None,
         rows: str = "study",
+        answers: "PointingAnswers | None" = None,
     ) -> None:
         if rows not in ROWS:
             raise ValueError(f"rows {rows!r} is unknown; known: {', '.join(ROWS)}")
@@ -174,7 +180,7 @@ class ConversationDataset(StudyDataset):
         if reports:
             self.require_reports()
         self.yes_no, self.reports, self.closed, self.follow_ups = yes_no, reports, closed, follow_ups
-        self.features, self.with_image, self.packed = features, image, rows == "study"
+        self.features, self.with_image, self.packed, self.answers = features, image, rows == "study", answers
         self.asked: dict[str, list[Question]] = defaultdict(list)
         for question in data.questions(split):
             if yes_no or not question.yes_no:
@@ -258,8 +264,11 @@ class ConversationDataset(StudyDataset):
                 forms = [_turn(question.text, question.answer), *([_closed_turn(question)] if _has_closed_form(question) else [])]
                 turns.append(("answers", max(forms, key=_written)))
             for kind, turn in turns:
-                length = max(len(frame) + _written(turn) + len((context or "").encode()), 2 * len((context or "").encode()))
+                length = max(
+                    len(frame) + _written(self._shown(study, turn)) + len((context or "").encode()), 2 * len((context or "").encode())
+                )
                 if length > max_length:
+                    turn = self._shown(study, turn)
                     processor.branch([turn], max_length, context)
                     branches = processor.branch([turn], None, context)["branches"]
                     length = max(len(branches), 2 * (branches.count(0) - frame.count(0)) if context else 0)
@@ -270,22 +279,32 @@ class ConversationDataset(StudyDataset):
         """Tokens of a study's questions, and of the longest form of each thing that may be drawn."""
         asked = self.asked[study.id]
         turns = [_turn(question.text, question.answer) for question in asked]
-        questions, drawn = list(map(cost, turns)), {}
+
+        def shown(messages: list[Message]) -> int:
+            return cost(self._shown(study, messages))
+
+        questions, drawn = list(map(shown, turns)), {}
         if self.reports or not asked:
-            drawn["report"] = max(cost(_turn(prompt, study.report)) for prompt in REPORT_PROMPTS)
-        if self.closed and (spelled := [cost(_closed_turn(question)) for question in asked if _has_closed_form(question)]):
+            drawn["report"] = max(shown(_turn(prompt, study.report)) for prompt in REPORT_PROMPTS)
+        if self.closed and (spelled := [shown(_closed_turn(question)) for question in asked if _has_closed_form(question)]):
             drawn["closed"] = max(spelled)
         if self.follow_ups and len(turns) > 1:
             first, second = sorted(range(len(turns)), key=questions.__getitem__)[-2:]
-            drawn["follow_up"] = max(cost(turns[first] + turns[second]), cost(turns[second] + turns[first]))
+            drawn["follow_up"] = max(shown(turns[first] + turns[second]), shown(turns[second] + turns[first]))
         return questions, drawn
+
+    def _shown(self, study: Study, messages: list[Message]) -> list[Message]:
+        """As the model is to learn them."""
+        return messages if self.answers is None else self.answers.pointing(study, messages)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         study = self.studies[self.rows[index].study]
-        row: dict[str, Any] = {"id": study.id, "conversations": self.conversations(index)}
+        conversations = self.conversations(index)
+        said = {"conversations": conversations} if self.answers is None else self.answers.row(study, conversations)
+        row: dict[str, Any] = {"id": study.id, **said}
         if not self.with_image:
             return row | {"context": study.report}
         return row | ({"features": self.features(study)} if self.features is not None else self.image(study, index))
@@ -334,7 +353,8 @@ def _closed_turn(question: Question) -> list[Message]:
 class ConversationCollator:
     """Rows of a ConversationDataset -> the arguments of Med3DVLM.forward.
 
-    Where every row holds one conversation, the mask is a plain (B, L), which any language model and any attention takes.
+    Where every row holds one conversation, the mask is a plain (B, L), which any language model and any attention takes. "points" (B, K) are
+    those of pointing tokens that are left where a conversation was cut: its first.
 
     Args:
         max_length: tokens of a conversation; longer ones are cut.
@@ -350,6 +370,14 @@ class ConversationCollator:
         branched = [self.processor.branch(row["conversations"], self.max_length, row.get("context")) for row in rows]
         batch: dict[str, Any] = self.processor.pad(branched, left=False)
         branches = batch.pop("branches")
+        if "points" in rows[0]:
+            batch["masks"] = pad_sequence([row["masks"] for row in rows], batch_first=True)  # (B, G, D, H, W)
+            pointed = (batch["input_ids"] == self.processor.pointing_token_id) & (batch["labels"] != IGNORED)
+            kept = [
+                [place for number, of_one in enumerate(row["points"], start=1) for place in of_one[: int(own[places == number].sum())]]
+                for row, own, places in zip(rows, pointed, branches, strict=True)
+            ]
+            batch["points"] = pad_sequence([torch.tensor(own, dtype=torch.long) for own in kept], batch_first=True, padding_value=-1)
         if self.loss_weighting == "conversation":
             batch["answer_lengths"] = answer_lengths(batch["labels"], branches)
         if branches.max() > 1:

@@ -56,9 +56,15 @@ def branch_scores(
     return scores if len(scores) > 1 else scores.popitem()[1]
 
 
-def scaled_logits(language_model: Any, hidden: Tensor) -> Tensor:
-    """(..., E) -> (..., V), as the language model's own forward gives them: some families scale or cap what their head computes."""
+def scaled_logits(language_model: Any, hidden: Tensor, own: tuple[int, Tensor] | None = None) -> Tensor:
+    """(..., E) -> (..., V), as the language model's own forward gives them: some families scale or cap what their head computes.
+
+    Args:
+        own: a token and its row (E), in the place of the head's.
+    """
     config, logits = language_model.config.get_text_config(), language_model.get_output_embeddings()(hidden)
+    if own is not None:
+        logits[..., own[0]] = (hidden @ own[1].to(hidden.dtype)).to(logits.dtype)
     if (factor := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
         logits = logits * factor
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere

@@ -5,7 +5,7 @@ A Med3DCLIP reads volume and prompt; the prompt's embedding, projected, is compa
 Shapes: B volumes of D, H, W voxels; K prompts a volume; L text tokens; P width of queries and of voxel embeddings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from med3dvlm.preprocessing import VolumeProcessor
 SEGMENTATION_LOSSES = ("dice_balanced_ce", "dice_ce", "dice_focal")
 BALANCE = (0.2, 5.0)  # weights of the mean cross entropy within a mask and of that outside, where they are balanced
 NO_PROMPT = -1e4  # logits where a volume has fewer prompts than others of its batch
+DECODER_SETTINGS = (
+    "decoder_widths", "embedding_dim", "embedding_stride", "dual_cross_attention", "attention_level", "attention_heads",
+)  # fmt: skip
 
 
 class Med3DSegmenterConfig(Carried, PretrainedConfig):
@@ -37,7 +40,7 @@ class Med3DSegmenterConfig(Carried, PretrainedConfig):
         dual_cross_attention: whether skip connections attend to each other.
         attention_level: the encoder's output (0 is the stem) whose grid they attend on.
         attention_heads: of their spatial attention.
-        segmentation_loss: "dice_balanced_ce", "dice_ce" or "dice_focal", see `Med3DSegmenter.loss`.
+        segmentation_loss: "dice_balanced_ce", "dice_ce" or "dice_focal", see `mask_losses`.
         presence_weight: of the loss of presence beside that of masks.
     """
 
@@ -104,20 +107,8 @@ class Med3DSegmenter(Portable, PreTrainedModel):
                 raise ValueError("a Med3DSegmenter needs the settings of a Med3DCLIP (clip_config), or one; see Med3DSegmenter.from_clip")
             clip = Med3DCLIP(config.clip_config)
         self.clip = clip
-        encoder = self.clip.vision_encoder
-        self.head = SegmentationHead(
-            encoder,
-            config.decoder_widths or encoder.widths[:-1],
-            config.embedding_dim,
-            config.embedding_stride,
-            config.dual_cross_attention,
-            config.attention_level,
-            config.attention_heads,
-        )
-        width = self.clip.text_encoder.config.hidden_size
-        self.query = nn.Sequential(
-            LayerNorm(width), Linear(width, width), nn.GELU(), Linear(width, config.embedding_dim), LayerNorm(config.embedding_dim)
-        )
+        self.head = build_head(self.clip.vision_encoder, {name: getattr(config, name) for name in DECODER_SETTINGS})
+        self.query = query_projection(self.clip.text_encoder.config.hidden_size, config.embedding_dim)
         self.post_init()
 
     @classmethod
@@ -147,11 +138,7 @@ class Med3DSegmenter(Portable, PreTrainedModel):
         Args:
             stages: what the vision encoder gave for `pixel_values`, (B, 1, D, H, W), whose voxels the finest step looks at again.
         """
-        depth, height, width = pixel_values.shape[2:]
-        grids = self.clip.vision_encoder.grids((depth, height, width))
-        cells, whole = self.head.features(stages, grids, pixel_values)
-        logits, presence = self.head.compare(cells, whole, queries, (depth, height, width))
-        return Med3DSegmenterOutput(logits=logits, presence=presence)
+        return segment_from_queries(self.head, self.clip.vision_encoder, stages, queries, pixel_values)
 
     def forward(
         self,
@@ -198,42 +185,9 @@ class Med3DSegmenter(Portable, PreTrainedModel):
         return output
 
     def loss(self, output: Med3DSegmenterOutput, masks: Tensor, asked: Tensor | None = None) -> Tensor:
-        """The mean over volumes, so that it does not matter how they are batched, of three terms, each a mean over the volume's prompts.
-
-        MONAI's Dice loss, of prompts whose mask is not empty; of voxels the mean cross entropy ("dice_ce"), the mean focal loss
-        ("dice_focal"), or the mean cross entropy within the mask and that outside, weighted by BALANCE ("dice_balanced_ce"), without which
-        a short training never finds lesions of a few voxels; and `presence_weight` times cross entropy of presence.
-
-        Args:
-            masks: as in `forward`.
-            asked: (B, K), where there is a prompt; None for everywhere.
-        """
-        from monai.losses.dice import DiceLoss
-        from monai.losses.focal_loss import FocalLoss
-
-        assert output.logits is not None and output.presence is not None
-        if masks.shape != output.logits.shape:
-            raise ValueError(f"masks are {tuple(masks.shape)} but the logits {tuple(output.logits.shape)}")
-        logits, shape = output.logits.flatten(0, 1).unsqueeze(1), masks.shape[:2]  # (B * K, 1, D, H, W)
-        wanted = masks.flatten(0, 1).unsqueeze(1).to(logits.dtype)
-        there = masks.flatten(2).any(dim=2).to(logits.dtype)  # (B, K)
-        weights = torch.ones_like(there) if asked is None else asked.to(logits.dtype)
-        if self.config.segmentation_loss == "dice_focal":
-            voxelwise = FocalLoss(gamma=2.0, reduction="none")(logits, wanted)
-        else:
-            voxelwise = nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-        if self.config.segmentation_loss == "dice_balanced_ce":
-            size, total = wanted.flatten(1).sum(dim=1), wanted[0].numel()
-            shares = (BALANCE[0] / size.clamp(min=1), BALANCE[1] / (total - size).clamp(min=1))
-            within, outside = (voxelwise * wanted).flatten(1).sum(dim=1), (voxelwise * (1 - wanted)).flatten(1).sum(dim=1)
-            by_prompt = within * shares[0] + outside * shares[1]
-        else:
-            by_prompt = voxelwise.flatten(1).mean(dim=1)
-        presence = nn.functional.binary_cross_entropy_with_logits(output.presence, there, reduction="none")  # (B, K)
-        each = by_prompt.view(shape) + self.config.presence_weight * presence
-        dice = DiceLoss(sigmoid=True, reduction="none")(logits, wanted).view(shape)
-        losses = _mean(each, weights) + _mean(dice, weights * there)  # (B)
-        return losses.mean()
+        """The mean of `mask_losses` over volumes, so that it does not matter how they are batched."""
+        config = self.config
+        return mask_losses(output, masks, asked, config.segmentation_loss, config.presence_weight).mean()
 
     @torch.no_grad()
     def sliding_window(
@@ -264,6 +218,67 @@ class Med3DSegmenter(Portable, PreTrainedModel):
             logits.append(inferer(volume.unsqueeze(0), predict))
             presence.append(torch.cat(found).amax(dim=0))
         return Med3DSegmenterOutput(logits=torch.cat(logits), presence=torch.stack(presence))  # type: ignore[arg-type]
+
+
+def build_head(encoder: Any, settings: Mapping[str, Any]) -> SegmentationHead:
+    """The head on an encoder; `settings` are the DECODER_SETTINGS of a Med3DSegmenterConfig."""
+    widths = settings["decoder_widths"] or encoder.widths[:-1]
+    return SegmentationHead(encoder, widths, *(settings[name] for name in DECODER_SETTINGS[1:]))
+
+
+def query_projection(width: int, dim: int) -> nn.Sequential:
+    """What makes a query of a text's or a token's features: (..., width) -> (..., dim)."""
+    return nn.Sequential(LayerNorm(width), Linear(width, width), nn.GELU(), Linear(width, dim), LayerNorm(dim))
+
+
+def segment_from_queries(
+    head: SegmentationHead, encoder: Any, stages: Sequence[Tensor], queries: Tensor, pixel_values: Tensor
+) -> Med3DSegmenterOutput:
+    """Masks for queries (B, K, P) in volumes (B, 1, D, H, W), of which the encoder gave `stages`."""
+    depth, height, width = pixel_values.shape[2:]
+    cells, whole = head.features(stages, encoder.grids((depth, height, width)), pixel_values)
+    logits, presence = head.compare(cells, whole, queries, (depth, height, width))
+    return Med3DSegmenterOutput(logits=logits, presence=presence)
+
+
+def mask_losses(
+    output: Med3DSegmenterOutput, masks: Tensor, asked: Tensor | None, segmentation_loss: str, presence_weight: float
+) -> Tensor:
+    """For each volume (B) the sum of three terms, each a mean over the volume's prompts.
+
+    MONAI's Dice loss, of prompts whose mask is not empty; of voxels the mean cross entropy ("dice_ce"), the mean focal loss
+    ("dice_focal"), or the mean cross entropy within the mask and that outside, weighted by BALANCE ("dice_balanced_ce"), without which
+    a short training never finds lesions of a few voxels; and `presence_weight` times cross entropy of presence.
+
+    Args:
+        masks: (B, K, D, H, W), as in `Med3DSegmenter.forward`.
+        asked: (B, K), where there is a prompt; None for everywhere.
+    """
+    from monai.losses.dice import DiceLoss
+    from monai.losses.focal_loss import FocalLoss
+
+    assert output.logits is not None and output.presence is not None
+    if masks.shape != output.logits.shape:
+        raise ValueError(f"masks are {tuple(masks.shape)} but the logits {tuple(output.logits.shape)}")
+    logits, shape = output.logits.flatten(0, 1).unsqueeze(1), masks.shape[:2]  # (B * K, 1, D, H, W)
+    wanted = masks.flatten(0, 1).unsqueeze(1).to(logits.dtype)
+    there = masks.flatten(2).any(dim=2).to(logits.dtype)  # (B, K)
+    weights = torch.ones_like(there) if asked is None else asked.to(logits.dtype)
+    if segmentation_loss == "dice_focal":
+        voxelwise = FocalLoss(gamma=2.0, reduction="none")(logits, wanted)
+    else:
+        voxelwise = nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    if segmentation_loss == "dice_balanced_ce":
+        size, total = wanted.flatten(1).sum(dim=1), wanted[0].numel()
+        shares = (BALANCE[0] / size.clamp(min=1), BALANCE[1] / (total - size).clamp(min=1))
+        within, outside = (voxelwise * wanted).flatten(1).sum(dim=1), (voxelwise * (1 - wanted)).flatten(1).sum(dim=1)
+        by_prompt = within * shares[0] + outside * shares[1]
+    else:
+        by_prompt = voxelwise.flatten(1).mean(dim=1)
+    presence = nn.functional.binary_cross_entropy_with_logits(output.presence, there, reduction="none")  # (B, K)
+    each = by_prompt.view(shape) + presence_weight * presence
+    dice = DiceLoss(sigmoid=True, reduction="none")(logits, wanted).view(shape)
+    return _mean(each, weights) + _mean(dice, weights * there)
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ Image features replace the placeholder tokens by mask, and their number is check
 Shapes: B conversations; L tokens; N image tokens; E width of the language model; V its vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,131 +19,41 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationMixin,
-    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import ModelOutput
 
-from med3dvlm.encoders import Size, build_encoder, check_size
+from med3dvlm.encoders import build_encoder
 from med3dvlm.models.clip import Med3DCLIP
 from med3dvlm.models.language_models import branch_scores, scaled_logits, unpackable
-from med3dvlm.models.portable import Carried, Portable, auto_map
+from med3dvlm.models.pointing import Pointing
+from med3dvlm.models.portable import Portable
+from med3dvlm.models.vlm_config import Med3DVLMConfig
 from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor
 from med3dvlm.preprocessing import VolumeProcessor
-from med3dvlm.projectors import Projector, build_projector
-
-IMAGE_SPLICES = ("mask", "published")
-
-
-class Med3DVLMConfig(Carried, PretrainedConfig):
-    """Settings of a Med3DVLM.
-
-    Args:
-        encoder: name of the vision encoder, as in Med3DCLIPConfig.
-        encoder_options: its options.
-        size: (D, H, W) of the volumes.
-        projector: name of the projector, see `build_projector`.
-        projector_depth: its depth.
-        image_levels: the two outputs of the encoder that the projector takes, counted as in a list (-1 is the last stage): the paper's are
-            the last two; (-3, -2) are finer grids, for places, and more tokens.
-        position_embedding: whether every token of the two is given its position, learned, before the projector.
-        text_config: configuration of the language model, any type that AutoModelForCausalLM knows.
-        image_token_id: the placeholder's id; it may lie beyond the language model's vocabulary, since it is never looked up.
-        image_splice: "mask", or "published" for weights converted from the released model, which was trained with the
-            image one position late: the first placeholder keeps its embedding and the first word is lost.
-    """
-
-    model_type = "med3dvlm"
-    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}  # `dtype` and `attn_implementation` reach the language model
-    has_no_defaults_at_init = True
-
-    def __init__(
-        self,
-        encoder: str = "dcformer_small",
-        encoder_options: dict[str, Any] | None = None,
-        size: Size = (128, 256, 256),
-        projector: str = "mixer",
-        projector_depth: int = 2,
-        image_levels: Sequence[int] = (-2, -1),
-        position_embedding: bool = False,
-        text_config: dict[str, Any] | PretrainedConfig | None = None,
-        image_token_id: int = 0,
-        image_splice: str = "mask",
-        **kwargs: Any,
-    ) -> None:
-        if image_splice not in IMAGE_SPLICES:
-            raise ValueError(f"image_splice {image_splice!r} is unknown; known: {', '.join(IMAGE_SPLICES)}")
-        if (
-            len(image_levels) != 2
-            or not all(isinstance(level, int) and level < 0 for level in image_levels)
-            or image_levels[0] >= image_levels[1]
-        ):
-            raise ValueError(
-                f"image_levels is {list(image_levels)} but must be two outputs of the encoder counted from its end, as [-2, -1]"
-            )
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        self.encoder = encoder
-        self.encoder_options = encoder_options or {}
-        self.size = check_size(size)
-        self.projector = projector
-        self.projector_depth = projector_depth
-        self.image_levels = list(image_levels)
-        self.position_embedding = position_embedding
-        self.text_config = text_config
-        self.image_token_id = image_token_id
-        self.image_splice = image_splice
-        for name in ("attn_implementation", "experts_implementation"):  # else the base class takes away what a language model runs with
-            if (chosen := getattr(text_config, f"_{name}", None)) is not None:
-                kwargs.setdefault(name, chosen)
-        super().__init__(**kwargs)
-        self.auto_map = auto_map(AutoConfig="Med3DVLMConfig", AutoModel="Med3DVLM", AutoModelForImageTextToText="Med3DVLM")
-
-    @cached_property
-    def num_image_tokens(self) -> int:
-        """Placeholders that one volume takes: the tokens of the projector on the encoder's grids."""
-        with torch.device("meta"):
-            return self._build_projector(build_encoder(self.encoder, size=self.size, **self.encoder_options)).num_tokens
-
-    @property
-    def language_width(self) -> int:
-        """Width of the language model's embeddings."""
-        if self.text_config is None:
-            raise ValueError("text_config is missing: the configuration of a causal language model")
-        return int(self.text_config.hidden_size)
-
-    def _build_projector(self, encoder: Any) -> Projector:
-        grids, widths, first = encoder.grids(self.size), encoder.widths, self.image_levels[0]
-        if len(grids) < -first:
-            raise ValueError(
-                f"image_levels is {self.image_levels} but {self.encoder} has {len(grids)} outputs; take levels from -{len(grids)}"
-            )
-        (low, high), (narrow, wide) = self.levels_of(grids), self.levels_of(widths)
-        return build_projector(
-            self.projector, (low, high), (narrow, wide), self.language_width, self.projector_depth, self.position_embedding
-        )
-
-    def levels_of(self, outputs: Sequence[Any]) -> tuple[Any, Any]:
-        """Of a list with an entry for every output of the encoder the two of `image_levels`."""
-        low, high = self.image_levels
-        return outputs[low], outputs[high]
-
-    def to_dict(self) -> dict[str, Any]:
-        settings = super().to_dict()
-        settings.pop("num_image_tokens", None)  # derived
-        return settings
 
 
 @dataclass
 class Med3DVLMOutput(ModelOutput):
-    """`logits` (B, L, V), or (labelled positions, V) when labels are given: only those are computed."""
+    """`logits` (B, L, V), or (labelled positions, V) when labels are given: only those are computed.
+
+    Where masks are given, `loss` is the sum of `language_loss` and the mean of `mask_losses` (B), which are weighted by `mask_weight`.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    language_loss: Tensor | None = None
+    mask_losses: Tensor | None = None
 
 
 class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
-    """A language model that reads a 3D scan."""
+    """A language model that reads a 3D scan, and points at places in it if it has `pointing`.
+
+    Attributes:
+        mask_weight: of the loss of masks, added to that of words.
+    """
+
+    mask_weight = 1.0
 
     config_class = Med3DVLMConfig
     main_input_name = "input_ids"
@@ -160,6 +69,9 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         )
         self.projector = config._build_projector(self.vision_encoder)
         self.language_model: Any = language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
+        self.pointing: Pointing | None = None
+        if config.segmentation_config is not None:
+            self.pointing = Pointing(self.vision_encoder, config.language_width, config.segmentation_config)
         self._tied_weights_keys = {
             f"language_model.{one}": f"language_model.{other}" for one, other in (self.language_model._tied_weights_keys or {}).items()
         }
@@ -171,6 +83,19 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         shared = {key: getattr(clip.config, key) for key in ("encoder", "encoder_options", "size")}
         config = Med3DVLMConfig(**shared, text_config=language_model.config, image_token_id=image_token_id, **settings)
         return cls(config, clip.vision_encoder, language_model)
+
+    def add_pointing(self, settings: dict[str, Any]) -> None:
+        """Let the model point, with a fresh head and projection; the language model's tables get rows for the token if they have none.
+
+        Args:
+            settings: see `pointing_settings`.
+        """
+        self.config.segmentation_config = settings
+        self.pointing = Pointing(self.vision_encoder, self.config.language_width, settings).to(self.device, self.dtype)
+        if (token := self.pointing.token_id) >= self.language_model.get_input_embeddings().weight.shape[0]:
+            self.language_model.resize_token_embeddings(token + 1, mean_resizing=False)
+            self.config.text_config = self.language_model.config
+        self.pointing.begin_from(self.language_model)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Every part brings its own initialisation."""
@@ -216,7 +141,7 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
             ValueError: placeholders and image features differ in number.
         """
         placeholders = input_ids == self.config.image_token_id
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+        embeds = self._words(input_ids.masked_fill(placeholders, 0))
         if image_features is None:
             if placeholders.any():
                 raise ValueError(f"the text has {int(placeholders.sum())} image tokens, but no volume was given")
@@ -232,9 +157,13 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
             if placeholders[:, -1].any():
                 raise ValueError("image_splice 'published' needs text after the image, whose first token it replaces")
             # The released model writes features to positions 1..N although the placeholders stand at 0..N-1.
-            embeds = self.get_input_embeddings()(input_ids)
+            embeds = self._words(input_ids)
             placeholders = placeholders.roll(1, dims=1)
         return embeds.masked_scatter(placeholders.unsqueeze(-1), image)
+
+    def _words(self, input_ids: Tensor) -> Tensor:
+        embeds: Tensor = self.get_input_embeddings()(input_ids)
+        return embeds if self.pointing is None else self.pointing.embed(input_ids, embeds, self.language_model)
 
     def forward(
         self,
@@ -246,6 +175,9 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         answer_lengths: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        masks: Tensor | None = None,
+        points: Tensor | None = None,
+        num_rows_in_batch: int | None = None,
         **kwargs: Any,
     ) -> Med3DVLMOutput:
         """Next-token logits, or the loss over the labelled tokens.
@@ -259,12 +191,43 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
             answer_lengths: (B, L) from `processing.answer_lengths`: every conversation counts alike, its labelled tokens share its weight.
                 Without, every labelled token counts alike.
             num_items_in_batch: `count_items` of the whole step, by which the loss is divided when gradients are accumulated.
+            masks, points: with labels and pixel_values, where the pointing tokens point: see `Pointing.losses`.
+            num_rows_in_batch: of the whole step, by which the loss of masks is divided.
 
         Raises:
             ValueError: image tokens and features do not match, or the mask is of several conversations a row and this model takes one.
         """
+        stages = None
         if pixel_values is not None:
-            image_features = self.encode_image(pixel_values)
+            stages = self.vision_encoder(pixel_values)
+            image_features = self.config.levels_of(stages)
+        hidden = self._hidden(input_ids, attention_mask, image_features, position_ids)
+        own = None if self.pointing is None else (self.pointing.token_id, self.pointing.rows(self.language_model)[1])
+        if labels is None:
+            return Med3DVLMOutput(logits=scaled_logits(self.language_model, hidden, own))
+        wanted = labels[:, 1:] != IGNORED  # position i predicts token i + 1
+        logits = scaled_logits(self.language_model, hidden[:, :-1][wanted], own)  # (labelled, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="none")
+        if answer_lengths is not None:
+            losses = losses / answer_lengths[:, 1:][wanted]
+        if num_items_in_batch is None:
+            num_items_in_batch = count_items({"labels": labels, "answer_lengths": answer_lengths}).clamp_min(1)
+        loss = losses.sum() / num_items_in_batch
+        output = Med3DVLMOutput(loss=loss, logits=logits)
+        if masks is not None:
+            if self.pointing is None or stages is None or pixel_values is None or points is None:
+                raise ValueError("masks need a model that points, the volumes (pixel_values, not image_features), and points")
+            states = [hidden[row][ids == self.pointing.token_id] for row, ids in enumerate(input_ids)]
+            output.language_loss = loss
+            output.mask_losses = self.mask_weight * self.pointing.losses(self.vision_encoder, stages, pixel_values, states, masks, points)
+            output.loss = loss + output.mask_losses.sum() / (num_rows_in_batch or len(input_ids))
+        return output
+
+    def _hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None, image_features: tuple[Tensor, Tensor] | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """The last layer's states, (B, L, E)."""
         embeds = self.embed(input_ids, image_features)
         mask: Any = attention_mask
         if attention_mask is not None and attention_mask.ndim == 4:
@@ -274,18 +237,16 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
                 raise ValueError("a mask (B, 1, L, L) needs the position_ids that Med3DVLMProcessor.branch gives with it")
             mask = branch_scores(self.language_model.config.get_text_config(), attention_mask, position_ids, embeds.dtype)
         decoder = self.language_model.get_decoder()
-        hidden = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False).last_hidden_state
-        if labels is None:
-            return Med3DVLMOutput(logits=scaled_logits(self.language_model, hidden))
-        wanted = labels[:, 1:] != IGNORED  # position i predicts token i + 1
-        logits = scaled_logits(self.language_model, hidden[:, :-1][wanted])  # (labelled, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="none")
-        if answer_lengths is not None:
-            losses = losses / answer_lengths[:, 1:][wanted]
-        if num_items_in_batch is None:
-            num_items_in_batch = count_items({"labels": labels, "answer_lengths": answer_lengths}).clamp_min(1)
-        return Med3DVLMOutput(loss=losses.sum() / num_items_in_batch, logits=logits)
+        hidden: Tensor = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False).last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def point(self, input_ids: Tensor, image_features: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries of the pointing tokens of one conversation (1, L), in their order: (K, P), for `Pointing.draw`."""
+        if self.pointing is None:
+            raise ValueError("this model cannot point; train stage 3 with --segmenter")
+        hidden = self._hidden(input_ids, None, image_features, None)
+        return self.pointing.queries(hidden[input_ids == self.pointing.token_id])
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -300,6 +261,8 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             image_features = self.encode_image(pixel_values)
         embeds = self.embed(input_ids, image_features)
+        if self.pointing is not None:
+            self.pointing.write_token(self.language_model)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)

@@ -20,7 +20,10 @@ from med3dvlm.models.portable import Portable, auto_map
 from med3dvlm.special_tokens import only_words
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
-MARK = "\ufdd0"  # no character (Unicode): stands within the text of a special token that is to be read as words
+# No characters (Unicode):
+MARK = "\ufdd0"  # stands within the text of a special token that is to be read as words
+POINT = "\ufdd1"  # stands in an assistant's message where it points
+UNKNOWN = "\ufffd"  # stands for either of them in what users and data say
 Message = dict[str, str]
 
 
@@ -30,7 +33,11 @@ class Med3DVLMProcessor(Portable, ProcessorMixin):
     Args:
         num_image_tokens: placeholders a volume takes; equals the model's `config.num_image_tokens`.
         image_token: the placeholder, added to the tokenizer as a special token where it is new.
+        pointing_token: with which an answer points, added likewise; None for a model that cannot point.
     """
+
+    pointing_token: str | None = None
+    pointing_token_id: int | None = None
 
     def __init__(
         self,
@@ -39,17 +46,29 @@ class Med3DVLMProcessor(Portable, ProcessorMixin):
         num_image_tokens: int = 256,
         image_token: str = "<image>",
         chat_template: str | None = None,
+        pointing_token: str | None = None,
     ) -> None:
         if tokenizer.chat_template is None and chat_template is None:
             raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model's, or set one")
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.auto_map = auto_map(AutoProcessor="Med3DVLMProcessor")
-        if image_token not in tokenizer.all_special_tokens:
-            tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.image_token_id = self._added(image_token)
+        if pointing_token is not None:
+            self.add_pointing(pointing_token)
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def _added(self, token: str) -> int:
+        """The id of a special token, new or not."""
+        if token not in self.tokenizer.all_special_tokens:
+            self.tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+        return int(self.tokenizer.convert_tokens_to_ids(token))
+
+    def add_pointing(self, token: str) -> int:
+        """Take a token to point with, where an assistant's message has POINT; gives its id. Without one, nothing can be pointed at."""
+        self.pointing_token, self.pointing_token_id = token, self._added(token)
+        return self.pointing_token_id
 
     def encode(
         self, messages: Sequence[Message], generate: bool = False, image: bool = True, max_length: int | None = None
@@ -95,7 +114,7 @@ class Med3DVLMProcessor(Portable, ProcessorMixin):
 
     def _tokenize(self, messages: Sequence[Message], generate: bool, image: bool) -> tuple[list[int], list[int]]:
         """Ids and labels with the image still one token, which stands before the first user message's words."""
-        placed = [{**message, "content": self._marked(message["content"])} for message in messages]
+        placed = [{**message, "content": self._marked(message["content"], message["role"])} for message in messages]
         first = next((message for message in placed if message["role"] == "user"), None)
         if image and first is None:
             raise ValueError("a conversation about a volume needs a user message, where the volume stands")
@@ -110,9 +129,10 @@ class Med3DVLMProcessor(Portable, ProcessorMixin):
         ]
         return ids, labels
 
-    def _marked(self, words: str) -> str:
-        """Words with a MARK within what would be special tokens."""
-        return only_words(self.tokenizer, words.replace(MARK, "\ufffd"), MARK)
+    def _marked(self, words: str, role: str = "user") -> str:
+        """Words with a MARK within what would be special tokens; the assistant's with the pointing token where there is a POINT."""
+        marked = only_words(self.tokenizer, words.replace(MARK, UNKNOWN), MARK)
+        return marked.replace(POINT, self.pointing_token if role == "assistant" and self.pointing_token else UNKNOWN)
 
     def _coded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a text and the characters that each stands for. The text is cut at its MARKs, so that no token reaches across one."""

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.features import SharedFeatures, fingerprint
+from med3dvlm.datasets.mask_prompts import require_masks
+from med3dvlm.datasets.pointing import PointingAnswers
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import LOSS_WEIGHTINGS, ROWS, ConversationCollator, ConversationDataset, load_volumes
 from med3dvlm.models.vlm import Med3DVLM, count_items
 from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor
 from med3dvlm.records import Study
 from med3dvlm.training.arguments import ImageArguments
+from med3dvlm.training.segmentation import moved_masks
 from med3dvlm.training.trainer import StageTrainer
 
 logger = logging.getLogger(__name__)
@@ -81,15 +84,26 @@ class ConversationTrainer(StageTrainer):
         items = torch.stack([count_items(batch) for batch in batch_samples]).sum().to(device)
         return self.accelerator.reduce(items)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        batch = super()._prepare_inputs(moved_masks(inputs, inputs, self))
+        if "masks" in batch:
+            arguments = self.args
+            batch["num_rows_in_batch"] = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        return batch
+
     def validation_loss(self) -> float:
-        """The loss over all labelled tokens, or all conversations, of the validation rows."""
-        total = torch.zeros(2, device=self.args.device)  # of the loss and of what it is divided by
+        """The loss over all labelled tokens, or all conversations, of the validation rows, and that of masks over all rows."""
+        total = torch.zeros(4, device=self.args.device)  # of the two losses and of what each is divided by
         for batch, numbers in self.validation_batches():
-            batch["labels"][torch.tensor(numbers) < 0] = IGNORED
-            loss = self.model(**batch, num_items_in_batch=1).loss
-            total += torch.stack([loss, count_items(batch).to(loss.device)])
-        loss, items = self.accelerator.reduce(total)
-        return float(loss / items)
+            real = torch.tensor(numbers) >= 0
+            batch["labels"][~real] = IGNORED
+            output = self.model(**batch, num_items_in_batch=1)
+            masks = output.get("mask_losses", torch.zeros(len(real)))
+            language = output.get("language_loss", output.loss)
+            parts = (language, count_items(batch), masks[real.to(masks.device)].sum(), real.sum())
+            total += torch.stack([part.float().to(total.device) for part in parts])
+        words, items, masks, rows = self.accelerator.reduce(total)
+        return float(words / items + masks / rows)
 
 
 def limit_lengths(rows: ConversationDataset, split: str, processor: Med3DVLMProcessor, arguments: Any) -> None:
@@ -133,6 +147,11 @@ def conversations(
         raise ValueError(
             f"rows is 'study', but several conversations cannot share a row: {reason}; pass --rows conversation --follow-ups 0"
         )
+    answers = None if model.pointing is None else PointingAnswers(data)
+    if answers is not None:
+        require_masks(data, "train", data.studies("train"))
+    if arguments.cache_features and answers is not None:
+        raise ValueError("with --segmenter the encoder's stages and the volumes themselves are needed; pass --cache-features false")
     augmentation = Augmentation.read(arguments.augmentation)
     if arguments.cache_features and augmentation is not None:
         raise ValueError("with cache_features every volume is seen once, unchanged; pass --cache-features false or --augmentation none")
@@ -140,7 +159,7 @@ def conversations(
     def dataset(split: str, augmentation: Augmentation | None) -> ConversationDataset:
         rows = ConversationDataset(
             data, split, yes_no, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups,
-            seed=arguments.seed, augmentation=augmentation, rows=arguments.rows,
+            seed=arguments.seed, augmentation=augmentation, rows=arguments.rows, answers=answers,
         )  # fmt: skip
         limit_lengths(rows, split, processor, arguments)
         if arguments.cache_features:

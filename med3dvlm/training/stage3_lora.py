@@ -2,6 +2,7 @@
 
     med3dvlm train stage3 --config demo/stage3_lora
     med3dvlm train stage3 --config smoke/stage3_lora --lora-rank 8
+    med3dvlm train stage3 --config demo/stage3_lora --segmenter outputs/demo/segmentation --cache-features false
 
 Writes a PEFT adapter to the output folder and the merged Med3DVLM, ready to use, to `merged`.
 """
@@ -16,12 +17,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from med3dvlm import Med3DVLM
-from med3dvlm.checkpoints import load_adapted, load_vlm, merge_lora, require_own
+from med3dvlm import Med3DVLM, Med3DVLMProcessor
+from med3dvlm.checkpoints import POINTING_FILE, load_adapted, load_segmenter, load_vlm, merge_lora, require_own
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import load_volumes
+from med3dvlm.files import write_json
 from med3dvlm.inference.out_of_distribution import fit_detector, pool_features
+from med3dvlm.models.pointing import POINTING_TOKEN, pointing_settings
 from med3dvlm.training.arguments import parse_arguments
 from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations
 from med3dvlm.training.run import finish, lora_targets, release, run_training, save_final
@@ -40,15 +43,21 @@ class Stage3Arguments(ConversationArguments):
         default_factory=list,
         metadata={"help": "whole modules to train too; the released script in fact trains vision_encoder, embed_tokens, lm_head"},
     )
+    segmenter: str = field(
+        default="", metadata={"help": "output of `train segmentation` on the model's encoder: answers learn to point with its decoder"}
+    )
+    mask_weight: float = field(default=1.0, metadata={"help": "of the loss of what is pointed to, beside that of words"})
+    train_decoder: bool = field(default=False, metadata={"help": "train the segmenter's decoder too"})
 
 
 def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
-    """The model with LoRA modules and a copy of the projector to train; everything else is frozen.
+    """The model with LoRA modules and a copy of the projector, and of what it points with, to train; everything else is frozen.
 
     Raises:
         ValueError: `also_train` names what is no module, or what LoRA trains already.
     """
     targets = re.compile(lora_targets(base))
+    trained = ["projector"] if base.pointing is None else ["projector", "pointing"]
     modules = [name for name, _ in base.named_modules()]
     for wanted in arguments.also_train:
         found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
@@ -58,7 +67,7 @@ def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
             )
         if any(targets.fullmatch(name) and name.startswith(tuple(found)) for name in modules):
             raise ValueError(f"also_train names {wanted!r}, but its layers get LoRA; leave it out")
-        whole = {"projector", *arguments.also_train}
+        whole = {*trained, *arguments.also_train}
         if any(not whole.isdisjoint(name.split(".")[:-1]) for name in found):
             raise ValueError(f"also_train names {wanted!r}, which lies in a module that trains as a whole; leave it out")
     lora = LoraConfig(
@@ -66,9 +75,40 @@ def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=targets.pattern,
-        modules_to_save=["projector", *arguments.also_train],
+        modules_to_save=[*trained, *arguments.also_train],
     )
-    return get_peft_model(base, lora)
+    model = get_peft_model(base, lora)
+    if base.pointing is not None and not arguments.train_decoder:
+        base.pointing.head.requires_grad_(False)
+    return model
+
+
+def add_segmenter(base: Med3DVLM, processor: Med3DVLMProcessor, folder: str) -> str:
+    """Let the model point with the decoder of a trained segmenter; gives the fingerprint of that.
+
+    Raises:
+        ValueError: the model can point already, or the segmenter reads volumes by another encoder.
+    """
+    if base.pointing is not None:
+        raise ValueError("the model can point already, and would forget how; leave --segmenter out, or name the output of stage 2")
+    segmenter, _ = load_segmenter(folder, dtype=base.dtype)
+    if fingerprint(segmenter.clip.vision_encoder) != fingerprint(base.vision_encoder):
+        raise ValueError(
+            f"the vision encoder of the segmenter in {folder} is not that of the model, so that its decoder would misread it; make both from one: "
+            "stage 2 on the output of stage 1 with --dense-weight, or a segmenter trained with --train-encoder false"
+        )
+    base.add_pointing(pointing_settings(segmenter.config, processor.add_pointing(POINTING_TOKEN)))
+    assert base.pointing is not None
+    base.pointing.head.load_state_dict(segmenter.head.state_dict())
+    return fingerprint(segmenter)
+
+
+class Stage3Trainer(ConversationTrainer):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        config = self.accelerator.unwrap_model(self.model).get_base_model().config
+        if not _internal_call and output_dir and self.args.should_save and config.segmentation_config is not None:
+            write_json(Path(output_dir) / POINTING_FILE, config.segmentation_config)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,11 +121,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(arguments.seed)
     base, processor = load_vlm(Path(arguments.model).resolve(), dtype=arguments.weights_dtype)
-    started_from = fingerprint(base)
+    started_from = {"model": fingerprint(base)}
+    if arguments.segmenter:
+        started_from["segmenter"] = add_segmenter(base, processor, arguments.segmenter)
+    base.mask_weight = arguments.mask_weight
     model = add_lora(base, arguments)
     parts = conversations(arguments, data, base, processor, yes_no=True)
-    trainer = ConversationTrainer(model, arguments, **parts, processing_class=processor)
-    run_training(trainer, arguments, str(data.summary["fingerprint"]), model=started_from)
+    trainer = Stage3Trainer(model, arguments, **parts, processing_class=processor)
+    run_training(trainer, arguments, str(data.summary["fingerprint"]), **started_from)
     save_final(trainer)
     first = trainer.is_world_process_zero()
     release(trainer)

@@ -16,7 +16,8 @@ from med3dvlm.checkpoints.convert.names import Layout, Shape
 from med3dvlm.encoders import Size, build_encoder
 from med3dvlm.encoders.dcformer import KERNELS, SIZES
 from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
-from med3dvlm.models.vlm import Med3DVLM, Med3DVLMConfig
+from med3dvlm.models.vlm import Med3DVLM
+from med3dvlm.models.vlm_config import Med3DVLMConfig
 from med3dvlm.projectors import build_projector
 
 Shapes = Mapping[str, Shape]

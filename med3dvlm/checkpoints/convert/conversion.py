@@ -34,7 +34,7 @@ from med3dvlm.encoders import Size
 from med3dvlm.files import whole_folder
 from med3dvlm.models.clip import Med3DCLIPConfig
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor, shortest
-from med3dvlm.models.vlm import Med3DVLMConfig
+from med3dvlm.models.vlm_config import Med3DVLMConfig
 from med3dvlm.models.vlm_processor import Med3DVLMProcessor
 from med3dvlm.preprocessing import VolumeProcessor
 
