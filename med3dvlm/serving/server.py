@@ -7,6 +7,7 @@ It listens on 127.0.0.1 unless there are keys. Nothing that was asked and nothin
 folder while they are read. docs/serving.md says how to ask it.
 """
 
+import re
 import signal
 import threading
 import warnings
@@ -83,14 +84,14 @@ def build(
 
 
 def _malformed(error: RequestValidationError) -> Refused:
-    """The first of what is wrong with a body, in a sentence that quotes no value but a short one."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    """One of the things that are wrong with a body, in a sentence that quotes no value but a short one."""
+    first = max(error.errors(), key=lambda each: len(each["loc"]))  # of a field that may be several things, what it is most like
+    place = ".".join(part for part in map(str, first["loc"]) if re.fullmatch(r"\w+", part) and part not in ("body", "str"))
     if first["type"] == "extra_forbidden":
         return Refused(400, f"The field {place!r:.80} is not known here; leave it out.", place, "unknown_parameter")
-    if first["type"] == "json_invalid":
-        return Refused(400, "The body is not JSON.", code="invalid_json")
-    return Refused(400, f"{place or 'The body'}: {first['msg']}.", place or None, "invalid_value")
+    if first["type"] == "json_invalid" or not place:
+        return Refused(400, "The body is no JSON object; send one, with the header Content-Type: application/json.", code="invalid_json")
+    return Refused(400, f"{place}: {first['msg']}.", place, "invalid_value")
 
 
 class Server(uvicorn.Server):
@@ -122,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     engine = TransformersEngine(chat, arguments.parallel)
     limits = Limits(arguments.limit * 2**20, arguments.scans, max(arguments.scans, 1024), 60.0 * arguments.minutes)
     name = arguments.name or "/".join(arguments.model.resolve().parts[-2:])
-    signal.signal(signal.SIGHUP, signal.default_int_handler)  # so that the private folder goes then, too
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # uvicorn passes them on at its end, and the private folder is to go then, too
+        signal.signal(ending, signal.default_int_handler)
     with private(PRIVATE) as folder:
         app = build(chat, engine, folder, name, limits, keys, embedder, arguments.seconds)
         config = uvicorn.Config(

@@ -1,0 +1,120 @@
+"""Clients that go away, servers that are stopped or killed: nothing goes on, nothing is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from med3dvlm.serving.server import PRIVATE
+from tests import random_chat
+
+from .conftest import about
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_goes_away_leaves_the_batch(server, client: openai.OpenAI, upload, stream: bool) -> None:
+    id, steps = upload(0), []
+
+    def slow(*_: object) -> None:
+        steps.append(time.sleep(0.02))
+
+    handle = server.chat.model.language_model.model.register_forward_pre_hook(slow)
+    try:
+        body = {"messages": about(id, "Where?"), "max_tokens": 300, "stream": stream, "temperature": 2, "seed": 3}
+        with httpx.Client(base_url=server.address, trust_env=False, timeout=httpx.Timeout(20, read=20 if stream else 0.5)) as http:
+            if stream:
+                with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+                    lines = answer.iter_lines()
+                    for _ in range(6):
+                        next(lines)
+                    assert server.engine.stats()["running"] == 1
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    http.post("/v1/chat/completions", json=body)
+        wait_for(lambda: server.engine.stats()["running"] == 0)
+        assert 3 < len(steps) < 100
+    finally:
+        handle.remove()
+    assert client.chat.completions.create(model="tiny", messages=about(id, "Where?"), max_tokens=3).choices
+
+
+PROGRAM = """
+import sys, time, torch
+from med3dvlm import programs
+from med3dvlm.inference import transformers_engine
+choose = transformers_engine.choose
+def slow(*arguments):
+    time.sleep(0.02)
+    return choose(*arguments)
+transformers_engine.choose = slow
+sys.exit(programs.run("med3dvlm.serving.server", sys.argv[1:], "med3dvlm serve"))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_server_that_is_stopped_while_answering(tmp_path: Path, scan, free_port: str, how: signal.Signals) -> None:
+    """It ends the answer with an error, and deletes its folder; what one that was killed left is deleted by the next."""
+    chat = random_chat.build("qwen2")
+    chat.ends = []
+    for part in (chat.model, chat.processor):
+        part.save_pretrained(tmp_path / "model")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = os.environ | {"TMPDIR": str(temporary), "CUDA_VISIBLE_DEVICES": ""}
+
+    def start() -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", PROGRAM, str(tmp_path / "model"), "--port", free_port, "--name", "tiny"]
+        process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None and "serves tiny on" in process.stdout.readline()
+
+        def up() -> bool:
+            try:
+                return httpx.get(f"http://127.0.0.1:{free_port}/healthz", trust_env=False).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_for(up)
+        return process
+
+    process = start()
+    (folder,) = temporary.glob(f"{PRIVATE}*")
+    with httpx.Client(base_url=f"http://127.0.0.1:{free_port}", trust_env=False, timeout=20) as http:
+        with scan(0).open("rb") as file:
+            id = http.post("/v1/scans", files={"file": ("Doe_Jane.nii.gz", file)}).json()["id"]
+        assert list(folder.iterdir()) == []
+        body = {"messages": about(id, "Where?"), "max_tokens": 250, "stream": True, "temperature": 2, "seed": 3}
+        with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            said = [next(lines) for _ in range(6)]
+            if how is signal.SIGKILL:
+                (folder / "Doe_Jane.dcm").touch()
+            process.send_signal(how)
+            if how is not signal.SIGKILL:
+                said += list(lines)
+                assert "The server is being stopped" in "".join(said) and "[DONE]" not in "".join(said)
+    _, errors = process.communicate(timeout=20)
+    assert "Traceback" not in errors and "Where" not in errors
+    if how is signal.SIGKILL:
+        assert folder.exists()
+        process = start()
+        assert not folder.exists()
+        process.terminate()
+        process.communicate(timeout=20)
+    assert not list(temporary.glob(f"{PRIVATE}*")) and tempfile.gettempdir() != str(temporary)
+    if how is not signal.SIGKILL:
+        assert process.returncode == 0
