@@ -46,6 +46,7 @@ EXTRAS = {
     "search": ("datasketch", "faiss"),
     "dicom": ("highdicom",),
     "gguf": ("gguf",),
+    "quantize": ("bitsandbytes",),
 }
 CHATTY = ("bitsandbytes.backends.cpu.ops",)  # warns, when PEFT imports it, of a faster kernel that could be downloaded
 BOOLEANS = dict.fromkeys(("true", "yes", "1"), True) | dict.fromkeys(("false", "no", "0"), False)

@@ -6,6 +6,7 @@ A bare encoder or projector, converted from a released file, holds model.safeten
 
 import importlib.util
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,19 @@ from transformers.utils import cached_file
 from med3dvlm.checkpoints.convert.conversion import Conversion, convert_published
 from med3dvlm.checkpoints.convert.weights import Checkpoint, find_weights
 from med3dvlm.checkpoints.hub import write_card
+from med3dvlm.datasets.features import fingerprint
 from med3dvlm.encoders import Encoder, build_encoder
 from med3dvlm.files import DETECTOR_FILE, MODEL_CONFIGS, install_model, write_json
 from med3dvlm.models.clip import Med3DCLIP
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
+from med3dvlm.models.quantized import QUANTIZATION_FILE, require_quantization, round_to_quantized
 from med3dvlm.models.segmentation import Med3DSegmenter
 from med3dvlm.models.vlm import Med3DVLM
+from med3dvlm.models.vlm_config import Med3DVLMConfig
 from med3dvlm.models.vlm_processor import Med3DVLMProcessor
 from med3dvlm.projectors import Projector, build_projector
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "Conversion",
@@ -187,9 +193,33 @@ def load_segmenter(path: str | Path, **options: Any) -> tuple[Med3DSegmenter, Me
 
 
 def load_vlm(path: str | Path, **options: Any) -> tuple[Med3DVLM, Med3DVLMProcessor]:
-    """A Med3DVLM with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype, device_map)."""
+    """A Med3DVLM with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype, device_map).
+
+    Raises:
+        FileNotFoundError, ValueError: the folder names its language model by place, and that is not there or is another one now.
+    """
     path = _require_type(path, "med3dvlm")
-    return Med3DVLM.from_pretrained(path, **options).eval(), Med3DVLMProcessor.from_pretrained(path)
+    config = Med3DVLMConfig.from_pretrained(path)
+    model = Med3DVLM.from_pretrained(path, **options) if config.language_model_source is None else _assembled(path, config, **options)
+    return model.eval(), Med3DVLMProcessor.from_pretrained(path)
+
+
+def _assembled(path: Path, config: Med3DVLMConfig, dtype: torch.dtype | str = "auto") -> Med3DVLM:
+    """A Med3DVLM of the folder's weights and the language model that it names."""
+    source: Any = config.language_model_source
+    language_model, _ = load_language_model(source["place"], getattr(torch, source["dtype"]))
+    if fingerprint(language_model) != source["fingerprint"]:
+        raise ValueError(
+            f"the language model in {source['place']} is no longer the one that {path} was trained with; restore it, or train that stage anew"
+        )
+    config.name_or_path = str(path)  # which an adapter on it records
+    model = Med3DVLM(config, language_model=language_model)
+    stored = Checkpoint(find_weights(path))
+    missing, unexpected = model.load_state_dict({name: stored.read(name) for name in stored.tensors}, strict=False)
+    if lost := [name for name in missing if not name.startswith("language_model.")] + unexpected:
+        raise ValueError(f"{path} lacks the weights {', '.join(lost[:3])}, or has no use for them; copy it again")
+    wanted: Any = config.dtype if dtype == "auto" else dtype
+    return model.to(wanted)
 
 
 def load_encoder(path: str | Path) -> Encoder:
@@ -214,11 +244,15 @@ def load_projector(path: str | Path) -> Projector:
 def load_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[Any, Med3DVLMProcessor]:
     """A stage-3 adapter over its base, a PeftModel in evaluation mode, with the base's processor.
 
+    Where the adapter was trained on a quantised language model, the base has the numbers of that one, in its own type; how far they lie
+    from its own is logged and stands in `quantization_error` of the model.
+
     Args:
         base: where the base is now; None looks where it was when the adapter was trained.
 
     Raises:
         FileNotFoundError: the folder holds no adapter, or its base is gone.
+        ValueError: it was trained on a quantised language model, and bitsandbytes is not installed.
     """
     from peft import PeftConfig, PeftModel
 
@@ -230,12 +264,24 @@ def load_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[A
             raise FileNotFoundError(
                 f"{adapter} was trained on the model in {base}, which is not there; say where it is now: med3dvlm merge --base FOLDER"
             )
+    record = Path(adapter) / QUANTIZATION_FILE
+    method = json.loads(record.read_text(encoding="utf-8-sig"))["method"] if record.is_file() else None
+    require_quantization(method)
     model, processor = load_vlm(base)
     if (pointing := Path(adapter) / POINTING_FILE).is_file():
         processor = Med3DVLMProcessor.from_pretrained(adapter)
         if model.pointing is None:
             model.add_pointing(json.loads(pointing.read_text(encoding="utf-8-sig")))
-    return PeftModel.from_pretrained(model, str(adapter)).eval(), processor
+    error = 0.0
+    if method is not None:
+        error = round_to_quantized(model.language_model)
+        logger.warning(
+            "%s was trained on a language model in %s: its linear layers take the numbers of that, which differ from their own by %.2f %%",
+            adapter, method.upper(), 100 * error,
+        )  # fmt: skip
+    adapted: Any = PeftModel.from_pretrained(model, str(adapter)).eval()
+    adapted.quantization_error = {method: error} if method else None
+    return adapted, processor
 
 
 def require_own(destination: str | Path, adapter: str | Path) -> None:
@@ -257,6 +303,7 @@ def require_own(destination: str | Path, adapter: str | Path) -> None:
 def merge_lora(adapter: str | Path, destination: str | Path, base: str | Path | None = None) -> Med3DVLM:
     """Merge a stage-3 adapter into its base and write the whole model to `destination`, in the place of one that is there.
 
+    A quantised base is merged dequantised: the result computes what was trained, up to rounding in its own type.
     What the stage found of its training data (out_of_distribution.safetensors) goes with it; an older one that is there goes away.
 
     Args:
@@ -264,9 +311,11 @@ def merge_lora(adapter: str | Path, destination: str | Path, base: str | Path | 
     """
     adapter = Path(adapter)
     adapted, processor = load_adapted(adapter, base)
+    errors = adapted.quantization_error
     merged: Med3DVLM = adapted.merge_and_unload()
     if merged.pointing is not None:
         merged.pointing.write_token(merged.language_model)
+    merged.config.language_model_source = None  # it is not that one any more
     destination = Path(destination).resolve()
     aside = destination.with_name(f".{destination.name}-merging")
     shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
@@ -275,7 +324,8 @@ def merge_lora(adapter: str | Path, destination: str | Path, base: str | Path | 
         processor.save_pretrained(aside)
         if (detector := adapter / DETECTOR_FILE).is_file():
             shutil.copy(detector, aside)
-        write_json(aside / MERGED_FROM, {"adapter": str(adapter.resolve())})
+        quantized = {"relative_error_of_quantized_weights": errors} if errors else {}
+        write_json(aside / MERGED_FROM, {"adapter": str(adapter.resolve()), **quantized})
         write_card(aside, destination)
         install_model(aside, destination)
     finally:

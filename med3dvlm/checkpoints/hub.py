@@ -35,7 +35,7 @@ FILES = (
     "chat_template.jinja",
     CARD,
 )
-OF_CHECKPOINTS = ("trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt", "global_step*", "rng_state*", "complete")
+OF_CHECKPOINTS = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "global_step*", "rng_state*", "complete")
 # model_type -> what it is, the task as the hub calls it, and how it is used.
 KINDS = {
     "med3d_clip": (
@@ -145,6 +145,8 @@ def push(folder: Path, repo_id: str, private: bool = False) -> list[str]:
     except HFValidationError as error:
         raise ValueError(f"{error}") from None
     names = uploaded(folder)
+    if source := _json(folder / "config.json").get("language_model_source"):
+        raise ValueError(f"{folder} does not hold its language model, which is in {source['place']}; upload the merged model")
     card = (folder / CARD).read_text(encoding="utf-8-sig") if _own_card(folder) else model_card(folder).replace("REPO_ID", repo_id)
     files: dict[str, Any] = {name: folder / name for name in names} | {CARD: card.encode(), "config.json": _config(folder)}
     api = HfApi()

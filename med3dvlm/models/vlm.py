@@ -64,6 +64,11 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         self, config: Med3DVLMConfig, vision_encoder: nn.Module | None = None, language_model: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config)
+        if language_model is None and config.language_model_source is not None:
+            raise ValueError(
+                f"this model's folder does not hold its language model, which is in {config.language_model_source['place']}; load it with "
+                "med3dvlm.checkpoints.load_vlm"
+            )
         self.vision_encoder: Any = (
             vision_encoder if vision_encoder is not None else build_encoder(config.encoder, size=config.size, **config.encoder_options)
         )
@@ -99,6 +104,13 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Every part brings its own initialisation."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
+        """As that of transformers; without the language model where `language_model_source` says where that is."""
+        if self.config.language_model_source is not None:
+            weights = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name: weight for name, weight in weights.items() if not name.startswith("language_model.")}
+        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def train(self, mode: bool = True) -> "Med3DVLM":
         """A frozen encoder stays in evaluation mode: its batch norm must not follow the batches."""

@@ -32,6 +32,8 @@ class Med3DVLMConfig(Carried, PretrainedConfig):
             configuration does not carry it.
         image_splice: "mask", or "published" for weights converted from the released model, which was trained with the
             image one position late: the first placeholder keeps its embedding and the first word is lost.
+        language_model_source: where the language model is ("place": a folder, a hub id or package:NAME), in which "dtype" and with which
+            "fingerprint", if a folder with this configuration does not hold it; None where it does.
     """
 
     model_type = "med3dvlm"
@@ -51,6 +53,7 @@ class Med3DVLMConfig(Carried, PretrainedConfig):
         image_token_id: int = 0,
         image_splice: str = "mask",
         segmentation_config: dict[str, Any] | None = None,
+        language_model_source: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         if image_splice not in IMAGE_SPLICES:
@@ -76,6 +79,7 @@ class Med3DVLMConfig(Carried, PretrainedConfig):
         self.image_token_id = image_token_id
         self.image_splice = image_splice
         self.segmentation_config = segmentation_config
+        self.language_model_source = language_model_source
         for name in ("attn_implementation", "experts_implementation"):  # else the base class takes away what a language model runs with
             if (chosen := getattr(text_config, f"_{name}", None)) is not None:
                 kwargs.setdefault(name, chosen)
@@ -114,6 +118,7 @@ class Med3DVLMConfig(Carried, PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()
         settings.pop("num_image_tokens", None)  # derived
-        if settings.get("segmentation_config") is None:
-            settings.pop("segmentation_config", None)
+        for name in ("segmentation_config", "language_model_source"):
+            if settings.get(name) is None:
+                settings.pop(name, None)
         return settings

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, SchedulerType, TrainingArguments, get
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_bf16_gpu_available
 
 from med3dvlm.allocator import keep_freed_memory
@@ -35,7 +36,7 @@ LEARNING = (
     "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy",
 )  # fmt: skip
 # Where to write, what to measure, and how to be quick; the split file is in the fingerprint of the data.
-FREE = {"merged", "cache_features", "exclude_failures", "validation_split", "split_file"}
+FREE = {"merged", "save_language_model", "chunk_size", "cache_features", "exclude_failures", "validation_split", "split_file"}
 ZERO_STAGES = (1, 2, 3)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -83,6 +84,11 @@ class StageArguments(TrainingArguments):
             )
             self._n_gpu = 1
         if self.deepspeed:
+            if "paged" in OptimizerNames(self.optim).value:
+                raise ValueError(
+                    f"optim is {str(OptimizerNames(self.optim).value)!r}, which DeepSpeed does not take; pass --optim adamw_torch, or "
+                    "leave --deepspeed out"
+                )
             _check_engine(self.hf_deepspeed_config, str(self.deepspeed))
             # Models are loaded whole: transformers would load parts of them as ZeRO-3 shards, in the engine's type, beside parts that are
             # neither. The engine shares all of them out at once when training starts.

@@ -4,7 +4,8 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.training.arguments import ImageArguments
 from med3dvlm.training.dense import DenselySupervisedCLIP, save_both
+from med3dvlm.training.grad_cache import backward_in_parts, split_pairs
 from med3dvlm.training.run import finish, run_training, save_final, train_only
 from med3dvlm.training.segmentation import DecoderArguments, keep_features, moved_masks
 from med3dvlm.training.state import whole
@@ -58,6 +60,13 @@ class ContrastiveArguments(DecoderArguments, ImageArguments):
     logit_scale: float | None = field(default=None, metadata={"help": "initial log temperature"})
     logit_bias: float | None = field(default=None, metadata={"help": "initial bias"})
     train_temperature: bool = field(default=True, metadata={"help": "false keeps the temperature as it is at the start"})
+    chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "volumes that go through the encoders at a time, twice: the memory of so many, the gradients of the whole batch (GradCache); "
+            "batch norm sees so many"
+        },
+    )
     dense_weight: float = field(
         default=0.0, metadata={"help": "of a loss of masks for prompts beside that of pairs; a decoder learns along, saved in segmenter/"}
     )
@@ -70,11 +79,20 @@ class ContrastiveArguments(DecoderArguments, ImageArguments):
             raise ValueError("with cache_features every report is read once, whole; pass --cache-features false or leave sentences out")
         if self.text_encoder == NEW and not self.train_text:
             raise ValueError("a new text encoder has to learn; pass --train-text true or name a pretrained one")
+        if self.chunk_size is not None and self.deepspeed:
+            raise ValueError(
+                "chunk_size does not go with DeepSpeed, which reduces gradients at every backward pass; leave --deepspeed out and start several "
+                "processes by torchrun"
+            )
+        if self.chunk_size is not None:
+            self.ddp_find_unused_parameters = False  # every weight has a gradient, the temperature from outside of the model's forward
+        if self.chunk_size is not None and self.dense_weight:
+            raise ValueError("chunk_size does not go with dense_weight, whose loss is not one of embeddings; leave one of them out")
         if self.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but each part of an accumulated batch would be contrasted "
                 "with itself alone, which is no larger batch; leave it at 1 and raise per_device_train_batch_size, with "
-                "gradient_checkpointing true where memory is short, or start more processes"
+                "chunk_size or gradient_checkpointing true where memory is short, or start more processes"
             )
 
 
@@ -95,8 +113,25 @@ def _options(name: str, value: Any, example: str) -> Any:
 
 
 class ContrastiveTrainer(StageTrainer):
+    args: ContrastiveArguments
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return super()._prepare_inputs(moved_masks(inputs, inputs.get("prompts", {}), self))
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As the Trainer's; with `chunk_size` the encoders see a part of the batch at a time."""
+        if self.args.chunk_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        parts = split_pairs(self._prepare_inputs(inputs), self.args.chunk_size)
+
+        def backward(number: int, compute: Callable[[], torch.Tensor]) -> None:
+            last = number == len(parts) - 1  # processes exchange what all parts have added up
+            with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
+                self.accelerator.backward(compute())
+
+        loss = backward_in_parts(self.model, parts, lambda part: model(**part, return_loss=False), backward)
+        return self.finite(loss)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if isinstance(self.model, DenselySupervisedCLIP):

@@ -16,6 +16,7 @@ from med3dvlm.datasets.mask_prompts import require_masks
 from med3dvlm.datasets.pointing import PointingAnswers
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import LOSS_WEIGHTINGS, ROWS, ConversationCollator, ConversationDataset, load_volumes
+from med3dvlm.models.quantized import quantize, require_quantization
 from med3dvlm.models.vlm import Med3DVLM, count_items
 from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor
 from med3dvlm.records import Study
@@ -64,9 +65,15 @@ class ConversationArguments(ImageArguments):
     follow_ups: float = field(
         default=0.25, metadata={"help": "share of rows with two questions in one conversation; 0 where a row is one conversation"}
     )
+    quantize: str | None = field(
+        default=None, metadata={"help": "hold the linear layers of the language model in 4 bits while training: nf4 (QLoRA)"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_quantization(self.quantize)
+        if self.quantize and self.deepspeed and self.hf_deepspeed_config.is_zero3():
+            raise ValueError("quantize does not go with ZeRO-3, which would cut 4-bit weights into parts; pass --deepspeed deepspeed/zero2")
         for name, known in (("rows", ROWS), ("loss_weighting", LOSS_WEIGHTINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r} but must be {' or '.join(known)}")
@@ -104,6 +111,13 @@ class ConversationTrainer(StageTrainer):
             total += torch.stack([part.float().to(total.device) for part in parts])
         words, items, masks, rows = self.accelerator.reduce(total)
         return float(words / items + masks / rows)
+
+
+def hold_quantized(model: Med3DVLM, arguments: ConversationArguments) -> None:
+    """Hold the language model in 4 bits, where the settings ask for it; LoRA may be added to it then."""
+    if arguments.quantize is not None:
+        quantize(model.language_model, arguments.device)
+        model.__dict__["is_loaded_in_4bit"] = True  # which PEFT asks for
 
 
 def limit_lengths(rows: ConversationDataset, split: str, processor: Med3DVLMProcessor, arguments: Any) -> None:

@@ -37,6 +37,7 @@ INTERVALS = {
     "layers": "[1, 1024]",
     "heads": "[1, 1024]",
     # stage 1 and the CT-CLIP path
+    "chunk_size": COUNT,
     "image_stages": COUNT,
     "image_levels": "[-64, -1]",  # of stage 2
     "logit_bias": "(-inf, inf)",
@@ -66,6 +67,7 @@ INTERVALS = {
     "lora_alpha": COUNT,
     "lora_dropout": "[0, 1)",
     "lora_rank": WIDTH,
+    "mask_weight": "[0, inf)",
 }
 UNSET = {"max_steps": -1}  # transformers' sign of a setting that is left out, where that is not None
 REASONS = {
@@ -95,7 +97,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 # Of these settings of transformers, what is allowed, and why.
 CHOICES: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("optim", ("adamw_torch", "adamw_torch_fused", "rmsprop", "sgd"), "what others know of a weight no other engine could take over"),
+    ("optim", ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "rmsprop", "sgd"), "what others know no other engine could take over"),
     ("train_sampling_strategy", ("random", "sequential"), "others need lengths that rows do not have"),
     ("metric_for_best_model", ("loss", "eval_loss"), "nothing else is measured while training"),
 )  # fmt: skip

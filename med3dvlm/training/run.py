@@ -102,7 +102,7 @@ def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerpr
     trainer.add_callback(EpochSetter())
     identity = identity_of(arguments, data_fingerprint, started_from)
     if any(isinstance(module, _BatchNorm) and any(one.requires_grad for one in module.parameters()) for module in trainer.model.modules()):
-        identity["batch_norm_volumes"] = arguments.train_batch_size
+        identity["batch_norm_volumes"] = getattr(arguments, "chunk_size", None) or arguments.train_batch_size
     checkpoint = trainer.last_checkpoint(identity)
     steps_before = 0
     if checkpoint is not None:
@@ -139,7 +139,8 @@ def save_final(trainer: StageTrainer) -> None:
     trainer.require_finite()
     if not trainer.args.deepspeed:
         for parameter in trainer.model.parameters():
-            parameter.data = parameter.data.to(trainer.args.weights_dtype)
+            if parameter.is_floating_point():  # quantised ones hold codes
+                parameter.data = parameter.data.to(trainer.args.weights_dtype)
     output = Path(str(trainer.args.output_dir))
     aside = output / "saving"
     trainer.save_model(str(aside))

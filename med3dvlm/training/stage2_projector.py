@@ -8,6 +8,7 @@ Writes a Med3DVLM with its processor. Started again, it continues from the last 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -16,7 +17,7 @@ from med3dvlm.checkpoints import load_clip, load_language_model
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.training.arguments import parse_arguments
-from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations
+from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations, hold_quantized
 from med3dvlm.training.run import finish, run_training, save_final, train_only
 
 
@@ -32,6 +33,14 @@ class Stage2Arguments(ConversationArguments):
         metadata={"help": "the encoder's two outputs that it takes, counted from the last, -1: the paper's are -2 -1, finer ones -3 -2"},
     )
     position_embedding: bool = field(default=False, metadata={"help": "give every token its position, learned, before the projector"})
+    save_language_model: bool = field(
+        default=True, metadata={"help": "false names the language model in the output by place and fingerprint: megabytes, not a copy"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantize and self.save_language_model:
+            raise ValueError("quantize leaves no language model to copy into the output; pass --save-language-model false")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     clip, pairs = load_clip(arguments.clip, dtype=arguments.weights_dtype)
     language_model, tokenizer = load_language_model(arguments.language_model, arguments.weights_dtype)
     started_from = {"clip": fingerprint(clip), "language_model": fingerprint(language_model)}
+    place = arguments.language_model
+    place = str(Path(place).resolve()) if Path(place).is_dir() else place
+    source = {"place": place, "dtype": str(arguments.weights_dtype).removeprefix("torch."), "fingerprint": started_from["language_model"]}
     processor = Med3DVLMProcessor(pairs.image_processor, tokenizer)
     model = Med3DVLM.from_parts(
         clip,
@@ -56,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     processor.num_image_tokens = model.config.num_image_tokens
     train_only(model, lambda name: name.startswith("projector."))
+    hold_quantized(model, arguments)
+    if not arguments.save_language_model:
+        model.config.language_model_source = source
 
     parts = conversations(arguments, data, model, processor, yes_no=False)
     if arguments.standardise:

@@ -25,8 +25,9 @@ from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.files import write_json
 from med3dvlm.inference.out_of_distribution import fit_detector, pool_features
 from med3dvlm.models.pointing import POINTING_TOKEN, pointing_settings
+from med3dvlm.models.quantized import QUANTIZATION_FILE
 from med3dvlm.training.arguments import parse_arguments
-from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations
+from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations, hold_quantized
 from med3dvlm.training.run import finish, lora_targets, release, run_training, save_final
 
 logger = logging.getLogger(__name__)
@@ -124,11 +125,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     started_from = {"model": fingerprint(base)}
     if arguments.segmenter:
         started_from["segmenter"] = add_segmenter(base, processor, arguments.segmenter)
+    hold_quantized(base, arguments)
     base.mask_weight = arguments.mask_weight
     model = add_lora(base, arguments)
     parts = conversations(arguments, data, base, processor, yes_no=True)
     trainer = Stage3Trainer(model, arguments, **parts, processing_class=processor)
     run_training(trainer, arguments, str(data.summary["fingerprint"]), **started_from)
+    record_quantization(arguments)
     save_final(trainer)
     first = trainer.is_world_process_zero()
     release(trainer)
@@ -144,6 +147,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     del adapted, trained  # the merge loads the base anew
     if arguments.merged:
         merge_lora(str(arguments.output_dir), arguments.merged)
+
+
+def record_quantization(arguments: Stage3Arguments) -> None:
+    """Say beside the adapter, before it is there, in what the language model under it was held."""
+    path = Path(str(arguments.output_dir)) / QUANTIZATION_FILE
+    if arguments.should_save and arguments.quantize is not None:
+        write_json(path, {"method": arguments.quantize, "double_quantization": True})
+    elif arguments.should_save:
+        path.unlink(missing_ok=True)
 
 
 def remember_training_data(model: Med3DVLM, data: PreparedData, folder: str) -> None:

@@ -25,6 +25,7 @@ from med3dvlm.files import whole_file
 
 STATE_FILES = "training_state-*.safetensors"
 FILE_BYTES = 2**31  # after which a further file is begun: the process that writes holds one in memory
+PAGED = {"state1": "exp_avg", "state2": "exp_avg_sq"}  # what bitsandbytes calls Adam's
 WEIGHTS, BUFFERS, COUNTER = "weights", "buffers", "step"
 
 
@@ -129,7 +130,8 @@ class _Known:
 
     def read(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         known = self.optimizer.state.get(parameter, {})
-        return {WEIGHTS: parameter} | {kind: torch.as_tensor(value) for kind, value in known.items() if value is not None}
+        values = {PAGED.get(kind, kind): value for kind, value in known.items()}
+        return {WEIGHTS: parameter} | {kind: torch.as_tensor(value) for kind, value in values.items() if value is not None}
 
     def fill(self, saved: TrainingState, parameters: dict[str, nn.Parameter]) -> None:
         for name, parameter in parameters.items():
@@ -138,8 +140,11 @@ class _Known:
         for name, parameter in parameters.items():
             parameter.grad = None
             parameter.data.copy_(saved.read(name, WEIGHTS))  # decay may have changed it
-            for kind in saved.kinds(name):
-                self.optimizer.state[parameter][kind].copy_(saved.read(name, kind))
+            known = self.optimizer.state.get(parameter, {})
+            for kind in known:
+                if (ours := PAGED.get(kind, kind)) in saved.kinds(name):
+                    value = saved.read(name, ours)
+                    known[kind] = known[kind].copy_(value) if isinstance(known[kind], Tensor) else int(value)
 
 
 class _KnownInShards:

@@ -77,7 +77,10 @@ class StageTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
-        loss = super().training_step(*arguments, **options)
+        return self.finite(super().training_step(*arguments, **options))
+
+    def finite(self, loss: Tensor) -> Tensor:
+        """The loss of a step; raises DivergedError, on all processes, where it is no finite number."""
         total = self.accelerator.reduce(loss.detach())  # so that all processes stop, not only those whose part is spoilt
         if not torch.isfinite(total):
             self._stop(f"the loss is {total.item()} at step {self.state.global_step + 1}")

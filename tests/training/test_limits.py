@@ -38,7 +38,12 @@ def test_the_table_names_settings_and_leaves_out_no_number_of_ours() -> None:
         ("logit_bias", [-1e9, 0, None], [math.inf, -math.inf, math.nan], "must be a finite number"),
         ("max_steps", [-1, 1, 10**9], [0, -2], "must be at least 1"),
         ("save_total_limit", [None, 2], [1, 0, -1], "must be at least 2: while a checkpoint is being written"),
-        ("optim", ["adamw_torch", "sgd"], ["adafactor", "lion_8bit"], "must be adamw_torch or adamw_torch_fused or rmsprop or sgd"),
+        (
+            "optim",
+            ["adamw_torch", "sgd"],
+            ["adafactor", "lion_8bit"],
+            "adamw_torch_fused or paged_adamw_32bit or rmsprop or sgd",
+        ),
         ("save_only_model", [False], [True], "must be false: a training would not continue"),
     ],
 )

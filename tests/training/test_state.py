@@ -65,6 +65,29 @@ def test_the_next_steps_are_those_of_a_training_that_was_not_stopped(name: str, 
     assert len(files) > 1 and len(keys) == len(set(keys)) and not any(key.partition("/")[2].startswith("2.") for key in keys)
 
 
+def test_a_paged_optimiser_takes_over_from_adam_and_back(tmp_path: Path) -> None:
+    """bitsandbytes names what Adam knows otherwise, and divides in another order: weights apart by 2e-7, measured."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    batches = list(torch.randn(6, 8, 3))
+
+    def trained(made: nn.Module) -> list[nn.Parameter]:
+        return [parameter for parameter in made.parameters() if parameter.requires_grad]
+
+    whole = model(1)
+    steps(whole, torch.optim.AdamW(trained(whole), 0.05, weight_decay=0.1), batches)
+    parts = model(1)
+    for number, make in enumerate((torch.optim.AdamW, bitsandbytes.optim.PagedAdamW32bit, torch.optim.AdamW)):
+        optimizer = make(trained(parts), lr=0.05, weight_decay=0.1)
+        if number:
+            state = TrainingState(tmp_path)
+            state.set_weights(parts)
+            state.set_optimizer(parts, optimizer)
+        steps(parts, optimizer, batches[2 * number : 2 * number + 2])
+        write_state(tmp_path, parts, optimizer, writes=True)
+    for name in ("0.weight", "1.weight", "1.bias"):  # batch norm leaves the bias before it a gradient of rounding alone
+        assert torch.allclose(parts.get_parameter(name), whole.get_parameter(name), atol=2e-6), name
+
+
 def test_a_folder_without_a_state_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no training_state-.* so it cannot be continued"):
         TrainingState(tmp_path)

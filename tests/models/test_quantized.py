@@ -1,0 +1,92 @@
+"""A language model in NF4 on this processor, beside the published table of its sixteen numbers; and a whole model saved without one."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from med3dvlm.models.quantized import quantize, require_quantization, round_to_quantized
+from tests.tiny_parts import FAMILIES
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+# QLoRA (arXiv 2305.14314), appendix E.
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+]  # fmt: skip
+
+
+def language_model(width: int = 64) -> PreTrainedModel:
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=400, hidden_size=width, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.1,
+        **FAMILIES["qwen2"],
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_each_weight_takes_the_nearest_of_sixteen_numbers_of_its_block() -> None:
+    """The scales of the blocks are rounded too, by double quantisation: by 0.003 of the largest of them, measured."""
+    model = language_model()
+    exact = copy.deepcopy(model)
+    error = round_to_quantized(model)
+    table, moved, total = torch.tensor(NF4, dtype=torch.float64), 0.0, 0.0
+    for name, weight in exact.state_dict().items():
+        rounded = model.state_dict()[name]
+        if ".layers." not in name or weight.ndim < 2:
+            assert torch.equal(rounded, weight)
+            continue
+        blocks = weight.detach().double().flatten().split(64)
+        scales = torch.stack([block.abs().max() for block in blocks])
+        nearest = [table[(block / block.abs().max() - table[:, None]).abs().argmin(dim=0)] for block in blocks]
+        found = rounded.detach().double().flatten().split(64)
+        for scale, block, expected in zip(scales, found, nearest, strict=True):
+            assert (block - scale * expected).abs().max() < 0.008 * scales.max()
+        moved += float((rounded - weight).square().sum())
+        total += float(weight.square().sum())
+    assert error == pytest.approx((moved / total) ** 0.5, rel=1e-5) and 0.08 < error < 0.1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_quantized_model_computes_what_its_rounded_weights_do(training: bool) -> None:
+    """Logits, and the gradient at its input, in which the projector's comes."""
+    rounded = language_model()
+    quantized = copy.deepcopy(rounded)
+    round_to_quantized(rounded)
+    quantize(quantized, "cpu")
+    embeds = torch.randn(2, 9, 64)
+    gradients = []
+    for model in (rounded, quantized):
+        model.requires_grad_(False).train(training)
+        inputs = embeds.clone().requires_grad_()
+        logits = model(inputs_embeds=inputs).logits
+        logits.square().mean().backward()
+        gradients += [logits.detach(), inputs.grad]
+    assert torch.allclose(gradients[0], gradients[2], atol=1e-5) and torch.allclose(gradients[1], gradients[3], atol=1e-7)
+    held, before = (sum(p.numel() * p.element_size() for p in model.model.layers.parameters()) for model in (quantized, rounded))
+    assert held < before / 6  # biases and norms stay
+
+
+def test_layers_of_other_widths_stay_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    model = language_model(96)
+    before = copy.deepcopy(model)
+    quantize(model, "cpu")
+    assert "12 of 14 linear layers have no multiple of 64 inputs" in caplog.text  # all but those from 128 to 96
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
+    assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.uint8
+    model = language_model(96)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = torch.nn.Identity()
+    with pytest.raises(ValueError, match="no linear layer of the language model has a multiple of 64 inputs"):
+        round_to_quantized(model)
+
+
+def test_a_method_is_named_and_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_quantization(None)
+    with pytest.raises(ValueError, match="quantize is 'int3' but must be nf4"):
+        require_quantization("int3")
+    monkeypatch.setattr("med3dvlm.models.quantized.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"pip install 'med3dvlm\[quantize\]'"):
+        require_quantization("nf4")
