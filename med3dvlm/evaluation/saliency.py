@@ -32,7 +32,7 @@ from scipy.ndimage import binary_dilation, distance_transform_edt
 from med3dvlm import evaluation
 from med3dvlm.checkpoints import model_type
 from med3dvlm.datasets.features import fingerprint
-from med3dvlm.datasets.phantom import Plan, lesion_mask, read_plans
+from med3dvlm.datasets.phantom import Plan, draw_with_masks, read_plans
 from med3dvlm.datasets.phantom.wording import KINDS, kinds_of
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.inference.chat import Med3DChat
@@ -110,7 +110,7 @@ def look(case: Case, plan: Plan, data: PreparedData, scans: Path, ways: dict[str
     """A case's record."""
     volume = read_volume(scans / case.study.image)
     placement = data.processor.placement(volume)
-    mask = lesion_mask(plan.body, plan.acquisition, case.finding)
+    mask = draw_with_masks(plan.body, plan.acquisition)[1][case.finding]
     if mask.shape != volume.shape or not mask.any():
         raise ValueError(f"{scans / case.study.image} is not the scan that the plan of {scans} describes; write the phantoms anew")
     present = {finding.kind for finding in plan.body.findings}

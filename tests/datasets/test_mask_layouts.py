@@ -13,7 +13,7 @@ from med3dvlm import VolumeProcessor, read_volume
 from med3dvlm.cli import main
 from med3dvlm.datasets import ct_rate, m3d, m3d_seg, rex_grounding_ct, table, totalsegmentator
 from med3dvlm.datasets.masks import read_masks
-from med3dvlm.datasets.phantom import lesion_mask, read_plans
+from med3dvlm.datasets.phantom import draw_with_masks, read_plans
 from med3dvlm.datasets.phantom.ct_rate import KINDS as CHEST_KINDS
 from med3dvlm.datasets.phantom.ct_rate import plan_ct_rate, write_ct_rate
 from med3dvlm.datasets.phantom.wording import KINDS
@@ -46,10 +46,11 @@ def test_phantoms_say_where_they_drew_what(phantoms: Path) -> None:
         volume = read_volume(phantoms / study.image)
         masks = {name: voxels for name, voxels, _ in read_masks(phantoms, study.masks, volume)}
         findings = {finding.kind: finding for finding in plan.body.findings}
+        drawn = draw_with_masks(plan.body, plan.acquisition)[1]
         assert {name for name, mask in study.masks.items() if mask.kind == "finding"} == {KINDS[kind]["name"] for kind in findings}
         for kind, finding in findings.items():
             about = study.masks[KINDS[kind]["name"]]
-            assert np.array_equal(masks[KINDS[kind]["name"]], lesion_mask(plan.body, plan.acquisition, kind))
+            assert np.array_equal(masks[KINDS[kind]["name"]], drawn[kind])
             assert about.text in study.report and about.text and about.place == finding.place and about.organ == KINDS[kind]["organ"]
             if about.side in ACROSS and kind != "liver_mass":  # whose segments are called after the lobes of the liver
                 places = np.argwhere(masks[KINDS[kind]["name"]]) @ volume.affine[:3, :3].T + volume.affine[:3, 3]
@@ -86,7 +87,7 @@ def test_sentences_of_ct_rate_phantoms_have_masks(chests: Path, tmp_path: Path) 
         for finding in plan.body.findings:
             name = CHEST_KINDS[finding.kind]["name"]
             assert study.masks[name].text in plan.findings
-            assert np.array_equal(masks[name], lesion_mask(plan.body, plan.acquisition, finding.kind))
+            assert np.array_equal(masks[name], draw_with_masks(plan.body, plan.acquisition)[1][finding.kind])
     options = ["--recipe", "ct_rate", "--size", "20,30,30", "--target-spacing", "14,12,12", "--workers", "1"]
     assert main(["prepare", "rex_grounding_ct", str(chests), str(tmp_path / "store"), *options]) == 0
     data = PreparedData(tmp_path / "store")

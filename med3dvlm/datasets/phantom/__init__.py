@@ -16,16 +16,15 @@ import numpy as np
 from tqdm import tqdm
 
 from med3dvlm.datasets import m3d, m3d_seg
-from med3dvlm.datasets.phantom.anatomy import REGIONS, draw
+from med3dvlm.datasets.phantom.anatomy import REGIONS, draw, draw_with_masks
 from med3dvlm.datasets.phantom.body import PHASES, Body, Finding
 from med3dvlm.datasets.phantom.canvas import Acquisition
-from med3dvlm.datasets.phantom.lesions import draw_with_masks, lesion_mask
 from med3dvlm.datasets.phantom.places import STRUCTURES, about_finding, about_structure
 from med3dvlm.datasets.phantom.wording import KINDS, Questioner, kinds_of, write_report
 from med3dvlm.files import write_json
 from med3dvlm.records import Mask, Question, Study
 
-__all__ = ["Acquisition", "Body", "Finding", "Plan", "draw", "lesion_mask", "plan_phantoms", "read_plans", "write_phantoms"]
+__all__ = ["Acquisition", "Body", "Finding", "Plan", "draw", "draw_with_masks", "plan_phantoms", "read_plans", "write_phantoms"]
 
 SETTINGS_FILE = "phantoms.json"
 LABELS = [*(facts["name"] for facts in KINDS.values()), *dict.fromkeys(name for names in STRUCTURES.values() for name in names)]  # of masks

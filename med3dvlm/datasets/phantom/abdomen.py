@@ -38,9 +38,10 @@ def draw_abdomen(canvas: Canvas, build: Build) -> None:
     trunk(canvas, build)
     build.organ(canvas, 0, (0, 8, 0), (140, 84, 230), FAT)
     if "ascites" in found:
-        x, y, z = build.place((0, 8, 0))
-        canvas.ellipsoid((x, y, z), tuple(np.array([136, 80, 190]) * build.size), WATER)
-        canvas.ellipsoid((x, y + 6, z - 20), tuple(np.array([84, 56, 120]) * build.size), FAT)
+        with canvas.finding("ascites"):
+            x, y, z = build.place((0, 8, 0))
+            canvas.ellipsoid((x, y, z), tuple(np.array([136, 80, 190]) * build.size), WATER)
+            canvas.ellipsoid((x, y + 6, z - 20), tuple(np.array([84, 56, 120]) * build.size), FAT)
     spine(canvas)
     for side in (RIGHT, LEFT):
         canvas.ellipsoid((side * 38, -66, -70), (20, 22, 110), MUSCLE)
@@ -64,17 +65,22 @@ def draw_abdomen(canvas: Canvas, build: Build) -> None:
     aorta = (-14, -44)
     build.organ(canvas, 8, (*aorta, 0), (11, 11, 300), AORTA[phase], "aorta")
     if (aneurysm := found.get("aortic_aneurysm")) is not None:
-        radius = aneurysm.size_mm / 2
-        x, y, z = build.place((*aorta, -70), 8)
-        canvas.ellipsoid((x, y + 0.5 * radius, z), (radius, radius, radius * 1.5), MUSCLE)
-        canvas.ellipsoid((x, y + 0.5 * radius, z), (radius * 0.74, radius * 0.74, radius * 1.25), AORTA[phase])
-        canvas.ellipsoid((x, y + 1.5 * radius, z), (radius * 0.5, 5, radius * 0.8), BONE)  # calcified wall
+        with canvas.finding("aortic_aneurysm"):
+            radius = aneurysm.size_mm / 2
+            x, y, z = build.place((*aorta, -70), 8)
+            canvas.ellipsoid((x, y + 0.5 * radius, z), (radius, radius, radius * 1.5), MUSCLE)
+            canvas.ellipsoid((x, y + 0.5 * radius, z), (radius * 0.74, radius * 0.74, radius * 1.25), AORTA[phase])
+            canvas.ellipsoid((x, y + 1.5 * radius, z), (radius * 0.5, 5, radius * 0.8), BONE)  # calcified wall
     if (stone := found.get("gallstone")) is not None:
-        canvas.ellipsoid(build.place((58, 62, 0), 6), (stone.size_mm / 2,) * 3, METAL)
+        with canvas.finding("gallstone"):
+            canvas.ellipsoid(build.place((58, 62, 0), 6), (stone.size_mm / 2,) * 3, METAL)
     if (mass := found.get("liver_mass")) is not None:
-        canvas.ellipsoid(build.scattered(SEGMENTS[mass.place], 5), (mass.size_mm / 2,) * 3, LIVER[phase] - 85)
+        with canvas.finding("liver_mass"):
+            canvas.ellipsoid(build.scattered(SEGMENTS[mass.place], 5), (mass.size_mm / 2,) * 3, LIVER[phase] - 85)
     if (cyst := found.get("renal_cyst")) is not None:
-        x, y, z = build.scattered(POLES[cyst.place], 4)
-        canvas.ellipsoid((x * 1.2, y, z), (cyst.size_mm / 2,) * 3, WATER)
+        with canvas.finding("renal_cyst"):
+            x, y, z = build.scattered(POLES[cyst.place], 4)
+            canvas.ellipsoid((x * 1.2, y, z), (cyst.size_mm / 2,) * 3, WATER)
     if (stone := found.get("kidney_stone")) is not None:
-        canvas.ellipsoid(build.scattered(POLES[stone.place], 4), (stone.size_mm / 2,) * 3, METAL)
+        with canvas.finding("kidney_stone"):
+            canvas.ellipsoid(build.scattered(POLES[stone.place], 4), (stone.size_mm / 2,) * 3, METAL)

@@ -6,12 +6,17 @@ patient. Nothing is resampled: an oblique or coronal scan evaluates the same bod
 World coordinates are millimetres in RAS: x grows to the patient's right, y to the front, z to the head; the origin is the middle of the region.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 AIR = -1040.0  # HU
+LOWEST, HIGHEST = -1000, 600  # HU that a scan holds, as of a scanner that clips at both ends
+LEAST = 10.0  # HU by which a finding changes the voxels that belong to it
 PLANES = ("axial", "coronal", "sagittal", "oblique")
 
 
@@ -34,6 +39,7 @@ class Canvas:
     """A volume (D, H, W) in HU whose voxel (d, h, w) lies at `corner + directions @ (d, h, w)` in the patient, columns of `directions` in mm.
 
     `labels` (D, H, W) holds the number of the structure in each voxel, 1 for the first of `names`, 0 for none.
+    `without` holds for each finding the same volume as it would be without that finding and those painted later.
     """
 
     array: NDArray[np.float32]
@@ -42,10 +48,25 @@ class Canvas:
     inverse: NDArray[np.floating] = field(init=False)
     labels: NDArray[np.uint8] = field(init=False)
     names: list[str] = field(init=False, default_factory=list)
+    without: dict[str, NDArray[np.float32]] = field(init=False, default_factory=dict)
+    _within: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.inverse = np.linalg.inv(self.directions)
         self.labels = np.zeros(self.array.shape, np.uint8)
+
+    @contextmanager
+    def finding(self, kind: str) -> Iterator[None]:
+        """What is painted within belongs to a finding; what is painted later, to the body."""
+        self.without[kind] = self.array.copy()
+        self._within = True
+        yield
+        self._within = False
+
+    def finding_masks(self) -> dict[str, NDArray[np.bool_]]:
+        """(D, H, W) for each finding that was painted: the voxels that it changes, as if those painted later were not there."""
+        scans = [np.clip(array, LOWEST, HIGHEST) for array in (*self.without.values(), self.array)]
+        return {kind: np.abs(after - before) >= LEAST for kind, (before, after) in zip(self.without, pairwise(scans), strict=True)}
 
     def ellipsoid(
         self,
@@ -75,8 +96,9 @@ class Canvas:
             if level is not None:
                 cover = cover * np.clip(0.5 + (level - points[axis]) / voxel, 0.0, 1.0)
         cover = (cover * opacity).astype(np.float32)
-        part = self.array[window]
-        part += cover * (value - part)
+        for array in (self.array,) if self._within else (self.array, *self.without.values()):
+            part = array[window]
+            part += cover * (value - part)
         if name:
             if name not in self.names:
                 self.names.append(name)

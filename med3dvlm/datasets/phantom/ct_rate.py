@@ -22,9 +22,9 @@ import yaml
 from tqdm import tqdm
 
 from med3dvlm.datasets import ct_rate, sentence_masks
+from med3dvlm.datasets.phantom.anatomy import draw_with_masks
 from med3dvlm.datasets.phantom.body import Body, Finding
 from med3dvlm.datasets.phantom.canvas import Acquisition
-from med3dvlm.datasets.phantom.lesions import draw_with_masks
 from med3dvlm.datasets.phantom.places import COUNTS, STRUCTURES, about_finding, about_structure
 from med3dvlm.files import whole_file, write_json
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
