@@ -9,8 +9,8 @@ import pytest
 
 from med3dvlm.datasets.phantom import Acquisition, Body, Finding, draw, draw_with_masks, plan_phantoms, read_plans
 from med3dvlm.datasets.phantom.abdomen import POLES, SEGMENTS
-from med3dvlm.datasets.phantom.chest import LOBES
 from med3dvlm.datasets.phantom.canvas import LEAST
+from med3dvlm.datasets.phantom.chest import LOBES
 from med3dvlm.datasets.phantom.wording import KINDS
 
 PLACED = {
@@ -40,6 +40,18 @@ def test_the_nearest_of_the_known_places_is_the_stated_one(kind: str) -> None:
     for number, place in enumerate(places):
         found = middle(*scanned(kind, place, 30, ("axial", "coronal", "sagittal", "oblique")[number]), kind)
         assert min(places, key=lambda name: np.linalg.norm(found - places[name])) == place
+
+
+@pytest.mark.parametrize("kind", PLACED)
+def test_a_lesion_lies_in_the_structure_that_its_place_names(kind: str) -> None:
+    for place in PLACED[kind]:
+        canvas, masks = draw_with_masks(*scanned(kind, place, 24))
+        structures = canvas.structures()
+        shares = {name: (masks[kind] & structures[name]).sum() for name in PLACED[kind]}
+        assert max(shares, key=shares.__getitem__) == place and shares[place] > 0.5 * masks[kind].sum()
+        for whole, parts in canvas.wholes.items():
+            assert np.array_equal(structures[whole], np.any([structures[part] for part in parts], axis=0))
+            assert sum(structures[part].sum() for part in parts) == structures[whole].sum()
 
 
 def test_the_mask_of_a_ball_has_its_volume() -> None:

@@ -19,7 +19,7 @@ from med3dvlm.datasets import m3d, m3d_seg
 from med3dvlm.datasets.phantom.anatomy import REGIONS, draw, draw_with_masks
 from med3dvlm.datasets.phantom.body import PHASES, Body, Finding
 from med3dvlm.datasets.phantom.canvas import Acquisition
-from med3dvlm.datasets.phantom.places import STRUCTURES, about_finding, about_structure
+from med3dvlm.datasets.phantom.places import STRUCTURES, about_finding, about_structures
 from med3dvlm.datasets.phantom.wording import KINDS, Questioner, kinds_of, write_report
 from med3dvlm.files import write_json
 from med3dvlm.records import Mask, Question, Study
@@ -153,7 +153,7 @@ def _write_volume(root: Path, plan: Plan) -> dict[str, Mask]:
     if drawn is None or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         canvas, found = draw_with_masks(plan.body, plan.acquisition)
-        named = {KINDS[kind]["name"]: mask for kind, mask in found.items()} | {name: canvas.structure(name) for name in canvas.names}
+        named = {KINDS[kind]["name"]: mask for kind, mask in found.items()} | canvas.structures()
         drawn = m3d_seg.write_masks(folder, [named.get(name) for name in LABELS], canvas.array.shape)
     if not path.exists():
         affine = np.eye(4)
@@ -165,5 +165,5 @@ def _write_volume(root: Path, plan: Plan) -> dict[str, Mask]:
         nib.save(image, aside)
         aside.replace(path)
     facts = {KINDS[finding.kind]["name"]: about_finding(finding, KINDS[finding.kind], plan.study.report) for finding in plan.body.findings}
-    facts |= {name: about_structure(name) for name in STRUCTURES[plan.body.region]}
+    facts |= about_structures(plan.body.region)
     return {name: Mask(drawn.relative_to(root).as_posix(), LABELS.index(name), **about) for name, about in facts.items()}

@@ -51,15 +51,16 @@ def draw_abdomen(canvas: Canvas, build: Build) -> None:
         canvas.ellipsoid(loop, (26, 17, 17), 35)
         if build.random.random() < 0.4:
             canvas.ellipsoid((loop[0], loop[1] + 6, loop[2]), (16, 8, 10), -850)
-    build.organ(canvas, 1, (66, 16, 58), (74, 78, 72), LIVER[phase], "liver")
-    build.organ(canvas, 1, (-6, 46, 74), (62, 36, 42), LIVER[phase], "liver")
     build.organ(canvas, 2, (-48, 30, 96), (40, 34, 42), 35, "stomach")
     build.organ(canvas, 2, (-48, 44, 104), (27, 17, 26), -850, "stomach")
+    build.organ(canvas, 1, (66, 16, 58), (74, 78, 72), LIVER[phase], "liver", SEGMENTS)
+    build.organ(canvas, 1, (-6, 46, 74), (62, 36, 42), LIVER[phase], "liver", SEGMENTS)
     spleen = np.array([32.0, 46.0, 50.0]) * (1.55 if "splenomegaly" in found else 1.0)
     build.organ(canvas, 3, (-104 + 0.4 * (spleen[0] - 32), -20, 70 - 0.6 * (spleen[2] - 50)), tuple(spleen), SPLEEN[phase], "spleen")
     for number, side in ((4, RIGHT), (5, LEFT)):
-        build.organ(canvas, number, (side * 64, -42, -37), (31, 29, 58), KIDNEY_CORTEX[phase], f"{SIDE_NAMES[side]} kidney")
-        build.organ(canvas, number, (side * 58, -40, -37), (17, 15, 36), KIDNEY_PELVIS[phase], f"{SIDE_NAMES[side]} kidney")
+        name, poles = f"{SIDE_NAMES[side]} kidney", {name: place for name, place in POLES.items() if place[0] * side > 0}
+        build.organ(canvas, number, (side * 64, -42, -37), (31, 29, 58), KIDNEY_CORTEX[phase], name, poles)
+        build.organ(canvas, number, (side * 58, -40, -37), (17, 15, 36), KIDNEY_PELVIS[phase], name, poles)
     build.organ(canvas, 6, (58, 66, 6), (19, 22, 28), WATER, "gallbladder")
     build.organ(canvas, 7, (18, -42, 0), (13, 12, 300), VEINS[phase], "inferior vena cava")
     aorta = (-14, -44)

@@ -34,7 +34,8 @@ def draw_with_masks(body: Body, acquisition: Acquisition) -> tuple[Canvas, dict[
         phase=acquisition.phase,
     )
     REGIONS[body.region](canvas, build)
-    masks = canvas.finding_masks() | {kind: canvas.structure(organ) for kind, organ in ENLARGED.items() if kind in build.findings}
+    masks = canvas.finding_masks()
+    masks |= {kind: canvas.structures()[organ] for kind, organ in ENLARGED.items() if kind in build.findings}
     noise = scanner.standard_normal(canvas.array.shape, dtype=np.float32) * np.float32(scanner.uniform(8, 18))
     canvas.array += noise
     canvas.array = np.clip(np.rint(canvas.array), LOWEST, HIGHEST)

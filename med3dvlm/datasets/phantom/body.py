@@ -1,11 +1,12 @@
 """What every drawing needs: tissues in Hounsfield units, a patient and its findings, and what chest and abdomen share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm.datasets.phantom.canvas import Canvas
+from med3dvlm.datasets.phantom.canvas import Canvas, Point
 
 RIGHT, LEFT = 1.0, -1.0
 SIDE_NAMES = {RIGHT: "right", LEFT: "left"}
@@ -55,20 +56,21 @@ class Build:
         self,
         canvas: Canvas,
         number: int,
-        centre: tuple[float, float, float],
-        radii: tuple[float, float, float],
+        centre: Point,
+        radii: Point,
         value: float,
         name: str = "",
+        parts: Mapping[str, Point] | None = None,
     ) -> None:
-        """An ellipsoid with this patient's proportions and its own small shift."""
-        x, y, z = self.place(centre, number)
-        canvas.ellipsoid((x, y, z), tuple(np.asarray(radii) * self.size), value, name=name)
+        """An ellipsoid with this patient's proportions and its own small shift; the middles of its parts move along."""
+        moved = {part: self.place(middle, number) for part, middle in (parts or {}).items()}
+        canvas.ellipsoid(self.place(centre, number), tuple(np.asarray(radii) * self.size), value, name=name, parts=moved)
 
-    def place(self, centre: tuple[float, float, float], number: int = 0) -> tuple[float, float, float]:
+    def place(self, centre: Point, number: int = 0) -> Point:
         x, y, z = np.asarray(centre) * self.size + self.shift[number]
         return float(x), float(y), float(z)
 
-    def scattered(self, centre: tuple[float, float, float], spread: float) -> tuple[float, float, float]:
+    def scattered(self, centre: Point, spread: float) -> Point:
         x, y, z = np.asarray(centre) * self.size + self.random.uniform(-spread, spread, 3)
         return float(x), float(y), float(z)
 

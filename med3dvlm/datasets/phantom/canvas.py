@@ -6,7 +6,7 @@ patient. Nothing is resampled: an oblique or coronal scan evaluates the same bod
 World coordinates are millimetres in RAS: x grows to the patient's right, y to the front, z to the head; the origin is the middle of the region.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+Point = tuple[float, float, float]  # x, y, z in mm
 AIR = -1040.0  # HU
 LOWEST, HIGHEST = -1000, 600  # HU that a scan holds, as of a scanner that clips at both ends
 LEAST = 10.0  # HU by which a finding changes the voxels that belong to it
@@ -38,7 +39,8 @@ class Acquisition:
 class Canvas:
     """A volume (D, H, W) in HU whose voxel (d, h, w) lies at `corner + directions @ (d, h, w)` in the patient, columns of `directions` in mm.
 
-    `labels` (D, H, W) holds the number of the structure in each voxel, 1 for the first of `names`, 0 for none.
+    `labels` (D, H, W) holds the number of the structure in each voxel, 1 for the first of `names`, 0 for none. `wholes` holds for each structure that
+    is no more than its parts their names.
     `without` holds for each finding the same volume as it would be without that finding and those painted later.
     """
 
@@ -48,6 +50,7 @@ class Canvas:
     inverse: NDArray[np.floating] = field(init=False)
     labels: NDArray[np.uint8] = field(init=False)
     names: list[str] = field(init=False, default_factory=list)
+    wholes: dict[str, list[str]] = field(init=False, default_factory=dict)
     without: dict[str, NDArray[np.float32]] = field(init=False, default_factory=dict)
     _within: bool = field(init=False, default=False)
 
@@ -70,17 +73,19 @@ class Canvas:
 
     def ellipsoid(
         self,
-        centre: tuple[float, float, float],
-        radii: tuple[float, float, float],
+        centre: Point,
+        radii: Point,
         value: float,
         opacity: float = 1.0,
         behind: float | None = None,
         below: float | None = None,
         name: str = "",
+        parts: Mapping[str, Point] | None = None,
     ) -> None:
         """Paint an ellipsoid; an infinite radius makes a cylinder. `behind` and `below` keep the part with y, z under that value (a fluid level).
 
-        Where a name is given, voxels that are covered by half or more belong to that structure from then on.
+        Where a name is given, voxels that are covered by half or more belong to that structure from then on; where `parts` are, each to the one whose
+        middle is nearest.
         """
         window, points = self._points_around(np.asarray(centre, float), np.asarray(radii, float))
         if points is None:
@@ -100,13 +105,22 @@ class Canvas:
             part = array[window]
             part += cover * (value - part)
         if name:
-            if name not in self.names:
-                self.names.append(name)
-            np.copyto(self.labels[window], self.names.index(name) + 1, where=cover >= 0.5)
+            numbers = np.array([self._number(part) for part in parts or (name,)], np.uint8)
+            away = [sum((point - place) ** 2 for point, place in zip(points, middle, strict=True)) for middle in (parts or {}).values()]
+            np.copyto(self.labels[window], numbers[np.stack(away).argmin(axis=0) if away else 0], where=cover >= 0.5)
+            if parts:
+                self.wholes[name] = list(parts)
 
-    def structure(self, name: str) -> NDArray[np.bool_]:
-        """(D, H, W): where one of `names` is."""
-        return self.labels == self.names.index(name) + 1
+    def _number(self, name: str) -> int:
+        """Of a structure in `labels`."""
+        if name not in self.names:
+            self.names.append(name)
+        return self.names.index(name) + 1
+
+    def structures(self) -> dict[str, NDArray[np.bool_]]:
+        """(D, H, W) for each structure and each part of one: where it is."""
+        found = {name: self.labels == number for number, name in enumerate(self.names, start=1)}
+        return found | {name: np.logical_or.reduce([found[part] for part in parts]) for name, parts in self.wholes.items()}
 
     def _points_around(
         self, centre: NDArray[np.float64], radii: NDArray[np.float64]

@@ -34,7 +34,8 @@ def draw_chest(canvas: Canvas, build: Build) -> None:
     spine(canvas)
     lungs = {side: ((side * 78, -2, 4), (62, 84, 136)) for side in (RIGHT, LEFT)}
     for number, (side, (centre, radii)) in enumerate(lungs.items(), start=1):
-        build.organ(canvas, number, centre, radii, -790, f"{SIDE_NAMES[side]} lung")
+        lobes = {name: place for name, place in LOBES.items() if place[0] * side > 0}
+        build.organ(canvas, number, centre, radii, -790, f"{SIDE_NAMES[side]} lung", lobes)
     if "emphysema" in found:
         with canvas.finding("emphysema"):
             for number, (side, (centre, radii)) in enumerate(lungs.items(), start=1):

@@ -25,7 +25,7 @@ from med3dvlm.datasets import ct_rate, sentence_masks
 from med3dvlm.datasets.phantom.anatomy import draw_with_masks
 from med3dvlm.datasets.phantom.body import Body, Finding
 from med3dvlm.datasets.phantom.canvas import Acquisition
-from med3dvlm.datasets.phantom.places import COUNTS, STRUCTURES, about_finding, about_structure
+from med3dvlm.datasets.phantom.places import COUNTS, about_finding, about_structures
 from med3dvlm.files import whole_file, write_json
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
 
@@ -161,7 +161,7 @@ def write_ct_rate(
 def _about(plan: Plan) -> dict[str, dict[str, Any]]:
     """What is known of a volume's masks, in the order of their channels."""
     found = {KINDS[finding.kind]["name"]: about_finding(finding, KINDS[finding.kind], plan.findings) for finding in plan.body.findings}
-    return found | {name: about_structure(name) for name in STRUCTURES[plan.body.region]}
+    return found | about_structures(plan.body.region)
 
 
 def _labels(body: Body) -> list[int]:
@@ -201,7 +201,7 @@ def _write_volume(root: Path, version: int, plan: Plan) -> tuple[int, int, int]:
     if version == 2:
         affine[:3, :3] = canvas.directions[:, ::-1]
         affine[:3, 3] = canvas.corner
-    named = {KINDS[kind]["name"]: mask for kind, mask in found.items()} | {name: canvas.structure(name) for name in canvas.names}
+    named = {KINDS[kind]["name"]: mask for kind, mask in found.items()} | canvas.structures()
     drawn = np.stack([named[name].transpose(2, 1, 0) for name in _about(plan)]).astype(np.uint8)  # (F, x, y, z)
     values = canvas.array.astype(np.int16).transpose(2, 1, 0)  # a NIfTI counts columns first: left, posterior, superior
     for place, array in ((masks, drawn), (path, values if version == 2 else values - np.int16(plan.intercept))):

@@ -4,14 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from med3dvlm.datasets.m3d_seg import side_in
+from med3dvlm.datasets.phantom.abdomen import POLES, SEGMENTS
 from med3dvlm.datasets.phantom.body import Finding
+from med3dvlm.datasets.phantom.chest import LOBES
 
 COUNTS = {1: "one", 2: "two", 3: "three"}
-STRUCTURES = {  # drawn in each region
-    "chest": ("right lung", "left lung", "heart", "aorta", "liver", "spleen", "spine"),
-    "abdomen": (
-        "liver", "stomach", "spleen", "right kidney", "left kidney", "gallbladder", "inferior vena cava", "aorta", "spine",
-    ),
+STRUCTURES = {  # drawn in each region, with the organ that each is, or is a part of
+    "chest": {
+        "right lung": "lung", "left lung": "lung", **dict.fromkeys(LOBES, "lung"), "heart": "heart", "aorta": "aorta", "liver": "liver",
+        "spleen": "spleen", "spine": "spine",
+    },
+    "abdomen": {
+        "liver": "liver", **dict.fromkeys(SEGMENTS, "liver"), "stomach": "stomach", "spleen": "spleen",
+        "right kidney": "kidney", "left kidney": "kidney", **dict.fromkeys(POLES, "kidney"), "gallbladder": "gallbladder",
+        "inferior vena cava": "inferior vena cava", "aorta": "aorta", "spine": "spine",
+    },
 }  # fmt: skip
 
 
@@ -27,6 +34,6 @@ def about_finding(finding: Finding, facts: Mapping[str, Any], report: str) -> di
     }
 
 
-def about_structure(name: str) -> dict[str, Any]:
-    side = side_in(name)
-    return {"kind": "structure", "organ": name.removeprefix(f"{side} "), "side": side}
+def about_structures(region: str) -> dict[str, dict[str, Any]]:
+    """The fields of the `Mask` of each structure of a region."""
+    return {name: {"kind": "structure", "organ": organ, "side": side_in(name)} for name, organ in STRUCTURES[region].items()}
