@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from med3dvlm.encoders.layers import LayerNorm, Linear
+from med3dvlm.encoders.base import compute_type
+from med3dvlm.encoders.layers import LayerNorm, Linear, widened
 from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.models.portable import Carried, Portable, auto_map
-from med3dvlm.models.segmentation_head import SegmentationHead
+from med3dvlm.models.segmentation_head import SegmentationHead, no_autocast
 from med3dvlm.preprocessing import VolumeProcessor
 
 SEGMENTATION_LOSSES = ("dice_balanced_ce", "dice_ce", "dice_focal")
@@ -42,6 +43,9 @@ class Med3DSegmenterConfig(Carried, PretrainedConfig):
         attention_heads: of their spatial attention.
         segmentation_loss: "dice_balanced_ce", "dice_ce" or "dice_focal", see `mask_losses`.
         presence_weight: of the loss of presence beside that of masks.
+        token_levels: outputs of the encoder, -1 the last, whose tokens learn too whether what a prompt says lies in their cell (deep
+            supervision); they are what a language model reads.
+        token_weight: of their loss beside that of masks.
     """
 
     model_type = "med3d_segmenter"
@@ -59,6 +63,8 @@ class Med3DSegmenterConfig(Carried, PretrainedConfig):
         attention_heads: int = 4,
         segmentation_loss: str = "dice_balanced_ce",
         presence_weight: float = 0.1,
+        token_levels: Sequence[int] = (),
+        token_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
         if segmentation_loss not in SEGMENTATION_LOSSES:
@@ -72,6 +78,8 @@ class Med3DSegmenterConfig(Carried, PretrainedConfig):
         self.attention_heads = attention_heads
         self.segmentation_loss = segmentation_loss
         self.presence_weight = presence_weight
+        self.token_levels = list(token_levels)
+        self.token_weight = token_weight
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = {}  # None would unset that of a text encoder which is there already
         super().__init__(**kwargs)
@@ -109,6 +117,12 @@ class Med3DSegmenter(Portable, PreTrainedModel):
         self.clip = clip
         self.head = build_head(self.clip.vision_encoder, {name: getattr(config, name) for name in DECODER_SETTINGS})
         self.query = query_projection(self.clip.text_encoder.config.hidden_size, config.embedding_dim)
+        widths = self.clip.vision_encoder.widths
+        if wrong := [level for level in config.token_levels if not -len(widths) <= level < 0]:
+            raise ValueError(f"token_levels has {wrong[0]} but counts from the encoder's last output, -1 to -{len(widths)}")
+        # A level's tokens, embedded, and a query's own threshold for them.
+        self.tokens = nn.ModuleDict({str(level): Linear(widths[level], config.embedding_dim) for level in config.token_levels})
+        self.token_bias = nn.ModuleDict({str(level): Linear(config.embedding_dim, 1) for level in config.token_levels})
         self.post_init()
 
     @classmethod
@@ -149,6 +163,7 @@ class Med3DSegmenter(Portable, PreTrainedModel):
         text_features: Tensor | None = None,
         counts: Tensor | None = None,
         stages: Sequence[Tensor] | None = None,
+        decoded: int | None = None,
     ) -> Med3DSegmenterOutput:
         """Masks for prompts in volumes (B, 1, D, H, W).
 
@@ -158,6 +173,7 @@ class Med3DSegmenter(Portable, PreTrainedModel):
             text_features: in the place of the two, what the Med3DCLIP's `pool_text` gives: (B, K, C), or (N, C) with `counts`.
             counts: (B) prompts of every volume, N in all; K is then the largest, and masks beyond a volume's own are not looked at.
             stages: what the vision encoder gave for the volumes, where that is known.
+            decoded: the first volumes alone get masks, so many of them; the others' tokens learn still (`token_levels`).
 
         Raises:
             ValueError: prompts are given in no form or in both, or their numbers do not fit to the volumes.
@@ -176,13 +192,45 @@ class Med3DSegmenter(Portable, PreTrainedModel):
                 f"prompts are of shape {tuple(text_features.shape[:-1])} for {len(pixel_values)} volumes; pass (B, K) of them, or counts too"
             )
         stages = self.clip.vision_encoder(pixel_values) if stages is None else stages
-        output = self.segment_from_queries(stages, self.queries(text_features), pixel_values)
+        queries, first = self.queries(text_features), slice(decoded)
+        output = self.segment_from_queries([tokens[first] for tokens in stages], queries[first], pixel_values[first])
         if asked is not None:
-            output.logits = output.logits.masked_fill(~asked[:, :, None, None, None], NO_PROMPT)  # type: ignore[union-attr]
-            output.presence = output.presence.masked_fill(~asked, NO_PROMPT)  # type: ignore[union-attr]
+            output.logits = output.logits.masked_fill(~asked[first, :, None, None, None], NO_PROMPT)  # type: ignore[union-attr]
+            output.presence = output.presence.masked_fill(~asked[first], NO_PROMPT)  # type: ignore[union-attr]
         if masks is not None:
-            output.loss = self.loss(output, masks, asked)
+            output.loss = self.loss(output, masks[first], None if asked is None else asked[first])
+            if self.config.token_levels:
+                output.loss = output.loss + self.config.token_weight * self.token_loss(stages, queries, masks, asked)
         return output
+
+    def token_logits(self, stages: Sequence[Tensor], queries: Tensor) -> dict[int, Tensor]:
+        """{level: (B, K, N), float32} of the N tokens of each of `token_levels` holding what queries (B, K, P) ask for."""
+        dtype, found = compute_type(queries.dtype, queries.device.type), {}
+        with no_autocast(queries):
+            queries = queries.to(dtype)
+            for level, embed in self.tokens.items():
+                products = queries @ embed(stages[int(level)].to(dtype)).transpose(1, 2)
+                found[int(level)] = widened(products) * queries.shape[-1] ** -0.5 + widened(self.token_bias[level](queries))
+        return found
+
+    def token_loss(self, stages: Sequence[Tensor], queries: Tensor, masks: Tensor, asked: Tensor | None = None) -> Tensor:
+        """The mean over levels and volumes of what the volume's prompts cost: cross entropy of whether a part of the mask lies in a token's cell.
+
+        The mean within the mask and that outside count alike, so that a prompt's share of the cells does not matter.
+
+        Args:
+            masks, asked: as in `loss`.
+        """
+        depth, height, width = masks.shape[2:]
+        grids = self.clip.vision_encoder.grids((depth, height, width))
+        losses = []
+        for level, logits in self.token_logits(stages, queries).items():
+            held = nn.functional.adaptive_max_pool3d(masks.to(logits.dtype), grids[level]).flatten(2)  # (B, K, N)
+            weights = torch.ones_like(held[:, :, 0]) if asked is None else asked.to(held.dtype)
+            each = nn.functional.binary_cross_entropy_with_logits(logits, held, reduction="none")
+            inside, outside = held.sum(dim=2).clamp(min=1), (1 - held).sum(dim=2).clamp(min=1)
+            losses.append(_mean((each * held).sum(dim=2) / inside + (each * (1 - held)).sum(dim=2) / outside, weights).mean())
+        return torch.stack(losses).mean()
 
     def loss(self, output: Med3DSegmenterOutput, masks: Tensor, asked: Tensor | None = None) -> Tensor:
         """The mean of `mask_losses` over volumes, so that it does not matter how they are batched."""

@@ -138,14 +138,14 @@ class SegmentationHead(nn.Module):
     def features(self, stages: Sequence[Tensor], grids: Sequence[Size], volume: Tensor) -> tuple[Tensor, Tensor]:
         """Of the cells of the stem's grid (B, d, h, w, C), and an embedding of the whole volume (B, P), in the encoder's type of activations."""
         dtype = compute_type(self.embed.weight.dtype, volume.device.type)
-        with _no_autocast(volume):
+        with no_autocast(volume):
             stages = [tokens.to(dtype) for tokens in stages]
             whole = self.pooled(torch.cat([tokens.mean(dim=1) for tokens in stages[-2:]], dim=-1))
             return self.decoder(stages, grids, volume.to(dtype)), whole
 
     def voxel_embeddings(self, cells: Tensor, size: Sequence[int]) -> Tensor:
         """(B, P, d, h, w), d = D / embedding_stride rounded up and so on, for volumes of `size`."""
-        with _no_autocast(cells):
+        with no_autocast(cells):
             return self._spread(self.embed(cells).movedim(-1, 1), size)
 
     def compare(self, cells: Tensor, whole: Tensor, queries: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -154,7 +154,7 @@ class SegmentationHead(nn.Module):
         They are the scaled products of queries and voxel embeddings. The queries are multiplied with the weights first, so that the embeddings,
         which may take more memory than all the rest, are never there.
         """
-        with _no_autocast(cells):
+        with no_autocast(cells):
             queries = queries.to(cells.dtype)
             weight = self.embed.weight.to(cells.dtype).unflatten(0, (-1, self.parts**3))  # (P, parts^3, C)
             bias = self.embed.bias.to(cells.dtype).unflatten(0, (-1, self.parts**3))
@@ -185,5 +185,6 @@ class SegmentationHead(nn.Module):
         return x[:, :, :depth, :height, :width]
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """In which products are computed in the type that is said, whatever autocast would choose."""
     return torch.autocast(x.device.type, enabled=False) if torch.amp.is_autocast_available(x.device.type) else nullcontext()

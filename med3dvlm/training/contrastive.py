@@ -71,6 +71,10 @@ class ContrastiveArguments(DecoderArguments, ImageArguments):
         default=0.0, metadata={"help": "of a loss of masks for prompts beside that of pairs; a decoder learns along, saved in segmenter/"}
     )
 
+    dense_studies: int | None = field(
+        default=None, metadata={"help": "studies of a batch whose masks are decoded; the tokens of all learn from them. All by default"}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.encoder_options = _options("encoder_options", self.encoder_options, '{"stem_stride": 2}')
@@ -195,7 +199,7 @@ def train_contrastive(arguments: ContrastiveArguments) -> None:
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     train_only(model, lambda name: name in learning and not name.removeprefix("clip.").startswith(frozen))
     if isinstance(model, DenselySupervisedCLIP):
-        model.dense_weight = arguments.dense_weight
+        model.dense_weight, model.decoded = arguments.dense_weight, arguments.dense_studies
     processor = Med3DCLIPProcessor(data.processor, tokenizer, arguments.max_text_length)
     collator = (PromptedPairCollator if dense else PairCollator)(processor)
 

@@ -16,9 +16,11 @@ class DenselySupervisedCLIP(Med3DSegmenter):
 
     Attributes:
         dense_weight: of the segmenter's loss, added to that of its Med3DCLIP.
+        decoded: volumes of a batch whose masks are decoded; None for all.
     """
 
     dense_weight = 1.0
+    decoded: int | None = None
 
     def forward(self, pixel_values: Tensor, prompts: dict[str, Tensor], **pairs: Any) -> Med3DCLIPOutput:  # type: ignore[override]
         """What the Med3DCLIP gives for volumes and `pairs`, with the loss of both.
@@ -28,7 +30,7 @@ class DenselySupervisedCLIP(Med3DSegmenter):
         """
         stages = self.clip.vision_encoder(pixel_values)
         output: Med3DCLIPOutput = self.clip(pixel_values, stages=stages, **pairs)
-        dense = super().forward(pixel_values, **prompts, stages=stages).loss
+        dense = super().forward(pixel_values, **prompts, stages=stages, decoded=self.decoded).loss
         assert output.loss is not None and dense is not None
         output.loss = output.loss + self.dense_weight * dense
         return output

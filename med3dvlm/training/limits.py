@@ -48,6 +48,7 @@ INTERVALS = {
     # segmentation, and stage 1 with a dense loss
     "attention_heads": COUNT,
     "attention_level": "[0, inf)",
+    "dense_studies": COUNT,
     "dense_weight": "[0, inf)",
     "embedding_dim": WIDTH,
     "embedding_stride": COUNT,
@@ -56,6 +57,8 @@ INTERVALS = {
     "prompt_sides": SHARE,
     "prompt_structures": "[0, inf)",
     "prompts": COUNT,
+    "token_levels": "[-64, -1]",
+    "token_weight": "[0, inf)",
     # stages 0, 2 and 3
     "closed": SHARE,
     "follow_ups": SHARE,

@@ -46,6 +46,11 @@ class DecoderArguments:
     attention_heads: int = field(default=4, metadata={"help": "of their spatial attention"})
     segmentation_loss: str = field(default="dice_balanced_ce", metadata={"help": "dice_balanced_ce, dice_ce or dice_focal"})
     presence_weight: float = field(default=0.1, metadata={"help": "of the loss of a finding being there at all"})
+    token_levels: list[int] = field(
+        default_factory=list,
+        metadata={"help": "outputs of the encoder, -1 the last, whose tokens learn too what lies in their cells (deep supervision)"},
+    )
+    token_weight: float = field(default=1.0, metadata={"help": "of their loss beside that of masks"})
     prompts: int = field(default=6, metadata={"help": "prompts a study, at most"})
     prompt_structures: int = field(default=1, metadata={"help": "how many of them name a structure, such as an organ"})
     prompt_sentences: float = field(default=0.3, metadata={"help": "share of findings asked for by the report's sentence about them"})
@@ -63,7 +68,9 @@ class DecoderArguments:
             widths = [int(width) for width in str(self.decoder_widths).split(",") if width.strip()]
         except ValueError:
             raise ValueError(f"decoder_widths is {self.decoder_widths!r} but must be whole numbers, as 32,32,64,128") from None
-        return {name: getattr(self, name) for name in (*names, "presence_weight")} | {"decoder_widths": widths or None}
+        return {name: getattr(self, name) for name in (*names, "presence_weight", "token_levels", "token_weight")} | {
+            "decoder_widths": widths or None
+        }
 
     @property
     def drawn(self) -> dict[str, Any]:

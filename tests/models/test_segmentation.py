@@ -1,5 +1,6 @@
 """Med3DSegmenter: logits against the formula, prompts in every form, losses against plain sums, windows, and the way to disk and back."""
 
+import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,12 +114,42 @@ def test_the_loss_is_the_formula(kind: str) -> None:
     assert model.loss(output, masks, only_first).item() == pytest.approx(expected)
 
 
+def test_tokens_learn_whether_their_cells_hold_what_is_asked_for() -> None:
+    model, given = segmenter(token_levels=[-2, -1], token_weight=0.5).double(), batch()
+    masks = torch.rand(VOLUMES, PROMPTS, *SIZE) > 0.995
+    masks[0, 1] = False  # absent
+    given["pixel_values"] = given["pixel_values"].double()
+    encoder = model.clip.vision_encoder
+    whole = model(**given, masks=masks)
+    plain = model.loss(whole, masks)
+    queries = model.queries(model.clip.pool_text(given["input_ids"].flatten(0, 1), given["attention_mask"].flatten(0, 1)))
+    expected = 0.0
+    for level in (-2, -1):
+        tokens, grid = encoder(given["pixel_values"])[level], encoder.grids(SIZE)[level]
+        for volume in range(VOLUMES):
+            for prompt in range(PROMPTS):
+                query = queries[volume * PROMPTS + prompt]
+                losses: dict[bool, list[float]] = {True: [], False: []}
+                for cell, place in enumerate(itertools.product(*map(range, grid))):
+                    edges = [
+                        (length * at // cells, -(-length * (at + 1) // cells)) for length, at, cells in zip(SIZE, place, grid, strict=True)
+                    ]
+                    held = bool(masks[volume, prompt][tuple(slice(*edge) for edge in edges)].any())
+                    logit = query @ model.tokens[str(level)](tokens[volume, cell]) / 5**0.5 + model.token_bias[str(level)](query)
+                    losses[held].append(math.log1p(math.exp(-logit.item() if held else logit.item())))
+                expected += sum(sum(each) / max(len(each), 1) for each in losses.values()) / (2 * VOLUMES * PROMPTS)
+    assert float(whole.loss - plain) == pytest.approx(0.5 * expected, rel=1e-6)
+    first = model(**given, masks=masks, decoded=1)
+    assert torch.allclose(first.logits, whole.logits[:1])
+    assert float(first.loss) == pytest.approx(float(model.loss(first, masks[:1]) + 0.5 * expected), rel=1e-6)
+
+
 def test_every_part_of_the_decoder_learns() -> None:
-    model, given = segmenter().train(), batch()
+    model, given = segmenter(token_levels=[-1]).train(), batch()
     masks = torch.zeros(VOLUMES, PROMPTS, *SIZE, dtype=torch.bool)
     masks[:, 1, 2:5, 3:9, 4:20] = True
     model(**given, masks=masks).loss.backward()
-    parts = {"head": model.head, "query": model.query, "encoder": model.clip.vision_encoder.stages}
+    parts = {"head": model.head, "query": model.query, "tokens": model.tokens, "encoder": model.clip.vision_encoder.stages}
     for part, module in parts.items():
         without = {name for name, parameter in module.named_parameters() if parameter.grad is None or not parameter.grad.any()}
         without = {name for name in without if not name.endswith("key.bias")}  # a shift of keys changes all attention scores alike
