@@ -6,7 +6,6 @@ Shapes: D, H, W the scan's own axes; Z, Y, X the display axes (viewer.py).
 import gzip
 import io
 import json
-import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from med3dvlm.app.scans import OpenScan
 from med3dvlm.formats.nifti import mask_file
 from med3dvlm.geometry.measurements import NEIGHBOURS, bounding_box
 from med3dvlm.geometry.orientation import for_screen
-from med3dvlm.inference.segmentation import Segmentation
+from med3dvlm.inference.segmentation import Segmentation, numbered_file
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.reports.dicom_seg import dicom_segmentation
 from med3dvlm.reports.findings import find_mentions, finding_states
@@ -188,10 +187,9 @@ def _nifti_zip(masks: Sequence[Mask], scan: OpenScan, model: str) -> bytes:
     with zipfile.ZipFile(stream, "w") as archive:
         for number, mask in enumerate(masks, start=1):
             found = mask.unpacked(scan.volume.shape)
-            file = f"{number:02d}_{re.sub(r'[^a-z0-9]+', '_', found.name.lower()).strip('_')[:60] or 'mask'}.nii.gz"
+            file = numbered_file(number, found.name)
             archive.writestr(file, gzip.compress(mask_file(found.mask, found.spacing, found.affine), mtime=0))
-            names = ("name", "score", "volume_ml", "longest_diameter_mm", "side", "bounding_box")
-            rows.append({"file": file, **{name: getattr(found, name) for name in names}})
+            rows.append({"file": file, "name": found.name, **found.facts})
         about = {"notice": UNVERIFIED, "model": model, "findings": rows}
         archive.writestr("measurements.json", json.dumps(about, ensure_ascii=False, indent=2))
     return stream.getvalue()

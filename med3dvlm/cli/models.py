@@ -2,15 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from med3dvlm.cli.options import Commands, add_scan, parse_size, quiet_transformers, reading
+from med3dvlm.cli.segment import line_of
 
 if TYPE_CHECKING:
     from med3dvlm.inference.chat import Answer, Med3DChat
+    from med3dvlm.inference.segmentation import Segmentation
 
 
 def add_commands(commands: Commands) -> None:
@@ -21,6 +23,9 @@ def add_commands(commands: Commands) -> None:
         if name == "ask":
             command.add_argument("question", metavar="QUESTION")
         command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length at most (default: %(default)s)")
+        command.add_argument(
+            "--masks", metavar="DIR", type=Path, help="write what the answer points to into this new folder: NIfTI masks and masks.json"
+        )
         command.set_defaults(run=_ask, question=None) if name == "report" else command.set_defaults(run=_ask)
 
     merge = commands.add_parser("merge", help="merge a LoRA adapter into its base model")
@@ -53,14 +58,21 @@ def add_commands(commands: Commands) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
+    from med3dvlm.files import require_free
     from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
     from med3dvlm.volume import read_volume
 
+    if arguments.masks is not None:
+        require_free(arguments.masks)
     question = REPORT_PROMPTS[0] if arguments.question is None else arguments.question
     volume = read_volume(arguments.scan, **reading(arguments))  # before the model, so that a wrong file is told at once
     for warning in volume.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
     chat = _load(arguments.model)
+    if arguments.masks is not None and chat.model.pointing is None:
+        raise ValueError(
+            f"{arguments.model} cannot point, so there is nothing to write to {arguments.masks}; train stage 3 with --segmenter"
+        )
     answer = _print_pieces(chat.stream(volume, question, max_new_tokens=arguments.max_new_tokens))
     known = chat.out_of_distribution(volume)
     notices = [f"{answer.seconds:.1f} s, {answer.tokens} tokens, confidence {answer.confidence:.2f}"]
@@ -72,7 +84,26 @@ def _ask(arguments: argparse.Namespace) -> None:
         )
     elif known.message:
         notices.append(known.message)
+    if arguments.masks is not None:
+        found = chat.masks(volume, answer.places)
+        _write_masks(arguments.masks, found, {"question": question, "answer": answer.text})
+        notices += [*map(line_of, found), f"wrote {len(found)} masks to {arguments.masks}"]
     print(*notices, RESEARCH_NOTICE, sep="\n", file=sys.stderr)
+
+
+def _write_masks(folder: Path, found: "Sequence[Segmentation]", said: dict[str, str]) -> None:
+    """A NIfTI file for each mask, empty ones too, and masks.json about them."""
+    from med3dvlm.files import whole_folder, write_json
+    from med3dvlm.inference.segmentation import numbered_file
+    from med3dvlm.prompts import RESEARCH_NOTICE
+
+    with whole_folder(folder) as aside:
+        listed = []
+        for number, one in enumerate(found, start=1):
+            file = numbered_file(number, one.name)
+            one.save_nifti(aside / file)
+            listed.append({"file": file, "sentence": one.name, "found": one.found, **one.facts})
+        write_json(aside / "masks.json", {"notice": RESEARCH_NOTICE, **said, "masks": listed})
 
 
 def _load(model: Path) -> "Med3DChat":

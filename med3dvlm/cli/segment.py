@@ -47,7 +47,7 @@ def _segment(arguments: argparse.Namespace) -> int | None:
     segmenter.processor.image_processor.straighten |= straighten
     found = segmenter.segment_all(volume, arguments.texts, arguments.threshold)
     for one in found:
-        print(_line(one))
+        print(line_of(one))
     for file, one in zip(files, found, strict=False):
         one.save_nifti(file)
         print(f"wrote {file}", file=sys.stderr)
@@ -73,7 +73,7 @@ def _files(out: Path | None, texts: Sequence[str]) -> list[Path]:
     return files
 
 
-def _line(one: "Segmentation") -> str:
+def line_of(one: "Segmentation") -> str:
     """What was found, in one line."""
     start = f"{one.name}: presence {one.score:.2f}"
     if one.bounding_box is None:

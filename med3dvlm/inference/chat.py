@@ -15,7 +15,7 @@ import time
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Generator, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
@@ -28,6 +28,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, Te
 from med3dvlm.checkpoints import load_vlm, model_type
 from med3dvlm.formats import state_of
 from med3dvlm.inference.out_of_distribution import Features, OutOfDistributionDetector, OutOfDistributionScore, pool_features
+from med3dvlm.inference.pointing import Place, draw_places, places_in
 from med3dvlm.inference.segmentation import Segmentation, Segmenter
 from med3dvlm.models.vlm import Med3DVLM
 from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message
@@ -45,12 +46,16 @@ class Answer:
 
     `tokens` counts the generated ones, the end of the turn included; `confidence` is the geometric mean of their probabilities, which says
     how sure the model is of its words, not whether they are true; `seconds` is the time of generating (in a batch, this answer's share).
+    A model that points gives `places`, which `Med3DChat.masks` draws; `ask` and `report` have drawn them, as `masks`, where the scan is a path
+    or a Volume.
     """
 
     text: str
     tokens: int
     seconds: float
     confidence: float
+    places: tuple[Place, ...] = field(default=(), compare=False)
+    masks: tuple[Segmentation, ...] = field(default=(), compare=False)
 
 
 class Med3DChat:
@@ -139,7 +144,10 @@ class Med3DChat:
             ValueError: the question is empty or too long, or the scan unusable (VolumeError); one sentence.
         """
         row, room = self.prompt(question, history, max_new_tokens)
-        return self._generate([row], [self.encode(scan)], room)[0]
+        answer = self._generate([row], [self.encode(scan)], room)[0]
+        if not answer.places or not isinstance(scan, (str, os.PathLike, Volume)):
+            return answer
+        return replace(answer, masks=tuple(self.masks(scan, answer.places)))
 
     def stream(
         self,
@@ -214,6 +222,14 @@ class Med3DChat:
                 given.update(zip(places, self._generate(rows, [self.encode(scan) for scan in part], room), strict=True))
         return [given[place] for place in sorted(given)]
 
+    def masks(self, scan: Scan, places: Sequence[Place]) -> list[Segmentation]:
+        """What an answer points to: a mask on the scan for each of its `places`, called by its sentence, with measurements.
+
+        Raises:
+            ValueError: the scan is no path or Volume, or unusable (VolumeError).
+        """
+        return draw_places(self.model, self.encoder, self.processor, scan, places)
+
     def segment(self, scan: Scan, text: str) -> Segmentation:
         """Where a finding or an organ is: its mask on the scan, and measurements (see `inference.segmentation`).
 
@@ -271,10 +287,11 @@ class Med3DChat:
         ).cpu()  # (B, T)
         seconds = (time.perf_counter() - started) / len(rows)
         given = []
-        for tokens, steps in zip(generated.tolist(), recorder.taken(generated[:, -1]), strict=True):
+        for row, seen, tokens, steps in zip(rows, features, generated.tolist(), recorder.taken(generated[:, -1]), strict=True):
             length = next((place + 1 for place, token in enumerate(tokens) if token in self.ends), len(tokens))
             text = self.processor.tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            given.append(Answer(text.strip(), length, seconds, float(steps[:length].mean().exp())))
+            places = places_in(self.model, self.processor, row, tokens[:length], seen)
+            given.append(Answer(text.strip(), length, seconds, float(steps[:length].mean().exp()), places))
         return given
 
 

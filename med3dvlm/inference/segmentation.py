@@ -10,7 +10,8 @@ Shapes: D, H, W voxels of the scan; K texts.
 
 import gzip
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from med3dvlm.files import whole_file
 from med3dvlm.formats.nifti import mask_file
 from med3dvlm.geometry import measurements
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
-from med3dvlm.preprocessing import Scan
+from med3dvlm.preprocessing import Scan, VolumeProcessor
 from med3dvlm.volume import Volume, read_volume
 
 THRESHOLD = 0.5
@@ -85,6 +86,11 @@ class Segmentation:
         """Whether the mask has a voxel."""
         return self.bounding_box is not None
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was measured, for JSON."""
+        return {name: getattr(self, name) for name in ("score", "volume_ml", "longest_diameter_mm", "side", "bounding_box")}
+
     def components(self, volume: Volume) -> list["Segmentation"]:
         """The parts of the mask that do not touch each other, the largest first, each measured on the scan."""
         return [Segmentation.of(self.name, part, self.score, volume) for part in measurements.components(self.mask)]
@@ -99,6 +105,11 @@ class Segmentation:
         content = mask_file(self.mask, self.spacing, self.affine)
         with whole_file(Path(path)) as aside:
             aside.write_bytes(gzip.compress(content, mtime=0) if str(path).lower().endswith(".gz") else content)
+
+
+def numbered_file(number: int, name: str) -> str:
+    """The name of a mask's file among others: (3, "Liver mass.") -> "03_liver_mass.nii.gz"."""
+    return f"{number:02d}_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')[:60] or 'mask'}.nii.gz"
 
 
 def require_nifti(path: str | Path) -> None:
@@ -158,29 +169,49 @@ class Segmenter:
         Raises:
             ValueError: a text is empty, the threshold impossible, or the scan unusable (VolumeError).
         """
-        if not 0 < threshold < 1:
-            raise ValueError(f"The threshold is {threshold:g} but a probability above 0 and below 1 is needed.")
-        if isinstance(scan, (str, os.PathLike)):
-            scan = read_volume(scan)
-        if not isinstance(scan, Volume):
-            raise ValueError("A mask lies on a scan's own grid: give a path or a Volume, not a prepared tensor.")
-        volume, places = scan, scan.places
-        volumes = self.processor.image_processor
-        pixels, placement = volumes.transform_and_placement(volume.straighten() if volumes.straighten else volume)
-        likely, presence = self.probabilities(pixels[None], texts)
-        masks = [
-            self.on_scan(one, volume, placement, threshold) if score > THRESHOLD else np.zeros(volume.shape, bool)
-            for one, score in zip(likely, presence.tolist(), strict=True)
-        ]
-        middle = None if places is None else measurements.body_middle(volume.array, places, volume.unit == "HU")
-        return [
-            Segmentation.of(text.strip(), mask, score, volume, middle)
-            for text, mask, score in zip(texts, masks, presence.tolist(), strict=True)
-        ]
+        return segment_scan(
+            scan, texts, self.processor.image_processor, lambda pixel_values: self.probabilities(pixel_values, texts), threshold
+        )
 
-    def on_scan(self, likely: Tensor, volume: Volume, placement: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
-        """Where the probabilities (D', H', W') exceed the threshold, on the scan's own grid."""
-        # What lies a voxel and more from every one above the threshold cannot exceed it between voxels: as zeros it costs nothing.
-        near = functional.max_pool3d(likely[None, None], 3, stride=1, padding=1)[0, 0] > threshold
-        mask: NDArray[np.bool_] = (self.processor.image_processor.to_scan(likely * near, volume, placement) > threshold).cpu().numpy()
-        return mask
+
+def segment_scan(
+    scan: Scan,
+    names: Sequence[str],
+    processor: VolumeProcessor,
+    predict: Callable[[Tensor], tuple[Tensor, Tensor]],
+    threshold: float = THRESHOLD,
+) -> list[Segmentation]:
+    """Masks of K things on a scan's own grid, see `Segmenter.segment_all`.
+
+    Args:
+        names: what each mask is called.
+        predict: what the model says of the prepared scan, see `Segmenter.probabilities`.
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"The threshold is {threshold:g} but a probability above 0 and below 1 is needed.")
+    if isinstance(scan, (str, os.PathLike)):
+        scan = read_volume(scan)
+    if not isinstance(scan, Volume):
+        raise ValueError("A mask lies on a scan's own grid: give a path or a Volume, not a prepared tensor.")
+    volume, places = scan, scan.places
+    pixels, placement = processor.transform_and_placement(volume.straighten() if processor.straighten else volume)
+    likely, presence = predict(pixels[None])
+    masks = [
+        _on_scan(one, volume, processor, placement, threshold) if score > THRESHOLD else np.zeros(volume.shape, bool)
+        for one, score in zip(likely, presence.tolist(), strict=True)
+    ]
+    middle = None if places is None else measurements.body_middle(volume.array, places, volume.unit == "HU")
+    return [
+        Segmentation.of(name.strip(), mask, score, volume, middle)
+        for name, mask, score in zip(names, masks, presence.tolist(), strict=True)
+    ]
+
+
+def _on_scan(
+    likely: Tensor, volume: Volume, processor: VolumeProcessor, placement: NDArray[np.float64], threshold: float
+) -> NDArray[np.bool_]:
+    """Where the probabilities (D', H', W') exceed the threshold, on the scan's own grid."""
+    # What lies a voxel and more from every one above the threshold cannot exceed it between voxels: as zeros it costs nothing.
+    near = functional.max_pool3d(likely[None, None], 3, stride=1, padding=1)[0, 0] > threshold
+    mask: NDArray[np.bool_] = (processor.to_scan(likely * near, volume, placement) > threshold).cpu().numpy()
+    return mask
