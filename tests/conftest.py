@@ -45,20 +45,26 @@ def repository() -> Path:
 
 @pytest.fixture
 def shell(repository: Path, tmp_path: Path) -> Callable[..., str]:
-    """shell("python", "stages/x.py", "--flag"): a program of the environment, run in the repository; gives what it printed."""
+    """shell("python", "stages/x.py", "--flag"): a program of the environment, run in the repository; gives what it printed.
 
-    def run(program: str, *arguments: object) -> str:
+    `python`, `med3dvlm` and what `bash` starts by these names are forks of a process that has imported everything.
+    """
+    from tests.launching import programs
+
+    def run(program: str, *arguments: object, **variables: str) -> str:
         scripts = Path(sys.executable).parent
+        folders = [programs(), scripts] if program in ("bash", "python", "med3dvlm") else [scripts]
         environment = os.environ | {
-            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join(map(str, (*folders, os.environ["PATH"]))),
             "PYTHONPATH": str(repository),
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
             "CUDA_VISIBLE_DEVICES": "",
+            **variables,
         }
         log = tmp_path / "shell.log"
         with log.open("w") as file:  # a file, since a pipe that a worker left open would never end
-            command = [str(scripts / program), *map(str, arguments)]
+            command = [next((str(folder / program) for folder in folders if (folder / program).exists()), program), *map(str, arguments)]
             code = subprocess.run(command, cwd=repository, env=environment, stdout=file, stderr=file, timeout=600, check=False).returncode
         said = log.read_text(errors="replace")
         assert code == 0, f"{' '.join(command)} ended with {code}:\n{said[-5000:]}"

@@ -1,37 +1,44 @@
-"""Start stage scripts as `deepspeed`, `torchrun` and `python` do, from a process that has imported everything already.
+"""Start stage scripts and commands as `deepspeed`, `torchrun`, `python` and a shell do, from a process that has imported everything already.
 
 A launcher gives each process its rank and the address of the first by environment variables, and runs the script as __main__. So does this,
-in forks of one server process: a start takes a fraction of a second, where a launcher and its imports take ten.
+in forks of one server process: a start takes a fraction of a second, where a launcher and its imports take ten. For shell scripts there are
+programs by the names `python` and `med3dvlm` whose work such a fork does.
 """
 
+import json
 import multiprocessing
 import os
 import runpy
 import signal
 import socket
 import sys
+import threading
 import time
+import traceback
+from collections.abc import Sequence
+from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
+from tempfile import mkdtemp
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-IMPORTS = [
-    "torch",
-    "deepspeed",
-    "transformers.trainer",
-    "peft",
-    "open_clip.loss",
-    "med3dvlm.training.contrastive",
-    "med3dvlm.inference.chat",
-]
 TIMEOUT = 300  # seconds
+PROGRAM = """#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    socket.send_fds(server, [b"3"], [0, 1, 2])
+    server.sendall(json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode())
+    server.shutdown(socket.SHUT_WR)
+    sys.exit(int(server.recv(9) or 1))
+"""
 
 
 def context() -> ForkServerContext:
     """The server, started at first use, whose processes have one thread, see no GPU and reach no network."""
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(IMPORTS)
+    forks.set_forkserver_preload(["tests.preloaded"])
     before = dict(os.environ)
     os.environ |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     try:
@@ -74,6 +81,75 @@ def launch(launcher: str, processes: int, script: str, *flags: object, log: Path
     for process in started:
         process.join()
     return [int(process.exitcode or 0) for process in started]
+
+
+@cache
+def programs() -> Path:
+    """A folder with the programs `python` and `med3dvlm`, which run in forks of the server, as long as this process lives."""
+    folder = Path(mkdtemp(prefix="programs-"))
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "server"))
+    listener.listen()
+    for name in ("python", "med3dvlm"):
+        (folder / name).write_text(PROGRAM.format(python=sys.executable, address=str(folder / "server")))
+        (folder / name).chmod(0o755)
+    forks = context()
+
+    def serve() -> None:
+        while True:
+            connection, _ = listener.accept()
+            forks.Process(target=_answer, args=(connection,)).start()
+            connection.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return folder
+
+
+def _answer(connection: socket.socket) -> None:
+    """Be the program that was called: its descriptors, words, folder and variables; then tell it the exit code."""
+    with connection:
+        _, descriptors, *_ = socket.recv_fds(connection, 1, 3)
+        said = b"".join(iter(lambda: connection.recv(2**16), b""))
+        (program, *words), folder, variables = json.loads(said)
+        for place, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, place)
+            os.close(descriptor)
+        sys.stdin = open(0, closefd=False)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ |= variables
+        try:
+            _be(["-m", "med3dvlm.cli", *words] if Path(program).name == "med3dvlm" else words)
+            code: object = 0
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        connection.sendall(str(code if isinstance(code, int) else int(code is not None)).encode())
+
+
+def _be(words: Sequence[str]) -> None:
+    """Do what `python` does with these words."""
+    how, *rest = words
+    if how == "-m":
+        module, *rest = rest
+        sys.argv = [module, *rest]
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    elif how == "-c":
+        code, *rest = rest
+        sys.argv = ["-c", *rest]
+        sys.path.insert(0, "")
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = list(words)
+        sys.path.insert(0, str(Path(how).resolve().parent))
+        runpy.run_path(how, run_name="__main__")
 
 
 def _run(argv: list[str], variables: dict[str, str], log: str) -> None:

@@ -455,22 +455,27 @@ def test_light_commands_start_without_torch(scan: Path) -> None:
     subprocess.run([sys.executable, "-c", code, "inspect", str(scan)], capture_output=True, check=True)
 
 
-@pytest.mark.parametrize("name", ["Med3DVLM", "Med3DVLMProcessor", "Med3DChat"])
-def test_a_public_name_registers_its_kind(name: str, model: Path) -> None:
-    """In a process of its own, where nothing else has imported the models."""
-    code = f"""
-import sys
-from med3dvlm import {name}
+def test_a_public_name_registers_its_kind(model: Path) -> None:
+    """Each in a process of its own, where nothing else has imported the models."""
+    code = """
+import os, sys
+import torch
 from transformers import AutoModel, AutoProcessor
-print(type(AutoModel.from_pretrained(sys.argv[1])).__name__, type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)
+for name in sys.argv[2:]:
+    if os.fork():
+        os.wait()
+        continue
+    __import__("med3dvlm", fromlist=[name])
+    getattr(sys.modules["med3dvlm"], name)
+    print(type(AutoModel.from_pretrained(sys.argv[1])).__name__, type(AutoProcessor.from_pretrained(sys.argv[1])).__name__, flush=True)
+    os._exit(0)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["Med3DVLM", "Med3DVLMProcessor"]
+    command = [sys.executable, "-c", code, str(model), "Med3DVLM", "Med3DVLMProcessor", "Med3DChat"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["Med3DVLM Med3DVLMProcessor"] * 3, done.stderr
 
 
-def test_chat_is_the_repositorys_page(tmp_path: Path, repository: Path) -> None:
+def test_chat_is_the_repositorys_page(run: Run, tmp_path: Path) -> None:
     """What it says of a folder without a model is the page's own sentence, with its exit code."""
-    command = [sys.executable, "-m", "med3dvlm.cli", "chat", str(tmp_path / "none"), "--port", "7999"]
-    environment = os.environ | {"PYTHONPATH": str(repository)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "none" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    code, _, error = run("chat", tmp_path / "none", "--port", 7999)
+    assert code == 2 and "none" in error and len(error.strip().splitlines()) == 1, error

@@ -3,11 +3,12 @@
 Commands run in this process, which has imported what each of them would take seconds for; that they start as programs is for other tests.
 """
 
+import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import pytest
 
 from med3dvlm import cli
 from tests.evaluation.conftest import chests  # noqa: F401
+from tests.launching import programs
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -44,9 +46,19 @@ def test_every_page_and_notebook_is_in_the_contents() -> None:
 
 
 @pytest.mark.slow
-def test_notebooks_run(tmp_path: Path) -> None:
-    """In the order of reading, in one copy of the repository's folder: later ones use what earlier ones leave."""
+def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of reading, in one copy of the repository's folder: later ones use what earlier ones leave.
+
+    Kernels and commands are forks of a process that has imported everything.
+    """
     jupytext, nbclient = import_module("jupytext"), import_module("nbclient")
+    monkeypatch.setenv("PATH", f"{programs()}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    kernel = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    # JPY_PARENT_PID is the process that a kernel ends with, which a fork does not have for its parent.
+    start = ["env", "-u", "JPY_PARENT_PID", str(programs() / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel.write_text(json.dumps({"argv": start, "display_name": "Python 3", "language": "python"}))
     for name in ("pyproject.toml", "med3dvlm", "stages", "eval", "ds_configs"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     check = "assert globals().get('_exit_code', 0) == 0, 'the command above failed'"  # IPython's, of the last line that begins with !
@@ -54,7 +66,7 @@ def test_notebooks_run(tmp_path: Path) -> None:
         notebook = jupytext.read(path)
         for cell in notebook.cells:
             if cell.cell_type == "code":
-                lines = cell.source.splitlines()
+                lines = cell.source.replace("--studies 40", "--studies 40 --detail 0.5").splitlines()
                 cell.source = "\n".join(each for line in lines for each in ([line, check] if line.startswith("!") else [line]))
         nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
@@ -136,7 +148,7 @@ def test_command_runs(
     if program == "med3dvlm":
         assert cli.main(arguments) == 0
     else:  # benchmarks measure processes of their own
-        subprocess.run([sys.executable, *arguments], check=True)
+        subprocess.run([programs() / program, *arguments], check=True)
     assert capfd.readouterr().out
 
 
@@ -162,7 +174,7 @@ def test_every_command_is_covered() -> None:
 def test_example_runs(example: str, places: dict[str, str], tmp_path: Path) -> None:
     for name, place in places.items():
         example = example.replace(name, place)
-    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([programs() / "python", "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for printed in re.findall(r"^print\(.*\)  # (\w.*\]$)", example, re.M):  # an output that the example states
         assert printed in done.stdout

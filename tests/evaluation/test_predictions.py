@@ -10,6 +10,7 @@ import pytest
 
 from med3dvlm.evaluation import in_batches, predictions
 from med3dvlm.evaluation.cases import predict
+from tests.launching import launch
 
 CASES = list(range(11))
 
@@ -123,22 +124,12 @@ def test_two_real_processes_write_what_one_writes(
 ) -> None:
     model, length = (demo.clip, ()) if script == "retrieval" else (demo.model, ("--max-new-tokens", 6))
     arguments = ["--model", model, "--data", demo.root / "prepared", "--batch-size", 1, *length, "--output"]
-    launch = {
-        "torchrun": ["--nproc_per_node", 2, "--master_port", free_port],
-        "accelerate": [
-            "launch",
-            "--cpu",
-            "--num-processes",
-            2,
-            "--num-machines",
-            1,
-            "--mixed_precision",
-            "no",
-            "--main-process-port",
-            free_port,
-        ],
-    }[launcher]
-    shell(launcher, *launch, f"eval/{script}.py", *arguments, tmp_path / "two")
+    if launcher == "torchrun":
+        log = tmp_path / "log"
+        assert launch("torchrun", 2, f"eval/{script}.py", *arguments, tmp_path / "two", log=log) == [0, 0], log.read_text()
+    else:
+        flags = ("--cpu", "--num-processes", 2, "--num-machines", 1, "--mixed_precision", "no", "--main-process-port", free_port)
+        shell("accelerate", "launch", *flags, f"eval/{script}.py", *arguments, tmp_path / "two")
     run_whole(script, *arguments, tmp_path / "one")
     for path in (tmp_path / "one").iterdir():
         if path.name not in ("run.json", "timings.jsonl"):

@@ -2,11 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +18,7 @@ from med3dvlm.evaluation import exchange, other_patients
 from med3dvlm.evaluation.question_scores import question_scores, question_tables
 from med3dvlm.prompts import closed_prompt
 from med3dvlm.records import Question
+from tests.launching import launch
 
 Run = Callable[..., None]
 
@@ -108,20 +104,13 @@ def test_what_was_cut_short_continues_to_the_same_bytes(
     assert (tmp_path / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
 
 
-def test_a_killed_program_continues_to_the_same_bytes(
-    whole: Path, run: Run, arguments: list[object], tmp_path: Path, repository: Path
-) -> None:
-    command = [sys.executable, str(repository / "eval/vqa.py"), *map(str, arguments), "--output", str(tmp_path), "--batch-size", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    lines = tmp_path / "predictions.jsonl"
-    while process.poll() is None and not (lines.is_file() and lines.stat().st_size):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    _, errors = process.communicate()
-    assert lines.is_file(), errors.decode()
-    run("vqa", *arguments, "--output", tmp_path, "--batch-size", 2)
-    assert lines.read_bytes() == (whole / "predictions.jsonl").read_bytes()
-    assert (tmp_path / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
+def test_a_killed_program_continues_to_the_same_bytes(whole: Path, run: Run, arguments: list[object], tmp_path: Path) -> None:
+    output, log = tmp_path / "killed", tmp_path / "log"
+    flags = (*arguments, "--output", output, "--batch-size", 2)
+    assert launch("python", 1, "eval/vqa.py", *flags, log=log, kill_at=output / "predictions.jsonl") == [-9], log.read_text()
+    run("vqa", *flags)
+    assert (output / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+    assert (output / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
 
 
 def test_scoring_again_needs_no_model_and_gives_the_same_bytes(

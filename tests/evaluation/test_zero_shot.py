@@ -22,6 +22,7 @@ from med3dvlm.prompts import FINDING_PROMPTS, finding_prompts
 from med3dvlm.records import Study
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
 from tests.evaluation.chests import EVERYWHERE, NOWHERE
+from tests.launching import launch
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 Run = Callable[..., None]
@@ -178,24 +179,12 @@ def test_a_killed_run_continues_to_the_same_bytes(whole: Path, run: Run, argumen
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes(
-    whole: Path, shell: Callable[..., str], free_port: str, arguments: list[object], tmp_path: Path
-) -> None:
-    shell(
-        "torchrun",
-        "--nproc_per_node",
-        2,
-        "--master_port",
-        free_port,
-        "eval/zero_shot.py",
-        *arguments,
-        "--output",
-        tmp_path,
-        "--batch-size",
-        4,
-    )
-    assert all((tmp_path / name).read_bytes() == (whole / name).read_bytes() for name in FILES)
-    assert not list(tmp_path.glob("*.part"))
+def test_two_processes_write_the_same_bytes(whole: Path, arguments: list[object], tmp_path: Path) -> None:
+    output, log = tmp_path / "two", tmp_path / "log"
+    flags = ("--output", output, "--batch-size", 4)
+    assert launch("torchrun", 2, "eval/zero_shot.py", *arguments, *flags, log=log) == [0, 0], log.read_text()
+    assert all((output / name).read_bytes() == (whole / name).read_bytes() for name in FILES)
+    assert not list(output.glob("*.part"))
 
 
 def test_templates_are_averaged_as_embeddings(chests: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """An index of cases: what it finds, that a killed build continues, and one sentence for everything that can be wrong."""
 
 import json
+import os
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from med3dvlm.checkpoints import load_clip
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.search import CaseIndex, Embedder, vectors
+from tests.launching import context
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -136,29 +137,27 @@ def test_a_picture_is_the_middle_slice(prepared: Path, model: Path, tmp_path: Pa
     assert len(index.search(index.scans[:1], top=99)[0]) == 5  # the rest needs no data
 
 
-KILLED = """
-import os, signal, sys
-from med3dvlm.datasets.store import PreparedData
-from med3dvlm.search import CaseIndex, Embedder
+def build_and_be_killed(model: Path, prepared: Path, out: Path) -> None:
+    """In the fourth batch."""
+    made, calls = Embedder.volumes, []
 
-made, calls = Embedder.volumes, []
+    def volumes(self: Embedder, pixel_values: Tensor) -> Tensor:
+        calls.append(len(pixel_values))
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made(self, pixel_values)
 
-def volumes(self, pixel_values):
-    calls.append(len(pixel_values))
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return made(self, pixel_values)
-
-Embedder.volumes = volumes
-CaseIndex.build(sys.argv[1], PreparedData(sys.argv[2]), sys.argv[3], batch_size=5, device="cpu")
-"""
+    Embedder.volumes = volumes
+    CaseIndex.build(model, PreparedData(prepared), out, batch_size=5, device="cpu")
 
 
 def test_a_killed_build_continues(index: CaseIndex, prepared: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the fourth of six batches, with half a vector in the file: three are not made again, and the bytes are those of a run in peace."""
     out, part = tmp_path / "out", tmp_path / ".out.part"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(model), str(prepared), str(out)], capture_output=True, check=False)
-    assert done.returncode == -9 and [path.name for path in tmp_path.iterdir()] == [part.name]
+    process = context().Process(target=build_and_be_killed, args=(model, prepared, out))
+    process.start()
+    process.join()
+    assert process.exitcode == -9 and [path.name for path in tmp_path.iterdir()] == [part.name]
     assert (part / "scans.float32").stat().st_size == 15 * 16 * 4
     with (part / "scans.float32").open("ab") as file:
         file.write(b"half a vector")

@@ -26,6 +26,7 @@ from med3dvlm.files import DETECTOR_FILE
 from med3dvlm.training import contrastive as contrastive_training
 from med3dvlm.training import ct_clip, stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
 from med3dvlm.training.trainer import COMPLETE
+from tests.launching import launch
 
 STAGES = (stage0_language_model, stage1_siglip, ct_clip, stage2_projector, stage3_lora)
 PLAIN = ("--optim", "sgd", "--learning-rate", "0.1", "--lr-scheduler-type", "constant", "--max-grad-norm", "0")  # no step hides a gradient
@@ -555,9 +556,9 @@ def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
     rate = ("--learning-rate", 0.01, "--lr-scheduler-type", "constant")
     one = run(stage2_projector, *rate, "--per-device-train-batch-size", 4)
     command = (*smoke(stage2_projector, prepared, tmp_path / "two", tiny_models), *rate, "--per-device-train-batch-size", 2)
-    for steps in (2, 4):
-        launcher = ("--num_accelerators", 2, "--master_port", free_port)
-        shell("deepspeed", *launcher, *command, "--max-steps", steps, "--deepspeed", "ds_configs/zero2.json", "--use-cpu", "true")
+    engine, log = ("--deepspeed", "ds_configs/zero2.json", "--use-cpu", "true"), tmp_path / "log"
+    assert launch("deepspeed", 2, *command, "--max-steps", 2, *engine, log=log) == [0, 0], log.read_text()
+    shell("deepspeed", "--num_accelerators", 2, "--master_port", free_port, *command, "--max-steps", 4, *engine)
     two = Run(tmp_path / "two", {}, {}, set(), set())
     assert two.record["processes"] == 2 and two.record["settings"]["deepspeed"] == "ds_configs/zero2.json"
     assert two.losses == pytest.approx(one.losses, rel=1e-5) and len(two.losses) == 4
