@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, Dis
 from med3dvlm.checkpoints.convert.architecture import TEXT_ENCODERS
 from med3dvlm.checkpoints.convert.names import LAYOUTS, reshaped, to_published
 from med3dvlm.checkpoints.convert.weights import Checkpoint, Stored, digest, write_safetensors
+from med3dvlm.datasets.conversations import ConversationDataset
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.datasets.torch import ConversationDataset
 from med3dvlm.files import whole_folder, write_json
 from med3dvlm.programs import Parser, run
 from med3dvlm.training.contrastive import common_words

@@ -177,3 +177,24 @@ def _check_fields(where: str, fields: Mapping[str, Any], kind: type[Any], option
     missing, unknown = sorted(known - set(fields) - set(optional)), sorted(set(fields) - known)
     if missing or unknown:
         raise ValueError(f"{where}: missing fields {missing}, unknown fields {unknown}; a {kind.__name__} has {sorted(known)}")
+
+
+def parts_of_splits(splits: Mapping[str, Sequence[Study]]) -> dict[str, dict[str, list[str]]]:
+    """Splits whose studies all lie in another one too, as M3D's "test1k" in "test"; of equal ones the first counts as the whole.
+
+    A study belongs to one split, so such parts are not prepared again; each gets what a split file holds, {split: [study ids]}, in
+    which it stands in the place of its whole.
+    """
+    ids = {split: dict.fromkeys((study.id, study.image) for study in studies) for split, studies in splits.items()}
+    wholes: list[str] = []
+    found: dict[str, str] = {}
+    for split in sorted(splits, key=lambda split: -len(ids[split])):
+        whole = next((whole for whole in wholes if ids[split] and ids[split].keys() <= ids[whole].keys()), None)
+        if whole is None:
+            wholes.append(split)
+        else:
+            found[split] = whole
+    return {
+        part: {(part if split == whole else split): [name for name, _ in ids[part if split == whole else split]] for split in wholes}
+        for part, whole in found.items()
+    }

@@ -121,8 +121,8 @@ def tiny_models(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Sim
     from transformers import DistilBertConfig, DistilBertModel, Qwen2Config, Qwen2ForCausalLM
 
     from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMProcessor
+    from med3dvlm.datasets.conversations import ConversationDataset
     from med3dvlm.datasets.store import PreparedData
-    from med3dvlm.datasets.torch import ConversationDataset
     from med3dvlm.models.segmentation import Med3DSegmenter
     from med3dvlm.training.stage0_language_model import train_tokenizer
 

@@ -124,9 +124,10 @@ def _phantom_m3d(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace) -> int:
     """Gives the exit code: 1 where some studies could not be prepared."""
     from med3dvlm.datasets import DATASETS
-    from med3dvlm.datasets.preparation import parts_of_splits, prepare, prepare_shard
+    from med3dvlm.datasets.preparation import prepare, prepare_shard
     from med3dvlm.files import read_lines, write_json
     from med3dvlm.preprocessing import VolumeProcessor
+    from med3dvlm.records import parts_of_splits
 
     check_workers(arguments)
     if arguments.dataset not in DATASETS:

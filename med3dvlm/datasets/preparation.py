@@ -21,7 +21,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -133,27 +133,6 @@ def _prepare_volumes(
                 failed.append({"study": study.id, "file": study.image, "reason": reason})
     place = {study.id: number for number, study in enumerate(studies)}
     return lines, sorted(failed, key=lambda failure: place[failure["study"]]), len(stale) - len(failed)
-
-
-def parts_of_splits(splits: Mapping[str, Sequence[Study]]) -> dict[str, dict[str, list[str]]]:
-    """Splits whose studies all lie in another one too, as M3D's "test1k" in "test"; of equal ones the first counts as the whole.
-
-    A study belongs to one split, so such parts are not prepared again; each gets what a split file holds, {split: [study ids]}, in
-    which it stands in the place of its whole.
-    """
-    ids = {split: dict.fromkeys((study.id, study.image) for study in studies) for split, studies in splits.items()}
-    wholes: list[str] = []
-    found: dict[str, str] = {}
-    for split in sorted(splits, key=lambda split: -len(ids[split])):
-        whole = next((whole for whole in wholes if ids[split] and ids[split].keys() <= ids[whole].keys()), None)
-        if whole is None:
-            wholes.append(split)
-        else:
-            found[split] = whole
-    return {
-        part: {(part if split == whole else split): [name for name, _ in ids[part if split == whole else split]] for split in wholes}
-        for part, whole in found.items()
-    }
 
 
 def _check(source: Path, destination: Path, studies: Sequence[Study]) -> None:

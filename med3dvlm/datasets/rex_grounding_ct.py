@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from med3dvlm.datasets import ct_rate, sentence_masks
-from med3dvlm.datasets.table import usual_split
+from med3dvlm.datasets.cells import usual_split
 from med3dvlm.records import Question, Study
 
 

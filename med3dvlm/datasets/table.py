@@ -37,7 +37,6 @@ From there, `med3dvlm prepare table mine prepared`.
 
 import hashlib
 import logging
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -45,34 +44,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from med3dvlm.datasets.csv_files import check_columns, csv_rows, is_missing, json_rows, label_value, own_names
+from med3dvlm.datasets.cells import ABOUT_THE_SCAN, LABEL, MASK, cell_text, known_split, means_nothing, scan_setting
+from med3dvlm.datasets.csv_files import check_columns, csv_rows, json_rows, label_value, own_names
 from med3dvlm.datasets.m3d_seg import side_in
 from med3dvlm.records import Mask, Question, Study, check_ids, check_inside
-from med3dvlm.volume import HU_POLICIES, READERS, UNITS
+from med3dvlm.volume import READERS
 
 logger = logging.getLogger(__name__)
 
 NEEDED = ("image", "report")
 ABOUT_THE_STUDY = ("report", "id", "patient", "split", "masks")
 ABOUT_A_QUESTION = ("question", "answer", "choices", "kind")
-ABOUT_THE_SCAN = {"series": 1, "hu": 0, "rescale": 2, "slope": 1, "intercept": 1, "spacing": 3, "unit": 0}  # how many numbers
 COLUMNS = ("image", *ABOUT_THE_STUDY, *ABOUT_A_QUESTION, *ABOUT_THE_SCAN)
-WORDS = {"hu": HU_POLICIES, "unit": UNITS}
-LABEL, MASK = "label:", "mask:"
 ENDINGS = (".csv", ".tsv", ".jsonl")
 SHARES = {"train": 80, "validation": 10, "test": 10}
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev", "development"),
-    "test": ("test", "testing"),
-}
-MAY_SAY_NONE = ("none", "na", "n/a")  # an answer, too
 # What language models have for special tokens. The text of one is read as words; most often it was left in by mistake.
 TOKEN = re.compile(
     r"<\|[^<>|\s]+\|>|</?(?:s|image|img|video|pad|unk|mask|bos|eos|cls|sep|im_\w+|image_\w+|(?:start|end)_of_\w+)>"
     r"|\[/?(?:CLS|SEP|PAD|UNK|MASK|BOS|EOS|INST|IMG)\]|<</?SYS>>"
 )
-NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of a character: files, names and tokenizers fail over them
 SHOWN = 10
 
 
@@ -145,9 +135,9 @@ def _parsed(path: Path, changed: int, size: int) -> tuple[list[Study], list[Ques
     has_splits = False
     for where, cells in _rows(path):
         try:
-            row = {name: _text(name, value) for name, value in cells.items()}
+            row = {name: cell_text(name, value) for name, value in cells.items()}
             doubts.look(where, row)
-            row = {name: "" if _means_nothing(name, text, row) else text for name, text in row.items()}
+            row = {name: "" if means_nothing(name, text, row) else text for name, text in row.items()}
             image = row["image"]
             if not image:
                 raise ValueError("image is empty; name the scan's file or folder")
@@ -155,9 +145,9 @@ def _parsed(path: Path, changed: int, size: int) -> tuple[list[Study], list[Ques
             labels = {name: label_value(name, text) for name, text in row.items() if name.startswith(LABEL)}
             said: dict[str, Any] = {name: text for name, text in row.items() if text and (name in ABOUT_THE_STUDY or name.startswith(MASK))}
             if "split" in said:
-                said["split"] = _split(said["split"], spelled)
+                said["split"] = known_split(said["split"], spelled)
             said |= {name: value for name, value in labels.items() if value is not None}
-            said |= {name: _scan_setting(name, row[name]) for name in ABOUT_THE_SCAN if row.get(name)}
+            said |= {name: scan_setting(name, row[name]) for name in ABOUT_THE_SCAN if row.get(name)}
             before = known.setdefault(image, {"where": where})
             for name, value in said.items():
                 if before.setdefault(name, value) != value:
@@ -253,77 +243,6 @@ def _check(place: Path, columns: list[str]) -> None:
         )
 
 
-def _text(name: str, value: Any) -> str:
-    """A cell without white space around it; in JSON also null or NaN, a number, and a list of choices or numbers."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if name.startswith(LABEL) and str(value).strip().casefold() in ("true", "false"):
-        return str(int(str(value).strip().casefold() == "true"))
-    if isinstance(value, list) and name in ("choices", "rescale", "spacing"):
-        parts = [_text(name, part) if not isinstance(part, list) else "" for part in value]
-        if not all(parts) or any("|" in part for part in parts):
-            raise ValueError(f"{name} is {value!r} but must be a list of texts or numbers, none of them empty or with a '|' in it")
-        return ("|" if name == "choices" else ",").join(parts)
-    if isinstance(value, str):
-        if found := NO_TEXT.search(value):
-            raise ValueError(f"{name} holds the character U+{ord(found[0]):04X}, which is no text; delete it")
-        text = value.strip()
-        if name in ("id", "patient", "split", "series"):
-            if re.fullmatch(r"-?\d(\.\d+)?[eE]\+\d+", text):
-                raise ValueError(f"{name} is {text!r}, which a spreadsheet has rounded; have its column hold text there")
-            text = re.sub(r"(?<=\d)\.0+$", "", text) if re.fullmatch(r"-?\d+\.0+", text) else text
-        return text
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 2**53)
-    if isinstance(value, bool | dict | list) or name in ("report", "question"):
-        raise ValueError(f"{name} is {value!r} but must be a text")
-    if not whole and not (math.isfinite(value) and (name in ("answer", "choices", *ABOUT_THE_SCAN) or name.startswith(LABEL))):
-        raise ValueError(f"{name} is {value!r} but must be a text or a whole number")
-    return str(int(value)) if whole else repr(value)
-
-
-def _means_nothing(name: str, text: str, row: Mapping[str, str]) -> bool:
-    """Whether a cell counts as empty. "None" is an answer where a question is asked."""
-    is_answer = name == "answer" and text.casefold() in MAY_SAY_NONE and not is_missing(row.get("question", ""))
-    return is_missing(text) and not is_answer
-
-
-def usual_split(text: str) -> str:
-    """The usual name of a split, "validation" for "Val"; another one as it is."""
-    return next((name for name, spellings in SPLITS.items() if text.casefold() in spellings), text)
-
-
-def _split(text: str, spelled: dict[str, str]) -> str:
-    """Its usual name. Raises ValueError where two differ in capital letters alone."""
-    name = usual_split(text)
-    if name not in SPLITS and spelled.setdefault(name.casefold(), name) != name:
-        raise ValueError(f"split is {text!r} but other rows write {spelled[name.casefold()]!r}; write it in one way")
-    return name
-
-
-def _scan_setting(name: str, text: str) -> Any:
-    """The value of a column about the scan. Raises ValueError for another than is allowed."""
-    if name in WORDS:
-        for word in WORDS[name]:
-            if text.casefold() == word.casefold():
-                return word
-        raise ValueError(f"{name} is {text!r} but must be one of {', '.join(WORDS[name])}")
-    count = ABOUT_THE_SCAN[name]
-    try:
-        numbers = [float(part) for part in re.split(r"\s*[,;x]\s*|\s+", text.strip("[]() "))]
-    except ValueError:
-        numbers = []
-    if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        form = {1: "a number", 2: "slope and intercept, as 1,-1024", 3: "mm between slices, rows and columns, as 2.5,0.8,0.8"}[count]
-        raise ValueError(f"{name} is {text!r} but must be {form}")
-    if name == "series":
-        if numbers[0] < 1 or numbers[0] % 1:
-            raise ValueError(f"series is {text!r} but must be the number of a series in the list that `med3dvlm inspect` shows")
-        return int(numbers[0])
-    if min(numbers) <= 0 and name in ("spacing", "slope"):
-        raise ValueError(f"{name} is {text!r} but must be above 0")
-    return numbers if count > 1 else numbers[0]
-
-
 class _Doubts:
     """What a table holds that is most likely no intention of its author, counted, to be told once."""
 
@@ -337,7 +256,7 @@ class _Doubts:
         for name, text in row.items():
             if name in ("report", "question", "answer", "choices") and (found := TOKEN.search(text)):
                 self.tokens.append(f"line {line}, {name}: {found[0]}")
-            elif text and _means_nothing(name, text, row):
+            elif text and means_nothing(name, text, row):
                 self.missing[name, text].append(line)
 
     def tell(self) -> None:

@@ -14,9 +14,10 @@ import logging
 import re
 from pathlib import Path
 
+from med3dvlm.datasets.cells import usual_split
 from med3dvlm.datasets.csv_files import csv_rows, is_missing
 from med3dvlm.datasets.m3d_seg import LESION, side_in
-from med3dvlm.datasets.table import default_split, usual_split
+from med3dvlm.datasets.table import default_split
 from med3dvlm.records import Mask, Question, Study
 
 logger = logging.getLogger(__name__)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from med3dvlm.datasets.augmentation import Augmentation
+from med3dvlm.datasets.conversations import LOSS_WEIGHTINGS, ROWS, ConversationCollator, ConversationDataset
 from med3dvlm.datasets.features import SharedFeatures, fingerprint
 from med3dvlm.datasets.mask_prompts import require_masks
 from med3dvlm.datasets.pointing import PointingAnswers
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
-from med3dvlm.datasets.torch import LOSS_WEIGHTINGS, ROWS, ConversationCollator, ConversationDataset, load_volumes
+from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.models.quantized import quantize, require_quantization
 from med3dvlm.models.vlm import Med3DVLM, count_items
 from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor

@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from med3dvlm import Med3DVLMProcessor
-from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset
+from med3dvlm.datasets.conversations import ConversationCollator, ConversationDataset
 from med3dvlm.training.arguments import StageArguments, parse_arguments
 from med3dvlm.training.language import ConversationTrainer, limit_lengths
 from med3dvlm.training.run import finish, run_training, save_final

@@ -8,8 +8,9 @@ import torch
 from scipy import ndimage
 
 from med3dvlm.datasets.augmentation import Augmentation, resample
+from med3dvlm.datasets.conversations import ConversationDataset
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.datasets.torch import ConversationDataset, PairDataset
+from med3dvlm.datasets.torch import PairDataset
 
 GREY, HU = (0.0, 1.0), (-1.0, 1.0)
 STILL = {"rotation": 0, "zoom": 0, "translation": 0, "crop": 0}

@@ -8,9 +8,9 @@ import torch
 
 from med3dvlm import Med3DVLMProcessor
 from med3dvlm.checkpoints import load_vlm
+from med3dvlm.datasets.conversations import ConversationCollator, ConversationDataset
 from med3dvlm.datasets.pointing import PointingAnswers, named_masks, places
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset
 from med3dvlm.models.pointing import POINTING_TOKEN
 from med3dvlm.models.vlm_processor import POINT
 from med3dvlm.records import Mask

@@ -21,11 +21,11 @@ from PIL import Image
 
 from med3dvlm import VolumeProcessor, read_volume
 from med3dvlm.datasets import m3d
-from med3dvlm.datasets.preparation import parts_of_splits, prepare, prepare_shard
+from med3dvlm.datasets.preparation import prepare, prepare_shard
 from med3dvlm.datasets.statistics import kind_of
 from med3dvlm.datasets.store import PreparedData, volume_path
 from med3dvlm.files import read_lines
-from med3dvlm.records import Study
+from med3dvlm.records import Study, parts_of_splits
 from tests.datasets.five import SIZE, questions, resave, studies, write_scans
 
 

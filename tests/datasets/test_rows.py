@@ -12,9 +12,10 @@ import torch
 
 from med3dvlm.checkpoints import load_vlm
 from med3dvlm.datasets.augmentation import Augmentation
+from med3dvlm.datasets.conversations import ConversationDataset
 from med3dvlm.datasets.rows import pack
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.datasets.torch import ConversationDataset, PairDataset
+from med3dvlm.datasets.torch import PairDataset
 from med3dvlm.models.vlm_processor import Med3DVLMProcessor
 from med3dvlm.prompts import REPORT_PROMPTS, closed_prompt
 from med3dvlm.records import Question

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from med3dvlm.checkpoints import load_clip, load_vlm
 from med3dvlm.datasets.augmentation import Augmentation
+from med3dvlm.datasets.conversations import ConversationCollator, ConversationDataset
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset, PairCollator, PairDataset, load_volumes
+from med3dvlm.datasets.torch import PairCollator, PairDataset, load_volumes
 from med3dvlm.records import Question
 from med3dvlm.training.arguments import ImageArguments
 from med3dvlm.training.language import ConversationArguments, conversations

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from med3dvlm import Med3DVLM, Med3DVLMConfig, Med3DVLMProcessor, VolumeProcessor
-from med3dvlm.datasets.torch import ConversationCollator
+from med3dvlm.datasets.conversations import ConversationCollator
 from med3dvlm.evaluation import answer_likelihoods, models
 from med3dvlm.models.vlm import count_items
 from med3dvlm.models.vlm_processor import IGNORED, Message, answer_lengths, branch_mask

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm
+from med3dvlm.datasets.conversations import ConversationDataset
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.datasets.torch import ConversationDataset, load_volumes
+from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.training.trainer import COMPLETE
 from tests.launching import REPOSITORY, launch
 

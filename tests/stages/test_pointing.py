@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from med3dvlm.checkpoints import load_adapted, load_segmenter, load_vlm
+from med3dvlm.datasets.conversations import ConversationCollator, ConversationDataset
 from med3dvlm.datasets.pointing import PointingAnswers
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.datasets.torch import ConversationCollator, ConversationDataset, load_volumes
+from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.training.trainer import COMPLETE
 from tests.launching import launch
 

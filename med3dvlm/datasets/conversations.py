@@ -1,0 +1,279 @@
+"""Prepared data -> conversations, from which the language stages draw batches. What they share with pairs stands in `datasets/torch.py`."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from med3dvlm.datasets.augmentation import Augmentation
+from med3dvlm.datasets.rows import Row, pack
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.streams import Purpose, stream
+from med3dvlm.datasets.torch import StudyDataset, stack_images
+from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message, answer_lengths, branch_mask
+from med3dvlm.prompts import REPORT_PROMPTS, closed_answer, closed_prompt
+from med3dvlm.records import Question, Study
+
+if TYPE_CHECKING:
+    from med3dvlm.datasets.pointing import PointingAnswers
+
+ROWS = ("study", "conversation")
+LOSS_WEIGHTINGS = ("token", "conversation")
+
+
+class ConversationDataset(StudyDataset):
+    """Volumes and conversations about them, each as if it were the first (see Med3DVLMProcessor.branch).
+
+    A row is one of two kinds:
+
+    - "study": the image and all conversations about it. It holds every question in its open form, and with the given probabilities the
+      report, a question with its choices spelled out, and a conversation of two questions, from which the model learns to keep what
+      was said in mind. The image is encoded and read once for all of them. `limit_rows` splits long rows.
+    - "conversation": the image and one conversation, as the papers train. There is one row for every question, with its choices spelled out
+      in a share `closed` of the epochs, and one for the report of a share `reports` of the studies, drawn once by the seed.
+
+    Args:
+        yes_no: ask the yes/no questions too (stage 3).
+        reports, closed, follow_ups: probabilities.
+        features: (study) -> image features computed before, instead of the volume.
+        answers: makes the answers point at what they name; rows then have "masks" and "points" (see `PointingAnswers.row`).
+        image: False puts the report's text in the volume's place, which teaches a new language model its words.
+        augmentation: of volumes; image features stay as they are. Every row draws its own.
+
+    Raises:
+        ValueError: an unknown kind of row, follow-ups in rows of one conversation, or no row at all.
+    """
+
+    def __init__(
+        self,
+        data: PreparedData,
+        split: str,
+        yes_no: bool,
+        reports: float = 1.0,
+        closed: float = 0.5,
+        follow_ups: float = 0.25,
+        seed: int = 0,
+        features: Callable[[Study], tuple[Tensor, ...]] | None = None,
+        image: bool = True,
+        augmentation: Augmentation | None = None,
+        rows: str = "study",
+        answers: "PointingAnswers | None" = None,
+    ) -> None:
+        if rows not in ROWS:
+            raise ValueError(f"rows {rows!r} is unknown; known: {', '.join(ROWS)}")
+        super().__init__(data, split, seed, augmentation)
+        if reports:
+            self.require_reports()
+        self.yes_no, self.reports, self.closed, self.follow_ups = yes_no, reports, closed, follow_ups
+        self.features, self.with_image, self.packed, self.answers = features, image, rows == "study", answers
+        self.asked: dict[str, list[Question]] = defaultdict(list)
+        for question in data.questions(split):
+            if yes_no or not question.yes_no:
+                self.asked[question.study].append(question)
+        self.rows = [Row(study) for study in range(len(self.studies))] if self.packed else self._rows_of_one()
+        if not self.rows:
+            raise ValueError(
+                f"split {split!r} has no conversation to learn from: there is no question and reports is {reports}; raise reports"
+            )
+
+    def _rows_of_one(self) -> list[Row]:
+        if self.follow_ups:
+            raise ValueError(f"follow_ups is {self.follow_ups} but must be 0 where a row is one conversation; pass --follow-ups 0")
+        reported = stream(self.seed, Purpose.REPORT_ROWS).random(len(self.studies)) < self.reports
+        rows = []
+        for place, study in enumerate(self.studies):
+            rows += [Row(place, slice(0), ("report",))] if reported[place] else []
+            rows += [Row(place, slice(number, number + 1), ()) for number in range(len(self.asked[study.id]))]
+        return rows
+
+    def limit_rows(self, processor: Med3DVLMProcessor, max_length: int, max_row_length: int) -> None:
+        """Make several rows, all with its volume, of a study whose conversations could together take more than `max_row_length` tokens.
+
+        Which row asks a question follows from the texts alone, so every process and epoch has the same rows. What is drawn in every
+        epoch anew is planned with its longest form, into the first row that has room.
+
+        Tokens are counted only where there could be too many: a text's UTF-8 bytes are never fewer than its tokens.
+
+        Args:
+            max_length: tokens of a conversation, as the collator cuts it.
+
+        Raises:
+            ValueError: a row could not hold one conversation.
+        """
+        if max_row_length < max_length:
+            raise ValueError(
+                f"max_row_length is {max_row_length} but must be at least max_length, {max_length}, or a row holds no conversation"
+            )
+        if not self.packed:
+            return
+
+        def count(messages: Sequence[Message], context: str | None) -> tuple[int, int]:
+            branches = processor.branch([messages], max_length, context)["branches"]
+            return branches.count(0), branches.count(1)
+
+        one = _turn(".", ".")
+        shared, first = count(one, None if self.with_image else "")
+        further = count(one + one, None if self.with_image else "")[1] - first if self.follow_ups else 0
+        rows: list[Row] = []
+
+        def most(messages: Sequence[Message]) -> int:
+            return min(first + further * (len(messages) // 2 - 1) + _written(messages), max_length - shared)
+
+        for place, study in enumerate(self.studies):
+            context = None if self.with_image else study.report
+            begin = shared + len((context or "").encode())
+            costs = self._costs(study, most)
+            if begin + sum(costs[0]) + sum(costs[1].values()) <= max_row_length:
+                rows.append(Row(place))
+                continue
+            begin, _ = count(one, context)
+            costs = self._costs(study, lambda turn, context=context: count(turn, context)[1])  # type: ignore[misc]
+            rows += [Row(place, *part) for part in pack(*costs, max_row_length - begin)]
+        self.rows = rows
+
+    def count_cut(self, processor: Med3DVLMProcessor, max_length: int) -> dict[str, tuple[int, int, int]]:
+        """Kind, reports or answers -> how many of them `max_length` cuts, of how many, and what it would have to be to cut none.
+
+        Tokens are counted only where there could be too many, as in `limit_rows`.
+
+        Raises:
+            ValueError: a question leaves no room for its answer.
+        """
+        prompt = max(REPORT_PROMPTS, key=lambda words: len(processor.branch([_turn(words, ".")])["branches"]))
+        frame = processor.branch([_turn(".", ".")], None, None if self.with_image else "")["branches"]
+        lengths: dict[str, list[int]] = {"reports": [], "answers": []}
+        for study in self.studies:
+            context = None if self.with_image else study.report
+            turns = [("reports", _turn(prompt, study.report))] if self.reports or not self.with_image or not self.asked[study.id] else []
+            for question in self.asked[study.id]:
+                forms = [_turn(question.text, question.answer), *([_closed_turn(question)] if _has_closed_form(question) else [])]
+                turns.append(("answers", max(forms, key=_written)))
+            for kind, turn in turns:
+                length = max(
+                    len(frame) + _written(self._shown(study, turn)) + len((context or "").encode()), 2 * len((context or "").encode())
+                )
+                if length > max_length:
+                    turn = self._shown(study, turn)
+                    processor.branch([turn], max_length, context)
+                    branches = processor.branch([turn], None, context)["branches"]
+                    length = max(len(branches), 2 * (branches.count(0) - frame.count(0)) if context else 0)
+                lengths[kind].append(length)
+        return {kind: (sum(length > max_length for length in found), len(found), max(found, default=0)) for kind, found in lengths.items()}
+
+    def _costs(self, study: Study, cost: Callable[[list[Message]], int]) -> tuple[list[int], dict[str, int]]:
+        """Tokens of a study's questions, and of the longest form of each thing that may be drawn."""
+        asked = self.asked[study.id]
+        turns = [_turn(question.text, question.answer) for question in asked]
+
+        def shown(messages: list[Message]) -> int:
+            return cost(self._shown(study, messages))
+
+        questions, drawn = list(map(shown, turns)), {}
+        if self.reports or not asked:
+            drawn["report"] = max(shown(_turn(prompt, study.report)) for prompt in REPORT_PROMPTS)
+        if self.closed and (spelled := [shown(_closed_turn(question)) for question in asked if _has_closed_form(question)]):
+            drawn["closed"] = max(spelled)
+        if self.follow_ups and len(turns) > 1:
+            first, second = sorted(range(len(turns)), key=questions.__getitem__)[-2:]
+            drawn["follow_up"] = max(shown(turns[first] + turns[second]), shown(turns[second] + turns[first]))
+        return questions, drawn
+
+    def _shown(self, study: Study, messages: list[Message]) -> list[Message]:
+        """As the model is to learn them."""
+        return messages if self.answers is None else self.answers.pointing(study, messages)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        study = self.studies[self.rows[index].study]
+        conversations = self.conversations(index)
+        said = {"conversations": conversations} if self.answers is None else self.answers.row(study, conversations)
+        row: dict[str, Any] = {"id": study.id, **said}
+        if not self.with_image:
+            return row | {"context": study.report}
+        return row | ({"features": self.features(study)} if self.features is not None else self.image(study, index))
+
+    def conversations(self, index: int) -> list[list[Message]]:
+        """What row `index` asks and answers in this epoch."""
+        row = self.rows[index]
+        study = self.studies[row.study]
+        asked = self.asked[study.id]
+        random = stream((self.seed, self.epoch, row.study if self.packed else index))
+        if not self.packed and asked[row.questions]:
+            question = asked[row.questions][0]
+            spelled = _has_closed_form(question) and random.random() < self.closed
+            return [_closed_turn(question) if spelled else _turn(question.text, question.answer)]
+        turns = [_turn(question.text, question.answer) for question in asked]
+        kept = turns[row.questions]
+        always, drawn = () if kept else row.drawn, {}
+        if random.random() < self.reports or "report" in always:
+            drawn["report"] = _turn(str(random.choice(REPORT_PROMPTS)), study.report)
+        lettered = [question for question in asked if _has_closed_form(question)]
+        if lettered and (random.random() < self.closed or "closed" in always):
+            drawn["closed"] = _closed_turn(lettered[random.integers(len(lettered))])
+        if len(turns) > 1 and (random.random() < self.follow_ups or "follow_up" in always):
+            first, second = random.choice(len(turns), size=2, replace=False)
+            drawn["follow_up"] = turns[first] + turns[second]
+        return kept + [conversation for name, conversation in drawn.items() if name in row.drawn]
+
+
+def _turn(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _written(messages: Sequence[Message]) -> int:
+    """Bytes of what is said: never fewer than its tokens."""
+    return sum(len(message["content"].encode()) for message in messages)
+
+
+def _has_closed_form(question: Question) -> bool:
+    return question.lettered and not question.yes_no
+
+
+def _closed_turn(question: Question) -> list[Message]:
+    return _turn(closed_prompt(question.text, question.choices), closed_answer(question.choices, question.answer))
+
+
+class ConversationCollator:
+    """Rows of a ConversationDataset -> the arguments of Med3DVLM.forward.
+
+    Where every row holds one conversation, the mask is a plain (B, L), which any language model and any attention takes. "points" (B, K) are
+    those of pointing tokens that are left where a conversation was cut: its first.
+
+    Args:
+        max_length: tokens of a conversation; longer ones are cut.
+        loss_weighting: "token", or "conversation", by which every conversation counts alike: its labelled tokens share its weight.
+    """
+
+    def __init__(self, processor: Med3DVLMProcessor, max_length: int, loss_weighting: str = "token") -> None:
+        if loss_weighting not in LOSS_WEIGHTINGS:
+            raise ValueError(f"loss_weighting {loss_weighting!r} is unknown; known: {', '.join(LOSS_WEIGHTINGS)}")
+        self.processor, self.max_length, self.loss_weighting = processor, max_length, loss_weighting
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        branched = [self.processor.branch(row["conversations"], self.max_length, row.get("context")) for row in rows]
+        batch: dict[str, Any] = self.processor.pad(branched, left=False)
+        branches = batch.pop("branches")
+        if "points" in rows[0]:
+            batch["masks"] = pad_sequence([row["masks"] for row in rows], batch_first=True)  # (B, G, D, H, W)
+            pointed = (batch["input_ids"] == self.processor.pointing_token_id) & (batch["labels"] != IGNORED)
+            kept = [
+                [place for number, of_one in enumerate(row["points"], start=1) for place in of_one[: int(own[places == number].sum())]]
+                for row, own, places in zip(rows, pointed, branches, strict=True)
+            ]
+            batch["points"] = pad_sequence([torch.tensor(own, dtype=torch.long) for own in kept], batch_first=True, padding_value=-1)
+        if self.loss_weighting == "conversation":
+            batch["answer_lengths"] = answer_lengths(batch["labels"], branches)
+        if branches.max() > 1:
+            batch["attention_mask"] = branch_mask(branches)
+        else:
+            del batch["position_ids"]  # they only count
+        if "features" in rows[0]:
+            batch["image_features"] = tuple(torch.stack(level) for level in zip(*(row["features"] for row in rows), strict=True))
+        elif "volume" in rows[0]:
+            batch |= stack_images(rows)
+        return batch
