@@ -84,7 +84,8 @@ assert Path(med3dvlm.__file__).is_relative_to(sys.argv[1])
 for line, expected in (
     ("phantom scans --studies 16 --detail 0.3 --workers 1", 0),
     ("prepare m3d scans prepared --size 16,32,32 --workers 1", 0),
-    ("train stage1 --config smoke/stage1_siglip --data prepared --output-dir stage1 --text-encoder new --train-text --max-steps 2", 0),
+    ("train stage1 --config smoke/stage1_siglip --data prepared --output-dir stage1 --text-encoder new --train-text --max-steps 2 "
+     '--text-options {"hidden_size":16,"num_hidden_layers":1,"num_attention_heads":2,"intermediate_size":24}', 0),
     ("evaluate retrieval --model stage1 --data prepared --split train --output scores", 0),
     ("train stage1 --config nowhere", 2),
     ("chat --help", 0),
