@@ -34,6 +34,14 @@ class Events:
     def session(self, request: gr.Request) -> Session:
         return session_of(self.workstation, request)
 
+    def show_places(self, request: gr.Request) -> tuple[Any, Any]:
+        """What a new answer or draft points to."""
+        session = self.session(request)
+        try:
+            return gr.skip(), self.workstation.viewer_data(session) if self.workstation.show_places(session) else gr.skip()
+        except Exception as error:  # noqa: BLE001  told in a sentence
+            return alert("error", sentence(error)), self.workstation.viewer_data(session)
+
     @property
     def of_scan(self) -> list[Any]:
         """The components that show something of the scan that is open."""
@@ -189,10 +197,11 @@ class ConversationEvents(Events):
             log.edit(self.edit, None, log, **AT_ONCE),
         ]
         for step in asking:
-            step.then(
+            answered = step.then(
                 self.answer, [region.temperature, region.top_p], log, show_progress_on=region.progress, show_progress="minimal",
                 api_visibility="private", **EACH, **self.model_queue,
             )  # fmt: skip
+            answered.then(self.show_places, None, [self.page.scan.status, self.page.scan.viewer], **EACH, **HIDDEN, **self.model_queue)
         log.stop(self.stop, None, log, **AT_ONCE)
         region.clear.click(self.clear, None, [log, self.page.scan.viewer], **AT_ONCE)
 
@@ -241,9 +250,10 @@ class ReportEvents(Events):
 
     def connect(self) -> None:
         region, summary = self.page.report, self.page.report.summary
-        region.draft.click(
+        drafted = region.draft.click(
             self.draft, region.text, [region.text, summary], show_progress_on=summary, api_visibility="private", **self.model_queue
         )
+        drafted.then(self.show_places, None, [self.page.scan.status, self.page.scan.viewer], **EACH, **HIDDEN, **self.model_queue)
         region.stop.click(self.stop, None, None, **AT_ONCE)
         # `input` leaves out what is deleted or pasted
         region.text.change(self.edit, region.text, summary, trigger_mode="always_last", **AT_ONCE)

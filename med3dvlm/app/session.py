@@ -215,6 +215,7 @@ class Session:
             if not turn.answer.strip():
                 raise ValueError(NO_ANSWER) from None
             turn.seconds, turn.tokens, turn.confidence, turn.state = said.seconds, said.tokens, said.confidence, "done"
+            turn.places = said.places
         finally:
             pieces.close()
 

@@ -41,6 +41,7 @@ class Turn:
     seconds: float | None = None
     tokens: int | None = None
     confidence: float | None = None
+    places: tuple[Any, ...] = ()  # that the answer points to and that were not drawn yet
     unlike: bool = False  # the scan is unlike the training data, where confidence means little
     stop: threading.Event = field(default_factory=threading.Event, repr=False)
 

@@ -16,7 +16,7 @@ import psutil
 from med3dvlm.app.analysis import Analysis, Case, Cells
 from med3dvlm.app.key_images import MOST as MOST_KEY_IMAGES
 from med3dvlm.app.key_images import key_image
-from med3dvlm.app.masks import for_viewer, names_to_segment, readable, segment_findings, stated
+from med3dvlm.app.masks import for_viewer, names_to_segment, pack, readable, segment_findings, stated
 from med3dvlm.app.masks import save as save_masks
 from med3dvlm.app.scans import EXAMPLES, OpenScan, example, read_series, read_uploads
 from med3dvlm.app.session import BUSY, MOST_CHARACTERS, NO_SCAN, Session
@@ -244,9 +244,28 @@ class Workstation:
         before = session.masks_made
         for mask in segment_findings(self.analysis.segment, scan, names_to_segment(phrase, session.report)):
             session.add_mask(scan, mask)
-        if session.scan is not scan:  # another one was opened meanwhile
-            return
-        session.target = next((number for number, mask in session.masks.items() if number > before and mask.found.found), None)
+        self._go_to_new(session, scan, before)
+
+    def show_places(self, session: Session) -> bool:
+        """Put on the viewer what the last answer, or the draft of the report, points to, if that is new; whether it was.
+
+        The planes go to the first place that was found. Raises ValueError as `explain` does.
+        """
+        turn = next((each for each in (*session.turns[-1:], session.draft) if each is not None and each.places), None)
+        scan = session.scan
+        if turn is None or scan is None:
+            return False
+        places, turn.places = turn.places, ()
+        before = session.masks_made
+        for found in self.chat.masks(scan.volume, places):
+            session.add_mask(scan, pack(found, scan))
+        self._go_to_new(session, scan, before)
+        return True
+
+    def _go_to_new(self, session: Session, scan: OpenScan, before: int) -> None:
+        """The planes go to the first mask after the number `before` that was found, unless another scan was opened meanwhile."""
+        if session.scan is scan:
+            session.target = next((number for number, mask in session.masks.items() if number > before and mask.found.found), None)
 
     def remove_mask(self, session: Session, number: int) -> None:
         """Take the mask of that number from the viewer again."""

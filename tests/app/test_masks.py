@@ -318,3 +318,30 @@ def test_masks_are_given_to_their_own_page_alone(server: SimpleNamespace) -> Non
         assert httpx.get(f"{server.address}workstation/{wrong}").status_code == 404
     server.workstation.sessions.close("somebody")
     assert httpx.get(f"{server.address}workstation/{session.token}/mask/1").status_code == 404
+
+
+def test_what_an_answer_points_to_is_on_the_viewer(session: Session) -> None:
+    """Once for each answer; places of an answer about another scan are not drawn on this one."""
+
+    class Pointing(Parrot):
+        def stream(self, *given: Any, **sampling: Any) -> Any:
+            return replace((yield from super().stream(*given, **sampling)), places=("A nodule.", "absent"))
+
+        def masks(self, volume: Volume, places: Sequence[str]) -> list[Segmentation]:
+            return segment(volume, places)
+
+    workstation = Workstation(Pointing(), analysis=Analysis())
+    assert not workstation.show_places(session)
+    session.ask("Where?")
+    assert list(workstation.answer(session))[-1].state == "done"
+    assert workstation.show_places(session) and not workstation.show_places(session)
+    shown = workstation.viewer_data(session)
+    assert [(mask["name"], mask["found"]) for mask in shown["masks"]] == [("A nodule.", True), ("absent", False)] and shown["target"] == 1
+    assert session.scan is not None
+    np.testing.assert_array_equal(session.masks[1].unpacked(session.scan.volume.shape).mask, segment(session.scan.volume, ["x"])[0].mask)
+    list(workstation.draft_report(session))
+    assert workstation.show_places(session) and session.masks_made == 4 and len(session.masks) == 2
+    session.ask("And now?")
+    list(workstation.answer(session))
+    session.open(example("Abdomen phantom"))
+    assert not workstation.show_places(session) and not session.masks
