@@ -55,6 +55,7 @@ FIELDS = {
     "vqa": ("question", "answer", "kind"),
     "report": ("reference", "prediction"),
     "detection": ("log_odds",),
+    "segmentation": ("asked", "findings"),
 }
 WAYS = ("image_to_text", "text_to_image")
 Row = dict[str, Any]
@@ -102,7 +103,8 @@ def open_run(folder: Path) -> Run:
     task = next((task for task, fields in FIELDS.items() if all(field in rows[0] for field in fields)), None)
     if task is None:
         raise ValueError(
-            f"{path} holds {', '.join(rows[0])}, which is no output of `med3dvlm evaluate retrieval`, `vqa`, `report`, `zero_shot` or `linear_probe`"
+            f"{path} holds {', '.join(rows[0])}, which is no output of `med3dvlm evaluate retrieval`, `vqa`, `report`, `zero_shot`, `linear_probe` "
+            "or `segmentation`"
         )
     return Run(folder, task, record, rows)
 
@@ -160,6 +162,8 @@ def keep(run: Run, split_file: Path) -> tuple[Run, NDArray[np.int64]]:
 
 def figures(run: Run, studies: dict[str, Study]) -> dict[str, Figure]:
     of_task = {"retrieval": retrieval_figures, "vqa": answer_figures, "report": report_figures, "detection": detection_figures}
+    if run.task not in of_task:
+        raise ValueError(f"{run.folder} is a run of {run.task}, which is not compared; its scores.md has each figure with its interval")
     return of_task[run.task](run.rows, studies)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.evaluation import compare, page_cases, paper_tables
+from med3dvlm.evaluation import compare, page_cases, page_masks, paper_tables
 from med3dvlm.evaluation.question_scores import WITHOUT_SCAN, YES_NO, likeliest
 from med3dvlm.files import read_lines, write_text
 from med3dvlm.metrics.answers import right_choices
@@ -73,7 +73,10 @@ def write_page(
     for run in opened:
         studies = compare.studies_of(run, data.root)
     sections = {"retrieval": retrieval, "vqa": questions, "report": reports}
-    found: Row = {task: sections[task](run, scores_of(run), studies) for task, run in runs.items()}
+    found: Row = {task: sections[task](run, scores_of(run), studies) for task, run in runs.items() if task in sections}
+    if "segmentation" in runs:
+        run = runs["segmentation"]
+        found["masks"] = page_masks.figures(scores_of(run)) | {"pictures": page_masks.pictures(run.rows, data, studies)}
     if detections:
         found["detection"] = [{"name": run.folder.name, "scores": scores_of(run)} for run in detections]
     environment = jinja2.Environment(

@@ -100,7 +100,7 @@ def draw(cases: Sequence[Row], data: PreparedData, studies: Mapping[str, Study])
 
 
 def picture(plane: NDArray[np.uint8]) -> str:
-    """Grey values (H, W) as a data URI, PNG or JPEG, whichever is smaller."""
+    """Grey values (H, W), or colours (H, W, 3), as a data URI, PNG or JPEG, whichever is smaller."""
     from PIL import Image
 
     image = Image.fromarray(plane)

@@ -27,6 +27,8 @@ An interval is a 95 % bootstrap over patients.
 """
 
 import argparse
+import base64
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -105,6 +107,17 @@ def judged(drawn: Mask, point: tuple[int, ...], true: Mask) -> dict[str, float]:
     return {"dice": dice(drawn, true), "pointing": float(true[point])}
 
 
+def packed(plane: Mask) -> str:
+    """A mask in a slice (H, W) as text."""
+    return base64.b64encode(zlib.compress(np.packbits(plane).tobytes())).decode()
+
+
+def unpacked(text: str, shape: Sequence[int]) -> Mask:
+    """What `packed` made into text."""
+    bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
+    return np.unpackbits(bits, count=int(np.prod(shape))).reshape(shape).astype(bool)
+
+
 class Judge:
     """What the masks of a study are worth, beside the controls."""
 
@@ -144,7 +157,10 @@ class Judge:
         steps = spacing or (1.0, 1.0, 1.0)
         near, far = surface_scores(drawn, true, steps, self.tolerance)
         places = Places(np.zeros(3), np.diag(steps), np.arange(len(true), dtype=np.float64))
+        largest = int(true.sum(axis=(1, 2)).argmax())
         return judged(drawn, point, true) | {
+            "slice": largest,
+            "drawn_slice": packed(drawn[largest]),
             "nsd": near,
             "hd95": None if np.isnan(far) else far,
             "components": component_counts(drawn, true),

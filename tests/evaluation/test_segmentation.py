@@ -13,7 +13,8 @@ from torch import Tensor
 
 from med3dvlm.checkpoints import load_clip
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.evaluation.segmentation import Judge, predicted, scores_of, table, tasks_of
+from med3dvlm.evaluation.page_masks import COLOURS, outlined
+from med3dvlm.evaluation.segmentation import Judge, packed, predicted, scores_of, table, tasks_of, unpacked
 from med3dvlm.files import read_lines
 from med3dvlm.metrics.segmentation import dice
 from med3dvlm.models.segmentation import Med3DSegmenter
@@ -77,6 +78,12 @@ def test_every_known_finding_is_asked_for_and_figures_are_means(demo: SimpleName
     large = [case for case in present if case["mm"] >= 8]
     assert scores["large"]["present"] == len(large)
     assert sum(entry["present"] for entry in scores["findings"].values()) == len(present)
+    for study, row in zip(studies, rows, strict=True):
+        for case in (case for case in row["findings"] if case["present"]):
+            area = demo.data.masks(study, [case["finding"]])[0].sum(dim=(1, 2))
+            assert area[case["slice"]] == area.max() > 0
+            drawn = unpacked(case["drawn_slice"], demo.data.processor.size[1:])
+            assert drawn.sum() <= case["voxels"]
     assert "mean mask" in (whole / "scores.md").read_text()
 
 
@@ -155,3 +162,28 @@ def test_wrong_input(demo: SimpleNamespace, run: Run, arguments: list[object], w
             run("segmentation", *given, checked=True)
         assert ended.value.code == 2 and sentence in capsys.readouterr().err
     assert not (tmp_path / "predictions.jsonl").exists()
+
+
+def test_the_page_shows_figures_controls_and_cases(demo: SimpleNamespace, whole: Path, run: Run, tmp_path: Path, capsys: Any) -> None:
+    run("page", whole, "--data", demo.root / "prepared", "--output", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    scores = json.loads((whole / "scores.json").read_text())
+    for label in ("model, all findings", "middle, 8 mm and more", "mean mask, 8 mm and more", "another", "one mask, 8 mm and more"):
+        assert label in text
+    assert f'<td class="n">{scores["all"]["figures"]["dice"]["value"]:.2f}</td>' in text
+    assert text.count("data:image/") == min(24, scores["all"]["present"]) and text.count(", outlined") == text.count("data:image/")
+    with pytest.raises(SystemExit):
+        run("compare", whole, whole, checked=True)
+    assert "is not compared" in capsys.readouterr().err
+
+
+def test_outlines_are_of_the_edge_voxels() -> None:
+    plane, mask = np.zeros((64, 96), np.float32), np.zeros((64, 96), bool)
+    mask[10:20, 30:50] = True
+    np.testing.assert_array_equal(unpacked(packed(mask), mask.shape), mask)
+    image = outlined(plane, {"true": mask, "drawn": np.zeros_like(mask)}, (0, 1))
+    assert image.shape == (128, 192, 3)
+    for row, column in np.ndindex(mask.shape):
+        inside = [mask[place] for place in ((row, column), (row - 1, column), (row, column - 1)) if min(place) >= 0]
+        pixel = tuple(image[2 * row, 2 * column])
+        assert (pixel == COLOURS["true"]) == (mask[row, column] and not all(inside)), (row, column)

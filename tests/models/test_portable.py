@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from med3dvlm import Med3DCLIP
-from med3dvlm.checkpoints import load_clip, load_vlm
+from med3dvlm.checkpoints import load_clip, load_segmenter, load_vlm
+from med3dvlm.models.pointing import POINTING_TOKEN, pointing_settings
 from med3dvlm.models.portable import CODE_FILE, code
 from med3dvlm.models.segmentation import Med3DSegmenter
 
@@ -53,9 +54,11 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["clip", "segmenter", "vlm"])
+@pytest.mark.parametrize("kind", ["clip", "segmenter", "vlm", "pointing"])
 def test_a_folder_loads_without_the_package(kind: str, scan: Path, tiny_models: SimpleNamespace, tmp_path: Path) -> None:
-    model, processor = load_vlm(tiny_models.vlm) if kind == "vlm" else load_clip(tiny_models.clip)
+    model, processor = load_vlm(tiny_models.vlm) if kind in ("vlm", "pointing") else load_clip(tiny_models.clip)
+    if kind == "pointing":
+        model.add_pointing(pointing_settings(load_segmenter(tiny_models.segmenter)[0].config, processor.add_pointing(POINTING_TOKEN)))
     if kind == "segmenter":
         torch.manual_seed(0)
         model = Med3DSegmenter.from_clip(model, embedding_dim=8, attention_heads=1).eval()
