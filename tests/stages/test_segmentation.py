@@ -119,7 +119,8 @@ def test_a_dense_loss_leaves_a_clip_and_a_segmenter(train: Train) -> None:
         model, processor = load_segmenter(output / SEGMENTER)
         assert load_clip(output)[1].to_dict() == processor.to_dict()
         assert not model.dtype.is_complex
-    assert curves[True][:5] == pytest.approx(curves[False][:5], rel=0.05)
+    assert curves[True][0] == pytest.approx(curves[False][0], rel=0.02)
+    assert curves[True][:5] == pytest.approx(curves[False][:5], rel=0.15)  # which fall to a quarter in these steps
     before = weights(train("stage1_siglip", "dense_False", *flags) / SEGMENTER)
     after = weights(train("stage1_siglip", "dense_False", *flags, "--max-steps", STEPS + 2) / SEGMENTER)
     assert any(not torch.equal(before[name], after[name]) for name in before)
