@@ -319,14 +319,18 @@ def mask_losses(
     if segmentation_loss == "dice_balanced_ce":
         size, total = wanted.flatten(1).sum(dim=1), wanted[0].numel()
         shares = (BALANCE[0] / size.clamp(min=1), BALANCE[1] / (total - size).clamp(min=1))
-        within, outside = (voxelwise * wanted).flatten(1).sum(dim=1), (voxelwise * (1 - wanted)).flatten(1).sum(dim=1)
-        by_prompt = within * shares[0] + outside * shares[1]
+        within = (voxelwise * wanted).flatten(1).sum(dim=1)
+        by_prompt = within * shares[0] + (voxelwise.flatten(1).sum(dim=1) - within) * shares[1]
     else:
         by_prompt = voxelwise.flatten(1).mean(dim=1)
     presence = nn.functional.binary_cross_entropy_with_logits(output.presence, there, reduction="none")  # (B, K)
     each = by_prompt.view(shape) + presence_weight * presence
-    dice = DiceLoss(sigmoid=True, reduction="none")(logits, wanted).view(shape)
-    return _mean(each, weights) + _mean(dice, weights * there)
+    counted = weights * there
+    chosen = counted.flatten().nonzero().squeeze(1)
+    dice = torch.zeros_like(there).flatten()
+    if len(chosen):
+        dice = dice.index_put((chosen,), DiceLoss(sigmoid=True, reduction="none")(logits[chosen], wanted[chosen]).flatten().to(dice.dtype))
+    return _mean(each, weights) + _mean(dice.view(shape), counted)
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
