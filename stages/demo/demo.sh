@@ -11,9 +11,9 @@ size=${1:-demo}
 LM=${LM:-tiny}
 config=stages/configs/demo
 case "$size:$LM" in # studies, then the steps of stages 0 to 3
-  demo:tiny) name=demo; studies=2000; steps=(1000 400 60 430) ;;
-  full:tiny) name=demo-full; studies=6000; steps=(4000 2200 200 2200) ;;
-  full:smollm2) name=demo-smollm2; studies=6000; steps=(0 2000 2000 6000) ;;
+  demo:tiny) name=demo; studies=2000; steps=(800 900 60 430) ;;
+  full:tiny) name=demo-full; studies=6000; steps=(4000 5000 200 2200) ;;
+  full:smollm2) name=demo-smollm2; studies=6000; steps=(0 5000 2000 6000) ;;
   *) echo "demo.sh: the choices are demo or full with LM=tiny, and full with LM=smollm2; not '$size' with LM='$LM'" >&2; exit 2 ;;
 esac
 root=${OUTPUTS:-outputs}/$name
@@ -29,6 +29,7 @@ train stage1 stage1_siglip stage1 "${steps[1]}"
 train stage2 stage2_projector stage2 "${steps[2]}" --clip "$root/stage1" --language-model "$language_model" "${options[@]}"
 train stage3 stage3_lora stage3 "${steps[3]}" --model "$root/stage2" "${options[@]}"
 evaluate retrieval retrieval stage1 eval/retrieval
+evaluate segmentation segmentation stage1/segmenter eval/segmentation
 evaluate vqa vqa model eval/vqa
 evaluate report report_gen model eval/report --clip "$root/stage1"
 python stages/demo/summary.py --root "$root" --name "$name"

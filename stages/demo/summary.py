@@ -3,7 +3,8 @@
     python stages/demo/summary.py --root outputs/demo --name demo
     python stages/demo/summary.py --root outputs/demo-full --name demo-full --scans outputs/demo-full/phantoms
 
-Reads eval/retrieval, eval/vqa, eval/report and prepared, and where they are there the stages' run.json and losses.jsonl and seconds.jsonl.
+Reads eval/retrieval, eval/vqa, eval/report and prepared, and where they are there eval/segmentation, the stages' run.json and losses.jsonl, and
+seconds.jsonl.
 It sets the figures that are expected of the run of that name beside those that were reached; it never fails because of one.
 """
 
@@ -32,7 +33,7 @@ from med3dvlm.training.run import environment
 from med3dvlm.volume import read_volume
 
 STAGES = {"stage0": "language_model", "stage1": "stage1", "stage2": "stage2", "stage3": "stage3"}  # step -> folder
-EVALUATIONS = {name: f"eval/{name}" for name in ("retrieval", "vqa", "report")}
+EVALUATIONS = {name: f"eval/{name}" for name in ("retrieval", "segmentation", "vqa", "report")}
 CASES = 5
 
 TARGETS: Targets = {
@@ -43,11 +44,17 @@ TARGETS: Targets = {
     "vqa_closed.accuracy": ("at least", {"demo": 0.45, "demo-full": 0.65}, 0.80),
     "vqa_closed.plane": ("at least", {"demo": 0.80, "demo-full": 0.95}, 0.98),
     "vqa_closed.phase": ("at least", {"demo": 0.60, "demo-full": 0.85}, 0.95),
+    "vqa_closed.location": ("at least", {"demo": 0.45, "demo-full": 0.75}, 0.90),
+    "vqa_closed.sides": ("at least", {"demo": 0.70, "demo-full": 0.95}, 0.99),
+    "vqa_yes_no.balanced": ("at least", {"demo": 0.65, "demo-full": 0.85}, 0.95),
     "vqa_closed.blind": ("at most", {"demo": 0.40, "demo-full": 0.40}, 0.30),
     "vqa_closed.letter": ("at least", {}, None),
     "vqa_open.exact": ("at least", {}, None),
-    "report.findings_f1": ("at least", {"demo": 0.30, "demo-full": 0.55}, 0.70),
+    "report.findings_f1": ("at least", {"demo": 0.35, "demo-full": 0.65}, 0.80),
     "report.lead": ("at least", {"demo": 0.10, "demo-full": 0.25}, 0.40),
+    "masks.pointing": ("at least", {"demo": 0.75, "demo-full": 0.90}, 0.97),
+    "masks.dice": ("at least", {"demo": 0.40, "demo-full": 0.65}, 0.80),
+    "masks.drawn_though_absent": ("at most", {"demo": 0.20, "demo-full": 0.10}, 0.05),
     "seconds.total": ("at most", {"demo": 720, "demo-full": 3600}, None),
     "peak_rss_gb": ("at most", {"demo": 8, "demo-full": 8}, None),
 }
@@ -62,6 +69,9 @@ def read(path: Path) -> Any:
 def collect(root: Path) -> dict[str, Any]:
     """Every figure under its name in summary.json."""
     retrieval, vqa, report = (read(root / "eval" / name / "scores.json") for name in ("retrieval", "vqa", "report"))
+    segmentation = root / "eval" / "segmentation" / "scores.json"
+    masks = read(segmentation) if segmentation.is_file() else None
+    figures = at(masks, "large.figures") or {}
     pool = next(iter(retrieval.values()))  # the smallest: 100 studies, or all of a smaller split
     records = {step: root / folder / "run.json" for step, folder in (STAGES | EVALUATIONS).items()}
     made = {step: read(record) for step, record in records.items() if record.is_file()}
@@ -79,10 +89,15 @@ def collect(root: Path) -> dict[str, Any]:
             **{kind: vqa["closed"].get(kind) for kind in QUESTION_KINDS},
             "blind": at(vqa, "closed.blind.accuracy"),
             "letter": vqa["letter"]["accuracy"],
+            "sides": at(vqa, "laterality.accuracy"),
             "interval": vqa["closed"]["accuracy_interval"],
         },
         "vqa_open": {name: vqa["open"][name] for name in ("exact", "token_f1")},
-        "vqa_yes_no": {"accuracy": vqa["yes_no"]["accuracy"], "blind": at(vqa, "yes_no.blind.accuracy")},
+        "vqa_yes_no": {
+            "accuracy": vqa["yes_no"]["accuracy"],
+            "balanced": vqa["yes_no"].get("balanced_accuracy"),
+            "blind": at(vqa, "yes_no.blind.accuracy"),
+        },
         "report": {
             "findings_f1": report["findings_f1"],
             "findings_f1_interval": report["findings_f1_interval"],
@@ -90,6 +105,14 @@ def collect(root: Path) -> dict[str, Any]:
             **{name: at(report, f"{name}.findings_f1") for name in ("blind", "shuffled", "modal", "best_fixed", "nearest")},
             **{name: value for name, value in report["text"].items() if name != "unavailable"},
             **report["collapse"],
+        },
+        "masks": {
+            "dice": at(figures, "dice.value"),
+            "dice_mean_mask": at(figures.get("mean_mask.dice"), "value"),
+            "pointing": at(figures, "pointing.value"),
+            "pointing_middle": at(figures.get("middle.pointing"), "value"),
+            "drawn_though_absent": at(masks, "all.figures.absent.value"),
+            "studies_with_any_drawn_though_absent": at(masks, "studies_with_an_absent_finding_drawn.value"),
         },
         "seconds": seconds | {"total": sum(seconds.values()) if seconds else None},
         "peak_rss_gb": max((line["peak_rss_gb"] for line in timed), default=None),

@@ -8,7 +8,7 @@ import pytest
 
 from tests.stand_ins import run_script
 
-STEPS = ("phantom", "prepare", "stage0", "stage1", "stage2", "stage3", "retrieval", "vqa", "report_gen")
+STEPS = ("phantom", "prepare", "stage0", "stage1", "stage2", "stage3", "retrieval", "segmentation", "vqa", "report_gen")
 Demo = Callable[..., list[str]]
 
 
