@@ -1,15 +1,18 @@
 """What every test shares: no network, no window, one seed, and the way to the repository and to real scans."""
 
+import ctypes
 import os
 import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from med3dvlm import allocator
 
 # Before any library reads them. A test that wants something from a hub fails at once instead of waiting for a time-out.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +21,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+
+# It would hold for all tests of this process, which then gives no memory back: 8 GB in the end. Programs call it in processes of their own.
+allocator.keep_freed_memory = lambda: None  # type: ignore[assignment]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trimmed() -> Iterator[None]:
+    """Give back the memory that the tests of a file have freed, where the C library is glibc: it keeps up to 2 GB of a large encoder's."""
+    yield
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 @pytest.fixture(autouse=True)

@@ -125,7 +125,6 @@ def test_command_runs(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(repository)
-    monkeypatch.setattr("med3dvlm.evaluation.runs.keep_freed_memory", lambda: None)  # that would hold for all tests after this one
     if line.startswith("med3dvlm prepare"):  # a scan like those of the example, at a size that takes a second
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "table.csv").write_text("image,report\nscan.nii.gz,Normal chest.\n")
