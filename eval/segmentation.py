@@ -1,6 +1,6 @@
 """Masks that a Med3DSegmenter draws, finding by finding, against those of the data.
 
-python eval/segmentation.py --model outputs/demo/segmentation --data outputs/demo/prepared --output outputs/demo/eval/segmentation
+python eval/segmentation.py --model outputs/demo/stage1/segmenter --data outputs/demo/prepared --output outputs/demo/eval/segmentation
 python eval/segmentation.py --data outputs/demo/prepared --output outputs/demo/eval/segmentation --score-only
 """
 

@@ -86,7 +86,7 @@ def places(
         "outputs/paper/model": str(tiny_models.vlm),
         "outputs/paper/stage1": str(tiny_models.clip),
         "outputs/demo/stage1": str(tiny_models.clip),
-        "outputs/demo/segmentation": str(tiny_models.segmenter),
+        "outputs/demo/stage1/segmenter": str(tiny_models.segmenter),
         "mask.nii.gz": str(tmp_path / "mask.nii.gz"),
         "outputs/paper/ct_clip": str(chests.clip),
         "outputs/paper/index": str(tmp_path / "index"),

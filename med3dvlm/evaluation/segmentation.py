@@ -1,6 +1,6 @@
 """Masks that a Med3DSegmenter draws, finding by finding, against those of the data.
 
-    med3dvlm evaluate segmentation --model outputs/demo/segmentation --data outputs/demo/prepared --output outputs/demo/eval/segmentation
+    med3dvlm evaluate segmentation --model outputs/demo/stage1/segmenter --data outputs/demo/prepared --output outputs/demo/eval/segmentation
     med3dvlm evaluate segmentation --data outputs/demo/prepared --output outputs/demo/eval/segmentation --score-only
 
 A case is a finding of a study: one that has a mask, or that its labels say is absent. All are asked by their names, together, on the prepared

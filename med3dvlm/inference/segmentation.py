@@ -1,6 +1,6 @@
 """Where it is: masks in a scan for what is asked in words, on the scan as it lies on the disk, and their measurements.
 
-    segmenter = Segmenter.from_pretrained("outputs/demo/segmentation")
+    segmenter = Segmenter.from_pretrained("outputs/demo/stage1/segmenter")
     found = segmenter.segment("scan.nii.gz", "liver mass")
     found.volume_ml, found.longest_diameter_mm, found.side
     found.save_nifti("mask.nii.gz")

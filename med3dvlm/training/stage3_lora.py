@@ -2,7 +2,7 @@
 
     med3dvlm train stage3 --config demo/stage3_lora
     med3dvlm train stage3 --config smoke/stage3_lora --lora-rank 8
-    med3dvlm train stage3 --config demo/stage3_lora --segmenter outputs/demo/segmentation --cache-features false
+    med3dvlm train stage3 --config demo/stage3_lora --segmenter outputs/demo/stage1/segmenter --cache-features false
 
 Writes a PEFT adapter to the output folder and the merged Med3DVLM, ready to use, to `merged`.
 """
