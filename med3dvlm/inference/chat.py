@@ -13,23 +13,24 @@ Shapes: B questions.
 import os
 import time
 import weakref
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, deque
 from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
+from transformers import GenerationConfig
 
 from med3dvlm.checkpoints import load_vlm, model_type
 from med3dvlm.formats import state_of
+from med3dvlm.inference.engine import Engine, Generation, Request, Stream
 from med3dvlm.inference.out_of_distribution import Features, OutOfDistributionDetector, OutOfDistributionScore, pool_features
 from med3dvlm.inference.pointing import Place, draw_places, places_in
 from med3dvlm.inference.segmentation import Segmentation, Segmenter
+from med3dvlm.inference.transformers_engine import TransformersEngine
 from med3dvlm.models.vlm import Med3DVLM
 from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message
 from med3dvlm.preprocessing import Scan
@@ -73,6 +74,7 @@ class Med3DChat:
         self._encoded: OrderedDict[Hashable, Features] = OrderedDict()
         self._remembering, self._encoding = Lock(), Lock()
         self.ends = _end_tokens(processor, model)
+        self.engine: Engine = TransformersEngine(self)  # all questions of this chat are answered together
         # In place of whatever sampling settings the language model was published with.
         model.language_model.generation_config = GenerationConfig(
             do_sample=False, num_beams=1, eos_token_id=self.ends, pad_token_id=processor.pad_token_id
@@ -143,8 +145,13 @@ class Med3DChat:
         Raises:
             ValueError: the question is empty or too long, or the scan unusable (VolumeError); one sentence.
         """
-        row, room = self.prompt(question, history, max_new_tokens)
-        answer = self._generate([row], [self.encode(scan)], room)[0]
+        pieces = self.stream(scan, question, history, max_new_tokens)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                answer: Answer = end.value
+                break
         if not answer.places or not isinstance(scan, (str, os.PathLike, Volume)):
             return answer
         return replace(answer, masks=tuple(self.masks(scan, answer.places)))
@@ -164,39 +171,17 @@ class Med3DChat:
             temperature: 0 takes the likeliest token; above, tokens are drawn, and seldom ones the more often the higher it is.
             top_p: drawn from the fewest tokens that together have this probability.
         """
-        if not (temperature >= 0 and 0 < top_p <= 1):
-            raise ValueError(f"temperature {temperature:g} must be 0 or more and top_p {top_p:g} above 0 and at most 1.")
-        row, room = self.prompt(question, history, max_new_tokens)
+        row, _ = self.prompt(question, history, max_new_tokens)
+        messages = [*(history or []), {"role": "user", "content": question}]
+        request = Request(scan, messages, max_new_tokens, temperature, top_p)
         features = self.encode(scan)
-        drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        stop, outcome = Event(), list[Answer | BaseException]()
-
-        def work() -> None:
-            try:
-                outcome.extend(self._generate([row], [features], room, streamer=streamer, stopping_criteria=[_Stopped(stop)], **drawing))
-            except BaseException as error:  # raised again below, in the caller's thread
-                outcome.append(error)
-            finally:
-                streamer.end()
-
-        thread = Thread(target=work, name="med3dvlm-stream", daemon=True)
-        thread.start()
+        (stream,) = self.engine.generate([replace(request, scan=features)])
         try:
-            said, blanks = False, ""
-            for piece in streamer:
-                piece = blanks + piece if said else piece.lstrip()
-                words = piece.rstrip()
-                blanks = piece[len(words) :]  # held back: nothing may follow
-                if words:
-                    said = True
-                    yield words
+            yield from stream
         finally:
-            stop.set()
-            thread.join()
-        if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        return outcome[0]
+            stream.cancel()
+            stream.wait()
+        return self._answer(row, features, stream.result())
 
     def report(self, scan: Scan | Features, max_new_tokens: int = REPORT_TOKENS) -> Answer:
         """The scan's report: the answer to the first of the prompts that training used for it."""
@@ -210,17 +195,34 @@ class Med3DChat:
         self, scans: Sequence[Scan | Features], questions: Sequence[str], max_new_tokens: int = 128, batch_size: int = 16
     ) -> list[Answer]:
         """One question about each scan, up to `batch_size` generated together: what `ask` would say, sooner."""
-        pairs = list(zip(scans, questions, strict=True))
-        given: dict[int, Answer] = {}
-        for start in range(0, len(pairs), batch_size):
-            by_room = defaultdict(list)  # a long question leaves its answer less room, not the others'
-            for place, (scan, question) in enumerate(pairs[start : start + batch_size], start):
-                row, room = self.prompt(question, None, max_new_tokens)
-                by_room[room].append((place, row, scan))
-            for room, group in by_room.items():
-                places, rows, part = zip(*group, strict=True)
-                given.update(zip(places, self._generate(rows, [self.encode(scan) for scan in part], room), strict=True))
-        return [given[place] for place in sorted(given)]
+        started, given = time.perf_counter(), list[Answer]()
+        running = deque[tuple[list[int], Features, Stream]]()
+        try:
+            for scan, question in zip(scans, questions, strict=True):
+                row, _ = self.prompt(question, None, max_new_tokens)
+                if len(running) == batch_size:
+                    given.append(self._answer(*self._ended(running)))
+                features = self.encode(scan)
+                request = Request(features, [{"role": "user", "content": question}], max_new_tokens)
+                (stream,) = self.engine.generate([request])
+                running.append((row, features, stream))
+            while running:
+                given.append(self._answer(*self._ended(running)))
+        finally:
+            for _, _, stream in running:
+                stream.cancel()
+        seconds = (time.perf_counter() - started) / max(1, len(given))
+        return [replace(answer, seconds=seconds) for answer in given]
+
+    @staticmethod
+    def _ended(running: "deque[tuple[list[int], Features, Stream]]") -> tuple[list[int], Features, Generation]:
+        row, features, stream = running.popleft()
+        return row, features, stream.result()
+
+    def _answer(self, row: list[int], features: Features, said: Generation) -> Answer:
+        """What the engine said after the tokens `row`."""
+        places = places_in(self.model, self.processor, row, [token.id for token in said.tokens], features)
+        return Answer(said.text, len(said.tokens), said.seconds, said.confidence, places)
 
     def masks(self, scan: Scan, places: Sequence[Place]) -> list[Segmentation]:
         """What an answer points to: a mask on the scan for each of its `places`, called by its sentence, with measurements.
@@ -271,64 +273,6 @@ class Med3DChat:
         if len(row) >= context:
             raise ValueError(f"The image and the question are {len(row)} tokens but the model takes {context}; ask a shorter question.")
         return row, int(min(max_new_tokens, context - len(row)))
-
-    @torch.no_grad()
-    def _generate(self, rows: Sequence[list[int]], features: Sequence[Features], max_new_tokens: int, **options: Any) -> list[Answer]:
-        started, device, recorder = time.perf_counter(), self.model.device, _Recorder()
-        batch = self.processor.pad([{"input_ids": row} for row in rows], left=True)
-        low, high = (torch.cat(level).to(device) for level in zip(*features, strict=True))  # (B, n, C)
-        generated = self.model.generate(
-            batch["input_ids"].to(device),
-            batch["attention_mask"].to(device),
-            image_features=(low, high),
-            max_new_tokens=max_new_tokens,
-            logits_processor=[recorder],
-            **options,
-        ).cpu()  # (B, T)
-        seconds = (time.perf_counter() - started) / len(rows)
-        given = []
-        for row, seen, tokens, steps in zip(rows, features, generated.tolist(), recorder.taken(generated[:, -1]), strict=True):
-            length = next((place + 1 for place, token in enumerate(tokens) if token in self.ends), len(tokens))
-            text = self.processor.tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            places = places_in(self.model, self.processor, row, tokens[:length], seen)
-            given.append(Answer(text.strip(), length, seconds, float(steps[:length].mean().exp()), places))
-        return given
-
-
-class _Recorder(LogitsProcessor):
-    """Keeps the log probability of the token that each step took, (B,) each, rather than all logits of all steps.
-
-    Those are the model's own probabilities, before temperature and top-p change them.
-    """
-
-    def __init__(self) -> None:
-        self._steps: list[Tensor] = []
-        self._last: Tensor | None = None  # (B, vocabulary): which token is taken is seen one step later
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._last is not None:
-            self._keep(input_ids[:, -1])
-        self._last = scores.float().log_softmax(dim=-1)
-        return scores
-
-    def _keep(self, tokens: Tensor) -> None:
-        assert self._last is not None
-        self._steps.append(self._last.gather(-1, tokens[:, None].to(self._last.device))[:, 0])
-
-    def taken(self, last: Tensor) -> Tensor:
-        """(B, T) log probabilities, when generating has ended with the tokens `last` (B,)."""
-        self._keep(last)
-        return torch.stack(self._steps, dim=1).cpu()
-
-
-class _Stopped(StoppingCriteria):
-    """Ends the generation when somebody sets the event."""
-
-    def __init__(self, stop: Event) -> None:
-        self.stop = stop
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.stop.is_set(), device=input_ids.device)
 
 
 def _end_tokens(processor: Med3DVLMProcessor, model: Med3DVLM) -> list[int]:

@@ -129,11 +129,15 @@ class Stream:
             if outcome is not None:
                 return
 
+    def wait(self, timeout: float | None = None) -> bool:
+        """For the end; whether it came in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._outcome is not None, timeout)
+
     def result(self, timeout: float | None = None) -> Generation:
         """Wait for the end. Raises what went wrong, or TimeoutError."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._outcome is not None, timeout):
-                raise TimeoutError(f"There is no answer after {timeout:g} seconds.")
+        if not self.wait(timeout):
+            raise TimeoutError(f"There is no answer after {timeout:g} seconds.")
         if isinstance(self._outcome, BaseException):
             raise self._outcome
         assert self._outcome is not None

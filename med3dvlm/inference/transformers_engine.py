@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock, Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,13 +23,15 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper, TopPLogitsWarper
 
 from med3dvlm.inference.batching import Prefix, Prefixes, SlotCache
-from med3dvlm.inference.chat import Med3DChat
 from med3dvlm.inference.engine import Generation, Request, Stream, Token, Writer, seed_of
 from med3dvlm.inference.out_of_distribution import Features
 from med3dvlm.models.language_models import branch_scores, scaled_logits, unpackable
 
+if TYPE_CHECKING:
+    from med3dvlm.inference.chat import Med3DChat
+
 SLOTS = 32
-PREFILL_TOKENS = 512
+PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
 PREFIX_BYTES = 2**30
 
 
@@ -38,12 +40,14 @@ class TransformersEngine:
 
     Args:
         slots: answers that are written at a time; others wait.
-        prefill_tokens: read between two tokens of the answers that are being written, unless one question alone has more.
+        prefill_tokens: read between two tokens of the answers that are being written, unless one question alone has more; by default
+            what the device does in a fraction of a second.
         prefix_bytes: of keys and values that are kept for further questions.
     """
 
-    def __init__(self, chat: Med3DChat, slots: int = SLOTS, prefill_tokens: int = PREFILL_TOKENS, prefix_bytes: int = PREFIX_BYTES) -> None:
+    def __init__(self, chat: "Med3DChat", slots: int = SLOTS, prefill_tokens: int | None = None, prefix_bytes: int = PREFIX_BYTES) -> None:
         self.chat = chat
+        prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(chat.model.device.type, 512)
         self._batch = RunningBatch(chat, slots, prefill_tokens, Prefixes(prefix_bytes))
         self._lock = Lock()
         self._arrived: list[Row] = []
@@ -132,9 +136,11 @@ class Row:
 class RunningBatch:
     """What the engine's thread works on. `step` gives every row a token, and reads some of those that wait."""
 
-    def __init__(self, chat: Med3DChat, slots: int, prefill_tokens: int, prefixes: Prefixes) -> None:
+    def __init__(self, chat: "Med3DChat", slots: int, prefill_tokens: int, prefixes: Prefixes) -> None:
         self.chat, self.slots, self.prefill_tokens, self.prefixes = chat, slots, prefill_tokens, prefixes
         self.language_model = chat.model.language_model
+        if chat.model.pointing is not None:
+            chat.model.pointing.write_token(self.language_model)  # as `generate` does
         self.alone = unpackable(self.language_model) is not None
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []  # in the order of their slots

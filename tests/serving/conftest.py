@@ -73,7 +73,7 @@ def upload(server: SimpleNamespace, scan: Callable[[int], Path]) -> Callable[[in
 
     def send(number: int = 0) -> str:
         with scan(number).open("rb") as file:
-            answer = httpx.post(f"{server.address}/v1/scans", files={"file": ("Doe_Jane.nii.gz", file)}, trust_env=False)
+            answer = httpx.post(f"{server.address}/v1/scans", files={"file": ("Doe_Jane.nii.gz", file)}, trust_env=False, timeout=60)
         assert answer.status_code == 200, answer.text
         return answer.json()["id"]
 

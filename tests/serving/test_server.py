@@ -115,7 +115,7 @@ def test_a_stop_text_ends_the_answer_before_it(server, client: openai.OpenAI, up
 
 def test_reports_findings_embeddings_and_models(server, client: openai.OpenAI, upload, scan) -> None:
     id, chat = upload(5), server.chat
-    with httpx.Client(base_url=server.address, trust_env=False) as http:
+    with httpx.Client(base_url=server.address, trust_env=False, timeout=60) as http:
         report = http.post("/v1/reports", json={"scan": {"id": id}, "max_tokens": 30}).json()
         assert report["text"] == chat.ask(read_volume(scan(5)), REPORT_PROMPTS[0], max_new_tokens=30).text
         assert report["notice"] == RESEARCH_NOTICE and report["usage"]["completion_tokens"] == 30

@@ -29,7 +29,7 @@ def one_sentence(answer: httpx.Response) -> str:
 
 @pytest.fixture
 def http(server: SimpleNamespace) -> httpx.Client:
-    with httpx.Client(base_url=server.address, trust_env=False) as client:
+    with httpx.Client(base_url=server.address, trust_env=False, timeout=60) as client:
         yield client
 
 
@@ -114,7 +114,7 @@ def test_other_web_pages_and_names_are_refused(server, http: httpx.Client) -> No
 def test_uploads_are_bounded_in_size_number_and_time(tmp_path: Path, scan) -> None:
     file = scan(0).read_bytes()
     limits = Limits(upload_bytes=2 * len(file), scans=2, seconds=0.5)
-    with serving(tmp_path, limits=limits) as server, httpx.Client(base_url=server.address, trust_env=False) as http:
+    with serving(tmp_path, limits=limits) as server, httpx.Client(base_url=server.address, trust_env=False, timeout=60) as http:
 
         def send(content: bytes = file) -> httpx.Response:
             return http.post("/v1/scans", files={"file": ("scan.nii.gz", content)})
@@ -161,7 +161,7 @@ def test_scans_are_their_keys_own(tmp_path: Path, scan) -> None:
             with pytest.raises(openai.AuthenticationError, match="no key of this server"):
                 call()
         sent = {"files": {"file": ("a.nii.gz", scan(0).read_bytes())}, "headers": {"Authorization": "Bearer anna-s-long-secret-key"}}
-        id = httpx.post(f"{server.address}/v1/scans", trust_env=False, **sent).json()["id"]
+        id = httpx.post(f"{server.address}/v1/scans", trust_env=False, timeout=60, **sent).json()["id"]
         assert anna.chat.completions.create(model="tiny", messages=about(id, "a"), max_tokens=2).choices
         with pytest.raises(openai.NotFoundError, match="no scan of this id"):
             other.chat.completions.create(model="tiny", messages=about(id, "a"), max_tokens=2)
