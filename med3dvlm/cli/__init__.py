@@ -39,6 +39,7 @@ PROGRAMS = {
 }
 PASSED_ON = {
     "train": "train a model: `med3dvlm train STAGE --help`",
+    "plan": "what a training takes before it is started: memory, the largest batch, disk, hours",
     "evaluate": "score a model: `med3dvlm evaluate WHAT --help`",
     "chat": "look at a scan and talk with a model about it, in the browser, on this machine",
     "serve": "answer programs about scans, in the words of OpenAI's API",
@@ -46,7 +47,7 @@ PASSED_ON = {
 }
 GROUPS = {
     "Data": ("phantom", "prepare", "audit", "findings"),
-    "Training": ("train", "merge", "convert", "push", "encoders"),
+    "Training": ("plan", "train", "merge", "convert", "push", "encoders"),
     "Evaluation": ("evaluate",),
     "A scan": ("inspect", "ask", "report", "segment", "chat", "serve", "accounts"),
     "Cases": ("index", "search"),
@@ -71,8 +72,8 @@ def _pass_on(command: str, *words: str) -> int:
     if command == "chat":
         model = ("--model",) if words and not words[0].startswith("-") else ()
         return programs.run("med3dvlm.app.chat", [*model, *words], "med3dvlm chat")
-    if command in ("accounts", "serve"):
-        module = {"accounts": "app.accounts", "serve": "serving.server"}[command]
+    if command in ("accounts", "serve", "plan"):
+        module = {"accounts": "app.accounts", "serve": "serving.server", "plan": "training.plan"}[command]
         return programs.run(f"med3dvlm.{module}", words, f"med3dvlm {command}")
     known = PROGRAMS[command]
     choice = programs.Parser(prog=f"med3dvlm {command}", description=PASSED_ON[command], add_help=True)
