@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class TransformersEngine:
         self._batch = RunningBatch(chat, slots, prefill_tokens, Prefixes(prefix_bytes))
         self._lock = Lock()
         self._arrived: list[Row] = []
-        self._streams: set[Stream] = set()
+        self._streams: WeakSet[Stream] = WeakSet()
         self._thread: Thread | None = None
         self._closed = False
         self._reading = ThreadPoolExecutor(1, "med3dvlm-read")  # the encoder's memory for one scan at a time
@@ -63,6 +64,7 @@ class TransformersEngine:
             with self._lock:
                 if self._closed:
                     raise RuntimeError("The engine is closed.")
+                self._streams.add(stream)
             if isinstance(stream.request.scan, tuple):
                 self._prepare(stream)
             else:
@@ -82,8 +84,11 @@ class TransformersEngine:
         """End all answers, as if they were cancelled, and take no more."""
         with self._lock:
             self._closed = True
+            for stream in self._streams:
+                stream.cancel()
+        self._reading.shutdown()  # those that wait to be read are ended there
+        with self._lock:
             thread = self._thread
-        self._reading.shutdown(cancel_futures=True)
         if thread is not None:
             thread.join()
 
@@ -109,8 +114,6 @@ class TransformersEngine:
             with self._lock:
                 self._batch.waiting += self._arrived
                 self._arrived.clear()
-                if self._closed:
-                    self._batch.cancel()
                 if not self._batch.busy:
                     self._thread = None
                     return
@@ -151,22 +154,11 @@ class RunningBatch:
     def busy(self) -> bool:
         return bool(self.rows or self.waiting)
 
-    def cancel(self) -> None:
-        for row in (*self.rows, *self.waiting):
-            row.stream.cancel()
-
     @torch.no_grad()
     def step(self) -> None:
-        for row in (*self.waiting, *self.rows):
-            if finish := row.stream.ended_early:
-                if row in self.waiting:
-                    self.waiting.remove(row)
-                    self._write(row, 0).end(finish)
-                else:
-                    row.writer.end(finish)
-                    self._leave(row)
         group: list[Row] = []
         try:
+            self._end_early()
             if self.alone:
                 if self.waiting:
                     self._generate_alone(self.waiting.popleft())
@@ -182,6 +174,16 @@ class RunningBatch:
             self.rows, self.cache = [], SlotCache()
         if not self.rows:
             self.cache = SlotCache()
+
+    def _end_early(self) -> None:
+        for row in (*self.waiting, *self.rows):
+            if finish := row.stream.ended_early:
+                if row in self.waiting:
+                    self.waiting.remove(row)
+                    self._write(row, 0).end(finish)
+                else:
+                    row.writer.end(finish)
+                    self._leave(row)
 
     def _next_group(self) -> list[Row]:
         """Rows that wait and are read next, together: those that came first, as far as there are slots and their tokens are few enough.
@@ -326,10 +328,10 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Token]:
 
 def _drawn(logits: Tensor, request: Request, generator: torch.Generator) -> int:
     """One draw by the inverse of the cumulative probabilities: one random number a token, whatever the vocabulary and the device."""
-    scores = TemperatureLogitsWarper(request.temperature)(None, logits.float()[None])
+    scores = TemperatureLogitsWarper(request.temperature)(None, (logits - logits.max()).double()[None])  # 0 at most, so none overflows
     if request.top_p < 1:
         scores = TopPLogitsWarper(request.top_p)(None, scores)
-    cumulative = scores[0].double().softmax(dim=-1).cumsum(dim=-1).cpu()
+    cumulative = scores[0].softmax(dim=-1).cumsum(dim=-1).cpu()
     draw = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
     return int(torch.searchsorted(cumulative, draw, right=True).clamp_max(len(cumulative) - 1))
 

@@ -1,6 +1,7 @@
 """The engine answers many as transformers' own `generate` answers each alone: whatever joins or leaves the batch, or was read before."""
 
 import random
+import threading
 from typing import Any
 
 import numpy as np
@@ -199,3 +200,57 @@ def test_what_is_wrong_with_one_request_is_raised_by_its_stream_alone() -> None:
     for stream, words in ((empty, "question is empty"), (missing, "no such file")):
         with pytest.raises(ValueError, match=words):
             list(stream)
+
+
+def test_what_waits_for_the_encoder_ends_when_the_engine_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, reading, go_on = build("qwen2"), threading.Event(), threading.Event()
+    encode = chat.encode
+
+    def slow(scan: Any) -> Any:
+        reading.set()
+        go_on.wait(20)
+        return encode(scan)
+
+    monkeypatch.setattr(chat, "encode", slow)
+    engine = TransformersEngine(chat)
+    streams = engine.generate([Request(torch.rand(1, *SIZE), asked("Where?"), 500) for _ in range(3)])
+    assert reading.wait(20)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    closing.join(0.2)
+    go_on.set()
+    closing.join(20)
+    assert [stream.result(20).finish for stream in streams] == ["cancelled"] * 3
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.generate([Request(torch.rand(1, *SIZE), asked("Where?"))])
+
+
+def test_an_answer_that_transformers_writes_alone_ends_when_the_engine_is_closed() -> None:
+    chat = build("qwen2")
+    engine = TransformersEngine(chat)
+    engine._batch.alone = True
+    (stream,) = engine.generate([Request(scans(chat, 1)[0], asked("Where?"), 60)])
+    next(iter(stream))
+    engine.close()
+    assert stream.result(60).finish == "cancelled"
+    assert len(stream.result().tokens) < 60
+
+
+def test_an_error_while_an_answer_is_ended_ends_those_beside_it_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = build("qwen2")
+    engine, scan = TransformersEngine(chat), scans(chat, 1)[0]
+    with monkeypatch.context() as broken:
+        broken.setattr(engine._batch, "_leave", lambda row: 1 / 0)
+        (stream,) = engine.generate([Request(scan, asked("Where?"), 500, seconds=0.05)])
+        stream.result(20)
+        while engine._thread is not None and engine._thread.is_alive():
+            engine._thread.join(20)
+    (stream,) = engine.generate([Request(scan, asked("Where?"), 3)])
+    assert stream.result(20).text == chat.ask(scan, "Where?", max_new_tokens=3).text
+
+
+def test_a_tiny_temperature_draws_the_likeliest_token() -> None:
+    chat = build("qwen2")
+    engine, scan = TransformersEngine(chat), scans(chat, 1)[0]
+    (stream,) = engine.generate([Request(scan, asked("Where?"), 8, temperature=1e-300, seed=1)])
+    assert stream.result(20).text == chat.ask(scan, "Where?", max_new_tokens=8).text
