@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from med3dvlm.app.scans import upload_ending
 from med3dvlm.inference.engine import MOST_ALTERNATIVES, Generation, Token
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.serving.errors import Refused
@@ -192,8 +193,10 @@ def url_of(part: ScanPart | ImagePart | FilePart) -> str:
         return part.image_url.url
     if isinstance(part, FilePart):
         data = part.file.file_data or ""
-        named = data if data.startswith("data:") or not data else f"data:;base64,{data}"
-        return reference_url(ScanReference(id=part.file.file_id, url=named or None))
+        whole = data if data.startswith("data:") or not data else f"data:;base64,{data}"
+        if ending := upload_ending(part.file.filename or ""):  # the rest of the name may be a patient's
+            whole = re.sub(r"^data:[\w.+/-]*", rf"\g<0>;name=scan{ending}", whole)
+        return reference_url(ScanReference(id=part.file.file_id, url=whole or None))
     return reference_url(part.scan)
 
 

@@ -52,7 +52,7 @@ class KnownScan:
 
     def shown(self, seconds: float) -> dict[str, Any]:
         names = ("id", "created", "facts", "warnings")
-        expires = self.created + int(self.used + seconds - time.monotonic()) if seconds else None
+        expires = int(time.time() + self.used + seconds - time.monotonic()) if seconds else None
         shown = {name: getattr(self, name) for name in names}
         return {"object": "scan", **shown, "expires_at": expires, "outside_training_data": self.outside, "notice": RESEARCH_NOTICE}
 
@@ -82,7 +82,7 @@ class Scans:
         return self._read(owner, files, series)
 
     def from_bytes(self, owner: str, content: bytes, name: str = "") -> KnownScan:
-        """The scan in a message; the same bytes again are the same scan. The oldest that came so give way to it."""
+        """The scan in a message; the same bytes again are the same scan."""
         digest = hashlib.sha256(content).hexdigest()
         with self._lock:
             self._forget()
@@ -90,9 +90,6 @@ class Scans:
             if found is not None:
                 found.used = time.monotonic()
                 return found
-            own = [scan for scan in self._known.values() if scan.owner == owner and scan.digest]
-            if len([scan for scan in self._known.values() if scan.owner == owner]) >= self.limits.scans and own:
-                del self._known[min(own, key=lambda scan: scan.used).id]
         self._make_room(owner)
         return self._read(owner, [(name, BytesIO(content))], None, digest)
 
@@ -127,12 +124,15 @@ class Scans:
             del self._known[id]
 
     def _make_room(self, owner: str) -> None:
+        """Of the owner's scans that came within messages, which no list shows, the one that was longest not used gives way."""
         with self._lock:
             self._forget()
-            own = sum(scan.owner == owner for scan in self._known.values())
-            if own >= self.limits.scans:
+            own = [scan for scan in self._known.values() if scan.owner == owner]
+            if len(own) >= self.limits.scans and (sent := [scan for scan in own if scan.digest]):
+                del self._known[min(sent, key=lambda scan: scan.used).id]
+            elif len(own) >= self.limits.scans:
                 raise Refused(
-                    429, f"{own} scans are kept for you and at most {self.limits.scans} can be; delete one.", "file", "too_many_scans"
+                    429, f"{len(own)} scans are kept for you and at most {self.limits.scans} can be; delete one.", "file", "too_many_scans"
                 )
             if len(self._known) >= self.limits.all_scans:
                 raise Refused(429, "The server keeps as many scans as it can; try again later.", "file", "too_many_scans")

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp
 
 from med3dvlm.app.guard import Guard
 from med3dvlm.app.hosting import HERE_ONLY, check_free, load, private
+from med3dvlm.app.turns import BROKEN
 from med3dvlm.inference.engine import Engine
 from med3dvlm.inference.transformers_engine import SLOTS, TransformersEngine
 from med3dvlm.programs import Parser, positive
@@ -67,6 +68,10 @@ def build(
     @app.exception_handler(ValueError)
     async def unusable(_: Request, error: ValueError) -> Response:
         return Refused(400, str(error)).response()
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:  # `Gate` notes it
+        return Refused(500, BROKEN).response()
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> Response:

@@ -210,3 +210,14 @@ def test_nothing_of_a_question_or_a_name_is_logged(server, http: httpx.Client, u
     assert "RuntimeError in" in caplog.text
     assert SECRET not in caplog.text and "Doe" not in caplog.text
     assert http.post("/v1/chat/completions", json={"messages": about(id, SECRET), "max_tokens": 2}).status_code == 200
+
+
+def test_an_error_of_the_server_is_one_sentence(server, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog, scan) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError(SECRET)
+
+    monkeypatch.setattr(server.chat, "encode", fail)
+    answer = http.post("/v1/scans", files={"file": ("a.nii.gz", scan(9).read_bytes())})
+    assert answer.status_code == 500 and "went wrong" in one_sentence(answer)
+    assert "RuntimeError in" in caplog.text and SECRET not in caplog.text
+    assert not list(server.folder.iterdir())

@@ -1,0 +1,45 @@
+"""The scans that a server keeps: which gives way, and until when one is kept."""
+
+import base64
+import time
+from pathlib import Path
+
+import pytest
+
+from med3dvlm.serving import scans as module
+from med3dvlm.serving.errors import Refused
+from med3dvlm.serving.openai import FileContent, FilePart, content_of, url_of
+from med3dvlm.serving.scans import Limits, Scans
+from tests import random_chat
+
+
+def test_scans_sent_within_messages_give_way_to_uploads(tmp_path: Path, scan) -> None:
+    kept = Scans(random_chat.build("qwen2"), tmp_path, Limits(scans=2))
+    sent = [kept.from_bytes("anna", scan(number).read_bytes(), "a.nii.gz") for number in (1, 2)]
+    with scan(3).open("rb") as file:
+        added = kept.add("anna", [("a.nii.gz", file)])
+    assert [each.id for each in kept.of("anna")] == [added.id]
+    with pytest.raises(Refused, match="no scan of this id"):
+        kept.get("anna", sent[0].id)
+    assert kept.from_bytes("anna", scan(2).read_bytes(), "a.nii.gz") is sent[1]
+    with scan(4).open("rb") as file:
+        kept.add("anna", [("a.nii.gz", file)])
+    with scan(5).open("rb") as file, pytest.raises(Refused, match="2 scans are kept for you"):
+        kept.add("anna", [("a.nii.gz", file)])
+
+
+def test_a_scan_expires_so_long_after_its_last_use(tmp_path: Path, scan, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Scans(random_chat.build("qwen2"), tmp_path, Limits(seconds=3600))
+    with scan(1).open("rb") as file:
+        added = kept.add("anna", [("a.nii.gz", file)])
+    began, ticks, now = time.time(), time.monotonic, time.time
+    monkeypatch.setattr(module.time, "monotonic", lambda: ticks() + 1000)
+    monkeypatch.setattr(module.time, "time", lambda: now() + 1000)
+    assert kept.of("anna")[0].shown(3600)["expires_at"] == pytest.approx(began + 3600, abs=5)
+    assert kept.get("anna", added.id).shown(3600)["expires_at"] == pytest.approx(began + 4600, abs=5)
+
+
+@pytest.mark.parametrize("head", ["", "data:;base64,", "data:application/octet-stream;base64,"])
+def test_the_name_of_a_file_says_its_format(head: str) -> None:
+    part = FilePart(type="file", file=FileContent(file_data=head + base64.b64encode(b"voxels").decode(), filename="Doe_Jane.nii.gz"))
+    assert content_of(url_of(part), "messages") == (None, b"voxels", "scan.nii.gz")
