@@ -144,7 +144,7 @@ def options() -> Parser:
     )
     parser.add_argument("--limit", type=int, default=4096, metavar="MIB", help="largest upload (default: %(default)s MiB)")
     parser.add_argument(
-        "--parallel", type=int, default=4, help="how many answers are written at the same time; others wait (default: %(default)s)"
+        "--parallel", type=int, default=16, help="how many answers are written at the same time; others wait (default: %(default)s)"
     )
     parser.add_argument(
         "--contrastive", type=Path, help="directory of a contrastive model (stage 1), which shows where a scan resembles a phrase"
