@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import runpy
-import signal
 import socket
 import sys
 import threading
@@ -71,7 +70,7 @@ def launch(launcher: str, processes: int, script: str, *flags: object, log: Path
     deadline = time.monotonic() + TIMEOUT
     while kill_at is not None and started[0].is_alive():
         if kill_at.exists() or time.monotonic() > deadline:
-            os.kill(int(started[0].pid or 0), signal.SIGKILL)
+            started[0].kill()
         time.sleep(0.01)
     for process in started:
         process.join(TIMEOUT)

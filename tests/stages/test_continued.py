@@ -69,7 +69,7 @@ def test_any_engine_and_number_of_processes_continues(name: str, bf16: bool, sta
         assert steps == 1 or f"continuing from {tmp_path / 'chain' / 'checkpoint'}-{steps - 1}" in said
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "chain")
     way = max(expected) - min(expected)
-    assert way > 0.01 and found == pytest.approx(expected, abs=TOLERANCE[bf16] * way)
+    assert way > 0.01 and found == pytest.approx(expected, abs=max(TOLERANCE[bf16] * way, 2**-8 * max(expected) * bf16))
 
 
 def test_what_would_be_another_training_is_refused(stage: Stage, tmp_path: Path) -> None:
