@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from med3dvlm.encoders.base import compute_type
+from med3dvlm.encoders.base import Size, compute_type
 from med3dvlm.encoders.layers import LayerNorm, Linear, widened
 from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
@@ -222,10 +222,11 @@ class Med3DSegmenter(Portable, PreTrainedModel):
             masks, asked: as in `loss`.
         """
         depth, height, width = masks.shape[2:]
-        grids = self.clip.vision_encoder.grids((depth, height, width))
+        size, encoder = (depth, height, width), self.clip.vision_encoder
+        grids, centres = encoder.grids(size), encoder.centres(size)
         losses = []
         for level, logits in self.token_logits(stages, queries).items():
-            held = nn.functional.adaptive_max_pool3d(masks.to(logits.dtype), grids[level]).flatten(2)  # (B, K, N)
+            held = _held(masks, grids[level], centres[level]).to(logits.dtype)  # (B, K, N)
             weights = torch.ones_like(held[:, :, 0]) if asked is None else asked.to(held.dtype)
             each = nn.functional.binary_cross_entropy_with_logits(logits, held, reduction="none")
             inside, outside = held.sum(dim=2).clamp(min=1), (1 - held).sum(dim=2).clamp(min=1)
@@ -331,6 +332,16 @@ def mask_losses(
     if len(chosen):
         dice = dice.index_put((chosen,), DiceLoss(sigmoid=True, reduction="none")(logits[chosen], wanted[chosen]).flatten().to(dice.dtype))
     return _mean(each, weights) + _mean(dice.view(shape), counted)
+
+
+def _held(masks: Tensor, grid: Size, centres: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+    """(B, K, D, H, W) -> (B, K, N) bool: whether a voxel of the mask lies nearest to the middle of a cell; see `Encoder.centres`."""
+    voxels = masks.float()
+    for axis, (cells, first, step) in enumerate(zip(grid, *centres, strict=True), start=2):
+        places = (torch.arange(masks.shape[axis], device=masks.device) - first) / step
+        nearest = nn.functional.one_hot((places + 0.5).floor().long().clamp(0, cells - 1), cells)
+        voxels = (voxels.movedim(axis, -1) @ nearest.float()).movedim(-1, axis)
+    return voxels.flatten(2) > 0
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
