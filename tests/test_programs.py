@@ -115,12 +115,12 @@ def test_settings_of_transformers_speak_it_too() -> None:
 def test_every_parser_shows_one_spelling(capsys: pytest.CaptureFixture[str]) -> None:
     from med3dvlm.cli import PASSED_ON, PROGRAMS, main
 
-    for words in (["evaluate", "report"], ["prepare"], *([name] for name in PROGRAMS)):
+    for words in (["evaluate", "report"], ["prepare"], ["plan"], *([name] for name in PROGRAMS)):
         with pytest.raises(SystemExit):
             main([*words, "--help"])
         said = capsys.readouterr().out
         assert f"usage: med3dvlm {' '.join(words)}" in said
-    assert set(PASSED_ON) == {*PROGRAMS, "chat", "accounts", "serve"}
+    assert set(PASSED_ON) == {*PROGRAMS, "chat", "accounts", "plan", "serve"}
 
 
 def test_extras_are_those_of_the_package(repository: Path) -> None:

@@ -177,8 +177,11 @@ def test_it_comes_back_from_disk_and_a_model_without_is_saved_as_before(tmp_path
         part.save_pretrained(tmp_path / "points")
     again, processor = Med3DVLM.from_pretrained(tmp_path / "points"), Med3DVLMProcessor.from_pretrained(tmp_path / "points")
     assert processor.pointing_token_id == words.pointing_token_id == again.config.segmentation_config["pointing_token_id"]
+    weights = again.state_dict()
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
     batch = batch_of(words, SAID)
-    with torch.no_grad():
+    with torch.no_grad():  # but for how an equal product is summed, which depends on where a weight lies in memory
         torch.testing.assert_close(again.eval()(**batch).loss, model(**batch).loss, rtol=1e-5, atol=0)
         assert torch.equal(generated(again, words, batch["pixel_values"]), generated(model, words, batch["pixel_values"]))
     plain = Med3DVLM.from_parts(tiny_clip(), language_model(), words.image_token_id)

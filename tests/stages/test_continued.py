@@ -18,8 +18,12 @@ CHAIN = (
     ("deepspeed", 1, ZERO2), ("deepspeed", 2, ZERO2), ("python", 1, ""), ("torchrun", 2, ""), ("deepspeed", 2, ZERO3),
     ("deepspeed", 1, OFFLOADED), ("deepspeed", 1, "{zero}1.json"), ("python", 1, ""),
 )  # fmt: skip
-RATE = {"stage1_siglip": 0.003, "stage2_projector": 0.01, "stage3_lora": 0.03}
-# Of the way that the losses went, in float32 and bfloat16. Measured: 3e-7 and 0.012 in stage 1, 6e-6 and 0.023 in stage 3.
+RATE = {
+    "stage1_siglip": 0.003,
+    "stage2_projector": 0.01,
+    "stage3_lora": 0.01,
+}  # with larger steps bfloat16's rounding grows into another training
+# Of the way that the losses went, in float32 and bfloat16. Measured: 3e-7 and 0.012 in stage 1, 1.4e-5 and 8e-4 in stage 3.
 TOLERANCE = {False: 0.01, True: 0.05}
 
 Stage = Callable[..., tuple[list[int], str]]
@@ -69,7 +73,7 @@ def test_any_engine_and_number_of_processes_continues(name: str, bf16: bool, sta
         assert steps == 1 or f"continuing from {tmp_path / 'chain' / 'checkpoint'}-{steps - 1}" in said
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "chain")
     way = max(expected) - min(expected)
-    assert way > 0.01 and found == pytest.approx(expected, abs=max(TOLERANCE[bf16] * way, 2**-8 * max(expected) * bf16))
+    assert way > 0.01 and found == pytest.approx(expected, abs=TOLERANCE[bf16] * way)
 
 
 def test_what_would_be_another_training_is_refused(stage: Stage, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_dense_loss_leaves_a_clip_and_a_segmenter(train: Train) -> None:
     """The CLIP is the segmenter's own; with a dense loss its encoder learns otherwise; started again for more steps, both are replaced."""
     curves = {}
     for bf16 in (False, True):
-        flags = ("--dense-weight", 1.0, *ZERO2)
+        flags = ("--dense-weight", 1.0, "--learning-rate", 0.003, *ZERO2)  # with larger steps rounding grows into another training
         output = train("stage1_siglip", f"dense_{bf16}", *flags, bf16=bf16)
         curves[bf16] = losses(output)
         own, within = weights(output), weights(output / SEGMENTER)
@@ -119,8 +119,7 @@ def test_a_dense_loss_leaves_a_clip_and_a_segmenter(train: Train) -> None:
         model, processor = load_segmenter(output / SEGMENTER)
         assert load_clip(output)[1].to_dict() == processor.to_dict()
         assert not model.dtype.is_complex
-    assert curves[True][0] == pytest.approx(curves[False][0], rel=0.02)
-    assert curves[True][:5] == pytest.approx(curves[False][:5], rel=0.15)  # which fall to a quarter in these steps
+    assert curves[True][:5] == pytest.approx(curves[False][:5], rel=0.05)
     before = weights(train("stage1_siglip", "dense_False", *flags) / SEGMENTER)
     after = weights(train("stage1_siglip", "dense_False", *flags, "--max-steps", STEPS + 2) / SEGMENTER)
     assert any(not torch.equal(before[name], after[name]) for name in before)
