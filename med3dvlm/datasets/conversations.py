@@ -120,7 +120,7 @@ class ConversationDataset(StudyDataset):
         rows: list[Row] = []
 
         def most(messages: Sequence[Message]) -> int:
-            return min(first + further * (len(messages) // 2 - 1) + _written(messages), max_length - shared)
+            return min(first + further * (len(messages) // 2 - 1) + _byte_count(messages), max_length - shared)
 
         for place, study in enumerate(self.studies):
             context = None if self.with_image else study.report
@@ -150,10 +150,10 @@ class ConversationDataset(StudyDataset):
             turns = [("reports", _turn(prompt, study.report))] if self.reports or not self.with_image or not self.asked[study.id] else []
             for question in self.asked[study.id]:
                 forms = [_turn(question.text, question.answer), *([_closed_turn(question)] if _has_closed_form(question) else [])]
-                turns.append(("answers", max(forms, key=_written)))
+                turns.append(("answers", max(forms, key=_byte_count)))
             for kind, turn in turns:
                 length = max(
-                    len(frame) + _written(self._shown(study, turn)) + len((context or "").encode()), 2 * len((context or "").encode())
+                    len(frame) + _byte_count(self._shown(study, turn)) + len((context or "").encode()), 2 * len((context or "").encode())
                 )
                 if length > max_length:
                     turn = self._shown(study, turn)
@@ -225,7 +225,7 @@ def _turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _written(messages: Sequence[Message]) -> int:
+def _byte_count(messages: Sequence[Message]) -> int:
     """Bytes of what is said: never fewer than its tokens."""
     return sum(len(message["content"].encode()) for message in messages)
 

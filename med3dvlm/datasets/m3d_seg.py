@@ -32,7 +32,6 @@ from med3dvlm.records import Mask, Question, Study
 FOLDER = "M3D_Seg"
 LESION = re.compile(r"(?i)tumou?r|cancer|lesion|cysts?\b|kyste?\b|stone|metastas")  # names of findings; others are structures
 ARRAYS = (".npy",)  # hold x, y, z
-ABOUT = ("kind", "organ", "side", "place", "text")  # of a mask, which its file does not say
 
 
 class Entry(NamedTuple):
