@@ -1,7 +1,7 @@
 """Med3DVLM: vision-language models for three-dimensional medical scans. Research software, not a medical device.
 
-The public names are imported when they are first used, so that what needs no model starts at once. With a model class, transformers'
-Auto classes know its kind (models/ registers it).
+Public names are imported at their first use, so that code that needs no model starts at once. Importing a model class registers it with
+transformers' Auto classes (see models/).
 """
 
 from importlib import import_module
@@ -51,7 +51,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported at its first use (PEP 562)."""
+    """Import a public name at its first use (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Keep freed memory for the next tensor: without that, half of an encoder's time on CPUs is the kernel handing out pages."""
+"""Keep freed memory for the next tensor. Without this, encoders on CPUs spend half of their time waiting for pages from the kernel."""
 
 import ctypes
 import sys
@@ -10,8 +10,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 def keep_freed_memory() -> None:
     """Tell glibc's malloc to reuse what it has instead of giving large blocks back.
 
-    Does nothing where there is no glibc, or where there is a GPU: weights that have moved there would keep their place in the host's memory.
-    For programs to call at their start, before threads are there: it holds for the whole process.
+    Does nothing without glibc, and nothing where there is a GPU, since weights that moved to it would keep their host memory. Programs call
+    it at their start, before any thread runs, since it applies to the whole process.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Who may use a shared workstation: a file of names and hashed passwords, made by this program and given to the chat by --auth-file.
+"""Accounts of a shared workstation: a file of names and hashed passwords. This program writes it, and the chat reads it by --auth-file.
 
     python app/accounts.py accounts.json anna            # asks for the password; a name that is there gets a new one
     python app/chat.py --model outputs/demo/model --auth-file accounts.json --host 0.0.0.0
@@ -26,7 +26,7 @@ COST = {"n": 2**15, "r": 8, "p": 1, "maxmem": 2**26}
 
 
 class Accounts:
-    """The accounts of a file; Gradio asks `allows`."""
+    """Accounts read from a file. Gradio calls `allows`."""
 
     def __init__(self, hashes: dict[str, str]) -> None:
         self._hashes = hashes
@@ -35,7 +35,7 @@ class Accounts:
 
     @classmethod
     def load(cls, path: Path) -> "Accounts":
-        """Raises FileNotFoundError or ValueError, one sentence, for a file that is missing, of another kind, or empty."""
+        """Read the accounts. Raise FileNotFoundError or ValueError for a file that is missing, of another kind, or empty."""
         if not path.is_file():
             raise FileNotFoundError(f"There is no accounts file {path}; make one with `python app/accounts.py {path} NAME`.")
         try:
@@ -49,7 +49,9 @@ class Accounts:
         return cls(hashes)
 
     async def allows(self, name: str, password: str) -> bool:
-        """Whether they fit. Who guessed wrong waits a second more, and nobody else does; guard.py limits how often one client may guess."""
+        """Return whether name and password match. After a wrong password this client waits a second; guard.py limits how often a client may
+        try.
+        """
         async with self._few:
             fits = await asyncio.to_thread(self, name, password)
         if not fits:
@@ -62,12 +64,12 @@ class Accounts:
 
 
 def hashed(password: str, salt: bytes) -> str:
-    """Salt (16 bytes) and hash (32 bytes) as hexadecimal digits."""
+    """Return salt (16 bytes) and hash (32 bytes) as hexadecimal digits."""
     return (salt + hashlib.scrypt(password.encode(), salt=salt, dklen=32, **COST)).hex()
 
 
 def add(path: Path, name: str, password: str) -> None:
-    """Give `name` this password in the file, which is made where there is none and readable by its owner alone.
+    """Set the password of `name` in the file, which is created if missing and readable by its owner alone.
 
     Raises:
         ValueError: the name is empty, the password too short, or the file of another kind.

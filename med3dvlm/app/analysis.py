@@ -1,6 +1,6 @@
-"""What else the models can show: masks of findings, where an answer or a phrase comes from in the scan, and which cases it resembles.
+"""Overlays and neighbours of a scan: masks of findings, saliency of an answer or a phrase, and similar cases.
 
-`Analysis` brings the package's functions to what the workstation needs; a part that there is no model for is None.
+`Analysis` wraps the package's functions for the workstation; a function that lacks its model is None.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ Segment = Callable[[Volume, Sequence[str]], list[Segmentation]]
 
 @dataclass(frozen=True)
 class Case:
-    """A case of an index: `picture` is (H, W) uint8, or None where its prepared volume is gone."""
+    """A case of an index. `picture` is (H, W) uint8, or None where its prepared volume is gone."""
 
     similarity: float
     report: str
@@ -33,8 +33,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Analysis:
-    """`explain(volume, question, answer, history)` and `find(volume, phrase)` say where, `similar(volume)` gives the nearest cases,
-    `segment(volume, names)` a mask for each name on the volume's own grid.
+    """Functions for one set of models: `explain(volume, question, answer, history)` and `find(volume, phrase)` return saliency,
+    `similar(volume)` the nearest cases, `segment(volume, names)` a mask for each name on the volume's own grid. They raise ValueError where
+    they cannot.
 
     They raise ValueError, one sentence, where they cannot.
     """
@@ -46,13 +47,15 @@ class Analysis:
 
 
 def find_segmenter(model: Path) -> Path | None:
-    """The folder of a segmenter within or beside a model's folder, None where there is none."""
+    """Return the folder of a segmenter within or beside a model's folder, or None."""
     folders = [place / name for place in (model, model.resolve().parent) for name in SEGMENTERS]
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
 def load(chat: Any, contrastive: Path | None, index: Path | None, segmenter: Path | None = None) -> Analysis:
-    """Everything that a Med3DChat and the directories of a Med3DCLIP, of an index of cases and of a Med3DSegmenter give.
+    """Build the Analysis of a Med3DChat and the folders of a Med3DCLIP, of an index of cases and of a Med3DSegmenter. `contrastive` defaults
+    to the model that made the index. With a segmenter, masks replace saliency overlays. Raises FileNotFoundError or ValueError where a folder
+    is missing or holds another kind of model.
 
     `contrastive` is by default the model that made the index. With a segmenter there are masks in the place of
     overlays of saliency. Raises FileNotFoundError or ValueError where one is missing or of another kind.

@@ -25,7 +25,7 @@ from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 
 
 def uploaded_only(files: gr.File) -> gr.File:
-    """The same component, which refuses addresses: Gradio would fetch them."""
+    """Return the same component, made to refuse addresses, which Gradio would fetch."""
     move = files.async_move_resource_to_block_cache
 
     async def take(place: str | Path | None) -> str | None:
@@ -38,7 +38,7 @@ def uploaded_only(files: gr.File) -> gr.File:
 
 
 def session_of(workstation: Workstation, request: gr.Request) -> Session:
-    """The caller's session. Raises gr.Error for a call that names none: all such calls would share one."""
+    """Return the caller's session. Raises gr.Error for a call that names none, since all such calls would share one."""
     if not request.session_hash:
         raise gr.Error("The call names no session; give a session_hash, as gradio_client does.", print_exception=False)
     with sentences():
@@ -46,7 +46,7 @@ def session_of(workstation: Workstation, request: gr.Request) -> Session:
 
 
 def endpoints(workstation: Workstation, modelling: dict[str, Any]) -> None:
-    """Add them to the Blocks that is being built; `modelling` says how many of them may use the model at a time."""
+    """Add the endpoints to the Blocks that is being built. `modelling`: how many of them may use the model at a time."""
 
     def of(request: gr.Request) -> Session:
         return session_of(workstation, request)
@@ -124,7 +124,7 @@ def endpoints(workstation: Workstation, modelling: dict[str, Any]) -> None:
 
 
 def once(workstation: Workstation, session: Session, uploads: list[str], question: str, keep: bool = True) -> dict[str, Any]:
-    """Open, ask, and close again; `keep` as in `Workstation.open_uploads`. Raises ValueError, one sentence, where there is no answer."""
+    """Open a scan, ask, and close it again; `keep` as in `Workstation.open_uploads`. Raises ValueError where there is no answer."""
     try:
         workstation.open_uploads(session, uploads, keep)
         turn = session.ask(question)
@@ -139,7 +139,7 @@ def once(workstation: Workstation, session: Session, uploads: list[str], questio
 
 @contextmanager
 def sentences() -> Iterator[None]:
-    """Raise errors as gr.Error with a sentence, which reaches the caller; Gradio hides others."""
+    """Turn errors into gr.Error with one sentence, which reaches the caller; Gradio hides others."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  told in a sentence

@@ -55,7 +55,9 @@ def launch(
     mcp: bool = False,
     hosts: Sequence[str] = (),
 ) -> str:
-    """Serve without blocking; returns the address. Port None: the first free one from 7860; `hosts`: other names of the server."""
+    """Start the server without blocking and return its address. Port None takes the first free one from 7860; `hosts`: other names of the
+    server.
+    """
     checks = [Middleware(Guard, hosts, workstation.sessions.connection)]
     # run_history would keep questions and answers in the browser
     off: dict[str, Any] = dict.fromkeys(("share", "run_history", "enable_monitoring", "ssr_mode", "pwa"), False)
@@ -72,7 +74,7 @@ def launch(
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """Where uploads lie, for this user alone; empty again at the end. What a chat that was killed left of its own goes, too."""
+    """Make a folder for uploads, readable by this user alone and deleted at the end. Also deletes what a killed chat left behind."""
     with private(PRIVATE) as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(folder)
         ended = threading.Event()
@@ -89,7 +91,7 @@ def private_folder() -> Iterator[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Load the model once, and serve until Ctrl+C or SIGTERM.
+    """Load the model once and serve until Ctrl+C or SIGTERM.
 
     Raises:
         OSError, ValueError: there is no model to load, the port is taken or the host is refused.
@@ -127,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def options() -> Parser:
-    """The options of the command line."""
+    """Return the parser of the command line."""
     parser = Parser(description="Look at a scan and talk with a model about it, in the browser.", epilog=RESEARCH_NOTICE)
     parser.add_argument("--model", type=Path, required=True, help="directory of a trained model")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")

@@ -1,4 +1,4 @@
-"""What each control of the page does: it calls the workstation, and gives back new values for the components that change.
+"""Event handlers of the page: each calls the workstation and returns new values for the components that change.
 
 Every event gets its own session from the request. An error becomes a sentence where the user looks.
 """
@@ -25,7 +25,7 @@ EACH: dict[str, Any] = {"trigger_mode": "multiple"}
 
 @dataclass(frozen=True)
 class Events:
-    """What the events of all regions share. `model_queue` says how many of them may use the model at a time."""
+    """Base of all event handlers. `model_queue`: how many of them may use the model at a time."""
 
     workstation: Workstation
     page: Layout
@@ -35,7 +35,7 @@ class Events:
         return session_of(self.workstation, request)
 
     def show_places(self, request: gr.Request) -> tuple[Any, Any]:
-        """What a new answer or draft points to."""
+        """Draw the places that a new answer or draft points to."""
         session = self.session(request)
         try:
             return gr.skip(), self.workstation.viewer_data(session) if self.workstation.show_places(session) else gr.skip()
@@ -44,13 +44,13 @@ class Events:
 
     @property
     def of_scan(self) -> list[Any]:
-        """The components that show something of the scan that is open."""
+        """Return the components that show the open scan."""
         page = self.page
         scan, report = page.scan, page.report
         return [scan.status, scan.viewer, scan.facts, page.conversation.log, page.notice, report.text, report.summary, page.cases.found]
 
     def shown(self, session: Session) -> dict[Any, Any]:
-        """Their values for the session's scan."""
+        """Return the values of those components for the session's scan."""
         scan, workstation = session.scan, self.workstation
         assert scan is not None
         values = [
@@ -61,7 +61,7 @@ class Events:
 
 
 class PageEvents(Events):
-    """The page is loaded or left."""
+    """Handlers for loading and leaving the page."""
 
     def connect(self, blocks: gr.Blocks) -> None:
         token = self.page.token
@@ -80,7 +80,7 @@ class PageEvents(Events):
 
 
 class ScanEvents(Events):
-    """Scans are opened; something is shown on the open one."""
+    """Handlers for opening a scan and for overlays on it."""
 
     def connect(self) -> None:
         scan, changed = self.page.scan, [self.page.scan.loader, *self.of_scan]
@@ -130,7 +130,7 @@ class ScanEvents(Events):
         yield self.shown(session)
 
     def check(self, request: gr.Request) -> Any:
-        """Say above the tabs what the model itself says of the scan."""
+        """Show above the tabs whether the scan is out of distribution."""
         session = self.session(request)
         scan, words = session.scan, self.workstation.notice(session)
         return alert("warning", words) if session.scan is scan else gr.skip()  # else another scan was opened meanwhile
@@ -143,12 +143,12 @@ class ScanEvents(Events):
         yield from self._show("Computing the overlay", lambda session: self.workstation.find_phrase(session, words), request)
 
     def find_findings(self, words: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
-        """The findings that the report states, or what is typed; the field is emptied when that was drawn."""
+        """Draw masks of what is typed, or of the findings that the report states; the field is emptied afterwards."""
         for status, viewer in self._show("Segmenting findings", lambda session: self.workstation.segment(session, words), request):
             yield status, viewer, gr.skip() if status["visible"] else ""
 
     def find_named(self, event: gr.EventData, request: gr.Request) -> Iterator[tuple[Any, ...]]:
-        """A finding that was clicked in the report or in an answer."""
+        """Draw the mask of a finding that was clicked in the report or in an answer."""
         name = str(event.value)
         yield from self._show(f"Segmenting {name}", lambda session: self.workstation.segment(session, name), request)
 
@@ -186,7 +186,7 @@ class ScanEvents(Events):
 
 
 class ConversationEvents(Events):
-    """Questions are asked, answered, stopped and asked again."""
+    """Handlers for asking, stopping and repeating questions."""
 
     def connect(self) -> None:
         region, log = self.page.conversation, self.page.conversation.log
@@ -206,7 +206,7 @@ class ConversationEvents(Events):
         region.clear.click(self.clear, None, [log, self.page.scan.viewer], **AT_ONCE)
 
     def ask(self, words: str, request: gr.Request) -> tuple[str, dict[str, Any]]:
-        """The field is emptied when the question is taken."""
+        """Ask the question and empty the field."""
         data = self._ask(lambda session: session.ask(words), request)
         return words if data["problem"] else "", data
 
@@ -246,7 +246,7 @@ class ConversationEvents(Events):
 
 
 class ReportEvents(Events):
-    """The report is drafted, edited and illustrated."""
+    """Handlers for drafting, editing and illustrating the report."""
 
     def connect(self) -> None:
         region, summary = self.page.report, self.page.report.summary

@@ -1,4 +1,4 @@
-"""Who may talk to the server at all: its own page and programs of this machine, not other web pages that a browser has open.
+"""Protection against other web pages: only the server's own page and programs of this machine may send it requests.
 
 A web page from elsewhere can send requests to this server by the browser of somebody who uses it, or give its own name the address of
 this machine ("DNS rebinding"). So a request has to name this server as its Host, and one that a web page sends has to come from the
@@ -40,8 +40,10 @@ MOST_CLIENTS = 4096  # whose calls are counted
 
 
 class Guard:
-    """ASGI middleware. `hosts` are more names, with or without a port, under which the server may be addressed; `connection(name)` is held
-    as long as the session of that name has Gradio's heartbeat; `rates` are as RATES, and `refuse` answers as `refusal` does."""
+    """ASGI middleware that checks Host and Origin and limits the rate of calls. `hosts` are more names, with or without a port, under which
+    the server may be addressed; `connection(name)` is entered for as long as the session of that name has Gradio's heartbeat; `rates` are as
+    RATES, and `refuse` answers as `refusal` does.
+    """
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class Guard:
                 await self._refuse(500, MALFORMED)(scope, receive, sent)
 
     def _problem(self, scope: Scope, headers: Headers) -> str:
-        """Why the request is none of this server's, in a sentence; "" for one that is."""
+        """Return one sentence why the request is refused, or ""."""
         host = headers.get("host", "").lower()
         if not self._ours(host, scope):
             return "This is not a name of this server; open it as localhost, or start it with --allow-host and the name."
@@ -95,14 +97,16 @@ class Guard:
         return ""
 
     def _ours(self, host: str, scope: Scope) -> bool:
-        """Whether a Host, or the host in an Origin, is the server's."""
+        """Return whether a Host, or the host in an Origin, is the server's."""
         name, _, port = host.rpartition(":") if not host.endswith("]") and ":" in host else (host, "", "")
         address, listens = scope.get("server") or ("", None)  # where the connection came in
         own = {*LOCAL, f"[{address}]" if ":" in address else address}
         return host in self.hosts or name in self.hosts or (name in own and (port or "80") == str(listens))
 
     def _wait(self, scope: Scope, client: str) -> float:
-        """Seconds until the client may call again; 0 for now. Reading is not counted, nor is sending files, one call each."""
+        """Return the seconds until the client may call again, 0 for now. Reading is not counted; sending several files counts as one call
+        each.
+        """
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].endswith("/upload"):
             return 0.0
         rate = self._rates.get(scope["path"].rstrip("/")) or self._rates.get("")
@@ -110,14 +114,14 @@ class Guard:
 
 
 class Rate:
-    """How often each client may call: `most` times at once, then `a_second`."""
+    """Token bucket per client: `most` calls at once, then `a_second`."""
 
     def __init__(self, most: int, a_second: float) -> None:
         self._most, self._a_second = most, a_second
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # calls left, and when that was
 
     def wait(self, client: str) -> float:
-        """Seconds until the next call is due; 0 where this one is, which then counts."""
+        """Return the seconds until the next call is allowed; 0 counts as a call."""
         now = time.monotonic()
         left, then = self._left.pop(client, (float(self._most), now))
         left = min(self._most, left + (now - then) * self._a_second)
@@ -129,5 +133,5 @@ class Rate:
 
 
 def refusal(status: int, words: str, wait: float = 0.0) -> Any:
-    """An answer that says why there is no other, as Gradio's clients read it."""
+    """Return the response to a refused request, in the form that Gradio's clients read."""
     return JSONResponse({"detail": words, "error": words}, status, {"Retry-After": f"{wait:.0f}"} if wait else None)

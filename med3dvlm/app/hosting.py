@@ -1,4 +1,4 @@
-"""What every server of ours does first: find a free port, load the model, and have a private folder that goes with it."""
+"""Start-up steps shared by all servers: check the port, load the model, make a private folder."""
 
 import os
 import shutil
@@ -16,8 +16,9 @@ HERE_ONLY = ("127.0.0.1", "localhost", "::1")
 
 @contextmanager
 def private(prefix: str) -> Iterator[Path]:
-    """A temporary folder for this user alone, deleted at the end. Its name begins with `prefix` and the process, so that what a server
-    that was killed left of its own is found, and deleted, too."""
+    """Make a temporary folder for this user alone and delete it at the end. Its name holds `prefix` and the process id, by which folders of
+    killed servers are found and deleted too.
+    """
     for stale in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         process = stale.name.removeprefix(prefix).partition("-")[0]
         if process.isdigit() and stale.stat().st_uid == os.getuid() and not psutil.pid_exists(int(process)):
@@ -27,7 +28,7 @@ def private(prefix: str) -> Iterator[Path]:
 
 
 def check_free(host: str, port: int) -> None:
-    """Raises ValueError, one sentence, where nothing can listen there."""
+    """Raise ValueError where nothing can listen on this host and port."""
     if not 1 <= port <= 65535:
         raise ValueError(f"--port {port} is not a port; ports go from 1 to 65535.")
     try:
@@ -37,7 +38,7 @@ def check_free(host: str, port: int) -> None:
 
 
 def load(model: Path) -> Any:
-    """The model, loaded once. Raises FileNotFoundError or ValueError, one sentence, for a directory without one or of another kind."""
+    """Load the model. Raises FileNotFoundError or ValueError for a folder without one, or with another kind of model."""
     if model.is_file():
         raise FileNotFoundError(f"{model} is a file; give the directory of a trained model.")
     if not model.is_dir():

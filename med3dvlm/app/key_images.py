@@ -1,4 +1,4 @@
-"""Key images: slices that somebody marked in the viewer, which go with the saved report."""
+"""Key images: slices marked in the viewer that are saved with the report."""
 
 import io
 
@@ -15,7 +15,7 @@ LONGEST = 1024  # pixels of a picture's longer side
 
 
 def key_image(scan: OpenScan, plane: str, index: int, window: tuple[float, float]) -> KeyImage:
-    """The slice `index` (from 0, in the viewer's order) of a plane, with values from window[0] (black) to window[1] (white).
+    """Draw slice `index` (from 0, in the viewer's order) of a plane; window[0] is black, window[1] white.
 
     Raises:
         ValueError: there is no such plane, slice or window; one sentence.

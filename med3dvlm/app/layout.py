@@ -1,4 +1,4 @@
-"""What stands where on the page: its components by region, without what they do (events.py)."""
+"""The components of the page by region; events.py says what they do."""
 
 import html
 from dataclasses import dataclass
@@ -31,19 +31,19 @@ VIEWER = (
 
 
 def file(name: str) -> str:
-    """The text of a file beside this one."""
+    """Return the text of a file beside this one."""
     return (HERE / name).read_text(encoding="utf-8-sig")
 
 
 def custom_html(name: str, value: dict[str, Any], elem_id: str, scripts: tuple[str, ...]) -> gr.HTML:
-    """A component of our own: the template `name`.html, whose scripts run one after the other in one scope and draw `value`."""
+    """Make a component of our own: the template `name`.html, and scripts that run one after the other in one scope and draw `value`."""
     script = "".join(file(each) for each in ("common.js", *scripts))
     return gr.HTML(value, html_template=file(f"{name}.html"), js_on_load=script, apply_default_css=False, elem_id=elem_id)
 
 
 @dataclass(frozen=True)
 class ScanRegion:
-    """The left column: open a scan, look at it, look for something in it."""
+    """The left column: open a scan, view it, search in it."""
 
     loader: gr.File
     examples: list[gr.Button]
@@ -55,7 +55,7 @@ class ScanRegion:
 
 @dataclass(frozen=True)
 class ConversationRegion:
-    """The tab of questions and answers."""
+    """The tab with questions and answers."""
 
     log: gr.HTML
     question: gr.Textbox
@@ -67,7 +67,7 @@ class ConversationRegion:
 
 @dataclass(frozen=True)
 class ReportRegion:
-    """The tab of the report: the text, and the summary below it."""
+    """The tab with the report and its summary."""
 
     draft: gr.Button
     stop: gr.Button
@@ -77,7 +77,7 @@ class ReportRegion:
 
 @dataclass(frozen=True)
 class CasesRegion:
-    """The tab of similar cases."""
+    """The tab with similar cases."""
 
     search: gr.Button
     found: gr.HTML
@@ -85,7 +85,7 @@ class CasesRegion:
 
 @dataclass(frozen=True)
 class Layout:
-    """All regions, the hidden field with the session's token, and the line above the tabs."""
+    """All regions, the hidden field with the session's token, and the notice above the tabs."""
 
     token: gr.Textbox
     scan: ScanRegion
@@ -96,7 +96,7 @@ class Layout:
 
 
 def lay_out(workstation: Workstation, accounts: bool) -> Layout:
-    """Make the components, inside of the Blocks that is being built. With `accounts` there is a link to log out."""
+    """Create all components inside the Blocks that is being built. With `accounts` there is a link to log out."""
     header(workstation.model, accounts)
     token = gr.Textbox(visible="hidden", elem_id="ticket")
     with gr.Row(elem_id="workstation", equal_height=False):

@@ -13,12 +13,12 @@ from med3dvlm.app.scans import OpenScan
 
 
 def alert(kind: str, text: str) -> dict[str, Any]:
-    """A line that the user should not miss, or none for empty `text`; `kind` is "error", "warning" or "busy"."""
+    """Show one line of `kind` "error", "warning" or "busy"; an empty `text` hides it."""
     return gr.update(value=f'<div class="bar {kind}" role="alert">{html.escape(text)}</div>', visible=bool(text))
 
 
 def no_alert() -> dict[str, Any]:
-    """The line goes."""
+    """Hide the line."""
     return alert("busy", "")
 
 

@@ -1,4 +1,4 @@
-"""Masks of findings on the open scan: as the browser gets them, as the list beside the viewer, and as files to save. Nothing is written to disk.
+"""Masks of findings on the open scan: their form for the browser, the list beside the viewer, and files to save. Nothing is written to disk.
 
 Shapes: D, H, W the scan's own axes; Z, Y, X the display axes (viewer.py).
 """
@@ -53,7 +53,7 @@ class Mask:
     facts: dict[str, Any]
 
     def unpacked(self, shape: tuple[int, int, int]) -> Segmentation:
-        """The segmentation with its mask (D, H, W) on the scan's own grid."""
+        """Return the segmentation with its mask (D, H, W) on the scan's own grid."""
         mask = np.zeros(shape, bool)
         if self.found.bounding_box is not None:
             box = tuple(map(slice, *self.found.bounding_box))
@@ -63,14 +63,16 @@ class Mask:
 
 
 def pack(found: Segmentation, scan: OpenScan) -> Mask:
-    """A segmentation of the scan, packed. Its mask is (D, H, W) on the scan's own grid."""
+    """Pack a segmentation of the scan, whose mask is (D, H, W) on the scan's own grid."""
     bits, facts = _for_browser(found.mask, scan)
     inside = NOTHING if found.bounding_box is None else found.mask[tuple(map(slice, *found.bounding_box))]
     return Mask(replace(found, mask=NOTHING), np.packbits(inside), bits, facts)
 
 
 def _for_browser(mask: NDArray[np.bool_], scan: OpenScan) -> tuple[bytes, dict[str, Any]]:
-    """`bits` and `facts` of a Mask. Where the picture is coarser than the scan, a voxel of it belongs to the mask if any of its block does."""
+    """Return `bits` and `facts` of a Mask. Where the picture is coarser than the scan, a voxel belongs to the mask if any voxel of its block
+    does.
+    """
     order, flips = for_screen(scan.volume.orientation)
     block = scan.picture.block
     if block > 1:
@@ -89,7 +91,7 @@ def _for_browser(mask: NDArray[np.bool_], scan: OpenScan) -> tuple[bytes, dict[s
 
 
 def _middle(mask: NDArray[np.bool_], spacing: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The voxel of the largest component that is nearest to the component's centre; `spacing` in mm."""
+    """Return the voxel of the largest component that is nearest to the component's centre; `spacing` in mm."""
     labels, _ = ndimage.label(mask, NEIGHBOURS)
     voxels = np.argwhere(labels == 1 + np.bincount(labels.ravel())[1:].argmax())
     distances = np.linalg.norm((voxels - voxels.mean(axis=0)) * spacing, axis=1)
@@ -98,14 +100,14 @@ def _middle(mask: NDArray[np.bool_], spacing: NDArray[np.float64]) -> NDArray[np
 
 
 def segment_findings(segment: Segment, scan: OpenScan, names: Sequence[str]) -> Iterator[Mask]:
-    """A mask for each name. Raises ValueError, one sentence, where the model cannot segment."""
+    """Return a mask for each name. Raises ValueError where the model cannot segment."""
     for start in range(0, len(names), TOGETHER):
         for found in segment(scan.volume, names[start : start + TOGETHER]):
             yield pack(found, scan)
 
 
 def names_to_segment(phrase: str, report: str) -> list[str]:
-    """The phrase, or where it is empty the findings that the report states as present or uncertain.
+    """Return the phrase, or if it is empty the findings that the report states as present or uncertain.
 
     Raises:
         ValueError: the phrase is too long, or there is neither; one sentence.
@@ -120,12 +122,12 @@ def names_to_segment(phrase: str, report: str) -> list[str]:
 
 
 def readable(finding: str) -> str:
-    """The name of a finding as words: "lung_nodule" -> "lung nodule"."""
+    """Write a finding's name in words: "lung_nodule" -> "lung nodule"."""
     return finding.replace("_", " ")
 
 
 def stated(text: str) -> list[list[Any]]:
-    """Where a text states findings as present or uncertain: [first character, the one after the last, finding], none within another."""
+    """Return the places where a text states findings as present or uncertain: [start, end, finding], without nesting."""
     places: list[list[Any]] = []
     for mention in find_mentions(text):
         if mention.state != "absent" and (not places or mention.start >= places[-1][1]):
@@ -134,7 +136,7 @@ def stated(text: str) -> list[list[Any]]:
 
 
 def measurements(found: Segmentation) -> str:
-    """What was measured, in words; "" where the spacing is unknown."""
+    """Write the measurements in words; "" where the spacing is unknown."""
     parts = []
     if found.longest_diameter_mm is not None:
         parts.append(f"longest diameter {found.longest_diameter_mm:.0f} mm")
@@ -147,7 +149,7 @@ def measurements(found: Segmentation) -> str:
 
 
 def for_viewer(masks: Mapping[int, Mask], address: str, dicom: bool) -> dict[str, Any]:
-    """What masks.js lists and draws, and the files to save: [label, address, name]. `dicom`: whether the scan is DICOM."""
+    """Return what masks.js lists and draws, and the files to save: [label, address, name]. `dicom`: whether the scan is DICOM."""
     listed = [
         {
             "number": number, "url": f"{address}/mask/{number}", "name": mask.found.name, "found": mask.found.found,
@@ -160,7 +162,7 @@ def for_viewer(masks: Mapping[int, Mask], address: str, dicom: bool) -> dict[str
 
 
 def save(masks: Sequence[Mask], scan: OpenScan, kind: str, model: str) -> bytes:
-    """The masks that were found, as a file of one of the kinds in SAVES: a zip of a NIfTI file for each, or a DICOM Segmentation.
+    """Save the masks that were found as one of the kinds in SAVES: a zip of NIfTI files, or a DICOM Segmentation.
 
     Raises:
         ValueError: nothing was found, or the scan is not one that a DICOM Segmentation can refer to; one sentence.
@@ -182,7 +184,7 @@ def save(masks: Sequence[Mask], scan: OpenScan, kind: str, model: str) -> bytes:
 
 
 def _nifti_zip(masks: Sequence[Mask], scan: OpenScan, model: str) -> bytes:
-    """A NIfTI file for each mask, which may overlap, and measurements.json."""
+    """Return a zip of one NIfTI file for each mask (masks may overlap) and measurements.json."""
     stream, rows = io.BytesIO(), []
     with zipfile.ZipFile(stream, "w") as archive:
         for number, mask in enumerate(masks, start=1):

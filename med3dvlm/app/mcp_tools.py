@@ -41,7 +41,7 @@ NOT_HERE = "There is no such upload; POST the file to /gradio_api/upload (field 
 
 
 def tools(workstation: Workstation, parallel: int = 2) -> tuple[list[BaseRoute], Callable[[Any], AbstractAsyncContextManager[None]]]:
-    """Routes, and the lifespan that an application with them needs. At most `parallel` calls are worked on at a time.
+    """Return the routes, and the lifespan that an application with them needs. At most `parallel` calls run at a time.
 
     Raises:
         ImportError: the package mcp is not installed.
@@ -95,7 +95,7 @@ def tools(workstation: Workstation, parallel: int = 2) -> tuple[list[BaseRoute],
 
 
 def call(workstation: Workstation, session: Session, scan: str, question: str) -> dict[str, Any]:
-    """Give what a tool returns about a scan. Raises ValueError, one sentence."""
+    """Return what a tool returns about a scan. Raises ValueError."""
     try:
         with tempfile.TemporaryDirectory(prefix="agent-", dir=get_upload_folder()) as folder:
             path, keep = received(scan, Path(folder), workstation.most_bytes)
@@ -105,7 +105,7 @@ def call(workstation: Workstation, session: Session, scan: str, question: str) -
 
 
 def received(scan: str, folder: Path, most_bytes: int) -> tuple[Path, bool]:
-    """The file that an agent's words stand for, and whether it stays where it is; content is written into the folder.
+    """Resolve an agent's reference to a scan file. Returns its path, and whether it stays there; inline content is written into the folder.
 
     Raises:
         ValueError: they name no upload, or the content is no base64 or too large.

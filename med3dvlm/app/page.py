@@ -12,7 +12,7 @@ from med3dvlm.app.workstation import Workstation
 
 
 class Page(gr.Blocks):
-    """Blocks that answer a malformed call with one sentence, where Gradio would print the call's values and answer null."""
+    """Blocks that answer a malformed call with one sentence, where Gradio would print the call's values and return null."""
 
     async def process_api(self, *args: Any, **more: Any) -> dict[str, Any]:
         try:
@@ -26,7 +26,7 @@ class Page(gr.Blocks):
 
 
 def build(workstation: Workstation, parallel: int = 2, accounts: bool = False) -> gr.Blocks:
-    """The page around the workstation.
+    """Build the page of the workstation.
 
     Args:
         parallel: how many answers are written at a time; the others wait in a queue.

@@ -1,6 +1,6 @@
-"""What a browser fetches beside the page: the voxels of its own scan, its own report. Nothing of it is ever written to a disk.
+"""Routes that a browser fetches beside the page: the voxels of its own scan, its own report. Nothing is written to disk.
 
-Each address holds the session's secret token, which only its own page was told; it ends with the session.
+Each address holds the session's secret token, which only its own page knows and which ends with the session.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ PRIVATE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
 def routes(workstation: Workstation) -> list[Route]:
-    """The routes that `launch` puts before Gradio's own."""
+    """Return the routes that `launch` puts before Gradio's own."""
 
     def scan(request: Request) -> Response:
         session = workstation.sessions.by_token(request.path_params["token"])

@@ -1,4 +1,4 @@
-"""From uploaded files, or a phantom, to an open scan: read, packed for the browser, described; then the files are gone.
+"""Turn uploaded files, or a phantom, into an open scan: read it, pack it for the browser, describe it, and delete the files.
 
 A file's name may name a patient. So each upload gets a plain name before anything looks at it, and neither the page nor a message nor a
 log shows the name that it came with.
@@ -36,7 +36,8 @@ EXAMPLES = {"Chest phantom": "chest", "Abdomen phantom": "abdomen"}
 
 
 class Upload:
-    """What was uploaded: `path` to read, `kind` in words, and a `folder` that goes when nobody has a scan of it open any more.
+    """An upload: `path` to read, `kind` in words, and a `folder` that is deleted when nobody has a scan of it open any more. DICOM files are
+    kept until then for a Structured Report, which refers to them, and for the study's other series.
 
     Of a DICOM study it is kept that long, for a Structured Report, which refers to it, and for the study's other series.
     """
@@ -48,8 +49,9 @@ class Upload:
 
 @dataclass(frozen=True, eq=False)
 class OpenScan:
-    """A scan on somebody's workstation: the volume, what the browser is given, what is said about it, and of a DICOM study the upload, of which it
-    is the series of number `series`, None for the likeliest."""
+    """A scan that is open: the volume, its picture for the browser, facts and warnings, and of a DICOM study the upload and the number
+    `series`, None for the likeliest.
+    """
 
     volume: Volume
     picture: Picture
@@ -62,20 +64,21 @@ class OpenScan:
 
     @property
     def files(self) -> Path | None:
-        """What `read_volume` reads again, of a DICOM study."""
+        """Return the files of a DICOM study, which `read_volume` can read again."""
         return None if self.upload is None else self.upload.path
 
     @property
     def nbytes(self) -> int:
-        """Of memory, for the volume and what the browser is given."""
+        """Return the bytes of memory of the volume and its picture."""
         return int(self.volume.array.nbytes + self.picture.stored.nbytes)
 
 
 def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False, straighten: bool = False) -> OpenScan:
-    """The scan in one file, or in all files of a series together; the uploads are deleted, whatever happens, those of DICOM with the scan.
+    """Read the scan in one file, or in all files of a series together, and delete the uploads whatever happens (DICOM files when the scan is
+    closed).
 
-    With `keep` they stay where they are: Gradio gives one place to what several callers send alike, and the next may come for it yet.
-    `straighten` is for `read_volume`.
+    With `keep` they stay: Gradio stores equal uploads of several callers once, and another caller may still read them. `straighten` is for
+    `read_volume`.
 
     Raises:
         VolumeError: they hold no scan, or are larger than `most_bytes` together; one sentence without a file's name.
@@ -92,7 +95,7 @@ def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False, s
 
 
 def take_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False) -> Upload:
-    """Put them into a folder of their own under plain names, checked as `read_uploads` says, which takes the same arguments."""
+    """Move the uploads into a folder of their own under plain names. Checks and arguments are those of `read_uploads`."""
     folder = tempfile.mkdtemp(prefix=PREFIX, dir=uploads[0].parent)
     try:
         path, kind = _plainly_named(uploads, Path(folder), most_bytes, os.link if keep else shutil.move)
@@ -128,14 +131,14 @@ def read_plainly(
 
 
 def read_series(upload: Upload, series: int | None, straighten: bool = False) -> OpenScan:
-    """A scan of an upload: the series of that number in `volume.series`, None for the likeliest. Raises VolumeError as `read_uploads` does."""
+    """Read the series of that number in `volume.series`, None for the likeliest. Raises VolumeError as `read_uploads` does."""
     volume, resampled, as_filed = read_plainly(upload, series, straighten, _for_the_page)
     scan = opened(volume, upload.kind, upload if upload.kind in MAY_BE_DICOM else None, series)
     return dataclasses.replace(scan, resampled=resampled, as_filed=as_filed)
 
 
 def sweep(private: Path, seconds: float) -> None:
-    """Delete uploads that nobody read for so long: of a page that was closed meanwhile, or cut short. Files of open scans stay."""
+    """Delete uploads that nobody has read for so many seconds, as after a closed page. Files of open scans stay."""
     for path in private.rglob("*"):
         if not any(part.startswith(PREFIX) for part in path.relative_to(private).parts):
             with suppress(FileNotFoundError):  # somebody read it just now
@@ -144,13 +147,13 @@ def sweep(private: Path, seconds: float) -> None:
 
 
 def opened(volume: Volume, kind: str, upload: Upload | None = None, series: int | None = None) -> OpenScan:
-    """A volume ready for viewer and model; `kind` says what it was read from."""
+    """Make an OpenScan of a volume; `kind` says what it was read from."""
     return OpenScan(volume, picture(volume), describe(volume, kind), volume.warnings, upload, series)
 
 
 @lru_cache
 def example(name: str) -> OpenScan:
-    """One of EXAMPLES: a CT phantom with a finding, drawn when first asked for; always the same one.
+    """Return one of EXAMPLES: a CT phantom with a finding, drawn at the first call and always the same.
 
     Raises:
         KeyError: there is no such example.
@@ -168,7 +171,7 @@ def example(name: str) -> OpenScan:
 
 
 def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int, move: Callable[[Path, Path], Any]) -> tuple[Path, str]:
-    """Move the uploads into the folder under plain names; the path to read, and what it is in words."""
+    """Move the uploads into the folder under plain names. Returns the path to read, and its kind in words."""
     size = sum(upload.stat().st_size for upload in uploads)
     if size > most_bytes:
         raise VolumeError(f"The upload has {size / 2**20:.1f} MiB but at most {most_bytes / 2**20:g} MiB are taken; crop or pack it.")
@@ -191,13 +194,13 @@ def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int, move:
 
 
 def upload_ending(name: str) -> str:
-    """The ending of a file's name that says a format, in lower case, else ""."""
+    """Return the ending of a file's name that names a format, in lower case, else ""."""
     known = sorted((*FORMATS, *PICTURES), key=len, reverse=True)
     return next((ending for ending in known if name.lower().endswith(ending)), "")
 
 
 def _ending(upload: Path) -> str:
-    """That of its name; where there is none, as of an agent's upload, by the file's first bytes, else ""."""
+    """Return the upload's ending by its name, or without one by the file's first bytes, else ""."""
     if ending := upload_ending(upload.name):
         return ending
     with upload.open("rb") as file:
@@ -212,6 +215,6 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def _for_the_page(words: str) -> str:
-    """Where a sentence names an argument of `read_volume`, what to do on the page."""
+    """Rephrase advice about arguments of `read_volume` as advice about the page."""
     words = words.replace("and series= picks another", "and another can be chosen above the picture")
     return re.sub(r"choose (one|another) with series=, of", r"open the files of \1 alone, of", words)

@@ -1,4 +1,4 @@
-"""One person's workstation: the scan that is open, the conversation about it, the report. Nothing here knows the page."""
+"""One person's workstation: the open scan, the conversation about it, the report. This module knows nothing of the page."""
 
 import secrets
 import threading
@@ -23,7 +23,7 @@ BUSY = "An answer is being written; wait for it or stop it."
 
 @dataclass(eq=False)
 class Session:
-    """One workstation. `token` is the secret under which its browser fetches what belongs to it."""
+    """The state of one workstation. `token` is the secret under which its browser fetches the session's data."""
 
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     scan: OpenScan | None = None
@@ -49,13 +49,13 @@ class Session:
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def open(self, scan: OpenScan) -> None:
-        """A new scan: whatever was said about the one before ends and goes."""
+        """Open a new scan; everything about the one before ends and is deleted."""
         with self._lock:
             self.close()
             self.scan = scan
 
     def clear(self) -> None:
-        """A new conversation about the same scan."""
+        """Begin a new conversation about the same scan."""
         self.stop()
         self.turns, self.overlay = [], None
 
@@ -67,7 +67,7 @@ class Session:
             turn.stop.set()
 
     def stop_draft(self) -> None:
-        """The same for the report."""
+        """Stop the report that is being drafted, if one is."""
         if self.draft is not None:
             self.draft.stop.set()
 
@@ -95,7 +95,7 @@ class Session:
             self.masks = kept | {self.masks_made: mask}
 
     def set_draft(self, draft: Turn, report: str) -> bool:
-        """What a draft has come to is the report, unless another one was begun or another scan opened; whether it is."""
+        """Make the text of this draft the report, unless another draft was begun or another scan opened. Returns whether it did."""
         with self._lock:
             if self.draft is draft:
                 self.report = report
@@ -103,25 +103,27 @@ class Session:
 
     @property
     def author(self) -> str:
-        """Who wrote the report, a key of `reports.draft.NOTICES`."""
+        """Return who wrote the report, a key of `reports.draft.NOTICES`."""
         if self.draft is None or not self.draft.answer.strip() or self.draft.state == "failed":
             return "hand"
         return "model, changed by hand" if self.edited else "model"
 
     @property
     def edited(self) -> bool:
-        """Whether the report is a person's: not what the draft came to. A draft's own words may arrive late, while and after it is written."""
+        """Return whether a person changed the report. A draft's own words may arrive late, while and after it is written."""
         if self.draft is not None and (self.draft.open or self.report == self.draft.answer):
             return False
         return bool(self.report.strip())
 
     @property
     def unsaved(self) -> bool:
-        """Whether a person wrote or changed the report and it was not saved since."""
+        """Return whether a person wrote or changed the report and did not save it."""
         return self.edited and self.report != self.saved
 
     def set_report(self, report: str) -> None:
-        """The report as it stands in the field. While a draft is written, its own words come back, some late; a person's own end the draft."""
+        """Take the text of the field as the report. While a draft is written its own words come back, some of them late; a person's own text
+        ends the draft.
+        """
         with self._lock:
             draft = self.draft
             if draft is not None and draft.open:
@@ -132,7 +134,7 @@ class Session:
             self.report = report
 
     def disconnect(self) -> None:
-        """The page is gone, for a while or for good: nobody reads what is being written."""
+        """Stop what is being written: the page is gone, for a while or for good."""
         self.stop()
         self.stop_draft()
         for turn in (*self.turns, *([self.draft] if self.draft else [])):
@@ -141,7 +143,7 @@ class Session:
         self.left = time.monotonic()
 
     def close(self) -> None:
-        """Everything of the scan goes, whatever is being written ends."""
+        """Delete everything about the scan and end whatever is being written."""
         with self._lock:
             self.number += 1
             self.clear()
@@ -151,7 +153,7 @@ class Session:
             self.key_images, self.masks, self.target = {}, {}, None
 
     def ask(self, question: str) -> Turn:
-        """The next turn, still waiting for its answer.
+        """Add a turn, which waits for its answer.
 
         Raises:
             ValueError: there is no scan or no question, the question is too long, or an answer is still being written; one sentence.
@@ -169,7 +171,7 @@ class Session:
         return self.turns[-1]
 
     def ask_again(self, question: str | None = None) -> Turn:
-        """The last question once more, or another one in its place. Raises ValueError as `ask` does."""
+        """Ask the last question again, or another one in its place. Raises ValueError as `ask` does."""
         if not self.turns:
             raise ValueError(NO_QUESTION)
         if self.turns[-1].open:
@@ -182,7 +184,7 @@ class Session:
             raise
 
     def claim(self) -> Turn | None:
-        """The turn that waits for an answer, now being written by whoever called; None where none waits."""
+        """Take the turn that waits for an answer, so that only the caller writes it; None where none waits."""
         with self._lock:
             turn = self.turns[-1] if self.turns else None
             if turn is None or turn.state != "waiting":
@@ -191,7 +193,7 @@ class Session:
             return turn
 
     def answer(self, chat: Any, turn: Turn, **sampling: Any) -> Iterator[Turn]:
-        """Let the model write a claimed turn's answer; yields it at first and after each piece. It ends when the turn is told to stop."""
+        """Let the model write the answer of a claimed turn; yields it at first and after each piece. It ends when the turn is told to stop."""
         yield turn
         earlier = self.turns[: self.turns.index(turn)] if turn in self.turns else []
         try:
@@ -220,7 +222,7 @@ class Session:
             pieces.close()
 
     def encoded(self, chat: Any) -> Any:
-        """The scan as the language model gets it, computed once."""
+        """Return the encoder's features of the scan, computed once."""
         with self._lock:
             scan, features = self.scan, self.features
         if scan is None:

@@ -1,4 +1,4 @@
-"""All sessions of the server: who is there, and whose session gives way where too many are open. Nobody sees anything of another's.
+"""All sessions of the server, and which of them are closed when too many are open. No session sees another's data.
 
 A program's session ends with its connection. A page's is kept for some minutes, and for hours with a report that was not saved, so that a
 page that is loaded again, or was cut off, finds everything as it was.
@@ -25,8 +25,8 @@ FULL = "The server is full: too many sessions are open. Close another page of it
 class Sessions:
     """All sessions, by the name that Gradio gives a browser session.
 
-    Above `most`, the session that rested longest gives way, of those that have no connection and write no answer. A page takes a
-    program's place, too, and that of a page which is gone. Nobody else's place is taken: the newcomer is refused.
+    Above `most`, the session that was idle longest is closed, of those without a connection and without an answer in progress. A page may
+    also replace a program, or a page that is gone. Otherwise the newcomer is refused.
     """
 
     def __init__(self, most: int = MOST_SESSIONS) -> None:
@@ -35,11 +35,11 @@ class Sessions:
         self._most, self._lock = most, threading.Lock()
 
     def get(self, name: str) -> Session:
-        """The session of that name, a new one at its first sign of life. Raises ValueError, one sentence, where there is no place."""
+        """Return the session of that name, a new one at its first call. Raises ValueError where there are too many."""
         return self._enter(name, page=False)
 
     def connect(self, name: str, token: str = "", owner: str | None = None) -> Session:
-        """The session of a page that was just loaded: the one of that token, if the same person had it before, else a new one.
+        """Return the session of a page that was just loaded: the one of that token if the same person had it before, else a new one.
 
         Raises:
             ValueError: there is no place; one sentence.
@@ -61,7 +61,7 @@ class Sessions:
 
     @contextmanager
     def connection(self, name: str) -> Iterator[None]:
-        """While a page or a program holds its connection open, nobody takes the session's place."""
+        """Keep the session from being replaced while its page or program holds its connection open."""
         with self._lock:
             self._connections[name] += 1
         try:
@@ -72,7 +72,7 @@ class Sessions:
                 self._connections += Counter()  # without those at 0
 
     def disconnect(self, name: str) -> None:
-        """Its connection ended: a program's session is closed, a page's kept for a while."""
+        """Handle the end of a connection: a program's session is closed, a page's kept for a while."""
         with self._lock:
             session = self._by_name.get(name)
         if session is None or not session.page:
@@ -85,7 +85,7 @@ class Sessions:
         timer.start()
 
     def _forget(self, session: Session, left: float) -> None:
-        """Close a session that nobody came back to since."""
+        """Close a session to which nobody came back."""
         if session.left == left:
             for name in [name for name, each in list(self._by_name.items()) if each is session]:
                 self.close(name)
@@ -104,7 +104,7 @@ class Sessions:
         return session
 
     def _make_room(self, page: bool) -> list[Session]:
-        """Take the sessions out that give way to a new one. Raises ValueError where none does."""
+        """Close sessions to make room for a new one. Raises ValueError where none can be closed."""
         sessions = self._by_name
         closed = [sessions.pop(name) for name in list(sessions) if time.monotonic() - sessions[name].seen > SECONDS_FORGOTTEN]
         if len(sessions) < self._most:
@@ -123,13 +123,15 @@ class Sessions:
         return next((session for session in sessions if secrets.compare_digest(session.token.encode(), token.encode())), None)
 
     def bytes_with(self, session: Session, scan: OpenScan) -> int:
-        """What all open scans take once the session has this one; a scan that several share counts once."""
+        """Return the bytes of all open scans once the session has this one; a shared scan counts once."""
         with self._lock:
             others = [other.scan for other in self._by_name.values() if other is not session and other.scan is not None]
         return sum({id(each): each.nbytes for each in (scan, *others)}.values())
 
     def close_gone(self) -> bool:
-        """Close the session that was left longest ago, for its memory; whether there was one. One with an unsaved report stays."""
+        """Close the session that was left longest ago, to free its memory; sessions with an unsaved report stay. Returns whether there was
+        one.
+        """
         with self._lock:
             gone = {name: session.left for name, session in self._by_name.items() if session.left is not None and not session.unsaved}
         if gone:

@@ -1,4 +1,4 @@
-"""A question and what became of it; and what is said, and noted, of an error."""
+"""A question and its answer; how errors are shown and logged."""
 
 import logging
 import threading
@@ -16,7 +16,7 @@ MALFORMED = (
 
 
 def sentence(error: Exception) -> str:
-    """What is said of an error where the user looks: the words of a ValueError, which say what is wrong with what was given."""
+    """Return the sentence that the user sees for an error: the text of a ValueError, which says what is wrong with the input."""
     if isinstance(error, ValueError):
         return str(error)
     log(error)
@@ -24,7 +24,7 @@ def sentence(error: Exception) -> str:
 
 
 def log(error: Exception) -> None:
-    """Note kind and place of an error and nothing else: its words may quote a question or name a scan."""
+    """Log kind and place of an error and nothing else: its words may quote a question or name a scan."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
@@ -33,7 +33,7 @@ def log(error: Exception) -> None:
 
 @dataclass(eq=False)
 class Turn:
-    """A question and what became of it. `state`: waiting, writing, done, stopped or failed (`answer` then says why)."""
+    """A question and its answer. `state`: waiting, writing, done, stopped or failed (`answer` then says why)."""
 
     question: str
     answer: str = ""
@@ -50,13 +50,13 @@ class Turn:
         return self.state in ("waiting", "writing")
 
     def shown(self) -> dict[str, Any]:
-        """For the page and for programs."""
+        """Return the turn for the page and for programs."""
         names = ("question", "answer", "state", "open", "seconds", "tokens", "confidence", "unlike")
         return {name: getattr(self, name) for name in names} | {"low": self.confidence is not None and self.confidence < LOW_CONFIDENCE}
 
 
 def history(turns: list[Turn]) -> list[dict[str, str]]:
-    """What the model is told was said before: answered and stopped turns, not failed ones."""
+    """Return the conversation so far for the model: answered and stopped turns, not failed ones."""
     messages = []
     for turn in turns:
         if turn.state in ("done", "stopped") and turn.answer.strip():

@@ -1,4 +1,4 @@
-"""A volume as a radiologist looks at it: turned for the screen, as the browser gets it, and what was read in words.
+"""A volume for the viewer: turned for the screen, packed for the browser, described in words.
 
 Display axes, whatever the file's own order is: z runs from superior to inferior, y from anterior to posterior, x from
 the patient's right to the left. So the axial and the coronal picture have the patient's right on the left, the coronal
@@ -41,20 +41,24 @@ MOST_SHOWN = 512 * 512 * 512  # voxels that a browser is given, 256 MiB of them;
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """What the browser is given: `stored` is (Z, Y, X) int16, a view of the volume where that holds int16; `facts` all that viewer.js needs."""
+    """The volume for the browser: `stored` is (Z, Y, X) int16, a view of the volume where that holds int16; `facts` holds everything that
+    viewer.js needs.
+    """
 
     stored: NDArray[np.int16]
     facts: dict[str, Any]
     block: int = 1  # voxels of a stored slice that became one, along its rows and along its columns
 
     def planes(self) -> Iterator[bytes]:
-        """Its bytes, little-endian, one (Y, X) after the other. Not compressed: for scans that costs more time than it saves on the way."""
+        """Return its bytes, little-endian, one (Y, X) slice after the other. Not compressed, since that would cost scans more time than it
+        saves.
+        """
         for plane in self.stored:
             yield plane.astype("<i2").tobytes()
 
 
 def picture(volume: Volume, most_voxels: int = MOST_SHOWN) -> Picture:
-    """The volume for viewer.js.
+    """Return the volume for viewer.js.
 
     A value is `slope * stored + intercept`: int16 volumes are sent as they are, others in 65535 steps from their least to their greatest
     value. Above `most_voxels`, blocks of 2 x 2, 3 x 3, ... voxels within a stored slice become their mean, and `facts["note"]` says so.
@@ -88,7 +92,7 @@ def picture(volume: Volume, most_voxels: int = MOST_SHOWN) -> Picture:
 
 
 def edges(volume: Volume) -> dict[str, Any]:
-    """The letters at the edges of each plane's picture, as EDGES has them; two or three, as "LA", where an edge lies between directions."""
+    """Return the letters at the edges of each plane's picture, as in EDGES; two or three, as "LA", where an edge lies between directions."""
     if volume.direction is None or (volume.oblique or 0) < SECOND_LETTER:
         return dict(EDGES)
     towards = directions(volume).T
@@ -96,7 +100,9 @@ def edges(volume: Volume) -> dict[str, Any]:
 
 
 def directions(volume: Volume) -> NDArray[np.float64]:
-    """Unit vectors (right, anterior, superior), in the columns, in which the display axes z, y, x grow; of letters alone the patient's axes."""
+    """Return unit vectors (right, anterior, superior) as columns: where the display axes z, y, x lead. With letters alone they are the
+    patient's axes.
+    """
     if volume.direction is None:
         return np.array([[0, 0, -1], [0, -1, 0], [-1, 0, 0]], dtype=np.float64)
     order, flips = for_screen(volume.orientation)
@@ -104,7 +110,8 @@ def directions(volume: Volume) -> NDArray[np.float64]:
 
 
 def metric(volume: Volume, spacing: Sequence[float]) -> NDArray[np.float64]:
-    """(3, 3) in mm²: a step of (z, y, x) voxels has the squared length step @ metric @ step, also where the axes are not at right angles.
+    """Return the metric (3, 3) in mm²: a step of (z, y, x) voxels has the squared length step @ metric @ step, also for oblique axes.
+    `spacing` belongs to the stored axes, as shown.
 
     `spacing` is that of the stored axes, as shown.
     """
@@ -115,16 +122,16 @@ def metric(volume: Volume, spacing: Sequence[float]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, eq=False)
 class Overlay:
-    """A heat map for viewer.js: `heat` is (z, y, x) uint8 along the display axes, `facts` where its cells lie in the picture's voxels."""
+    """A heat map for viewer.js: `heat` is (z, y, x) uint8 along the display axes, `facts` says where its cells lie in the picture's voxels."""
 
     heat: NDArray[np.uint8]
     facts: dict[str, Any]
 
 
 def overlay(volume: Volume, shown: Picture, cells: NDArray[np.float32], step: int, label: str) -> Overlay:
-    """SaliencyMap 0..1 at every `step`-th voxel of the volume (d, h, w), from the first, as something to lay over its picture.
+    """Turn saliency 0..1 at every `step`-th voxel of the volume (d, h, w), from the first, into an overlay of its picture.
 
-    `facts["peak"]` is the voxel of the picture in the middle of the hottest place, None where nothing is hotter than the rest.
+    `facts["peak"]` is the picture's voxel in the middle of the highest region, None for a constant map.
     """
     order, flips = for_screen(volume.orientation)
     heat = np.ascontiguousarray(np.round(255 * cells).astype(np.uint8).transpose(order)[flips])
@@ -174,13 +181,13 @@ def coarser(array: NDArray[Any], most_voxels: int) -> tuple[NDArray[Any], int]:
 
 
 def presets(volume: Volume) -> list[list[Any]]:
-    """[name, lowest, highest] of the windows to choose from: those of CT for Hounsfield units, and the one that the file asks for."""
+    """Return [name, lowest, highest] of the windows to choose from: those of CT for Hounsfield units, and the file's own."""
     named = [[name, *window] for name, window in WINDOWS.items()] if volume.unit == "HU" else []
     return [*named, *([["From file", *volume.window]] if volume.window else [])]
 
 
 def default_window(volume: Volume) -> tuple[float, float]:
-    """Soft tissue for a CT in Hounsfield units, else what the file asks for, or the volume's least and greatest value."""
+    """Return the soft tissue window for a CT in Hounsfield units, else the file's own, else the volume's least and greatest value."""
     if volume.unit == "HU":
         return WINDOWS["Soft tissue"]
     if volume.window:
@@ -189,7 +196,7 @@ def default_window(volume: Volume) -> tuple[float, float]:
 
 
 def describe(volume: Volume, kind: str) -> dict[str, str]:
-    """What was read, by name; `kind` says what it was read from. No file's name and nothing of the patient is in it."""
+    """Describe what was read; `kind` says what it was read from. No file name and nothing of the patient is in it."""
     depth, height, width = volume.array.shape
     rows = {"Read from": kind, "Size": f"{depth} × {height} × {width} voxels (slices × rows × columns)"}
     if volume.spacing is None:

@@ -1,6 +1,6 @@
-"""What can be done at the workstation, as the page and programs call it: open a scan, ask, stop, ask again, clear. No layout here.
+"""The actions of the workstation, which the page and programs call: open a scan, ask, stop, ask again, clear.
 
-Every function takes the Session that it acts for; what it gives back is plain data for the page's components.
+Every function takes the Session that it acts for and returns plain data for the page's components.
 """
 
 import threading
@@ -40,7 +40,7 @@ SECONDS_BETWEEN = 0.05  # at least, between two states of an answer that are sen
 
 @dataclass(eq=False)
 class Workstation:
-    """Everything behind the page. `chat` has `encode`, `stream` and `out_of_distribution` as Med3DChat has; `model` is its name for the page."""
+    """All actions behind the page. `chat` has `encode`, `stream` and `out_of_distribution` as Med3DChat has; `model` is its name on the page."""
 
     chat: Any
     model: str = "model"
@@ -55,12 +55,12 @@ class Workstation:
 
     @property
     def straighten(self) -> bool:
-        """Whether the model's processor straightens scans: they are then read so, that overlays lie on what is shown."""
+        """Return whether the model's processor straightens scans. They are then straightened when read, so that overlays match the picture."""
         processor = getattr(self.chat, "processor", None)  # a stand-in has none
         return processor is not None and processor.image_processor.straighten
 
     def open_uploads(self, session: Session, uploads: Sequence[str], keep: bool = False) -> OpenScan:
-        """Put the uploaded scan on the session's workstation. Raises VolumeError, one sentence; the scan that was open then stays.
+        """Open the uploaded scan in the session. Raises VolumeError; the scan that was open then stays.
 
         `keep`: the files stay for others who send them alike, until `sweep` takes them.
         """
@@ -81,7 +81,7 @@ class Workstation:
         return scan
 
     def open_series(self, session: Session, number: int) -> OpenScan:
-        """Put another series of the study that is open there, by its number in `volume.series`. Raises VolumeError as `open_uploads` does."""
+        """Open another series of the same study, by its number in `volume.series`. Raises VolumeError as `open_uploads` does."""
         scan = session.scan
         if scan is None or scan.upload is None:
             raise VolumeError("The scan that is open is no DICOM study; open one.")
@@ -101,7 +101,7 @@ class Workstation:
         session.open(scan)
 
     def open_example(self, session: Session, name: str) -> OpenScan:
-        """Put one of EXAMPLES there. Raises VolumeError for another name."""
+        """Open one of EXAMPLES. Raises VolumeError for another name."""
         if name not in EXAMPLES:
             raise VolumeError(f"There is no example {str(name)[:40]!r}; there are {', '.join(EXAMPLES)}.")
         scan = example(name)
@@ -109,7 +109,7 @@ class Workstation:
         return scan
 
     def notice(self, session: Session) -> str:
-        """What the model itself says about the scan: that it lies outside the training data, or cannot be taken; "" where nothing."""
+        """Return the model's own warning about the scan: out of distribution, or not usable; else ""."""
         if session.scan is None:
             return ""
         try:
@@ -119,7 +119,7 @@ class Workstation:
         return (known and known.message) or ""
 
     def answer(self, session: Session, **sampling: float) -> Iterator[Turn]:
-        """Write the answer to the question that waits, if one does; yields it as it grows, in steps that an eye can follow."""
+        """Write the answer to the question that waits, if any; yields it as it grows, in steps that an eye can follow."""
         turn = session.claim()
         if turn is None:
             return
@@ -161,7 +161,7 @@ class Workstation:
                     yield turn
 
     def edit_report(self, session: Session, report: str) -> None:
-        """The report as it stands in the field (see `Session.set_report`). Raises ValueError where it is too long."""
+        """Take the text of the field as the report (see `Session.set_report`). Raises ValueError where it is too long."""
         if report == session.report:
             return
         if len(report) > MOST_REPORT:
@@ -169,7 +169,7 @@ class Workstation:
         session.set_report(report)
 
     def report_notes(self, session: Session) -> tuple[str, ...]:
-        """What a reader of the report has to know of the scan and of how the draft came about."""
+        """Return what a reader of the report has to know about the scan and the origin of the draft."""
         scan, draft = session.scan, session.draft
         notes = [f"About the scan: {warning}" for warning in scan.warnings] if scan is not None else []
         if session.author == "hand":
@@ -182,7 +182,8 @@ class Workstation:
         return tuple(notes)
 
     def report_data(self, session: Session, problem: str = "") -> dict[str, Any]:
-        """What report.js shows below the report: sections, findings, files to save, key images [label, address, number].
+        """Return what report.js shows below the report: sections, findings, files to save, key images [label, address, number]. `problem` is
+        a sentence about the last action.
 
         `problem` is a sentence about the last thing that was tried.
         """
@@ -213,7 +214,7 @@ class Workstation:
         return shown | {"sections": [section.heading for section in report.sections], "findings": findings, "saves": saves}
 
     def explain(self, session: Session, number: int) -> None:
-        """Lay on the viewer what moved the answer of that number. Raises ValueError, one sentence, where that cannot be."""
+        """Overlay the saliency of the answer of that number. Raises ValueError where that is impossible."""
         scan, turns = session.scan, session.turns
         if scan is None or self.analysis.explain is None or not 0 <= number < len(turns) or not turns[number].answer:
             raise ValueError("There is no answer to explain.")
@@ -222,7 +223,7 @@ class Workstation:
         self._set_overlay(session, scan, cells, f"What moved the answer to “{turn.question}”")
 
     def find_phrase(self, session: Session, phrase: str) -> None:
-        """Lay on the viewer where the scan resembles the phrase. Raises ValueError as `explain` does."""
+        """Overlay where the scan resembles the phrase. Raises ValueError as `explain` does."""
         scan = session.scan
         if scan is None or self.analysis.find is None:
             raise ValueError(NO_SCAN)
@@ -234,7 +235,8 @@ class Workstation:
         session.set_overlay(scan, overlay(scan.volume, scan.picture, *cells, label))
 
     def segment(self, session: Session, phrase: str) -> None:
-        """Put masks on the viewer: of what a phrase names, or where it is empty of the findings that the report states.
+        """Overlay masks of a phrase, or if it is empty of the findings that the report states. The planes go to the first that was found.
+        Raises ValueError as `explain` does.
 
         The planes go to the first that was found. Raises ValueError as `explain` does.
         """
@@ -263,22 +265,22 @@ class Workstation:
         return True
 
     def _go_to_new(self, session: Session, scan: OpenScan, before: int) -> None:
-        """The planes go to the first mask after the number `before` that was found, unless another scan was opened meanwhile."""
+        """Move the planes to the first mask after the number `before` that was found, unless another scan was opened meanwhile."""
         if session.scan is scan:
             session.target = next((number for number, mask in session.masks.items() if number > before and mask.found.found), None)
 
     def remove_mask(self, session: Session, number: int) -> None:
-        """Take the mask of that number from the viewer again."""
+        """Remove the mask of that number from the viewer."""
         session.masks.pop(number, None)
 
     def save_masks(self, session: Session, kind: str) -> bytes:
-        """The masks as a file of one of the kinds in `masks.SAVES`. Raises ValueError where that cannot be."""
+        """Return the masks as a file of one of the kinds in `masks.SAVES`. Raises ValueError where that is impossible."""
         if session.scan is None:
             raise ValueError(NO_SCAN)
         return save_masks(list(session.masks.values()), session.scan, kind, self.model)
 
     def similar_cases(self, session: Session) -> list[Case]:
-        """The cases of the index that the scan resembles. Raises ValueError as `explain` does."""
+        """Return the cases of the index that the scan resembles. Raises ValueError as `explain` does."""
         if session.scan is None or self.analysis.similar is None:
             raise ValueError(NO_SCAN)
         return self.analysis.similar(session.scan.volume)
@@ -300,11 +302,13 @@ class Workstation:
         return image
 
     def remove_key_image(self, session: Session, number: int) -> None:
-        """Take the key image of that number out of the report again."""
+        """Remove the key image of that number from the report."""
         session.key_images.pop(number, None)
 
     def save_report(self, session: Session, kind: str, text: str) -> bytes:
-        """The report, of which `text` stands in the field, as a file of one of the kinds in SAVES. Raises ValueError where it cannot be."""
+        """Return the report, of which `text` stands in the field, as a file of one of the kinds in SAVES. Raises ValueError where that is
+        impossible.
+        """
         if session.draft is not None and session.draft.open:
             raise ValueError("The report is being drafted; wait for it or stop it.")
         self.edit_report(session, text)
@@ -325,7 +329,7 @@ class Workstation:
         return {"txt": report_text, "md": report_markdown, "json": report_json}[kind](report).encode()
 
     def conversation_data(self, session: Session, problem: str = "") -> dict[str, Any]:
-        """The conversation for conversation.js; `problem` is a sentence about the last thing that was tried."""
+        """Return the conversation for conversation.js; `problem` is a sentence about the last action."""
         turns = [turn.shown() | {"stated": [] if turn.open else self._stated(turn.answer)} for turn in session.turns]
         scan = session.scan
         busy = bool(session.turns) and session.turns[-1].open
@@ -339,7 +343,7 @@ class Workstation:
         return [] if self.analysis.segment is None else stated(answer)
 
     def viewer_data(self, session: Session) -> dict[str, Any]:
-        """The viewer's value for viewer.js."""
+        """Return the viewer's value for viewer.js."""
         scan, heat, address = session.scan, session.overlay, f"workstation/{session.token}"
         return {
             "scan": scan and {"url": f"{address}/scan/{session.number}", **scan.picture.facts},
@@ -352,7 +356,7 @@ class Workstation:
 
 
 def listed(scan: OpenScan) -> list[list[Any]]:
-    """The series of the scan's study as [number, words, whether it is the one that is open]; none where there is no choice."""
+    """Return the series of the scan's study as [number, words, whether it is open]; none where there is no choice."""
     numbered = [line.partition(": ") for line in scan.volume.series]
     if scan.upload is None or len(numbered) < 2:
         return []
@@ -360,7 +364,7 @@ def listed(scan: OpenScan) -> list[list[Any]]:
 
 
 def suggest(volume: Volume, asked: set[str]) -> list[str]:
-    """Questions that suit the scan and were not asked yet: contrast is asked of CT alone, the plane where the file does not say it."""
+    """Return questions that suit the scan and were not asked yet: contrast for CT alone, the plane where the file does not state it."""
     questions = [REPORT_PROMPTS[0], "Which organ is abnormal?", "What abnormality is seen?"]
     if volume.unit == "HU":
         questions.append("Which contrast phase is this?")
