@@ -1,4 +1,4 @@
-"""What is wrong with a data set, before a model is trained on it: duplicates, leaks between splits, questions that give themselves away.
+"""Check a data set before training on it: duplicates, leaks between splits, questions whose answer can be guessed.
 
     <out>/audit.json          all figures, and the groups of duplicates as study ids
     <out>/audit.md            the same as tables, with the worst examples as study ids
@@ -90,7 +90,7 @@ def audit(root: str | Path, out: str | Path | None = None, workers: int = 2, by_
 
 
 def split_order(splits: Iterable[str]) -> list[str]:
-    """The training split first, then the others by name: test before validation. Where none begins with "train", which is first is told."""
+    """Return the training split first, then the others by name: test before validation. Logs a warning where no name begins with "train"."""
     ordered = sorted(splits, key=lambda split: (not split.startswith("train"), split))
     if ordered and not ordered[0].startswith("train"):
         logger.warning("no split begins with 'train'; %r counts as the training split, which is kept whole", ordered[0])
@@ -100,7 +100,8 @@ def split_order(splits: Iterable[str]) -> list[str]:
 def deduplicate(
     studies: Sequence[Study], splits: Sequence[str], volumes: Sequence[int], reports: Sequence[int] | None = None
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
-    """The ids that each split keeps, the first all, and how many others lose for which reason (the first that applies).
+    """Return the ids that each split keeps (the first keeps all), and how many studies the others lose for which reason (the first that
+    applies).
 
     Args:
         volumes, reports: the number of each study's group of (near-)duplicates.
@@ -129,7 +130,7 @@ def deduplicate(
 
 
 def _describe(groups: Sequence[Sequence[int]], studies: Sequence[Study], pairs: Sequence[Pair] = ()) -> dict[str, Any]:
-    """Counts of groups, and the groups themselves as ids; of near duplicates the pairs too, the most alike first."""
+    """Count the groups and list them as ids; for near duplicates also the pairs, the most similar first."""
 
     def across(name: str) -> int:
         return sum(len({getattr(studies[place], name) for place in group}) > 1 for group in groups)
@@ -154,7 +155,7 @@ def _several_splits(studies: Iterable[Study]) -> dict[str, Any]:
 
 
 def question_facts(questions: Sequence[Question]) -> dict[str, Any]:
-    """By kind: how many there are, how many tell their answer, the frequent answers, and how often each letter is right."""
+    """Return for each kind the number of questions, how many contain their answer, the frequent answers, and how often each letter is right."""
     facts = {}
     for kind, group in _by_kind(questions).items():
         telling = [question for question in group if tells_answer(question)]
@@ -171,7 +172,7 @@ def question_facts(questions: Sequence[Question]) -> dict[str, Any]:
 
 
 def tells_answer(question: Question) -> bool:
-    """Whether the answer stands in the question word for word, and no other of its choices does. Yes and no are no such words."""
+    """Return whether the question contains the answer word for word and none of its other choices. Yes and no do not count."""
     if question.yes_no:
         return False
     said = f" {' '.join(duplicates.words(question.text))} "
@@ -180,7 +181,7 @@ def tells_answer(question: Question) -> bool:
 
 
 def report_lengths(studies: Iterable[Study]) -> dict[str, int]:
-    """Words of a report. A text encoder reads a limited number of tokens, of which there are more than words; what is beyond is cut."""
+    """Return the words of each report. A text encoder reads a limited number of tokens, of which there are more than words; the rest is cut."""
     lengths = [len(study.report.split()) for study in studies]
     found = np.percentile(lengths, (0, 50, 95, 100), method="lower").tolist()
     return dict(zip(("least", "median", "95 %", "most"), map(int, found), strict=True))
@@ -197,7 +198,7 @@ def label_frequencies(studies: Iterable[Study]) -> dict[str, dict[str, list[int]
 
 
 def text_only_baselines(train: Iterable[Question], test: Iterable[Question]) -> dict[str, float]:
-    """Accuracy by kind of the best guess without the volume: the choice that answered this very question most often in training.
+    """Return the accuracy by kind of the best guess without the volume: the choice that answered this very question most often in training.
 
     An open question is answered with what answered it, or else its kind, most often, and counts as right word for word.
     """
@@ -216,7 +217,9 @@ def text_only_baselines(train: Iterable[Question], test: Iterable[Question]) -> 
 
 
 def choice_habits(train: Iterable[Question], test: Iterable[Question]) -> dict[str, dict[str, float]]:
-    """Accuracy by kind where choices are given: one taken at random, always the letter most often right in training, the longest choice."""
+    """Return the accuracy by kind of closed questions of three guesses: a random choice, the letter most often right in training, the longest
+    choice.
+    """
     letters: dict[str, Counter[str]] = defaultdict(Counter)
     for kind, group in _by_kind(train).items():
         letters[kind].update(question.letter for question in group if question.lettered)
@@ -231,7 +234,7 @@ def choice_habits(train: Iterable[Question], test: Iterable[Question]) -> dict[s
 
 
 def _by_kind(questions: Iterable[Question]) -> dict[str, list[Question]]:
-    """Yes/no questions are a kind of their own."""
+    """Group questions by kind; yes/no questions are a kind of their own."""
     found: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         found["yes/no" if question.yes_no else question.kind].append(question)
@@ -239,7 +242,7 @@ def _by_kind(questions: Iterable[Question]) -> dict[str, list[Question]]:
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """audit.md."""
+    """Write audit.md."""
     found, splits = result["duplicates"], list(result["studies"])
     counts = ("groups", "studies", "across_splits", "across_patients")
     header = ("duplicates", "groups", "studies", "groups across splits", "groups across patients")

@@ -34,7 +34,7 @@ SIDES = re.compile(
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How much a volume may change; each is drawn evenly from what it allows. With 0 for all, nothing changes.
+    """How much a volume may change. Each amount is drawn uniformly from its range; with 0 for all, nothing changes.
 
     - `share`: of the volumes whose intensities change, and independently of those that are moved; the rest stays as evaluation sees it.
     - `scale`, `shift`: times 1 +- scale, plus +- shift; `gamma`: to the power of exp(+- gamma); `noise`: normal, of a standard deviation
@@ -70,7 +70,7 @@ class Augmentation:
 
     @classmethod
     def read(cls, setting: str | dict[str, Any] | None) -> "Augmentation | None":
-        """What a setting says: none, intensity, default, or a mapping (as JSON where it is text) of what differs from default.
+        """Parse a setting: none, intensity, default, or a mapping (JSON if it is text) of what differs from default.
 
         Raises:
             ValueError: it says something else.
@@ -94,11 +94,11 @@ class Augmentation:
         return cls(**setting)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, as JSON holds them; `read` takes them."""
+        """Return all settings for JSON; `read` takes them."""
         return asdict(self) | {"flips": list(self.flips)}
 
     def check(self, texts: Iterable[str]) -> None:
-        """Raises ValueError where volumes are to be flipped about which the texts name a side or a direction."""
+        """Raise ValueError where volumes are to be flipped but the texts name a side or a direction."""
         if self.flips and (sided := [match.group() for match in map(SIDES.search, texts) if match]):
             raise ValueError(
                 f"augmentation: flips along {' and '.join(self.flips)} would make {len(sided)} texts of the training split untrue, which speak "
@@ -106,7 +106,7 @@ class Augmentation:
             )
 
     def __call__(self, volumes: Tensor, keys: Tensor, bounds: tuple[float, float]) -> Tensor:
-        """Changed copies of volumes.
+        """Return augmented copies of volumes.
 
         Args:
             volumes: (B, 1, D, H, W) float32, on any device.
@@ -134,7 +134,7 @@ class Augmentation:
         return changed
 
     def move_masks(self, masks: Tensor, keys: Tensor) -> Tensor:
-        """Masks (B, K, D, H, W) bool, moved as their volumes are: a voxel belongs to a mask that covers half of it."""
+        """Transform masks (B, K, D, H, W) bool with their volumes: a voxel belongs to a mask that covers half of it."""
         moved = masks.clone()
         for own, key in zip(moved, keys.tolist(), strict=True):
             _, affine, flipped = self._draw_movement(stream(key, Purpose.AUGMENTATION), own.shape[1:])
@@ -145,7 +145,7 @@ class Augmentation:
         return moved
 
     def _draw_movement(self, random: np.random.Generator, shape: Sequence[int]) -> tuple[bool, tuple[Matrix, Matrix] | None, list[int]]:
-        """Whether intensities change too, the affine of `resample` if there is one, and the axes of (C, D, H, W) that are flipped."""
+        """Draw whether intensities change, the affine of `resample` or None, and the axes of (C, D, H, W) that are flipped."""
         moved, tinted = random.random(2) < self.share
         flipped = [axis + 1 for axis, draw in enumerate(random.random(3)) if draw < 0.5 and AXES[axis] in self.flips]
         affine = self._draw_affine(random, shape)
@@ -153,7 +153,7 @@ class Augmentation:
         return bool(tinted), affine if moved else None, flipped
 
     def _draw_affine(self, random: np.random.Generator, shape: Sequence[int]) -> tuple[Matrix, Matrix]:
-        """(3, 3) and (3,): where in the scan a voxel of the result comes from, both counted in voxels (d, h, w) from the middle."""
+        """Draw matrix (3, 3) and offset (3,): where in the scan a voxel of the result comes from, both in voxels (d, h, w) from the middle."""
         angle = np.deg2rad(self.rotation * random.uniform(-1, 1))
         turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
         zoom = 1 + self.zoom * random.uniform(-1, 1)

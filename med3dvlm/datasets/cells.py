@@ -1,4 +1,4 @@
-"""The cells of a table of one's own (`datasets/table.py`): their texts and values. Whatever is wrong is a ValueError, which the caller places."""
+"""Parse the cells of a user's table (`datasets/table.py`). Errors are ValueErrors; the caller adds the place."""
 
 import math
 import re
@@ -21,7 +21,7 @@ NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of a character: fil
 
 
 def cell_text(name: str, value: Any) -> str:
-    """A cell without white space around it; in JSON also null or NaN, a number, and a list of choices or numbers."""
+    """Return a cell's text, stripped. In JSON it may also be null or NaN (empty), a number, or a list of choices or numbers."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if name.startswith(LABEL) and str(value).strip().casefold() in ("true", "false"):
@@ -49,18 +49,18 @@ def cell_text(name: str, value: Any) -> str:
 
 
 def means_nothing(name: str, text: str, row: Mapping[str, str]) -> bool:
-    """Whether a cell counts as empty. "None" is an answer where a question is asked."""
+    """Return whether a cell counts as empty. "None" is an answer in the columns of a question."""
     is_answer = name == "answer" and text.casefold() in MAY_SAY_NONE and not is_missing(row.get("question", ""))
     return is_missing(text) and not is_answer
 
 
 def usual_split(text: str) -> str:
-    """The usual name of a split, "validation" for "Val"; another one as it is."""
+    """Return the usual name of a split, "validation" for "Val"; other names are returned unchanged."""
     return next((name for name, spellings in SPLITS.items() if text.casefold() in spellings), text)
 
 
 def known_split(text: str, spelled: dict[str, str]) -> str:
-    """Its usual name. Raises ValueError where two differ in capital letters alone."""
+    """Return the usual name of a split. Raises ValueError where two names differ in capital letters alone."""
     name = usual_split(text)
     if name not in SPLITS and spelled.setdefault(name.casefold(), name) != name:
         raise ValueError(f"split is {text!r} but other rows write {spelled[name.casefold()]!r}; write it in one way")
@@ -68,7 +68,7 @@ def known_split(text: str, spelled: dict[str, str]) -> str:
 
 
 def scan_setting(name: str, text: str) -> Any:
-    """The value of a column about the scan. Raises ValueError for another than is allowed."""
+    """Return the value of a column about the scan. Raises ValueError for any other value."""
     if name in WORDS:
         for word in WORDS[name]:
             if text.casefold() == word.casefold():

@@ -1,4 +1,4 @@
-"""Prepared data -> conversations, from which the language stages draw batches. What they share with pairs stands in `datasets/torch.py`."""
+"""Conversations about prepared volumes, for the language stages. `datasets/torch.py` holds what they share with image-report pairs."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -90,7 +90,7 @@ class ConversationDataset(StudyDataset):
         return rows
 
     def limit_rows(self, processor: Med3DVLMProcessor, max_length: int, max_row_length: int) -> None:
-        """Make several rows, all with its volume, of a study whose conversations could together take more than `max_row_length` tokens.
+        """Split a study into several rows, each with its volume, where its conversations could take more than `max_row_length` tokens.
 
         Which row asks a question follows from the texts alone, so every process and epoch has the same rows. What is drawn in every
         epoch anew is planned with its longest form, into the first row that has room.
@@ -135,7 +135,7 @@ class ConversationDataset(StudyDataset):
         self.rows = rows
 
     def count_cut(self, processor: Med3DVLMProcessor, max_length: int) -> dict[str, tuple[int, int, int]]:
-        """Kind, reports or answers -> how many of them `max_length` cuts, of how many, and what it would have to be to cut none.
+        """Return for reports and answers how many `max_length` cuts, out of how many, and the length that would cut none.
 
         Tokens are counted only where there could be too many, as in `limit_rows`.
 
@@ -164,7 +164,7 @@ class ConversationDataset(StudyDataset):
         return {kind: (sum(length > max_length for length in found), len(found), max(found, default=0)) for kind, found in lengths.items()}
 
     def _costs(self, study: Study, cost: Callable[[list[Message]], int]) -> tuple[list[int], dict[str, int]]:
-        """Tokens of a study's questions, and of the longest form of each thing that may be drawn."""
+        """Return the tokens of a study's questions, and of the longest form of each thing that may be drawn."""
         asked = self.asked[study.id]
         turns = [_turn(question.text, question.answer) for question in asked]
 
@@ -182,7 +182,7 @@ class ConversationDataset(StudyDataset):
         return questions, drawn
 
     def _shown(self, study: Study, messages: list[Message]) -> list[Message]:
-        """As the model is to learn them."""
+        """Return the messages in the form that the model learns."""
         return messages if self.answers is None else self.answers.pointing(study, messages)
 
     def __len__(self) -> int:
@@ -198,7 +198,7 @@ class ConversationDataset(StudyDataset):
         return row | ({"features": self.features(study)} if self.features is not None else self.image(study, index))
 
     def conversations(self, index: int) -> list[list[Message]]:
-        """What row `index` asks and answers in this epoch."""
+        """Return the conversations of row `index` in this epoch."""
         row = self.rows[index]
         study = self.studies[row.study]
         asked = self.asked[study.id]
@@ -226,7 +226,7 @@ def _turn(question: str, answer: str) -> list[Message]:
 
 
 def _byte_count(messages: Sequence[Message]) -> int:
-    """Bytes of what is said: never fewer than its tokens."""
+    """Return the bytes of the messages, never fewer than their tokens."""
     return sum(len(message["content"].encode()) for message in messages)
 
 

@@ -1,4 +1,4 @@
-"""Tables on disk, row by row; whatever is wrong is told with the file and the line.
+"""Read tables row by row; errors name the file and the line.
 
 A CSV begins with the names of its columns, in small or capital letters, and is otherwise as RFC 4180 has it: a text with a delimiter or a
 line end in it stands in quotes, and a quote within it twice. The delimiter is the comma, semicolon or tab that divides the first line into
@@ -22,7 +22,7 @@ NO_VALUE = {"", "nan", "-nan", "nat", "none", "null", "na", "n/a", "<na>", "#n/a
 
 
 def csv_rows(path: Path, columns: Sequence[str], known: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each row after the words that say where it begins, such as "labels.csv line 3"; no row where there is no such file.
+    """Yield each row's place, such as "labels.csv line 3", and the row; nothing where there is no such file.
 
     Args:
         columns: those that have to be there, each with a value in every row; the first tells rows apart.
@@ -51,7 +51,7 @@ def _encoding(path: Path) -> str:
 
 
 def _undecodable(path: Path) -> int:
-    """The first line that is no UTF-8."""
+    """Return the number of the first line that is not UTF-8."""
     good = path.read_bytes()
     try:
         good.decode()
@@ -61,7 +61,7 @@ def _undecodable(path: Path) -> int:
 
 
 class _Lines:
-    """The lines of a file, of which those of the row that is being read are kept."""
+    """The lines of a file; those of the current row are kept."""
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.begin, self.kept = file, 1, list[str]()
@@ -117,7 +117,7 @@ def _rows(path: Path, lines: _Lines, columns: Sequence[str], known: Sequence[str
 
 
 def _cells(line: str, delimiter: str) -> list[str]:
-    """The names in a head, without the empty ones at its end."""
+    """Return the names in a head, without empty ones at its end."""
     cells = [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [])]
     while cells and not cells[-1]:
         cells.pop()
@@ -125,19 +125,19 @@ def _cells(line: str, delimiter: str) -> list[str]:
 
 
 def _fit(line: str, delimiter: str, columns: Sequence[str]) -> tuple[int, int]:
-    """How many of the columns a delimiter finds, and how many cells."""
+    """Return how many of the columns a delimiter finds, and how many cells."""
     cells = _cells(line, delimiter)
     return len({name.casefold() for name in columns} & {cell.casefold() for cell in cells}), len(cells)
 
 
 def own_names(found: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The names of columns as we write them, whichever letters are capital; one without a name is called by its number."""
+    """Return the column names in our spelling, whatever their capital letters; one without a name gets its number."""
     ours = {name.casefold(): name for name in known}
     return [ours.get(name.strip().casefold(), name.strip()) or f"column {number}" for number, name in enumerate(found, start=1)]
 
 
 def check_columns(path: Path, found: list[str], columns: Sequence[str]) -> None:
-    """Raises ValueError unless each column is there, and none twice."""
+    """Raise ValueError unless each column occurs, and none twice."""
     if missing := [name for name in columns if name not in found]:
         raise ValueError(f"{path} lacks the columns {missing}; it has {found}")
     if twice := sorted({name for name in found if found.count(name) > 1}):
@@ -153,7 +153,7 @@ def _until(lines: _Lines) -> str:
 
 
 def _quote_line(text: str, delimiter: str) -> int:
-    """How many lines of a wrong row lie before the quote that does not close where its value ends."""
+    """Return how many lines of a wrong row precede the quote that does not close at the end of its value."""
     opened, closed, inside, line, before = 0, -1, False, 0, delimiter
     for place, sign in enumerate(text):
         if sign == '"' and inside:
@@ -170,7 +170,7 @@ def _quote_line(text: str, delimiter: str) -> int:
 
 
 def _refuse_swallowed_rows(path: Path, begin: int, cells: Sequence[str], delimiter: str, columns: int, identity: int) -> None:
-    """Raises ValueError where a quoted text of several lines holds what are most likely rows: its quote was never meant, or never closed."""
+    """Raise ValueError where a quoted text of several lines most likely holds rows: its quote was never meant, or never closed."""
     own = LINE_END.split(cells[identity])[0].strip() if len(cells) > identity else ""
     line = begin
     for cell in cells:
@@ -185,7 +185,7 @@ def _refuse_swallowed_rows(path: Path, begin: int, cells: Sequence[str], delimit
 
 
 def _is_row(cells: Sequence[str], own: str, columns: int, identity: int, whole: bool) -> bool:
-    """Whether cells are as many as a row's and the one that names it looks like `own`, the name of the row in which they stand."""
+    """Return whether cells are as many as a row's and its name resembles `own`, the name of the row that holds them."""
     if len(cells) < (columns if whole else identity + 2) or not re.fullmatch(r"\S+", name := cells[identity].strip()):
         return False
     folder, _, _ = own.rpartition("/")
@@ -199,7 +199,9 @@ def _is_row(cells: Sequence[str], own: str, columns: int, identity: int, whole: 
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a file of JSON lines, likewise; empty lines count but hold none. NaN, which Python writes, is a float."""
+    """Yield the place and the object of each line of a JSON-lines file; empty lines are counted but skipped. NaN, which Python writes, is a
+    float.
+    """
     with path.open(encoding=_encoding(path)) as file:
         number = 0
         try:
@@ -230,12 +232,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_missing(text: str) -> bool:
-    """Whether a cell is empty or holds what a program writes for no value: nan, NaN, None, NULL, NA, ..."""
+    """Return whether a cell is empty or holds a program's missing value: nan, NaN, None, NULL, NA, ..."""
     return text.strip().casefold() in NO_VALUE
 
 
 def label_value(name: str, text: str) -> int | None:
-    """0 or 1, or None of a cell without a value. Raises ValueError for anything else."""
+    """Return 0 or 1, or None for a cell without a value. Raises ValueError for anything else."""
     if is_missing(text):
         return None
     if text.strip() not in ("0", "1", "0.0", "1.0"):

@@ -48,7 +48,7 @@ SUPINE = "[1, 0, 0, 0, 1, 0]"
 
 
 def splits(root: str | Path) -> list[str]:
-    """The folders of volumes, such as train, valid, train_fixed. Raises FileNotFoundError where there is none."""
+    """Return the folders of volumes, such as train, valid, train_fixed. Raises FileNotFoundError where there is none."""
     base = _base(Path(root))
     found = sorted(path.name for path in base.iterdir() if path.is_dir() and SPLIT.fullmatch(path.name)) if base.is_dir() else []
     if not found:
@@ -57,7 +57,7 @@ def splits(root: str | Path) -> list[str]:
 
 
 def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = None) -> tuple[list[Study], list[Question]]:
-    """One split's studies, one for each volume; CT-RATE has no questions.
+    """Return one split's studies, one for each volume; CT-RATE has no questions.
 
     Args:
         failures: takes {"study", "file", "reason"} of every volume that is missing or has no report; without it that is an error.
@@ -119,12 +119,12 @@ def _base(root: Path) -> Path:
 
 
 def _table(base: Path, folder: str, name: str) -> Path:
-    """Where a CSV file lies: in its folder, or beside the volumes."""
+    """Return the path of a CSV file: in its folder, or beside the volumes."""
     return base / name if (base / name).is_file() else base / folder / name
 
 
 def _parts(volume: str, where: str) -> tuple[str, str, str]:
-    """`train_53_a_1.nii.gz` -> name `train_53_a_1`, scan `train_53_a`, patient `train_53`."""
+    """Split `train_53_a_1.nii.gz` into the name `train_53_a_1`, the scan `train_53_a` and the patient `train_53`."""
     name = volume.strip().removesuffix(".nii.gz")
     found = NAME.fullmatch(name)
     if found is None:
@@ -133,13 +133,13 @@ def _parts(volume: str, where: str) -> tuple[str, str, str]:
 
 
 def _report(row: Mapping[str, str]) -> str:
-    """Findings and impressions; white space folded, "Not given." and what programs write for no value are empty."""
+    """Join findings and impressions, with white space folded; "Not given." and missing values are empty."""
     parts = (" ".join(row[column].split()) for column in REPORT_COLUMNS[1:])
     return " ".join(part for part in parts if not is_missing(part) and part.lower() != NOT_GIVEN)
 
 
 def _labels(path: Path) -> dict[str, dict[str, int]]:
-    """Volume -> finding -> 0 or 1; nothing where there is no such file."""
+    """Return volume -> finding -> 0 or 1; empty where there is no such file."""
     labels = {}
     for where, row in csv_rows(path, ("VolumeName", *LABEL_COLUMNS)):
         name = _parts(row["VolumeName"], where)[0]
@@ -152,7 +152,7 @@ def _labels(path: Path) -> dict[str, dict[str, int]]:
 
 
 def _readings(path: Path, geometry: bool) -> dict[str, dict[str, Any]]:
-    """Volume -> what `read_volume` has to be told: slope and intercept, and with `geometry` the spacing and the axes."""
+    """Return volume -> arguments of `read_volume`: slope and intercept, and with `geometry` the spacing and the axes."""
     readings = {}
     for where, row in csv_rows(path, METADATA_COLUMNS):
         name = _parts(row["VolumeName"], where)[0]
@@ -170,7 +170,7 @@ def _readings(path: Path, geometry: bool) -> dict[str, dict[str, Any]]:
 
 
 def _orientation(cosines: list[float]) -> str:
-    """DICOM's direction cosines (LPS) of the axes x and y -> letters of the axes D, H, W: "SPL" for a patient on the back."""
+    """Convert DICOM's direction cosines (LPS) of the axes x and y to letters of the axes D, H, W: "SPL" for a patient on the back."""
     x, y = np.array(cosines[:3]), np.array(cosines[3:])
     letters = ""
     for axis in (np.cross(x, y), y, x):
@@ -192,7 +192,7 @@ def _numbers(text: str, count: int, name: str) -> list[float]:
 
 
 def _not_of_the_chest(path: Path) -> set[str]:
-    """The names of volumes or scans in such a list, one a line; none where there is no list."""
+    """Read the names of volumes or scans from such a list, one a line; empty where there is no list."""
     if not path.is_file():
         return set()
     return {line.strip().removesuffix(".nii.gz") for line in path.read_text(encoding="utf-8-sig").splitlines()}

@@ -1,4 +1,4 @@
-"""Studies that are there twice: volumes alike but for noise, intensity, a shift or a crop, and reports alike but for some words.
+"""Find duplicate studies: volumes that differ by noise, intensity, a shift or a crop only, and reports that differ by a few words.
 
 Volumes. Each is read once and leaves a checksum and a thumbnail of 16 x 32 x 32 grey values. Equal checksums are exact duplicates. The
 candidates for near ones are every volume's NEIGHBOURS by the correlation of 8 x 8 x 8 block means. Scans of one region look alike, so
@@ -64,7 +64,9 @@ class Pair(NamedTuple):
 
 
 def thumbnails(data: PreparedData, studies: Sequence[Study], folder: Path, workers: int) -> tuple[Tensor, list[str]]:
-    """(N, d, h, w) uint8 and the checksums of all volumes; kept in `folder` by blocks, so that an interrupted run continues."""
+    """Return thumbnails (N, d, h, w) uint8 and checksums of all volumes. They are kept in `folder` by blocks, so that an interrupted run
+    continues.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     blocks = []
     with (
@@ -104,13 +106,13 @@ def _thumbnail(study: Study) -> tuple[NDArray[np.uint8], str]:
 
 
 def _reduced(data: PreparedData, volume: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """A stored volume (1, D, H, W) as block means (d, h, w) from 0 to 255."""
+    """Return block means (d, h, w) of a stored volume (1, D, H, W), from 0 to 255."""
     grid = data.processor.grid
     return (adaptive_avg_pool3d(volume.float(), size)[0] - grid.low) * (255 / (grid.high - grid.low))
 
 
 def equal(values: Iterable[Hashable]) -> list[list[int]]:
-    """The places of values that occur more than once, one list a value."""
+    """Return the indices of values that occur more than once, one list a value."""
     places: dict[Hashable, list[int]] = defaultdict(list)
     for place, value in enumerate(values):
         places[value].append(place)
@@ -118,7 +120,7 @@ def equal(values: Iterable[Hashable]) -> list[list[int]]:
 
 
 def similar_volumes(data: PreparedData, studies: Sequence[Study], pictures: Tensor, workers: int) -> list[Pair]:
-    """Pairs of distinct volumes that are as similar as SAME_VOLUME; `pictures` are their thumbnails (N, d, h, w) uint8."""
+    """Return the pairs of distinct volumes that are at least as similar as SAME_VOLUME; `pictures` are their thumbnails (N, d, h, w) uint8."""
     described = torch.cat([_standard(adaptive_avg_pool3d(part.float(), DESCRIPTOR)) for part in pictures.split(BLOCK)])  # (N, 512)
     candidates: set[tuple[int, int]] = set()
     for start in tqdm(range(0, len(described), BLOCK // 2), desc="comparing volumes", unit="block"):
@@ -139,7 +141,7 @@ def similar_volumes(data: PreparedData, studies: Sequence[Study], pictures: Tens
 
 
 def _compare(pairs: Sequence[tuple[int, int]]) -> list[float]:
-    """How similar the pairs are, to four decimals; 0 where their thumbnails do not look alike."""
+    """Return the similarity of each pair to four decimals, 0 where the thumbnails do not look alike."""
     fixed, moving = (torch.stack([_pictures[place] for place in places]).float() for places in zip(*pairs, strict=True))
     correlations, moves = align(fixed, moving, torch.zeros(len(pairs), 2, 3), steps=6)
     similarities = [0.0] * len(pairs)
@@ -150,7 +152,7 @@ def _compare(pairs: Sequence[tuple[int, int]]) -> list[float]:
 
 
 def same_texture(fixed: Tensor, moving: Tensor, moves: Tensor) -> Tensor:
-    """(P,): the correlation of details two to three voxels wide, away from the border, of volumes that `moves` aligns coarsely."""
+    """Return the correlation (P,) of details two to three voxels wide, away from the border, of volumes that `moves` aligns coarsely."""
     _, moves = align(fixed, moving, moves, steps=2)
     fine = _band(fixed)
     _, moves = align(fine, _band(moving), moves, steps=3)
@@ -159,7 +161,7 @@ def same_texture(fixed: Tensor, moving: Tensor, moves: Tensor) -> Tensor:
 
 
 def align(fixed: Tensor, moving: Tensor, moves: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Stretch and shift `moving` along its axes until it lies over `fixed` (Gauss-Newton): the best correlation (P,) and the moves.
+    """Align `moving` with `fixed` by stretches and shifts along the axes (Gauss-Newton). Returns the best correlation (P,) and the moves.
 
     In each step, fixed = gain * warped + gradient(warped) . (stretch * position + shift) + bias is solved by least squares; up to 20 %
     of an axis are followed.
@@ -196,7 +198,7 @@ def _warp(moving: Tensor, moves: Tensor) -> Tensor:
 
 
 def _band(volumes: Tensor) -> Tensor:
-    """A box mean of 3 less one of 7 voxels."""
+    """Band-pass: a box mean of 3 less one of 7 voxels."""
     return _box(volumes, 1) - _box(volumes, 3)
 
 
@@ -215,12 +217,12 @@ def _standard(values: Tensor) -> Tensor:
 
 
 def words(text: str) -> list[str]:
-    """In small letters, without punctuation."""
+    """Return the words of a text in lower case, without punctuation."""
     return re.findall(r"\w+(?:\.\d+)?", text.lower())
 
 
 def similar_reports(reports: Sequence[str], threshold: float = SAME_REPORT) -> list[Pair]:
-    """Each report that is not the first of its kind, with the first; earlier reports are firsts before later ones."""
+    """Pair each report that is not the first of its group with the first; earlier reports begin groups before later ones."""
     from datasketch import MinHash, MinHashLSH
 
     firsts = MinHashLSH(threshold=threshold - 0.1, num_perm=PERMUTATIONS)  # below, so that few at the threshold are missed
@@ -244,7 +246,7 @@ def similar_reports(reports: Sequence[str], threshold: float = SAME_REPORT) -> l
 
 
 def groups(size: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
-    """For each of `size` places the smallest place that pairs lead to from it, itself where there is none."""
+    """Return for each of `size` indices the smallest index that pairs connect it with, itself where there is none."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

@@ -1,4 +1,4 @@
-"""Outputs of a frozen tower, computed once and kept on disk, so that training does not run the tower again for the same volume or text."""
+"""Outputs of a frozen encoder, computed once and kept on disk, so that training does not compute them again for the same volume or text."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ FILES, ITEMS = (
 
 
 def fingerprint(module: nn.Module, *also: str) -> str:
-    """16 hexadecimal digits that change with the module's weights or with `also` (the data's fingerprint, say)."""
+    """Return 16 hexadecimal digits that change with the module's weights or with `also` (for example the data's fingerprint)."""
     digest = hashlib.sha256("\n".join(also).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -33,7 +33,7 @@ def fingerprint(module: nn.Module, *also: str) -> str:
 def frozen_features(
     path: Path, count: int, compute: Callable[[range], Sequence[Tensor]], batch_size: int = 16, description: str = "features"
 ) -> list[Tensor]:
-    """The tensors that `compute` gives for items 0 .. count-1, each (count, ...), from `path` if they are there.
+    """Return the tensors of `compute` for items 0 .. count-1, each (count, ...), read from `path` if it exists.
 
     Args:
         path: a .safetensors file, named after everything that the features depend on; written whole or not at all.
@@ -58,7 +58,7 @@ def _write(path: Path, items: range, compute: Callable[[range], Sequence[Tensor]
 
 
 class SharedFeatures:
-    """What `compute` gives for items 0 .. count-1, in the type that it gives, in the files of a folder; read item by item, by mapping.
+    """The tensors of `compute` for items 0 .. count-1, in their own type, in files of a folder that are memory-mapped item by item.
 
     All processes of a training compute, each other files; what a run before has left is not computed again. Which items share a file and a
     batch does not depend on the number of processes.
@@ -103,7 +103,7 @@ class SharedFeatures:
         return self.count
 
     def __getitem__(self, item: int) -> tuple[Tensor, ...]:
-        """The tensors of one item."""
+        """Return the tensors of one item."""
         number, place = divmod(item, self.per_file)
         if number not in self._open:
             self._open[number] = safe_open(self._path(number), "pt")
@@ -111,13 +111,13 @@ class SharedFeatures:
         return tuple(file.get_slice(str(level))[place] for level in range(len(file.keys())))
 
     def whole(self) -> list[Tensor]:
-        """All of them in memory, each (count, ...)."""
+        """Return all of them in memory, each (count, ...)."""
         files = [load_file(self._path(number)) for number in range(-(-self.count // self.per_file))]
         return [torch.cat([file[str(level)] for file in files]) for level in range(len(files[0]))]
 
 
 def report_features(folder: Path, model: Med3DCLIP, processor: Med3DCLIPProcessor, reports: Sequence[str]) -> Tensor:
-    """(N, C), what `pool_text` gives for N reports, kept in a folder within that is named after text encoder, reports and their length.
+    """Return `pool_text` of N reports, (N, C), kept in a subfolder that is named after text encoder, reports and their length.
 
     Stage 1 with a frozen text encoder leaves those of the training split, and retrieval of training reports finds them there.
     """

@@ -35,7 +35,7 @@ class LabelledReports:
     labels: NDArray[np.int64]
 
     def half(self, name: str) -> "LabelledReports":
-        """Half of the patients, the same one everywhere: by the last bit of SHA-256 of the patient's name, 0 for "tuning".
+        """Return the reports of half of the patients, split by the last bit of SHA-256 of the patient's name, 0 for "tuning".
 
         Raises:
             ValueError: if there is no such half, or nobody in it.
@@ -51,7 +51,7 @@ class LabelledReports:
 
 
 def read_labelled_reports(reports: Path, labels: Path | None = None) -> LabelledReports:
-    """The reports of a CSV file, with the labels in it or those of a second file.
+    """Read the reports of a CSV file, with the labels in it or those of a second file.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -98,7 +98,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _joined(reports: Path, rows: list[dict[str, str]], labels: Path) -> list[dict[str, str]]:
-    """The rows of `labels` in the order of the reports."""
+    """Return the rows of `labels` in the order of the reports."""
     others = _rows(labels)
     key = next((name for name in rows[0] if name in others[0]), None)
     if key is None:

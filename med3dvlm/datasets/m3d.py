@@ -40,12 +40,12 @@ YES_NO_COLUMNS = ("Image Path", "Text", "Question Type", "Question", "Answer")
 
 
 def splits(root: str | Path) -> list[str]:
-    """The splits that M3D_Cap.json lists. Raises FileNotFoundError or ValueError where it is missing or none."""
+    """Return the splits that M3D_Cap.json lists. Raises FileNotFoundError or ValueError where it is missing or none."""
     return list(_listing(Path(root))[1])
 
 
 def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = None) -> tuple[list[Study], list[Question]]:
-    """One split's studies and the questions about them (none where the VQA files are absent).
+    """Return one split's studies and the questions about them (none where the VQA files are absent).
 
     Args:
         failures: takes {"study", "file", "reason"} of every study whose report is missing or empty; without it that is an error.
@@ -102,7 +102,7 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
 
 
 def _listing(root: Path) -> tuple[Path, dict[str, list[dict[str, str]]]]:
-    """M3D_Cap.json, wherever it lies, and what it holds."""
+    """Find M3D_Cap.json and return its path and content."""
     places = [root / "M3D_Cap" / "M3D_Cap.json", *sorted(root.glob("M3D_Cap*/M3D_Cap.json"))]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
@@ -117,7 +117,7 @@ def _listing(root: Path) -> tuple[Path, dict[str, list[dict[str, str]]]]:
 
 
 def _found(root: Path, tops: Sequence[str], path: str, endings: Sequence[str]) -> str:
-    """The path under which a file or folder lies: as it is said, else in a sister folder or with another ending, else as it is said."""
+    """Return the path of a file or folder: as stated, else in a sister folder or with another ending, else as stated."""
     place, top = _study_id(path).removesuffix(".txt"), PurePosixPath(path).parts[0]
     if (root / path).exists():
         return path
@@ -126,7 +126,7 @@ def _found(root: Path, tops: Sequence[str], path: str, endings: Sequence[str]) -
 
 
 def _questions_file(folder: Path, kind: str, split: str) -> Path:
-    """The file of a split's questions: its own; for a part such as "test1k" else the whole's; for "test" else that of a part."""
+    """Return the file of a split's questions: its own; for a part such as "test1k" else the whole's; for "test" else that of a part."""
     whole = re.sub(r"\d+k$", "", split)
     own, other = (folder / f"M3D_VQA_{kind}{CSV_SPLIT.get(name, name)}.csv" for name in (split, whole))
     parts = sorted(folder.glob(f"{other.stem}[0-9]*k.csv"))
@@ -146,7 +146,7 @@ def _read_report(path: Path, name: str) -> str:
 
 
 def report_text(text: str) -> str:
-    """What follows "study_findings:", else "discussion:", else the whole text; white space folded."""
+    """Return what follows "study_findings:", else "discussion:", else the whole text, with white space folded."""
     for heading in ("study_findings:", "discussion:"):
         _, found, rest = text.partition(heading)
         if found:
@@ -156,7 +156,7 @@ def report_text(text: str) -> str:
 
 
 def _study_id(image: str) -> str:
-    """`M3D_Cap/ct_case/000006/Axial_C.nii.gz` -> `ct_case/000006/Axial_C`, whichever of the scans' endings and folders the path has."""
+    """Convert `M3D_Cap/ct_case/000006/Axial_C.nii.gz` to `ct_case/000006/Axial_C`, whichever of the scans' endings and folders the path has."""
     path = PurePosixPath(image)
     parts = path.parts[1:] if path.parts[0].startswith("M3D_Cap") else path.parts
     ending = next((ending for ending in READERS if parts and parts[-1].lower().endswith(ending)), "")
@@ -164,7 +164,7 @@ def _study_id(image: str) -> str:
 
 
 def _patient(study_id: str) -> str:
-    """The folder, as `ct_case` and `ct_quizze` number their own, or the study itself where there is none."""
+    """Return the folder, as `ct_case` and `ct_quizze` number their own, or the study itself where there is none."""
     folder = PurePosixPath(study_id).parent.as_posix()
     return study_id if folder == "." else folder
 
@@ -182,7 +182,7 @@ def _read_labels(path: Path) -> dict[str, dict[str, int]]:
 
 
 def _read_questions(path: Path, columns: Sequence[str], ids: Mapping[str, str]) -> list[Question]:
-    """The questions of a file about the studies `ids`, by image path with and without ending; the number of others is told."""
+    """Read the questions about the studies `ids` (by image path with and without ending); logs how many are about others."""
     questions, others = [], 0
     for where, row in csv_rows(path, columns):
         image = row["Image Path"]

@@ -45,12 +45,12 @@ class Entry(NamedTuple):
 
 
 def splits(root: str | Path) -> list[str]:
-    """The splits of all its data sets. Raises FileNotFoundError or ValueError where there is none."""
+    """Return the splits of all its data sets. Raises FileNotFoundError or ValueError where there is none."""
     return list(dict.fromkeys(entry.split for entry in entries(Path(root), needed=True)))
 
 
 def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = None) -> tuple[list[Study], list[Question]]:
-    """One split's studies, without reports; there are no questions.
+    """Return one split's studies, without reports and questions.
 
     Args:
         failures: takes {"study", "file", "reason"} of every study whose image or mask is missing; without it that is an error.
@@ -78,7 +78,7 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
 
 
 def entries(root: Path, needed: bool = False) -> Iterator[Entry]:
-    """Each entry of every data set, none where there is no M3D-Seg; with `needed` that is a FileNotFoundError."""
+    """Yield each entry of every data set, none where there is no M3D-Seg; with `needed` that is a FileNotFoundError."""
     base = next((folder for folder in (root / FOLDER, root) if list(folder.glob("[0-9]*/[0-9]*.json"))), None)
     if base is None:
         if needed:
@@ -105,7 +105,7 @@ def entries(root: Path, needed: bool = False) -> Iterator[Entry]:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The content of a JSON file. Raises ValueError where it is none, or no object."""
+    """Read a JSON object. Raises ValueError where the file holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -116,7 +116,7 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def _labels(listing: Path, content: Mapping[str, Any], base: Path) -> list[str]:
-    """The names of the labels 1, 2, ..."""
+    """Return the names of the labels 1, 2, ..."""
     shared = base / "dataset_info.json"
     labels = content.get("labels") or (json_object(shared).get(listing.parent.name) if shared.is_file() else None)
     if isinstance(labels, dict):
@@ -156,7 +156,7 @@ def _masks(label: str, names: Sequence[str], about: Any) -> dict[str, Mask]:
 
 
 def side_in(words: str) -> str:
-    """The side that words name, "" where they name none or both: `kidney left` -> "left"."""
+    """Return the side that words name, "" where they name none or both: `kidney left` -> "left"."""
     sides = {side for side in ("left", "right") if re.search(rf"(?i)(?<![a-z]){side}(?![a-z])", words)}
     return sides.pop() if len(sides) == 1 else ""
 

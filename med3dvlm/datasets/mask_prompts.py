@@ -1,7 +1,7 @@
-"""Prompts in words about a prepared study, each with where in the volume it is true: what a segmenter and the dense loss of stage 1 learn from.
+"""Text prompts about a prepared study, each with its mask: training data of a segmenter and of the dense loss of stage 1.
 
-In the scan is what has a mask: by its name, with its side, or as the report's sentence about it. Not in the scan, with an empty mask, are
-findings whose label is 0, and what lies on one side alone, said to be on the other. Where nobody looked, nothing is claimed.
+Positive prompts name what has a mask: by its name, with its side, or by the report's sentence about it. Negative prompts, with an empty mask,
+name findings whose label is 0, or put what lies on one side alone on the other. What nobody looked for is never asked for.
 
 Shapes: B volumes of D, H, W voxels; K prompts a volume, N in all; L text tokens; C width of text features.
 """
@@ -25,12 +25,12 @@ OTHER_SIDE = {"left": "right", "right": "left"}
 
 
 def absent_findings(study: Study, names: Iterable[str]) -> list[str]:
-    """Of findings by their masks' names those that the study's labels say are not there."""
+    """Return those findings (by their masks' names) that the study's labels say are absent."""
     return [name for name in names if name not in study.masks and study.labels.get(finding_of(name)) == 0]
 
 
 class Prompt(NamedTuple):
-    """What is said, and the name of the study's mask that shows where; None where it is not true."""
+    """A text, and the name of the study's mask of it; None where the text is not true."""
 
     text: str
     mask: str | None
@@ -63,11 +63,11 @@ class MaskPrompts:
         self.findings = sorted({name for study in studies for name, mask in study.masks.items() if mask.kind == "finding"})
 
     def known(self, study: Study) -> bool:
-        """Whether anything can be said about the study."""
+        """Return whether there is any prompt about the study."""
         return bool(self.data.mask_names(study) or absent_findings(study, self.findings))
 
     def texts(self, studies: Sequence[Study]) -> list[str]:
-        """All that may be said about these studies."""
+        """Return all prompts that these studies may get."""
         said = list(self.findings)
         for study in studies:
             for name, mask in study.masks.items():
@@ -75,7 +75,7 @@ class MaskPrompts:
         return list(dict.fromkeys(said))
 
     def draw(self, study: Study, epoch: int, row: int) -> list[Prompt]:
-        """The study's prompts, at most `count`."""
+        """Draw at most `count` prompts of the study."""
         random = stream((self.seed, epoch, row), Purpose.PROMPTS)
         names = [str(name) for name in random.permutation(self.data.mask_names(study))]
         findings = [name for name in names if study.masks[name].kind == "finding"]
@@ -94,7 +94,7 @@ class MaskPrompts:
         return [*there, *missing][: self.count]
 
     def row(self, study: Study, epoch: int, row: int) -> dict[str, Any]:
-        """ "prompts", their texts, or "prompt_features" (K, C) where they have been computed, and "masks" (K, D, H, W) bool."""
+        """Return "prompts" (texts), or "prompt_features" (K, C) where they have been computed, and "masks" (K, D, H, W) bool."""
         drawn = self.draw(study, epoch, row)
         names = [prompt.mask for prompt in drawn if prompt.mask is not None]
         masks = torch.zeros(len(drawn), *self.data.processor.size, dtype=torch.bool)
@@ -107,7 +107,7 @@ class MaskPrompts:
 
 
 def _side(name: str, mask: Mask) -> str:
-    """Left or right, where a finding lies on one side and its name does not say so; else nothing."""
+    """Return left or right where a finding lies on one side and its name does not say so; else nothing."""
     needless = mask.kind != "finding" or mask.side not in OTHER_SIDE or not OTHER_SIDE.keys().isdisjoint(name.lower().split())
     return "" if needless else mask.side
 
@@ -117,7 +117,9 @@ def _one(features: dict[str, Tensor]) -> Tensor:
 
 
 def collate_prompts(rows: Sequence[dict[str, Any]], processor: Med3DCLIPProcessor) -> dict[str, Tensor]:
-    """Prompts of rows as Med3DSegmenter takes them: `text_features` (N, C), or `input_ids` and `attention_mask` (N, L); `counts` (B), `masks`."""
+    """Collate the prompts of rows for a Med3DSegmenter: `text_features` (N, C), or `input_ids` and `attention_mask` (N, L); `counts` (B),
+    `masks`.
+    """
     masks = pad_sequence([row["masks"] for row in rows], batch_first=True)
     batch = {"counts": torch.tensor([len(row["masks"]) for row in rows]), "masks": masks}  # (B, K, D, H, W)
     if "prompt_features" in rows[0]:
@@ -128,13 +130,13 @@ def collate_prompts(rows: Sequence[dict[str, Any]], processor: Med3DCLIPProcesso
 
 
 def require_masks(data: PreparedData, split: str, studies: Sequence[Study]) -> None:
-    """Raises ValueError where no study of the split has a mask."""
+    """Raise ValueError where no study of the split has a mask."""
     if not any(data.mask_names(study) for study in studies):
         raise ValueError(f"the studies of split {split!r} in {data.root} have no masks; prepare data that has some")
 
 
 class MaskDataset(StudyDataset):
-    """Every study of a split about which something can be said, its volume, and the prompts of `MaskPrompts.row`.
+    """Every study of a split that has prompts, with its volume and the prompts of `MaskPrompts.row`.
 
     Raises:
         ValueError: there is none.

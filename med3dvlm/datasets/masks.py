@@ -1,4 +1,4 @@
-"""Masks of findings and structures: read from the files in which data sets have them, brought to their scan's grid, packed.
+"""Read masks of findings and structures from the files of data sets, resample them to their scan's grid, and pack them.
 
     a scan format      one mask, or one of several labels (`Mask.value`), on the scan's grid or on one of its own
     four axes          one of several masks (`Mask.channel`), the channels first or last as nibabel counts the axes, on the scan's grid
@@ -39,7 +39,7 @@ SHOWN = 5
 
 
 class Labels(NamedTuple):
-    """What a mask's file holds: whole numbers (D', H', W'), or with channels (K, D', H', W'), and where its voxels lie.
+    """The content of a mask's file: whole numbers (D', H', W'), or with channels (K, D', H', W'), and their affine.
 
     `affine` takes the index (d, h, w, 1) of a voxel to its place in RAS mm; None where the file does not say.
     """
@@ -51,7 +51,7 @@ class Labels(NamedTuple):
 
 
 def read_masks(root: Path, masks: Mapping[str, Mask], volume: Volume) -> Iterator[tuple[str, NDArray[np.bool_], list[str]]]:
-    """Each mask's name, its voxels (D, H, W) on the scan's grid, and sentences about what was assumed. A file is opened once.
+    """Yield each mask's name, its voxels (D, H, W) on the scan's grid, and sentences about what was assumed. A file is opened once.
 
     Raises:
         VolumeError: a file is missing, damaged or without labels, has no such channel, or cannot be placed on the scan.
@@ -103,7 +103,7 @@ def _affine(parts: formats.Parts) -> NDArray[np.float64] | None:
 
 
 def _sparse(path: Path) -> Labels | None:
-    """A SciPy matrix with a row for each mask; None for any other file."""
+    """Read a SciPy matrix with a row for each mask; None for any other file."""
     from scipy.sparse import load_npz
 
     if not path.name.endswith(".npz"):
@@ -129,7 +129,7 @@ def _sparse(path: Path) -> Labels | None:
 
 
 def _chosen(labels: Labels, mask: Mask, where: str) -> NDArray[np.bool_]:
-    """One mask (D', H', W')."""
+    """Return one mask (D', H', W')."""
     array = labels.array
     if labels.channels is None:
         if mask.channel:
@@ -159,7 +159,7 @@ def _chosen(labels: Labels, mask: Mask, where: str) -> NDArray[np.bool_]:
 def _on_scan(
     mask: NDArray[np.bool_], affine: NDArray[np.float64] | None, volume: Volume, where: str
 ) -> tuple[NDArray[np.bool_], list[str]]:
-    """The mask (D, H, W) on the scan's grid, and what was assumed."""
+    """Return the mask (D, H, W) on the scan's grid, and what was assumed."""
     scan = None if volume.origin is None else volume.affine
     equal = mask.shape == volume.shape
     if affine is None or scan is None:
@@ -190,7 +190,7 @@ def _on_scan(
 
 
 class Packed(NamedTuple):
-    """A mask as it is stored: the number of its voxels, the box that holds them, and the box's bits, compressed."""
+    """A stored mask: the number of its voxels, its bounding box, and the box's bits, compressed."""
 
     voxels: int
     box: list[list[int]]  # first and one after the last, along D, H, W
@@ -198,7 +198,7 @@ class Packed(NamedTuple):
 
 
 def pack(mask: Tensor) -> Packed:
-    """A mask (D, H, W), small."""
+    """Compress a mask (D, H, W)."""
     array = mask.numpy()
     found = bounding_box(array)
     box = [[0, 0]] * 3 if found is None else [list(ends) for ends in zip(*found, strict=True)]
@@ -207,7 +207,7 @@ def pack(mask: Tensor) -> Packed:
 
 
 def unpack(content: bytes, box: Sequence[Sequence[int]], into: NDArray[np.bool_]) -> None:
-    """Write what `pack` made into an array (D, H, W) of False."""
+    """Write the mask that `pack` compressed into an array (D, H, W) of False."""
     shape = [last - first for first, last in box]
     bits = np.unpackbits(np.frombuffer(zlib.decompress(content), np.uint8), count=math.prod(shape))
     into[tuple(slice(*ends) for ends in box)] = bits.reshape(shape)

@@ -1,4 +1,4 @@
-"""Answers that point: where a sentence names a finding of which the study has a mask, POINT follows it, and the mask is what it points to.
+"""Answers that point: a sentence about a finding with a mask is followed by POINT, which points to that mask.
 
 A sentence that is the one of a mask (`Mask.text`) points to that; any other to the masks of the findings that it states, of its side if it
 names one. Several masks are one place, their union: a sentence points once.
@@ -24,7 +24,7 @@ finding_of_name = lru_cache(maxsize=1 << 12)(finding_of)
 
 
 def named_masks(sentence: str, masks: Mapping[str, Mask]) -> tuple[str, ...]:
-    """The names of those masks of findings that the sentence is about."""
+    """Return the names of those masks of findings that the sentence is about."""
     found = {name: mask for name, mask in masks.items() if mask.kind == "finding"}
     words = " ".join(sentence.split()).casefold()
     if own := [name for name, mask in found.items() if mask.text and " ".join(mask.text.split()).casefold() == words]:
@@ -35,7 +35,7 @@ def named_masks(sentence: str, masks: Mapping[str, Mask]) -> tuple[str, ...]:
 
 
 def places(text: str, masks: Mapping[str, Mask]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Where the text's sentences end that are about masks, and the names of those."""
+    """Return the ends of the text's sentences that are about masks, with the names of those masks."""
     start = 0
     for end, following in (*(match.span() for match in SENTENCE_END.finditer(text)), (len(text.rstrip()), len(text))):
         if names := named_masks(text[start:end], masks):
@@ -57,7 +57,7 @@ class PointingAnswers:
         return self._known[study.id, text]
 
     def pointing(self, study: Study, messages: Sequence[Message]) -> list[Message]:
-        """The messages with POINTs in the assistant's."""
+        """Return the messages with POINTs in the assistant's."""
         return [
             {**message, "content": self._pointed(study, message["content"])} if message["role"] == "assistant" else message
             for message in messages
@@ -71,7 +71,9 @@ class PointingAnswers:
         return "".join((*parts, text[start:].replace(POINT, UNKNOWN)))
 
     def row(self, study: Study, conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:
-        """What a row has of them: "conversations" that point; "masks" (G, D, H, W) bool; "points", of each conversation the masks' numbers."""
+        """Return the row's part about masks: "conversations" that point; "masks" (G, D, H, W) bool; "points", the masks' numbers for each
+        conversation.
+        """
         named = [
             [names for message in messages if message["role"] == "assistant" for _, names in self._places(study, message["content"])]
             for messages in conversations

@@ -106,7 +106,7 @@ def prepare_shard(
 def _prepare_volumes(
     source: Path, studies: Sequence[Study], processor: VolumeProcessor, destination: Path, workers: int, verify: bool
 ) -> tuple[dict[str, Line | None], list[Failure], int]:
-    """The studies' lines of the index, what failed, and how many volumes were made."""
+    """Return the studies' lines of the index, the failures, and how many volumes were made."""
     settings = _settle(processor, destination)
     indexed = _index(destination)
     lines = {study.id: indexed.get(study.id) or _header(volume_path(destination, study)) for study in studies}
@@ -157,14 +157,14 @@ def _settle(processor: VolumeProcessor, destination: Path) -> str:
 
 
 def _index(destination: Path) -> dict[str, Line]:
-    """The lines of index.jsonl by study, none while it may not be true."""
+    """Return the lines of index.jsonl by study, none while the index may be outdated."""
     if not (destination / "summary.json").is_file():
         return {}
     return {line["study"]: line for line in read_lines(destination / "index.jsonl")}
 
 
 def _header(path: Path) -> Line | None:
-    """A volume's line as its own file has it; None where there is no such file or none of ours."""
+    """Return a volume's line from its own file; None where there is no such file or none of ours."""
     if not path.is_file():
         return None
     try:
@@ -175,7 +175,7 @@ def _header(path: Path) -> Line | None:
 
 
 def _is_current(source: Path, destination: Path, settings: str, study: Study, line: Line | None) -> bool:
-    """Whether the prepared volume is there and was made from the scan as it is now, in this way."""
+    """Return whether the prepared volume exists and was made from the scan as it is now, with these settings."""
     if line is None or not volume_path(destination, study).is_file() or not _stamp(settings, study).items() <= line.items():
         return False
     try:  # what the files hold is looked at where they are others, as after a copy
@@ -185,14 +185,14 @@ def _is_current(source: Path, destination: Path, settings: str, study: Study, li
 
 
 def _state(source: Path, study: Study, contents: bool = False) -> str:
-    """Of the files of the scan and of its masks."""
+    """Return the state of the files of the scan and of its masks."""
     masks = sorted({mask.file for mask in study.masks.values()})
     states = [state_of(source / file, contents) for file in (study.image, *masks)]
     return states[0] if len(states) == 1 else checksum(" ".join(states).encode())
 
 
 def _stamp(settings: str, study: Study) -> Line:
-    """In which way a volume is made: scan, what the data set says of it, settings, the readers' version."""
+    """Return a digest of how a volume is made: scan, what the data set says of it, settings, the readers' version."""
     reading = json.loads(json.dumps(study.reading))
     stamp = {"study": study.id, "image": study.image, "reading": reading, "settings": settings, "readers": VERSION}
     places = {name: [mask.file, mask.channel, mask.value] for name, mask in study.masks.items()}
@@ -210,7 +210,7 @@ def _is_whole(destination: Path, size: Sequence[int], study: Study, line: Line) 
 
 
 def prepare_one(source: Path, destination: Path, processor: VolumeProcessor, settings: str, study: Study) -> tuple[Line | None, str | None]:
-    """The volume's line, or the reason why there is none."""
+    """Prepare one volume. Returns its line of the index, or the failure."""
     scan, path = source / study.image, volume_path(destination, study)
     try:
         stamp = _stamp(settings, study)
@@ -240,7 +240,7 @@ def prepare_one(source: Path, destination: Path, processor: VolumeProcessor, set
 def _masks(
     source: Path, study: Study, volume: Volume, processor: VolumeProcessor, placement: np.ndarray[Any, np.dtype[np.float64]]
 ) -> tuple[Line, dict[str, torch.Tensor], list[str]]:
-    """What the line says of the study's masks, their bits by their names in the file, and sentences about what is doubtful."""
+    """Return the index's facts about the study's masks, their bits by their names in the file, and warnings."""
     stored: Line = {}
     contents: dict[str, torch.Tensor] = {}
     doubts: list[str] = []
@@ -262,7 +262,7 @@ def _masks(
 
 
 def _found(volume: Volume, voxels: torch.Tensor, processor: VolumeProcessor) -> Line:
-    """What the summary counts. The histogram is of every second voxel along each axis, in parts per 10,000."""
+    """Return the facts that the summary counts. The histogram is of every second voxel along each axis, in parts per 10,000."""
     sample = voxels[::2, ::2, ::2].numpy()
     counts, _ = np.histogram(sample, BINS, (processor.grid.low, processor.grid.high))
     return {
@@ -332,7 +332,7 @@ def finish(
 
 @contextmanager
 def _processes(count: int) -> Iterator[Any]:
-    """A `map` over processes."""
+    """Return a `map` over processes."""
     with ProcessPoolExecutor(count, initializer=_start_process) as pool:
         yield pool.map
 
@@ -343,7 +343,7 @@ def _start_process() -> None:
 
 
 def _end_with_parent() -> None:
-    """Where the program that started this process is killed, it would wait for work for ever."""
+    """End this process when the program that started it is killed; it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

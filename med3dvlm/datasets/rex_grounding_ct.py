@@ -13,7 +13,7 @@ from med3dvlm.records import Question, Study
 
 
 def splits(root: str | Path) -> list[str]:
-    """The splits of which masks are there. Raises FileNotFoundError or ValueError where there is none."""
+    """Return the splits that have masks. Raises FileNotFoundError or ValueError where there is none."""
     root = Path(root)
     found = dict.fromkeys(usual_split(entry.split) for entry in sentence_masks.entries(root) if (root / entry.label).is_file())
     if not found:
@@ -23,7 +23,7 @@ def splits(root: str | Path) -> list[str]:
 
 
 def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = None) -> tuple[list[Study], list[Question]]:
-    """One split's studies; there are no questions.
+    """Return one split's studies, without questions.
 
     Args:
         failures: takes {"study", "file", "reason"} of every listed scan whose volume, report or masks are missing; without it that is an error.

@@ -1,11 +1,11 @@
-"""What a row of a ConversationDataset is about, and how conversations of a study are shared out between rows."""
+"""Rows of a ConversationDataset, and how a study's conversations are distributed over them."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """What a row of a ConversationDataset is about.
+    """A row of a ConversationDataset.
 
     `questions` are those of the study that it asks; `drawn` names what else it may hold: report, closed, follow_up. A row without a
     question always holds all of that, so that no row is empty.
@@ -17,7 +17,7 @@ class Row(NamedTuple):
 
 
 def pack(questions: Sequence[int], drawn: Mapping[str, int], room: int) -> list[tuple[slice, tuple[str, ...]]]:
-    """What each row asks and may hold, from tokens: questions in their order, then each thing that is drawn into the first row with room."""
+    """Distribute by tokens: questions fill rows in their order, then each item of `drawn` goes into the first row with room."""
     starts: list[int] = []
     used: list[int] = []
     for place, cost in enumerate(questions):

@@ -35,7 +35,7 @@ class Entry(NamedTuple):
 
 
 def entries(root: Path) -> Iterator[Entry]:
-    """Each scan listed, none where there is no list beside a folder of masks."""
+    """Yield each listed scan, none where there is no list beside a folder of masks."""
     base = next((root / place for place in PLACES if (root / place / LISTING).is_file() and (root / place / FOLDER).is_dir()), None)
     if base is None:
         return
@@ -54,7 +54,7 @@ def entries(root: Path) -> Iterator[Entry]:
 
 
 def _masks(label: str, entry: dict[str, Any]) -> dict[str, Mask]:
-    """By name: the sentence, or what "about" calls it."""
+    """Return the masks by name: the sentence, or the name that "about" gives."""
     masks: dict[str, Mask] = {}
     about = entry.get("about", {})
     for channel in dict.fromkeys((*entry["findings"], *about)):

@@ -1,4 +1,4 @@
-"""What a preparation found, counted: the numbers of summary.json."""
+"""Statistics of a preparation: the numbers of summary.json."""
 
 import re
 from collections import Counter
@@ -15,8 +15,9 @@ SERIES = re.compile(r"\(#: .*\)")
 
 
 def statistics(index: Sequence[dict[str, Any]], processor: VolumeProcessor) -> dict[str, Any]:
-    """Shapes (D, H, W) and spacings (z, y, x) of the scans as least, median and greatest, the commonest shapes, orientations, units,
-    kinds of warnings, and how many scans have which mask."""
+    """Return least, median and greatest shape (D, H, W) and spacing (z, y, x), the commonest shapes, orientations, units, kinds of warnings,
+    and how many scans have which mask.
+    """
     spacings = [line["spacing"] for line in index if line["spacing"] is not None]
     masks = _counted(name for line in index for name, mask in line.get("masks", {}).items() if mask["voxels"])
     return {
@@ -33,7 +34,7 @@ def statistics(index: Sequence[dict[str, Any]], processor: VolumeProcessor) -> d
 
 
 def kind_of(warning: str) -> str:
-    """The warning with its numbers, and a list of series, left out: "there are # series (...); number # is read, ..."."""
+    """Return the warning without its numbers and without a list of series: "there are # series (...); number # is read, ..."."""
     return SERIES.sub("(...)", NUMBERS.sub("#", warning))
 
 

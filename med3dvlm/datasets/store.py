@@ -73,7 +73,7 @@ def checksum(content: Any) -> str:
 
 
 def read_voxels(path: Path, expected: str) -> Tensor:
-    """(D, H, W) of a stored volume, mapped into memory.
+    """Return the voxels (D, H, W) of a stored volume, mapped into memory.
 
     Raises:
         FileNotFoundError: there is no such volume.
@@ -83,7 +83,7 @@ def read_voxels(path: Path, expected: str) -> Tensor:
 
 
 def read_stored_masks(path: Path, size: Sequence[int], stored: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Tensor:
-    """(K, D, H, W) bool: masks of a stored volume by their names; raises as `read_voxels` does.
+    """Return masks (K, D, H, W) bool of a stored volume by their names; raises as `read_voxels` does.
 
     Args:
         stored: "masks" of the volume's line in the index: for each name its "voxels", "box", "place" in the file, "checksum".
@@ -97,7 +97,7 @@ def read_stored_masks(path: Path, size: Sequence[int], stored: Mapping[str, Mapp
 
 
 def _tensors(path: Path, expected: Mapping[str, str]) -> list[Tensor]:
-    """Tensors of a stored volume by name, each compared with its checksum."""
+    """Return tensors of a stored volume by name, each compared with its checksum."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}, a prepared volume, is missing; run: med3dvlm prepare")
     try:
@@ -178,11 +178,11 @@ class PreparedData:
         return [question for question in self._questions if question.study in known]
 
     def checksum(self, study: Study) -> str:
-        """Of its prepared volume, by the index: equal ones are of equal volumes."""
+        """Return the checksum of its prepared volume from the index: equal volumes have equal checksums."""
         return str(self._checksums[study.id])
 
     def volume(self, study: Study) -> Tensor:
-        """(1, D, H, W) of the processor's `stored_dtype`; its `dequantize` makes it the tensor that it gives for the scan file.
+        """Return (1, D, H, W) of the processor's `stored_dtype`; `dequantize` turns it into what the processor returns for the scan file.
 
         Raises:
             FileNotFoundError, ValueError: the volume is missing or damaged.
@@ -190,16 +190,16 @@ class PreparedData:
         return read_voxels(volume_path(self.root, study), self.checksum(study)).unsqueeze(0)
 
     def spacing(self, study: Study) -> tuple[float, float, float] | None:
-        """(z, y, x) in mm of the voxels of `volume`; None where that of the scan is unknown, or was not kept by an older preparation."""
+        """Return (z, y, x) in mm of the voxels of `volume`; None where the scan's is unknown, or was not kept by an older preparation."""
         kept = self._spacings[study.id]
         return None if kept is None else (kept[0], kept[1], kept[2])
 
     def mask_names(self, study: Study) -> list[str]:
-        """The study's masks that hold a voxel of the prepared volume. What is known of each is in `study.masks`."""
+        """Return the names of the study's masks that hold a voxel of the prepared volume. `study.masks` has the facts about each."""
         return [name for name, mask in self._masks[study.id].items() if mask["voxels"]]
 
     def masks(self, study: Study, names: Sequence[str] | None = None) -> Tensor:
-        """(K, D, H, W) bool, on the grid of `volume`.
+        """Return masks (K, D, H, W) bool on the grid of `volume`.
 
         Args:
             names: those of `mask_names` by default; any of `study.masks`, of which an empty one is all False.
@@ -215,7 +215,7 @@ class PreparedData:
 
 
 def same_preprocessing(model: VolumeProcessor, data: PreparedData) -> None:
-    """Raises ValueError unless the data was prepared the way that the model takes it."""
+    """Raise ValueError unless the data was prepared in the way that the model expects."""
     for name in SETTINGS:
         wanted, found = getattr(model, name), getattr(data.processor, name)
         if wanted != found:

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What the numbers are for. The values are in recorded trainings: do not change them."""
+    """The purpose of random numbers. The values are in recorded trainings: do not change them."""
 
     AUGMENTATION = 1
     REPORT_ROWS = 2
@@ -15,5 +15,5 @@ class Purpose(IntEnum):
 
 
 def stream(key: int | Sequence[int], purpose: Purpose | None = None) -> np.random.Generator:
-    """The generator of a key of whole numbers, (seed, epoch, row) say, and a purpose; the words of a row have none."""
+    """Return the generator of a key of whole numbers, for example (seed, epoch, row), and a purpose; the words of a row have none."""
     return np.random.default_rng(np.random.SeedSequence(key, spawn_key=() if purpose is None else (int(purpose),)))

@@ -1,4 +1,4 @@
-"""A folder of one's own -> records: scans, and one table beside them, a .csv or a .jsonl file.
+"""Read your own folder: scans, and one table beside them, a .csv or a .jsonl file.
 
     image      path of the scan below the folder: any file or folder that `read_volume` reads
     report     its text
@@ -67,12 +67,14 @@ SHOWN = 10
 
 
 def splits(root: str | Path) -> list[str]:
-    """The splits that the table names, or into which it is divided. Raises FileNotFoundError or ValueError where it is missing or wrong."""
+    """Return the splits that the table names, or into which it is divided. Raises FileNotFoundError or ValueError where it is missing or
+    wrong.
+    """
     return list(dict.fromkeys(study.split for study in _read(Path(root))[0]))
 
 
 def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = None) -> tuple[list[Study], list[Question]]:
-    """One split's studies and the questions about them.
+    """Return one split's studies and the questions about them.
 
     Args:
         failures: takes {"study", "file", "reason"} of every study without a report; without it that is an error.
@@ -95,7 +97,7 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
 
 
 def table_of(root: Path) -> Path:
-    """The table in the folder: the only file there that ends as one, or the one named table. Raises FileNotFoundError or ValueError."""
+    """Return the table in the folder: the only .csv or .jsonl there, or the one named table. Raises FileNotFoundError or ValueError."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder; name the one that holds the scans and the table")
     found = sorted(path for path in root.iterdir() if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
@@ -120,7 +122,7 @@ def default_split(patient: str) -> str:
 
 
 def _read(root: Path) -> tuple[list[Study], list[Question], dict[str, str]]:
-    """All studies and questions, and where each study is first mentioned."""
+    """Return all studies and questions, and where each study is first mentioned."""
     path = table_of(root)
     state = path.stat()
     return _parsed(path, state.st_mtime_ns, state.st_size)
@@ -205,7 +207,7 @@ def _masks(root: Path, facts: Mapping[str, Any]) -> dict[str, Mask]:
 
 
 def _reading(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `read_volume`."""
+    """Return the keyword arguments of `read_volume`."""
     reading = {name: facts[name] for name in ("series", "hu", "rescale", "spacing", "unit") if name in facts}
     pair = [facts[name] for name in ("slope", "intercept") if name in facts]
     if len(pair) == 1:
@@ -226,7 +228,7 @@ def _question(where: str, study: str, row: Mapping[str, str]) -> Question:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with columns that are known, in our spelling."""
+    """Yield each row with known columns, in our spelling."""
     in_json = path.suffix.lower() == ".jsonl"
     for where, row in json_rows(path) if in_json else csv_rows(path, NEEDED, COLUMNS):
         names = [re.sub(rf"(?i)^({LABEL}|{MASK})\s*", lambda found: found[1].lower(), name) for name in own_names(list(row), COLUMNS)]
@@ -244,7 +246,7 @@ def _check(place: Path, columns: list[str]) -> None:
 
 
 class _Doubts:
-    """What a table holds that is most likely no intention of its author, counted, to be told once."""
+    """Counts what is most likely a mistake in a table, to warn once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

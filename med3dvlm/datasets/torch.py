@@ -1,4 +1,4 @@
-"""Prepared data -> what a trainer draws batches from: pairs for the contrastive stage, and what other data sets share.
+"""Torch data sets of prepared data: image-report pairs for the contrastive stage, and the base of other data sets.
 
 Everything is a function of (seed, epoch, the row's place in its data set): the order of workers and processes changes nothing.
 
@@ -24,12 +24,12 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 def load_volumes(data: PreparedData, studies: Iterable[Study], device: torch.device | str = "cpu") -> Tensor:
-    """The volumes of studies as a model takes them: (B, 1, D, H, W) float32 on the device, the same bits on every kind of device."""
+    """Return the volumes of studies as model input: (B, 1, D, H, W) float32 on the device, the same bits on every kind of device."""
     return data.processor.dequantize(torch.stack([data.volume(study) for study in studies]).to(device))
 
 
 class StudyDataset(Dataset[dict[str, Any]]):
-    """What the two data sets share: the studies of a split, by default one row each, and how their volumes are to be augmented, if at all.
+    """Base of the data sets: the studies of a split, by default one row each, and the augmentation of their volumes, if any.
 
     A row has a "volume" (1, D, H, W) of whole numbers and, if it is to be augmented, the "key" that says how: (seed, epoch, row).
 
@@ -46,7 +46,7 @@ class StudyDataset(Dataset[dict[str, Any]]):
             augmentation.check(study.report for study in self.studies)
 
     def require_reports(self) -> None:
-        """Raises ValueError where a study has none, as those of data sets of masks."""
+        """Raise ValueError where a study has no report, as in data sets of masks."""
         if without := [study.id for study in self.studies if not study.report.strip()]:
             raise ValueError(
                 f"{len(without)} of the {len(self.studies)} studies in {self.data.root} have no report, the first is {without[0]}; this stage "
@@ -54,20 +54,20 @@ class StudyDataset(Dataset[dict[str, Any]]):
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer: every epoch draws anew."""
+        """Set the epoch; the trainer calls this, and every epoch draws anew."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.studies)
 
     def image(self, study: Study, index: int) -> dict[str, Tensor]:
-        """The volume part of row `index`."""
+        """Return the volume part of row `index`."""
         row = {"volume": self.data.volume(study)}
         return row if self.augmentation is None else row | {"key": torch.tensor((self.seed, self.epoch, index))}
 
 
 def stack_images(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """`pixel_values` (B, 1, D, H, W), still whole numbers, and `augmentation_keys` (B, 3) where rows have keys."""
+    """Return `pixel_values` (B, 1, D, H, W), still whole numbers, and `augmentation_keys` (B, 3) where rows have keys."""
     # In a worker process default_collate stacks where the main process reads: one copy fewer.
     batch = {"pixel_values": default_collate([row["volume"] for row in rows])}
     return batch | {"augmentation_keys": torch.stack([row["key"] for row in rows])} if "key" in rows[0] else batch

@@ -28,12 +28,12 @@ ENDING = re.compile(r"\.nii(\.gz)?$")
 
 
 def splits(root: str | Path) -> list[str]:
-    """The splits that meta.csv names, or into which cases are divided. Raises FileNotFoundError or ValueError where there is none."""
+    """Return the splits that meta.csv names, or into which cases are divided. Raises FileNotFoundError or ValueError where there is none."""
     return list(dict.fromkeys(_cases(Path(root)).values()))
 
 
 def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = None) -> tuple[list[Study], list[Question]]:
-    """One split's studies, without reports; there are no questions.
+    """Return one split's studies, without reports and questions.
 
     Args:
         failures: takes {"study", "file", "reason"} of every case without scan or masks; without it that is an error.
@@ -67,7 +67,7 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
 
 
 def _cases(root: Path) -> dict[str, str]:
-    """The cases, each with its split."""
+    """Return the cases, each with its split."""
     found = sorted(folder.name for folder in root.glob("*") if any((folder / name).is_dir() for name in FOLDERS))
     listed: dict[str, str] = {}
     for where, row in csv_rows(root / "meta.csv", ("image_id",), ("split",)):

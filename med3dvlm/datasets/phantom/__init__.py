@@ -34,7 +34,7 @@ PLANE_SHARES = {"axial": 0.34, "coronal": 0.22, "sagittal": 0.22, "oblique": 0.2
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about one study but its voxels."""
+    """One study without its voxels."""
 
     study: Study
     questions: tuple[Question, ...]
@@ -43,7 +43,7 @@ class Plan:
 
 
 def plan_phantoms(studies: int, seed: int = 0, detail: float = 1.0) -> list[Plan]:
-    """Decide every study: 100 or a fifth (the smaller) for test, a twentieth for validation, the rest for training."""
+    """Plan every study: 100 or a fifth (the smaller) for test, a twentieth for validation, the rest for training."""
     if studies < 10:
         raise ValueError(f"a phantom data set needs at least 10 studies, not {studies}, to fill its three splits")
     random = np.random.default_rng(seed)
@@ -73,7 +73,7 @@ def plan_phantoms(studies: int, seed: int = 0, detail: float = 1.0) -> list[Plan
 
 
 def _cycle(values: Sequence[str], random: np.random.Generator) -> Iterator[str]:
-    """Each value equally often, in random order."""
+    """Yield each value equally often, in random order."""
     while True:
         yield from random.permutation(values).tolist()
 
@@ -119,7 +119,7 @@ def write_phantoms(root: str | Path, studies: int = 800, seed: int = 0, detail: 
 
 
 def read_plans(root: str | Path) -> list[Plan]:
-    """The plans of the phantoms that `write_phantoms` wrote under `root`, made anew from their settings.
+    """Return the plans of the phantoms that `write_phantoms` wrote under `root`, made again from their settings.
 
     Raises:
         FileNotFoundError: `root` holds no phantoms.
@@ -136,7 +136,7 @@ def read_plans(root: str | Path) -> list[Plan]:
 
 
 def _digest(plans: Sequence[Plan]) -> str:
-    """Changes with anything in the plans."""
+    """Return a digest that changes with anything in the plans."""
     facts = [asdict(plan) for plan in plans]
     for fact in facts:
         del fact["study"]["masks"]  # known once it is drawn

@@ -13,7 +13,7 @@ ENLARGED = {"cardiomegaly": "heart", "splenomegaly": "spleen"}  # findings that 
 
 
 def draw(body: Body, acquisition: Acquisition) -> Canvas:
-    """The scan of a body, see `draw_with_masks`."""
+    """Return the scan of a body, see `draw_with_masks`."""
     return draw_with_masks(body, acquisition)[0]
 
 

@@ -1,4 +1,4 @@
-"""What every drawing needs: tissues in Hounsfield units, a patient and its findings, and what chest and abdomen share."""
+"""Shared parts of all drawings: tissues in Hounsfield units, a patient and its findings, what chest and abdomen have in common."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Body:
 
 @dataclass
 class Build:
-    """What one patient's drawing needs: relative size, shifts of organs, findings by kind, a random source, the contrast phase."""
+    """One patient's anatomy while it is drawn: relative size, shifts of organs, findings by kind, a random source, the contrast phase."""
 
     size: NDArray[np.float64]
     shift: NDArray[np.float64]
@@ -62,7 +62,7 @@ class Build:
         name: str = "",
         parts: Mapping[str, Point] | None = None,
     ) -> None:
-        """An ellipsoid with this patient's proportions and its own small shift; the middles of its parts move along."""
+        """Paint an ellipsoid with this patient's proportions and a small random shift; the middles of its parts move along."""
         moved = {part: self.place(middle, number) for part, middle in (parts or {}).items()}
         canvas.ellipsoid(self.place(centre, number), tuple(np.asarray(radii) * self.size), value, name=name, parts=moved)
 
@@ -76,7 +76,7 @@ class Build:
 
 
 def trunk(canvas: Canvas, build: Build) -> None:
-    """Skin to spine: what chest and abdomen share."""
+    """Paint what chest and abdomen share, from skin to spine."""
     endless = float("inf")
     width, depth, _ = build.size
     canvas.ellipsoid((0, 0, 0), (172 * width, 116 * depth, endless), FAT)

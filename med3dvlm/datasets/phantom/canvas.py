@@ -23,7 +23,7 @@ PLANES = ("axial", "coronal", "sagittal", "oblique")
 
 @dataclass(frozen=True)
 class Acquisition:
-    """How a body is scanned. `detail` divides every voxel's edge: 1 for the demo's coarse scans, 4 for about 1.2 mm in plane.
+    """Acquisition of a scan. `detail` divides every voxel's edge: 1 for the demo's coarse scans, 4 for about 1.2 mm in plane.
 
     `spacing`: mm between slices, rows and columns at detail 1; None draws them.
     """
@@ -60,14 +60,14 @@ class Canvas:
 
     @contextmanager
     def finding(self, kind: str) -> Iterator[None]:
-        """What is painted within belongs to a finding; what is painted later, to the body."""
+        """Context in which everything painted belongs to a finding; what is painted afterwards belongs to the body again."""
         self.without[kind] = self.array.copy()
         self._within = True
         yield
         self._within = False
 
     def finding_masks(self) -> dict[str, NDArray[np.bool_]]:
-        """(D, H, W) for each finding that was painted: the voxels that it changes, as if those painted later were not there."""
+        """Return (D, H, W) for each finding that was painted: the voxels that it changes, as if those painted later were not there."""
         scans = [np.clip(array, LOWEST, HIGHEST) for array in (*self.without.values(), self.array)]
         return {kind: np.abs(after - before) >= LEAST for kind, (before, after) in zip(self.without, pairwise(scans), strict=True)}
 
@@ -112,20 +112,20 @@ class Canvas:
                 self.wholes[name] = list(parts)
 
     def _number(self, name: str) -> int:
-        """Of a structure in `labels`."""
+        """Return the number of a structure in `labels`."""
         if name not in self.names:
             self.names.append(name)
         return self.names.index(name) + 1
 
     def structures(self) -> dict[str, NDArray[np.bool_]]:
-        """(D, H, W) for each structure and each part of one: where it is."""
+        """Return masks (D, H, W) of each structure and of each part of one."""
         found = {name: self.labels == number for number, name in enumerate(self.names, start=1)}
         return found | {name: np.logical_or.reduce([found[part] for part in parts]) for name, parts in self.wholes.items()}
 
     def _points_around(
         self, centre: NDArray[np.float64], radii: NDArray[np.float64]
     ) -> tuple[tuple[slice, ...], list[NDArray[np.float32]] | None]:
-        """The index window that holds the ellipsoid, and the window's x, y, z in mm, each broadcastable to the window's shape."""
+        """Return the index window that holds the ellipsoid, and the window's x, y, z in mm, each broadcastable to the window's shape."""
         middle = self.inverse @ (centre - self.corner)
         reach = np.abs(self.inverse) @ np.where(np.isfinite(radii), radii + 8.0, 1e4)
         shape = np.array(self.array.shape)
@@ -147,7 +147,7 @@ class Canvas:
 
 
 def empty_canvas(acquisition: Acquisition, random: np.random.Generator) -> Canvas:
-    """Air in the acquisition's geometry. An oblique scan is an axial one tilted by 25 to 40 degrees about x or y."""
+    """Make a canvas of air with the acquisition's geometry. An oblique scan is an axial one tilted by 25 to 40 degrees about x or y."""
     thick, row, column = random.uniform(6.4, 8.0), random.uniform(4.0, 5.2), random.uniform(4.0, 5.2)
     if acquisition.plane not in PLANES:
         raise ValueError(f"plane {acquisition.plane!r} is unknown; known: {', '.join(PLANES)}")

@@ -42,7 +42,7 @@ SUPINE = "[1, 0, 0, 0, 1, 0]"
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about one volume but its voxels. `name` is as train_1_a_2; raw values are HU minus `intercept`."""
+    """One volume without its voxels. `name` is as train_1_a_2; raw values are HU minus `intercept`."""
 
     name: str
     split: str
@@ -54,7 +54,7 @@ class Plan:
 
 
 def plan_ct_rate(volumes: int, seed: int = 0, detail: float = 1.0) -> list[Plan]:
-    """Decide every volume: 200 or a fifth (the smaller) in `valid`, the rest in `train`; patients are split, not volumes."""
+    """Plan every volume: 200 or a fifth (the smaller) in `valid`, the rest in `train`; patients are split, not volumes."""
     if volumes < 10:
         raise ValueError(f"a phantom data set needs at least 10 volumes, not {volumes}, to fill its two splits")
     random = np.random.default_rng(seed)
@@ -86,7 +86,7 @@ def plan_ct_rate(volumes: int, seed: int = 0, detail: float = 1.0) -> list[Plan]
 
 
 def _body(random: np.random.Generator, given: Counter[str]) -> Body:
-    """A chest with 0 to 7 findings, those first that were given least so far."""
+    """Return a chest with 0 to 7 findings, first those that were given least so far."""
     count = int(random.integers(MOST_FINDINGS + 1))
     kinds = sorted(random.permutation(list(KINDS)).tolist(), key=lambda kind: given[kind] + random.uniform(0, 40))[:count]
     findings = []
@@ -100,7 +100,7 @@ def _body(random: np.random.Generator, given: Counter[str]) -> Body:
 
 
 def _findings(body: Body, random: np.random.Generator) -> str:
-    """Every finding in a sentence, and four to eight others that are denied, in random order."""
+    """Write every finding in a sentence, and four to eight others that are denied, in random order."""
     sentences = []
     for finding in body.findings:
         wording = str(random.choice(KINDS[finding.kind]["present"]))
@@ -159,7 +159,7 @@ def write_ct_rate(
 
 
 def _about(plan: Plan) -> dict[str, dict[str, Any]]:
-    """What is known of a volume's masks, in the order of their channels."""
+    """Return the facts about a volume's masks, in the order of their channels."""
     found = {KINDS[finding.kind]["name"]: about_finding(finding, KINDS[finding.kind], plan.findings) for finding in plan.body.findings}
     return found | about_structures(plan.body.region)
 
@@ -187,7 +187,7 @@ def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any
 
 
 def _write_volume(root: Path, version: int, plan: Plan) -> tuple[int, int, int]:
-    """The volume's (D, H, W)."""
+    """Write the volume and return its (D, H, W)."""
     import nibabel as nib
 
     scan = plan.name.rsplit("_", 1)[0]

@@ -1,4 +1,4 @@
-"""What is known of a phantom's masks: organ, side, place and the sentence of the report, of findings and of the structures around them."""
+"""Facts about a phantom's masks: organ, side, place and sentence of the report, for findings and for the structures around them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ STRUCTURES = {  # drawn in each region, with the organ that each is, or is a par
 
 
 def about_finding(finding: Finding, facts: Mapping[str, Any], report: str) -> dict[str, Any]:
-    """The fields of a `Mask`, from what the data says of findings of this kind. The side is the one that the place names, or the kind's."""
+    """Return the fields of a `Mask` for findings of this kind. The side is the one that the place names, or the kind's."""
     said = [wording.format(place=finding.place, size=finding.size_mm, count=COUNTS[finding.count]) for wording in facts["present"]]
     return {
         "kind": "finding",
@@ -35,5 +35,5 @@ def about_finding(finding: Finding, facts: Mapping[str, Any], report: str) -> di
 
 
 def about_structures(region: str) -> dict[str, dict[str, Any]]:
-    """The fields of the `Mask` of each structure of a region."""
+    """Return the fields of the `Mask` of each structure of a region."""
     return {name: {"kind": "structure", "organ": organ, "side": side_in(name)} for name, organ in STRUCTURES[region].items()}

@@ -1,4 +1,4 @@
-"""What is said about a phantom: its report and its questions."""
+"""The report of a phantom and the questions about it."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def kinds_of(region: str) -> list[str]:
 
 
 def write_report(body: Body, plane: str, phase: str, random: np.random.Generator) -> str:
-    """Technique, every finding, then two to four things that are not there."""
+    """Write technique, every finding, then two to four findings that are absent."""
     technique = str(random.choice(TECHNIQUE)).format(
         Plane=plane.capitalize(), plane=plane, region=body.region, phase=random.choice(PHASE_WORDS[phase])
     )
@@ -68,7 +68,7 @@ class Questioner:
         self.given: dict[str, Counter[str]] = defaultdict(Counter)
 
     def ask(self, study: str, body: Body, plane: str, phase: str) -> list[Question]:
-        """The study's questions: those that have an answer, at most one of each kind, and two yes/no questions."""
+        """Return the study's questions: those that have an answer, at most one of each kind, and two yes/no questions."""
         present = {finding.kind: finding for finding in body.findings}
         questions = []
         # More scans are axial; asking about the plane of each would make "axial" the answer to guess.
