@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: each is written aside, put on the disk and renamed.
+"""Atomic writes: each file is written under a temporary name, synced to disk and renamed, so that it exists whole or not at all.
 
 JSON and JSON lines are UTF-8. A line ends at "\\n" alone: a text may hold the other characters that Python's splitlines cuts at.
 """
@@ -24,12 +24,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write records that are all known as JSON lines."""
+    """Write records as JSON lines."""
     write_text(path, json_lines(records))
 
 
 def json_lines(records: Iterable[dict[str, Any]]) -> str:
-    """The text of a JSON-lines file."""
+    """Return the text of a JSON-lines file."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
@@ -40,7 +40,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path, repair: bool = False) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file, none where there is no file. Half a line at its end is left out and with `repair` cut off.
+    """Read the records of a JSON-lines file, none where there is no file. Half a line at its end is ignored, and with `repair` cut off.
 
     Raises:
         ValueError: a whole line is no JSON.
@@ -61,7 +61,7 @@ def read_lines(path: Path, repair: bool = False) -> list[dict[str, Any]]:
 
 @contextmanager
 def whole_file(destination: Path) -> Iterator[Path]:
-    """A path beside `destination` to write to; the file takes that name when it is on the disk, and is deleted when something fails.
+    """Yield a temporary path beside `destination`; the file is renamed to `destination` when it is on the disk, and deleted on failure.
 
     Its own name is hidden, ends in PART and is nobody else's, so that processes, of several machines even, may write one destination.
     """
@@ -79,7 +79,7 @@ def whole_file(destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(destination: Path) -> Iterator[Path]:
-    """A folder beside `destination` to write to, which takes its name when all is written, and is deleted when something fails.
+    """Yield a temporary folder beside `destination`, which is renamed to `destination` when all is written, and deleted on failure.
 
     Raises:
         FileExistsError: `destination` exists and is not empty.
@@ -96,7 +96,7 @@ def whole_folder(destination: Path) -> Iterator[Path]:
 
 
 def share(path: Path) -> None:
-    """Give a file, or a folder with all in it, the rights that new ones have here: libraries close temporary folders and weights to others."""
+    """Give a file, or a folder with its content, the permissions of newly made files: libraries make temporary folders and weights private."""
     umask = os.umask(0o022)
     os.umask(umask)
     for one in (path, *path.rglob("*")):
@@ -105,13 +105,13 @@ def share(path: Path) -> None:
 
 
 def require_free(destination: Path) -> None:
-    """Raises FileExistsError where `destination` exists and is not an empty folder: before work that is to be written there."""
+    """Raise FileExistsError where `destination` exists and is not an empty folder, before any work is done."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists and would be overwritten; delete it or choose another name")
 
 
 def install_model(aside: Path, folder: Path) -> None:
-    """Move a saved model from `aside` into `folder`, which holds the old model, none, or the new one, at no time parts of both.
+    """Replace the model in `folder` by the one saved in `aside`; at no time does the folder hold parts of both.
 
     The configuration, without which a folder is no model, goes first and comes last. Old weights go with what was measured on them
     (out-of-distribution detection); any other file stays.

@@ -100,7 +100,7 @@ def _middle(mask: NDArray[np.bool_], spacing: NDArray[np.float64]) -> NDArray[np
 
 
 def segment_findings(segment: Segment, scan: OpenScan, names: Sequence[str]) -> Iterator[Mask]:
-    """Return a mask for each name. Raises ValueError where the model cannot segment."""
+    """Yield a mask for each name. Raises ValueError where the model cannot segment."""
     for start in range(0, len(names), TOGETHER):
         for found in segment(scan.volume, names[start : start + TOGETHER]):
             yield pack(found, scan)

@@ -50,7 +50,7 @@ class Picture:
     block: int = 1  # voxels of a stored slice that became one, along its rows and along its columns
 
     def planes(self) -> Iterator[bytes]:
-        """Return its bytes, little-endian, one (Y, X) slice after the other. Not compressed, since that would cost scans more time than it
+        """Yield its bytes, little-endian, one (Y, X) slice after the other. Not compressed, since that would cost scans more time than it
         saves.
         """
         for plane in self.stored:

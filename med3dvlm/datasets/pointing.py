@@ -35,7 +35,7 @@ def named_masks(sentence: str, masks: Mapping[str, Mask]) -> tuple[str, ...]:
 
 
 def places(text: str, masks: Mapping[str, Mask]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Return the ends of the text's sentences that are about masks, with the names of those masks."""
+    """Yield the ends of the text's sentences that are about masks, with the names of those masks."""
     start = 0
     for end, following in (*(match.span() for match in SENTENCE_END.finditer(text)), (len(text.rstrip()), len(text))):
         if names := named_masks(text[start:end], masks):

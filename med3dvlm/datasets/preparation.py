@@ -332,7 +332,7 @@ def finish(
 
 @contextmanager
 def _processes(count: int) -> Iterator[Any]:
-    """Return a `map` over processes."""
+    """Yield a `map` over processes."""
     with ProcessPoolExecutor(count, initializer=_start_process) as pool:
         yield pool.map
 

@@ -1,4 +1,6 @@
-"""What the scripts of eval/ share: arguments and records of a run, predictions on disk, models at work, and scores of answers and reports."""
+"""The programs of `med3dvlm evaluate` and what they share: arguments and records of a run, predictions on disk, models at work, scores of
+answers and reports.
+"""
 
 from med3dvlm.evaluation.cases import in_batches, is_first, predict, predictions
 from med3dvlm.evaluation.models import answer_likelihoods, embed_reports, embed_volumes, empty_volume, exchange, load_chat, load_embedder

@@ -28,7 +28,7 @@ ELSEWHERE = "delete it or choose another --output"
 
 
 def processes() -> tuple[int, int]:
-    """The number of this process, from 0, and how many there are, as torchrun or accelerate launch started them."""
+    """Return the number of this process, from 0, and how many there are, as torchrun or accelerate launch started them."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     if not distributed.is_initialized():
@@ -38,12 +38,12 @@ def processes() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Whether this is the process that scores: the only one, or the first of several."""
+    """Return whether this process scores: the only one, or the first of several."""
     return processes()[0] == 0
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here."""
+    """Wait until every process has called this."""
     if processes()[1] > 1:
         distributed.barrier()
 
@@ -54,7 +54,7 @@ def predict(
     answer: Callable[[Sequence[Case]], list[Record]],
     expected: Callable[[Case], Record],
 ) -> bool:
-    """Write one line a case to `path`, a batch at a time, after the lines that a run before left there.
+    """Write one line a case to `path`, a batch at a time, after the lines that an earlier run left there.
 
     Args:
         batches: all cases in order. A batch of which some lines are there is computed again as a whole.
@@ -119,7 +119,7 @@ def predict(
 
 
 def predictions(path: Path, expected: Sequence[Record], texts: Callable[[Record], Iterable[str]] = lambda record: ()) -> list[Record]:
-    """The records of all cases.
+    """Return the records of all cases.
 
     Args:
         expected: for each case the fields that say what it is about, as for `predict`.
@@ -141,7 +141,7 @@ def predictions(path: Path, expected: Sequence[Record], texts: Callable[[Record]
 
 
 def in_batches(cases: Sequence[Case], size: int) -> list[Sequence[Case]]:
-    """Consecutive runs of `size` cases; the last may be shorter."""
+    """Return consecutive runs of `size` cases; the last may be shorter."""
     return [cases[first : first + size] for first in range(0, len(cases), size)]
 
 
@@ -156,12 +156,12 @@ def _part_files(path: Path) -> list[Path]:
 
 
 def _parts(path: Path) -> dict[tuple[int, int], Record]:
-    """What several processes left: the place of a batch's first case and the batch's size -> its line."""
+    """Return the lines of several processes by the place of a batch's first case and the batch's size."""
     return {(line["first"], len(line["records"])): line for part in _part_files(path) for line in read_lines(part)}
 
 
 def _check(path: Path, records: Sequence[Record], expected: Sequence[Mapping[str, Any]], before: int = 0) -> None:
-    """Raises ValueError unless the records, which `before` others precede, are about the first of the expected cases."""
+    """Raise ValueError unless the records, which `before` others precede, are about the first of the expected cases."""
     for number, (record, case) in enumerate(zip(records, expected, strict=False), start=before + 1):
         found = record if isinstance(record, dict) else {}
         for name, value in case.items():

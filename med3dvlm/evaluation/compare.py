@@ -1,4 +1,4 @@
-"""Sets a run of one of the evaluations beside another, beside the papers, or beside itself without duplicates.
+"""Compare a run of an evaluation with another run, with the papers, or with itself without duplicates.
 
     med3dvlm evaluate compare outputs/demo/eval/report outputs/other/eval/report
     med3dvlm evaluate compare outputs/demo/eval/vqa --split-file outputs/demo/prepared/audit/deduplicated.json
@@ -63,7 +63,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What an evaluation left in a folder: its run.json and its predictions, of which `task` says what they are."""
+    """An evaluation's folder: run.json and predictions. `task` names the evaluation."""
 
     folder: Path
     task: str
@@ -72,12 +72,12 @@ class Run:
 
     @property
     def cases(self) -> list[tuple[Any, ...]]:
-        """What each prediction is about: a study, the question, its choices or the findings."""
+        """Return the subject of each prediction: a study, the question, its choices or the findings."""
         return [(row["id"], row.get("question"), *map(str, row.get("choices") or row.get("log_odds") or ())) for row in self.rows]
 
 
 class Figure(NamedTuple):
-    """Values of (N, ...), a row a case, and what makes the figure's statistic of them or of two runs' values one below the other."""
+    """Values (N, ...), a row a case, and the function that makes the figure's statistic of them, or of two runs' values stacked."""
 
     values: NDArray[Any]
     statistic: Callable[[NDArray[Any]], Statistic]
@@ -110,7 +110,7 @@ def open_run(folder: Path) -> Run:
 
 
 def check_alike(first: Run, second: Run) -> None:
-    """Raises ValueError, one sentence, unless both runs did the same task for the same studies of the same data."""
+    """Raise ValueError unless both runs did the same task for the same studies of the same data."""
     if first.task != second.task:
         raise ValueError(f"{first.folder} is a run of {first.task} and {second.folder} one of {second.task}; compare runs of one task")
     for name in ("data", "split"):
@@ -128,7 +128,7 @@ def check_alike(first: Run, second: Run) -> None:
 
 
 def studies_of(run: Run, folder: Path | None) -> dict[str, Study]:
-    """The studies of the prepared data by id.
+    """Return the studies of the prepared data by id.
 
     Raises:
         ValueError: the run is about others.
@@ -146,7 +146,7 @@ def studies_of(run: Run, folder: Path | None) -> dict[str, Study]:
 
 
 def keep(run: Run, split_file: Path) -> tuple[Run, NDArray[np.int64]]:
-    """The run over the studies that a split file has in the run's split, and their places in the whole."""
+    """Return the run restricted to the studies that a split file has in the run's split, and their places in the whole."""
     split = run.record["identity"]["split"]
     listed = set(read(split_file).get(split, ()))
     places = np.array([place for place, row in enumerate(run.rows) if row["id"] in listed], dtype=np.int64)
@@ -168,13 +168,15 @@ def figures(run: Run, studies: dict[str, Study]) -> dict[str, Figure]:
 
 
 def retrieval_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, Figure]:
-    """Over the whole split as one pool."""
+    """Return the figures of the whole split as one pool."""
     found = {way: rank_values(np.array([row[way] for row in rows])) for way in WAYS}
     return {f"{way.replace('_', ' ')}, {name}": Figure(values, mean_of) for way in WAYS for name, values in found[way].items()}
 
 
 def detection_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, Figure]:
-    """What needs no threshold. Of each finding the ranks among the studies stand for the log-odds, so that two runs are on one scale."""
+    """Return the figures that need no threshold. Each finding's log-odds are replaced by ranks among the studies, so that two runs are on one
+    scale.
+    """
     names = list(rows[0]["log_odds"])
     log_odds = log_odds_table((row["log_odds"] for row in rows), names)
     labels = np.where(np.isnan(log_odds), np.nan, label_table([studies[row["id"]] for row in rows], names))
@@ -187,7 +189,7 @@ def detection_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[st
 
 
 def report_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, Figure]:
-    """Findings and words, as eval/report_gen.py has them: what a study has no label of, or no report to say, counts in no figure."""
+    """Return the figures of findings and words that eval/report_gen.py has. A study counts only where it has the label, or the report."""
     asked = [studies[row["id"]] for row in rows]
     labels, known, names, _ = reference_findings(asked)
     stated = findings_table([row["prediction"] for row in rows], names, literal=True) * known
@@ -205,7 +207,7 @@ def report_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, 
 
 
 def answer_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, Figure]:
-    """As eval/vqa.py has them: means over the kinds of question, and of yes/no questions over all, and over both answers."""
+    """Return the figures that eval/vqa.py has: means over the kinds of question, and of yes/no questions over all, and over both answers."""
     check_likelihoods(rows)
     yes_no = np.array([row["choices"] == YES_NO for row in rows])
     closed = np.array([bool(row["choices"]) for row in rows]) & ~yes_no
@@ -232,7 +234,7 @@ def answer_figures(rows: Sequence[Row], studies: dict[str, Study]) -> dict[str, 
 
 
 def compare_runs(first: Run, second: Run, studies: dict[str, Study]) -> dict[str, dict[str, Any]]:
-    """Figure -> its value in both runs, difference, interval and p value."""
+    """Return for each figure its value in both runs, difference, interval and p value."""
     patients = [studies[row["id"]].patient for row in first.rows]
     ours, theirs = figures(first, studies), figures(second, studies)
     pairs = {name: (ours[name].statistic(ours[name].values), theirs[name].statistic(theirs[name].values)) for name in ours}
@@ -251,7 +253,7 @@ def compare_runs(first: Run, second: Run, studies: dict[str, Study]) -> dict[str
 
 
 def without_duplicates(run: Run, kept: Run, places: NDArray[np.int64], studies: dict[str, Study]) -> dict[str, dict[str, Any]]:
-    """Figure -> its value over all studies and over those that are kept, difference and interval."""
+    """Return for each figure its value over all studies and over those that are kept, difference and interval."""
     patients = [studies[row["id"]].patient for row in run.rows]
     every, fewer = figures(run, studies), figures(kept, studies)
 

@@ -1,4 +1,4 @@
-"""What eval/zero_shot.py and eval/linear_probe.py share: labels and thresholds of findings, and what is written of a detection.
+"""Shared by eval/zero_shot.py and eval/linear_probe.py: labels and thresholds of findings, and the files of a detection.
 
 The findings are those that the scored studies have labels of, CT-RATE's 18 and any others (`reports.findings.label_names`).
 
@@ -69,17 +69,17 @@ def add_threshold_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def names_of(studies: Sequence[Study]) -> list[str]:
-    """The findings that any of the studies has a label of."""
+    """Return the findings that any of the studies has a label of."""
     return label_names(study.labels for study in studies)
 
 
 def label_table(studies: Sequence[Study], names: Sequence[str]) -> Table:
-    """(N, K) of 0, 1 and NaN where nobody looked."""
+    """Return labels (N, K) of 0 and 1, NaN where unknown."""
     return np.array([[study.labels.get(name, np.nan) for name in names] for study in studies], dtype=np.float64).reshape(-1, len(names))
 
 
 def require_labels(data: PreparedData, split: str, studies: Sequence[Study]) -> None:
-    """Raises ValueError if no study has a label of any finding."""
+    """Raise ValueError if no study has a label of any finding."""
     if not names_of(studies):
         raise ValueError(
             f"none of the {len(studies)} studies of split {split!r} in {data.root} has a label of a finding, so there is nothing to compare "
@@ -88,7 +88,7 @@ def require_labels(data: PreparedData, split: str, studies: Sequence[Study]) -> 
 
 
 def part_of_patients(studies: Sequence[Study], most: int) -> list[Study]:
-    """Whole patients with at most `most` studies together, one patient at least: those whose name's SHA-256 comes first."""
+    """Return the studies of whole patients, at most `most` together but at least one patient, in the order of the SHA-256 of their names."""
     by_patient: dict[str, list[Study]] = {}
     for study in studies:
         by_patient.setdefault(study.patient, []).append(study)
@@ -102,7 +102,7 @@ def part_of_patients(studies: Sequence[Study], most: int) -> list[Study]:
 
 
 def threshold_studies(data: PreparedData, evaluated: str, scored: Sequence[Study], wanted: str | None) -> tuple[list[Study], str]:
-    """The studies that thresholds come from, none of a patient who is scored, and in words which these are.
+    """Return the studies that thresholds are chosen on, none of a patient who is scored, and a description of them.
 
     Args:
         evaluated, scored: the split that is scored and its studies.
@@ -137,27 +137,29 @@ def threshold_studies(data: PreparedData, evaluated: str, scored: Sequence[Study
 
 
 def encoder_facts(encoder: Encoder, name: str, size: Sequence[int]) -> dict[str, Any]:
-    """Name and cost of an image encoder for volumes of `size`, as the papers' tables have them."""
+    """Return name and cost of an image encoder for volumes of `size`, as in the papers' tables."""
     depth, height, width = size
     count = operations(copy.deepcopy(encoder).to("meta"), (depth, height, width))
     return {"name": name, "parameters": sum(count_parameters(encoder).values()), "operations": count, "size": list(size)}
 
 
 def row(identity: str, names: Sequence[str], log_odds: Iterable[float]) -> dict[str, Any]:
-    """A line of predictions; to 6 decimals, where float32 ends. A finding of NaN, which was not predicted, is left out."""
+    """Return a line of predictions, to 6 decimals, where float32 ends. A finding of NaN, which was not predicted, is left out."""
     pairs = zip(names, log_odds, strict=True)
     return {"id": identity, "log_odds": {name: round(float(value), 6) for name, value in pairs if not np.isnan(value)}}
 
 
 def log_odds_table(found: Iterable[Mapping[str, float]], names: Sequence[str]) -> Table:
-    """(N, K) of the "log_odds" of lines of predictions; NaN where a finding was not predicted."""
+    """Return (N, K) of the "log_odds" of lines of predictions; NaN where a finding was not predicted."""
     rows = [[log_odds.get(name, np.nan) for name in names] for log_odds in found]
     return np.array(rows, dtype=np.float64).reshape(-1, len(names))
 
 
 @dataclass(frozen=True)
 class Detection:
-    """What was predicted of N studies, and of the M studies of other patients that thresholds are chosen on.
+    """Predictions for N studies, and for M studies of other patients on which thresholds are chosen. `log_odds` is (N, K) and
+    `threshold_log_odds` (M, K), NaN where a finding was not predicted; `blind` is (K,), of an empty volume, None where not computed; `whence`
+    describes the origin of the thresholds.
 
     `log_odds` is (N, K) and `threshold_log_odds` (M, K), NaN where a finding was not predicted; `blind` is (K,), of an empty volume, None where
     that was not asked for; `whence` says in words where thresholds come from.
@@ -175,7 +177,7 @@ class Detection:
     def read(
         cls, output: Path, names: Sequence[str], studies: Sequence[Study], threshold_studies: Sequence[Study], whence: str
     ) -> "Detection":
-        """From the predictions in the folder `output`. Raises ValueError where they are of other studies."""
+        """Read the predictions in the folder `output`. Raises ValueError where they are of other studies."""
 
         def table(name: str, expected: Sequence[Study]) -> Table:
             lines = predictions(output / name, [{"id": study.id} for study in expected]) if expected else ()
@@ -232,7 +234,7 @@ def report(output: Path, task: str, found: Detection, rule: str, about: Mapping[
 
 
 def _csv(studies: Sequence[Study], names: Sequence[str], log_odds: Table) -> str:
-    """Probabilities under CT-RATE's column names; empty where a finding was not predicted."""
+    """Return probabilities under CT-RATE's column names; empty where a finding was not predicted."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("VolumeName", *map(finding_words, names)))
@@ -243,7 +245,7 @@ def _csv(studies: Sequence[Study], names: Sequence[str], log_odds: Table) -> str
 
 
 def draw(output: Path, scores: Mapping[str, Any], names: Sequence[str], labels: Table, log_odds: Table) -> None:
-    """The curves of the findings that have them, and the calibration."""
+    """Draw the curves of the findings that have them, and the calibration."""
     findings = {}
     for index, name in enumerate(names):
         rows = ~np.isnan(labels[:, index])

@@ -1,4 +1,4 @@
-"""A detection as Markdown: overall, by the published definitions, by finding, and what is to be known of it."""
+"""Tables of a detection as Markdown: overall, by the published definitions, by finding, with remarks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ Scores = Mapping[str, Any]
 def detection_tables(
     scores: Scores, columns: Mapping[str, Scores], frequencies: Mapping[str, tuple[float, float]], remarks: Sequence[str]
 ) -> str:
-    """All tables of `detection.report`, whose `scores` these are.
+    """Return all tables for the `scores` of `detection.report`.
 
     Args:
         columns: what stands in the first table, by the names of COMPARED, each from `detection_scores`.

@@ -1,4 +1,4 @@
-"""Volumes found by a volume, scored by the findings that both show (metrics/shared_findings.py), for eval/retrieval.py."""
+"""Retrieval of volumes by a volume, scored by shared findings (metrics/shared_findings.py), for eval/retrieval.py."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

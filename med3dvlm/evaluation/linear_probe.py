@@ -1,4 +1,5 @@
-"""What a linear layer on a frozen image encoder learns of findings: CT-RATE's 18 (DCFormer paper, Table 2), or whichever the data have labels of.
+"""Train a linear probe on a frozen image encoder for CT-RATE's 18 findings (DCFormer paper, Table 2), or for whichever the data have labels
+of.
 
     med3dvlm evaluate linear_probe --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe
     med3dvlm evaluate linear_probe --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe --score-only
@@ -40,7 +41,7 @@ def numbers(text: str) -> list[float]:
 
 
 def training_studies(arguments: argparse.Namespace, data: PreparedData, others: Sequence[Study]) -> list[Study]:
-    """Those of the training split, without the patients that the thresholds come from.
+    """Return the studies of the training split without the patients that thresholds are chosen on.
 
     Raises:
         ValueError: there is no training split, none is left, it has patients of the scored split, or no labels.
@@ -67,7 +68,9 @@ def training_studies(arguments: argparse.Namespace, data: PreparedData, others: 
 def trained(
     arguments: argparse.Namespace, parts: tuple[Sequence[Study], Sequence[Study]], features: tuple[Tensor, Tensor]
 ) -> tuple[LinearProbe, list[LinearProbe], dict[str, Any]]:
-    """The probe, those of the shuffled labels, and how it was found; `parts` are the studies to learn from and to choose by."""
+    """Train the probe and those of shuffled labels. Returns both and how they were found; `parts` are the studies for training and for
+    validation.
+    """
     names = detection.names_of(parts[0])
     first, second = (detection.label_table(part, names) for part in parts)
     labels = (first, second)
@@ -80,7 +83,7 @@ def trained(
 
 
 def write_predictions(path: Path, studies: Sequence[Study], features: Tensor, probe: LinearProbe, controls: Sequence[LinearProbe]) -> None:
-    """A line a study; "control" has the log-odds of each probe of shuffled labels."""
+    """Write a line a study; "control" has the log-odds of each probe of shuffled labels."""
     probes = (probe, *controls)
     lines = []
     for study, *values in zip(studies, *(one.log_odds(features) for one in probes), strict=True):
@@ -90,7 +93,7 @@ def write_predictions(path: Path, studies: Sequence[Study], features: Tensor, pr
 
 
 def shuffled_labels(rows: Sequence[dict[str, Any]], studies: Sequence[Study], names: Sequence[str]) -> dict[str, Any] | None:
-    """Macro AUROC of the probes that learned shuffled labels, against the true ones."""
+    """Return the macro AUROC of the probes that learned shuffled labels, against the true ones."""
     if not rows[0]["control"]:
         return None
     labels = detection.label_table(studies, names)

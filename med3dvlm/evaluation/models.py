@@ -24,24 +24,24 @@ CONVERSATIONS = 64  # in a row, at most
 
 
 def exchange(question: str, answer: str) -> list[Message]:
-    """A conversation of one question and its answer."""
+    """Return a conversation of one question and its answer."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def empty_volume(data: PreparedData) -> Tensor:
-    """A prepared volume (D, H, W) of nothing but the recipe's lowest value."""
+    """Return a prepared volume (D, H, W) that holds the recipe's lowest value everywhere."""
     return torch.full(data.processor.size, data.processor.grid.values[0])
 
 
 def load_chat(arguments: argparse.Namespace, data: PreparedData) -> Med3DChat:
-    """The model as app and command line use it, if it takes volumes prepared as these are."""
+    """Load a Med3DChat, and check that it takes volumes prepared as these are."""
     chat = Med3DChat.from_pretrained(arguments.model, arguments.device)
     same_preprocessing(chat.processor.image_processor, data)
     return chat
 
 
 def load_embedder(path: str, data: PreparedData, device: str, max_text_length: int | None = None) -> Embedder:
-    """A Med3DCLIP to embed prepared data.
+    """Load a Med3DCLIP to embed prepared data.
 
     Raises:
         ValueError: the directory holds another kind of model, or one for data that was prepared otherwise.
@@ -52,13 +52,14 @@ def load_embedder(path: str, data: PreparedData, device: str, max_text_length: i
 
 
 def embed_volumes(embedder: Embedder, data: PreparedData, studies: Sequence[Study]) -> Tensor:
-    """The volumes of B studies, (B, P) float32 on the CPU, of length 1."""
+    """Return embeddings (B, P) of the volumes of B studies, float32 on the CPU, of length 1."""
     return embedder.volumes(load_volumes(data, studies, embedder.model.device))
 
 
 @torch.no_grad()
 def embed_reports(embedder: Embedder, data: PreparedData, split: str) -> Tensor:
-    """The reports of all N studies of a split, (N, P) float32 on the CPU, of length 1.
+    """Return embeddings (N, P) of the reports of all N studies of a split, float32 on the CPU, of length 1. The text encoder's part is kept
+    beside the data, see `report_features`.
 
     The text encoder's part is kept beside the data, see `report_features`.
     """
@@ -72,7 +73,7 @@ def embed_reports(embedder: Embedder, data: PreparedData, split: str) -> Tensor:
 def answer_likelihoods(
     model: Med3DVLM, processor: Med3DVLMProcessor, conversations: Sequence[Sequence[Sequence[Message]]], features: Sequence[Features]
 ) -> list[list[float]]:
-    """Mean log-probability of the assistant's words and turn end, for each of several conversations about each of B volumes.
+    """Return the mean log-probability of the assistant's words and turn end for each conversation about each of B volumes.
 
     Conversations about a volume share a row, up to CONVERSATIONS of them, so that what stands before the question is computed once (see
     Med3DVLMProcessor.branch); where the model cannot take that, each has a row of its own. The mean, not the sum: a long answer must not
@@ -96,7 +97,7 @@ def answer_likelihoods(
 def _row_likelihoods(
     model: Med3DVLM, processor: Med3DVLMProcessor, conversations: Sequence[Sequence[Sequence[Message]]], features: Sequence[Features]
 ) -> list[list[float]]:
-    """What `answer_likelihoods` gives, of one row for each volume."""
+    """Return `answer_likelihoods` for one row for each volume."""
     padded = processor.pad([processor.branch(row) for row in conversations], left=False)
     batch = {name: value.to(model.device) for name, value in padded.items()}
     low, high = (torch.cat(level) for level in zip(*features, strict=True))  # (B, n, C)

@@ -1,4 +1,4 @@
-"""One page to look at: report.html with the figures of runs, what could be had without looking, and their cases, in one file.
+"""Write report.html: the figures of runs, their baselines without the scan, and their cases, in one file.
 
     med3dvlm evaluate page outputs/paper --cases 200 --megabytes 10
     med3dvlm evaluate page runs/retrieval runs/report_7b --output runs/report.html
@@ -111,7 +111,7 @@ def write_page(
 
 
 def open_runs(folders: Sequence[Path]) -> tuple[dict[str, Any], list[Any]]:
-    """The runs by their task, and those that detect findings, of which there may be several."""
+    """Return the runs by their task, and those that detect findings, of which there may be several."""
     runs: dict[str, Any] = {}
     detections = []
     for folder in dict.fromkeys(below for given in folders for below in paper_tables.runs_below(given)):
@@ -138,13 +138,13 @@ def span(interval: Sequence[float] | None, places: int = 2) -> str:
 
 
 def spread(values: Sequence[Any], count: int | None) -> list[Any]:
-    """At most `count` of them, evenly."""
+    """Return at most `count` of the values, evenly spaced."""
     places = np.linspace(0, len(values) - 1, min(count or len(values), len(values)))
     return [values[place] for place in sorted({round(place) for place in places})]
 
 
 def retrieval(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
-    """A table line for each pool, direction and way of counting, and the curve of the largest pool."""
+    """Return a table line for each pool, direction and way of counting, and the curve of the largest pool."""
     lines = []
     for entry in scores.values():
         for way in WAYS:
@@ -170,7 +170,7 @@ def retrieval(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
 
 
 def questions(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
-    """A line for each kind of question, with what every way of answering reached; confusions of the answers that were chosen."""
+    """Return a line for each kind of question with the accuracy of every way of answering, and confusion tables of the chosen answers."""
     rows: dict[str, list[Row]] = {name: [] for name in (*ALL_KINDS, "yes/no")}
     for row in run.rows:
         rows["yes/no" if row["choices"] == YES_NO else row["kind"]].append(row)
@@ -179,7 +179,7 @@ def questions(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
     without = [name for name in WITHOUT_SCAN if name in closed]
 
     def line(name: str, key: str, entry: Row, interval: Any, asked: int) -> Row:
-        """`key` of what `entry` holds, by its ways of answering."""
+        """Return a table line of the figure `key`, by its ways of answering."""
         return {
             "kind": name,
             "count": asked,
@@ -208,13 +208,13 @@ def questions(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
 
 
 def chance_of(rows: Sequence[Row]) -> float | None:
-    """What is expected of a choice at random, None where none of the questions has choices."""
+    """Return the accuracy of a random choice, None where none of the questions has choices."""
     shares = [len(right_choices(row["choices"], row["answer"])) / len(row["choices"]) for row in rows if row["choices"]]
     return float(np.mean(shares)) if shares else None
 
 
 def confusion(rows: Sequence[Row]) -> Row:
-    """How often an answer was expected (rows) and which was chosen (columns); answers beyond CLASSES are "other"."""
+    """Count expected answers (rows) and chosen ones (columns); answers beyond CLASSES are "other"."""
     pairs = [(row["answer"], likeliest(row)) for row in rows if row["choices"]]
     counted = Counter(answer for pair in pairs for answer in pair)
     names = sorted(sorted(counted), key=lambda name: -counted[name])[:CLASSES]
@@ -227,7 +227,7 @@ def confusion(rows: Sequence[Row]) -> Row:
 
 
 def reports(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
-    """The model beside what needs no scan, and a line for each finding."""
+    """Return the model's line beside the baselines, and a line for each finding."""
     columns = {"model": scores} | {name: entry for name, entry in scores.items() if isinstance(entry, dict) and "findings_f1" in entry}
 
     def line(label: str, path: str) -> Row:
@@ -260,7 +260,7 @@ def reports(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
 
 
 def losses(root: Path) -> dict[str, Row]:
-    """The chart of each stage's logged losses; a step that was repeated after a break counts once."""
+    """Return the chart of each stage's logged losses; a step that was repeated after a break counts once."""
     curves = {
         stage: {line["step"]: line["loss"] for line in read_lines(root / folder / "losses.jsonl")} for stage, folder in STAGES.items()
     }
@@ -272,7 +272,7 @@ def losses(root: Path) -> dict[str, Row]:
 
 
 def chart(curves: Mapping[str, Sequence[tuple[Any, ...]]], logarithmic: bool = False, highest: float | None = None) -> Row:
-    """Where a chart's lines, bands and ticks lie; curves of (x, y, low, high), a band where low and high are numbers."""
+    """Return the positions of a chart's lines, bands and ticks. Curves are (x, y, low, high), with a band where low and high are numbers."""
     width, height, left, top, right, bottom = 380, 250, 34, 20, 16, 34
     xs = [point[0] for points in curves.values() for point in points]
     first, last = min(xs), max(xs)
@@ -301,7 +301,7 @@ def chart(curves: Mapping[str, Sequence[tuple[Any, ...]]], logarithmic: bool = F
 
 
 def nice(low: float, high: float) -> list[float]:
-    """Three to six round numbers between two."""
+    """Return three to six round numbers between two."""
     steps = [factor * 10.0**power for power in range(-6, 9) for factor in (1, 2, 5)]
     step = next(step for step in steps if (high - low) / step <= 5 or step == steps[-1])
     return [round(step * place, 9) for place in range(int(np.ceil(low / step)), int(high / step) + 1)]

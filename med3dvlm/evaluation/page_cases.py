@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def gallery(runs: Mapping[str, Any], studies: Mapping[str, Study]) -> list[Row]:
-    """A case for each study that some run is about."""
+    """Return a case for each study of any run."""
     answers: dict[str, list[Row]] = defaultdict(list)
     for row in runs["vqa"].rows if "vqa" in runs else ():
         answers[row["id"]].append(answered(row))
@@ -60,7 +60,7 @@ def gallery(runs: Mapping[str, Any], studies: Mapping[str, Study]) -> list[Row]:
 
 
 def answered(row: Row) -> Row:
-    """A question with what was chosen of its choices, with and without the scan, and what was written; None where it was not asked so."""
+    """Return a question with the choice taken, with and without the scan, and the written answer; None where it was not asked so."""
     chosen, blind = (likeliest(row, column) if row.get(column) else None for column in ("closed", "blind"))
     right = None if chosen is None else chosen == row["answer"]
     return {"kind": row["kind"], "question": row["question"], "answer": row["answer"], "chosen": chosen, "right": right, "blind": blind} | {
@@ -69,14 +69,14 @@ def answered(row: Row) -> Row:
 
 
 def marks_of(reference: str, prediction: str) -> dict[str, str]:
-    """Finding -> agreed, missed or invented, of those that either text states as present."""
+    """Return for each finding that either text states as present: agreed, missed or invented."""
     expected, stated = ({mention.finding for mention in find_mentions(text) if mention.present} for text in (reference, prediction))
     both = {finding: "agreed" for finding in expected & stated}
     return both | dict.fromkeys(expected - stated, "missed") | dict.fromkeys(stated - expected, "invented")
 
 
 def marked(text: str, marks: Mapping[str, str]) -> Iterator[tuple[str, str | None, str | None]]:
-    """The text in pieces, (words, mark, finding) where a finding of `marks` is stated and (words, None, None) between."""
+    """Cut the text into pieces: (words, mark, finding) where a finding of `marks` is stated and (words, None, None) between."""
     done = 0
     for mention in find_mentions(text):
         begin, end = mention.start, mention.start + len(mention.phrase)
@@ -88,7 +88,7 @@ def marked(text: str, marks: Mapping[str, str]) -> Iterator[tuple[str, str | Non
 
 
 def draw(cases: Sequence[Row], data: PreparedData, studies: Mapping[str, Study]) -> None:
-    """Give each case its three slices: the middle one, and the middle row and column through all slices, the last on top."""
+    """Add three slices to each case: the middle one, and the middle row and column through all slices, the last on top."""
     low, high = data.processor.grid.values
     for case in cases:
         volume = data.processor.dequantize(data.volume(studies[case["id"]]))[0].numpy()  # (D, H, W)
@@ -100,7 +100,7 @@ def draw(cases: Sequence[Row], data: PreparedData, studies: Mapping[str, Study])
 
 
 def picture(plane: NDArray[np.uint8]) -> str:
-    """Grey values (H, W), or colours (H, W, 3), as a data URI, PNG or JPEG, whichever is smaller."""
+    """Encode grey values (H, W), or colours (H, W, 3), as a data URI, PNG or JPEG, whichever is smaller."""
     from PIL import Image
 
     image = Image.fromarray(plane)

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def figures(scores: Row) -> Row:
-    """The lines of two tables: the model and the controls, and a line for each finding."""
+    """Return the lines of two tables: the model and the controls, and a line for each finding."""
 
     def line(label: str, entry: Row, prefix: str = "") -> Row:
         values = [entry["figures"].get(prefix + name) or {"value": None, "interval": None} for name in (*FIGURES, "f1")]
@@ -38,7 +38,9 @@ def figures(scores: Row) -> Row:
 
 
 def pictures(rows: Sequence[Row], data: PreparedData, studies: Mapping[str, Study]) -> list[Row]:
-    """At most MOST findings that are there, evenly over the split: the slice with most of it, outlined as it is and as it was drawn."""
+    """Draw at most MOST present findings, evenly over the split: the slice with most of each, with the outlines of the true and of the
+    predicted mask.
+    """
     cases = [(row["id"], finding) for row in rows for finding in row["findings"] if "slice" in finding]
     places = np.linspace(0, len(cases) - 1, min(MOST, len(cases)))
     shown = []
@@ -53,7 +55,7 @@ def pictures(rows: Sequence[Row], data: PreparedData, studies: Mapping[str, Stud
 
 
 def outlined(plane: NDArray[np.float32], masks: Mapping[str, NDArray[np.bool_]], window: tuple[float, float]) -> NDArray[np.uint8]:
-    """A slice (H, W) with the outlines of masks, as colours (rows, columns, 3) on a screen."""
+    """Return a slice (H, W) with the outlines of masks, as colours (rows, columns, 3) for a screen."""
     larger = max(1, EDGE // max(plane.shape))
 
     def turned(values: NDArray[Any]) -> NDArray[Any]:

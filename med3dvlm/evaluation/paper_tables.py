@@ -1,4 +1,4 @@
-"""The tables of the papers (med3dvlm/evaluation/paper_tables.yaml), with what the runs of the evaluations reached below their rows.
+"""Print the tables of the papers (med3dvlm/evaluation/paper_tables.yaml) with the figures of runs below the papers' rows.
 
     med3dvlm evaluate compare --published outputs/demo
     med3dvlm evaluate compare --published outputs/paper/eval/report --data-name M3D-Cap --output outputs/paper/published
@@ -26,7 +26,7 @@ BERTSCORE_MODEL = "roberta-large, layer 17"  # the papers'
 
 
 def beside_papers(runs: Sequence[Path], data_name: str) -> tuple[str, dict[str, Any]]:
-    """The papers' tables that some run has figures for, and our rows by table."""
+    """Return the papers' tables that some run has figures for, and our rows by table."""
     published = yaml.safe_load(TABLES.read_text(encoding="utf-8-sig"))
     measures = published["measures"]
     parts, ours, used = [], {}, dict[str, None]()
@@ -78,7 +78,7 @@ def shown(values: Sequence[Any], decimals: Sequence[int]) -> list[str | None]:
 
 
 def our_rows(table: dict[str, Any], folder: Path, data_name: str, measures: dict[str, Any]) -> list[list[Any]]:
-    """What a run has for a table, in the table's unit, None where it has nothing; no rows if it did another task."""
+    """Return a run's rows for a table, in the table's unit, None for a figure that it lacks; no rows if it did another task."""
     scores, label = read(folder / "scores.json"), f"this run, {data_name}"
     unit = 100 if table["unit"] == "%" else 1
 
@@ -115,13 +115,13 @@ def our_rows(table: dict[str, Any], folder: Path, data_name: str, measures: dict
 
 
 def comparable_text_scores(text: dict[str, Any]) -> dict[str, Any]:
-    """The scores of texts without a BERTScore of another model than the papers', which has another scale."""
+    """Return the scores of texts without a BERTScore of another model than the papers', which has another scale."""
     other = text.get("bertscore_model", BERTSCORE_MODEL) != BERTSCORE_MODEL
     return {name: value for name, value in text.items() if not (other and name.startswith("bertscore"))}
 
 
 def write_beside(folder: Path, data_name: str) -> str:
-    """published.md of one run: the papers' tables that it has figures for, with its own below; a sentence where there is none."""
+    """Write published.md of one run: the papers' tables that it has figures for, with its own below. Returns a sentence where there is none."""
     try:
         text = beside_papers([folder], data_name)[0]
     except ValueError as error:
@@ -132,13 +132,13 @@ def write_beside(folder: Path, data_name: str) -> str:
 
 
 def frequencies() -> dict[str, tuple[float, float]]:
-    """The share of CT-RATE's training and validation split that shows a finding (DCFormer paper, Table 5), by our name of it."""
+    """Return for each finding, under our name, its share of CT-RATE's training and validation split (DCFormer paper, Table 5)."""
     table = yaml.safe_load(TABLES.read_text(encoding="utf-8-sig"))["tables"]["dcformer_5"]
     return {row[0].lower().replace(" ", "_"): (row[3], row[4]) for row in table["rows"]}
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """The folder, or those of a demo's evaluations."""
+    """Return the folder itself, or the folders of a demo's evaluations."""
     found = [folder] if (folder / "scores.json").is_file() else sorted(path.parent for path in folder.glob("eval/*/scores.json"))
     if not found:
         raise FileNotFoundError(f"{folder} holds neither a scores.json nor eval/*/scores.json; name the output of an evaluation")
@@ -150,7 +150,7 @@ def read(path: Path) -> Any:
 
 
 def compare_with_papers(folders: Sequence[Path], data_name: str, output: Path | None = None) -> str:
-    """The papers' tables with the figures of all runs below the folders, as Markdown; also written to published.md and .json in `output`."""
+    """Return the papers' tables with the figures of all runs below the folders, as Markdown; also writes published.md and .json to `output`."""
     runs = [run for folder in folders for run in runs_below(folder)]
     text, rows = beside_papers(runs, data_name)
     text = f"*{RESEARCH_NOTICE}*\n\n{text}\n"

@@ -68,11 +68,11 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def pooled(self, volumes: Tensor) -> Tensor:
-        """(B, 1, D, H, W) -> (B, F) float32 on the CPU: the tokens' mean of each of the last stages, joined."""
+        """Return (B, F) float32 on the CPU for (B, 1, D, H, W): the mean token of each of the last stages, joined."""
         return torch.cat([tokens.float().mean(dim=1) for tokens in self.encoder(volumes.to(self.device))[-self.stages :]], dim=-1).cpu()
 
     def features(self, studies: Sequence[Study], cache: Path, description: str) -> Tensor:
-        """(N, F) of studies, from `cache` what was computed before: CHUNK studies a file, named after encoder and volumes.
+        """Return (N, F) for studies. `cache` keeps what was computed: CHUNK studies a file, named after encoder and volumes.
 
         Volumes are computed one by one, so that the features are the same for every batch size. Several processes share the chunks.
         """
@@ -94,7 +94,7 @@ class FrozenEncoder:
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """Build it with `fit` or `load`; `names` are the findings of its K outputs."""
+    """A linear probe, made by `fit` or `load`; `names` are the findings of its K outputs."""
 
     names: tuple[str, ...]
     weight: Tensor  # (K, F) float64
@@ -115,7 +115,7 @@ class LinearProbe:
 
     @classmethod
     def load(cls, folder: Path) -> tuple["LinearProbe", dict[str, Any]]:
-        """What `save` wrote, and what it was written with.
+        """Read what `save` wrote. Returns the probe and `about`.
 
         Raises:
             FileNotFoundError, ValueError: there is no probe, or its two files do not belong together.
@@ -133,7 +133,7 @@ class LinearProbe:
 
 
 def _learnable(train: Tensor, validation: Tensor) -> list[int]:
-    """The findings that some training studies have and some have not and that validation has labels of, of labels (N, K) and (M, K)."""
+    """Return the findings that vary in the training labels (N, K) and have validation labels (M, K)."""
     both = ((train == 0).any(dim=0) & (train == 1).any(dim=0) & ~validation.isnan().all(dim=0)).nonzero()[:, 0].tolist()
     if not both:
         raise ValueError(
@@ -149,7 +149,7 @@ def fit(
     decays: Sequence[float] = DECAYS,
     balanced: bool = True,
 ) -> tuple[LinearProbe, dict[str, Any]]:
-    """The probe of the weight decay and the round of training that have the lowest loss on the validation studies.
+    """Train a probe; weight decay and number of rounds are those of the lowest loss on the validation studies.
 
     The loss is the sum over findings of the mean cross-entropy over the studies that have the label, plus decay / 2 times the squared
     weights on standardised features: for each finding scikit-learn's LogisticRegression with C = 1 / (decay x studies). It is minimised by

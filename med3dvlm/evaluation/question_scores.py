@@ -30,7 +30,7 @@ Row = dict[str, Any]
 def question_scores(
     rows: Sequence[Row], patients: Mapping[str, str], train: Sequence[Question] = (), scorer: BertScorer | None = None
 ) -> dict[str, Any]:
-    """scores.json of eval/vqa.py.
+    """Return the scores.json of eval/vqa.py.
 
     Args:
         rows: a record a question.
@@ -70,7 +70,7 @@ def question_scores(
 
 
 def question_tables(scores: Mapping[str, Any]) -> str:
-    """Closed, open and yes/no questions as Markdown, by kind as in the Med3DVLM paper."""
+    """Return closed, open and yes/no questions as Markdown, by kind as in the Med3DVLM paper."""
     kinds = [kind for kind, count in scores["questions"].items() if count and kind != "yes_no"]
     closed, written, answered = scores["closed"], scores["open"], scores["yes_no"]
 
@@ -116,7 +116,7 @@ def _label(name: str, scores: Mapping[str, Any]) -> str:
 
 
 def check_likelihoods(rows: Sequence[Row]) -> None:
-    """Raises ValueError where a record does not say how likely each choice is."""
+    """Raise ValueError where a record lacks the likelihood of a choice."""
     for row in rows:
         for name in LIKELIHOODS if row["choices"] else ():
             values = row.get(name)
@@ -129,7 +129,7 @@ def check_likelihoods(rows: Sequence[Row]) -> None:
 
 
 def likeliest(row: Row, column: str = "closed") -> str:
-    """The choice that the model finds likeliest; of several a wrong one."""
+    """Return the choice that the model finds likeliest; of several a wrong one."""
     right, values = right_choices(row["choices"], row["answer"]), row[column]
     places = [place for place, value in enumerate(values) if value == max(values)]
     wrong = [place for place in places if place not in right]
@@ -146,13 +146,13 @@ def letter_is_right(row: Row) -> bool:
 
 
 def strict_is_right(row: Row) -> bool:
-    """Whether the words name the right choice, and no other."""
+    """Return whether the words name the right choice, and no other."""
     named = named_choices(row["letter"], row["choices"])
     return bool(named) and named <= set(right_choices(row["choices"], row["answer"]))
 
 
 def _letters(row: Row) -> tuple[str, str]:
-    """Of the right choice and of the one that was written, both the first where the right choice is listed twice."""
+    """Return the letters of the right choice and of the written one, both the first where the right choice is listed twice."""
     right = right_choices(row["choices"], row["answer"])
     letter = first_letter(row["letter"], len(row["choices"]))
     known = LETTERS[right[0]]
@@ -160,7 +160,7 @@ def _letters(row: Row) -> tuple[str, str]:
 
 
 def _usual_choice_is_right(train: Iterable[Question]) -> Callable[[Row], bool]:
-    """Whether the choice is right that answered the same words most often in training, the first where none did."""
+    """Return a function that tells whether the choice that answered the same words most often in training is right."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for question in train:
         seen[question.text][question.answer] += 1
@@ -173,7 +173,7 @@ def _usual_choice_is_right(train: Iterable[Question]) -> Callable[[Row], bool]:
 
 
 def _tally(rows: Sequence[Row], measures: Mapping[str, Callable[[Row], bool]], patients: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Of each measure the mean of the kinds as "accuracy", of all questions, and of each kind that occurs, with intervals."""
+    """Return for each measure the mean of the kinds as "accuracy", of all questions, and of each kind that occurs, with intervals."""
     values = {name: [float(measure(row)) for row in rows] for name, measure in measures.items()}
     found = grouped_means(values, [row["kind"] for row in rows], ALL_KINDS, [patients[row["id"]] for row in rows])
     return {
@@ -182,9 +182,10 @@ def _tally(rows: Sequence[Row], measures: Mapping[str, Callable[[Row], bool]], p
 
 
 def _side_scores(rows: Sequence[Row], measures: Mapping[str, Callable[[Row], bool]], patients: Mapping[str, str]) -> dict[str, Any]:
-    """Whether the side of the likeliest choice is that of the right one, of closed questions whose answer is on one side and that list a
-    choice on the other: `{"questions", "accuracy", "interval", "chance": where all choices are alike}`, and the accuracy of each way without
-    the scan that ranks the choices."""
+    """Return how often the likeliest choice has the right side, over closed questions whose answer is on one side and that list a choice on
+    the other: `{"questions", "accuracy", "interval", "chance": where all choices are alike}`, and the accuracy of each way without the scan
+    that ranks the choices.
+    """
     asked = [row for row in rows if side_in(row["answer"]) in ONE_SIDE and any(_other_side(choice, row) for choice in row["choices"])]
     columns = [name for name in LIKELIHOODS if name in measures]
     if not asked or not columns:
@@ -206,7 +207,7 @@ def _other_side(choice: str, row: Row) -> bool:
 
 
 def _yes_no_scores(rows: Sequence[Row], measures: Mapping[str, Callable[[Row], bool]], patients: Mapping[str, str]) -> dict[str, Any]:
-    """As `_tally`, and the mean of both answers' accuracies."""
+    """Return `_tally`, and the mean of both answers' accuracies."""
     found = _tally(rows, measures, patients)
     values = {name: [float(measure(row)) for row in rows] for name, measure in measures.items()}
     balanced = grouped_means(values, [row["answer"] for row in rows], YES_NO, [patients[row["id"]] for row in rows])
@@ -217,7 +218,7 @@ def _yes_no_scores(rows: Sequence[Row], measures: Mapping[str, Callable[[Row], b
 
 
 def _open_scores(rows: Sequence[Row], patients: Mapping[str, str], scorer: BertScorer | None) -> dict[str, Any]:
-    """`{score: mean of the kinds, score_interval, "of_questions": {score: mean}, <kind>: {score: mean}}`."""
+    """Return `{score: mean of the kinds, score_interval, "of_questions": {score: mean}, <kind>: {score: mean}}`."""
     if not rows:
         return dict.fromkeys(("exact", "exact_interval", "token_f1", "token_f1_interval"))
     values = text_values([row["open"] for row in rows], [row["answer"] for row in rows], scorer)

@@ -1,4 +1,4 @@
-"""Reports that a Med3DVLM writes, against the radiologist's.
+"""Evaluate the reports that a Med3DVLM writes against the radiologist's.
 
     med3dvlm evaluate report --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/report
     med3dvlm evaluate report --data outputs/demo/prepared --output outputs/demo/eval/report --score-only --bertscore
@@ -9,7 +9,7 @@ where no study has labels, against what the reference states. A finding that the
 findings_f1 is the macro average over the findings that occur in either; CRG is left out where a label is unknown. Studies without a report
 count in no lexical score. An interval is a 95 % bootstrap over patients.
 
-What can be had without looking at the scan, or without this model, scored in the same way:
+Baselines that do not look at the scan, or do without this model, scored in the same way:
 
     blind        what the model writes about an empty volume, all air
     shuffled     what it wrote about the volume of another patient, each volume once
@@ -17,7 +17,7 @@ What can be had without looking at the scan, or without this model, scored in th
     best_fixed   always the training report whose findings, stated of every training study, have the highest macro F1 there
     nearest      with --clip: the training report whose embedding lies nearest to the volume's
 
-They are null where they cannot be had: without a training split, or where all studies are of one patient.
+They are null without a training split, or where all studies are of one patient.
 """
 
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ from med3dvlm.tables import markdown_table, with_interval
 
 
 def report_scores(texts: Sequence[str], studies: Sequence[Study], scorer: BertScorer | None = None) -> dict[str, Any]:
-    """Findings, words and collapse of one text a study, each figure with a 95 % bootstrap interval over patients in `intervals`.
+    """Score one text a study: findings, words and collapse, each figure with a 95 % bootstrap interval over patients in `intervals`.
 
     Args:
         scorer: for BERTScore, from `metrics.bertscore`.
@@ -49,8 +49,9 @@ def report_scores(texts: Sequence[str], studies: Sequence[Study], scorer: BertSc
 
 
 def fixed_reports(studies: Sequence[Study]) -> dict[str, str]:
-    """`modal`, the commonest training report or, if no two are alike, the first that states the commonest set of findings; and `best_fixed`,
-    that whose findings, stated of every training study, have the highest macro F1 there."""
+    """Return two baselines: `modal`, the commonest training report or, if no two are alike, the first that states the commonest set of
+    findings; and `best_fixed`, that whose findings, stated of every training study, have the highest macro F1 there.
+    """
     labels, known, names, _ = reference_findings(studies)
     stated = findings_table([study.report for study in studies], names, literal=True)
     modal, times = Counter(study.report for study in studies).most_common(1)[0]
@@ -63,7 +64,7 @@ def fixed_reports(studies: Sequence[Study]) -> dict[str, str]:
 
 
 def report_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: a row for the model and each thing it is compared with, first the columns of the Med3DVLM paper's Table 2."""
+    """Return Markdown: a row for the model and each baseline, first the columns of the Med3DVLM paper's Table 2."""
     first = next(iter(columns.values()))
     header = ["", "BLEU", "ROUGE", "METEOR"]
     paths = ["text.bleu1", "text.rouge1", "text.meteor"]
@@ -86,7 +87,7 @@ def report_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _on_findings(found: Mapping[str, Any]) -> str:
-    """What the findings are compared with, and which are not scored for which reason."""
+    """Describe what the findings are compared with, and which are not scored for which reason."""
     sentences = [f"Findings against the {found['against']} of {found['studies']} studies."]
     if found["macro"]["f1"] is None:
         sentences = [f"Findings: not scored, because neither the {found['against']} nor the written reports have one that the rules know."]
@@ -97,7 +98,7 @@ def _on_findings(found: Mapping[str, Any]) -> str:
 
 
 def _finding_scores(texts: Sequence[str], studies: Sequence[Study]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the texts state against what the studies have, and the intervals by the path of the figure."""
+    """Compare the findings that the texts state with the studies'. Returns scores, and the intervals by the path of the figure."""
     labels, known, names, source = reference_findings(studies)
     unread = [name for name in label_names(study.labels for study in studies) if name not in names]
     chosen: NDArray[np.bool_] = np.any(known, axis=1)
@@ -146,8 +147,9 @@ def reference_findings(studies: Sequence[Study]) -> tuple[NDArray[np.int64], NDA
 
 
 def _share(labels: NDArray[Any], stated: NDArray[Any], name: str, together: bool = False) -> Statistic:
-    """Precision or recall of each of K findings, or of all decisions together: as in `precision_recall_f1`, 0 where what it is a share of
-    is 0, NaN for a finding that is neither present nor stated."""
+    """Return precision or recall of each of K findings, or of all decisions together, as in `precision_recall_f1`: 0 where the denominator is
+    0, NaN for a finding that is neither present nor stated.
+    """
     tables = (labels * stated, stated if name == "precision" else labels, labels + stated)
     hits, whole, either = (table.sum(axis=1) if together else table for table in tables)
     return lambda weights: np.where(weights @ either == 0, np.nan, (weights @ hits) / np.maximum(weights @ whole, 1))

@@ -1,4 +1,4 @@
-"""Retrieval of a Med3DCLIP: which report belongs to a volume, and which volume to a report.
+"""Evaluate retrieval by a Med3DCLIP: which report belongs to a volume, and which volume to a report.
 
     med3dvlm evaluate retrieval --model outputs/demo/stage1 --data outputs/demo/prepared --output outputs/demo/eval/retrieval
     med3dvlm evaluate retrieval --data outputs/demo/prepared --output outputs/demo/eval/retrieval --score-only --pools 50,100 --ks 5,10,50,100
@@ -43,25 +43,25 @@ def numbers(text: str) -> list[int]:
 
 
 def first_equals(data: PreparedData, studies: Sequence[Study]) -> tuple[list[int], list[int]]:
-    """For each study the place of the first with the same scan, and of the first with the same report."""
+    """Return for each study the index of the first with the same scan, and of the first with the same report."""
     places: tuple[dict[str, int], dict[str, int]] = {}, {}
     scans = [places[0].setdefault(data.checksum(study), place) for place, study in enumerate(studies)]
     return scans, [places[1].setdefault(study.report, place) for place, study in enumerate(studies)]
 
 
 def encoded(embeddings: torch.Tensor) -> list[str]:
-    """(B, P) -> base64 of each row's float32, the lowest byte first: a quarter of the same in decimals."""
+    """Encode each row of (B, P) as base64 of its little-endian float32: a quarter of the size in decimals."""
     return [base64.b64encode(row.tobytes()).decode() for row in embeddings.numpy().astype("<f4")]
 
 
 def decoded(lines: Sequence[str]) -> torch.Tensor:
-    """What `encoded` made strings of, (N, P)."""
+    """Decode the strings of `encoded` to (N, P)."""
     rows = [np.frombuffer(base64.b64decode(line, validate=True), "<f4") for line in lines]
     return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
 def equal_studies(data: PreparedData, studies: Sequence[Study]) -> list[int]:
-    """Equal numbers for studies that say the same or show the same, directly or through others."""
+    """Return equal numbers for studies with the same report or the same scan, directly or through others."""
     same = [*equal(" ".join(words(study.report)) for study in studies), *equal(map(data.checksum, studies))]
     return groups(len(studies), [(group[0], other) for group in same for other in group[1:]])
 
@@ -69,7 +69,7 @@ def equal_studies(data: PreparedData, studies: Sequence[Study]) -> list[int]:
 def score(
     images: torch.Tensor, texts: torch.Tensor, pool: int, studies: Sequence[Study], alike: Sequence[int], ks: Sequence[int] = KS
 ) -> dict[str, Any]:
-    """The figures of one pool: embeddings (N, P) of the whole split, its studies, and for each a number that equal ones share."""
+    """Return the figures of one pool. `images` and `texts` (N, P) are of the whole split; `alike` has equal numbers for equal studies."""
     scores = retrieval_scores(images, texts, ks, pool, alike)
     for forgiving, entry in ((None, scores), (alike, scores["any_of_equal"])):
         for way, ranks in retrieval_ranks(images, texts, pool, forgiving).items():
@@ -86,7 +86,7 @@ def score(
 
 
 def table(scores: dict[str, Any], ks: Sequence[int] = KS) -> str:
-    """A line a pool, direction and way of counting."""
+    """Return a line a pool, direction and way of counting."""
     names = [*(f"r{k}" for k in ks), "median_rank", "mrr"]
     rows = []
     for entry in scores.values():

@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: their arguments, the data and settings that a run is about, and its record.
+"""Shared by all evaluations: arguments, the data and settings of a run, and its record.
 
 <output>/predictions.jsonl   one line a case, see `cases.py`
 <output>/run.json            which model on which data with which settings and versions, and the seconds it took
@@ -28,7 +28,7 @@ from med3dvlm.training.run import environment
 
 
 def evaluation_parser(documentation: str, batch_size: int = 16) -> Parser:
-    """The arguments that every evaluation has; its help begins with the script's own documentation."""
+    """Return a parser with the arguments of every evaluation; its help begins with the script's own documentation."""
     parser = Parser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory of the model; not needed with --score-only")
     parser.add_argument("--data", required=True, help="prepared data, see `med3dvlm prepare`")
@@ -47,7 +47,7 @@ def evaluation_parser(documentation: str, batch_size: int = 16) -> Parser:
 
 
 def open_data(arguments: argparse.Namespace) -> tuple[PreparedData, list[Study]]:
-    """The prepared data and the studies to evaluate, at the beginning of the work.
+    """Open the prepared data and return it with the studies to evaluate.
 
     Raises:
         ValueError: --model is missing, the split is unknown or smaller than --limit, or the predictions to score are about other data.
@@ -94,7 +94,7 @@ def begin(arguments: argparse.Namespace, model: nn.Module, data: PreparedData, *
 
 
 def training_split(data: PreparedData, evaluated: str) -> str | None:
-    """The split that baselines learn from: the first whose name begins with "train"; None where that is evaluated, or there is none."""
+    """Return the split that baselines learn from: the first whose name begins with "train"; None where that is evaluated, or there is none."""
     found = [split for split in sorted(data.summary["splits"]) if split.startswith("train")]
     return found[0] if found and found[0] != evaluated else None
 
@@ -111,7 +111,7 @@ def _check_identity(path: Path, identity: dict[str, Any]) -> None:
 
 
 def write_scores(path: Path, scores: dict[str, Any], tables: str | None = None) -> None:
-    """Write stable bytes, numbers to 6 decimals, and the tables, if any, as a Markdown file beside them."""
+    """Write scores to 6 decimals, always the same bytes, and the tables, if any, as a Markdown file beside them."""
     write_json(path, _rounded(scores))
     if tables is not None:
         write_text(path.with_suffix(".md"), tables + "\n")
@@ -126,7 +126,7 @@ def _rounded(content: Any) -> Any:
 
 
 def other_patients(studies: Sequence[Study]) -> list[int] | None:
-    """For each study the place of one of another patient, each place once; None if all are of one patient.
+    """Return for each study the index of a study of another patient, each index once; None if all are of one patient.
 
     What a model says of that one's volume is what it says without having seen the study. Where one patient has more than half of the
     studies there are too few others: theirs are then taken in turn, as often as it needs, and of the one patient the first.

@@ -1,4 +1,4 @@
-"""Where a model looks, against where the finding is: of phantoms, whose lesions' places are known.
+"""Evaluate saliency maps against the true places of lesions, which are known for phantoms.
 
     med3dvlm evaluate saliency --model outputs/demo/model --clip outputs/demo/stage1 --data outputs/demo/prepared \\
         --scans outputs/demo/phantoms --output outputs/demo/eval/grounding
@@ -47,7 +47,7 @@ Find = Callable[[Any, str], SaliencyMap]  # of a scan and a finding's name
 
 
 class Case(NamedTuple):
-    """A study and one of its findings."""
+    """One finding of a study."""
 
     study: Study
     finding: str
@@ -62,7 +62,7 @@ def by_answer(chat: Med3DChat, scan: Any, name: str) -> SaliencyMap:
 
 
 def finders(arguments: argparse.Namespace, data: PreparedData) -> tuple[dict[str, Find], list[Any]]:
-    """A way to look for each model that was named, and the models."""
+    """Return a saliency function for each model that was named, and the models."""
     found: dict[str, Find] = {}
     models = []
     for path in filter(None, (arguments.model, arguments.clip)):
@@ -85,7 +85,7 @@ def finders(arguments: argparse.Namespace, data: PreparedData) -> tuple[dict[str
 
 
 def judge(heat: SaliencyMap, mask: NDArray[np.bool_], volume: Volume, placement: NDArray[np.float64]) -> dict[str, Any]:
-    """What the highest cell is worth, and what one drawn at random is.
+    """Score the highest cell, and a random one.
 
     Args:
         mask: (D, H, W), the lesion in the scan's voxels.
@@ -107,7 +107,7 @@ def judge(heat: SaliencyMap, mask: NDArray[np.bool_], volume: Volume, placement:
 
 
 def look(case: Case, plan: Plan, data: PreparedData, scans: Path, ways: dict[str, Find]) -> dict[str, Any]:
-    """A case's record."""
+    """Return a case's record."""
     volume = read_volume(scans / case.study.image)
     placement = data.processor.placement(volume)
     mask = draw_with_masks(plan.body, plan.acquisition)[1][case.finding]
@@ -127,14 +127,14 @@ def look(case: Case, plan: Plan, data: PreparedData, scans: Path, ways: dict[str
 
 
 def middle(heat: SaliencyMap) -> SaliencyMap:
-    """On the same grid, the higher the nearer to the middle of the volume."""
+    """Return a heat map on the same grid that is the higher the nearer to the middle of the volume."""
     cells = np.stack([*np.indices(heat.values.shape), np.ones(heat.values.shape)], axis=-1) @ heat.cells.T  # (d, h, w, 4), in voxels
     away = np.linalg.norm(cells[..., :3] - (np.array(heat.size) - 1) / 2, axis=-1)
     return replace(heat, values=-away.astype(np.float32))
 
 
 def summary(rows: Sequence[dict[str, Any]], patients: Sequence[str]) -> dict[str, Any]:
-    """The figures of every way of looking over some cases."""
+    """Return the figures of every method over some cases."""
     scores: dict[str, Any] = {"cases": len(rows)}
     for name in [name for name in rows[0] if isinstance(rows[0][name], dict)]:
         found = np.array([[row[name][figure] for figure in FIGURES] for row in rows])  # (N, 3)
@@ -153,7 +153,7 @@ def summary(rows: Sequence[dict[str, Any]], patients: Sequence[str]) -> dict[str
 
 
 def table(scores: dict[str, Any]) -> str:
-    """All findings with intervals, then a line a finding and way."""
+    """Return all findings with intervals, then a line a finding and method."""
     ways = [name for name, entry in scores["all"].items() if isinstance(entry, dict)]
 
     def cells(entry: dict[str, Any], spans: bool) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Masks that a Med3DSegmenter draws, finding by finding, against those of the data.
+"""Evaluate the masks of a Med3DSegmenter against those of the data, finding by finding.
 
     med3dvlm evaluate segmentation --model outputs/demo/stage1/segmenter --data outputs/demo/prepared --output outputs/demo/eval/segmentation
     med3dvlm evaluate segmentation --data outputs/demo/prepared --output outputs/demo/eval/segmentation --score-only
@@ -14,8 +14,8 @@ volume. A mask is drawn where the finding is likelier there than not; its voxels
     absent       share of absent findings for which a mask is drawn, and share of the studies in which any is
     calibration  of the presence score, over present and absent findings
 
-Millimetres are those of the prepared voxels; where a spacing is unknown, a voxel counts as 1 mm and scores.json counts such studies. Figures are
-given for all findings and for those whose longest diameter is 8 mm or more. What can be had without the scan, or without reading the words:
+Millimetres are those of the prepared voxels; where a spacing is unknown, a voxel counts as 1 mm and scores.json counts such studies. Figures
+are given for all findings and for those whose longest diameter is 8 mm or more. Controls that do not see the scan, or do not read the words:
 
     middle         the voxel in the middle of the volume
     mean_mask      of the training studies' masks of this finding the mean; what reaches half of its highest is drawn
@@ -56,7 +56,7 @@ Row = dict[str, Any]
 
 
 class Task(NamedTuple):
-    """A study, and of its findings the names of those that have a mask and of those that are absent."""
+    """A study, with the names of its findings that have a mask and of those that are absent."""
 
     study: Study
     present: list[str]
@@ -64,7 +64,7 @@ class Task(NamedTuple):
 
 
 def tasks_of(data: PreparedData, studies: Sequence[Study]) -> list[Task]:
-    """The studies with a case. A finding that no study has a mask of is not asked for."""
+    """Return the studies with a case. A finding of which no study has a mask is not asked for."""
     drawn = {study.id: [name for name in data.mask_names(study) if study.masks[name].kind == "finding"] for study in studies}
     names = sorted({name for found in drawn.values() for name in found})
     tasks = [Task(study, drawn[study.id], absent_findings(study, names)) for study in studies]
@@ -72,7 +72,7 @@ def tasks_of(data: PreparedData, studies: Sequence[Study]) -> list[Task]:
 
 
 def mean_masks(data: PreparedData, split: str | None, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-    """The share of the training studies' masks of each finding that hold a voxel (D, H, W); of at most `MOST_TRAINING` studies."""
+    """Return for each finding the share of the training studies' masks that hold a voxel (D, H, W); of at most `MOST_TRAINING` studies."""
     sums: dict[str, NDArray[np.float32]] = {}
     counts: dict[str, int] = defaultdict(int)
     for study in data.studies(split)[:MOST_TRAINING] if split else ():
@@ -84,7 +84,7 @@ def mean_masks(data: PreparedData, split: str | None, names: Sequence[str]) -> d
 
 
 def others_of(tasks: Sequence[Task]) -> dict[tuple[str, str], Study]:
-    """For a study's id and a finding the next study of another patient that has a mask of it, in a ring; none where there is none."""
+    """Return for a study's id and a finding the next study of another patient with a mask of it, in a ring; none where there is none."""
     having: dict[str, list[Study]] = defaultdict(list)
     for task in tasks:
         for name in task.present:
@@ -103,23 +103,23 @@ def highest(values: NDArray[Any]) -> tuple[int, ...]:
 
 
 def judged(drawn: Mask, point: tuple[int, ...], true: Mask) -> dict[str, float]:
-    """The two figures that a control has."""
+    """Return the two figures of a control."""
     return {"dice": dice(drawn, true), "pointing": float(true[point])}
 
 
 def packed(plane: Mask) -> str:
-    """A mask in a slice (H, W) as text."""
+    """Encode a mask in a slice (H, W) as text."""
     return base64.b64encode(zlib.compress(np.packbits(plane).tobytes())).decode()
 
 
 def unpacked(text: str, shape: Sequence[int]) -> Mask:
-    """What `packed` made into text."""
+    """Decode the text of `packed`."""
     bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
     return np.unpackbits(bits, count=int(np.prod(shape))).reshape(shape).astype(bool)
 
 
 class Judge:
-    """What the masks of a study are worth, beside the controls."""
+    """Scores the masks of a study and the controls."""
 
     def __init__(self, data: PreparedData, tasks: Sequence[Task], split: str | None, threshold: float, tolerance: float) -> None:
         self.data, self.threshold, self.tolerance = data, threshold, tolerance
@@ -127,7 +127,7 @@ class Judge:
         self.others = others_of(tasks)
 
     def rows(self, task: Task, likely: NDArray[np.float32], presence: NDArray[np.float32]) -> list[Row]:
-        """A record for each finding of the study, the present first.
+        """Return a record for each finding of the study, the present first.
 
         Args:
             likely: (K, D, H, W), the probability of each voxel.
@@ -182,7 +182,7 @@ class Judge:
 
 
 def predicted(task: Task, data: PreparedData, segmenter: Segmenter, judge: Judge) -> Row:
-    """A study's line of predictions.jsonl."""
+    """Return a study's line of predictions.jsonl."""
     pixels = data.processor.dequantize(data.volume(task.study))[None]  # (1, 1, D, H, W)
     names = task.present + task.absent
     likely, presence = segmenter.probabilities(pixels, names)
@@ -194,7 +194,7 @@ def about(task: Task) -> Row:
 
 
 def summary(rows: Sequence[Row], patients: Sequence[str]) -> Row:
-    """The figures of some cases, present and absent, each with its interval; None where there is nothing to judge."""
+    """Return the figures of some cases, present and absent, each with its interval; None where there is no case."""
     present = [place for place, row in enumerate(rows) if row["present"]]
     statistics: dict[str, Any] = {}
     values: dict[str, float | None] = {}
@@ -221,7 +221,7 @@ def summary(rows: Sequence[Row], patients: Sequence[str]) -> Row:
 
 
 def scores_of(records: Sequence[Row], tasks: Sequence[Task]) -> Row:
-    """scores.json."""
+    """Return scores.json."""
     rows = [row for record in records for row in record["findings"]]
     patients = [task.study.patient for task, record in zip(tasks, records, strict=True) for _ in record["findings"]]
     kinds = sorted({row["finding"] for row in rows})
@@ -253,7 +253,7 @@ def scores_of(records: Sequence[Row], tasks: Sequence[Task]) -> Row:
 
 
 def table(scores: Row) -> str:
-    """Markdown: the model and the controls, then a line a finding."""
+    """Return Markdown: the model and the controls, then a line a finding."""
 
     def cell(entry: Row, name: str, spans: bool = True) -> str | None:
         figure = entry["figures"].get(name)

@@ -1,4 +1,4 @@
-"""The figures that a run of a demo is expected to reach, beside those that it reached."""
+"""Compare the figures of a demo's run with the expected ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,14 @@ Targets = Mapping[str, tuple[str, dict[str, float], float | None]]
 
 
 def at(scores: Any, path: str) -> Any:
-    """What lies on a path of keys; None where it ends before, as where an evaluation has no such row."""
+    """Return the value at a path of keys; None where the path does not exist, as where an evaluation has no such row."""
     for key in path.split("."):
         scores = scores.get(key) if isinstance(scores, dict) else None
     return scores
 
 
 def compare(summary: dict[str, Any], targets: Targets, name: str) -> dict[str, dict[str, Any]]:
-    """Each figure with its value and whether that is as expected; None where nothing is expected of this run, or there is no value."""
+    """Return each figure with its value and whether that is as expected; None without an expectation, or without a value."""
     compared = {}
     for figure, (bound, expectations, aim) in targets.items():
         value, expected = at(summary, figure), expectations.get(name)
@@ -27,7 +27,7 @@ def compare(summary: dict[str, Any], targets: Targets, name: str) -> dict[str, d
 
 
 def target_table(compared: dict[str, dict[str, Any]]) -> str:
-    """The same as a Markdown table."""
+    """Return the comparison as a Markdown table."""
     words = {True: "yes", False: "NO", None: "-"}
     rows = []
     for figure, entry in compared.items():

@@ -1,4 +1,4 @@
-"""Visual question answering of a Med3DVLM, question by question.
+"""Evaluate visual question answering by a Med3DVLM.
 
     med3dvlm evaluate vqa --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/vqa
     med3dvlm evaluate vqa --data outputs/demo/prepared --output outputs/demo/eval/vqa --score-only
@@ -11,8 +11,8 @@
     open     what the model writes after the bare question, against the answer: exact match, F1 of the words, BLEU, ROUGE, METEOR
     yes_no   yes/no questions, as closed
 
-What can be had without the scan stands within `closed` and `yes_no`: `blind`, the same on an empty volume, all air; `shuffled`, on that
-of another patient, each volume once; `modal`, the choice that answered this very question most often in training.
+Baselines without the scan stand within `closed` and `yes_no`: `blind`, the same on an empty volume, all air; `shuffled`, on that of another
+patient, each volume once; `modal`, the choice that answered this very question most often in training.
 
 A choice that is listed twice is right at both places. A question of more than eight choices has no letters: `left_out` counts those that
 `letter` and `strict` are without.
@@ -37,7 +37,7 @@ from med3dvlm.records import Question, Study, has_letters
 
 
 def rank(chat: Med3DChat, questions: Sequence[Question], features: dict[str, Features]) -> dict[Question, list[float]]:
-    """How likely the model finds each choice of questions that stand study by study; `features` by study."""
+    """Return the likelihood of each choice of questions, which are ordered by study; `features` by study."""
     groups = [[question for question in questions if question.study == study] for study in dict.fromkeys(q.study for q in questions)]
     conversations = [[evaluation.exchange(question.text, choice) for question in group for choice in question.choices] for group in groups]
     scenes = [features[group[0].study] for group in groups]
@@ -47,7 +47,7 @@ def rank(chat: Med3DChat, questions: Sequence[Question], features: dict[str, Fea
 
 
 def questions_about(data: PreparedData, studies: Sequence[Study], split: str) -> dict[str, list[Question]]:
-    """The questions about each of the studies.
+    """Return the questions about each of the studies.
 
     Raises:
         ValueError: there is none, or one has no answer.

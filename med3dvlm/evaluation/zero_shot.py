@@ -1,4 +1,4 @@
-"""Which findings a Med3DCLIP sees in a volume, without having been taught any: zero-shot detection.
+"""Evaluate zero-shot detection of findings by a Med3DCLIP.
 
     med3dvlm evaluate zero_shot --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot
     med3dvlm evaluate zero_shot --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot --score-only

@@ -26,7 +26,7 @@ SAMPLE = 16384  # bytes at the start, in the middle and at the end of a file; ch
 
 
 class Format(NamedTuple):
-    """A kind of scan file: its name in words and its reader.
+    """A scan format: its name in words and its reader.
 
     `signature` is where in a file without an ending which bytes tell the format. `files_of` gives the files beside a header that hold its
     voxels; a header that is always so is `detached`. `has_series`: the reader takes the number of a series, too.
@@ -56,7 +56,7 @@ READERS = tuple(FORMATS)
 
 
 def read(path: Path, source: str, series: int | None = None) -> Parts:
-    """What a scan file or folder holds: a file by its ending in `READERS` or as DICOM, a folder or an archive by its content.
+    """Read a scan: a file by its ending in `READERS` or as DICOM, a folder or an archive by its content.
 
     `source` names the path in messages. `series` picks one of several DICOM series, from 1; None is the likeliest.
 
@@ -80,7 +80,9 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
 
 
 def scan_files(scan: Path) -> list[Path]:
-    """The files that reading `scan` may open: the file and those that its header names, or all below a folder, as reading looks for them."""
+    """Return the files that reading `scan` may open: the file and those that its header names, or all below a folder, as reading searches
+    them.
+    """
     if scan.is_dir():
         below = (Path(folder, name) for folder, _, names in os.walk(scan) for name in names)
         return sorted(file for file in islice(below, MOST_FILES + 1) if file.is_file())  # more are refused
@@ -89,7 +91,7 @@ def scan_files(scan: Path) -> list[Path]:
 
 
 def state_of(scan: Path, contents: bool = False) -> str:
-    """16 hexadecimal digits that differ once any of the scan's files was added, removed, renamed, written or replaced.
+    """Return 16 hexadecimal digits that change when any of the scan's files is added, removed, renamed, written or replaced.
 
     Without `contents` the file system answers, by name, size, inode and times, of which the time of change (ctime) cannot be set back: so a
     file of the same size and date is seen, too. A copy on another machine has another such state. With `contents`, name, size, date and

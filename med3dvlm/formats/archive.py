@@ -26,7 +26,7 @@ JUNK = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def read(path: Path, source: str, series: int | None = None) -> Parts:
-    """The scan in a .zip: the one scan file in it, or else what `formats.read` finds in it as a folder.
+    """Read the scan in a .zip: the one scan file in it, or else what `formats.read` finds in it as a folder.
 
     Raises:
         VolumeError: the archive is damaged, encrypted, hostile or too large (see the module's text), or holds no scan or several.
@@ -47,7 +47,7 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
 
 @contextmanager
 def unpacked(path: Path, source: str) -> Iterator[Path]:
-    """A folder with the archive's files, without junk and archives within; it is gone afterwards, whatever happened.
+    """Yield a folder with the archive's files, without junk and nested archives; it is deleted afterwards.
 
     Raises:
         VolumeError: as `read`, where the archive itself is at fault.
@@ -69,7 +69,7 @@ def unpacked(path: Path, source: str) -> Iterator[Path]:
 
 
 class Bounded(io.BufferedReader):
-    """A file of which no more is read at once than a list of names may have.
+    """A file that refuses to read more at once than a list of names may take.
 
     zipfile reads that list in one go and makes an object of each entry: a million take seconds and a gigabyte.
     """
@@ -85,12 +85,12 @@ class Bounded(io.BufferedReader):
 
 
 def too_many(source: str) -> VolumeError:
-    """The error for an archive of more entries than a scan has."""
+    """Return the error for an archive of more entries than a scan has."""
     return VolumeError(f"{source}: the archive has more than {MOST_ENTRIES} entries; zip the folder of one scan.")
 
 
 def _checked(entries: list[zipfile.ZipInfo], source: str) -> list[zipfile.ZipInfo]:
-    """The files to unpack.
+    """Return the files to unpack.
 
     Raises:
         VolumeError: there are too many or too large ones, or one that is encrypted, leads outside, is a link or packed in a rare way.

@@ -17,7 +17,7 @@ UNREADABLE = (ValueError, EOFError, OSError, SyntaxError, tokenize.TokenError)
 
 
 def read_npy(path: Path, source: str) -> Parts:
-    """One array without geometry.
+    """Read one array without geometry.
 
     Raises:
         VolumeError: the file is damaged or holds Python objects.
@@ -35,7 +35,7 @@ def read_npy(path: Path, source: str) -> Parts:
 
 
 def read_npz(path: Path, source: str) -> Parts:
-    """One array under any name and, where the file has it, "spacing".
+    """Read one array under any name and, where the file has it, "spacing".
 
     Raises:
         VolumeError: the file is damaged, holds Python objects, none or several arrays, or a spacing of another form.
@@ -67,7 +67,7 @@ def read_npz(path: Path, source: str) -> Parts:
 
 
 def _member(archive: zipfile.ZipFile, name: str, source: str) -> NDArray[Any]:
-    """One array of the archive, its announced size compared with the member's first."""
+    """Read one array of the archive after comparing its announced size with the member's."""
     member = archive.getinfo(name)
     with archive.open(member) as file:
         shape, dtype = _described(file, source, "NumPy arrays (.npz)")
@@ -78,7 +78,7 @@ def _member(archive: zipfile.ZipFile, name: str, source: str) -> NDArray[Any]:
 
 
 def _described(file: IO[bytes], source: str, kind: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of an array by its header.
+    """Return shape and type of an array by its header.
 
     Raises:
         VolumeError: it holds Python objects, which loading might run.

@@ -1,4 +1,4 @@
-"""What every format's reader returns and raises."""
+"""The return type and the error of all format readers."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class VolumeError(ValueError):
 
 
 class Parts(NamedTuple):
-    """What a reader finds: array (D, H, W) of any type; the rest is None or empty where the file does not say.
+    """The result of a reader: array (D, H, W) of any type; the rest is None or empty where the file does not say.
 
     - `array`: the values that the file's own slope and intercept define, applied once.
     - `axes` is 3x3: its columns lead, in RAS mm, from one voxel to the next along x, y, z (W, H, D), as in an affine.
@@ -52,18 +52,18 @@ class Parts(NamedTuple):
 
 
 def damaged(source: str, kind: str) -> VolumeError:
-    """The error for a file that is not what its name says."""
+    """Return the error for a file whose content does not fit its name."""
     reason = "it is damaged, cut short or something else under this name"
     return VolumeError(f"{source}: this cannot be read as {kind}; {reason}, so copy or export it again.")
 
 
 def colour(source: str) -> VolumeError:
-    """The error for several values a voxel."""
+    """Return the error for several values a voxel."""
     return VolumeError(f"{source}: this is a colour image (several values a voxel); export it in grey.")
 
 
 def check_size(shape: Sequence[int], voxel_bytes: int, file_bytes: int, source: str, kind: str) -> None:
-    """Before any memory is taken: could `file_bytes`, packed or not, hold so many voxels, and is it a scan's number?
+    """Check, before memory is allocated, that `file_bytes`, packed or not, can hold so many voxels and that the number is a scan's.
 
     Raises:
         VolumeError: it could not, or the scan is larger than 2^31 voxels or 2^33 bytes.
@@ -79,7 +79,7 @@ def check_size(shape: Sequence[int], voxel_bytes: int, file_bytes: int, source: 
 
 
 def smallest_exact_type(array: NDArray[Any], source: str) -> NDArray[np.int16] | NDArray[np.float32]:
-    """int16 where that loses nothing, else float32; in order, and writable where the array is a view of a file's bytes."""
+    """Convert to int16 where that loses nothing, else float32; contiguous, and writable where the array is a view of a file's bytes."""
     if array.dtype.fields is not None:
         raise colour(source)
     if array.dtype.kind not in "iufb":

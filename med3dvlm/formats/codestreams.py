@@ -1,4 +1,4 @@
-"""Packed pictures: which code their bytes are in, and their numbers, by imagecodecs.
+"""Compressed pictures: recognise their codec and decode them by imagecodecs.
 
 imagecodecs brings libjpeg-turbo (8, 12 and 16 bits, lossless too), CharLS, OpenJPEG and DICOM's run lengths, and lets other threads run
 meanwhile. What pydicom's plugins bring leaves gaps (12-bit JPEG), is under the GPL (libjpeg), slow (run lengths) or ends the whole
@@ -19,7 +19,7 @@ UNREAD = {0xC5: "hierarchical", 0xC6: "hierarchical", 0xC7: "hierarchical", 0xCB
 
 
 class Codestream(NamedTuple):
-    """What a packed picture says of itself."""
+    """The header of a compressed picture."""
 
     code: str  # one of the names above
     rows: int
@@ -30,7 +30,7 @@ class Codestream(NamedTuple):
 
 
 def described(packed: bytes) -> Codestream | None:
-    """What a packed picture says of itself; None where it is in none of the codes that do, as run lengths are."""
+    """Read the header of a compressed picture; None for codecs without one, such as run lengths."""
     start = packed.find(b"\xff\x4f\xff\x51", 0, 1024)  # behind the boxes of a JP2 file, where there are any
     if start == 0 or (start > 0 and packed[4:8] == b"jP  "):
         x1, y1, x0, y0 = (int.from_bytes(packed[place : place + 4], "big") for place in range(start + 8, start + 24, 4))
@@ -53,7 +53,7 @@ def described(packed: bytes) -> Codestream | None:
 
 
 def decoded(packed: bytes, stream: Codestream) -> NDArray[Any]:
-    """The numbers of a grey picture, (rows, columns), as bits without a sign.
+    """Decode a grey picture (rows, columns) to unsigned numbers.
 
     Raises:
         Exception: it is damaged or cut short.
@@ -68,7 +68,7 @@ def decoded(packed: bytes, stream: Codestream) -> NDArray[Any]:
 
 
 def run_lengths(packed: bytes, size: tuple[int, int], kind: np.dtype[Any]) -> NDArray[Any]:
-    """The numbers of a grey picture in DICOM's run lengths, (rows, columns); those of a larger one in one row.
+    """Decode a grey picture (rows, columns) from DICOM's run lengths; a larger one comes as one row.
 
     Raises:
         Exception: it is damaged or cut short.
@@ -89,7 +89,7 @@ def run_lengths(packed: bytes, size: tuple[int, int], kind: np.dtype[Any]) -> ND
 
 
 def _end_of_runs(packed: bytes, count: int) -> int:
-    """Where the last segment of run lengths has given `count` bytes."""
+    """Return the position where the last segment of run lengths has given `count` bytes."""
     place, given = int(np.frombuffer(packed[:64], "<u4")[segments_of(packed)]), 0
     while given < count and place < len(packed):
         head = packed[place]  # so many bytes and one follow as they are, or beyond 128 one that is repeated
@@ -99,7 +99,7 @@ def _end_of_runs(packed: bytes, count: int) -> int:
 
 
 def segments_of(packed: bytes) -> int:
-    """The number of segments that a header of run lengths announces; 0 where this is no such header."""
+    """Return the number of segments that a header of run lengths announces, 0 for anything else."""
     numbers = np.frombuffer(packed[:64], "<u4") if len(packed) > 64 else np.zeros(16, "<u4")
     count = int(numbers[0])
     places = numbers[1 : 1 + count].astype(np.int64)

@@ -26,7 +26,7 @@ __all__ = ["is_dicom", "read", "stack_of"]
 
 
 def read(path: Path, source: str, series: int | None = None) -> Parts:
-    """The scan in a DICOM file, or in a folder and its subfolders: the likeliest stack, or number `series` of `Parts.series`.
+    """Read the scan in a DICOM file, or in a folder and its subfolders: the likeliest stack, or number `series` of `Parts.series`.
 
     Slices run along the normal (row x column direction), rows and columns as stored. Slope and intercept of each slice are applied
     once; values are int16 where slopes and intercepts are whole and none lies beyond it, else float32. MONOCHROME1 concerns the display and changes
@@ -57,7 +57,7 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
 
 
 def stack_of(path: Path, source: str, series: int | None = None) -> Stack:
-    """The slices of the scan that `read` gives for the same arguments, in its order.
+    """Return the slices of the scan that `read` returns for the same arguments, in the same order.
 
     Raises:
         VolumeError: as `read`, where headers are damaged or hold no stack of slices.

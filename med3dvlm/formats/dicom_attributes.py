@@ -1,4 +1,5 @@
-"""By what the stacks of one study differ: acquisition, phase, echo, kernel, thickness and the like, to be told apart and to be listed.
+"""Attributes by which the stacks of one study differ: acquisition, phase, echo, kernel, thickness and others. They separate stacks and
+describe them.
 
 Values are kept as texts and compared. What is shown of them is a number, a code or a known word; texts that may hold a name, times and UIDs
 are numbered instead ("study 1 of 2").
@@ -12,7 +13,7 @@ Marks = Mapping[str, str]  # values by name
 
 
 class Attribute(NamedTuple):
-    """What to look for, under any of several keywords, which in a multi-frame file stand below a sequence; {} in `words` is the value."""
+    """An attribute under any of several keywords, which in a multi-frame file stand below a sequence; {} in `words` is the value."""
 
     words: str
     keywords: str
@@ -74,7 +75,7 @@ REFORMATS = {"SECONDARY", "MIP", "MINIP", "MPR", "REFORMATTED", "AVERAGE", "PROJ
 
 
 def marks_of(places: Sequence[Any]) -> dict[str, str]:
-    """The attributes of a frame by name, from its functional groups, those of all frames, the header itself."""
+    """Return the attributes of a frame by name, from its functional groups, those of all frames, or the header itself."""
     found = {name: value for name, paths in PATHS.items() if (value := _stated(places, paths))}
     if index := _stated(places, INDEX):
         found.update({f"index {number}": value for number, value in enumerate(index.split("\\"), start=1)})
@@ -86,7 +87,7 @@ def marks_of(places: Sequence[Any]) -> dict[str, str]:
 
 
 def _stated(places: Sequence[Any], paths: Iterable[Sequence[str]]) -> str:
-    """The first value of a keyword, below its sequences or beside them, as a text; "" for none."""
+    """Return the first value of a keyword, below its sequences or beside them, as a text; "" for none."""
     for place in places:
         for *sequences, keyword in paths:
             inner = place
@@ -98,18 +99,18 @@ def _stated(places: Sequence[Any], paths: Iterable[Sequence[str]]) -> str:
 
 
 def text_of(value: Any) -> str:
-    """A value of a header as one text: several in DICOM's way, with a backslash between them."""
+    """Return a value of a header as one text; several are joined by a backslash, as in DICOM."""
     return "\\".join(texts_of(value))
 
 
 def texts_of(value: Any) -> list[str]:
-    """The values of a header as texts: of none, one or several."""
+    """Return the values of a header, none, one or several, as texts."""
     values = [] if value is None else [value] if isinstance(value, str) or not hasattr(value, "__iter__") else list(value)
     return [f"{each:.10g}" if isinstance(each, float) else str(each).strip() for each in values]
 
 
 def number_of(text: str | None) -> float | None:
-    """A number for a text that is one."""
+    """Convert a text that is a number."""
     try:
         return float(text or "")
     except ValueError:
@@ -117,13 +118,13 @@ def number_of(text: str | None) -> float | None:
 
 
 def is_reformat(marks: Marks) -> bool:
-    """Whether an image was made of others: a MIP, a reformat, a mean."""
+    """Return whether an image was made of others: a MIP, a reformat, a mean."""
     types = set(marks.get("type", "").upper().split("\\"))
     return bool(types & REFORMATS) or any(word in REFORMATS for each in types for word in re.split(r"[ _]", each)[1:])
 
 
 def common_marks(slices: Iterable[Marks]) -> dict[str, str]:
-    """The marks that all slices have in common; "" for one that differs among them."""
+    """Return the attributes that all slices share; "" for one that differs among them."""
     every = list(slices)
     names = {name: None for marks in every for name in marks}
     values = {name: {marks.get(name) for marks in every} for name in names}
@@ -131,7 +132,7 @@ def common_marks(slices: Iterable[Marks]) -> dict[str, str]:
 
 
 def differences(stacks: Sequence[Marks], known: Sequence[str]) -> list[str]:
-    """For each stack, by the marks that its slices have in common, the words for what differs from the other stacks.
+    """Describe for each stack, by the attributes that its slices share, how it differs from the other stacks.
 
     `known` are the words that are there already: what is listed only where it is needed is so where they and the words so far are alike.
     """
@@ -151,7 +152,7 @@ def differences(stacks: Sequence[Marks], known: Sequence[str]) -> list[str]:
 
 
 def _shown(name: str, values: Sequence[str | None]) -> list[str]:
-    """The words for each value of an attribute; "" for none, and for all where none may be shown."""
+    """Return the words for each value of an attribute; "" for none, and for all where none may be shown."""
     words = ATTRIBUTES[name].words if name in ATTRIBUTES else OTHERS.get(name, name.replace("index", "dimension index"))
     stated = list(dict.fromkeys(filter(None, values)))
     if name == "description":

@@ -1,4 +1,4 @@
-"""Which of the stacks in some DICOM files is the scan, and in what words the others are listed.
+"""Choose the scan among the stacks in DICOM files, and describe the other stacks.
 
 Originals come before what was made of them (MIP, reformat), then the one with the most slices comes first, then axial, then thin slices, then
 the lower series number. A stack that is no more than half of its series is not taken by itself: the user picks by number.
@@ -22,7 +22,7 @@ MOST_LISTED = 20  # stacks in a message
 
 
 class Choice(NamedTuple):
-    """The stack that is read; a line of words for each stack that may be picked, this one's first; warnings."""
+    """The chosen stack; a description of each stack that may be picked, the chosen one first; warnings."""
 
     stack: Stack
     lines: tuple[str, ...]
@@ -30,7 +30,7 @@ class Choice(NamedTuple):
 
 
 def choose(slices: list[Slice], series: int | None, source: str) -> Choice:
-    """Stack number `series` from 1, or the first of those that may be scans.
+    """Return stack number `series` from 1, or the first of those that may be scans.
 
     Raises:
         VolumeError: there is none, no such number, or none is the scan beyond doubt; the message lists what may be picked.
@@ -74,14 +74,14 @@ def choose(slices: list[Slice], series: int | None, source: str) -> Choice:
 
 
 def _sorted(stacks: Iterable[Stack]) -> list[Stack]:
-    """The stacks, the likeliest scan first."""
+    """Sort the stacks, the likeliest scan first."""
     every = list(stacks)
     reach = _reach(every)
     return sorted(every, key=lambda stack: [value for _, value in _ranked(stack, reach)])
 
 
 def _ranked(stack: Stack, reach: float) -> list[tuple[str, Any]]:
-    """What a stack is ranked by, the lowest first, each with the words for why that comes first.
+    """Return the sort key of a stack, lowest first, each part with the words for why it comes first.
 
     What was made of other images comes later where originals `reach` over at least half as much of the body.
     """
@@ -107,22 +107,23 @@ def _reach(stacks: Iterable[Stack]) -> float:
 
 
 def _extent(stack: Stack) -> float:
-    """The volume that a stack covers, in mm^3; that of its pixels, taken as 1 mm, where nothing states more."""
+    """Return the volume that a stack covers, in mm^3, with pixels of 1 mm where no size is stated."""
     found, spacing = heights_of(stack), stack[0].spacing or (1.0, 1.0)
     long = len(stack) if found is None or found[1] == BY_NUMBER else float(np.ptp(found[0]))
     return long * math.prod(stack[0].size) * math.prod(spacing)
 
 
 def _reason(stacks: Sequence[Stack]) -> str:
-    """Why the first stack comes before the second."""
+    """Say why the first stack comes before the second."""
     reach = _reach(stacks)
     pairs = zip(_ranked(stacks[0], reach), _ranked(stacks[1], reach), strict=True)
     return next((words for (words, one), (_, other) in pairs if one != other), "all are alike")
 
 
 def _doubt(first: Stack, planes: Sequence[Sequence[Stack]]) -> str:
-    """What keeps the first stack from being the scan: it is no more than half of what its series holds, all stacks and single images counted
-    that are of its kind. "" for nothing."""
+    """Say why the first stack may not be the scan: it is no more than half of what its series holds, counting all stacks and single images of
+    its kind. "" for no doubt.
+    """
     made = is_reformat(common_marks(each.marks for each in first))
 
     def is_sibling(stack: Stack) -> bool:
@@ -144,7 +145,7 @@ def _doubt(first: Stack, planes: Sequence[Sequence[Stack]]) -> str:
 
 
 def _repeated(stack: Stack) -> str:
-    """How often several slices lie at one place, in words; "" where none do."""
+    """Say how often several slices lie at one place; "" where none do."""
     found = heights_of(stack)
     if found is None:
         return ""
@@ -157,7 +158,7 @@ def _repeated(stack: Stack) -> str:
 
 
 def _plane(stack: Stack) -> str:
-    """The anatomical plane nearest to the slices; "" where they state none."""
+    """Return the anatomical plane nearest to the slices; "" where they state none."""
     if stack[0].orientation is None:
         return ""
     row, column = np.reshape(stack[0].orientation, (2, 3))
@@ -165,7 +166,7 @@ def _plane(stack: Stack) -> str:
 
 
 def _described(stacks: Sequence[Stack]) -> list[str]:
-    """A line of words for each stack; what differs stands in it."""
+    """Describe each stack in a line of words, with what differs between them."""
     words = [described(stack) for stack in stacks]
     planes = [_plane(stack) for stack in stacks]
     if len(set(planes)) > 1:
@@ -174,7 +175,7 @@ def _described(stacks: Sequence[Stack]) -> list[str]:
 
 
 def described(stack: Stack) -> str:
-    """A stack's size and modality in words."""
+    """Describe a stack's size and modality."""
     rows, columns = stack[0].size
     return f"{len(stack)} slices of {rows} x {columns}, {stack[0].modality[:16]}{', ' + stack[0].kind if stack[0].kind else ''}"
 

@@ -1,4 +1,4 @@
-"""The elements of a DICOM header as vendors and anonymisers write them: read where it is certain what they mean.
+"""Read the elements of a DICOM header as vendors and anonymisers write them, where their meaning is certain.
 
 pydicom finds the elements, and each is converted when it is asked for: by the type that the standard gives it where the file states
 another, with a decimal comma for a point, with an empty value for none. What stays no number is either harmless, left out and told, or
@@ -26,7 +26,7 @@ UNDEFINED = 0xFFFFFFFF  # the length of what ends with a mark
 
 
 class Place(NamedTuple):
-    """Where an element is: its number, and length and first byte of its value."""
+    """Where an element is: its tag, and length and first byte of its value."""
 
     tag: int
     length: int  # in bytes, or `UNDEFINED`
@@ -46,20 +46,20 @@ class PixelElement(NamedTuple):
 
 
 class Unusable(Exception):
-    """A slice that is whole but cannot be read: what such slices do, in words that follow "3 of the DICOM slices", and the remedy."""
+    """A slice that is whole but cannot be read. `problem` follows "3 of the DICOM slices", and `remedy` says what to do."""
 
     def __init__(self, problem: str, remedy: str = "export them again"):
         super().__init__(problem, remedy)
 
 
 def unusable(counts: Mapping[tuple[str, str], int], source: str) -> VolumeError:
-    """The error for slices that cannot be read, by problem and remedy: it tells the commonest of them."""
+    """Return the error for slices that cannot be read, counted by problem and remedy: it names the commonest."""
     (problem, remedy), count = max(counts.items(), key=lambda item: item[1])
     return VolumeError(f"{source}: {count} of the DICOM slices {problem}; {remedy}.")
 
 
 def reason(error: Exception) -> tuple[str, str]:
-    """Problem and remedy for whatever was raised over a slice; pydicom and decoders raise nearly anything on damaged bytes."""
+    """Return problem and remedy for any exception raised over a slice; pydicom and decoders raise nearly anything on damaged bytes."""
     return (error.args[0], error.args[1]) if isinstance(error, Unusable) else DAMAGED
 
 
@@ -79,7 +79,7 @@ class Header:
         return known(keyword)[0] in self._elements
 
     def __getattr__(self, keyword: str) -> Any:
-        """An element that no image lacks.
+        """Return an element that every image must have.
 
         Raises:
             Unusable: this one does.
@@ -92,7 +92,7 @@ class Header:
         return value
 
     def get(self, keyword: str, default: Any = None) -> Any:
-        """The value of an element, `default` where it is missing or empty.
+        """Return the value of an element, `default` where it is missing or empty.
 
         Raises:
             Unusable: it is one of `NEEDED` and no number.
@@ -123,7 +123,7 @@ class Header:
 
 @cache
 def known(keyword: str) -> tuple[int, str, bool]:
-    """The number of an element, its type (VR) by the standard and whether it holds a single value."""
+    """Return the tag of an element, its type (VR) by the standard and whether it holds a single value."""
     from pydicom.datadict import dictionary_VM, dictionary_VR, tag_for_keyword
 
     tag = tag_for_keyword(keyword)
@@ -140,7 +140,7 @@ def _items(element: Any) -> Any:
 
 
 def stated(places: Sequence[Any], sequence: str, keyword: str) -> Any:
-    """The first value of a keyword: in the functional group `sequence` of a frame, of all frames, or in the header itself."""
+    """Return the first value of a keyword: in the functional group `sequence` of a frame, of all frames, or in the header itself."""
     for place in places:
         inner = place.get(sequence)
         value = (inner[0] if inner else place).get(keyword)
@@ -150,7 +150,7 @@ def stated(places: Sequence[Any], sequence: str, keyword: str) -> Any:
 
 
 def value_of(content: Any, stated: str, kind: str, little_endian: bool = True) -> Any:
-    """The value of an element from its bytes: a string or number, a list of several, None for nothing.
+    """Decode the value of an element from its bytes: a string or number, a list of several, None for nothing.
 
     `stated` is the type (VR) in the file, `kind` the standard's, such as "US or SS". Numbers stand in binary by the one or as text by
     the other, and text that stands for a number becomes one.
@@ -195,7 +195,7 @@ def _text(content: bytes) -> str:
 
 
 def _decimals(text: str) -> Iterator[str]:
-    """The numbers of a text, which a backslash separates: a comma stands for a point, or for the backslash where points are there, too."""
+    """Parse the numbers of a text, which a backslash separates: a comma stands for a point, or for the backslash where points occur too."""
     if "," in text and "." in text and "\\" not in text:
         text = text.replace(",", "\\")
     for each in text.split("\\"):
@@ -214,7 +214,7 @@ def _whole(text: str) -> int:
 def elements_before(
     stream: BinaryIO, stop: Callable[[int], bool], wanted: Sequence[str], implicit: bool, little_endian: bool
 ) -> tuple[dict[int, Any], Place | None]:
-    """The wanted elements from here to the first whose number `stop` says yes to, and where that is, or None where there is none.
+    """Read the wanted elements up to the first whose tag satisfies `stop`, and the place of that one, or None where there is none.
 
     The stream is left where that element begins.
 

@@ -1,4 +1,4 @@
-"""Where the slices of a DICOM stack lie: their order along the normal of their plane, never by name, and the steps between them."""
+"""Geometry of a DICOM stack: the order of slices along the normal of their plane, never by file name, and the steps between them."""
 
 import math
 import re
@@ -21,7 +21,7 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 
 def heights_of(stack: Stack) -> tuple[NDArray[np.float64], float] | None:
-    """How far each slice (slices,) lies along the normal in mm, and the distance below which two slices lie at one place.
+    """Return the position of each slice (slices,) along the normal in mm, and the distance below which two slices lie at one place.
 
     By SliceLocation where there are no positions; by the instance and frame numbers where there is neither, which count as 1 apart; None
     where nothing says.
@@ -40,7 +40,7 @@ def heights_of(stack: Stack) -> tuple[NDArray[np.float64], float] | None:
 
 
 def places_of(heights: NDArray[np.float64], near: float) -> NDArray[np.intp]:
-    """The number of each slice's place from 0, upwards; slices less than `near` above the next share one."""
+    """Return the number of each slice's place from 0, upwards; slices less than `near` above the next share one."""
     order = np.argsort(heights, kind="stable")
     places = np.empty(len(heights), dtype=np.intp)
     places[order] = np.cumsum(np.diff(heights[order], prepend=heights[order[0]]) >= near)
@@ -48,13 +48,13 @@ def places_of(heights: NDArray[np.float64], near: float) -> NDArray[np.intp]:
 
 
 def uneven(heights: NDArray[np.float64]) -> int:
-    """How often, from slice to slice, the distance to the next changes: never in an even stack, once between two slabs."""
+    """Count how often, from slice to slice, the distance to the next changes: never in an even stack, once between two slabs."""
     gaps = np.diff(np.sort(heights))
     return int((np.abs(np.diff(gaps)) > UNEVEN * np.minimum(gaps[1:], gaps[:-1])).sum())
 
 
 def geometry_of(stack: Stack, warnings: list[str]) -> tuple[Stack, dict[str, Any]]:
-    """The stack in order, and what is known of the fields axes, origin, spacing, direction and slice_positions of `Parts`.
+    """Return the stack in order, and those of the fields axes, origin, spacing, direction and slice_positions of `Parts` that are known.
 
     Slices run along the normal of their plane (row x column direction). The axis from slice to slice is the true one: with a tilted gantry it
     leaves the normal. No two slices may lie at one place.
@@ -96,19 +96,19 @@ def geometry_of(stack: Stack, warnings: list[str]) -> tuple[Stack, dict[str, Any
 
 
 def _plane(stack: Stack) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """The mean directions of rows and columns and their normal, of length 1, in LPS."""
+    """Return the mean directions of rows and columns and their normal, of length 1, in LPS."""
     row, column = np.array([each.orientation for each in stack], dtype=np.float64).mean(axis=0).reshape(2, 3)
     normal = np.cross(row, column)
     return row / np.linalg.norm(row), column / np.linalg.norm(column), normal / np.linalg.norm(normal)
 
 
 def natural(path: Path) -> list[Any]:
-    """A key that sorts 2 before 10."""
+    """Return a key that sorts 2 before 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def _distance(heights: NDArray[np.float64], warnings: list[str]) -> tuple[float, tuple[float, ...] | None]:
-    """The distance in mm that stands for all between slices at `heights`, in order, and these where it does not fit.
+    """Return one distance in mm for all slices at `heights`, in order, and the heights themselves where distances differ.
 
     It is the usual one where slices are missing, which is told, else the mean, which leaves the stack's length as it is.
     """
@@ -130,7 +130,9 @@ def _distance(heights: NDArray[np.float64], warnings: list[str]) -> tuple[float,
 def _drift(
     positions: NDArray[np.float64], heights: NDArray[np.float64], normal: NDArray[np.float64], near: float, warnings: list[str]
 ) -> NDArray[np.float64]:
-    """Where the stack leads in 1 mm along the normal, LPS (3,): the usual way between slices far from each other, in spite of odd ones."""
+    """Return the way (3,) in LPS that the stack goes per mm along the normal: the usual one between distant slices, so that outliers do not
+    count.
+    """
     half = len(heights) // 2
     drift = np.median((positions[half:] - positions[:-half]) / (heights[half:] - heights[:-half])[:, None], axis=0)
     drift += (1 - drift @ normal) * normal
@@ -143,7 +145,7 @@ def _drift(
 
 
 def _check_turns(stack: Stack, plane: tuple[NDArray[np.float64], ...], warnings: list[str]) -> None:
-    """Warns where the orientations of the slices differ."""
+    """Warn where the orientations of the slices differ."""
     cosines = np.array([each.orientation for each in stack]).reshape(-1, 2, 3) * np.stack(plane[:2])
     turn = math.degrees(math.acos(min(1.0, float(cosines.sum(axis=-1).min()))))
     if turn > TURNED:

@@ -1,4 +1,4 @@
-"""What the headers of DICOM files say: every slice below a folder, before any pixel is decoded.
+"""Read the headers of all DICOM slices below a folder, before any pixel is decoded.
 
 dicom_slices.py says what a header means. Each file is opened once here, and once more for its pixels.
 """
@@ -22,7 +22,7 @@ BUFFER = 2**15  # bytes; most headers are shorter
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file begins as DICOM does, with or without the 128 bytes and "DICM" before its first element."""
+    """Return whether a file begins as DICOM does, with or without the 128 bytes and "DICM" before its first element."""
     with path.open("rb") as file:
         return _begins_as_dicom(file.read(132))
 
@@ -33,7 +33,7 @@ def _begins_as_dicom(start: bytes) -> bool:
 
 
 def read_headers(path: Path, source: str) -> tuple[list[Slice], list[str]]:
-    """Every slice in the file or below the folder `path`, and warnings. Of files that are copies one counts.
+    """Return every slice in the file or below the folder `path`, and warnings. Copies of a file count once.
 
     Raises:
         VolumeError: there is no image, or slices are damaged or cannot be read.
@@ -86,7 +86,7 @@ def read_headers(path: Path, source: str) -> tuple[list[Slice], list[str]]:
 
 
 def dicom_files(path: Path, source: str) -> list[Path]:
-    """The DICOM files at or below a path, in the order of their names. Links to folders are not followed.
+    """Return the DICOM files at or below a path, in the order of their names. Links to folders are not followed.
 
     Raises:
         VolumeError: something below cannot be read, or there are too many files.
@@ -100,7 +100,7 @@ def dicom_files(path: Path, source: str) -> list[Path]:
 
 
 def _files(path: Path, source: str) -> Iterator[Path]:
-    """What lies at or below a path, in the order of names."""
+    """Yield the files at or below a path, in the order of names."""
     if path.is_file():
         yield path
         return
@@ -119,7 +119,7 @@ def _files(path: Path, source: str) -> Iterator[Path]:
 
 @contextmanager
 def _opened(file: Path, source: str) -> Iterator[BinaryIO | None]:
-    """A file, open; None for what is none, such as a link that leads nowhere."""
+    """Open a file; None for anything else, such as a dangling link."""
     try:
         stream = open(file, "rb", buffering=BUFFER) if file.is_file() else None
     except OSError as error:
@@ -132,24 +132,24 @@ def _opened(file: Path, source: str) -> Iterator[BinaryIO | None]:
 
 
 def _unreadable(error: OSError, source: str) -> VolumeError:
-    """The error's own text would name what lies below."""
+    """Return an error without the original one's text, which would name files below."""
     return VolumeError(f"{source}: something below cannot be read ({error.strerror}); ask for access or copy it again.")
 
 
 def _left_by_a_copy(found: list[Path], others: list[Path]) -> int:
-    """How many of the other files have a DICOM slice's name: empty, zeroed or dangling links, as an interrupted copy leaves them."""
+    """Count the other files with a DICOM slice's name: empty, zeroed or dangling links, as an interrupted copy leaves them."""
     forms = {_form(file) for file in found}
     visible = [file for file in others if not file.name.startswith(".")]
     return sum(file.suffix.lower() in (".dcm", ".ima") or _form(file) in forms for file in visible)
 
 
 def _form(file: Path) -> str:
-    """A file's name without its numbers, which the slices of a series have in common."""
+    """Return a file's name without its numbers, which the slices of a series share."""
     return re.sub(r"\d+", "0", file.name.lower())
 
 
 def _header(stream: BinaryIO, file: Path) -> Header | None:
-    """The header of an image, with the place of its pixels; None for DICOM that is no image, such as a report or a directory.
+    """Read the header of an image, with the place of its pixels; None for DICOM that is no image, such as a report or a directory.
 
     Raises:
         Exception: it is damaged.
@@ -170,14 +170,14 @@ def _header(stream: BinaryIO, file: Path) -> Header | None:
 
 
 def _is_image(stored: str) -> bool:
-    """Whether an object of this kind (SOP class) has pixels; one that is cut short before it says its kind may have."""
+    """Return whether an object of this kind (SOP class) has pixels; a truncated one without a kind may have."""
     from pydicom.uid import UID
 
     return not stored or "Image Storage" in UID(stored).name
 
 
 def _read(stream: BinaryIO, file: Path, start: int) -> tuple[Header, str]:
-    """The elements of a file up to its pixels, and its kind (SOP class).
+    """Read the elements of a file up to its pixels, and its kind (SOP class).
 
     How they are written is seen from the first of them, whatever transfer syntax the file states.
     """
@@ -199,7 +199,7 @@ def _read(stream: BinaryIO, file: Path, start: int) -> tuple[Header, str]:
 
 
 def _next(stream: BinaryIO, count: int) -> bytes:
-    """The next bytes, which are read again."""
+    """Return the next bytes without consuming them."""
     place = stream.tell()
     content = stream.read(count)
     stream.seek(place)

@@ -1,4 +1,4 @@
-"""How DICOM files store their pixels, the bytes of each frame, and the numbers that they stand for.
+"""Locate the pixels of DICOM files, read the bytes of each frame, and decode them.
 
 What the header says of its packing is compared with the bytes themselves, which decide where they leave no doubt: pixels that are not
 packed under the name of a compression, packed ones under the name of none or of another, a picture without the items that should enclose it.
@@ -46,12 +46,12 @@ class Packing(NamedTuple):
 
     @property
     def frame_bytes(self) -> int:
-        """Of a frame that is not packed."""
+        """Return the bytes of an uncompressed frame."""
         return math.prod(self.size) * np.dtype(self.kind).itemsize
 
 
 def packing_of(header: Header, frames: int) -> Packing:
-    """What a header says of its pixels; its notes get what is assumed.
+    """Read from a header how its pixels are stored; assumptions go into its notes.
 
     Raises:
         Unusable: it says what cannot be, or nothing of what is needed.
@@ -86,7 +86,7 @@ def packing_of(header: Header, frames: int) -> Packing:
 
 
 def inflated(stream: BinaryIO) -> BinaryIO:
-    """The rest of a file that is packed as a whole.
+    """Decompress the rest of a file that is compressed as a whole.
 
     Raises:
         Exception: it is damaged, or unpacks to more than 1 GiB.
@@ -101,7 +101,7 @@ def inflated(stream: BinaryIO) -> BinaryIO:
 
 
 def frames_of(packing: Packing, wanted: Sequence[int]) -> Iterator[tuple[bytes, bool]]:
-    """The bytes of the wanted frames, in order, and whether they are packed each by itself.
+    """Yield the bytes of the wanted frames, in order, and whether each is compressed by itself.
 
     Raises:
         Unusable: the pixels are others than the header says.
@@ -134,7 +134,7 @@ def frames_of(packing: Packing, wanted: Sequence[int]) -> Iterator[tuple[bytes, 
 
 
 def _enclosed(stream: BinaryIO, packing: Packing, wanted: Sequence[int]) -> Iterator[bytes]:
-    """The bytes of frames from the items that enclose them, the first of which tells where the frames begin or is empty."""
+    """Yield the bytes of frames from the items that enclose them; the first item tells where the frames begin or is empty."""
     from pydicom.encaps import generate_frames, parse_fragments
 
     stream.seek(packing.element.place)
@@ -167,7 +167,7 @@ def _exactly(stream: BinaryIO, count: int) -> bytes:
 
 
 def picture_of(content: bytes, packed: bool, packing: Packing) -> tuple[NDArray[Any], str]:
-    """The numbers of a frame, (rows, columns), whole ones as bits without a sign, and a note where they are packed as the header does not say.
+    """Decode a frame (rows, columns), whole numbers as unsigned ones; with a note where it is not compressed as the header says.
 
     Raises:
         Unusable: the picture is whole but of another size or kind than the header says, or packed in a way that is not read.
@@ -198,7 +198,7 @@ def picture_of(content: bytes, packed: bool, packing: Packing) -> tuple[NDArray[
 
 
 def named(syntax: str) -> str:
-    """The name of a transfer syntax, or its number where it has none."""
+    """Return the name of a transfer syntax, or its UID where it has none."""
     from pydicom.uid import UID
 
     if not syntax:
@@ -207,7 +207,7 @@ def named(syntax: str) -> str:
 
 
 def values_of(picture: NDArray[Any], packing: Packing, shift: int) -> tuple[NDArray[Any], bool]:
-    """The stored values that the bits of a picture stand for, and whether bits that do not count hold something.
+    """Return the stored values of a picture's bits, and whether unused bits hold something.
 
     Such bits were used for overlays once; those of a negative number may repeat its sign.
     """

@@ -1,4 +1,4 @@
-"""What quantity the numbers of a DICOM slice are by its header, and how its stored values lead to it."""
+"""The quantity that the numbers of a DICOM slice are by its header, and how stored values are converted to it."""
 
 import re
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class Table(NamedTuple):
 
 
 class Quantity(NamedTuple):
-    """What stored values are and become."""
+    """The quantity of stored values and their conversion."""
 
     rescale: tuple[float, float] | None = None  # slope, intercept
     hu: bool = False  # the header says that they lead to HU
@@ -48,7 +48,7 @@ class Quantity(NamedTuple):
 
 
 def quantity_of(places: Sequence[Any], modality: str) -> Quantity:
-    """What a frame's header says in `places`: functional groups of the frame, those of all frames, the header itself.
+    """Read the quantity from a frame's header in `places`: functional groups of the frame, those of all frames, the header itself.
 
     Raises:
         Unusable: a table of values cannot be applied.
@@ -77,7 +77,7 @@ def quantity_of(places: Sequence[Any], modality: str) -> Quantity:
 
 
 def _other(places: Sequence[Any], term: str) -> str | None:
-    """The quantity that a header names where it is not HU."""
+    """Return the quantity that a header names where it is not HU."""
     if term.upper() not in HU | UNNAMED | {MODIFIED}:
         return _named(term)
     units = [str(places[-1].get("Units") or "")]
@@ -92,7 +92,7 @@ def _other(places: Sequence[Any], term: str) -> str | None:
 
 
 def _named(term: str) -> str:
-    """A quantity in the header's word, where that is a known one or a unit and so cannot be a name."""
+    """Return the header's word for a quantity, if it is a known one or a unit and so cannot be a name."""
     if term.upper() in QUANTITIES:
         return QUANTITIES[term.upper()]
     return term if re.fullmatch(f"{UNIT}([/.*]{UNIT})*", term, re.IGNORECASE) else OTHER
@@ -114,7 +114,7 @@ def _table(item: Any, header: Header) -> Table:
 
 
 def padding_of(header: Header) -> tuple[int, int] | None:
-    """PixelPaddingValue, or the range to its limit, as the pixels store it (headers may write -2000 as 63536 and vice versa)."""
+    """Return PixelPaddingValue, or the range to its limit, as the pixels store it (headers may write -2000 as 63536 and vice versa)."""
     value, limit = header.get("PixelPaddingValue"), header.get("PixelPaddingRangeLimit")
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""What the header of a DICOM image says of its slices: where they lie, what belongs to them, and what is no slice of a scan."""
+"""Describe the slices of a DICOM image by its header: where they lie, which series they belong to, and which are no slices of a scan."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -60,7 +60,7 @@ Stack = list[Slice]
 
 
 def slices_of(file: Path, header: Header) -> Iterator[Slice]:
-    """The slices of an image file.
+    """Yield the slices of an image file.
 
     Raises:
         Exception: the header cannot be read; an Unusable where it is whole.
@@ -92,12 +92,12 @@ def slices_of(file: Path, header: Header) -> Iterator[Slice]:
 
 
 def series_of(header: Header) -> str:
-    """What tells a series from others: where de-identification has removed its UID, its number is the next best."""
+    """Return what identifies a series; where de-identification removed its UID, its number serves."""
     return str(header.get("SeriesInstanceUID") or f"number {header.get('SeriesNumber')}")
 
 
 def _following(first: Slice, header: Any, frames: int) -> Iterator[Slice]:
-    """The frames of a file that states position and distance once, for the first of them."""
+    """Yield the frames of a file that states position and distance once, for the first of them."""
     locations = _numbers(header.get("SliceLocationVector"), frames)
     distance = _numbers(header.get("SpacingBetweenSlices"), 1)
     between = distance or _numbers(header.get("SliceThickness"), 1)
@@ -116,7 +116,7 @@ def _following(first: Slice, header: Any, frames: int) -> Iterator[Slice]:
 
 
 def _of_frame(constant: Slice, places: Sequence[Any], in_groups: bool) -> Slice:
-    """A slice with what its file says in `places`: functional groups of the frame, those of all frames, the header itself.
+    """Make a slice from `places`: functional groups of the frame, those of all frames, the header itself.
 
     `in_groups`: its position stands in the former alone.
     """
@@ -143,7 +143,7 @@ def _of_frame(constant: Slice, places: Sequence[Any], in_groups: bool) -> Slice:
 
 
 def _window(places: Sequence[Any]) -> tuple[float, float] | None:
-    """The first window that a header states; one that is no pair of numbers is nothing to refuse a scan for."""
+    """Return the first window that a header states, None where it is not a pair of numbers, for which no scan is refused."""
     with suppress(ValueError, TypeError):
         centre, width = (
             float(value[0] if isinstance(value, Sequence) and not isinstance(value, str) else value)
@@ -155,7 +155,7 @@ def _window(places: Sequence[Any]) -> tuple[float, float] | None:
 
 
 def _kind(header: Any, modality: str) -> str:
-    """Why an image is no slice of a scan, in words; "" if it may be one."""
+    """Say why an image is no slice of a scan; "" if it may be one."""
     stored, types = str(header.get("SOPClassUID") or ""), set(texts_of(header.get("ImageType")))
     pointer = header.get("FrameIncrementPointer")
     pointers = () if pointer is None else (pointer,) if isinstance(pointer, int) else pointer
@@ -184,13 +184,13 @@ def _kind(header: Any, modality: str) -> str:
 
 
 def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
-    """`count` finite numbers of a header; None for fewer, more or others."""
+    """Return `count` finite numbers of a header; None for fewer, more or others."""
     numbers = () if value is None else tuple(float(each) for each in (value if hasattr(value, "__len__") else (value,)))
     return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
 
 
 def _is_direction(orientation: Sequence[float]) -> bool:
-    """Whether these are two vectors of length 1 at a right angle."""
+    """Return whether these are two vectors of length 1 at a right angle."""
     row, column = orientation[:3], orientation[3:]
     return max(abs(_dot(row, row) - 1), abs(_dot(column, column) - 1), abs(_dot(row, column))) < 0.01
 

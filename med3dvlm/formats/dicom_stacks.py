@@ -1,4 +1,4 @@
-"""Which DICOM slices make one stack.
+"""Group DICOM slices into stacks.
 
 Slices belong to one stack if patient, study, series, modality, size, orientation (to half a degree) and pixel spacing agree, and if no
 attribute of dicom_attributes.py tells them apart where they lie at one place or among each other. An attribute that merely differs from slice
@@ -26,13 +26,13 @@ ONE_PLACE = "image at one and the same place"
 
 
 def stacks_of(slices: list[Slice]) -> tuple[list[list[Stack]], list[str]]:
-    """The stacks, single images too, those of one series, size and orientation together; and warnings."""
+    """Return the stacks, single images too, those of one series, size and orientation together; and warnings."""
     slices, warnings = _without_copies(slices)
     return [[*_separated(plane)] for plane in _planes(slices)], warnings
 
 
 def _without_copies(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
-    """The slices without those that are there twice, and a warning: the same SOP instance at the same place with the same pixels."""
+    """Remove slices that occur twice (the same SOP instance at the same place with the same pixels), with a warning."""
     seen: dict[Any, Slice] = {}
     kept = []
     for each in slices:
@@ -58,7 +58,7 @@ def _pixels(each: Slice) -> NDArray[Any]:
 
 
 def _planes(slices: Iterable[Slice]) -> list[Stack]:
-    """The slices by series, size, orientation and pixel spacing."""
+    """Group the slices by series, size, orientation and pixel spacing."""
     alike: dict[Any, list[Stack]] = defaultdict(list)
     for each in slices:
         stated = each.orientation is None, each.position is None, each.spacing is None
@@ -78,7 +78,7 @@ def _same_plane(one: Slice, other: Slice) -> bool:
 
 
 def _separated(stack: Stack) -> Iterator[Stack]:
-    """The stacks that slices of one plane are."""
+    """Split slices of one plane into stacks."""
     found = heights_of(stack) if len(stack) > 1 and stack[0].kind in ("", SECONDARY) else None
     if found is None:
         yield stack
@@ -97,7 +97,7 @@ def _separated(stack: Stack) -> Iterator[Stack]:
 
 
 def by_reference(stack: Stack) -> list[Stack] | None:
-    """The slices by frame of reference: positions in several cannot be compared. None for one, and where each slice has its own."""
+    """Group the slices by frame of reference: positions in several cannot be compared. None for one, and where each slice has its own."""
     parts = _by(stack, [each.marks.get("reference", "") for each in stack])
     return parts if len(parts) > 1 and min(map(len, parts)) > 1 else None
 
@@ -110,7 +110,7 @@ def _by(stack: Stack, labels: Iterable[Any]) -> list[Stack]:
 
 
 def _parts(stack: Stack, heights: NDArray[np.float64], places: NDArray[np.intp], in_space: bool) -> list[Stack] | None:
-    """The slices by the attribute, two attributes or the passes that tell those at one place or among each other apart into the fewest parts.
+    """Split the slices by the attribute, the two attributes or the passes that separate overlapping slices into the fewest parts.
 
     None for one sound stack, and where nothing tells them apart.
     """
@@ -150,7 +150,7 @@ def _parts(stack: Stack, heights: NDArray[np.float64], places: NDArray[np.intp],
 
 
 def _attributes(stack: Stack, most: int) -> list[NDArray[np.intp]]:
-    """For each attribute that has 2 to `most` values among the slices: their numbers (slices,)."""
+    """Return for each attribute with 2 to `most` values among the slices the slices' value numbers (slices,)."""
     names = [*ATTRIBUTES, *OTHERS, *sorted({name for each in stack for name in each.marks} - {*ATTRIBUTES, *OTHERS})]
     found = []
     for name in names:
@@ -162,8 +162,9 @@ def _attributes(stack: Stack, most: int) -> list[NDArray[np.intp]]:
 
 
 def _interleave(parts: list[NDArray[np.float64]], heights: NDArray[np.float64], in_one_pass: bool) -> bool:
-    """Whether slices at `heights`, one at each place, are stacks that lie among each other: some of the parts overlap, and their distances change
-    less often than those of all together, by more than a missing slice does; or never, and are wider, unless all were taken in one pass."""
+    """Return whether slices at `heights`, one at each place, are interleaved stacks: some of the parts overlap, and their distances change
+    less often than those of all together, by more than a missing slice does; or never, and are wider, unless all were taken in one pass.
+    """
     if min(map(len, parts)) < FEWEST:
         return False
     ends = sorted((part.min(), part.max()) for part in parts)
@@ -177,7 +178,7 @@ def _interleave(parts: list[NDArray[np.float64]], heights: NDArray[np.float64], 
 
 
 def _passes(stack: Stack, heights: NDArray[np.float64], places: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
-    """The slices by the pass in which they were taken, in the order of their numbers and in that of their times.
+    """Group the slices by the pass in which they were taken, in the order of their numbers and of their times.
 
     A pass leads through the body in one direction; or the images of a place follow each other, as many at each, and the first ones are a pass.
     """

@@ -1,4 +1,4 @@
-"""The numbers of a stack of DICOM slices: decoded by several threads, in the stack's order, and brought to the quantity of their header."""
+"""Decode the pixels of a stack of DICOM slices with several threads, in the stack's order, and convert them to the quantity of their header."""
 
 import math
 import os
@@ -27,7 +27,7 @@ Decoded = tuple[int, NDArray[Any] | None, str, Exception | None]  # place in the
 
 
 def decoded(stack: Stack, source: str, warnings: list[str]) -> list[NDArray[Any]]:
-    """The stored values of each slice (H, W), in the stack's order; what is told goes into `warnings`.
+    """Return the stored values of each slice (H, W), in the stack's order; adds to `warnings`.
 
     Raises:
         VolumeError: slices are damaged or cannot be read, or there are too many voxels.
@@ -67,7 +67,7 @@ def _packing(each: Slice) -> Any:
 
 
 def _read(stack: Stack) -> Iterator[tuple[int, bytes, bool, Exception | None]]:
-    """Place in the stack, bytes and whether they are packed, file by file; or what was raised for a place."""
+    """Yield place in the stack, bytes and whether they are compressed, file by file; or the exception for a place."""
     wanted: dict[Any, list[int]] = defaultdict(list)  # places in the stack, by file
     for place, each in enumerate(stack):
         wanted[each.path].append(place)
@@ -99,12 +99,12 @@ def _stored(stack: Stack, pictures: list[NDArray[Any]], low: bool, place: int) -
 
 
 def threads() -> int:
-    """As many as this process has processors, at most `MOST_THREADS`."""
+    """Return the number of processors of this process, at most `MOST_THREADS`."""
     return min(MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def in_order(function: Callable[[Input], Output], inputs: Iterable[Input]) -> Iterator[Output]:
-    """As `map`, by several threads; few inputs are taken before they are needed."""
+    """A `map` over several threads that reads few inputs ahead."""
     count = threads()
     if count == 1:
         yield from map(function, inputs)
@@ -128,7 +128,7 @@ class Range(NamedTuple):
 
 
 def rescaled(stored: list[NDArray[Any]], stack: Stack, rescales: list[Rescale], warnings: list[str]) -> NDArray[Any]:
-    """Slope and intercept, or the table, of each slice applied to its stored values: (D, H, W), int16 where that loses nothing, else float32."""
+    """Apply slope and intercept, or the table, of each slice to its stored values: (D, H, W), int16 where that loses nothing, else float32."""
     places = range(len(stack))
     ranges = [*in_order(lambda place: _range(stored[place], stack[place], rescales[place]), places)]
     lowest, highest = min(each.low for each in ranges), max(each.high for each in ranges)
@@ -137,7 +137,7 @@ def rescaled(stored: list[NDArray[Any]], stack: Stack, rescales: list[Rescale], 
     array = np.empty((len(stored), *stored[0].shape), np.int16 if exact else np.float32)
 
     def bring(place: int) -> tuple[int, float]:
-        """How many voxels of padding were replaced, and what they were."""
+        """Rescale a slice. Returns how many voxels of padding were replaced, and their values."""
         picture, (slope, intercept) = _through_table(stored[place], stack[place]), rescales[place]
         stored[place] = picture[:0]  # its memory is free
         if exact and not ranges[place].padded:  # whole numbers of 16 bits come out right, whatever is carried beyond them in between
@@ -175,12 +175,12 @@ def _range(picture: NDArray[Any], each: Slice, rescale: Rescale) -> Range:
 
 
 def _padding(picture: NDArray[Any], header: Slice) -> NDArray[np.bool_] | None:
-    """Where the stored values (H, W) stand for "no image here"."""
+    """Return where the stored values (H, W) stand for "no image here"."""
     return None if header.padding is None else (picture >= header.padding[0]) & (picture <= header.padding[1])
 
 
 def _through_table(picture: NDArray[Any], each: Slice) -> NDArray[Any]:
-    """The values that a Modality LUT has for the stored ones."""
+    """Return the values that a Modality LUT has for the stored ones."""
     table = each.quantity.table
     if table is None:
         return picture
@@ -190,7 +190,7 @@ def _through_table(picture: NDArray[Any], each: Slice) -> NDArray[Any]:
 
 
 def rescales_of(stored: list[NDArray[Any]], stack: Stack, source: str, warnings: list[str]) -> list[Rescale]:
-    """Slope and intercept of each slice, (1, 0) where a header states none and no other one either.
+    """Return slope and intercept of each slice, (1, 0) where no header states any.
 
     Where only some state them, the neighbouring slices show whether they hold for the others, too: for all of these or for none, and
     those that show nothing, such as slices of air alone, follow the rest.

@@ -1,4 +1,4 @@
-"""A folder goes by its content: DICOM files, else numbered pictures."""
+"""Read a folder by its content: DICOM files, else numbered pictures."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from med3dvlm.formats.dicom_header import dicom_files
 
 
 def read(folder: Path, source: str, series: int | None = None) -> Parts:
-    """The DICOM series (the likeliest, or number `series`) in a folder and those below it, or the pictures that lie in it.
+    """Read the DICOM series (the likeliest, or number `series`) in a folder and its subfolders, or the pictures in it.
 
     Raises:
         VolumeError: there is neither, or what there is, is no single sound scan.
@@ -21,6 +21,6 @@ def read(folder: Path, source: str, series: int | None = None) -> Parts:
 
 
 def no_series(series: int | None, source: str) -> None:
-    """Raises VolumeError where a DICOM series was picked but there are none."""
+    """Raise VolumeError where a DICOM series was picked but there are none."""
     if series is not None:
         raise VolumeError(f"{source}: this is no DICOM, so there are no series to pick from; leave series={series} out.")

@@ -1,4 +1,4 @@
-"""Are a scan's numbers Hounsfield units, and whose slope and intercept make them so?
+"""Decide whether a scan's numbers are Hounsfield units, and which slope and intercept convert them.
 
 A CT's stored numbers become HU by `stored x slope + intercept`, usually 1 and -1024. Files differ in who does that: most
 headers state it and the reader applies it (NIfTI, DICOM); CT-RATE's first version states it in a table beside the files,
@@ -25,7 +25,7 @@ LOWEST_PADDING = -3100  # HU; below air, scanners write padding such as -2000 or
 
 
 class Meaning(NamedTuple):
-    """What the numbers are: the array (rescaled where the policy says so), its unit, why, and what is doubtful."""
+    """The meaning of a scan's numbers: the array (rescaled where the policy says so), its unit, the reasons, and doubts."""
 
     array: NDArray[Any]
     unit: str
@@ -80,7 +80,7 @@ def interpret(parts: Parts, source: str, policy: str = "auto", rescale: Sequence
 def _by_wish(
     parts: Parts, spread: Spread, source: str, policy: str, slope: float, intercept: float, stated: bool
 ) -> tuple[NDArray[Any], str]:
-    """The array in HU and the reason, where a policy, slope and intercept (`stated`) or the unit HU are stated."""
+    """Return the array in HU and the reason, where a policy, slope and intercept (`stated`) or the unit HU are stated."""
     array = parts.array
     if policy == "csv":
         if parts.rescale is not None:
@@ -110,7 +110,7 @@ def _by_wish(
 
 
 def _checked_wishes(source: str, policy: str, rescale: Sequence[float] | None, unit: str | None) -> tuple[float, float]:
-    """Slope and intercept, (1, 0) if none are stated."""
+    """Return slope and intercept, (1, 0) if none are stated."""
     if policy not in HU_POLICIES:
         raise VolumeError(f"{source}: hu is {policy!r} but must be one of {', '.join(HU_POLICIES)}.")
     if policy == "csv" and rescale is None:
@@ -124,7 +124,7 @@ def _checked_wishes(source: str, policy: str, rescale: Sequence[float] | None, u
 
 
 def _decided(parts: Parts, spread: Spread, source: str, slope: float, intercept: float) -> tuple[NDArray[Any], str]:
-    """Policy "auto" with a stated slope and intercept: the array in HU and the reason."""
+    """Apply policy "auto" with a stated slope and intercept. Returns the array in HU and the reason."""
     array, stated = parts.array, _named((slope, intercept))
     if parts.quantity:
         raise VolumeError(
@@ -152,7 +152,7 @@ def _decided(parts: Parts, spread: Spread, source: str, slope: float, intercept:
 
 
 def _guess(parts: Parts, spread: Spread) -> Meaning:
-    """Policy "auto" without a stated slope and intercept."""
+    """Apply policy "auto" without a stated slope and intercept."""
     array, modality = parts.array, parts.modality
     low, high = spread.low, spread.high
     if parts.quantity:
@@ -182,14 +182,14 @@ def _guess(parts: Parts, spread: Spread) -> Meaning:
 
 
 def _no_hu(spread: Spread, why: str) -> tuple[str, tuple[str, ...]]:
-    """The unit of values that are no HU, and a note of the reason."""
+    """Return the unit of values that are not HU, and a note with the reason."""
     if 0 <= spread.low and spread.high <= 1:
         return "unit", ("the values lie within 0..1.",)
     return "arbitrary", (f"the unit is arbitrary: {why}.",)
 
 
 def _other_scale(spread: Spread, parts: Parts) -> tuple[str, ...]:
-    """What the values would be HU after, and how to say so."""
+    """Say on which other scale the values would be HU, and how to state it."""
     if spread.scale is None or 0 <= spread.low <= spread.high <= 1:
         return ()
     slope, intercept = SCALES[spread.scale]
@@ -202,7 +202,7 @@ def _padding(spread: Spread) -> tuple[str, ...]:
 
 
 def _sunk(spread: Spread, parts: Parts) -> tuple[str, ...]:
-    """The doubt whether 1024 was subtracted twice, with what helps."""
+    """Say that 1024 may have been subtracted twice, and what helps."""
     if not spread.looks_sunk:
         return ()
     return (
@@ -212,7 +212,7 @@ def _sunk(spread: Spread, parts: Parts) -> tuple[str, ...]:
 
 
 def _remedy(parts: Parts, slope: float, intercept: float) -> str:
-    """How to say that slope and intercept lead to HU."""
+    """Say how slope and intercept lead to HU."""
     if parts.rescale is None:
         return f"state rescale=({slope:g}, {intercept:g}) with hu='csv'"
     taken_back = slope == 1 and abs(intercept + parts.rescale[1]) < 100  # never for NaN
@@ -224,7 +224,7 @@ def _rescaled(array: NDArray[Any], slope: float, intercept: float) -> NDArray[An
 
 
 def _stored(array: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
-    """What the header's slope and intercept made `array` of; whole numbers where rounding alone keeps it from them."""
+    """Take back the header's slope and intercept; whole numbers where only rounding kept them from being whole."""
     stored = (array.astype(np.float64) - intercept) / slope
     whole = np.rint(stored)
     return whole if np.abs(stored - whole).max() < 0.01 else stored

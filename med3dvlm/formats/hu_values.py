@@ -1,4 +1,4 @@
-"""What the values of a scan show of their scale: their distribution, never a single one of them.
+"""Judge the scale of a scan's values by their distribution, never by a single value.
 
 A CT in Hounsfield units has air near -1000, soft tissue near 0 and bone above it. Masked, cut off or padded scans have a *filling*
 besides: one value that most of the rest is set to. It lies outside the tissue and says nothing.
@@ -46,19 +46,21 @@ class Spread:
 
     @cached_property
     def sample(self) -> NDArray[Any]:
-        """The odd step keeps away from rows of an even length."""
+        """Return about a million values; the odd step avoids rows of an even length."""
         sample: NDArray[Any] = self.array.reshape(-1)[:: self.array.size // SAMPLE | 1].astype(np.float64)
         return sample
 
     @cached_property
     def above(self) -> NDArray[Any]:
-        """What is neither padding nor cut off: the sample above the lowest value, which is itself the answer where there is none."""
+        """Return the values that are neither padding nor cut off: the sample above the lowest value, or that value where there is nothing
+        above.
+        """
         above: NDArray[Any] = self.sample[self.sample > self.low]
         return above if above.size else self.sample
 
     @cached_property
     def filling(self) -> float | None:
-        """The commonest value, where one voxel in ten has it; None where that is no voxel in ten's."""
+        """Return the commonest value, where at least one voxel in ten has it; else None."""
         if self.array.dtype == np.int16:  # counting is quicker than sorting
             counts = np.bincount((self.sample - self.low).astype(np.intp))
             commonest = self.low + int(counts.argmax())
@@ -69,7 +71,7 @@ class Spread:
 
     @cached_property
     def within(self) -> float:
-        """The share of voxels that lie where a CT's do, or are padding."""
+        """Return the share of voxels in the range of a CT, padding included."""
         return _share((self.sample >= AIR) & (self.sample <= DENSEST) | (self.sample == self.low))
 
     @cached_property
@@ -78,23 +80,23 @@ class Spread:
 
     @cached_property
     def airy(self) -> float:
-        """The share of air, lung and their edges in what is not the lowest value."""
+        """Return the share of air, lung and their edges in the values above the lowest."""
         return _between(self.above, AIR, TISSUE)
 
     @cached_property
     def looks_unrescaled(self) -> bool:
-        """Whether soft tissue lies near 1000 and no air near -1000."""
+        """Return whether soft tissue lies near 1000 and no air near -1000."""
         return self.airy <= 0.001 and _between(self.above, *UNRESCALED) > 0.1
 
     @cached_property
     def looks_like_hu(self) -> bool:
-        """Whether values lie in the range of a CT, with air among them or cut off above it, and not as before rescaling."""
+        """Return whether values lie in the range of a CT, with air among them or cut off above it, and not as before rescaling."""
         cut_off = AIR <= self.low <= TISSUE and _share(self.sample == self.low) >= 0.01  # as by a window
         return (self.has_air or cut_off) and self.within >= 0.99 and not self.looks_unrescaled
 
     @cached_property
     def impossible(self) -> str | None:
-        """Why the values cannot be HU; None where they may be."""
+        """Say why the values cannot be HU; None where they may be."""
         if self.low < -32768 or self.high > 32767:
             return f"they are {self.low:g} to {self.high:g}, beyond what 16 bits hold"
         if self.low >= 0 and self.high <= 1:
@@ -109,8 +111,8 @@ class Spread:
 
     @cached_property
     def looks_sunk(self) -> bool:
-        """Whether soft tissue seems to lie where air does: as a body whose air was masked or cropped away looks when 1024 is
-        subtracted from HU. A thin limb in padding may look the same.
+        """Return whether soft tissue seems to lie where air does, as in a body whose air was masked or cropped away when 1024 is subtracted
+        from HU. A thin limb in padding may look the same.
         """
         filling = self.filling if self.filling is not None and self.filling < TISSUE else None
         body = self.above if filling is None else self.above[self.above != filling]
@@ -118,23 +120,25 @@ class Spread:
         return _between(body, *SUNK) >= 0.5 and _between(body, TISSUE, -TISSUE) < least
 
     def sinks(self, slope: float, intercept: float) -> bool:
-        """Whether rescaling would make air of soft tissue: of a body in HU alone, on 0 or cut off, which does not show that it is HU."""
+        """Return whether rescaling would turn soft tissue into air: for a body in HU alone, on 0 or cut off, which does not show that it is
+        HU.
+        """
         return _share(slope * self.above + intercept < TISSUE) > 0.99 and _between(self.above, TISSUE, -TISSUE) > 0.5
 
     @cached_property
     def scale(self) -> str | None:
-        """The name in `SCALES` of the scale on which the values would be HU with both air and soft tissue; None where none fits."""
+        """Return the name in `SCALES` of the scale on which the values would be HU with both air and soft tissue; None where none fits."""
         return next((name for name, rescale in SCALES.items() if self._is_ct(*rescale)), None)
 
     def _is_ct(self, slope: float, intercept: float) -> bool:
-        """Whether rescaled values have what a CT has: peaks of air and of soft tissue, less bone, nearly nothing beyond."""
+        """Return whether rescaled values are a CT's: peaks of air and of soft tissue, less bone, nearly nothing beyond."""
         values = slope * self.sample + intercept
         air, valley, soft = _between(values, AIR, LIGHTEST), _between(values, -700, -300), _between(values, TISSUE, -TISSUE)
         within = (values >= AIR) & (values <= DENSEST) | (self.sample == self.low)
         return min(air, soft) >= 0.05 and soft >= 2 * valley and soft >= 0.5 * _between(values, TISSUE, DENSEST) and _share(within) >= 0.99
 
     def unwrapped(self, rescale: Sequence[float] | None) -> NDArray[Any] | None:
-        """The values with 65536 subtracted from those that are negative numbers read as unsigned ones of 16 bits.
+        """Subtract 65536 from negative 16-bit numbers that were read as unsigned.
 
         `rescale`: the slope and intercept that are in the values. None where this is not surely what happened.
         """
@@ -152,13 +156,13 @@ def _share(chosen: NDArray[np.bool_]) -> float:
 
 
 def _between(values: NDArray[Any], low: float, high: float) -> float:
-    """The share of values from `low` to `high`."""
+    """Return the share of values from `low` to `high`."""
     return _share((values >= low) & (values <= high))
 
 
 def looks_like_labels(array: NDArray[Any]) -> bool:
-    """Whether this is most likely a segmentation: whole numbers within 0..255, at most 16 of them, or else nine in ten voxels
-    above 0 equal to the next in their row, which the noise in a scan prevents.
+    """Return whether this is most likely a segmentation: whole numbers within 0..255, at most 16 of them, or else nine in ten voxels above 0
+    equal to the next in their row, which the noise in a scan prevents.
 
     A doubt, no refusal: a scan in coarse grey levels, or one that a program drew, has such numbers too.
     """

@@ -27,7 +27,7 @@ LONGEST = 2**22  # bytes of a header
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files beside a header that hold its voxels; none where they are behind it, or where reading says what is wrong."""
+    """Return the files beside a header that hold its voxels; none where they are behind it, or where reading says what is wrong."""
     try:
         fields, listed, _ = _header(start_of(path), "")
         return [] if _is_local(fields) else files_beside(path, fields["elementdatafile"], listed, "")
@@ -36,7 +36,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def read(path: Path, source: str) -> Parts:
-    """A .mha or .mhd file.
+    """Read a .mha or .mhd file.
 
     Raises:
         VolumeError: the file is damaged, in colour, of a type that is not read, or names voxels in another folder.
@@ -112,7 +112,7 @@ def _sizes(fields: dict[str, str], source: str) -> list[int]:
 
 
 def _numbers(fields: dict[str, str], names: tuple[str, ...], count: int, source: str) -> list[float] | None:
-    """The numbers of the first of these fields that the header has."""
+    """Return the numbers of the first of these fields that the header has."""
     stated: Any = next((fields[name] for name in names if name in fields), None)
     if stated is None:
         return None

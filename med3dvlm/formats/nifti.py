@@ -17,7 +17,7 @@ START = 65536  # bytes that are unpacked to see the header
 
 
 def read(path: Path, source: str) -> Parts:
-    """A .nii or .nii.gz file. A .gz file is unpacked to its end, so that its checksum is verified; what follows the voxels is not kept.
+    """Read a .nii or .nii.gz file. A .gz file is unpacked to its end, so that its checksum is verified; what follows the voxels is not kept.
 
     The affine is the sform's, where that is one, else the qform's; a file with neither has a spacing alone. A slope of 0 or NaN means
     that values are not scaled.
@@ -52,7 +52,7 @@ def read(path: Path, source: str) -> Parts:
 
 
 def _header(packed: bytes, source: str) -> Any:
-    """nibabel's header object, as stored. Raises ValueError, EOFError or zlib.error where there is none."""
+    """Return nibabel's header object, as stored. Raises ValueError, EOFError or zlib.error where there is none."""
     import nibabel
 
     start = packed[:START]
@@ -68,7 +68,9 @@ def _header(packed: bytes, source: str) -> Any:
 
 
 def _layout(header: Any, source: str) -> tuple[int, list[int], np.dtype[Any]]:
-    """Where the voxels begin, the lengths of the axes, the fastest first, and the type of the values. Raises ValueError for none."""
+    """Return the offset of the voxels, the lengths of the axes, the fastest first, and the type of the values. Raises ValueError for anything
+    else.
+    """
     from nibabel.spatialimages import HeaderDataError
 
     dimension, offset = int(header["dim"][0]), float(header["vox_offset"])
@@ -89,7 +91,7 @@ def _layout(header: Any, source: str) -> tuple[int, list[int], np.dtype[Any]]:
 
 
 def _rescale(slope: float, intercept: float, warnings: list[str]) -> tuple[float, float] | None:
-    """Slope and intercept to apply; oddities go into `warnings`."""
+    """Return slope and intercept to apply; oddities go into `warnings`."""
     if math.isnan(slope) or slope == 0:
         if math.isfinite(intercept) and intercept:
             warnings.append(f"the header's slope is {slope:g}, which means no scaling; its intercept {intercept:g} is not applied.")
@@ -112,7 +114,7 @@ def _rescaled(stored: NDArray[Any], slope: float, intercept: float) -> NDArray[n
 
 
 def _geometry(header: Any, warnings: list[str]) -> dict[str, Any]:
-    """What is known of the fields axes, origin and spacing of `Parts`; what is odd goes into `warnings`."""
+    """Return those of the fields axes, origin and spacing of `Parts` that are known; oddities go into `warnings`."""
     from nibabel import aff2axcodes
 
     to_mm = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres and microns
@@ -141,7 +143,7 @@ def _geometry(header: Any, warnings: list[str]) -> dict[str, Any]:
 
 
 def _sform(header: Any, warnings: list[str]) -> NDArray[np.float64] | None:
-    """3x3, in the header's unit; None where there is none."""
+    """Return the sform's 3x3, in the header's unit; None where there is none."""
     if header["sform_code"] <= 0:
         return None
     axes = np.array([header[row][:3] for row in ("srow_x", "srow_y", "srow_z")], dtype=np.float64)
@@ -152,7 +154,7 @@ def _sform(header: Any, warnings: list[str]) -> NDArray[np.float64] | None:
 
 
 def _qform(header: Any, pixdim: NDArray[np.float64], warnings: list[str]) -> NDArray[np.float64] | None:
-    """The same of the qform, a quaternion whose first part makes its length 1. A qfac other than -1 counts as 1."""
+    """Return the qform's 3x3, of a quaternion whose first part makes its length 1. A qfac other than -1 counts as 1."""
     if header["qform_code"] <= 0:
         return None
     b, c, d = (float(header[name]) for name in ("quatern_b", "quatern_c", "quatern_d"))
@@ -183,7 +185,7 @@ def _mm(lengths: Sequence[float] | NDArray[np.float64]) -> str:
 
 
 def mask_file(mask: NDArray[np.bool_], spacing: Sequence[float] | None, affine: NDArray[np.float64] | None) -> bytes:
-    """The bytes of a NIfTI file, not compressed: a mask as 0 and 1 that lies on its scan.
+    """Return the bytes of an uncompressed NIfTI file with a mask of 0 and 1 that lies on its scan.
 
     Args:
         mask: (D, H, W).

@@ -31,7 +31,7 @@ SPACES |= {"ras": (1, 1, 1), "las": (-1, 1, 1), "lps": (-1, -1, 1)}
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files beside a header that hold its voxels; none where they are behind it, or where reading says what is wrong."""
+    """Return the files beside a header that hold its voxels; none where they are behind it, or where reading says what is wrong."""
     try:
         header = _header(start_of(path), "")
         return files_beside(path, header.fields["datafile"], header.listed, "") if "datafile" in header.fields else []
@@ -40,7 +40,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def read(path: Path, source: str) -> Parts:
-    """A .nrrd or .nhdr file. Of its axes those that lead through space are the scan's.
+    """Read a .nrrd or .nhdr file. The scan's axes are those that lead through space.
 
     Raises:
         VolumeError: the file is damaged, in colour, packed in a way or of a type that is not read, or names voxels in another folder.
@@ -120,7 +120,7 @@ def _sizes(fields: dict[str, str], source: str) -> list[int]:
 
 
 def _whole(fields: dict[str, str], name: str, source: str) -> int:
-    """A number of lines or bytes, 0 where none is stated."""
+    """Return a number of lines or bytes, 0 where none is stated."""
     stated = fields.get(name, "0")
     if not re.fullmatch(r"\d{1,12}", stated) and (name, stated) != ("byteskip", "-1"):
         raise damaged(source, "NRRD")
@@ -139,7 +139,7 @@ def _numbers(text: str, count: int, source: str) -> list[float]:
 
 
 def _vectors(fields: dict[str, str], dimension: int, source: str) -> list[list[float] | None]:
-    """Where each axis leads in space, in the header's unit; None for one that does not, or where no directions are stated."""
+    """Return the direction of each axis in space, in the header's unit; None for an axis without one, or where no directions are stated."""
     stated = fields.get("spacedirections")
     if stated is None:
         return [None] * dimension
@@ -153,7 +153,7 @@ def _vectors(fields: dict[str, str], dimension: int, source: str) -> list[list[f
 def _geometry(
     fields: dict[str, str], vectors: list[list[float] | None], dimension: int, source: str, warnings: tuple[str, ...]
 ) -> dict[str, Any]:
-    """What is known of the fields axes, origin, spacing and warnings of `Parts`."""
+    """Return those of the fields axes, origin, spacing and warnings of `Parts` that are known."""
     leading = [vector for vector in vectors if vector is not None]
     if len(leading) == 3 and all(len(vector) >= 3 for vector in leading):
         units = re.findall('"(.*?)"', fields.get("spaceunits", "")) or [""] * 3

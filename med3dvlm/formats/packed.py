@@ -1,4 +1,4 @@
-"""The voxels behind a header of text: in which file beside it, how packed, of what type."""
+"""The voxels behind a text header: their file, compression and type."""
 
 import bz2
 import io
@@ -24,7 +24,7 @@ PACKINGS = ("raw", "zlib", "bzip2", "text", "hex")
 
 
 def inflated(packed: bytes, most: int) -> tuple[bytes, int, int]:
-    """What one zlib stream or the members of a gzip file hold.
+    """Decompress one zlib stream or the members of a gzip file.
 
     Returns:
         The first `most` bytes; how many more there are, which are verified and not kept; how many of `packed` belong to no member.
@@ -54,7 +54,7 @@ def inflated(packed: bytes, most: int) -> tuple[bytes, int, int]:
 
 
 def behind(more: int, beside: int) -> tuple[str, ...]:
-    """The warnings about bytes that belong to no voxel: in what was unpacked, and in the file behind that."""
+    """Return warnings about bytes that belong to no voxel: in the decompressed data, and in the file behind it."""
     number = more + beside
     return (f"{number} bytes follow the voxels in the file and are ignored.",) if number else ()
 
@@ -68,7 +68,7 @@ class Header(NamedTuple):
 
 
 def files_beside(header: Path, value: str, listed: Sequence[str], source: str) -> list[Path]:
-    """The files in the header's folder that it names: one, a "LIST" of them in the lines that follow, or a pattern as "%03d.raw 1 40 1".
+    """Return the files in the header's folder that it names: one, a "LIST" in the lines that follow, or a pattern as "%03d.raw 1 40 1".
 
     Raises:
         VolumeError: a name leads out of the folder, or there are too many.
@@ -92,13 +92,13 @@ def files_beside(header: Path, value: str, listed: Sequence[str], source: str) -
 
 
 def start_of(file: Path) -> bytes:
-    """As much of a file as a header that names others has."""
+    """Read as much of a file as a header that names other files can take."""
     with file.open("rb") as content:
         return content.read(2**20)
 
 
 def read_beside(files: Sequence[Path], source: str) -> list[bytes]:
-    """What the files named by a header hold.
+    """Read the files named by a header.
 
     Raises:
         VolumeError: one is not there.
@@ -111,7 +111,7 @@ def read_beside(files: Sequence[Path], source: str) -> list[bytes]:
 def voxels(
     contents: Sequence[bytes], packing: str, dtype: np.dtype[Any], sizes: Sequence[int], source: str, kind: str, skip: int = 0
 ) -> tuple[NDArray[Any], tuple[str, ...]]:
-    """The array, its slowest axis first, and warnings.
+    """Return the array, its slowest axis first, and warnings.
 
     Args:
         contents: of one file, or of several that hold equal parts of the voxels, in order.
@@ -139,7 +139,7 @@ def voxels(
 
 
 def _part(content: bytes, packing: str, dtype: np.dtype[Any], count: int, skip: int) -> tuple[NDArray[Any], int]:
-    """`count` values, and how many bytes follow them. Raises ValueError or what unpacking raises."""
+    """Return `count` values, and how many bytes follow them. Raises ValueError or what decompressing raises."""
     needed, more = count * dtype.itemsize, 0
     if packing == "text":
         with python_warnings.catch_warnings():
@@ -161,7 +161,7 @@ def _part(content: bytes, packing: str, dtype: np.dtype[Any], count: int, skip: 
 
 
 def millimetres(unit: str, source: str) -> float:
-    """The length of a header's unit; of a blank or unknown ("???") one, 1.
+    """Return the millimetres of a header's unit, 1 for a blank or unknown ("???") one.
 
     Raises:
         VolumeError: it is another.
@@ -174,7 +174,7 @@ def millimetres(unit: str, source: str) -> float:
 
 
 def without_ones(array: NDArray[Any]) -> NDArray[Any]:
-    """A 4D array of one time point as 3D."""
+    """Return a 4D array of one time point as 3D."""
     while array.ndim > 3 and array.shape[0] == 1:
         array = array[0]
     return array

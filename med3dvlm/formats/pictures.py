@@ -1,4 +1,4 @@
-"""A folder of numbered PNG or JPEG pictures, one a slice, as teaching files and M3D-Cap's raw data have them."""
+"""Read a folder of numbered PNG or JPEG pictures, one a slice, as in teaching files and M3D-Cap's raw data."""
 
 import re
 from collections import Counter
@@ -15,12 +15,12 @@ ROUNDING = 2  # grey levels by which a JPEG's red, green and blue may differ and
 
 
 def pictures(folder: Path) -> list[Path]:
-    """The pictures that lie in a folder, in no order. Names that begin with a dot are a system's own."""
+    """Return the pictures in a folder, in no order. Names that begin with a dot belong to the system."""
     return [path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and path.name[0] != "." and path.is_file()]
 
 
 def read(folder: Path, source: str) -> Parts:
-    """The pictures as slices, by the numbers in their names (2 before 10), as displayed on a screen.
+    """Read the pictures as slices, by the numbers in their names (2 before 10), as displayed on a screen.
 
     Values are the grey levels, 0 to 255 or 0 to 65535. Spacing and orientation are unknown. Pictures of another size than
     the commonest are left out, as in M3D's preparation, with a warning; so are gaps in the numbering warned of.
@@ -51,7 +51,7 @@ def read(folder: Path, source: str) -> Parts:
 
 
 def _in_order(paths: list[Path], source: str) -> tuple[list[Path], list[str]]:
-    """The pictures by the numbers in their names, and warnings about the numbering."""
+    """Sort the pictures by the numbers in their names. Returns them with warnings about the numbering."""
     if unnumbered := sum(not re.search(r"\d", path.stem) for path in paths):
         raise VolumeError(
             f"{source}: {unnumbered} of {len(paths)} pictures have no number in their name, so their order is unknown; number them."
@@ -76,14 +76,14 @@ def _in_order(paths: list[Path], source: str) -> tuple[list[Path], list[str]]:
 
 
 def _size(path: Path, name: str) -> tuple[int, int]:
-    """(columns, rows) by the header alone."""
+    """Return (columns, rows) by the header alone."""
     with _open(path, name) as image:
         size: tuple[int, int] = image.size
     return size
 
 
 def _grey(path: Path, name: str) -> tuple[NDArray[Any], bool]:
-    """The grey levels (H, W), uint8 or uint16, and whether the file stores them as colour."""
+    """Return the grey levels (H, W), uint8 or uint16, and whether the file stores them as colour."""
     with _open(path, name) as image:
         try:
             image.load()
@@ -111,5 +111,5 @@ def _open(path: Path, name: str) -> Any:
 
 
 def _damaged(name: str) -> VolumeError:
-    """Without the picture's own name, which may be a patient's."""
+    """Return an error without the picture's own name, which may be a patient's."""
     return VolumeError(f"{name} cannot be read; it is damaged, cut short or neither PNG nor JPEG, so copy or export it again.")

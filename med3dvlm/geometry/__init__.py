@@ -1,5 +1,5 @@
-"""The angles between the axes of a scan and those of the patient. Beside it `orientation.py`, their letters and how a screen shows them,
-`straightening.py`, from tilted or unevenly spaced slices to a regular grid, and `sampling.py`, from one grid to another.
+"""Geometry of scans: the angles between their axes and the patient's. `orientation.py` has axis letters and display conventions,
+`straightening.py` resamples tilted or unevenly spaced slices to a regular grid, `sampling.py` from one grid to another.
 
 Directions are vectors in the RAS+ frame (x towards Right, y Anterior, z Superior); the columns of a 3x3 direction matrix are those of
 D, H and W, of length 1. They need not be at right angles: a CT gantry may be tilted against the table, which shears the stack of slices.
@@ -18,20 +18,20 @@ UNEVEN = 0.01  # of the usual distance between slices, by which distances may di
 
 
 def is_geometry(columns: NDArray[np.float64]) -> bool:
-    """Whether three vectors, the columns of a 3x3 matrix, span a space: finite, none of them 0, no two parallel."""
+    """Return whether three vectors, the columns of a 3x3 matrix, span a space: finite, none of them 0, no two parallel."""
     lengths = np.linalg.norm(columns, axis=0)
     return bool(np.isfinite(lengths).all() and lengths.min() > 0 and abs(np.linalg.det(columns / lengths)) > 0.01)
 
 
 def shear(direction: NDArray[np.float64]) -> float:
-    """Degrees by which a stack is sheared: of its D axis off the normal of its slices, or of rows and columns off a right angle."""
+    """Return the degrees by which a stack is sheared: its D axis off the normal of its slices, or rows and columns off a right angle."""
     along, down, across = direction.T
     normal = np.cross(down, across)
     return max(degrees(abs(along @ normal) / np.linalg.norm(normal)), 90 - degrees(abs(down @ across)))
 
 
 def turn(direction: NDArray[np.float64]) -> tuple[float, float]:
-    """Degrees between the normal of the slices and the anatomical axis nearest to it, and the largest of any axis against its own."""
+    """Return the degrees between the slices' normal and the nearest anatomical axis, and the largest of any axis against its own."""
     axes = [POSITIVE.find(letter) if letter in POSITIVE else NEGATIVE.find(letter) for letter in nearest_letters(direction)]
     normal = np.cross(direction[:, 1], direction[:, 2])
     angles = [degrees(abs(column[axis])) for column, axis in zip(direction.T, axes, strict=True)]
@@ -39,5 +39,5 @@ def turn(direction: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def degrees(cosine: Any) -> float:
-    """The angle of a cosine."""
+    """Return the angle of a cosine."""
     return math.degrees(math.acos(min(1.0, float(cosine))))

@@ -20,33 +20,34 @@ NEIGHBOURS = np.ones((3, 3, 3), bool)  # voxels that share a corner are of one c
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where the voxels of a scan lie: `origin` (3,), the middle of the first; `steps` (3, 3), its columns the way in mm of one voxel along
-    D, H and W; `slices` (D,), the place of each slice along D in such steps, which are 0, 1, 2 ... of evenly spaced ones."""
+    """Where the voxels of a scan lie. `origin` (3,) is the middle of the first; the columns of `steps` (3, 3) are the way in mm of one voxel
+    along D, H and W; `slices` (D,) is the place of each slice along D in such steps, 0, 1, 2, ... for evenly spaced ones.
+    """
 
     origin: NDArray[np.float64]
     steps: NDArray[np.float64]
     slices: NDArray[np.float64]
 
     def at(self, voxels: NDArray[Any]) -> NDArray[np.float64]:
-        """The middles (N, 3) of voxels (N, 3)."""
+        """Return the middles (N, 3) of voxels (N, 3)."""
         along = np.interp(voxels[:, 0], np.arange(len(self.slices)), self.slices)
         found: NDArray[np.float64] = self.origin + np.c_[along, voxels[:, 1:]] @ self.steps.T
         return found
 
     @property
     def millilitres(self) -> NDArray[np.float64]:
-        """(D,), the volume of a voxel of each slice; a slice reaches halfway to its neighbours."""
+        """Return (D,), the volume of a voxel of each slice; a slice reaches halfway to its neighbours."""
         found: NDArray[np.float64] = abs(np.linalg.det(self.steps)) / 1000 * np.gradient(self.slices)
         return found
 
 
 def volume_ml(mask: Mask, places: Places) -> float:
-    """The sum of the voxels' volumes."""
+    """Return the sum of the voxels' volumes."""
     return float(mask.sum(axis=(1, 2)) @ places.millilitres)
 
 
 def bounding_box(mask: Mask) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
-    """The first voxel along D, H and W and the one after the last, as slices take them; None of an empty mask."""
+    """Return the first voxel along D, H and W and the one after the last, as slices take them; None for an empty mask."""
     if not mask.any():
         return None
     found = [np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
@@ -55,7 +56,7 @@ def bounding_box(mask: Mask) -> tuple[tuple[int, int, int], tuple[int, int, int]
 
 
 def extent_mm(mask: Mask, places: Places) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """The lowest and the highest x, y and z in RAS that whole voxels of the mask reach; None of an empty mask."""
+    """Return the lowest and the highest x, y and z in RAS that whole voxels of the mask reach; None for an empty mask."""
     found = bounding_box(mask)
     if found is None:
         return None
@@ -66,7 +67,7 @@ def extent_mm(mask: Mask, places: Places) -> tuple[tuple[float, ...], tuple[floa
 
 
 def longest_diameter_mm(mask: Mask, places: Places) -> float:
-    """The longest distance within one component, in three dimensions, between the middles of voxels' faces; 0 of an empty mask.
+    """Return the longest 3D distance within one component, between the middles of voxels' faces; 0 for an empty mask.
 
     A single voxel so has its longest edge, a row of n voxels n edges, and a ball about its diameter.
     """
@@ -80,7 +81,7 @@ def longest_diameter_mm(mask: Mask, places: Places) -> float:
 
 
 def components(mask: Mask) -> list[Mask]:
-    """The parts of a mask that do not touch each other, the largest first, each (D, H, W)."""
+    """Return the connected components of a mask, the largest first, each (D, H, W)."""
     found = []
     for label, box in _parts(mask):
         part = np.zeros(mask.shape, bool)
@@ -90,7 +91,7 @@ def components(mask: Mask) -> list[Mask]:
 
 
 def body_middle(array: NDArray[Any], places: Places, in_hu: bool) -> float:
-    """x in mm of the patient's mid-plane: halfway between the right and the left end of the body in the scan.
+    """Return x in mm of the patient's mid-plane: halfway between the right and the left end of the body in the scan.
 
     The body is what is brighter than `BODY_HU`, or without Hounsfield units than a tenth of the way from the lowest value to the 99th
     percentile. Its ends are the 1st and the 99th percentile of x over its voxels, so that a table's edge or a tube does not move them. Where
@@ -106,7 +107,7 @@ def body_middle(array: NDArray[Any], places: Places, in_hu: bool) -> float:
 
 
 def side_of(mask: Mask, places: Places, middle: float) -> str | None:
-    """ "left" or "right" of the patient, "midline" or "both"; None of an empty mask.
+    """Return "left" or "right" of the patient, "midline" or "both"; None for an empty mask.
 
     A mask that has `ONE_SIDE` of its volume or more on one side of the mid-plane is that side's. Of others, "midline" are those of which
     components that the plane cuts make up more than half, "both" the rest.
@@ -135,7 +136,7 @@ def side_of(mask: Mask, places: Places, middle: float) -> str | None:
 
 
 def _parts(mask: Mask) -> Iterator[tuple[Mask, Box]]:
-    """Each component within its box, and the box."""
+    """Yield each component within its box, and the box."""
     from scipy.ndimage import find_objects, label
 
     found = bounding_box(mask)
@@ -147,13 +148,13 @@ def _parts(mask: Mask) -> Iterator[tuple[Mask, Box]]:
 
 
 def _voxels(part: Mask, box: Box) -> NDArray[np.int64]:
-    """(N, 3), the indices in the scan of a mask within a box."""
+    """Return (N, 3), the indices in the scan of a mask within a box."""
     found: NDArray[np.int64] = np.argwhere(part) + [edge.start for edge in box]
     return found
 
 
 def _longest_possible(box: Box, places: Places) -> float:
-    """No diameter in the box is longer: that of the middles of its corners, and half a voxel at either end."""
+    """Return an upper bound of diameters in the box: the distance of its outer corners' middles, and half a voxel at either end."""
     from scipy.spatial.distance import pdist
 
     corners = np.stack(np.meshgrid(*((edge.start, edge.stop - 1) for edge in box), indexing="ij"), axis=-1).reshape(-1, 3)
@@ -161,7 +162,9 @@ def _longest_possible(box: Box, places: Places) -> float:
 
 
 def _outermost(mask: Mask) -> Mask:
-    """The voxels of a mask that are the first or the last of it in all three lines through them: corners of its convex hull are such."""
+    """Return the voxels that are the first or the last of the mask in all three lines through them; the corners of its convex hull are among
+    them.
+    """
     kept = mask.copy()
     for axis in range(3):
         before = np.logical_or.accumulate(mask, axis=axis)
@@ -175,7 +178,7 @@ def _outermost(mask: Mask) -> Mask:
 
 
 def _diameter(middles: NDArray[np.float64], steps: NDArray[np.float64]) -> float:
-    """The longest distance between points half a step away from the middles (N, 3) of voxels."""
+    """Return the longest distance between points half a step away from the middles (N, 3) of voxels."""
     from scipy.spatial import ConvexHull
     from scipy.spatial.distance import pdist
 

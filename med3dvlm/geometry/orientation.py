@@ -1,4 +1,4 @@
-"""Which axis of a scan leads where in the patient, and how it is turned for a screen.
+"""Orientation of a scan's axes in the patient, and how slices are turned for a screen.
 
 An orientation is three letters, one for each of D, H and W: where its index grows towards, of Right or Left, Anterior or Posterior, Superior
 or Inferior, as "SPL". Directions are vectors in the RAS+ frame, see `med3dvlm.geometry`.
@@ -17,12 +17,12 @@ SECOND_LETTER = 15.0  # degrees off an axis from which on a direction has a seco
 
 
 def is_orientation(letters: str) -> bool:
-    """Whether they are one letter each of L/R, A/P and I/S."""
+    """Return whether the text is one letter each of L/R, A/P and I/S."""
     return sorted(PLANES.get(letter, "") for letter in letters) == ["axial", "coronal", "sagittal"]
 
 
 def nearest_letters(direction: NDArray[np.float64]) -> str:
-    """The anatomical letter nearest to each column, each axis of the patient used once, such as "SPL"."""
+    """Return the nearest anatomical letter for each column, using each axis of the patient once, such as "SPL"."""
     from nibabel.orientations import aff2axcodes
 
     affine = np.eye(4)
@@ -31,19 +31,19 @@ def nearest_letters(direction: NDArray[np.float64]) -> str:
 
 
 def direction_of(letters: str) -> NDArray[np.float64]:
-    """The direction of axes that lead exactly where three letters such as "SPL" say."""
+    """Return the direction matrix of axes that lead exactly where three letters such as "SPL" say."""
     return np.stack([np.eye(3)[POSITIVE.find(one)] if one in POSITIVE else -np.eye(3)[NEGATIVE.find(one)] for one in letters], axis=1)
 
 
 def letters_towards(vector: NDArray[np.float64]) -> str:
-    """Where a vector of length 1 leads, in one to three letters, the nearest first: "L", or "LA" for left and less to the front."""
+    """Return where a vector of length 1 leads, in one to three letters, the nearest first: "L", or "LA" for left and less to the front."""
     named = [(abs(part), (POSITIVE if part > 0 else NEGATIVE)[axis]) for axis, part in enumerate(vector)]
     least = min(math.sin(math.radians(SECOND_LETTER)), max(named)[0])
     return "".join(letter for part, letter in sorted(named, key=lambda pair: -round(pair[0], 6)) if part >= least)
 
 
 def for_screen(letters: str | None) -> tuple[tuple[int, int, int], tuple[slice, slice, slice]]:
-    """Which axes of a scan lead along SCREEN, and the slices that turn those growing the other way: `array.transpose(order)[flips]`.
+    """Return the order of axes along SCREEN, and the slices that flip those growing the other way: `array.transpose(order)[flips]`.
 
     A scan of unknown orientation stays as it is.
     """
@@ -54,6 +54,6 @@ def for_screen(letters: str | None) -> tuple[tuple[int, int, int], tuple[slice, 
 
 
 def slice_axes(cut: int, letters: str | None) -> tuple[int, int, bool, bool]:
-    """Of a slice across the axis `cut`: the axes that go down and across the page, and whether each is turned."""
+    """Return for a slice across the axis `cut` the axes that go down and across the page, and whether each is flipped."""
     down, across = [(axis, flip.step == -1) for axis, flip in zip(*for_screen(letters), strict=True) if axis != cut]
     return down[0], across[0], down[1], across[1]

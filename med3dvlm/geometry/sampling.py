@@ -1,4 +1,4 @@
-"""Values of one grid at the voxels of another.
+"""Resample values from one grid to another.
 
 Shapes: D', H', W' voxels of the grid that the values are on; D, H, W of the one that they are wanted on.
 """
@@ -15,7 +15,7 @@ EDGE = 0.5 + 1e-4  # voxels from the middle of the outermost one to the end of t
 
 
 def sample(values: Tensor, shape: Sequence[int], matrices: NDArray[np.float64]) -> Tensor:
-    """Values (..., D', H', W') at the voxels of a grid of `shape` (D, H, W): (..., D, H, W) of the same type, 0 beyond their own grid.
+    """Sample values (..., D', H', W') at the voxels of a grid of `shape` (D, H, W): (..., D, H, W) of the same type, 0 beyond their own grid.
 
     Real numbers are linear between voxels; whole numbers and booleans are those of the nearest voxel.
 
@@ -47,7 +47,7 @@ def sample(values: Tensor, shape: Sequence[int], matrices: NDArray[np.float64]) 
 
 
 def _filled(values: Tensor) -> NDArray[np.float64] | None:
-    """(2, 3): the lowest and the highest index beyond which values (K, D', H', W') are 0 even between voxels; None where all are."""
+    """Return (2, 3), the lowest and the highest index beyond which values (K, D', H', W') are 0 even between voxels; None where all are 0."""
     some = (values != 0).any(dim=0)
     if not some.any():
         return None
@@ -56,7 +56,7 @@ def _filled(values: Tensor) -> NDArray[np.float64] | None:
 
 
 def _window(matrix: NDArray[np.float64], number: int, box: NDArray[np.float64], shape: Sequence[int]) -> tuple[slice, slice] | None:
-    """The rows and columns of a slice outside of which its voxels surely lie beyond the box; None where the whole slice does."""
+    """Return the rows and columns of a slice outside of which its voxels surely lie beyond the box; None where the whole slice does."""
     ends = [[0.0, shape[1] - 1.0], [0.0, shape[2] - 1.0]]
     for low, high, (along, down, across, start) in zip(*box, matrix[:3], strict=True):
         place = start + along * number

@@ -1,4 +1,4 @@
-"""From tilted or unevenly spaced slices to a regular grid at right angles, and where each voxel comes to lie there.
+"""Resample tilted or unevenly spaced slices to a regular grid at right angles, and map voxels to it.
 
 Shapes: D, H, W voxels of the stack; D', H', W' of the regular grid.
 """
@@ -79,7 +79,7 @@ class Straightening:
         )
 
     def matrices(self) -> NDArray[np.float64]:
-        """(D, 4, 4): of each slice d the matrix that takes the index (d, h, w, 1) of its voxels to that in the regular grid."""
+        """Return (D, 4, 4): for each slice d the matrix that takes the index (d, h, w, 1) of its voxels to that in the regular grid."""
         found = np.zeros((len(self.slices), 4, 4))
         found[:, 0, 3] = self.slices
         found[:, 1:3, 3] = self.starts
@@ -87,7 +87,7 @@ class Straightening:
         return found
 
     def apply(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The values (D', H', W') of a stack (D, H, W), int16 or float32, of the same type.
+        """Resample a stack (D, H, W), int16 or float32, to (D', H', W') of the same type.
 
         Between slices and between voxels values are linear. What no slice has seen gets the lowest value.
         """
@@ -107,7 +107,7 @@ class Straightening:
         return result
 
     def _moved(self, picture: NDArray[Any], number: int) -> NDArray[np.float32]:
-        """A slice (H, W) as float32 on the regular grid's rows and columns (H', W'); NaN beyond it."""
+        """Return a slice (H, W) as float32 on the regular grid's rows and columns (H', W'); NaN beyond it."""
         height, width = picture.shape
         rows = (np.arange(self.shape[1]) - self.starts[number, 0]) / self.rows
         columns = np.arange(self.shape[2]) - self.starts[number, 1]
