@@ -39,6 +39,7 @@ from med3dvlm.app.page import build
 from med3dvlm.app.routes import routes
 from med3dvlm.app.scans import sweep
 from med3dvlm.app.workstation import Workstation
+from med3dvlm.inference.engines import add_engine, check_engine, start_engine
 from med3dvlm.programs import Parser
 from med3dvlm.prompts import RESEARCH_NOTICE
 
@@ -104,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if arguments.mcp and arguments.auth_file is not None:
             raise ValueError("--mcp has no accounts and would let everybody in; leave out --mcp or --auth-file.")
+        check_engine(arguments.engine, arguments.vllm_url)
         check_free(arguments.host, arguments.port)
         if min(arguments.limit, arguments.parallel) < 1:
             raise ValueError(f"--limit {arguments.limit} and --parallel {arguments.parallel} must be at least 1.")
@@ -113,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--allow-host {wrong[0]} is not a name or an address; give it as scans.example.org or 192.0.2.1:7860.")
         accounts = None if arguments.auth_file is None else Accounts.load(arguments.auth_file)
         chat = load(arguments.model)
+        start_engine(chat, arguments.engine, arguments.vllm_url)
         analysis = load_analysis(chat, arguments.contrastive, arguments.index, arguments.segmenter or find_segmenter(arguments.model))
         for ending in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(ending, signal.default_int_handler)  # so that the private folder goes then, too
@@ -156,5 +159,6 @@ def options() -> Parser:
         "--segmenter", type=Path, metavar="FOLDER",
         help="directory of a segmentation model, which draws findings (default: segmenter or segmentation within or beside the model)",
     )  # fmt: skip
+    add_engine(parser.add_argument)
     parser.add_argument("--mcp", action="store_true", help="offer answer and report as MCP tools, too, under /gradio_api/mcp/")
     return parser

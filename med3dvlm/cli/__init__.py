@@ -47,7 +47,7 @@ PASSED_ON = {
 }
 GROUPS = {
     "Data": ("phantom", "prepare", "audit", "findings"),
-    "Training": ("plan", "train", "merge", "convert", "push", "encoders"),
+    "Training": ("plan", "train", "merge", "convert", "export", "push", "encoders"),
     "Evaluation": ("evaluate",),
     "A scan": ("inspect", "ask", "report", "segment", "chat", "serve", "accounts"),
     "Cases": ("index", "search"),

@@ -1,4 +1,4 @@
-"""`ask`, `report`, `merge`, `convert`, `encoders`: models at work, and their files."""
+"""`ask`, `report`, `merge`, `export`, `convert`, `encoders`: models at work, and their files."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from med3dvlm.cli.options import Commands, add_scan, parse_size, quiet_transformers, reading
 from med3dvlm.cli.segment import line_of
+from med3dvlm.inference.engines import add_engine, check_engine, start_engine
 
 if TYPE_CHECKING:
     from med3dvlm.inference.chat import Answer, Med3DChat
@@ -26,6 +27,7 @@ def add_commands(commands: Commands) -> None:
         command.add_argument(
             "--masks", metavar="DIR", type=Path, help="write what the answer points to into this new folder: NIfTI masks and masks.json"
         )
+        add_engine(command.add_argument)
         command.set_defaults(run=_ask, question=None) if name == "report" else command.set_defaults(run=_ask)
 
     merge = commands.add_parser("merge", help="merge a LoRA adapter into its base model")
@@ -33,6 +35,11 @@ def add_commands(commands: Commands) -> None:
     merge.add_argument("out", metavar="OUT", type=Path, help="the folder of the whole model, which must not exist yet")
     merge.add_argument("--base", metavar="FOLDER", type=Path, help="the model that the adapter was trained on, where it has been moved")
     merge.set_defaults(run=_merge)
+
+    export = commands.add_parser("export", help="write the language model of a model alone, for vLLM")
+    export.add_argument("model", metavar="MODEL", type=Path, help="the folder of a trained model")
+    export.add_argument("out", metavar="DIR", type=Path, help="the folder of the language model, which must not exist yet")
+    export.set_defaults(run=_export)
 
     convert = commands.add_parser("convert", help="convert released weights to a folder that the other commands take")
     convert.add_argument("source", metavar="SRC", help="a folder, a file, or the id of a model on the hub")
@@ -62,6 +69,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
     from med3dvlm.volume import read_volume
 
+    check_engine(arguments.engine, arguments.vllm_url)
     if arguments.masks is not None:
         require_free(arguments.masks)
     question = REPORT_PROMPTS[0] if arguments.question is None else arguments.question
@@ -73,7 +81,8 @@ def _ask(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"{arguments.model} cannot point, so there is nothing to write to {arguments.masks}; train stage 3 with --segmenter"
         )
-    answer = _print_pieces(chat.stream(volume, question, max_new_tokens=arguments.max_new_tokens))
+    with closing(start_engine(chat, arguments.engine, arguments.vllm_url)):
+        answer = _print_pieces(chat.stream(volume, question, max_new_tokens=arguments.max_new_tokens))
     known = chat.out_of_distribution(volume)
     notices = [f"{answer.seconds:.1f} s, {answer.tokens} tokens, confidence {answer.confidence:.2f}"]
     if not answer.text:
@@ -142,6 +151,14 @@ def _merge(arguments: argparse.Namespace) -> None:
     with whole_folder(arguments.out) as aside:
         merge_lora(arguments.adapter, aside, arguments.base)
     print(f"{arguments.out} holds the merged model")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from med3dvlm.checkpoints.export import export_language_model
+
+    quiet_transformers()
+    export_language_model(arguments.model, arguments.out)
+    print(f"{arguments.out} holds the language model; serve it with: vllm serve {arguments.out} --enable-prompt-embeds")
 
 
 def _push(arguments: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ from med3dvlm.inference.pointing import Place, draw_places, places_in
 from med3dvlm.inference.segmentation import Segmentation, Segmenter
 from med3dvlm.inference.transformers_engine import TransformersEngine
 from med3dvlm.models.vlm import Med3DVLM
-from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message
+from med3dvlm.models.vlm_processor import Med3DVLMProcessor, Message, end_tokens
 from med3dvlm.preprocessing import Scan
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.volume import Volume
@@ -73,7 +73,7 @@ class Med3DChat:
         self.encoder = model.vision_encoder.for_inference(model.dtype)
         self._encoded: OrderedDict[Hashable, Features] = OrderedDict()
         self._remembering, self._encoding = Lock(), Lock()
-        self.ends = _end_tokens(processor, model)
+        self.ends = end_tokens(processor, model)
         self.engine: Engine = TransformersEngine(self)  # all questions of this chat are answered together
         # In place of whatever sampling settings the language model was published with.
         model.language_model.generation_config = GenerationConfig(
@@ -273,18 +273,6 @@ class Med3DChat:
         if len(row) >= context:
             raise ValueError(f"The image and the question are {len(row)} tokens but the model takes {context}; ask a shorter question.")
         return row, int(min(max_new_tokens, context - len(row)))
-
-
-def _end_tokens(processor: Med3DVLMProcessor, model: Med3DVLM) -> list[int]:
-    """What ends an answer: the tokenizer's and the language model's end of text, and the token with which the chat template ends a turn."""
-    known = model.language_model.generation_config.eos_token_id
-    ends = {processor.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
-    labels = processor.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}], image=False)["labels"]
-    last = next(label for label in reversed(labels) if label != IGNORED)
-    added = processor.tokenizer.added_tokens_decoder
-    if last in added and added[last].special:  # else the template ends turns with plain words
-        ends.add(last)
-    return sorted(end for end in ends if end is not None)
 
 
 def _identity(scan: Any) -> Hashable:

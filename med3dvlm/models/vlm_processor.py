@@ -240,6 +240,18 @@ class Med3DVLMProcessor(Portable, ProcessorMixin):
         return {key: torch.tensor(value) for key, value in batch.items()}
 
 
+def end_tokens(processor: Med3DVLMProcessor, model: Any) -> list[int]:
+    """What ends an answer: the tokenizer's and the language model's end of text, and the token with which the chat template ends a turn."""
+    known = model.language_model.generation_config.eos_token_id
+    ends = {processor.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    labels = processor.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}], image=False)["labels"]
+    last = next(label for label in reversed(labels) if label != IGNORED)
+    added = processor.tokenizer.added_tokens_decoder
+    if last in added and added[last].special:  # else the template ends turns with plain words
+        ends.add(last)
+    return sorted(end for end in ends if end is not None)
+
+
 def _within(start: int, stop: int, begin: int, end: int) -> bool:
     """Whether the characters of a token lie in a span. A tokenizer that trims its offsets gives a token of white space no characters."""
     return begin <= start and stop <= end and start < end and (start < stop or begin < start)

@@ -12,12 +12,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
-from med3dvlm.app.turns import sentence
+from med3dvlm.app.turns import log, sentence
 from med3dvlm.inference.engine import Delta, Engine, Generation, Request, Stream
 from med3dvlm.serving.errors import Refused
 from med3dvlm.serving.metrics import Metrics
 from med3dvlm.serving.openai import FINISH, about, logprobs, usage
 
+GONE = Refused(503, "The language model's server does not answer; ask again when it is back.", code="engine_gone")
 STOPPED = Refused(503, "The server is being stopped before the answer is complete; ask again when it is back.", code="server_stopped")
 News = tuple[list[Delta], Generation | BaseException | None]
 
@@ -70,6 +71,9 @@ class Answers:
         """The answer. Raises Refused where there is none."""
         if isinstance(outcome, ValueError):
             raise Refused(400, str(outcome), "messages") from None
+        if isinstance(outcome, ConnectionError):
+            log(outcome)
+            raise GONE from None
         if isinstance(outcome, Exception):
             raise Refused(500, sentence(outcome)) from None
         if isinstance(outcome, BaseException):

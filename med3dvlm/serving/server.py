@@ -27,7 +27,8 @@ from med3dvlm.app.guard import Guard
 from med3dvlm.app.hosting import HERE_ONLY, check_free, load, private
 from med3dvlm.app.turns import BROKEN
 from med3dvlm.inference.engine import Engine
-from med3dvlm.inference.transformers_engine import SLOTS, TransformersEngine
+from med3dvlm.inference.engines import add_engine, check_engine, start_engine
+from med3dvlm.inference.transformers_engine import SLOTS
 from med3dvlm.programs import Parser, positive
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.search import Embedder
@@ -120,12 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = options().parse_args(argv)
     if arguments.host not in HERE_ONLY and arguments.api_key_file is None:
         raise ValueError(f"--host {arguments.host} would let everybody in; give --api-key-file, too (a file with a key a line).")
+    check_engine(arguments.engine, arguments.vllm_url)
     check_free(arguments.host, arguments.port)
     keys = None if arguments.api_key_file is None else Keys.load(arguments.api_key_file)
     warnings.simplefilter("ignore")  # a library's may quote a header
     chat = load(arguments.model)
     embedder = None if arguments.contrastive is None else Embedder(arguments.contrastive)
-    engine = TransformersEngine(chat, arguments.parallel)
+    engine = start_engine(chat, arguments.engine, arguments.vllm_url, arguments.parallel)
     limits = Limits(arguments.limit * 2**20, arguments.scans, max(arguments.scans, 1024), 60.0 * arguments.minutes)
     name = arguments.name or "/".join(arguments.model.resolve().parts[-2:])
     for ending in (signal.SIGTERM, signal.SIGHUP):  # uvicorn passes them on at its end, and the private folder is to go then, too
@@ -151,7 +153,7 @@ def options() -> Parser:
     parser = Parser(description="Serve a model to programs, in the words of OpenAI's API.", epilog=RESEARCH_NOTICE)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="the folder of a trained model")
-    add("--engine", choices=["transformers"], default="transformers", help="what generates (default: %(default)s)")
+    add_engine(add)
     add("--port", type=int, default=8000, help="(default: %(default)s)")
     add(
         "--host",
@@ -166,7 +168,13 @@ def options() -> Parser:
         metavar="FOLDER",
         help="a contrastive model (stage 1), which embeds texts, and gives findings probabilities",
     )
-    add("--parallel", type=positive, default=SLOTS, metavar="N", help="answers written at a time; others wait (default: %(default)s)")
+    add(
+        "--parallel",
+        type=positive,
+        default=SLOTS,
+        metavar="N",
+        help="answers written at a time, but by vLLM; others wait (default: %(default)s)",
+    )
     add("--limit", type=positive, default=1024, metavar="MIB", help="largest upload (default: %(default)s MiB)")
     add("--scans", type=positive, default=64, metavar="N", help="scans kept for one key (default: %(default)s)")
     add("--minutes", type=positive, default=60, metavar="N", help="for which a scan is kept after its last use (default: %(default)s)")

@@ -15,16 +15,19 @@ import openai
 import pytest
 import uvicorn
 
+from med3dvlm.inference import vllm_sources
+from med3dvlm.inference.engine import Engine
 from med3dvlm.inference.transformers_engine import TransformersEngine
+from med3dvlm.inference.vllm_engine import VllmEngine
 from med3dvlm.serving.server import Server, build
 from tests import random_chat
 
 
 @contextmanager
-def serving(folder: Path, **settings: Any) -> Iterator[SimpleNamespace]:
+def serving(folder: Path, chat: Any = None, vllm_url: str | None = None, **settings: Any) -> Iterator[SimpleNamespace]:
     """What `build` takes; gives its parts and its address."""
-    chat = random_chat.build("qwen2")
-    engine = TransformersEngine(chat, 8)
+    chat = chat or random_chat.build("qwen2")
+    engine: Engine = TransformersEngine(chat, 8) if vllm_url is None else VllmEngine(chat, vllm_sources.Server(vllm_url))
     app = build(chat, engine, folder, "tiny", **settings)
     server = Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False), engine)
     thread = threading.Thread(target=server.run)

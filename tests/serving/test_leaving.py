@@ -13,10 +13,12 @@ import httpx
 import openai
 import pytest
 
+from med3dvlm import read_volume
+from med3dvlm.checkpoints.export import save_language_model
 from med3dvlm.serving.server import PRIVATE
-from tests import random_chat
+from tests import random_chat, vllm_stand_in
 
-from .conftest import about
+from .conftest import about, serving
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -118,3 +120,21 @@ def test_a_server_that_is_stopped_while_answering(tmp_path: Path, scan, free_por
     assert not list(temporary.glob(f"{PRIVATE}*")) and tempfile.gettempdir() != str(temporary)
     if how is not signal.SIGKILL:
         assert process.returncode == 0
+
+
+def test_a_language_model_that_is_elsewhere_and_goes_away(tmp_path: Path, scan) -> None:
+    """The server answers by a vLLM server's words, says when that has gone, and goes on when it is back."""
+    chat = random_chat.build("qwen2")
+    save_language_model(chat.model, chat.processor, tmp_path / "exported")
+    with vllm_stand_in.serving(tmp_path / "exported") as elsewhere, serving(tmp_path, chat=chat, vllm_url=elsewhere.url) as served:
+        with httpx.Client(base_url=served.address, trust_env=False, timeout=60) as http, scan(0).open("rb") as file:
+            id = http.post("/v1/scans", files={"file": ("a.nii.gz", file)}).json()["id"]
+            body = {"messages": about(id, "Where?"), "max_tokens": 9}
+            wanted = chat.ask(read_volume(scan(0)), "Where?", max_new_tokens=9).text
+            assert http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"] == wanted
+            elsewhere.die_after = elsewhere.written + 3
+            gone = http.post("/v1/chat/completions", json=body)
+            assert gone.status_code == 503 and "ask again when it is back" in gone.text and elsewhere.url not in gone.text
+            assert "engine_gone" in http.post("/v1/chat/completions", json=body | {"stream": True}).text
+            elsewhere.die_after = None
+            assert http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"] == wanted
