@@ -1,4 +1,4 @@
-"""Who may use a shared workstation: a file of names and hashed passwords, made by this program and given to the chat by --auth-file.
+"""Accounts of a shared workstation: a file of names and hashed passwords. This program writes it, and the chat reads it by --auth-file.
 
 python app/accounts.py accounts.json anna            # asks for the password; a name that is there gets a new one
 python app/chat.py --model outputs/demo/model --auth-file accounts.json --host 0.0.0.0

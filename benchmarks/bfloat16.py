@@ -1,4 +1,4 @@
-"""What bfloat16 changes: the embeddings of a Med3DCLIP against those in float32, and the ranks of each scan's report.
+"""Compare bfloat16 with float32: the embeddings of a Med3DCLIP, and the ranks of each scan's report.
 
     python -m benchmarks.bfloat16 --model outputs/demo/stage1 --data outputs/demo/prepared --limit 50 --output outputs/demo/eval/precision
 

@@ -1,4 +1,4 @@
-"""How the chat serves many people at once: each with a scan of its own, all asking at the same time, beside one after the other.
+"""Measure the chat with many users: each with a scan of its own, all asking at the same time, compared with one after the other.
 
     python -m benchmarks.chat --model outputs/demo/model
     python -m benchmarks.chat --address http://127.0.0.1:7860 --sessions 20
@@ -39,7 +39,7 @@ CHAT = Path(__file__).parents[1] / "app" / "chat.py"
 
 @dataclass(frozen=True)
 class Visit:
-    """What one session was told: the size of its scan in words, its answers, and the seconds to the first words of each."""
+    """One session's record: the size of its scan in words, its answers, and the seconds to the first words of each."""
 
     size: str
     answers: list[str]

@@ -1,4 +1,4 @@
-"""What one training step of the CT-CLIP path costs at the paper's size: seconds and memory, with all activations kept and with them computed again.
+"""Measure one training step of the CT-CLIP path at the paper's size: seconds and memory, with and without gradient checkpointing.
 
     python -m benchmarks.ct_clip_training
     python -m benchmarks.ct_clip_training --encoder dcformer_nano --size 128,256,256 --batch 2 --runs 3

@@ -1,4 +1,4 @@
-"""How fast the encoder is beside the paper's definition taken literally (literal_encoder.py), and how near this machine's limits.
+"""Compare the encoder's speed with the paper's literal definition (literal_encoder.py) and with this machine's limits.
 
     python -m benchmarks.encoder
     python -m benchmarks.encoder --allocation system
@@ -151,7 +151,7 @@ def training(forms: dict[str, Form], volumes: Tensor, runs: int) -> dict[str, di
 
 
 def gradients(form: Form, volumes: Tensor) -> dict[str, Tensor]:
-    """Of the mean square of the last two stages' tokens, which are those that projectors take, by the parameter's name."""
+    """Return the gradients of the mean square of the last two stages' tokens, which projectors take, by the parameter's name."""
     form.module.zero_grad(set_to_none=True)
     sum(tokens.square().mean() for tokens in form(volumes)[-2:]).backward()  # type: ignore[union-attr]
     return {name: parameter.grad for name, parameter in form.module.named_parameters() if parameter.grad is not None}
@@ -174,14 +174,14 @@ def timed(calls: dict[str, Any], runs: int) -> dict[str, dict[str, float]]:
 
 
 def step_memory(form: Form, volumes: Tensor) -> float:
-    """By how many GB the first training step raises what the process holds."""
+    """Return by how many GB the first training step raises the process's memory."""
     before, _ = resident()
     gradients(form, volumes)
     return (resident()[1] - before) / 1e9
 
 
 def machine() -> dict[str, Any]:
-    """What bounds every form: the arithmetic of a large matrix product in GFLOP/s and the bandwidth of a large copy in GB/s."""
+    """Measure the machine's limits: the arithmetic of a large matrix product in GFLOP/s and the bandwidth of a large copy in GB/s."""
     facts: dict[str, Any] = {
         "torch": torch.__version__,
         "processor": platform.processor() or platform.machine(),

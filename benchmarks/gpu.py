@@ -1,4 +1,4 @@
-"""What only a GPU can show, in one command without a network, at most 9 minutes on an H100 or H200.
+"""Measure everything that needs a GPU, in one command without a network, at most 9 minutes on an H100 or H200.
 
     python -m benchmarks.gpu
     python -m benchmarks.gpu --parts precision training inference --minutes 4
@@ -77,7 +77,7 @@ PARTS = {
 
 
 def fitting_layers(output: Path) -> int:
-    """As many of the layers as the memories of GPU and host and the disk hold."""
+    """Return how many of the layers the memories of GPU and host and the disk hold."""
     from benchmarks.rehearsal_models import LAYER, VOCABULARY
 
     card = torch.cuda.get_device_properties(0).total_memory / 1e9 - 20  # for activations, logits, and the encoder
@@ -165,7 +165,7 @@ def run_cases(name: str, settings: Settings, path: Path) -> None:
 
 
 def absent_package(error: Exception) -> str | None:
-    """What the error says of a package that is not installed; None where it is about something else."""
+    """Return what the error says of a package that is not installed; None for other errors."""
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] not in OWN:
         return f"the package {error.name} is not installed"
     if type(error) is ImportError and error.name is None:  # transformers' own word; that of Python names the module

@@ -29,7 +29,7 @@ LITERAL, OURS = "literal", "ours"
 
 @dataclass(frozen=True)
 class Settings:
-    """What all parts share: where they run, how large, the folder for what stages read and write, and layers of the language model."""
+    """Settings of all parts: device, size, the folder that stages read and write, and layers of the language model."""
 
     device: str
     tiny: bool
@@ -185,7 +185,7 @@ def outcome(module: nn.Module, volumes: Tensor, training: bool) -> list[Tensor]:
 
 
 def reference_result(settings: Settings, training: bool) -> list[Tensor]:
-    """What the literal form gives in float64, on the CPU."""
+    """Return the literal form's result in float64, on the CPU."""
     module = literal(trained_encoder(settings)).double().to(settings.device).train(training)
     return [each.cpu() for each in outcome(module, volumes_of(settings).double(), training)]
 

@@ -23,7 +23,9 @@ REPORT = 512  # tokens of a report, the papers' max_text_length
 
 
 def attention(settings: Settings) -> Cases:
-    """Which attention every transformer runs. On a GPU none may take torch's plain formula, and without a mask it must be a flash kernel."""
+    """Return the attention implementation of every transformer. On a GPU none may use torch's plain formula, and without a mask it must be a
+    flash kernel.
+    """
     for name, size, options in (
         ("vit3d_tiny", (64, 64, 64), {}),
         ("vit3d_m3d", (8, 32, 32), {"depth": 4}),
@@ -38,7 +40,7 @@ def attention(settings: Settings) -> Cases:
 
 
 def attended(settings: Settings, model: nn.Module, call: Callable[[], Any], masked: bool) -> Figures:
-    """What the sub-models are configured to run, and which of torch's kernels the call took."""
+    """Return the configured attention of the sub-models, and which of torch's kernels the call used."""
     from transformers import PreTrainedModel
 
     configured = {type(part).__name__: part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)}

@@ -1,4 +1,4 @@
-"""How fast volumes are loaded from a store and prepared for it, beside reading prepared .nii.gz files as M3D's release has them.
+"""Measure how fast volumes are loaded from a store and prepared for it, compared with reading .nii.gz files as M3D's release has them.
 
     python -m benchmarks.loading
     python -m benchmarks.loading --scan head.nii.gz --volumes 16 --runs 7
@@ -260,7 +260,7 @@ def memory(data: PreparedData, batch: int) -> list[tuple[int, dict[str, float]]]
 
 
 def growth(samples: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """By how many MB the median of the last fifth exceeds that of the fifth that follows the first SETTLED volumes, by curve."""
+    """Return by how many MB the median of the last fifth exceeds that of the fifth that follows the first SETTLED volumes, by curve."""
     later = [values for volumes, values in samples if volumes > SETTLED] or [values for _, values in samples]
     fifth = max(1, len(later) // 5)
     first, last = later[:fifth], later[-fifth:]

@@ -1,4 +1,4 @@
-"""What packing saves: all conversations about a volume in one row, against a row for each.
+"""Measure what packing saves: all conversations about a volume in one row, compared with a row for each.
 
     python benchmarks/packing.py
     python benchmarks/packing.py --image-tokens 64 --questions 12 --batch 4

@@ -1,4 +1,4 @@
-"""What the rehearsal needs and no stage makes: models of the published sizes with random weights, and ours under the published names.
+"""Make the models that the rehearsal needs: of the published sizes with random weights, and ours under the published names.
 
     python benchmarks/rehearsal_models.py plan outputs/rehearsal [--layers N --steps N --processes N]     what memory and processor allow
     python benchmarks/rehearsal_models.py text_encoder DATA FOLDER
@@ -69,7 +69,7 @@ def plan(root: Path, layers: int, steps: int, processes: int) -> tuple[int, int]
 
 
 def fitting(layers: int, steps: int, processes: int, gigabytes: float, gflops: float) -> tuple[int, int]:
-    """As many of the layers as memory holds, one where bfloat16 is slow, and as many of the steps, at least two, as a stage has time for."""
+    """Return how many of the layers memory holds (one where bfloat16 is slow), and how many of the steps, at least two, a stage has time for."""
 
     def seconds(depth: int) -> float:  # of a step: forwards and backwards, logits at a half of the positions
         return processes * ROW * 4 * (LAYER * depth + VOCABULARY / 2) / gflops

@@ -61,7 +61,7 @@ def stage_figures(folder: Path) -> dict[str, Any]:
 
 
 def step_figures(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each step that was begun: its last exit code, the seconds of all its runs, and the memory of the one that held the most."""
+    """Return for each step that was begun its last exit code, the seconds of all its runs, and the memory of the one that held the most."""
     steps: dict[str, dict[str, Any]] = {}
     for line in lines:
         before = steps.get(line["step"], {"seconds": 0.0, "peak_rss_gb": 0.0})
@@ -91,7 +91,7 @@ def machine() -> dict[str, Any]:
 
 
 def collect(root: Path) -> dict[str, Any]:
-    """Everything that goes into report.json."""
+    """Collect everything that goes into report.json."""
     steps = step_figures(lines_of(root / "seconds.jsonl"))
     stages = {name: stage_figures(root / name) for name in STAGES}
     failed = [name for name, step in steps.items() if step["code"] != 0]

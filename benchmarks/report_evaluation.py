@@ -1,4 +1,4 @@
-"""How fast reports are written and scored, beside the protocol of the published evaluation, by the same model, with the same outcome.
+"""Compare the speed of writing and scoring reports with the protocol of the published evaluation, by the same model, with the same outcome.
 
     python -m benchmarks.report_evaluation
     python -m benchmarks.report_evaluation --root outputs/demo --studies 64 --runs 3
@@ -84,7 +84,7 @@ def published(chat: Med3DChat, data: PreparedData, studies: Sequence[Study], len
 
 
 def ours(chat: Med3DChat, data: PreparedData, studies: Sequence[Study], length: int, batch_size: int) -> Outcome:
-    """As eval/report_gen.py does it."""
+    """Evaluate as eval/report_gen.py does."""
     clock, texts = Clock(), []
     with clock.time("writing"):
         for batch in evaluation.in_batches(studies, batch_size):
@@ -100,7 +100,7 @@ def ours(chat: Med3DChat, data: PreparedData, studies: Sequence[Study], length: 
 
 
 def encoded(script: str, *arguments: object) -> int:
-    """How many volumes an encoder computes while an evaluation runs."""
+    """Count the volumes that an encoder computes while an evaluation runs."""
     seen = [0]
 
     def count(module: Any, inputs: Any, output: Any) -> None:

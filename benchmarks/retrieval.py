@@ -35,7 +35,7 @@ def pairs(count: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.float
 
 
 def plain_rank(query: int, queries: NDArray[np.float32], candidates: NDArray[np.float32]) -> int:
-    """Of its partner, by the cosine to one candidate after the other."""
+    """Return the rank of its partner, by the cosine to one candidate after the other."""
     one = queries[query].astype(np.float64)
     cosines = np.array([float(one @ other) / float(np.linalg.norm(other)) for other in map(np.float64, candidates)])
     return int((cosines >= cosines[query]).sum())

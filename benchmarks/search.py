@@ -1,4 +1,4 @@
-"""How fast the nearest of very many embeddings are found: exactly, and by the vector index, with what the index misses.
+"""Measure search among very many embeddings: exactly, and by the vector index, with the index's recall.
 
     python -m benchmarks.search
     python -m benchmarks.search --others
@@ -39,7 +39,7 @@ Search = Callable[[Vectors], Nearest]
 
 
 class Space:
-    """Where embeddings are drawn from."""
+    """The distribution that embeddings are drawn from."""
 
     def __init__(self, width: int, spread: float) -> None:
         self.width, self.spread, self.random = width, spread, np.random.default_rng(0)
@@ -88,7 +88,7 @@ def ours(stored: Vectors, folder: Path) -> Iterator[tuple[str, Search]]:
 
 
 def signs(stored: Vectors, folder: Path) -> Iterator[tuple[str, Search]]:
-    """Of each number, whether it is above its mean."""
+    """Return for each number whether it is above its mean."""
     index, mean = faiss.IndexBinaryFlat(stored.shape[1]), stored[:: len(stored) // 10_000 + 1].mean(axis=0)
 
     def code(points: Vectors) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How the batching engine serves many at once, beside one answer after the other, in the same run.
+"""Compare the batching engine with one answer after the other, in the same run.
 
     python -m benchmarks.serving --model outputs/demo-full/model
     python -m benchmarks.serving --size smollm2

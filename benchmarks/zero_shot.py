@@ -1,4 +1,4 @@
-"""How fast the 18 findings are detected zero-shot, beside the literal protocol, by the same model and with the same probabilities.
+"""Compare the speed of zero-shot detection of the 18 findings with the literal protocol, by the same model and with the same probabilities.
 
     python -m benchmarks.zero_shot
     python -m benchmarks.zero_shot --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --studies 32

@@ -1,4 +1,4 @@
-"""Sets a run of one of the evaluations beside another, beside the papers, or beside itself without duplicates.
+"""Compare a run of an evaluation with another run, with the papers, or with itself without duplicates.
 
 python eval/compare.py outputs/demo/eval/report outputs/other/eval/report
 python eval/compare.py outputs/demo/eval/vqa --split-file outputs/demo/prepared/audit/deduplicated.json

@@ -1,4 +1,5 @@
-"""What a linear layer on a frozen image encoder learns of findings: CT-RATE's 18 (DCFormer paper, Table 2), or whichever the data have labels of.
+"""Train a linear probe on a frozen image encoder for CT-RATE's 18 findings (DCFormer paper, Table 2), or for whichever the data have labels
+of.
 
 python eval/linear_probe.py --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe
 python eval/linear_probe.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/probe --score-only

@@ -1,4 +1,4 @@
-"""One page to look at: report.html with the figures of runs, what could be had without looking, and their cases, in one file.
+"""Write report.html: the figures of runs, their baselines without the scan, and their cases, in one file.
 
 python eval/page.py outputs/paper --cases 200 --megabytes 10
 python eval/page.py runs/retrieval runs/report_7b --output runs/report.html

@@ -1,4 +1,4 @@
-"""Reports that a Med3DVLM writes, against the radiologist's.
+"""Evaluate the reports that a Med3DVLM writes against the radiologist's.
 
 python eval/report_gen.py --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/report
 python eval/report_gen.py --data outputs/demo/prepared --output outputs/demo/eval/report --score-only --bertscore

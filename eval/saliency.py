@@ -1,4 +1,4 @@
-"""Where a model looks, against where the finding is: of phantoms, whose lesions' places are known.
+"""Evaluate saliency maps against the true places of lesions, which are known for phantoms.
 
     python eval/saliency.py --model outputs/demo/model --clip outputs/demo/stage1 --data outputs/demo/prepared \\
         --scans outputs/demo/phantoms --output outputs/demo/eval/grounding

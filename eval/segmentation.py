@@ -1,4 +1,4 @@
-"""Masks that a Med3DSegmenter draws, finding by finding, against those of the data.
+"""Evaluate the masks of a Med3DSegmenter against those of the data, finding by finding.
 
 python eval/segmentation.py --model outputs/demo/stage1/segmenter --data outputs/demo/prepared --output outputs/demo/eval/segmentation
 python eval/segmentation.py --data outputs/demo/prepared --output outputs/demo/eval/segmentation --score-only

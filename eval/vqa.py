@@ -1,4 +1,4 @@
-"""Visual question answering of a Med3DVLM, question by question.
+"""Evaluate visual question answering by a Med3DVLM.
 
 python eval/vqa.py --model outputs/demo/model --data outputs/demo/prepared --output outputs/demo/eval/vqa
 python eval/vqa.py --data outputs/demo/prepared --output outputs/demo/eval/vqa --score-only

@@ -1,4 +1,4 @@
-"""Which findings a Med3DCLIP sees in a volume, without having been taught any: zero-shot detection.
+"""Evaluate zero-shot detection of findings by a Med3DCLIP.
 
 python eval/zero_shot.py --model outputs/ct_clip/model --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot
 python eval/zero_shot.py --data outputs/ct_clip/prepared --split valid --output outputs/ct_clip/eval/zero_shot --score-only

@@ -1,4 +1,4 @@
-"""From a Volume to the tensor that a model sees: the only preprocessing there is.
+"""Preprocess a Volume to the tensor that a model sees; there is no other preprocessing.
 
 A *recipe* is a short list of steps. The first take the Volume, the rest are MONAI transforms on a tensor (1, D, H, W).
 A :class:`VolumeProcessor` holds the recipe's name and numbers, is saved beside the weights as preprocessor_config.json,
@@ -44,7 +44,7 @@ SETTINGS = ("recipe", "size", "spacing", "hu_range", "resize", "straighten")
 
 
 class VolumeKwargs(TypedDict, total=False):
-    """What transformers may hand on to VolumeProcessor, by from_pretrained or from a ProcessorMixin."""
+    """The keyword arguments that transformers may pass to VolumeProcessor, from from_pretrained or a ProcessorMixin."""
 
     recipe: str
     size: Sequence[int] | None
@@ -83,7 +83,7 @@ class VolumeProcessor(BaseImageProcessor):
         straighten: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Raises ValueError for an unknown recipe or resize mode, for impossible numbers, and for settings that the recipe does not have."""
+        """Raise ValueError for an unknown recipe or resize mode, for impossible numbers, and for settings that the recipe does not have."""
         # from_pretrained passes on everything in the saved file, such as the class's name.
         if unknown := set(kwargs) - {"image_processor_type", "processor_class", "auto_map"}:
             raise TypeError(f"VolumeProcessor has no setting {sorted(unknown)}; it has {', '.join(SETTINGS)}.")
@@ -118,7 +118,7 @@ class VolumeProcessor(BaseImageProcessor):
 
     @property
     def grid(self) -> Grid:
-        """The whole numbers on which the recipe ends."""
+        """Return the grid of whole numbers on which the recipe ends."""
         if self.spacing is None:
             return GREY
         low, high = (int(limit) for limit in self.hu_range)
@@ -126,19 +126,19 @@ class VolumeProcessor(BaseImageProcessor):
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """uint8 for grey values, int16 for HU."""
+        """Return uint8 for grey values, int16 for HU."""
         return self.grid.dtype
 
     def quantize(self, values: Tensor) -> Tensor:
-        """What `transform` returns, as whole numbers of `stored_dtype`: grey values 0..255, or HU. ValueError for anything else."""
+        """Convert values of `transform` to whole numbers of `stored_dtype`: grey values 0..255, or HU. Raises ValueError for other values."""
         return self.grid.quantize(values)
 
     def dequantize(self, whole: Tensor) -> Tensor:
-        """The same numbers as float32: k / 255, or of HU k / 1000 (in the middle of another `hu_range` 0, at its ends -1 and 1)."""
+        """Convert whole numbers back to float32: k / 255, or for HU k / 1000 (0 in the middle of another `hu_range`, -1 and 1 at its ends)."""
         return self.grid.dequantize(whole)
 
     def transform(self, volume: Volume) -> torch.Tensor:
-        """The recipe on one volume: (1, D, H, W) float32 in 0..1 or -1..1, on the recipe's grid (see the module's text).
+        """Apply the recipe to one volume: (1, D, H, W) float32 in 0..1 or -1..1, on the recipe's grid (see the module's text).
 
         Raises VolumeError when the volume, or its foreground, has fewer than 4 voxels along an axis, and when it lacks the
         Hounsfield units or the spacing that the recipe needs.
@@ -146,8 +146,8 @@ class VolumeProcessor(BaseImageProcessor):
         return self._on_grid(self._made(volume))
 
     def placement(self, volume: Volume) -> NDArray[np.float64]:
-        """Where the voxels of `transform(volume)` lie in the volume: the 4x4 matrix that takes the index (d, h, w, 1) of one to the
-        index (D, H, W, 1) in `volume.array`, whole numbers being the middles of voxels.
+        """Return the 4x4 matrix that takes the index (d, h, w, 1) of a voxel of `transform(volume)` to the index (D, H, W, 1) in
+        `volume.array`, whole numbers being the middles of voxels.
 
         No recipe rotates, so each row and column of its 3x3 part has one number other than 0. A voxel that is padding lies outside.
         Raises VolumeError as `transform` does, and for a volume that the processor straightens first.
@@ -155,7 +155,7 @@ class VolumeProcessor(BaseImageProcessor):
         return self.transform_and_placement(volume)[1]
 
     def transform_and_placement(self, volume: Volume) -> tuple[Tensor, NDArray[np.float64]]:
-        """What `transform` and `placement` return, for the work of one."""
+        """Return what `transform` and `placement` return, at the cost of one."""
         from nibabel.orientations import inv_ornt_aff
 
         if self.straighten and not volume.regular:
@@ -167,7 +167,7 @@ class VolumeProcessor(BaseImageProcessor):
         return self._on_grid(made), placed
 
     def transform_mask(self, mask: NDArray[np.bool_], placement: NDArray[np.float64]) -> Tensor:
-        """A mask on the grid of `transform`: each voxel has what the scan's nearest voxel has, padding has nothing.
+        """Resample a mask to the grid of `transform`: each voxel takes the value of the scan's nearest voxel, padding is empty.
 
         Args:
             mask: (D, H, W) of the scan's own shape.
@@ -188,7 +188,7 @@ class VolumeProcessor(BaseImageProcessor):
         return torch.from_numpy(np.ascontiguousarray(result))
 
     def to_scan(self, values: Tensor | NDArray[Any], volume: Volume, placement: NDArray[np.float64] | None = None) -> Tensor:
-        """What lies on the grid of `transform(volume)`, on the scan's own: the inverse of what `transform` does to the scan's grid.
+        """Resample values from the grid of `transform(volume)` to the scan's own grid: the inverse of what `transform` does.
 
         Real numbers, such as scores, are linear between voxels; whole numbers and booleans, such as masks, are those of the nearest voxel.
         What `transform` crops away is 0. A scan that the processor straightens comes back as its slices lie in `volume.array`.
@@ -218,7 +218,7 @@ class VolumeProcessor(BaseImageProcessor):
         return self.dequantize(self.quantize(made.as_subclass(torch.Tensor)))
 
     def _made(self, volume: Volume) -> Any:
-        """What the recipe's steps make of the volume, before it is on the grid: a MONAI MetaTensor (1, D, H, W)."""
+        """Return the volume after the recipe's steps, before it is on the grid: a MONAI MetaTensor (1, D, H, W)."""
         data: Any = volume.straighten() if self.straighten else volume
         for step in RECIPES[self.recipe].steps(self):
             depth, height, width = data.shape[-3:]
@@ -230,7 +230,7 @@ class VolumeProcessor(BaseImageProcessor):
         return data
 
     def preprocess(self, images: Scan | Sequence[Scan], return_tensors: str | None = "pt") -> BatchFeature:
-        """One scan or a list of them to {"pixel_values": (B, 1, D, H, W) float32}.
+        """Convert one scan or a list of them to {"pixel_values": (B, 1, D, H, W) float32}.
 
         A scan is a Volume, a path, or an array that `transform` and perhaps `quantize` made before: (1, D, H, W) or (D, H, W)
         of exactly `size`, of `stored_dtype` or floating point in the recipe's range. Raises ValueError for another array.
@@ -247,7 +247,7 @@ class VolumeProcessor(BaseImageProcessor):
         return self.preprocess(images, return_tensors)
 
     def fetch_images(self, images: Any) -> Any:
-        """ProcessorMixin calls this to load 2D pictures; scans are read in `preprocess`."""
+        """Return the scans unchanged: ProcessorMixin calls this to load 2D pictures, but `preprocess` reads scans."""
         return images
 
     def _one(self, scan: Scan) -> torch.Tensor:
@@ -256,7 +256,7 @@ class VolumeProcessor(BaseImageProcessor):
         return self.transform(scan) if isinstance(scan, Volume) else self._prepared(torch.as_tensor(scan))
 
     def _prepared(self, values: torch.Tensor) -> torch.Tensor:
-        """A tensor that went through `transform` before: checked, (1, D, H, W) float32."""
+        """Check a tensor that `transform` made before, and return it as (1, D, H, W) float32."""
         if tuple(values.shape) not in (self.size, (1, *self.size)):
             raise ValueError(
                 f"A prepared tensor must be {self.size} or {(1, *self.size)} but is {tuple(values.shape)}; give raw voxels as a Volume."

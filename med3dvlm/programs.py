@@ -1,8 +1,8 @@
-"""How every program runs: its flags, its name, and what it says where something cannot be done.
+"""Run programs: their flags, their names, and their error messages.
 
-A program is a module with `main(argv: Sequence[str] | None = None) -> int | None`, which parses with `Parser`. `run` calls it, for the command
-line, the scripts and `python -m` alike, and returns the exit code: 0, or what main returns; 2 with one sentence where the input, a setting or
-the place of the output is at fault; 130 after Ctrl+C. A defect keeps its traceback, and --traceback shows it of everything.
+A program is a module with `main(argv: Sequence[str] | None = None) -> int | None`, which parses with `Parser`. `run` calls it, for the
+command line, the scripts and `python -m` alike, and returns the exit code: 0, or what main returns; 2 with one sentence where the input, a
+setting or the place of the output is at fault; 130 after Ctrl+C. A defect keeps its traceback; --traceback shows it for every error.
 """
 
 import argparse
@@ -88,13 +88,13 @@ def run(program: str | Main, argv: Sequence[str] | None = None, name: str | None
 
 
 def command_line() -> str:
-    """The program that runs and its words, for the record of a run."""
+    """Return the running program and its arguments, for the record of a run."""
     _, called, words = _running.get() or ("", sys.argv[0], sys.argv[1:])
     return f"{called} {shlex.join(words)}".strip()
 
 
 def sentence_of(error: Exception) -> str | None:
-    """What the user can mend, in one line; None where it is a defect: what a library could not do with what we gave it."""
+    """Return the error in one line if the user can fix it; None for a defect: an error of a library over arguments of ours."""
     if isinstance(error, ImportError):
         return _missing_extra(error)
     if isinstance(error, OSError) and error.errno is not None:
@@ -111,7 +111,7 @@ def sentence_of(error: Exception) -> str | None:
 
 
 def _missing_extra(error: ImportError) -> str | None:
-    """Which extra to install, where one of its modules is missing. transformers tells of accelerate in a text only."""
+    """Return which extra to install, where one of its modules is missing. transformers names accelerate in a text only."""
     words = {error.name.split(".")[0]} if error.name else set(re.findall(r"\w+", str(error)))
     for extra, modules in EXTRAS.items():
         if found := sorted(words & set(modules)):
@@ -120,7 +120,7 @@ def _missing_extra(error: ImportError) -> str | None:
 
 
 def _raised_in_library(error: Exception) -> bool:
-    """Whether the code that raised it is an installed library's, not ours."""
+    """Return whether an installed library's code raised it, not ours."""
     frames = traceback.extract_tb(error.__traceback__)
     raised_in = Path(frames[-1].filename).resolve().parents if frames else ()
     libraries = {
@@ -130,7 +130,7 @@ def _raised_in_library(error: Exception) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser of one dialect.
+    """An argparse parser with one style of options.
 
     "_" and "-" are the same in the name of an option, and help shows "-". A flag (argparse.BooleanOptionalAction, see `add_flag`) is --name or
     --no-name, and --name true or --name false is understood, too. A parser is called what the program is that runs.
@@ -144,11 +144,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--traceback", action="store_true", help="where something fails, show the place in the code")
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """As argparse's; the names of an option are spelled with "-"."""
+        """Add an argument as argparse does; option names are spelled with "-"."""
         return super().add_argument(*dict.fromkeys(map(_spelled, names)), **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, which all its other ways to parse call."""
+        """Parse as argparse does; all its other ways to parse call this."""
         return super().parse_known_args(self._translated(sys.argv[1:] if args is None else args), namespace)
 
     def _translated(self, words: Sequence[str]) -> list[str]:
@@ -173,13 +173,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def _spelled(word: str) -> str:
-    """A word with "-" in the place of "_" where it names an option."""
+    """Return a word with "-" in place of "_" where it names an option."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
 def add_flag(parser: argparse.ArgumentParser, name: str, default: bool, explanation: str) -> None:
-    """`--name` and `--no-name`."""
+    """Add `--name` and `--no-name`."""
     text = f"{explanation} (default: {'yes' if default else 'no'})"
     parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
 

@@ -1,4 +1,4 @@
-"""Projectors: stage tokens of the encoder -> tokens of the language model (Med3DVLM paper, section 3.2.2 and Tables 6-8).
+"""Projectors: from stage tokens of the encoder to tokens of the language model (Med3DVLM paper, section 3.2.2 and Tables 6-8).
 
     mlp              2xMLP          last stage alone
     low_high_mlp     2xMLP-H        last two stages, one linear layer each, then a shared one
@@ -23,7 +23,7 @@ def _two_layers(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _channel_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of every channel: (B, n, C) -> (C), (C); a little is added to the deviation, for channels that never change."""
+    """Return mean and deviation of every channel: (B, n, C) -> (C), (C); a little is added to the deviation, for channels that never change."""
     deviation, mean = torch.std_mean(tokens, dim=(0, 1))
     return mean, deviation + 1e-3
 
@@ -36,7 +36,7 @@ def _standardise_input(layer: nn.Linear, tokens: Tensor) -> None:
 
 
 class Projector(nn.Module):
-    """What all projectors have: `num_tokens`, how many image tokens a volume becomes; `standardise`; `forward`."""
+    """Base of all projectors: `num_tokens` image tokens a volume; `standardise`; `forward`."""
 
     num_tokens: int
 
@@ -53,7 +53,7 @@ class Projector(nn.Module):
 
 
 class PositionedProjector(Projector):
-    """Another projector, whose tokens are given their positions first: learned, from sines and cosines of each axis as a start.
+    """A projector whose tokens first get learned position embeddings, which start from sines and cosines of each axis.
 
     At the start positions deviate as much as the tokens that `standardise` was shown, or by 1.
     """
@@ -74,7 +74,7 @@ class PositionedProjector(Projector):
 
 
 def position_codes(grid: Grid, width: int) -> Tensor:
-    """(d*h*w, width): for every cell sines and cosines of its place on each axis, in waves of 2, 1, 1/2, ... of the grid's length.
+    """Return (d*h*w, width): for every cell sines and cosines of its place on each axis, in waves of 2, 1, 1/2, ... of the grid's length.
 
     Channels take turns by axis and function, so that even a narrow code tells all three axes; the mean square of a channel is about 1.
     """
@@ -210,7 +210,7 @@ PROJECTORS: dict[str, type[Projector]] = {
 def build_projector(
     name: str, grids: tuple[Grid, Grid], widths: tuple[int, int], dim: int, depth: int = 2, position_embedding: bool = False
 ) -> Projector:
-    """The projector of that name; `num_tokens` of it says how many image tokens it makes.
+    """Build the projector of that name; its `num_tokens` is the number of image tokens.
 
     Args:
         grids: (d, h, w) of the two outputs of the encoder, low and high; in the paper its last two stages.

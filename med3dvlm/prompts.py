@@ -1,4 +1,4 @@
-"""Words that the model is asked with, as data. Training draws one for a report, in every epoch anew; evaluation takes the first."""
+"""Texts of prompts. Training draws one of them for a report, in every epoch anew; evaluation takes the first."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ FINDING_PROMPTS = (
 
 
 def finding_prompts(finding: str, templates: int = 1) -> list[tuple[str, str]]:
-    """The first so many pairs about a finding: "lung_nodule" -> [("Lung nodule is present.", "Lung nodule is not present."), ...]."""
+    """Return the first pairs of prompts about a finding: "lung_nodule" -> [("Lung nodule is present.", "Lung nodule is not present."), ...]."""
     begin, words = finding_words(finding), finding.replace("_", " ")
     return [
         (present.format(Finding=begin, finding=words), absent.format(Finding=begin, finding=words))
@@ -30,13 +30,13 @@ def finding_prompts(finding: str, templates: int = 1) -> list[tuple[str, str]]:
 
 
 def finding_words(finding: str) -> str:
-    """ "lung_nodule" -> "Lung nodule", "COVID-19" as it is."""
+    """Write a finding's name in words: "lung_nodule" -> "Lung nodule", "COVID-19" unchanged."""
     words = finding.replace("_", " ")
     return words[:1].upper() + words[1:]
 
 
 def closed_prompt(question: str, choices: Sequence[str]) -> str:
-    """The published form of a closed question: 'Where is it? Choices: A. Left lung B. Right lung' (M3D-VQA).
+    """Write a closed question in its published form: 'Where is it? Choices: A. Left lung B. Right lung' (M3D-VQA).
 
     Raises:
         ValueError: there are more choices than letters.
@@ -46,5 +46,5 @@ def closed_prompt(question: str, choices: Sequence[str]) -> str:
 
 
 def closed_answer(choices: Sequence[str], answer: str) -> str:
-    """The published form of a closed answer: 'B. Right lung'."""
+    """Write a closed answer in its published form: 'B. Right lung'."""
     return f"{LETTERS[list(choices).index(answer)]}. {answer}"

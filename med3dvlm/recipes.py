@@ -24,7 +24,7 @@ Step = Callable[[Any], Any]
 
 
 class Settings(Protocol):
-    """What a recipe reads of its VolumeProcessor."""
+    """The settings of a VolumeProcessor that a recipe reads."""
 
     recipe: str
     size: tuple[int, ...]
@@ -45,18 +45,18 @@ class Grid:
 
     @property
     def values(self) -> tuple[float, float]:
-        """The lowest and the highest value that a model sees."""
+        """Return the lowest and the highest value that a model sees."""
         return (self.low - self.zero) / self.scale, (self.high - self.zero) / self.scale
 
     def quantize(self, values: Tensor) -> Tensor:
-        """The nearest whole numbers. Raises ValueError for values outside of the grid."""
+        """Return the nearest whole numbers. Raises ValueError for values outside of the grid."""
         low, high = self.values
         if values.numel() and not (values.min() >= low - 1e-4 and values.max() <= high + 1e-4):
             raise ValueError(f"Only values in {low:g}..{high:g} can be quantised, not {values.min():g} to {values.max():g}.")
         return torch.mul(values, self.scale).add_(self.zero).round_().clamp_(self.low, self.high).to(self.dtype)
 
     def dequantize(self, whole: Tensor) -> Tensor:
-        """What they stand for, as float32."""
+        """Return the values of whole numbers, as float32."""
         values = whole.to(torch.float32, copy=True)
         if self.zero:
             values.sub_(self.zero)
@@ -68,17 +68,18 @@ GREY = Grid(0, 255, 0, 255, torch.uint8)
 
 
 def as_displayed(volume: Volume) -> torch.Tensor:
-    """The voxels (1, D, H, W) as float32, flipped and H/W-swapped to the standard display of the volume's plane."""
+    """Return the voxels (1, D, H, W) as float32, flipped and H/W-swapped to the standard display of the volume's plane."""
     return oriented(volume, display(volume))[0]
 
 
 def display(volume: Volume) -> str:
-    """The letters of the standard display of the volume's plane."""
+    """Return the letters of the standard display of the volume's plane."""
     return DISPLAYED[volume.plane or "axial"]
 
 
 def moves(volume: Volume, wanted: str) -> NDArray[np.float64]:
-    """The flips and swaps of axes that bring a volume to go where the letters `wanted` say, as nibabel writes them (3, 2).
+    """Return the flips and swaps of axes that bring a volume to the orientation `wanted`, as nibabel writes them (3, 2). A volume without
+    orientation is taken to be axial and as displayed on a screen.
 
     A volume without orientation is taken to be axial and as displayed on a screen.
     """
@@ -89,7 +90,7 @@ def moves(volume: Volume, wanted: str) -> NDArray[np.float64]:
 
 
 def oriented(volume: Volume, wanted: str) -> tuple[torch.Tensor, list[Any]]:
-    """The voxels (1, D, H, W) as float32 after those `moves`, and their spacing."""
+    """Return the voxels (1, D, H, W) as float32 after those `moves`, and their spacing."""
     from nibabel.orientations import apply_orientation
 
     moved = moves(volume, wanted)
@@ -100,7 +101,7 @@ def oriented(volume: Volume, wanted: str) -> tuple[torch.Tensor, list[Any]]:
 
 
 def require_hu(volume: Volume, recipe: str) -> Volume:
-    """The volume itself, if it is in Hounsfield units."""
+    """Return the volume itself if it is in Hounsfield units, else raise VolumeError."""
     if volume.unit != "HU":
         raise VolumeError(
             f"{volume.source}: recipe {recipe!r} needs Hounsfield units but the unit is {volume.unit!r}; "
@@ -110,7 +111,7 @@ def require_hu(volume: Volume, recipe: str) -> Volume:
 
 
 def resample(volume: Volume, processor: Settings) -> Tensor:
-    """The voxels (1, D, H, W) in the canonical orientation and of the processor's spacing, clipped to AIR..BONE.
+    """Resample to the canonical orientation and the processor's spacing: voxels (1, D, H, W), clipped to AIR..BONE.
 
     Clipped first, so that padding of -3024 and metal do not bleed into their neighbours. Like the public code, this stretches
     the grid to a whole number of voxels, rounded down.
@@ -149,7 +150,7 @@ def m3d(processor: Settings) -> list[Step]:
 
 
 def hu_window(processor: Settings) -> list[Step]:
-    """The same with a fixed window, for new training: clip to `hu_range`, scale to 0..1, crop to what is above its low end, resize."""
+    """Like m3d with a fixed window, for new training: clip to `hu_range`, scale to 0..1, crop to what is above its low end, resize."""
     from monai.transforms.croppad.array import CropForeground
     from monai.transforms.intensity.array import ScaleIntensityRange
     from monai.transforms.spatial.array import Resize
@@ -181,7 +182,7 @@ def ct_rate(processor: Settings) -> list[Step]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The steps and the settings that they have by default; `spacing` is None where nothing is resampled to one."""
+    """The steps and their default settings; `spacing` is None where nothing is resampled to one."""
 
     steps: Callable[[Settings], list[Step]]
     size: tuple[int, int, int]

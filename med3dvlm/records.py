@@ -21,7 +21,7 @@ SIDES = ("left", "right", "both", "midline", "")  # the patient's; empty where n
 
 
 def check_inside(path: str, name: str) -> None:
-    """Raises ValueError unless the path stays below whatever folder it is taken from."""
+    """Raise ValueError unless the path stays inside the folder that it is relative to."""
     parts = PurePosixPath(path)
     if parts.is_absolute() or ".." in parts.parts or not parts.parts:
         raise ValueError(f"{name} is {path!r}, but it must be a path relative to the data's folder, without '..'")
@@ -29,7 +29,7 @@ def check_inside(path: str, name: str) -> None:
 
 @dataclass(frozen=True)
 class Mask:
-    """Where a finding or a structure lies in a scan, and what is said about it.
+    """The mask of a finding or a structure in a scan, and its description.
 
     `file` is a path relative to the root of the data set. Of a file with several masks `channel` is this one's number, from 0; of one with
     several labels `value` is this one's. Without a value the file holds 0 and one other number.
@@ -108,17 +108,17 @@ class Question:
 
     @property
     def letter(self) -> str:
-        """The letter of the right choice, A for the first; only a lettered question has one."""
+        """Return the letter of the right choice, A for the first; only a lettered question has one."""
         return LETTERS[self.choices.index(self.answer)]
 
 
 def has_letters(choices: Sequence[str]) -> bool:
-    """Whether there are choices and a letter for each of them."""
+    """Return whether there are choices and a letter for each of them."""
     return 0 < len(choices) <= len(LETTERS)
 
 
 def check_ids(studies: Iterable[Study]) -> None:
-    """Raises ValueError where two studies have one id."""
+    """Raise ValueError where two studies have one id."""
     seen: set[PurePosixPath] = set()
     for study in studies:
         place = PurePosixPath(study.id)
@@ -131,7 +131,7 @@ Record = TypeVar("Record", Study, Question)
 
 
 def fields_of(record: Study | Question) -> dict[str, Any]:
-    """A record as a JSON object."""
+    """Return a record as a JSON object."""
     fields = dataclasses.asdict(record)
     if not fields.get("masks", True):
         del fields["masks"]
@@ -180,7 +180,7 @@ def _check_fields(where: str, fields: Mapping[str, Any], kind: type[Any], option
 
 
 def parts_of_splits(splits: Mapping[str, Sequence[Study]]) -> dict[str, dict[str, list[str]]]:
-    """Splits whose studies all lie in another one too, as M3D's "test1k" in "test"; of equal ones the first counts as the whole.
+    """Return the splits whose studies all lie in another one too, as M3D's "test1k" in "test"; of equal ones the first counts as the whole.
 
     A study belongs to one split, so such parts are not prepared again; each gets what a split file holds, {split: [study ids]}, in
     which it stands in the place of its whole.

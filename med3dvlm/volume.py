@@ -1,4 +1,4 @@
-"""One scan file in, one checked :class:`Volume` out.
+"""Read one scan file into one checked :class:`Volume`.
 
 Everything that can be wrong with the geometry, the unit or the numbers of a scan is found here, so that what follows
 (preprocessing, training, the app) works on volumes that are known to be sound.
@@ -107,27 +107,27 @@ class Volume:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(D, H, W)."""
+        """Return (D, H, W)."""
         depth, height, width = self.array.shape
         return depth, height, width
 
     @property
     def plane(self) -> str | None:
-        """The plane nearest to the slices, axial, coronal or sagittal; None when the orientation is unknown."""
+        """Return the plane nearest to the slices, axial, coronal or sagittal; None when the orientation is unknown."""
         return None if self.orientation is None else PLANES[self.orientation[0]]
 
     @property
     def oblique(self) -> float | None:
-        """The largest angle in degrees between an axis and its anatomical one, by tilt or by rotation; None when unknown."""
+        """Return the largest angle in degrees between an axis and its anatomical one, by tilt or by rotation; None when unknown."""
         return None if self.direction is None else geometry.turn(self.direction)[1]
 
     @property
     def regular(self) -> bool:
-        """Whether slices are evenly spaced and, as far as is known, stacked at right angles."""
+        """Return whether slices are evenly spaced and, as far as is known, stacked at right angles."""
         return self.slice_positions is None and (self.direction is None or geometry.shear(self.direction) < geometry.SHEARED)
 
     def straightening(self) -> Straightening:
-        """The regular grid that `straighten` resamples to, and how the slices lie in it.
+        """Return the regular grid that `straighten` resamples to, and how the slices lie in it.
 
         Raises:
             VolumeError: the spacing is unknown.
@@ -139,7 +139,7 @@ class Volume:
 
     @property
     def affine(self) -> NDArray[np.float64] | None:
-        """4x4, of which the index (d, h, w, 1) gives the place of the middle of a voxel in RAS mm; None where that is not known.
+        """Return the 4x4 matrix that takes the index (d, h, w, 1) to the middle of a voxel in RAS mm; None where that is unknown.
 
         Without an origin in the file the first voxel lies at 0. Of an irregular stack it is that of a regular one (see `straightening`).
         """
@@ -152,7 +152,7 @@ class Volume:
 
     @property
     def places(self) -> Places | None:
-        """Where its voxels lie, also of an irregular stack; None where spacing or orientation is unknown.
+        """Return where the voxels lie, also for an irregular stack; None where spacing or orientation is unknown.
 
         Where the direction is not known but the letters of the axes are, it is theirs.
         """
@@ -167,7 +167,7 @@ class Volume:
         return Places(np.zeros(3) if self.origin is None else self.origin, direction * self.spacing, slices)
 
     def straighten(self) -> "Volume":
-        """The volume itself where it is regular, else its values resampled to evenly spaced slices stacked at right angles.
+        """Return the volume itself if it is regular, else resampled to evenly spaced slices stacked at right angles.
 
         A gantry's tilt is taken back by moving each slice within its plane; uneven slices come to lie at about the smallest distance of
         a slab (see `geometry.Straightening`). `notes` say so, and what `warnings` said of it goes.
@@ -242,7 +242,7 @@ def read_volume(
 
 
 def _read(location: Path, source: str, series: int | None, transpose: bool) -> formats.Parts:
-    """What the file's reader finds."""
+    """Read the file."""
     if not location.exists():
         raise VolumeError(f"{source}: there is no such file or folder; check the path.")
     if not os.access(location, os.R_OK):
@@ -259,7 +259,7 @@ def _read(location: Path, source: str, series: int | None, transpose: bool) -> f
 
 
 def _geometry(parts: formats.Parts, spacing: Sequence[float] | None, orientation: str | None, warnings: list[str]) -> dict[str, Any]:
-    """A Volume's arguments that say where its voxels lie: what is stated, else what the file says. Adds to `warnings`."""
+    """Return the arguments of Volume about geometry: what is stated, else what the file says. Adds to `warnings`."""
     found, direction, heights, origin = parts.spacing, None, parts.slice_positions, parts.origin
     if origin is not None and not np.isfinite(origin).all():
         origin = None
@@ -289,7 +289,7 @@ def _geometry(parts: formats.Parts, spacing: Sequence[float] | None, orientation
 
 
 def _split(axes: NDArray[np.float64], warnings: list[str], parts: formats.Parts) -> tuple[Any, NDArray[np.float64] | None]:
-    """Spacing (z, y, x) and direction (columns D, H, W), or (None, None) for a matrix that is no geometry."""
+    """Return spacing (z, y, x) and direction (columns D, H, W), or (None, None) for a matrix that is no geometry."""
     columns = np.asarray(axes, dtype=np.float64)[:, ::-1]
     if not geometry.is_geometry(columns):
         warnings.append("the file's axes are singular or not finite and are ignored.")
@@ -301,7 +301,7 @@ def _split(axes: NDArray[np.float64], warnings: list[str], parts: formats.Parts)
 
 
 def _irregular(volume: Volume) -> list[str]:
-    """What keeps a volume from being a regular grid, in words."""
+    """Say what keeps a volume from being a regular grid."""
     found = []
     if volume.direction is not None and (angle := geometry.shear(volume.direction)) >= geometry.SHEARED:
         found.append(f"the stack is sheared by {_degrees(angle)}, as by a tilted gantry")
@@ -312,7 +312,7 @@ def _irregular(volume: Volume) -> list[str]:
 
 
 def _doubts(volume: Volume) -> list[str]:
-    """Warnings about a volume's geometry."""
+    """Return warnings about a volume's geometry."""
     found = []
     if volume.spacing is not None and not FINEST <= min(volume.spacing) <= max(volume.spacing) <= COARSEST:
         found.append(

@@ -1,4 +1,4 @@
-"""Segmentation: a decoder on the encoder of a stage-1 model learns where the things lie that prompts name.
+"""Segmentation: train a decoder on the encoder of a stage-1 model to draw what prompts name.
 
 deepspeed stages/segmentation.py --config stages/configs/demo/segmentation.yaml
 python stages/segmentation.py --config stages/configs/smoke/segmentation.yaml --dual-cross-attention false

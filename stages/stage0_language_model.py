@@ -1,4 +1,4 @@
-"""Before the stages, for the embedded default alone: a small Qwen2 with a tokenizer of its own learns the words of the training texts.
+"""Stage 0, for the built-in demo alone: train a small Qwen2 and its tokenizer on the words of the training texts.
 
 deepspeed stages/stage0_language_model.py --config stages/configs/demo/stage0_language_model.yaml
 python stages/stage0_language_model.py --config stages/configs/smoke/stage0_language_model.yaml --max-steps 4

@@ -66,7 +66,7 @@ POINTING_FILE = "pointing.json"  # beside the adapter of a model that learned to
 
 
 def locate_model(name: str) -> str:
-    """A directory or hub id as transformers takes it; `package:NAME` is the model that an installed Python package ships.
+    """Return a directory or hub id as transformers takes it; `package:NAME` is the model that an installed Python package ships.
 
     Raises:
         FileNotFoundError: there is no such directory, hub model or package, or it ships no model.
@@ -95,7 +95,7 @@ def locate_model(name: str) -> str:
 
 
 def configuration_of(name: str, wanted: str, known: Any, **overrides: Any) -> tuple[str, PretrainedConfig]:
-    """Where a pretrained model of the library is, as `locate_model`, and its configuration.
+    """Return the location of a pretrained model, as `locate_model`, and its configuration.
 
     Args:
         wanted: in words, as "language model".
@@ -130,7 +130,7 @@ def configuration_of(name: str, wanted: str, known: Any, **overrides: Any) -> tu
 
 
 def load_language_model(name: str, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, Any]:
-    """A causal language model and its tokenizer, from a directory, a hub id, or a package.
+    """Load a causal language model and its tokenizer from a directory, a hub id, or a package.
 
     Args:
         dtype: of the weights; "auto" is the type in which they are stored. A GGUF file is unpacked, with "auto" to float32.
@@ -156,7 +156,7 @@ def load_language_model(name: str, dtype: torch.dtype | str = "auto") -> tuple[P
 
 
 def require_weights(path: str | Path) -> Path:
-    """The directory, if it holds a model.
+    """Return the directory if it holds a model.
 
     Raises:
         FileNotFoundError: it does not exist or has no weights.
@@ -181,19 +181,19 @@ def _require_whole(path: Path) -> None:
 
 
 def load_clip(path: str | Path, **options: Any) -> tuple[Med3DCLIP, Med3DCLIPProcessor]:
-    """A stage-1 model with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype)."""
+    """Load a stage-1 model with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype)."""
     path = _require_type(path, "med3d_clip")
     return Med3DCLIP.from_pretrained(path, **options).eval(), Med3DCLIPProcessor.from_pretrained(path)
 
 
 def load_segmenter(path: str | Path, **options: Any) -> tuple[Med3DSegmenter, Med3DCLIPProcessor]:
-    """A Med3DSegmenter with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype)."""
+    """Load a Med3DSegmenter with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype)."""
     path = _require_type(path, "med3d_segmenter")
     return Med3DSegmenter.from_pretrained(path, **options).eval(), Med3DCLIPProcessor.from_pretrained(path)
 
 
 def load_vlm(path: str | Path, **options: Any) -> tuple[Med3DVLM, Med3DVLMProcessor]:
-    """A Med3DVLM with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype, device_map).
+    """Load a Med3DVLM with its processor, in evaluation mode; `options` go to `from_pretrained` (dtype, device_map).
 
     Raises:
         FileNotFoundError, ValueError: the folder names its language model by place, and that is not there or is another one now.
@@ -205,7 +205,7 @@ def load_vlm(path: str | Path, **options: Any) -> tuple[Med3DVLM, Med3DVLMProces
 
 
 def _assembled(path: Path, config: Med3DVLMConfig, dtype: torch.dtype | str = "auto") -> Med3DVLM:
-    """A Med3DVLM of the folder's weights and the language model that it names."""
+    """Return a Med3DVLM of the folder's weights and the language model that it names."""
     source: Any = config.language_model_source
     language_model, _ = load_language_model(source["place"], getattr(torch, source["dtype"]))
     if fingerprint(language_model) != source["fingerprint"]:
@@ -223,7 +223,7 @@ def _assembled(path: Path, config: Med3DVLMConfig, dtype: torch.dtype | str = "a
 
 
 def load_encoder(path: str | Path) -> Encoder:
-    """A vision encoder, in evaluation mode: a converted one, or that of a stage-1 model, a Med3DSegmenter or a Med3DVLM."""
+    """Load a vision encoder, in evaluation mode: a converted one, or that of a stage-1 model, a Med3DSegmenter or a Med3DVLM."""
     kind = model_type(path)
     if kind == "med3d_segmenter":
         return load_segmenter(path)[0].clip.vision_encoder
@@ -236,13 +236,13 @@ def load_encoder(path: str | Path) -> Encoder:
 
 
 def load_projector(path: str | Path) -> Projector:
-    """A converted projector, in evaluation mode."""
+    """Load a converted projector, in evaluation mode."""
     settings = _settings(_require_type(path, "med3d_projector"))
     return _loaded(build_projector(*(settings[key] for key in ("projector", "grids", "widths", "dim", "depth"))), path)
 
 
 def load_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[Any, Med3DVLMProcessor]:
-    """A stage-3 adapter over its base, a PeftModel in evaluation mode, with the base's processor.
+    """Load a stage-3 adapter over its base, a PeftModel in evaluation mode, with the base's processor.
 
     Where the adapter was trained on a quantised language model, the base has the numbers of that one, in its own type; how far they lie
     from its own is logged and stands in `quantization_error` of the model.
@@ -285,7 +285,7 @@ def load_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[A
 
 
 def require_own(destination: str | Path, adapter: str | Path) -> None:
-    """Raise ValueError where `destination` holds what was not merged from this adapter's folder, and `merge_lora` would replace it."""
+    """Raise ValueError where `merge_lora` would replace a model in `destination` that was not merged from this adapter's folder."""
     destination, adapter = Path(destination), Path(adapter).resolve()
     if destination.resolve() == adapter:
         raise ValueError(f"the merged model would replace the adapter in {adapter}; name another folder for it: --merged")
@@ -334,7 +334,7 @@ def merge_lora(adapter: str | Path, destination: str | Path, base: str | Path | 
 
 
 def verify_equal(one: PreTrainedModel, other: PreTrainedModel, inputs: dict[str, Any], tolerance: float = 1e-4) -> float:
-    """The largest difference of two models' logits relative to their spread.
+    """Return the largest difference of two models' logits relative to their spread.
 
     Raises:
         ValueError: it exceeds `tolerance`.
@@ -348,7 +348,7 @@ def verify_equal(one: PreTrainedModel, other: PreTrainedModel, inputs: dict[str,
 
 
 def model_type(path: str | Path) -> str:
-    """The `model_type` of a model directory's config.json."""
+    """Return the `model_type` of a model directory's config.json."""
     return str(_settings(require_weights(path)).get("model_type"))
 
 
@@ -358,7 +358,7 @@ def _settings(path: str | Path) -> dict[str, Any]:
 
 
 def _require_type(path: str | Path, wanted: str) -> Path:
-    """The directory, if it holds that kind of model."""
+    """Return the directory if it holds that kind of model."""
     found = model_type(path)
     if found != wanted:
         remedy = f"load it with {LOADERS[found]}" if found in LOADERS else "convert it first with `med3dvlm convert`"

@@ -1,4 +1,4 @@
-"""A model's folder for others: its card (README.md), written from its records, and the upload to the Hugging Face hub.
+"""Publish a model's folder: write its card (README.md) from its records, and upload it to the Hugging Face hub.
 
 What is uploaded is listed in FILES; records of a run hold the paths of this machine and stay here.
 """
@@ -69,13 +69,13 @@ LIMITS = """- Made for research. Answers, scores and masks can be wrong, and con
 
 
 def write_card(folder: Path, destination: Path) -> None:
-    """Write the card of a model of ours that will move to `destination`, unless that holds one which somebody wrote or changed."""
+    """Write the card of a model of ours that will move to `destination`, unless that holds a card that somebody wrote or changed."""
     if _json(folder / "config.json").get("model_type") in KINDS and not _own_card(destination):
         write_text(folder / CARD, model_card(folder, destination))
 
 
 def model_card(folder: Path, records: Path | None = None) -> str:
-    """What the folder's config, processor and records say of the model, as Markdown, and the figures of evaluations in an eval/ beside it.
+    """Return the model card as Markdown, from the folder's config, processor and records, and from evaluations in an eval/ beside it.
 
     Args:
         records: the folder with run.json, by default the model's; of a merged model the adapter's counts.
@@ -165,7 +165,7 @@ def push(folder: Path, repo_id: str, private: bool = False) -> list[str]:
 
 
 def uploaded(folder: Path) -> list[str]:
-    """The files of a model's folder that `push` uploads, those in FILES.
+    """Return the files of a model's folder that `push` uploads, those in FILES.
 
     Raises:
         FileNotFoundError, ValueError: see `push`.
@@ -183,7 +183,7 @@ def uploaded(folder: Path) -> list[str]:
 
 
 def _config(folder: Path) -> bytes:
-    """config.json, without where on this machine a converted model was read from."""
+    """Return config.json without the path from which a converted model was read."""
     content = (folder / "config.json").read_bytes()
     config = json.loads(content)
     if config.get("published", {}).pop("source", None) is None:
@@ -192,7 +192,7 @@ def _config(folder: Path) -> bytes:
 
 
 def _own_card(folder: Path) -> bool:
-    """Whether somebody wrote the folder's card, or changed it."""
+    """Return whether somebody wrote the folder's card, or changed it."""
     path = folder / CARD
     return path.is_file() and WRITTEN not in path.read_text(encoding="utf-8-sig")
 
@@ -219,7 +219,7 @@ def _facts(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> list[tu
 
 
 def _figures(folder: Path) -> str:
-    """The tables of this model's evaluations in eval/ in the folder or beside it."""
+    """Return the tables of this model's evaluations in eval/ in the folder or beside it."""
     parts = []
     for path in sorted({*folder.glob("eval/*/run.json"), *folder.resolve().parent.glob("eval/*/run.json")}):
         record, table = _json(path), path.with_name("scores.md")

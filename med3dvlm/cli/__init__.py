@@ -1,4 +1,4 @@
-"""Vision-language models for 3D CT scans: `med3dvlm COMMAND --help` says what each command takes.
+"""Vision-language models for 3D CT scans: `med3dvlm COMMAND --help` lists the arguments of each command.
 
 Results go to stdout; warnings, progress and notices to stderr. The exit code is 0, or 1 where `prepare` had to leave studies
 out, or 2 with one sentence where the input or the place of the output is at fault, or 130 after Ctrl+C. Files appear under
@@ -15,7 +15,7 @@ from med3dvlm import programs
 from med3dvlm.cli import cases, data, models, scans, segment
 from med3dvlm.cli.options import Commands
 
-# Command -> what it runs -> its module and what it does. These parse their own words.
+# Command -> subcommand -> its module and help. These programs parse their own arguments.
 PROGRAMS = {
     "train": {
         "stage0": ("training.stage0_language_model", "a small language model from nothing, on the texts of the data"),
@@ -39,11 +39,11 @@ PROGRAMS = {
 }
 PASSED_ON = {
     "train": "train a model: `med3dvlm train STAGE --help`",
-    "plan": "what a training takes before it is started: memory, the largest batch, disk, hours",
+    "plan": "plan a training before it is started: memory, the largest batch, disk, hours",
     "evaluate": "score a model: `med3dvlm evaluate WHAT --help`",
     "chat": "look at a scan and talk with a model about it, in the browser, on this machine",
-    "serve": "answer programs about scans, in the words of OpenAI's API",
-    "accounts": "add an account for a shared chat, or give it a new password",
+    "serve": "serve a model to programs, with OpenAI's API",
+    "accounts": "add an account for a shared chat, or change its password",
 }
 GROUPS = {
     "Data": ("phantom", "prepare", "audit", "findings"),
@@ -55,7 +55,7 @@ GROUPS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return its exit code."""
     return programs.run(_main, argv, "med3dvlm")
 
 
@@ -68,7 +68,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _pass_on(command: str, *words: str) -> int:
-    """Run a program with its own words."""
+    """Run a program with its own arguments."""
     if command == "chat":
         model = ("--model",) if words and not words[0].startswith("-") else ()
         return programs.run("med3dvlm.app.chat", [*model, *words], "med3dvlm chat")

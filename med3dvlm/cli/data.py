@@ -1,4 +1,4 @@
-"""`phantom`, `prepare`, `audit`, `findings`: data sets, from their making to what is wrong with them."""
+"""`phantom`, `prepare`, `audit`, `findings`: make, prepare and check data sets."""
 
 import argparse
 import json
@@ -122,7 +122,7 @@ def _phantom_m3d(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    """Gives the exit code: 1 where some studies could not be prepared."""
+    """Prepare a data set. Returns the exit code: 1 where some studies could not be prepared."""
     from med3dvlm.datasets import DATASETS
     from med3dvlm.datasets.preparation import prepare, prepare_shard
     from med3dvlm.files import read_lines, write_json
@@ -180,7 +180,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _beside(told: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
-    """What is told of all scans, but for what the table states of one; what the values mean it states as a whole."""
+    """Return the options stated for all scans, but for those that the table states for a scan; the meaning of values is taken as a whole."""
     meaning = {"unit", "hu", "rescale"}
     return {name: value for name, value in told.items() if not (name in meaning and meaning & stated.keys())} | stated
 

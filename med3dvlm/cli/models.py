@@ -1,4 +1,4 @@
-"""`ask`, `report`, `merge`, `export`, `convert`, `encoders`: models at work, and their files."""
+"""`ask`, `report`, `merge`, `export`, `convert`, `encoders`: use models and convert their files."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""Arguments that several commands take, and what they check first."""
+"""Arguments that several commands share, and their checks."""
 
 import argparse
 import os
@@ -15,13 +15,13 @@ SCANS = "a file, a zip, or a folder with a DICOM series or numbered PNG or JPEG 
 
 
 def add_scan(parser: argparse.ArgumentParser) -> None:
-    """A scan and what `read_volume` may be told about it."""
+    """Add a scan and the options of `read_volume`."""
     parser.add_argument("scan", metavar="SCAN", help=f"a scan: {SCANS}")
     add_reading(parser)
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """What `read_volume` may be told about a scan."""
+    """Add the options of `read_volume` about geometry."""
     parser.add_argument(
         "--spacing", type=numbers("Z,Y,X"), metavar="Z,Y,X", help="mm between slices, rows and columns (default: the file's)"
     )
@@ -30,7 +30,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def add_meaning(parser: argparse._ActionsContainer) -> None:
-    """What it may be told about the values, and which series they are of."""
+    """Add the options of `read_volume` about the values, and the series."""
     from med3dvlm.volume import HU_POLICIES, UNITS
 
     add = parser.add_argument
@@ -41,13 +41,13 @@ def add_meaning(parser: argparse._ActionsContainer) -> None:
 
 
 def reading(arguments: argparse.Namespace, names: Sequence[str] = ("spacing", "straighten", *MEANING)) -> dict[str, Any]:
-    """The keyword arguments of `read_volume` that were given, of some names."""
+    """Return the keyword arguments of `read_volume` that were given, of some names."""
     given = {name: getattr(arguments, name) for name in names}
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def numbers(form: str) -> Callable[[str], tuple[float, ...]]:
-    """For argparse: as many numbers as `form` has letters, with commas between them."""
+    """Return an argparse type: as many numbers as `form` has letters, with commas between them."""
 
     def parse(text: str) -> tuple[float, ...]:
         try:
@@ -87,14 +87,14 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def require_writable(folder: Path) -> None:
-    """Make the folder and see that files can be written there, before anything that takes time."""
+    """Make the folder and check that files can be written there, before anything that takes time."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def quiet_transformers() -> None:
-    """No bars for loading, no advice for developers."""
+    """Turn off transformers' progress bars and advice for developers."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

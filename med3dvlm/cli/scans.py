@@ -1,4 +1,4 @@
-"""`inspect`: what a scan file is."""
+"""`inspect`: describe a scan file."""
 
 import argparse
 import os
@@ -37,7 +37,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _facts(volume: "Volume", percentiles: Sequence[float]) -> Iterator[tuple[str, str]]:
-    """What `inspect` prints: pairs of a label and a value."""
+    """Yield the lines of `inspect`: pairs of a label and a value."""
     yield "Scan", Path(os.path.abspath(volume.source)).name
     yield "Size", " x ".join(map(str, volume.shape)) + " voxels (slices x rows x columns)"
     if volume.spacing is None:

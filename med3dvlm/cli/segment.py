@@ -58,7 +58,7 @@ def _segment(arguments: argparse.Namespace) -> int | None:
 
 
 def _files(out: Path | None, texts: Sequence[str]) -> list[Path]:
-    """A file for each text.
+    """Return a file for each text.
 
     Raises:
         ValueError: two texts would have one.
@@ -74,7 +74,7 @@ def _files(out: Path | None, texts: Sequence[str]) -> list[Path]:
 
 
 def line_of(one: "Segmentation") -> str:
-    """What was found, in one line."""
+    """Describe a mask in one line."""
     start = f"{one.name}: presence {one.score:.2f}"
     if one.bounding_box is None:
         return f"{start}, nothing found."

@@ -1,4 +1,4 @@
-"""The keys and values of a running batch, whose rows come and go, and of what was read before.
+"""Keys and values of a running batch, whose rows come and go, and of prefixes kept for reuse.
 
 Shapes: B rows; Q new tokens a row; C places; H heads of keys and values; d their width.
 """
@@ -19,7 +19,8 @@ STEP = 128  # places are added by so many
 
 
 class SlotCache(Cache):
-    """Row r has the keys and values of its token p at place p of slot r; the slots in use are the first ones.
+    """A cache in which row r keeps its token p at place p of slot r; the slots in use are the first ones. `at` tells, before the language
+    model runs, which slots its rows use and where their new tokens go.
 
     `at` says, before the language model runs, which slots its rows are and where their new tokens stand.
     """
@@ -32,7 +33,7 @@ class SlotCache(Cache):
         self._positions = torch.empty(0, 0, dtype=torch.long)
 
     def reserve(self, slots: int, places: int) -> None:
-        """Have at least so many."""
+        """Make room for at least so many slots and places."""
         slots, places = max(self.slots, slots), max(self.places, -(-places // STEP) * STEP)
         if (slots, places) == (self.slots, self.places):
             return
@@ -44,14 +45,15 @@ class SlotCache(Cache):
         self.slots, self.places = slots, places
 
     def at(self, first: int, positions: Tensor, real: Tensor) -> int:
-        """The rows are slots first, first + 1, ...; their new tokens stand at `positions` (B, Q) where `real` (B, Q). Gives how many places
-        the rows have."""
+        """Set the rows to slots first, first + 1, ..., and their new tokens to `positions` (B, Q) where `real` (B, Q). Returns how many
+        places the rows have.
+        """
         self._first, self._width = first, int(positions.max()) + 1
         self._positions = positions.masked_fill(~real, self.places)  # the last place, which nobody reads
         return self._width
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep (B, H, Q, d) and give (B, H, width, d)."""
+        """Store keys and values (B, H, Q, d) and return them with the earlier ones (B, H, width, d)."""
         if layer_idx == len(self._kept):
             self._kept.append([_like(new, self.slots, self.places) for new in (key_states, value_states)])
         rows = slice(self._first, self._first + len(key_states))
@@ -65,17 +67,17 @@ class SlotCache(Cache):
         return self._width
 
     def move(self, source: int, target: int) -> None:
-        """Put one slot's in the place of another's."""
+        """Copy one slot over another."""
         for layer in self._kept:
             for kept in layer:
                 kept[target] = kept[source]
 
     def copied(self, slot: int, length: int) -> list[list[Tensor]]:
-        """Keys and values (H, length, d) of each layer."""
+        """Return a copy of the keys and values (H, length, d) of each layer."""
         return [[kept[slot, :, :length].clone() for kept in layer] for layer in self._kept]
 
     def fill(self, slot: int, layers: Sequence[Sequence[Tensor]], length: int) -> None:
-        """Begin a slot with the first `length` of what `copied` gave."""
+        """Begin a slot with the first `length` tokens of `copied`."""
         if not self._kept:
             self._kept = [[_like(part[None], self.slots, self.places) for part in layer] for layer in layers]
         for kept, given in zip(self._kept, layers, strict=True):
@@ -84,7 +86,7 @@ class SlotCache(Cache):
 
 
 def _like(states: Tensor, slots: int, places: int) -> Tensor:
-    """Zeros, since what is masked away is still multiplied by 0."""
+    """Return zeros, since masked places are still multiplied by 0."""
     _, heads, _, width = states.shape
     return states.new_zeros(slots, heads, places + 1, width)
 
@@ -102,14 +104,14 @@ class Prefix:
         return self.scan.nbytes + sum(part.nbytes for layer in self.layers for part in layer)
 
     def shared(self, ids: NDArray[np.int64]) -> int:
-        """How many of the first tokens are the same."""
+        """Return how many of the first tokens are the same."""
         length = min(len(ids), len(self.ids))
         differ = np.flatnonzero(ids[:length] != self.ids[:length])
         return int(differ[0]) if len(differ) else length
 
 
 class Prefixes:
-    """What was read before, the last used of it, in at most so many bytes."""
+    """The most recently used prefixes, within a limit of bytes."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes, self.nbytes = most_bytes, 0
@@ -117,7 +119,7 @@ class Prefixes:
         self._numbers = count()
 
     def find(self, scan: Tensor, ids: NDArray[np.int64]) -> tuple[Prefix | None, int]:
-        """The one that shares most tokens with these, and how many."""
+        """Return the prefix that shares most tokens with these, and how many."""
         found = [(prefix.shared(ids), number) for number, prefix in self._kept.items() if prefix.scan is scan]
         if not found:
             return None, 0
@@ -126,7 +128,7 @@ class Prefixes:
         return self._kept[number], shared
 
     def add(self, prefix: Prefix) -> None:
-        """Keep it in the place of those that it continues, unless one that is kept continues it."""
+        """Keep a prefix and drop those that it continues, unless a kept one continues it."""
         if self.find(prefix.scan, prefix.ids)[1] == len(prefix.ids):
             return
         for number, known in list(self._kept.items()):

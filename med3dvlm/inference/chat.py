@@ -43,7 +43,7 @@ REMEMBERED_SCANS = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said.
+    """An answer of the model.
 
     `tokens` counts the generated ones, the end of the turn included; `confidence` is the geometric mean of their probabilities, which says
     how sure the model is of its words, not whether they are true; `seconds` is the time of generating (in a batch, this answer's share).
@@ -114,7 +114,9 @@ class Med3DChat:
 
     @torch.no_grad()
     def encode(self, scan: Scan | Features) -> Features:
-        """The encoder's two `image_levels` for one scan. The last few files and Volumes are remembered: further questions skip the encoder."""
+        """Return the encoder's two `image_levels` for one scan. The last few files and Volumes are remembered, so that further questions skip
+        the encoder.
+        """
         if isinstance(scan, tuple):
             return scan
         key = _identity(scan)
@@ -140,7 +142,7 @@ class Med3DChat:
             return self._encoded[key]
 
     def ask(self, scan: Scan | Features, question: str, history: Sequence[Message] | None = None, max_new_tokens: int = 128) -> Answer:
-        """The answer to a question after `history` ({"role": "user" | "assistant", "content"}), whose oldest turns go where space is short.
+        """Answer a question after `history` ({"role": "user" | "assistant", "content"}), whose oldest turns go where space is short.
 
         Raises:
             ValueError: the question is empty or too long, or the scan unusable (VolumeError); one sentence.
@@ -165,7 +167,8 @@ class Med3DChat:
         temperature: float = 0.0,
         top_p: float = 1.0,
     ) -> Generator[str, None, Answer]:
-        """The same, in pieces as they come; joined, they are `ask`'s text. The generator returns the Answer; closing it stops the model.
+        """Answer as `ask` does, in pieces as they come; joined, they are `ask`'s text. The generator returns the Answer; closing it stops the
+        model.
 
         Args:
             temperature: 0 takes the likeliest token; above, tokens are drawn, and seldom ones the more often the higher it is.
@@ -184,17 +187,17 @@ class Med3DChat:
         return self._answer(row, features, stream.result())
 
     def report(self, scan: Scan | Features, max_new_tokens: int = REPORT_TOKENS) -> Answer:
-        """The scan's report: the answer to the first of the prompts that training used for it."""
+        """Write the scan's report: the answer to the first of the prompts that training used for it."""
         return self.ask(scan, REPORT_PROMPTS[0], max_new_tokens=max_new_tokens)
 
     def stream_report(self, scan: Scan | Features, max_new_tokens: int = REPORT_TOKENS) -> Generator[str, None, Answer]:
-        """`report`, as `stream` gives it."""
+        """Write the report as `stream` does."""
         return self.stream(scan, REPORT_PROMPTS[0], max_new_tokens=max_new_tokens)
 
     def answers(
         self, scans: Sequence[Scan | Features], questions: Sequence[str], max_new_tokens: int = 128, batch_size: int = 16
     ) -> list[Answer]:
-        """One question about each scan, up to `batch_size` generated together: what `ask` would say, sooner."""
+        """Ask one question about each scan, up to `batch_size` generated together. The answers are those of `ask`, sooner."""
         started, given = time.perf_counter(), list[Answer]()
         running = deque[tuple[list[int], Features, Stream]]()
         try:
@@ -220,12 +223,12 @@ class Med3DChat:
         return row, features, stream.result()
 
     def _answer(self, row: list[int], features: Features, said: Generation) -> Answer:
-        """What the engine said after the tokens `row`."""
+        """Make the Answer from the engine's output after the tokens `row`."""
         places = places_in(self.model, self.processor, row, [token.id for token in said.tokens], features)
         return Answer(said.text, len(said.tokens), said.seconds, said.confidence, places)
 
     def masks(self, scan: Scan, places: Sequence[Place]) -> list[Segmentation]:
-        """What an answer points to: a mask on the scan for each of its `places`, called by its sentence, with measurements.
+        """Return a mask on the scan for each of an answer's `places`, named by its sentence, with measurements.
 
         Raises:
             ValueError: the scan is no path or Volume, or unusable (VolumeError).
@@ -233,7 +236,7 @@ class Med3DChat:
         return draw_places(self.model, self.encoder, self.processor, scan, places)
 
     def segment(self, scan: Scan, text: str) -> Segmentation:
-        """Where a finding or an organ is: its mask on the scan, and measurements (see `inference.segmentation`).
+        """Segment a finding or an organ: its mask on the scan, and measurements (see `inference.segmentation`).
 
         Raises:
             ValueError: no segmenter was loaded, the text is empty, or the scan unusable (VolumeError).
@@ -243,7 +246,7 @@ class Med3DChat:
         return self.segmenter.segment(scan, text)
 
     def out_of_distribution(self, scan: Scan | Features) -> OutOfDistributionScore | None:
-        """Whether the scan resembles the training data; None where the model directory holds no out_of_distribution.safetensors.
+        """Compare the scan with the training data; None where the model directory holds no out_of_distribution.safetensors.
 
         What lies beyond the limit is unlike anything seen in training. What lies within may still be answered wrongly.
         """
@@ -257,7 +260,7 @@ class Med3DChat:
         return OutOfDistributionScore(distance, limit, None if distance <= limit else message)
 
     def prompt(self, question: str, history: Sequence[Message] | None, max_new_tokens: int) -> tuple[list[int], int]:
-        """Token ids of the conversation up to the assistant's turn, and how many tokens may follow."""
+        """Return the token ids of the conversation up to the assistant's turn, and how many tokens may follow."""
         if not question.strip():
             raise ValueError("The question is empty; ask something about the scan.")
         if max_new_tokens < 1:
@@ -276,7 +279,9 @@ class Med3DChat:
 
 
 def _identity(scan: Any) -> Hashable:
-    """Equal for the same Volume object or the same unchanged file or folder; None for what is not remembered. Keeps no Volume alive."""
+    """Return a key that is equal for the same Volume object or the same unchanged file or folder; None for what is not remembered. Keeps no
+    Volume alive.
+    """
     if isinstance(scan, Volume):
         return weakref.ref(scan)
     if not isinstance(scan, (str, os.PathLike)):

@@ -1,4 +1,4 @@
-"""What every engine takes and gives: requests in, streams of words out, whether a person, a program or a server asks.
+"""The interface of all engines: requests in, streams of words out.
 
     engine = TransformersEngine(chat)                        # or another `Engine`
     streams = engine.generate([Request("scan.nii.gz", [{"role": "user", "content": "Which organ has a lesion?"}])])
@@ -78,7 +78,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Delta:
-    """What came since the last one: words, which may be "" while they are not yet certain, and the tokens that they are of."""
+    """The new part of an answer: words, which may be "" while they are not yet certain, and their tokens."""
 
     text: str
     tokens: tuple[Token, ...]
@@ -108,7 +108,7 @@ class Generation:
 
 
 class Stream:
-    """One request's answer while it is written. Iterating gives pieces of text, which joined are the answer's; errors are raised there too."""
+    """One request's answer while it is written. Iterating yields pieces of text, which joined are the answer's; errors are raised there too."""
 
     def __init__(self, request: Request) -> None:
         self.request, self.began = request, time.perf_counter()
@@ -130,7 +130,7 @@ class Stream:
                 return
 
     def wait(self, timeout: float | None = None) -> bool:
-        """For the end; whether it came in time."""
+        """Wait for the end. Returns whether it came in time."""
         with self._changed:
             return self._changed.wait_for(lambda: self._outcome is not None, timeout)
 
@@ -148,21 +148,21 @@ class Stream:
         self.cancelled = True
 
     def take(self) -> tuple[list[Delta], Generation | BaseException | None]:
-        """What is new, without waiting, and the outcome once there is one."""
+        """Return the new parts without waiting, and the outcome once there is one."""
         with self._changed:
             news = list(self._new)
             self._new.clear()
             return news, self._outcome
 
     def listen(self, listener: Callable[[], object]) -> None:
-        """Call this, from the engine's thread and without arguments, whenever something is new; at once where something is."""
+        """Call `listener`, from the engine's thread and without arguments, whenever there is something new; at once where there is already."""
         with self._changed:
             self._listener = listener
         listener()
 
     @property
     def ended_early(self) -> Finish | None:
-        """Why the answer is to end as it is, if it is to."""
+        """Return the reason to end the answer now, if there is one."""
         late = self.request.seconds is not None and time.perf_counter() - self.began > self.request.seconds
         return "cancelled" if self.cancelled else "deadline" if late else None
 
@@ -189,16 +189,16 @@ class Stream:
 
 
 class Engine(Protocol):
-    """Answers many requests at a time. `stats` are numbers for whoever watches it: "running", "waiting" and what the engine counts."""
+    """Answers many requests at a time. `stats` are numbers for monitoring: "running", "waiting" and what the engine counts."""
 
     def generate(self, requests: Sequence[Request]) -> list[Stream]:
-        """A stream for each request, at once. What is wrong with one of them is raised by its own stream."""
+        """Return a stream for each request, at once. An error in one of them is raised by its own stream."""
         ...
 
     def stats(self) -> dict[str, float]: ...
 
     def close(self) -> None:
-        """End all answers, as if they were cancelled, and take no more."""
+        """End all answers as if they were cancelled, and take no more."""
         ...
 
 
@@ -219,7 +219,7 @@ class Writer:
         self._first_seconds = 0.0
 
     def put(self, token: Token) -> bool:
-        """Take the next token; whether the answer has ended with it."""
+        """Take the next token. Returns whether it ends the answer."""
         if not self.tokens:
             self._first_seconds = time.perf_counter() - self.stream.began
         self.tokens.append(token)
@@ -235,7 +235,7 @@ class Writer:
         return ended is not None
 
     def end(self, finish: Finish, last: tuple[Token, ...] = ()) -> None:
-        """Give the rest of the words, and the whole."""
+        """Emit the remaining words, and the whole answer."""
         if not self._cut:
             ids = [token.id for token in self.tokens]
             self._text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -246,7 +246,7 @@ class Writer:
         self.stream.finish(Generation(*whole))
 
     def _piece(self, held: int) -> str:
-        """The words that were not given yet: none of the blanks around the answer, nor its last `held` characters."""
+        """Return the words that were not emitted yet: without the blanks around the answer, and without its last `held` characters."""
         words = self._text[: len(self._text) - held].rstrip()
         if not self._given:
             self._given = len(self._text) - len(self._text.lstrip())
@@ -254,11 +254,11 @@ class Writer:
         return piece
 
     def _held(self) -> int:
-        """How many characters at the end may be the beginning of a text that ends the answer."""
+        """Return how many characters at the end may begin a text that ends the answer."""
         begun = (n for text in self.stream.request.stop for n in range(1, len(text)) if self._text.endswith(text[:n]))
         return max(begun, default=0)
 
 
 def seed_of(request: Request) -> int:
-    """The request's seed, or one from torch's own generator."""
+    """Return the request's seed, or one from torch's own generator."""
     return int(torch.randint(2**62, ())) if request.seed is None else request.seed

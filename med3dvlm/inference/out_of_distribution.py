@@ -1,4 +1,4 @@
-"""Out-of-distribution detection: does a scan lie where the training scans lay?
+"""Out-of-distribution detection: does a scan resemble the training scans?
 
 It notices another body part, another modality, noise. It does not notice a mirrored or upside-down scan of the kind that it knows.
 
@@ -21,7 +21,7 @@ LIMIT_QUANTILE = 0.99
 
 @dataclass(frozen=True)
 class OutOfDistributionScore:
-    """How far a scan lies from the training data (about 1 is usual), the limit, and a sentence where it lies beyond."""
+    """The distance of a scan from the training data (usually about 1), the limit, and a sentence if the distance exceeds it."""
 
     distance: float
     limit: float
@@ -30,8 +30,8 @@ class OutOfDistributionScore:
 
 @dataclass(frozen=True)
 class OutOfDistributionDetector:
-    """Where the pooled features of the training scans lie: a Gaussian with a variance for each of the first K principal components and one
-    for all other directions, the covariance of probabilistic PCA (Tipping and Bishop 1999).
+    """The distribution of the training scans' pooled features: a Gaussian with a variance for each of the first K principal components and
+    one for all other directions, the covariance of probabilistic PCA (Tipping and Bishop 1999).
 
     `mean`, `scale` (F,); `components` (K, F), orthonormal rows; `variances` (K,); `rest`, `limit` ().
     """
@@ -44,7 +44,7 @@ class OutOfDistributionDetector:
     limit: Tensor
 
     def distance(self, features: Tensor) -> Tensor:
-        """(N, F) -> (N,): the Mahalanobis distance, divided by sqrt(F) so that a training scan has about 1."""
+        """Return the Mahalanobis distance (N,) of features (N, F), divided by sqrt(F) so that a training scan has about 1."""
         if features.shape[-1] != len(self.mean):
             raise ValueError(f"{features.shape[-1]} features were given but the detector was fitted on {len(self.mean)}; fit it again")
         centred = (features.double().cpu() - self.mean) / self.scale
@@ -60,7 +60,7 @@ class OutOfDistributionDetector:
 
     @classmethod
     def load(cls, directory: str | Path) -> "OutOfDistributionDetector | None":
-        """What `save` wrote, or None where nothing was saved."""
+        """Read what `save` wrote, or return None where there is nothing."""
         path = Path(directory) / DETECTOR_FILE
         return cls(**load_file(path)) if path.is_file() else None
 
@@ -92,5 +92,5 @@ def fit_detector(train_features: Tensor, validation_features: Tensor, components
 
 
 def pool_features(features: Features) -> Tensor:
-    """Mean over the tokens of both stages, joined: (B, n_low, C_low), (B, n_high, C_high) -> (B, F), what `fit_detector` takes."""
+    """Return the mean over the tokens of both stages, joined: (B, n_low, C_low), (B, n_high, C_high) -> (B, F), which `fit_detector` takes."""
     return torch.cat([level.float().mean(1) for level in features], dim=1)

@@ -1,4 +1,4 @@
-"""What an answer points to: a place for each pointing token, and its mask on the scan.
+"""The places that an answer points to: one for each pointing token, with its mask on the scan.
 
     answer = chat.ask("scan.nii.gz", "What abnormality is seen?")
     [(found.name, found.volume_ml, found.side) for found in answer.masks]
@@ -23,7 +23,7 @@ from med3dvlm.preprocessing import Scan
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """What an answer points to: the sentence that does, and the query (P) by which the model draws it."""
+    """A place that an answer points to: the sentence that does, and the query (P) from which the model draws its mask."""
 
     sentence: str
     query: Tensor
@@ -32,7 +32,7 @@ class Place:
 def places_in(
     model: Med3DVLM, processor: Med3DVLMProcessor, prompt: Sequence[int], answer: Sequence[int], features: Features
 ) -> tuple[Place, ...]:
-    """The places of an answer, by its tokens and those of the prompt before it; none where it does not point, or the model cannot."""
+    """Return the places of an answer, from its tokens and those of the prompt before it; none where it does not point, or the model cannot."""
     at = [place for place, token in enumerate(answer) if model.pointing is not None and token == processor.pointing_token_id]
     if not at:
         return ()
@@ -44,7 +44,7 @@ def places_in(
 
 
 def draw_places(model: Med3DVLM, encoder: Any, processor: Med3DVLMProcessor, scan: Scan, places: Sequence[Place]) -> list[Segmentation]:
-    """A mask for each place, called by its sentence, as `Segmenter.segment_all` gives it.
+    """Return a mask for each place, named by its sentence, as `Segmenter.segment_all` returns it.
 
     Args:
         encoder: the model's vision encoder, as it runs.

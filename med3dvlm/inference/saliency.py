@@ -1,13 +1,13 @@
-"""Where did it look? What speaks for a phrase, or for an answer, in each cell of the encoder's grid.
+"""Saliency: how much each cell of the encoder's grid contributes to a phrase, or to an answer.
 
     finder = PhraseSaliency.from_pretrained("outputs/demo/stage1")
     heat = finder.saliency("scan.nii.gz", "Pleural effusion.")                       # of a Med3DCLIP
     heat = answer_saliency(chat, "scan.nii.gz", "What is seen?", answer.text)       # of a Med3DChat
     overlay = place(heat, read_volume("scan.nii.gz"), finder.processor.image_processor)  # 0..1 in the scan's own voxels
 
-Both are one thing: how far a cell's features lie from those of the scan's mean cell, times the gradient of what was said with respect to them,
-channel by channel, and of that the parts that speak for it (Grad-CAM, arXiv 1610.02391, with the product of HiResCAM, arXiv 2011.08891, so that
-a gradient counts where it is). Of the forms that were tried on phantoms (eval/saliency.py measures) this one found lesions as well as any and
+Both use one formula: the difference of a cell's features from the scan's mean cell, times the gradient of the score with respect to them,
+channel by channel, summed over the positive channels (Grad-CAM, arXiv 1610.02391, with the product of HiResCAM, arXiv 2011.08891, so that a
+gradient counts where it is). Of the forms that were tried on phantoms (eval/saliency.py measures) this one found lesions as well as any and
 followed the words more than the others did. It says what moved the model, which need not be where the finding is: read the measured shares
 before an overlay is believed.
 
@@ -40,7 +40,7 @@ ONE_AT_A_TIME = Lock()  # a model is watched by a hook, which sees whoever runs 
 
 @dataclass(frozen=True)
 class SaliencyMap:
-    """What speaks for the words in each cell of a grid (d, h, w), as float32, at least 0; only differences within one scan mean something.
+    """The contribution of each cell of a grid (d, h, w), as float32, at least 0; only differences within one scan mean something.
 
     `cells` is the 4x4 matrix that takes a cell's index to that of the voxel in its middle, in the volume that the processor made;
     `size` is that volume's (D, H, W).
@@ -52,7 +52,7 @@ class SaliencyMap:
 
     @property
     def peak(self) -> tuple[int, int, int]:
-        """The index of the highest cell."""
+        """Return the index of the highest cell."""
         depth, height, width = np.unravel_index(int(self.values.argmax()), self.values.shape)
         return int(depth), int(height), int(width)
 
@@ -75,7 +75,7 @@ class PhraseSaliency:
         return cls(model.to(device), processor)  # type: ignore[arg-type]
 
     def saliency(self, scan: Scan, phrase: str, level: int = LEVEL) -> SaliencyMap:
-        """What speaks for the cosine of scan and phrase in each cell.
+        """Return each cell's contribution to the cosine of scan and phrase.
 
         Args:
             phrase: a sentence or a few words, such as "Pleural effusion."
@@ -102,7 +102,7 @@ def answer_saliency(
     part: str | None = None,
     level: int = LEVEL,
 ) -> SaliencyMap:
-    """What speaks for the log probability of an answer in each cell, given the scan, the question and `history`.
+    """Return each cell's contribution to the log probability of an answer, given the scan, the question and `history`.
 
     Args:
         part: some of the answer's own words, of which alone the probability is meant; all by default. Of a long report, give one sentence.
@@ -125,7 +125,7 @@ def answer_saliency(
 
 
 def _labelled(chat: Med3DChat, messages: list[Message], answer: str, part: str | None) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `labels` (1, L) of a conversation, of which the answer's tokens alone, or those of a part of it, are labelled.
+    """Return `input_ids` and `labels` (1, L) of a conversation, where only the answer's tokens, or those of a part of it, are labelled.
 
     The oldest turns go where the language model has no room for all, as they do when it answers.
     """
@@ -153,8 +153,8 @@ def _labelled(chat: Med3DChat, messages: list[Message], answer: str, part: str |
 
 
 def weighted_features(encoder: Any, pixels: Tensor, level: int, score: Callable[[], Tensor]) -> SaliencyMap:
-    """For every cell of one of the encoder's outputs, what its features add to a score beyond the mean cell's: the sum over the channels of
-    max(0, (feature - mean) * gradient).
+    """Return what the features of each cell of an encoder's output add to a score beyond the mean cell's: the sum over the channels of max(0,
+    (feature - mean) * gradient).
 
     Args:
         pixels: (1, 1, D, H, W), what the encoder is given.
@@ -172,7 +172,7 @@ def weighted_features(encoder: Any, pixels: Tensor, level: int, score: Callable[
     watched: list[Tensor] = []
 
     def watch(features: Tensor) -> Tensor:
-        """A beginning for the gradient: nothing before it is kept in memory."""
+        """Start the gradient here: nothing before it is kept in memory."""
         watched.append(features.detach().requires_grad_())
         return watched[0]
 
@@ -200,7 +200,7 @@ def weighted_features(encoder: Any, pixels: Tensor, level: int, score: Callable[
 
 
 def place(heat: SaliencyMap, volume: Volume, processor: VolumeProcessor, step: int = 1) -> NDArray[np.float32]:
-    """The heat in the voxels of the scan that it was made of, for display: 0 from the median cell down, 1 at the highest.
+    """Resample the heat to the scan's own voxels, for display: 0 from the median cell down, 1 at the highest.
 
     Between the middles of the cells it is linear; what the model did not see, since it was cropped away, is 0.
 
@@ -225,7 +225,7 @@ def place(heat: SaliencyMap, volume: Volume, processor: VolumeProcessor, step: i
 
 
 def _interpolated(values: NDArray[Any], places: NDArray[np.float64], seen: NDArray[np.bool_]) -> NDArray[Any]:
-    """`values` (n, ...) at `places` (N) along the first axis, as (N, ...): linear, beyond the ends as at the ends, 0 where not `seen`."""
+    """Interpolate `values` (n, ...) at `places` (N) along the first axis: (N, ...), linear, constant beyond the ends, 0 where not `seen`."""
     places = np.clip(places, 0, len(values) - 1)
     below = np.minimum(places.astype(int), max(len(values) - 2, 0))
     share = (places - below).astype(np.float32)[:, None, None]

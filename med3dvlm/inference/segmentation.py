@@ -1,4 +1,4 @@
-"""Where it is: masks in a scan for what is asked in words, on the scan as it lies on the disk, and their measurements.
+"""Segment findings in a scan by text: masks on the scan's own grid, and their measurements.
 
     segmenter = Segmenter.from_pretrained("outputs/demo/stage1/segmenter")
     found = segmenter.segment("scan.nii.gz", "liver mass")
@@ -36,7 +36,7 @@ NIFTI_ENDINGS = (".nii", ".nii.gz")
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """A mask in a scan, and what is measured on it.
+    """A mask in a scan, and its measurements.
 
     - `name`: what was asked for.
     - `mask`: (D, H, W) booleans on the scan's own grid, all False where nothing was found.
@@ -83,16 +83,16 @@ class Segmentation:
 
     @property
     def found(self) -> bool:
-        """Whether the mask has a voxel."""
+        """Return whether the mask has a voxel."""
         return self.bounding_box is not None
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What was measured, for JSON."""
+        """Return the measurements for JSON."""
         return {name: getattr(self, name) for name in ("score", "volume_ml", "longest_diameter_mm", "side", "bounding_box")}
 
     def components(self, volume: Volume) -> list["Segmentation"]:
-        """The parts of the mask that do not touch each other, the largest first, each measured on the scan."""
+        """Return the mask's connected components, the largest first, each measured on the scan."""
         return [Segmentation.of(self.name, part, self.score, volume) for part in measurements.components(self.mask)]
 
     def save_nifti(self, path: str | Path) -> None:
@@ -108,18 +108,18 @@ class Segmentation:
 
 
 def numbered_file(number: int, name: str) -> str:
-    """The name of a mask's file among others: (3, "Liver mass.") -> "03_liver_mass.nii.gz"."""
+    """Return the file name of a mask among others: (3, "Liver mass.") -> "03_liver_mass.nii.gz"."""
     return f"{number:02d}_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')[:60] or 'mask'}.nii.gz"
 
 
 def require_nifti(path: str | Path) -> None:
-    """Raise ValueError unless the name is one of a NIfTI file: before work that is to be written there."""
+    """Raise ValueError unless the name is that of a NIfTI file, before any work is done."""
     if not str(path).lower().endswith(NIFTI_ENDINGS):
         raise ValueError(f"{path} must end in {' or '.join(NIFTI_ENDINGS)}, the format in which a mask is written")
 
 
 class Segmenter:
-    """A Med3DSegmenter that draws what is asked for in words. Its model is for prediction alone."""
+    """A Med3DSegmenter that segments what a text names. Its model is for prediction alone."""
 
     def __init__(self, model: Any, processor: Med3DCLIPProcessor) -> None:
         self.model, self.processor = model.eval().requires_grad_(False), processor
@@ -136,7 +136,8 @@ class Segmenter:
 
     @torch.no_grad()
     def probabilities(self, pixel_values: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """What the model says of a prepared scan (1, 1, D', H', W'): of every voxel (K, D', H', W') and of the whole (K), float32.
+        """Return the model's probabilities for a prepared scan (1, 1, D', H', W'): of every voxel (K, D', H', W') and of presence (K),
+        float32.
 
         Raises:
             ValueError: a text is empty, or there is none.
@@ -153,11 +154,11 @@ class Segmenter:
         return output.logits[0].float().sigmoid(), output.presence[0].float().sigmoid()
 
     def segment(self, scan: Scan, text: str, threshold: float = THRESHOLD) -> Segmentation:
-        """The mask for a text, as `segment_all` gives it."""
+        """Return the mask for a text, as `segment_all` does."""
         return self.segment_all(scan, [text], threshold)[0]
 
     def segment_all(self, scan: Scan, texts: Sequence[str], threshold: float = THRESHOLD) -> list[Segmentation]:
-        """A mask for each text.
+        """Return a mask for each text.
 
         A voxel of the scan belongs to it where the probability, linear between the model's voxels, exceeds the threshold. Where the
         finding is less likely than not to be there at all, the mask is empty.
@@ -181,7 +182,7 @@ def segment_scan(
     predict: Callable[[Tensor], tuple[Tensor, Tensor]],
     threshold: float = THRESHOLD,
 ) -> list[Segmentation]:
-    """Masks of K things on a scan's own grid, see `Segmenter.segment_all`.
+    """Return K masks on a scan's own grid, see `Segmenter.segment_all`.
 
     Args:
         names: what each mask is called.
@@ -210,7 +211,7 @@ def segment_scan(
 def _on_scan(
     likely: Tensor, volume: Volume, processor: VolumeProcessor, placement: NDArray[np.float64], threshold: float
 ) -> NDArray[np.bool_]:
-    """Where the probabilities (D', H', W') exceed the threshold, on the scan's own grid."""
+    """Return where the probabilities (D', H', W') exceed the threshold, on the scan's own grid."""
     # What lies a voxel and more from every one above the threshold cannot exceed it between voxels: as zeros it costs nothing.
     near = functional.max_pool3d(likely[None, None], 3, stride=1, padding=1)[0, 0] > threshold
     mask: NDArray[np.bool_] = (processor.to_scan(likely * near, volume, placement) > threshold).cpu().numpy()

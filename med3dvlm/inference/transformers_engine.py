@@ -72,7 +72,7 @@ class TransformersEngine:
         return streams
 
     def stats(self) -> dict[str, float]:
-        """How many requests run and wait now; how many tokens were read, of those reused, and generated so far; bytes kept for reuse."""
+        """Return the number of running and waiting requests; of tokens read, reused and generated so far; and of bytes kept for reuse."""
         batch = self._batch
         counted: dict[str, float] = {
             "running": len(batch.rows),
@@ -137,7 +137,7 @@ class Row:
 
 
 class RunningBatch:
-    """What the engine's thread works on. `step` gives every row a token, and reads some of those that wait."""
+    """The batch on which the engine's thread works. `step` generates a token for every row, and reads some waiting requests."""
 
     def __init__(self, chat: "Med3DChat", slots: int, prefill_tokens: int, prefixes: Prefixes) -> None:
         self.chat, self.slots, self.prefill_tokens, self.prefixes = chat, slots, prefill_tokens, prefixes
@@ -186,7 +186,7 @@ class RunningBatch:
                     self._leave(row)
 
     def _next_group(self) -> list[Row]:
-        """Rows that wait and are read next, together: those that came first, as far as there are slots and their tokens are few enough.
+        """Return the waiting rows that are read next, together: in the order of arrival, as far as slots and tokens allow.
 
         Of several with one scan that is new, the first alone, which spares the others the image.
         """
@@ -209,7 +209,9 @@ class RunningBatch:
         return group
 
     def _known(self, row: Row) -> tuple[Prefix | None, int]:
-        """What was read before of the row's tokens. Not the last, which gives the answer's first; and of the image all or nothing."""
+        """Return the known prefix of the row's tokens: never the last token, which gives the answer's first, and the image whole or not at
+        all.
+        """
         prefix, shared = self.prefixes.find(row.features[0], np.array(row.ids))
         shared = min(shared, len(row.ids) - 1)
         return (prefix, shared) if shared >= self._image_end(row) else (None, 0)
@@ -219,7 +221,7 @@ class RunningBatch:
         return row.ids.index(self.chat.processor.image_token_id) + self.chat.processor.num_image_tokens + late
 
     def _read(self, group: list[Row]) -> None:
-        """Give the rows slots, and each its first token."""
+        """Assign slots to the rows and generate the first token of each."""
         first = len(self.rows)
         self.cache.reserve(first + len(group), max(len(row.ids) for row in (*self.rows, *group)))
         embeds = []  # (1, new tokens, E) each
@@ -242,7 +244,7 @@ class RunningBatch:
         self._give(group, logits)
 
     def _continue(self) -> None:
-        """The next token of every row."""
+        """Generate the next token of every row."""
         self.cache.reserve(len(self.rows), max(len(row.ids) for row in self.rows))
         last = torch.tensor([row.ids[-1:] for row in self.rows], device=self.chat.model.device)  # (B, 1)
         embeds = self.chat.model.get_input_embeddings()(last)
@@ -278,7 +280,7 @@ class RunningBatch:
                 self._leave(row)
 
     def _leave(self, row: Row) -> None:
-        """Free the row's slot for the last one, and keep what was read and said for a further question."""
+        """Free the row's slot for the last row, and keep its prefix for further questions."""
         slot = self.rows.index(row)
         self._keep(row, slot, row.length)
         last = self.rows.pop()
@@ -294,7 +296,7 @@ class RunningBatch:
         return Writer(row.stream, self.chat.processor.tokenizer, self.chat.ends, row.room, len(row.ids), reused)
 
     def _generate_alone(self, row: Row) -> None:
-        """The whole answer of one row, by transformers' own loop and cache."""
+        """Generate the whole answer of one row by transformers' own loop and cache."""
         row.writer, chooser = self._write(row, 0), _Chooser(row)
         ids = torch.tensor([row.ids], device=self.chat.model.device)
         image = (row.features[0].to(ids.device), row.features[1].to(ids.device))
@@ -311,7 +313,7 @@ class RunningBatch:
 
 
 def choose(logits: Tensor, rows: Sequence[Row]) -> list[Token]:
-    """(B, V) -> the next token of each row, by its own request's temperature, top_p and seed."""
+    """Choose the next token of each row from (B, V), by its own request's temperature, top_p and seed."""
     logprobs = logits.float().log_softmax(dim=-1)
     taken = logits.float().argmax(dim=-1).tolist()
     for place, row in enumerate(rows):
@@ -327,7 +329,7 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Token]:
 
 
 def _drawn(logits: Tensor, request: Request, generator: torch.Generator) -> int:
-    """One draw by the inverse of the cumulative probabilities: one random number a token, whatever the vocabulary and the device."""
+    """Draw by inverting the cumulative probabilities: one random number a token, whatever the vocabulary and the device."""
     scores = TemperatureLogitsWarper(request.temperature)(None, (logits - logits.max()).double()[None])  # 0 at most, so none overflows
     if request.top_p < 1:
         scores = TopPLogitsWarper(request.top_p)(None, scores)

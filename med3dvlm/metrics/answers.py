@@ -1,4 +1,4 @@
-"""Answers to questions with choices: which choice a text names, means by group, confusions.
+"""Score answers to questions with choices: the choice that a text names, means by group, confusions.
 
 Shapes: N = questions, K = groups of them (kinds of question, or right answers).
 """
@@ -30,19 +30,19 @@ AFTER_LETTER = re.compile(
 
 
 def first_letter(text: str, choices: int) -> str | None:
-    """The first of A, B, ... that stands by itself in an answer, as the papers count."""
+    """Return the first of A, B, ... that stands by itself in an answer, as the papers count."""
     found = re.search(rf"\b[{LETTERS[:choices]}]\b", text)
     return found.group() if found else None
 
 
 def right_choices(choices: Sequence[str], answer: str) -> list[int]:
-    """The places of the answer among the choices: several where it is listed several times, case and punctuation apart."""
+    """Return the indices of the answer among the choices, case and punctuation apart: several where it is listed several times."""
     words = _words(answer)
     return [place for place, choice in enumerate(choices) if choice == answer or (words and _words(choice) == words)]
 
 
 def named_choices(text: str, choices: Sequence[str]) -> set[int]:
-    """The places of all choices that an answer names, by letter or in words, those that it denies included.
+    """Return the indices of all choices that an answer names, by letter or in words, those that it denies included.
 
     A letter must stand as an answer does: alone, at the beginning, after "option" or "the answer is", with another such letter or with a
     choice's text. The "B" of "Hepatitis B" is none, nor is the article of "A cyst". Words within a longer choice do not name a shorter
@@ -69,7 +69,7 @@ def named_choices(text: str, choices: Sequence[str]) -> set[int]:
 def grouped_means(
     values: Mapping[str, Any], groups: Sequence[str], names: Sequence[str], patients: Sequence[Any]
 ) -> dict[str, dict[str, Any]]:
-    """Each measure's mean over the groups' means, over all questions, and of each group, with 95 % bootstrap intervals by patient.
+    """Return each measure's mean over the groups' means, over all questions, and of each group, with 95 % bootstrap intervals by patient.
 
     Args:
         values: N figures of each measure.
@@ -100,7 +100,7 @@ def grouped_means(
 
 
 def confusion(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Of pairs (right, chosen): the right answers, these and all that were chosen, and `counts[right][chosen]`; "none" comes last."""
+    """Count pairs (right, chosen). Returns the right answers, all answers, and `counts[right][chosen]`; "none" comes last."""
     counted = Counter(pairs)
     rows = sorted({right for right, _ in counted})
     columns = sorted({answer for pair in counted for answer in pair} - {NOTHING}) + [NOTHING] * any(
@@ -114,7 +114,7 @@ def _words(text: str) -> list[str]:
 
 
 def _is_answer(text: str, start: int, end: int, others: bool) -> bool:
-    """Whether a letter stands where an answer's does; `others`: something was named before it. Choices in words are `NAMED` signs."""
+    """Return whether a letter stands where an answer's does. `others`: something was named before it. Choices in words are `NAMED` signs."""
     before, after = text[:start].rstrip(" \t([\"'*"), text[end:]
     followed = AFTER_LETTER.match(text, end) or (text[start] != "A" and after.lstrip().startswith(NAMED))  # "A cyst" has an article
     if not followed:

@@ -59,7 +59,7 @@ class BertScorer:
 
 
 def bert_scorer(model: str | None = None, layers: int | None = None, device: str | None = None) -> BertScorer:
-    """The scorer of `model`, loaded at the first call and kept.
+    """Return the scorer of `model`, loaded at the first call and kept.
 
     Args:
         model: a folder, or the hub's name of a model in the local cache; None takes roberta-large, else MiniLM.
@@ -94,7 +94,7 @@ def _load(path: str, name: str, layers: int, device: str | None) -> BertScorer:
 
 
 def _local(model: str) -> str | None:
-    """The folder of a model that is on this machine."""
+    """Return the folder of a model that is on this machine."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

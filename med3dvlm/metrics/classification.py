@@ -17,7 +17,7 @@ THRESHOLD_RULES = ("youden", "nearest", "f1")
 
 
 def precision_recall_f1(labels: Any, predictions: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Precision, recall and F1 per finding, and their macro, micro and support-weighted averages.
+    """Return precision, recall and F1 per finding, and their macro, micro and support-weighted averages.
 
     Returns:
         `{"per_class": {name: {"precision", "recall", "f1", "support", "predicted"}}, "macro": {...}, "micro": {...},
@@ -45,7 +45,7 @@ def precision_recall_f1(labels: Any, predictions: Any, names: Sequence[str] | No
 
 
 def accuracy(labels: Sequence[Any] | NDArray[Any], predictions: Sequence[Any] | NDArray[Any]) -> float:
-    """The share of equal entries: of answers (N,) of any kind, or of all decisions (N, K)."""
+    """Return the share of equal entries: of answers (N,) of any kind, or of all decisions (N, K)."""
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape or not labels.size:
         raise ValueError(f"labels are {labels.shape} and predictions {predictions.shape}; pass equally many, at least one.")
@@ -53,7 +53,7 @@ def accuracy(labels: Sequence[Any] | NDArray[Any], predictions: Sequence[Any] | 
 
 
 def auroc(labels: Any, scores: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Area under the ROC curve: the chance that a positive study scores above a negative one, a tie counting one half.
+    """Return the area under the ROC curve: the chance that a positive study scores above a negative one, a tie counting one half.
 
     Returns:
         `{"per_class": {name: area or None}, "macro": mean or None}`. A finding that all studies have, or none, has no
@@ -68,7 +68,7 @@ def auroc(labels: Any, scores: Any, names: Sequence[str] | None = None) -> dict[
 
 
 def auprc(labels: Any, scores: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Area under the precision-recall curve as average precision: the sum of precision times the gain in recall.
+    """Return the area under the precision-recall curve as average precision: the sum of precision times the gain in recall.
 
     Returns and raises as `auroc`; a finding that no study has has no area. Guessing gives the finding's frequency.
     """
@@ -78,7 +78,7 @@ def auprc(labels: Any, scores: Any, names: Sequence[str] | None = None) -> dict[
 
 
 def choose_thresholds(labels: Any, scores: Any, rule: str = "youden") -> NDArray[np.float64]:
-    """(K,) thresholds from the validation split: a finding is predicted where its score is the threshold or more.
+    """Choose (K,) thresholds on the validation split: a finding is predicted where its score is the threshold or more.
 
     Args:
         rule: "youden" has the highest recall + specificity, "nearest" the ROC point nearest to (0, 1) (CT-CLIP's rule),
@@ -111,8 +111,8 @@ def choose_thresholds(labels: Any, scores: Any, rule: str = "youden") -> NDArray
 
 
 def dcformer_scores(labels: Any, probabilities: Any) -> dict[str, float]:
-    """As the DCFormer paper's Tables 1 and 2 were computed: predicted above 0.5; accuracy of all N x K decisions, micro precision
-    and recall, and the mean of F1 weighted by how many studies have the finding.
+    """Return the scores of the DCFormer paper's Tables 1 and 2: predicted above 0.5; accuracy of all N x K decisions, micro precision and
+    recall, and the mean of F1 weighted by how many studies have the finding.
 
     Raises:
         ValueError: as `auroc`, or if a probability is not in 0..1.
@@ -132,7 +132,7 @@ def dcformer_scores(labels: Any, probabilities: Any) -> dict[str, float]:
 
 
 def ct_clip_scores(labels: Any, scores: Any, thresholds: Any) -> dict[str, Any]:
-    """As CT-CLIP's evaluation: per finding AUROC, accuracy, precision, and F1 of "present" and "absent" weighted by how
+    """Return the scores of CT-CLIP's evaluation: per finding AUROC, accuracy, precision, and F1 of "present" and "absent" weighted by how
     often each is true; then means over the findings.
 
     `thresholds` (K,) are those of `choose_thresholds(..., "nearest")`, here from the validation split; CT-CLIP chose them
@@ -154,7 +154,7 @@ def ct_clip_scores(labels: Any, scores: Any, thresholds: Any) -> dict[str, Any]:
 
 
 def vlm3d_scores(labels: Any, predictions: Any, scores: Any | None = None) -> dict[str, float | None]:
-    """As the VLM3D challenge: means over all K findings of precision, recall, F1 and accuracy, a 0/0 counting as 0 even
+    """Return the scores of the VLM3D challenge: means over all K findings of precision, recall, F1 and accuracy, a 0/0 counting as 0 even
     where a finding neither occurs nor is predicted; of AUROC (None without `scores`) over those that have one; and CRG.
     """
     labels, predictions = _binary(labels, "labels"), _binary(predictions, "predictions")
@@ -165,7 +165,7 @@ def vlm3d_scores(labels: Any, predictions: Any, scores: Any | None = None) -> di
 
 
 def crg(labels: Any, predictions: Any) -> float | None:
-    """CRG of the VLM3D challenge (see `intervals.crg_of`); None where no study has any finding."""
+    """Return the CRG of the VLM3D challenge (see `intervals.crg_of`); None where no study has any finding."""
     labels, predictions = _binary(labels, "labels"), _binary(predictions, "predictions")
     if labels.shape != predictions.shape:
         raise ValueError(f"labels are {labels.shape} and predictions {predictions.shape}; both must be (studies, findings).")
@@ -174,7 +174,7 @@ def crg(labels: Any, predictions: Any) -> float | None:
 
 
 def _areas(labels: Any, scores: Any, names: Sequence[str] | None, area: Callable[[Any, Any], float | None]) -> dict[str, Any]:
-    """`area(label, score)` of each finding that some study has, and their mean."""
+    """Return `area(label, score)` of each finding that some study has, and their mean."""
     labels, scores = _scored(labels, scores)
     columns = zip(_class_names(names, labels.shape[1]), labels.T, scores.T, strict=True)
     areas = {name: area(label, score) if label.any() else None for name, label, score in columns}
@@ -209,7 +209,7 @@ def _scored(labels: Any, scores: Any) -> tuple[NDArray[np.bool_], NDArray[np.flo
 
 
 def _average(values: Sequence[Any], weights: Sequence[float] | None = None) -> float | None:
-    """The (weighted) mean, None where there is nothing to average."""
+    """Return the (weighted) mean, None where there is nothing to average."""
     if not values or (weights is not None and not sum(weights)):
         return None
     return float(np.average(values, weights=weights))

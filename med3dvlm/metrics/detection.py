@@ -1,4 +1,4 @@
-"""Scores of the detection of several findings where not everybody looked for everything.
+"""Scores of the detection of several findings with incomplete labels.
 
 A finding's own figures are those of the studies whose label of it is known. The published figures (see `classification`) are defined for
 whole rows only, and so are those of the studies that have a label of every finding that any study has one of.
@@ -30,7 +30,9 @@ NOTHING = {"precision": None, "recall": None, "f1": None, "predicted": None, "ac
 
 
 def choose_known_thresholds(labels: Table, log_odds: Table, rule: str) -> Table:
-    """(K,) thresholds by a rule of `choose_thresholds`, each from the studies that have its label; NaN where these have it all, or none."""
+    """Choose (K,) thresholds by a rule of `choose_thresholds`, each on the studies with its label; NaN where all or none of these have the
+    finding.
+    """
     thresholds = np.full(labels.shape[1], np.nan)
     for finding, rows in enumerate(_known(labels)):
         if len(rows):
@@ -41,7 +43,7 @@ def choose_known_thresholds(labels: Table, log_odds: Table, rule: str) -> Table:
 def detection_scores(
     labels: Table, log_odds: Table, thresholds: Table, names: Sequence[str], patients: Sequence[Any], nearest: Table | None = None
 ) -> dict[str, Any]:
-    """Every figure of a detection, those of a finding's studies and the published ones, with 95 % bootstrap intervals over patients.
+    """Return all scores of a detection, per finding and by the published definitions, with 95 % bootstrap intervals over patients.
 
     Args:
         nearest: (K,) thresholds by CT-CLIP's rule "nearest" for CT-CLIP's figures; `thresholds` where not given.
@@ -95,13 +97,13 @@ def detection_scores(
 
 
 def macro_auroc(labels: Table, log_odds: Table) -> float:
-    """The mean over the findings that are present in some studies and absent in others; NaN where there is none."""
+    """Return the mean AUROC over the findings that are present in some studies and absent in others; NaN where there is none."""
     areas = of_known(auroc_of, labels, log_odds)(np.ones((1, len(labels))))[0]
     return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
 
 
 def permuted(patients: Sequence[Any], seed: int) -> list[int]:
-    """For each study the place of one of another patient, drawn at random: patients change places, with all of their studies.
+    """Permute patients at random. Returns for each study the index of a study of the patient in its patient's place.
 
     Where the other patient has fewer studies, these are taken in turn. A patient may happen to keep its place.
     """
@@ -118,7 +120,7 @@ def permuted(patients: Sequence[Any], seed: int) -> list[int]:
 
 
 def label_control(labels: Table, log_odds: Table, patients: Sequence[Any], permutations: int = 100) -> dict[str, Any]:
-    """Macro AUROC against labels that were permuted among the patients, with seeds 0, 1, ...
+    """Return the macro AUROC against labels that were permuted among the patients, with seeds 0, 1, ...
 
     Returns:
         `{"permutations", "macro_auroc": their mean, near 0.5, "range": the middle 95 %, "p_value": how often as good as with the true
@@ -138,7 +140,7 @@ def label_control(labels: Table, log_odds: Table, patients: Sequence[Any], permu
 
 
 def reliability(labels: Table, log_odds: Table, bins: int = 10) -> dict[str, Any]:
-    """How far probabilities can be taken at their word, all decisions of known labels together.
+    """Return the calibration of probabilities over all decisions with known labels.
 
     Returns:
         `{"bins": [(mean probability, share of present, decisions)] of the equally wide bins that are not empty, "ece": the expected
@@ -156,12 +158,12 @@ def reliability(labels: Table, log_odds: Table, bins: int = 10) -> dict[str, Any
 
 
 def _known(labels: Table) -> list[NDArray[np.int64]]:
-    """The rows of each finding whose label is known."""
+    """Return the rows of each finding whose label is known."""
     return [np.flatnonzero(~np.isnan(column)) for column in labels.T]
 
 
 def _finding(labels: Table, log_odds: Table, threshold: float) -> dict[str, Any]:
-    """The figures of one finding, labels and log-odds (n,) of the studies that have its label."""
+    """Return the figures of one finding; labels and log-odds (n,) are of the studies with its label."""
     columns = labels[:, None], log_odds[:, None]
     entry = {
         "studies": len(labels),
@@ -178,7 +180,7 @@ def _finding(labels: Table, log_odds: Table, threshold: float) -> dict[str, Any]
 
 
 def _published(labels: Table, log_odds: Table, thresholds: Table, nearest: Table) -> tuple[dict[str, Any], Mapping[str, Statistic]]:
-    """The published figures of studies that have all labels, and the statistics of DCFormer's."""
+    """Return the published figures of studies that have all labels, and the statistics of DCFormer's."""
     decided = ~np.isnan(thresholds)
     predictions = (log_odds >= thresholds)[:, decided]
     figures = {
@@ -203,7 +205,7 @@ def _published(labels: Table, log_odds: Table, thresholds: Table, nearest: Table
 
 
 def of_known(make: Callable[[Any, Any], Statistic], labels: Table, scores: Table) -> Statistic:
-    """A statistic of K findings, each from the studies whose label of it is known; findings that the same studies know are one call."""
+    """Make a statistic of K findings, each over the studies with its label; findings that the same studies know are one call."""
     known = ~np.isnan(labels)
     patterns, which = np.unique(known, axis=1, return_inverse=True)
     parts = []

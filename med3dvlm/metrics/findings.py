@@ -1,4 +1,4 @@
-"""What kind of sentence a wrong reading of a finding goes back to; `read_findings` reads the findings that a report states."""
+"""Classify errors of findings read from reports by the sentence behind them; `read_findings` reads the findings that a report states."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ EARLIER = re.compile(r"\b(previous|previously|prior|earlier|old|dated|known|foll
 
 
 def error_kind(label: int, mentions: Sequence[Mention]) -> str:
-    """Why the rules and a label disagree, from the mentions of that one finding in that one report.
+    """Return why the rules and a label disagree, from the mentions of that one finding in that one report.
 
     Raises:
         ValueError: if they agree.

@@ -1,4 +1,4 @@
-"""How certain a figure is: bootstrap intervals and a paired randomisation test, both by patient.
+"""Uncertainty of scores: bootstrap intervals and a paired randomisation test, both by patient.
 
 Scans of one patient resemble each other, so whole patients are drawn, or swapped between two runs. A resample is a row
 of weights, how often each study was drawn, and a figure is a `Statistic`, a function of such weights, so that a
@@ -30,7 +30,7 @@ def intervals(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Percentile bootstrap intervals (Efron 1979) of all figures of a table, from the same resamples of patients.
+    """Return percentile bootstrap intervals (Efron 1979) of all figures of a table, from the same resamples of patients.
 
     Args:
         statistics: figures by name.
@@ -67,7 +67,7 @@ def intervals(
 
 
 class PairedTest(NamedTuple):
-    """`difference` is the first run's figure less the second's, `p_value` two-sided, `exact` if all swaps were tried."""
+    """`difference` is the first run's figure less the second's, `p_value` is two-sided, `exact` tells whether all swaps were tried."""
 
     difference: float
     p_value: float
@@ -221,7 +221,7 @@ def mean_over(statistic: Statistic) -> Statistic:
 
 
 def _by_finding(labels: Any, scores: Any, area: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]) -> Statistic:
-    """`area(positives, negatives)` of each finding; both (S, T), what the T different scores hold, the highest first."""
+    """Make the statistic `area(positives, negatives)` of each finding; both are (S, T) counts at the T different scores, the highest first."""
     labels, scores = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
     if labels.shape != scores.shape or labels.ndim != 2:
         raise ValueError(f"labels are {labels.shape} and scores {scores.shape}; both must be (studies, findings).")
@@ -273,7 +273,7 @@ def _interval(outcomes: NDArray[np.float64], level: float) -> tuple[float, float
 
 
 def _groups(groups: Sequence[Any], count: int) -> NDArray[np.int64]:
-    """(count,) numbers from 0, equal for rows of one patient."""
+    """Return (count,) numbers from 0, equal for rows of one patient."""
     keys = np.asarray(groups)
     if keys.shape != (count,) or not count:
         raise ValueError(f"Got {count} values but groups of shape {keys.shape}; give one patient for each value, at least one.")

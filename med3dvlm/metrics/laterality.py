@@ -1,4 +1,4 @@
-"""On which side a report says that a finding is, and whether two reports agree on it.
+"""The sides of findings in reports, and whether two reports agree on them.
 
 A side word speaks of the findings of its own part of a clause; parts are separated by commas and by words such as "and". A part without a
 finding speaks of the one before it ("effusion, larger on the right"), or, at the start, of the next one. A finding whose part names no side
@@ -33,13 +33,13 @@ WITHOUT_SIDE = {
 
 
 def side_in(text: str) -> str | None:
-    """ "left", "right" or "both" by the side words of a text; None where it names no side."""
+    """Return "left", "right" or "both" by the side words of a text; None where it names no side."""
     named = {str(found.lastgroup) for found in SIDE_WORD.finditer(text)}
     return "both" if "both" in named or len(named) > 1 else next(iter(named), None)
 
 
 def finding_sides(text: str, names: Sequence[str] | None = None) -> dict[str, str | None]:
-    """Of each finding that a report states as present: "left", "right", "both", or None where it says no side.
+    """Return for each finding that a report states as present "left", "right", "both", or None without a side.
 
     Args:
         names: findings to look for, all that the rules know by default.
@@ -59,7 +59,7 @@ def finding_sides(text: str, names: Sequence[str] | None = None) -> dict[str, st
 
 
 def _sides_in_clause(text: str, start: int, mentions: Sequence[Mention]) -> list[tuple[Mention, str | None]]:
-    """Each mention of a clause, which begins at `start` of the report, and its side."""
+    """Return each mention of a clause, which begins at `start` of the report, with its side."""
     cuts = [found.span() for found in SEPARATOR.finditer(text)]
     ends = [0, *(place for cut in cuts for place in cut), len(text)]
     parts: list[tuple[list[Mention], list[str]]] = []  # findings, and the words about them
@@ -85,7 +85,7 @@ def _sides_in_clause(text: str, start: int, mentions: Sequence[Mention]) -> list
 
 
 def laterality_scores(written: Sequence[str], references: Sequence[str], patients: Sequence[Any]) -> dict[str, Any]:
-    """How often a side is right among the findings that both reports state and of which the reference says the side.
+    """Return how often the side is right, over the findings that both reports state and whose side the reference names.
 
     Args:
         written, references: N reports each; an empty reference states nothing.

@@ -1,7 +1,7 @@
 """METEOR (Banerjee and Lavie 2005; Lavie and Agarwal 2007) by nltk, with the data that it needs found on this machine.
 
-Two pieces of data stand behind it: WordNet 3.0, for synonyms, without which there is no METEOR, and the English Punkt
-model, which tells the period of an abbreviation from that of a sentence. Nothing is downloaded.
+It needs two data sets: WordNet 3.0, for synonyms, without which there is no METEOR, and the English Punkt model, which tells the period of an
+abbreviation from that of a sentence. Nothing is downloaded.
 """
 
 import importlib.util
@@ -27,12 +27,12 @@ PUNKT_PACKAGE, PUNKT_FOLDER = "llama_index", "core/_static/nltk_cache"
 
 
 def meteor_available() -> str | None:
-    """None where METEOR can be computed, else one sentence that says what to install."""
+    """Return None where METEOR can be computed, else one sentence that says what to install."""
     return None if _find_wordnet() is not None else WORDNET_MISSING
 
 
 def meteor_values(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
-    """(N,) METEOR of each pair: alpha 0.9, beta 3, gamma 0.5; 0 where either text is empty.
+    """Return METEOR (N,) of each pair: alpha 0.9, beta 3, gamma 0.5; 0 where either text is empty.
 
     Words are those of nltk's `word_tokenize`, as in the `meteor` module of `evaluate`: to the digit with the trained
     Punkt model, and without it except at abbreviations ("approx. 5 mm"); `punkt_model` says which was used.
@@ -86,7 +86,7 @@ def _punkt() -> tuple[str, Any]:
 
 
 class _Stemmer:
-    """Porter's stemmer, each word once: reports repeat theirs."""
+    """Porter's stemmer that stems each word once, since reports repeat their words."""
 
     def __init__(self) -> None:
         from nltk.stem.porter import PorterStemmer
@@ -95,7 +95,7 @@ class _Stemmer:
 
 
 class _Synonyms:
-    """WordNet as METEOR asks for it, each word once: `synsets(word)`, of each `lemmas()`, of each `name()`."""
+    """WordNet with the interface that METEOR uses, each word looked up once: `synsets(word)`, of each `lemmas()`, of each `name()`."""
 
     def __init__(self, wordnet: Any) -> None:
         def synsets(word: str) -> list[SimpleNamespace]:
@@ -107,7 +107,7 @@ class _Synonyms:
 
 
 def _find_wordnet() -> Callable[[], Any] | None:
-    """The function that opens this machine's WordNet, or None. Finding is quick, opening takes two seconds."""
+    """Return the function that opens this machine's WordNet, or None. Finding is quick, opening takes two seconds."""
     import nltk
 
     for name in ("corpora/wordnet", "corpora/wordnet.zip"):
@@ -131,7 +131,7 @@ def _nltk_wordnet() -> Any:
 
 @lru_cache(maxsize=1)
 def _wordnet_in(directory: str) -> Any:
-    """nltk's WordNet reader over the plain WordNet files in `directory`."""
+    """Return nltk's WordNet reader over the plain WordNet files in `directory`."""
     import nltk
     from nltk.corpus.reader import WordNetCorpusReader
 

@@ -24,7 +24,7 @@ def retrieval_scores(
     pool: int | None = None,
     groups: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
-    """Recall@k, median rank and mean reciprocal rank of each one's partner, in both directions.
+    """Return recall@k, median rank and mean reciprocal rank of the partners, in both directions.
 
     Args:
         image_embeddings: torch tensor or array (N, d), normalised here.
@@ -57,7 +57,7 @@ def retrieval_scores(
 
 
 def retrieval_ranks(image_embeddings: Any, text_embeddings: Any, pool: int | None = None, groups: Sequence[Any] | None = None) -> Ranks:
-    """`{"image_to_text": (N,), "text_to_image": (N,)}`: the rank of each query's partner, from 1, or with `groups` of its best equal.
+    """Return `{"image_to_text": (N,), "text_to_image": (N,)}`: the rank of each query's partner, from 1, or with `groups` of its best equal.
 
     Arguments and errors as for `retrieval_scores`.
     """
@@ -75,7 +75,7 @@ def retrieval_ranks(image_embeddings: Any, text_embeddings: Any, pool: int | Non
 
 
 def rank_values(ranks: NDArray[np.int64], ks: Sequence[int] = (1, 5, 10)) -> dict[str, NDArray[np.float64]]:
-    """`{"r1": (N,), ..., "mrr": (N,)}`, one value a query, whose means are the scores: for intervals and tests of pairs."""
+    """Return `{"r1": (N,), ..., "mrr": (N,)}`, one value a query, whose means are the scores: for intervals and tests of pairs."""
     check_ks(ks)
     return {f"r{k}": (ranks <= k).astype(np.float64) for k in ks} | {"mrr": 1 / ranks}
 
@@ -83,7 +83,7 @@ def rank_values(ranks: NDArray[np.int64], ks: Sequence[int] = (1, 5, 10)) -> dic
 def recall_curve(
     image_embeddings: Any, text_embeddings: Any, ks: Sequence[int] | None = None, pool: int | None = None
 ) -> dict[str, list[tuple[int, float]]]:
-    """`{"image to text": [(k, recall), ...], "text to image": [...]}` for `plots.retrieval_curve`.
+    """Return `{"image to text": [(k, recall), ...], "text to image": [...]}` for `plots.retrieval_curve`.
 
     Arguments and errors as for `retrieval_scores`; `ks` is by default every k from 1 to N.
     """
@@ -101,8 +101,9 @@ def recall_curve(
 def _ranks(
     images: NDArray[np.float64], texts: NDArray[np.float64], equal: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(N,) of the images and of the texts: one more than the wrong partners that come as near as the right one, or, with `equal` (N,), as
-    the best of the right ones. Both come from the same similarities, which are computed once."""
+    """Return the ranks (N,) of the images' texts and of the texts' images: one more than the wrong partners that come as near as the right
+    one, or, with `equal` (N,), as the best of the right ones. Both come from the same similarities, which are computed once.
+    """
     equal = np.arange(len(images)) if equal is None else equal
     nearest = np.einsum("nd,nd->n", images, texts)
     best = nearest, nearest.copy()  # for each image, for each text
@@ -121,7 +122,7 @@ def _ranks(
 
 
 def _blocks(rows: NDArray[np.int64], width: int) -> Iterator[NDArray[np.int64]]:
-    """The rows, as many at a time as make BLOCK similarities."""
+    """Return slices of rows that make at most BLOCK similarities each."""
     height = max(BLOCK // width, 1)
     return (rows[start : start + height] for start in range(0, len(rows), height))
 

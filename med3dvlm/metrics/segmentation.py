@@ -1,4 +1,4 @@
-"""How well a mask agrees with where a finding is.
+"""Scores of a predicted mask against the true one.
 
 Shapes: masks are (D, H, W) of booleans; spacing is (z, y, x) in mm.
 """
@@ -18,14 +18,15 @@ MARGIN = 2  # voxels around both masks, beyond which nothing changes a distance
 
 
 def dice(drawn: Mask, true: Mask) -> float:
-    """Twice the voxels in common by all of both, 1 for two empty masks."""
+    """Return twice the common voxels divided by all voxels of both; 1 for two empty masks."""
     total = int(drawn.sum()) + int(true.sum())
     return 2 * int((drawn & true).sum()) / total if total else 1.0
 
 
 def surface_scores(drawn: Mask, true: Mask, spacing: Sequence[float], tolerance: float) -> tuple[float, float]:
-    """Normalised surface distance, the share of both surfaces that lies within `tolerance` mm of the other, and the 95th percentile of the
-    Hausdorff distance in mm, by MONAI; (0, NaN) where one of the masks is empty."""
+    """Return the normalised surface distance, the share of both surfaces that lies within `tolerance` mm of the other, and the 95th
+    percentile of the Hausdorff distance in mm, by MONAI; (0, NaN) where one of the masks is empty.
+    """
     from monai.metrics.hausdorff_distance import compute_hausdorff_distance
     from monai.metrics.surface_dice import compute_surface_dice
 
@@ -42,7 +43,7 @@ def surface_scores(drawn: Mask, true: Mask, spacing: Sequence[float], tolerance:
 
 
 def component_counts(drawn: Mask, true: Mask) -> tuple[int, int, int]:
-    """Components that both have, that only `drawn` has, and that only `true` has.
+    """Count the components that both masks have, that only `drawn` has, and that only `true` has.
 
     Pairs are made from the largest overlap downwards, each component in one pair, as long as their intersection over union is at least
     `LEAST_OVERLAP`. Voxels that share a corner are of one component.

@@ -1,4 +1,4 @@
-"""Retrieval of volumes by a volume: do the nearest ones show the same findings?
+"""Retrieval of volumes by a volume, scored by the findings that they share.
 
 Shapes: N = studies, d = width of their embeddings, K = findings; `labels` are (N, K) of 0 and 1. Candidates are the studies of other
 patients: another reconstruction of the same scan is always near, and always shows the same.
@@ -16,7 +16,7 @@ KS = (1, 5, 10, 50)
 
 
 def shared_findings(embeddings: Any, labels: Any, patients: Sequence[Any], ks: Sequence[int] = KS) -> dict[str, NDArray[np.float64]]:
-    """One value a query, NaN where it has none, whose means are the scores.
+    """Return one value a query, NaN where undefined; their means are the scores.
 
     Args:
         embeddings: (N, d), normalised here.
@@ -68,7 +68,7 @@ def shared_findings(embeddings: Any, labels: Any, patients: Sequence[Any], ks: S
 
 
 def _nearest(similarity: NDArray[np.float64], worth: NDArray[Any], count: int) -> NDArray[np.int64]:
-    """The places of the `count` highest similarities in order; of equal ones those of least worth come first."""
+    """Return the indices of the `count` highest similarities in order; of equal ones those of least worth come first."""
     count = min(count, len(similarity))
     near = np.flatnonzero(similarity >= np.partition(similarity, -count)[-count] - TIE)
     falling = np.argsort(-similarity[near], kind="stable")
@@ -80,7 +80,7 @@ def _nearest(similarity: NDArray[np.float64], worth: NDArray[Any], count: int) -
 
 
 def _expected(relevant: int, candidates: int, k: int) -> float:
-    """Average precision at k of a random order, where `relevant` of the candidates count as right."""
+    """Return the average precision at k of a random order, where `relevant` of the candidates count as right."""
     place = np.arange(1, min(k, candidates) + 1)
     one = relevant / candidates  # that a place is right, and that another one is, too
     two = one * (relevant - 1) / max(candidates - 1, 1)

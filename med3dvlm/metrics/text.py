@@ -29,7 +29,7 @@ ORDERS = (1, 2, 3, 4)
 
 
 def text_values(predictions: Sequence[str], references: Sequence[str], bert_scorer: "BertScorer | None" = None) -> Values:
-    """Each score of each pair, (N,) by name: bleu1..4, rouge1, rouge2, rougeL, meteor, exact_match, token_f1.
+    """Return each score of each pair, (N,) by name: bleu1..4, rouge1, rouge2, rougeL, meteor, exact_match, token_f1.
 
     `meteor` is missing where `meteor_available` says why; with a `bert_scorer` (see `metrics.bertscore`) there are
     bertscore_precision, bertscore_recall and bertscore_f1 too.
@@ -51,7 +51,7 @@ def text_scores(
     bert_scorer: "BertScorer | None" = None,
     values: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> dict[str, Any]:
-    """The mean of each of `text_values` by name, and what pools the pairs or says how a figure came about.
+    """Return the mean of each of `text_values` by name, the scores of all pairs together, and notes on how scores were computed.
 
     `bleu1` and `rouge1` are the "BLEU" and "ROUGE" of the Med3DVLM and M3D papers; `corpus_bleu1`..`4` pool the
     n-grams of all pairs, as machine translation does. `bertscore_model` names the model of the BERTScore: figures of
@@ -76,19 +76,19 @@ def text_scores(
 
 
 def bleu_values(predictions: Sequence[str], references: Sequence[str]) -> Values:
-    """`bleu1` .. `bleu4`, (N,) each: of each pair alone, without smoothing, so that a short one has often no BLEU-4."""
+    """Return `bleu1` .. `bleu4`, (N,) each: of each pair alone, without smoothing, so that a short text often has no BLEU-4."""
     values = bleu_of_counts(bleu_counts(predictions, references))
     return {f"bleu{order}": values[:, order - 1] for order in ORDERS}
 
 
 def corpus_bleu(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """`corpus_bleu1` .. `corpus_bleu4`: n-gram matches and lengths summed over all pairs (Papineni et al. 2002)."""
+    """Return `corpus_bleu1` .. `corpus_bleu4`: n-gram matches and lengths summed over all pairs (Papineni et al. 2002)."""
     values = bleu_of_counts(bleu_counts(predictions, references).sum(axis=0))
     return {f"corpus_bleu{order}": float(values[order - 1]) for order in ORDERS}
 
 
 def bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
-    """(N, 10), what BLEU is made of: matching n-grams and all n-grams of the prediction for n = 1..4, then both lengths.
+    """Return the counts (N, 10) behind BLEU: matching n-grams and all n-grams of the prediction for n = 1..4, then both lengths.
 
     The sum over pairs is the count of the corpus; any weighted sum is that of a resample.
     """
@@ -101,7 +101,7 @@ def bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> NDArra
 
 
 def bleu_of_counts(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(..., 4), BLEU-1 to BLEU-4 of (..., 10) `bleu_counts`: 0 where an n-gram order has no match."""
+    """Return BLEU-1 to BLEU-4 (..., 4) of (..., 10) `bleu_counts`: 0 where an n-gram order has no match."""
     matches, totals, written, expected = counts[..., :4], counts[..., 4:8], counts[..., 8:9], counts[..., 9:]
     with np.errstate(divide="ignore"):
         logarithms = np.log(matches / np.maximum(totals, 1))  # minus infinity where nothing matches
@@ -112,7 +112,7 @@ def bleu_of_counts(counts: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def rouge_values(predictions: Sequence[str], references: Sequence[str]) -> Values:
-    """`rouge1`, `rouge2` and `rougeL`, (N,) each: F-measures on rouge-score's lower-case ASCII words, without stemming.
+    """Return `rouge1`, `rouge2` and `rougeL`, (N,) each: F-measures on rouge-score's lower-case ASCII words, without stemming.
 
     rouge-score fills a table of words times words in Python for ROUGE-L, seconds for two long reports; the same length
     comes here from a row of bits (Hyyrö 2004).
@@ -130,12 +130,12 @@ def rouge_values(predictions: Sequence[str], references: Sequence[str]) -> Value
 
 
 def exact_match_values(predictions: Sequence[str], references: Sequence[str]) -> Values:
-    """`exact_match`, (N,): 1 where prediction and reference are equal but for case, punctuation and white space, else 0."""
+    """Return `exact_match`, (N,): 1 where prediction and reference are equal but for case, punctuation and white space, else 0."""
     return {"exact_match": np.array([float(_words(p) == _words(r)) for p, r in zip(predictions, references, strict=True)])}
 
 
 def token_f1_values(predictions: Sequence[str], references: Sequence[str]) -> Values:
-    """`token_f1`, (N,): F1 of the words that both share, in any order, articles kept; of two texts without words 1, of one 0."""
+    """Return `token_f1`, (N,): F1 of the words that both share, in any order, articles kept; of two texts without words 1, of one 0."""
     return {"token_f1": np.array([_token_f1(_words(p), _words(r)) for p, r in zip(predictions, references, strict=True)])}
 
 
@@ -157,8 +157,8 @@ LABELS = {  # of the figures that a page shows
 
 
 def collapse(predictions: Sequence[str]) -> dict[str, float]:
-    """How far a model writes the same for every scan: `distinct`, the share of different texts, `commonest`, the share
-    of the most frequent, and `similarity`, the mean over all pairs of predictions of the share of words that they have in common.
+    """Measure how often a model writes the same for every scan: `distinct`, the share of different texts, `commonest`, the share of the most
+    frequent, and `similarity`, the mean over all pairs of predictions of their share of common words.
 
     Texts that differ only in case, punctuation or white space count as the same. The share of common words is Dice's,
     2 |A and B| / (|A| + |B|) of the sets of words; of a single prediction it is 1.
@@ -183,7 +183,7 @@ def _f1(shared: int, ours: list[str], theirs: list[str]) -> float:
 
 
 def _longest_common_subsequence(first: list[str], second: list[str]) -> int:
-    """Its length. Bit i of `row` is 0 where the subsequence grows at word i of `first`."""
+    """Return the length of the longest common subsequence. Bit i of `row` is 0 where it grows at word i of `first`."""
     places: dict[str, int] = {}
     for index, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << index

@@ -120,7 +120,7 @@ class Med3DCLIPConfig(Carried, PretrainedConfig):
 
     @property
     def longest_text(self) -> int | None:
-        """Tokens that the text encoder reads at most; None where it has no limit."""
+        """Return the most tokens that the text encoder reads; None where it has no limit."""
         return getattr(self.text_config, "max_position_embeddings", None)
 
 
@@ -194,7 +194,7 @@ class Med3DCLIP(Portable, PreTrainedModel):
         """Every part brings its own initialisation."""
 
     def encode_image(self, pixel_values: Tensor, stages: Sequence[Tensor] | None = None) -> Tensor:
-        """(B, 1, D, H, W) -> (B, P) float32, L2-normalised. What the vision encoder gives for them may have been computed before."""
+        """Encode volumes (B, 1, D, H, W) to (B, P) float32, L2-normalised. `stages`: the vision encoder's outputs for them, if known."""
         stages = (self.vision_encoder(pixel_values) if stages is None else stages)[-self.config.image_stages :]
         if self.config.image_pooling == "frames":
             depth, height, width = pixel_values.shape[2:]
@@ -205,11 +205,11 @@ class Med3DCLIP(Portable, PreTrainedModel):
         return self._project(self.image_projection, pooled)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, L) -> (B, P) float32, L2-normalised."""
+        """Encode texts (B, L) to (B, P) float32, L2-normalised."""
         return self.project_text(self.pool_text(input_ids, attention_mask))
 
     def pool_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, L) -> (B, C), C the width of the text encoder."""
+        """Pool texts (B, L) to (B, C), C the width of the text encoder."""
         hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, C)
         if self.config.text_pooling == "cls":
             return hidden[:, 0]
@@ -218,7 +218,7 @@ class Med3DCLIP(Portable, PreTrainedModel):
         return (total / mask.sum(dim=1)).to(hidden.dtype)
 
     def project_text(self, pooled: Tensor) -> Tensor:
-        """(B, C) of any type -> (B, P) float32, L2-normalised."""
+        """Project (B, C) of any type to (B, P) float32, L2-normalised."""
         return self._project(self.text_projection, pooled)
 
     @staticmethod
@@ -227,7 +227,7 @@ class Med3DCLIP(Portable, PreTrainedModel):
 
     @property
     def temperature(self) -> Tensor:
-        """(1) float32: what similarities are multiplied by, exp(logit_scale), at most MAX_TEMPERATURE.
+        """Return the factor (1) float32 of similarities, exp(logit_scale), at most MAX_TEMPERATURE.
 
         It is bounded here, not in the parameter, which some engines overwrite with a copy of their own after each step.
         """
@@ -235,7 +235,7 @@ class Med3DCLIP(Portable, PreTrainedModel):
         return bounded.exp()
 
     def train(self, mode: bool = True) -> "Med3DCLIP":
-        """A frozen text encoder stays in evaluation mode, without dropout."""
+        """Set training mode; a frozen text encoder stays in evaluation mode, without dropout."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.text_encoder.parameters()):
             self.text_encoder.eval()
@@ -275,7 +275,7 @@ class Med3DCLIP(Portable, PreTrainedModel):
         return Med3DCLIPOutput(loss=loss, image_embeds=image_embeds, text_embeds=text_embeds)
 
     def contrast(self, image_embeds: Tensor, text_embeds: Tensor, gather: bool = True) -> Tensor:
-        """The loss of pairs (B, P), as one number.
+        """Return the loss of pairs (B, P), as one number.
 
         Args:
             gather: take the pairs for this process's part of a batch, contrasted with the texts of all processes: the mean over processes is

@@ -1,4 +1,4 @@
-"""Med3DCLIPProcessor: volumes and texts -> what a Med3DCLIP takes.
+"""Med3DCLIPProcessor: prepare volumes and texts for a Med3DCLIP.
 
 Shapes: B volumes of D, H, W voxels; N texts, L tokens.
 """
@@ -16,7 +16,7 @@ from med3dvlm.special_tokens import only_words
 
 
 def shortest(*limits: int | None) -> int | None:
-    """The least of the limits on a text's tokens; None where there is none."""
+    """Return the least of the limits on a text's tokens; None where there is none."""
     return min((limit for limit in limits if limit is not None and limit < VERY_LARGE_INTEGER), default=None)
 
 
@@ -37,7 +37,7 @@ class Med3DCLIPProcessor(Portable, ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "Med3DCLIPProcessor":  # type: ignore[override]
-        """As that of transformers. Folders of earlier versions say in config.json alone how long a text may be."""
+        """Load as transformers does. Folders of earlier versions state the length of texts in config.json alone."""
         processor: Med3DCLIPProcessor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if cached_file(pretrained_model_name_or_path, "processor_config.json", _raise_exceptions_for_missing_entries=False) is None:
             longest = AutoConfig.from_pretrained(pretrained_model_name_or_path).longest_text

@@ -1,4 +1,4 @@
-"""What differs between families of language models: how their layers attend, and how their head's logits are scaled.
+"""Differences between families of language models: the attention of their layers, and the scale of their head's logits.
 
 transformers' names of settings are asked for, never the name of a family.
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def unpackable(language_model: Any) -> str | None:
-    """Why several conversations cannot share a row of this language model, as a clause; None where they can."""
+    """Return why several conversations cannot share a row of this language model, as a clause; None where they can."""
     config, decoder = language_model.config.get_text_config(), language_model.get_decoder()
     if "flash" in (name := str(config._attn_implementation)):
         return f"{name} takes no mask that keeps conversations apart (sdpa and eager do)"
@@ -25,7 +25,7 @@ def unpackable(language_model: Any) -> str | None:
 
 
 def attention_kinds(config: Any) -> set[str]:
-    """The kinds of attention of a language model's layers, in the words of transformers."""
+    """Return the kinds of attention of a language model's layers, in the words of transformers."""
     if kinds := getattr(config, "layer_types", None):
         return set(kinds)
     if getattr(config, "attention_chunk_size", None):
@@ -40,7 +40,7 @@ def attention_kinds(config: Any) -> set[str]:
 def branch_scores(
     config: Any, mask: Tensor, position_ids: Tensor, dtype: torch.dtype, key_positions: Tensor | None = None
 ) -> Tensor | dict[str, Tensor]:
-    """(B, 1, L, L) from `branch_mask` -> the numbers to add to the attention's scores (eager attention would add True as 1).
+    """Convert (B, 1, L, L) from `branch_mask` to the numbers added to the attention's scores (eager attention would add True as 1).
 
     A window counts positions, not places in the row: every branch continues where the image ends. A dict by kind where layers differ.
     With `key_positions` (B, K), of tokens that were read before too, the mask is (B, 1, L, K).
@@ -57,7 +57,7 @@ def branch_scores(
 
 
 def scaled_logits(language_model: Any, hidden: Tensor, own: tuple[int, Tensor] | None = None) -> Tensor:
-    """(..., E) -> (..., V), as the language model's own forward gives them: some families scale or cap what their head computes.
+    """Return logits (..., V) of (..., E) as the language model's own forward does: some families scale or cap them.
 
     Args:
         own: a token and its row (E), in the place of the head's.

@@ -1,4 +1,4 @@
-"""How a language model points: the state of its pointing token, projected, is the query of a segmentation head (as in LISA, arXiv 2308.00692).
+"""Pointing by a language model: the projected state of its pointing token is the query of a segmentation head (as in LISA, arXiv 2308.00692).
 
     hidden state of the last layer AT a pointing token -> projection -> query (P) -> SegmentationHead -> mask
 
@@ -27,12 +27,13 @@ SETTINGS = (*DECODER_SETTINGS, "segmentation_loss", "presence_weight")
 
 
 def pointing_settings(segmenter_config: Any, pointing_token_id: int) -> dict[str, Any]:
-    """`segmentation_config` of a Med3DVLMConfig, of a Med3DSegmenterConfig."""
+    """Make the `segmentation_config` of a Med3DVLMConfig from a Med3DSegmenterConfig."""
     return {name: getattr(segmenter_config, name) for name in SETTINGS} | {"pointing_token_id": pointing_token_id}
 
 
 class Pointing(nn.Module):
-    """What a Med3DVLM has besides, if it can point: `head` draws, `projection` makes queries, `token` (2, E) is the token's embedding, in and out.
+    """The part of a Med3DVLM that points: `head` draws masks, `projection` makes queries, `token` (2, E) is the token's input and output
+    embedding.
 
     Args:
         encoder: the vision encoder whose stages the head reads; nothing of it is kept.
@@ -50,18 +51,18 @@ class Pointing(nn.Module):
 
     @torch.no_grad()
     def begin_from(self, language_model: Any) -> None:
-        """Begin with the mean of the language model's embeddings: no word stands nearer than another."""
+        """Initialise the token by the mean of the language model's embeddings, so that no word is nearer than another."""
         for row, module in enumerate((language_model.get_input_embeddings(), language_model.get_output_embeddings())):
             self.token[row] = module.weight.float().mean(dim=0).to(self.token)
 
     def rows(self, language_model: Any) -> tuple[Tensor, Tensor]:
-        """The token's embedding, in and out: one where the language model's tables are."""
+        """Return the token's input and output embedding, on the device of the language model's tables."""
         tied = language_model.get_output_embeddings().weight is language_model.get_input_embeddings().weight
         return self.token[0], self.token[0 if tied else 1]
 
     @torch.no_grad()
     def write_token(self, language_model: Any) -> None:
-        """Put the token's embedding into the language model's tables, by which it generates."""
+        """Write the token's embedding into the language model's tables, which `generate` uses."""
         modules = language_model.get_input_embeddings(), language_model.get_output_embeddings()
         for module, row in zip(modules, self.rows(language_model), strict=True):
             module.weight[self.token_id] = row.to(module.weight)
@@ -69,23 +70,23 @@ class Pointing(nn.Module):
                 module.bias[self.token_id] = 0
 
     def embed(self, input_ids: Tensor, embeds: Tensor, language_model: Any) -> Tensor:
-        """(B, L, E) with the token's own embedding where it stands."""
+        """Replace the embedding (B, L, E) of the token by its own."""
         row = self.rows(language_model)[0] * getattr(language_model.get_input_embeddings(), "embed_scale", 1.0)
         return torch.where((input_ids == self.token_id).unsqueeze(-1), row.to(embeds.dtype), embeds)
 
     def queries(self, hidden: Tensor) -> Tensor:
-        """Hidden states at pointing tokens, (..., E) -> (..., P)."""
+        """Project hidden states at pointing tokens, (..., E), to queries (..., P)."""
         projected: Tensor = self.projection(hidden.to(self.token.dtype))
         return projected
 
     def draw(self, encoder: Any, stages: Sequence[Tensor], queries: Tensor, pixel_values: Tensor) -> Med3DSegmenterOutput:
-        """What a Med3DSegmenter with this head draws for queries (B, K, P)."""
+        """Draw masks for queries (B, K, P), as a Med3DSegmenter with this head does."""
         return segment_from_queries(self.head, encoder, stages, queries, pixel_values)
 
     def losses(
         self, encoder: Any, stages: Sequence[Tensor], pixel_values: Tensor, hidden: Sequence[Tensor], masks: Tensor, points: Tensor
     ) -> Tensor:
-        """`mask_losses` of each volume, (B); 0 of one without a pointing token.
+        """Return `mask_losses` of each volume, (B); 0 for one without a pointing token.
 
         Args:
             hidden: of each row the states at its pointing tokens, (K, E).

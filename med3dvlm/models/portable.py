@@ -70,18 +70,18 @@ QUOTES = "'" * 3
 
 
 class Carried:
-    """A class that CODE_FILE holds."""
+    """Base of the classes in CODE_FILE."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: transformers would write the file of the class alone, when what it loaded is saved again."""
+        """Do nothing: transformers would write the file of the class alone when a loaded model is saved again."""
 
 
 class Portable(Carried):
-    """A model or processor whose `save_pretrained` writes the code beside it."""
+    """Base of models and processors whose `save_pretrained` also writes the code."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As that of transformers, with CODE_FILE."""
+        """Save as transformers does, with CODE_FILE."""
         written = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             write_code(Path(save_directory))
@@ -89,7 +89,7 @@ class Portable(Carried):
 
 
 def auto_map(**classes: str) -> dict[str, str]:
-    """What tells transformers' Auto classes which class in CODE_FILE is meant."""
+    """Return the map from transformers' Auto classes to classes in CODE_FILE."""
     return {auto_class: f"{Path(CODE_FILE).stem}.{name}" for auto_class, name in classes.items()}
 
 
@@ -118,7 +118,7 @@ def code() -> str:
 
 
 def _needed() -> dict[str, Path]:
-    """The modules that CLASSES import, wherever in a file they do, and the packages that these lie in: name -> file."""
+    """Return the modules that CLASSES import, wherever in a file, and the packages that these lie in: name -> file."""
     found: dict[str, Path] = {}
     waiting = [f"med3dvlm.{module}" for module in CLASSES.values()]
     while waiting:
@@ -139,7 +139,7 @@ def _imported(path: Path) -> Iterator[str]:
 
 
 def _file(module: str) -> Path | None:
-    """The file of a module of ours."""
+    """Return the file of a module of ours."""
     package, *within = module.split(".")
     place = PACKAGE.joinpath(*within)
     candidates = (place / "__init__.py", place.with_suffix(".py"))

@@ -1,4 +1,4 @@
-"""A language model whose linear layers are held in 4 bits: NF4 with double quantisation, as QLoRA has it (arXiv 2305.14314).
+"""Quantise the linear layers of a language model to 4 bits: NF4 with double quantisation, as in QLoRA (arXiv 2305.14314).
 
 Blocks of 64 weights share a scale, and 256 scales another. bitsandbytes computes it, on CUDA devices and on CPUs.
 """
@@ -29,7 +29,7 @@ def require_quantization(method: str | None) -> None:
 
 
 def quantize(language_model: Any, device: torch.device | str) -> None:
-    """Hold the linear layers of a language model's decoder in NF4, on the device; they no longer train. Its output head stays as it is.
+    """Quantise the linear layers of a language model's decoder to NF4, on the device; they no longer train. The output head stays as it is.
 
     Layers go to the device one after the other: there is never more than one of them there that is not quantised yet.
     """
@@ -48,7 +48,7 @@ def quantize(language_model: Any, device: torch.device | str) -> None:
 
 @torch.no_grad()
 def round_to_quantized(language_model: Any) -> float:
-    """Replace each weight that `quantize` would hold in NF4 by the number that NF4 has for it, in the weight's own type.
+    """Round each weight that `quantize` would quantise to its NF4 value, in the weight's own type.
 
     Returns:
         The Euclidean norm of all differences, relative to that of the weights.
@@ -67,7 +67,7 @@ def round_to_quantized(language_model: Any) -> float:
 
 
 def _linear_layers(language_model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """The module that holds a linear layer of the decoder, the layer's name there, and the layer.
+    """Yield the parent module of each linear layer of the decoder, its name there, and the layer.
 
     Those are left out whose rows are no whole blocks: of them bitsandbytes (0.50) reads other numbers on a CPU than it has written.
 

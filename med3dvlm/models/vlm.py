@@ -106,14 +106,14 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         """Every part brings its own initialisation."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
-        """As that of transformers; without the language model where `language_model_source` says where that is."""
+        """Save as transformers does; without the language model where `language_model_source` says where that is."""
         if self.config.language_model_source is not None:
             weights = self.state_dict() if state_dict is None else state_dict
             state_dict = {name: weight for name, weight in weights.items() if not name.startswith("language_model.")}
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def train(self, mode: bool = True) -> "Med3DVLM":
-        """A frozen encoder stays in evaluation mode: its batch norm must not follow the batches."""
+        """Set training mode; a frozen encoder stays in evaluation mode, so that its batch norm does not follow the batches."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.vision_encoder.parameters()):
             self.vision_encoder.eval()
@@ -137,17 +137,19 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
 
     @property
     def unpackable(self) -> str | None:
-        """Why several conversations cannot share a row (see `Med3DVLMProcessor.branch`), as a clause; None where they can."""
+        """Return why several conversations cannot share a row (see `Med3DVLMProcessor.branch`), as a clause; None where they can."""
         if self.config.image_splice == "published":
             return "with image_splice 'published' the image takes the place of the first token of the first conversation alone"
         return unpackable(self.language_model)
 
     def encode_image(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1, D, H, W) -> the tokens of the two `image_levels`, by default the last two stages: (B, n_low, C_low), (B, n_high, C_high)."""
+        """Encode volumes (B, 1, D, H, W) to the tokens of the two `image_levels`, by default the last two stages: (B, n_low, C_low), (B,
+        n_high, C_high).
+        """
         return self.config.levels_of(self.vision_encoder(pixel_values))
 
     def embed(self, input_ids: Tensor, image_features: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Token embeddings with the image's in place of the placeholders: (B, L) -> (B, L, E).
+        """Embed tokens (B, L) to (B, L, E), with the image's features in place of the placeholders.
 
         Raises:
             ValueError: placeholders and image features differ in number.
@@ -192,7 +194,7 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         num_rows_in_batch: int | None = None,
         **kwargs: Any,
     ) -> Med3DVLMOutput:
-        """Next-token logits, or the loss over the labelled tokens.
+        """Return next-token logits, or the loss over the labelled tokens.
 
         Args:
             input_ids: (B, L).
@@ -239,7 +241,7 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
     def _hidden(
         self, input_ids: Tensor, attention_mask: Tensor | None, image_features: tuple[Tensor, Tensor] | None, position_ids: Tensor | None
     ) -> Tensor:
-        """The last layer's states, (B, L, E)."""
+        """Return the last layer's states, (B, L, E)."""
         embeds = self.embed(input_ids, image_features)
         mask: Any = attention_mask
         if attention_mask is not None and attention_mask.ndim == 4:
@@ -254,7 +256,7 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def point(self, input_ids: Tensor, image_features: tuple[Tensor, Tensor]) -> Tensor:
-        """Queries of the pointing tokens of one conversation (1, L), in their order: (K, P), for `Pointing.draw`."""
+        """Return the queries of the pointing tokens of one conversation (1, L), in their order: (K, P), for `Pointing.draw`."""
         if self.pointing is None:
             raise ValueError("this model cannot point; train stage 3 with --segmenter")
         hidden = self._hidden(input_ids, None, image_features, None)
@@ -269,7 +271,7 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         image_features: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The language model's `generate`, with its arguments, after the image; gives the new tokens alone. Pad batches on the left."""
+        """Call the language model's `generate`, with its arguments, after the image; returns the new tokens alone. Pad batches on the left."""
         if pixel_values is not None:
             image_features = self.encode_image(pixel_values)
         embeds = self.embed(input_ids, image_features)
@@ -281,7 +283,7 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
 
 
 def count_items(batch: Mapping[str, Any]) -> Tensor:
-    """What the loss of a batch is a mean of, as a float32 scalar: labelled tokens that are predicted, or conversations.
+    """Count the items that the loss of a batch averages over, as a float32 scalar: labelled tokens that are predicted, or conversations.
 
     Over the batches of a step, on all processes, the sum is `num_items_in_batch`.
 

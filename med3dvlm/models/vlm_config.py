@@ -88,13 +88,13 @@ class Med3DVLMConfig(Carried, PretrainedConfig):
 
     @cached_property
     def num_image_tokens(self) -> int:
-        """Placeholders that one volume takes: the tokens of the projector on the encoder's grids."""
+        """Return the placeholders that one volume takes: the tokens of the projector on the encoder's grids."""
         with torch.device("meta"):
             return self._build_projector(build_encoder(self.encoder, size=self.size, **self.encoder_options)).num_tokens
 
     @property
     def language_width(self) -> int:
-        """Width of the language model's embeddings."""
+        """Return the width of the language model's embeddings."""
         if self.text_config is None:
             raise ValueError("text_config is missing: the configuration of a causal language model")
         return int(self.text_config.hidden_size)
@@ -111,7 +111,7 @@ class Med3DVLMConfig(Carried, PretrainedConfig):
         )
 
     def levels_of(self, outputs: Sequence[Any]) -> tuple[Any, Any]:
-        """Of a list with an entry for every output of the encoder the two of `image_levels`."""
+        """Select the two `image_levels` from a list with an entry for every output of the encoder."""
         low, high = self.image_levels
         return outputs[low], outputs[high]
 

@@ -1,4 +1,4 @@
-"""Med3DVLMProcessor: volumes and conversations -> what the model takes.
+"""Med3DVLMProcessor: prepare volumes and conversations for a Med3DVLM.
 
 A conversation is a list of {"role": "user" | "assistant" | "system", "content": str}. The image stands once, before the first user message's
 words; after tokenising, its one token becomes `num_image_tokens` placeholders. Labels cover the assistant's words and the token that ends its turn.
@@ -60,20 +60,20 @@ class Med3DVLMProcessor(Portable, ProcessorMixin):
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def _added(self, token: str) -> int:
-        """The id of a special token, new or not."""
+        """Return the id of a special token, added if new."""
         if token not in self.tokenizer.all_special_tokens:
             self.tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
         return int(self.tokenizer.convert_tokens_to_ids(token))
 
     def add_pointing(self, token: str) -> int:
-        """Take a token to point with, where an assistant's message has POINT; gives its id. Without one, nothing can be pointed at."""
+        """Add a pointing token, which replaces POINT in an assistant's message, and return its id."""
         self.pointing_token, self.pointing_token_id = token, self._added(token)
         return self.pointing_token_id
 
     def encode(
         self, messages: Sequence[Message], generate: bool = False, image: bool = True, max_length: int | None = None
     ) -> dict[str, list[int]]:
-        """One conversation -> {"input_ids", "labels"}, each L long.
+        """Encode one conversation to {"input_ids", "labels"}, each L long.
 
         Args:
             generate: end with the opening of the assistant's turn; nothing is cut.
@@ -91,7 +91,7 @@ class Med3DVLMProcessor(Portable, ProcessorMixin):
     def _encode(
         self, messages: Sequence[Message], generate: bool, inserted: list[int] | None, max_length: int | None
     ) -> tuple[dict[str, list[int]], int]:
-        """The conversation with `inserted` in the image's place, and how many tokens it has up to the end of that."""
+        """Encode the conversation with `inserted` in the image's place. Also returns how many tokens it has up to the end of that."""
         input_ids, labels = self._tokenize(messages, generate, inserted is not None)
         shared = 0
         if inserted is not None:
@@ -113,7 +113,7 @@ class Med3DVLMProcessor(Portable, ProcessorMixin):
         return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}, shared
 
     def _tokenize(self, messages: Sequence[Message], generate: bool, image: bool) -> tuple[list[int], list[int]]:
-        """Ids and labels with the image still one token, which stands before the first user message's words."""
+        """Return ids and labels with the image still one token, which stands before the first user message's words."""
         placed = [{**message, "content": self._marked(message["content"], message["role"])} for message in messages]
         first = next((message for message in placed if message["role"] == "user"), None)
         if image and first is None:
@@ -130,12 +130,12 @@ class Med3DVLMProcessor(Portable, ProcessorMixin):
         return ids, labels
 
     def _marked(self, words: str, role: str = "user") -> str:
-        """Words with a MARK within what would be special tokens; the assistant's with the pointing token where there is a POINT."""
+        """Insert a MARK into texts of special tokens, and the assistant's pointing token in place of POINT."""
         marked = only_words(self.tokenizer, words.replace(MARK, UNKNOWN), MARK)
         return marked.replace(POINT, self.pointing_token if role == "assistant" and self.pointing_token else UNKNOWN)
 
     def _coded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of a text and the characters that each stands for. The text is cut at its MARKs, so that no token reaches across one."""
+        """Return the ids of a text and the characters of each. The text is cut at its MARKs, so that no token reaches across one."""
         ids: list[int] = []
         places: list[tuple[int, int]] = []
         begin = 0
@@ -159,7 +159,7 @@ class Med3DVLMProcessor(Portable, ProcessorMixin):
         return text
 
     def _assistant_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Where in the rendered text the assistant's words and turn ends stand, as (first, past the last) character."""
+        """Return the (start, end) characters of the assistant's words and turn ends in the rendered text."""
         spans = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
@@ -174,7 +174,7 @@ class Med3DVLMProcessor(Portable, ProcessorMixin):
     def branch(
         self, conversations: Sequence[Sequence[Message]], max_length: int | None = None, context: str | None = None
     ) -> dict[str, list[int]]:
-        """Several conversations about one volume as one row: they share everything up to the image, and do not see each other.
+        """Encode several conversations about one volume as one row: they share everything up to the image, and do not see each other.
 
         Gives `input_ids`, `labels`, `position_ids` (each branch continues after the image) and `branches` (0 for the shared part, then 1, 2, ...),
         from which `branch_mask` makes the attention mask. The image is encoded and attended to once, and a model trained so answers
@@ -215,7 +215,8 @@ class Med3DVLMProcessor(Portable, ProcessorMixin):
         generate: bool = True,
         max_length: int | None = None,
     ) -> BatchFeature:
-        """A batch: `input_ids`, `attention_mask` (B, L), `pixel_values` (B, 1, D, H, W) where volumes are given, `labels` unless `generate`.
+        """Return a batch: `input_ids`, `attention_mask` (B, L), `pixel_values` (B, 1, D, H, W) where volumes are given, `labels` unless
+        `generate`.
 
         Padding stands on the left for generation, on the right for training.
         """
@@ -228,7 +229,7 @@ class Med3DVLMProcessor(Portable, ProcessorMixin):
         return BatchFeature(batch)
 
     def pad(self, rows: Sequence[dict[str, list[int]]], left: bool) -> dict[str, torch.Tensor]:
-        """Rows of different length -> tensors (B, L)."""
+        """Pad rows of different length to tensors (B, L)."""
         length = max(len(row["input_ids"]) for row in rows)
         fillers = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED, "position_ids": 0, "branches": -1}
         batch: dict[str, list[list[int]]] = defaultdict(list)
@@ -253,12 +254,12 @@ def end_tokens(processor: Med3DVLMProcessor, model: Any) -> list[int]:
 
 
 def _within(start: int, stop: int, begin: int, end: int) -> bool:
-    """Whether the characters of a token lie in a span. A tokenizer that trims its offsets gives a token of white space no characters."""
+    """Return whether the characters of a token lie in a span. A tokenizer that trims its offsets gives a token of white space no characters."""
     return begin <= start and stop <= end and start < end and (start < stop or begin < start)
 
 
 def answer_lengths(labels: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:
-    """(B, L) labels and branch numbers -> (B, L) whole numbers: for a labelled token how many its conversation has, 0 for any other.
+    """Return for each labelled token (B, L) how many labelled tokens its conversation has, 0 for any other token.
 
     Only those that are predicted count, so not a row's first token. Divided by them, the losses of a conversation sum to their mean.
     """
@@ -272,7 +273,7 @@ def answer_lengths(labels: torch.Tensor, branches: torch.Tensor) -> torch.Tensor
 
 
 def branch_mask(branches: torch.Tensor) -> torch.Tensor:
-    """(B, L) branch numbers -> (B, 1, L, L), True where the token of a row may see that of a column.
+    """Make (B, 1, L, L) from branch numbers (B, L), True where the token of a row may see that of a column.
 
     A token sees the shared part and its own branch, never what comes later. Padding (-1) sees its own kind, so that no row is empty.
     """

@@ -1,4 +1,4 @@
-"""What every picture shares: colours, a page with its footer, and how it is written."""
+"""Shared by all pictures: colours, a page with its footer, and saving."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

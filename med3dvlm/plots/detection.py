@@ -1,4 +1,4 @@
-"""How well findings are detected: ROC and precision-recall curves of each, and whether probabilities can be taken at their word.
+"""Plots of the detection of findings: ROC curves, precision-recall curves, and calibration.
 
 A finding is `name: (labels, scores)`, (n,) each: 0 and 1, and scores, the higher the likelier.
 """
@@ -14,7 +14,7 @@ Findings = Mapping[str, tuple[Any, Any]]
 
 
 def roc_curves(findings: Findings, path: str | Path) -> Path:
-    """A panel a finding, of findings that some studies have and some have not; its title is the area."""
+    """Plot a panel a finding, for findings that some studies have and some have not; its title is the area."""
     from sklearn.metrics import roc_auc_score, roc_curve
 
     def draw(axes: Any, labels: Any, scores: Any) -> str:
@@ -27,7 +27,7 @@ def roc_curves(findings: Findings, path: str | Path) -> Path:
 
 
 def precision_recall_curves(findings: Findings, path: str | Path) -> Path:
-    """The same for precision against recall; the dotted line is the share of studies that have the finding, which guessing gives."""
+    """Plot precision against recall, a panel a finding; the dotted line is the share of studies with the finding, which guessing reaches."""
     from sklearn.metrics import average_precision_score, precision_recall_curve
 
     def draw(axes: Any, labels: Any, scores: Any) -> str:
@@ -40,7 +40,9 @@ def precision_recall_curves(findings: Findings, path: str | Path) -> Path:
 
 
 def calibration_curve(bins: Sequence[tuple[float, float, int]], path: str | Path) -> Path:
-    """Share of present findings against the probability stated, (mean probability, share, decisions) of each bin, and how often each was stated."""
+    """Plot the share of present findings against the stated probability, from (mean probability, share, decisions) of each bin, and the bins'
+    sizes.
+    """
     if not bins:
         raise ValueError("calibration_curve needs at least one bin, got none.")
     page = new_page(4.6, 5.0)

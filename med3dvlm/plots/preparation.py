@@ -1,4 +1,4 @@
-"""A picture of what lies in a store of prepared data."""
+"""A picture of a store of prepared data."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Scan(NamedTuple):
-    """What is drawn: the volume (D, H, W), its geometry as for `montage`, and the intensities that are black and white."""
+    """What is drawn: the volume (D, H, W), its geometry as for `montage`, and the intensities of black and white."""
 
     volume: NDArray[np.float32]
     spacing: Any
@@ -28,7 +28,7 @@ class Scan(NamedTuple):
 
 
 def cases(studies: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """One row a study: its three middle slices, then reference and prediction.
+    """Draw one row a study: its three middle slices, then reference and prediction.
 
     Each study is `{"array": (D, H, W) in 0..1, "reference", "prediction"}` with optional "name", "title", "spacing"
     and "orientation" (as for `montage`). Rows grow with their text; what exceeds 34 lines ends in "[...]".
@@ -70,7 +70,7 @@ def montage(
     window: tuple[float, float] | None = None,
     direction: NDArray[np.float64] | None = None,
 ) -> Path:
-    """Slices evenly spread over D, then the two middle reformats, all in true aspect ratio.
+    """Draw slices evenly spread over D, then the two middle reformats, all in true aspect ratio.
 
     Args:
         array: (D, H, W) of any unit.
@@ -144,14 +144,14 @@ def _check_geometry(spacing: Any, orientation: str | None) -> None:
 
 
 def _aspect(shape: Sequence[int], plane: int, spacing: Any, orientation: str | None) -> float:
-    """Height over width of a drawn slice."""
+    """Return height over width of a drawn slice."""
     vertical, horizontal, _, _ = slice_axes(plane, orientation)
     steps = (1.0, 1.0, 1.0) if spacing is None else spacing
     return float(shape[vertical] * steps[vertical] / (shape[horizontal] * steps[horizontal]))
 
 
 def _show(axes: "Axes", scan: Scan, plane: int, index: int, letters: bool = False, anchor: str = "C") -> None:
-    """The slice `index` across axis `plane`, perhaps with the letters of its edges."""
+    """Draw the slice `index` across axis `plane`, optionally with the letters of its edges."""
     volume, spacing, orientation, window, direction = scan
     picture, (down, across) = take_slice(volume, plane, index, spacing, orientation)
     axes.imshow(grey(picture, window), cmap="gray", vmin=0, vmax=255, aspect=down / across, interpolation="nearest")
@@ -169,14 +169,14 @@ def _show(axes: "Axes", scan: Scan, plane: int, index: int, letters: bool = Fals
 
 
 def _edges(axis: int, orientation: str, direction: NDArray[np.float64] | None) -> tuple[str, str]:
-    """What is named at the beginning and at the end of an axis of the volume."""
+    """Return the labels at the beginning and at the end of an axis of the volume."""
     if direction is None:
         return OPPOSITE[orientation[axis]], orientation[axis]
     return letters_towards(-direction[:, axis]), letters_towards(direction[:, axis])
 
 
 def _case_text(study: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
-    """Blocks of (style, wrapped lines) of one row."""
+    """Return blocks of (style, wrapped lines) of one row."""
     heading = ": ".join(str(study[key]) for key in ("name", "title") if study.get(key))
     blocks: list[tuple[dict[str, Any], list[str]]] = []
     if heading:

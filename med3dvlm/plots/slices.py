@@ -1,4 +1,4 @@
-"""A slice of a scan as it lies on a screen, and as a grey picture: the way in which all pictures draw one."""
+"""Slices of a scan, turned for a screen and drawn as grey pictures; all pictures use these."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from med3dvlm.geometry.orientation import slice_axes
 def take_slice(
     volume: NDArray[Any], axis: int, index: int, spacing: Sequence[float] | None, orientation: str | None
 ) -> tuple[NDArray[Any], tuple[float, float]]:
-    """The slice `index` across `axis` of a volume (D, H, W), turned for a screen, and the mm between its rows and columns.
+    """Return the slice `index` across `axis` of a volume (D, H, W), turned for a screen, and the mm between its rows and columns.
 
     Args:
         spacing: mm (z, y, x); None counts voxels as cubes.
@@ -26,13 +26,15 @@ def take_slice(
 
 
 def grey(values: ArrayLike, window: tuple[float, float]) -> NDArray[np.uint8]:
-    """Values as 0 (black, at window[0] and below) to 255 (white, at window[1] and above); a window of no width makes its value mid-grey."""
+    """Convert values to 0 (black, at window[0] and below) to 255 (white, at window[1] and above); a window of no width makes its value
+    mid-grey.
+    """
     low, high = window if window[1] > window[0] else (window[0] - 0.5, window[0] + 0.5)
     return np.clip(np.nan_to_num(np.round(255 * (np.asarray(values, np.float64) - low) / (high - low))), 0, 255).astype(np.uint8)
 
 
 def draw_slice(values: ArrayLike, window: tuple[float, float], spacing: tuple[float, float], longest: int) -> Any:
-    """A PIL image of a slice (rows, columns) with square pixels.
+    """Return a PIL image of a slice (rows, columns) with square pixels.
 
     Args:
         window: the values that are black and white.

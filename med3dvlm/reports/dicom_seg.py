@@ -1,4 +1,4 @@
-"""Masks as a DICOM Segmentation of the DICOM files that a scan was read from: a binary segment for each, frame by frame on the scan's own slices.
+"""Write masks as a DICOM Segmentation of the DICOM files that a scan was read from: a binary segment for each, on the scan's own slices.
 
 Patient and study are copied into it from the scan's own files (see `dicom_study.py`). Names are coded by `segment_codes.yaml`. Label and
 description say that it is research output.
@@ -32,7 +32,7 @@ GEOMETRY = """Rows Columns FrameOfReferenceUID PositionReferenceIndicator ImageP
 def dicom_segmentation(
     path: Path, source: str, series: int | None, segments: Sequence[tuple[str, NDArray[np.bool_]]], software: tuple[str, str]
 ) -> bytes:
-    """The bytes of a DICOM file: segments of the scan that `formats.read` gives for the first three arguments.
+    """Return the bytes of a DICOM file: segments of the scan that `formats.read` gives for the first three arguments.
 
     Args:
         segments: names and masks (D, H, W) on the scan's own grid; none of the masks empty.
@@ -75,7 +75,7 @@ def _document(
     software: tuple[str, str],
     source: str,
 ) -> Any:
-    """The segmentation, of nobody yet."""
+    """Return the segmentation without patient and study."""
     from highdicom import UID, AlgorithmIdentificationSequence
     from highdicom.seg import Segmentation, SegmentDescription
     from pydicom.dataset import Dataset
@@ -134,7 +134,7 @@ def _document(
 
 
 def segment_codes(name: str) -> tuple[Any, Any, Any]:
-    """Category, type and region (or None) of what a name says, as coded concepts: "lung_nodule" or "Lung nodule" -> abnormality, nodule, lung."""
+    """Return category, type and region (or None) of a name as coded concepts: "lung_nodule" or "Lung nodule" -> abnormality, nodule, lung."""
     from highdicom.sr import CodedConcept
 
     def coded(code: Sequence[str]) -> CodedConcept:

@@ -1,4 +1,4 @@
-"""A report as a DICOM Structured Report about the DICOM files that a scan was read from.
+"""Write a report as a DICOM Structured Report about the DICOM files that a scan was read from.
 
 Patient and study are copied into it from the scan's own files (see `dicom_study.py`).
 
@@ -40,7 +40,7 @@ def structured_report(
     software: str,
     pictures: Sequence[tuple[str, int | None]] = (),
 ) -> bytes:
-    """The bytes of a DICOM file: a report about the scan that `formats.read` gives for the first three arguments.
+    """Return the bytes of a DICOM file: a report about the scan that `formats.read` gives for the first three arguments.
 
     Args:
         notice: what stands before everything else.

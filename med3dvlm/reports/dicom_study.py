@@ -1,4 +1,4 @@
-"""The DICOM files of a scan, for what is filed with their study: a report, a segmentation.
+"""Read the DICOM files of a scan again, for a report or a segmentation that is filed with their study.
 
 Such an object has to name the patient. Nothing of that is kept when a scan is read: the headers are read again here, and go from the user's own
 files into the user's own object and nowhere else. highdicom writes the object and is given no patient, since its messages quote what it is
@@ -28,7 +28,7 @@ INSTEAD = {"report": "save it as text, Markdown or JSON", "segmentation": "save 
 
 @contextmanager
 def stack_of(path: Path, source: str, series: int | None, kind: str) -> Iterator[list[Slice]]:
-    """The slices of the scan that `formats.read` gives for the first three arguments; the files of an archive are gone afterwards.
+    """Yield the slices of the scan that `formats.read` gives for the first three arguments; the files of an archive are gone afterwards.
 
     Args:
         kind: what is made of it, a key of `INSTEAD`.
@@ -45,7 +45,7 @@ def stack_of(path: Path, source: str, series: int | None, kind: str) -> Iterator
 
 
 def require_dicom(path: Path, source: str, kind: str) -> None:
-    """Raise VolumeError where a path holds no DICOM file; what an archive holds is seen when it is unpacked."""
+    """Raise VolumeError where a path holds no DICOM file; the content of an archive is checked when it is unpacked."""
     if not path.exists():
         raise VolumeError(f"{source}: the scan is no longer there, and a DICOM {kind} is made from its files; give the scan again.")
     if path.is_file() and path.suffix.lower() == ".zip":
@@ -55,7 +55,7 @@ def require_dicom(path: Path, source: str, kind: str) -> None:
 
 
 def headers_of(stack: Sequence[Slice], source: str, kind: str, more: Sequence[str] = ()) -> dict[Path, Any]:
-    """Of each file of a stack, in their order, what refers to it, what it says of patient and study, and `more` attributes.
+    """Return for each file of a stack, in order, the attributes that refer to it, those of patient and study, and `more`.
 
     Raises:
         VolumeError: a file is damaged or has no UIDs.
@@ -83,7 +83,7 @@ def _header(file: Path, source: str, kind: str, more: Sequence[str]) -> Any:
 
 
 def identify(made: Any, header: Any) -> None:
-    """Copy patient and study as they stand in a header, but for the character set."""
+    """Copy patient and study from a header, but for the character set."""
     for keyword in IDENTITY:
         if keyword in header:
             made[keyword] = header[keyword]

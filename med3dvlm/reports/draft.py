@@ -48,7 +48,7 @@ MARKDOWN_SIGNS = re.compile(r"([\\`*_{}\[\]<>#|&])")
 
 @dataclass(frozen=True)
 class Section:
-    """A key of `sections` in `reports/findings/rules.yaml` and the words under it."""
+    """A heading (a key of `sections` in `reports/findings/rules.yaml`) and the words under it."""
 
     heading: str
     text: str
@@ -56,7 +56,7 @@ class Section:
 
 @dataclass(frozen=True)
 class KeyImage:
-    """A picture that goes with a report: `label` says what `png` shows, `place` which slice (D, from 0) it is, if it is one."""
+    """A picture that is saved with a report: `label` says what `png` shows, `place` which slice (D, from 0) it is, if it is one."""
 
     label: str
     png: bytes = field(repr=False)
@@ -65,7 +65,7 @@ class KeyImage:
 
 @dataclass(frozen=True)
 class Report:
-    """The sections in the order of the text, and for every finding that it names "present", "uncertain" or "absent".
+    """A report: sections in the order of the text, and for every finding that it names "present", "uncertain" or "absent".
 
     `author` is a key of `NOTICES`; `origin` (see the function) and `notes`, sentences on how the report came about, stand before it
     in every file.
@@ -80,7 +80,7 @@ class Report:
 
 
 def origin(volume: Volume, model: str | None = None) -> dict[str, Any]:
-    """When a report was saved, by which model it was drafted, and of what scan, as values for JSON; nothing that names a patient.
+    """Return when a report was saved, by which model it was drafted, and of what scan, as values for JSON; nothing that names a patient.
 
     `sha256` is that of the voxels: `hashlib.sha256(read_volume(scan).array.tobytes()).hexdigest()` finds the scan again.
     """
@@ -122,7 +122,7 @@ def read_report(text: str, notes: tuple[str, ...] = (), **more: Any) -> Report:
 
 
 def report_text(report: Report) -> str:
-    """Plain text."""
+    """Return the report as plain text."""
     parts = ["\n".join(_before(report)), *(f"{section.heading.upper()}\n{section.text}" for section in report.sections)]
     if stated := _stated(report):
         parts.append("\n".join(["RECOGNISED IN THE TEXT", *stated]))
@@ -132,7 +132,7 @@ def report_text(report: Report) -> str:
 
 
 def report_markdown(report: Report) -> str:
-    """Markdown, in which signs in the report stand for themselves."""
+    """Return the report as Markdown, with the text's own signs escaped."""
     parts = ["# Report", "\n>\n".join(f"> {_plain(line)}" for line in _before(report))]
     parts += [f"## {section.heading}\n\n{_plain(section.text)}" for section in report.sections]
     if stated := _stated(report):
@@ -143,7 +143,9 @@ def report_markdown(report: Report) -> str:
 
 
 def report_json(report: Report) -> str:
-    """JSON: "notice", "author", "origin" {...}, "notes" [sentence], "sections" [{"heading", "text"}], "findings" {name: state}, "key_images"."""
+    """Return the report as JSON: "notice", "author", "origin" {...}, "notes" [sentence], "sections" [{"heading", "text"}], "findings" {name:
+    state}, "key_images".
+    """
     content = {
         "notice": NOTICES[report.author],
         "author": report.author,
@@ -157,7 +159,7 @@ def report_json(report: Report) -> str:
 
 
 def report_zip(report: Report) -> bytes:
-    """A zip of the report as text, Markdown and JSON, and of its key images as key_image_1.png and so on."""
+    """Return a zip of the report as text, Markdown and JSON, and of its key images as key_image_1.png and so on."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("report.txt", report_text(report))
@@ -169,7 +171,7 @@ def report_zip(report: Report) -> bytes:
 
 
 def report_dicom(report: Report, scan: str | os.PathLike[str], series: int | None = None) -> bytes:
-    """A DICOM Structured Report, unverified, that belongs to the patient and study of the scan's own files, which must still be there.
+    """Return an unverified DICOM Structured Report that belongs to the patient and study of the scan's own files, which must still exist.
 
     Args:
         scan, series: what `read_volume` was given.
@@ -186,7 +188,7 @@ def report_dicom(report: Report, scan: str | os.PathLike[str], series: int | Non
 
 
 def _before(report: Report) -> list[str]:
-    """What stands before the report: the notice, where it comes from, the notes; a line each."""
+    """Return the lines before the report: the notice, its origin, the notes."""
     lines = []
     for name, value in report.origin.items():
         if value is not None:
@@ -195,15 +197,15 @@ def _before(report: Report) -> list[str]:
 
 
 def _labels(report: Report) -> list[str]:
-    """A line a key image."""
+    """Return a line for each key image."""
     return [f"{number}: {image.label}" for number, image in enumerate(report.key_images, start=1)]
 
 
 def _stated(report: Report) -> list[str]:
-    """A line a finding: "pleural effusion: absent"."""
+    """Return a line for each finding: "pleural effusion: absent"."""
     return [f"{name.replace('_', ' ')}: {state}" for name, state in report.findings.items()]
 
 
 def _plain(text: str) -> str:
-    """Markdown that shows the text as it is."""
+    """Escape a text for Markdown."""
     return MARKDOWN_SIGNS.sub(r"\\\1", text)

@@ -1,4 +1,4 @@
-"""Search among cases: which scans look to a Med3DCLIP like a scan, or like what a text says."""
+"""Search for similar cases by a Med3DCLIP: by a scan, or by a text."""
 
 from med3dvlm.search.cases import CaseIndex, Hit
 from med3dvlm.search.embedding import Embedder

@@ -1,4 +1,4 @@
-"""CaseIndex: the cases of a data set, laid out by what a Med3DCLIP sees in their scans.
+"""CaseIndex: the cases of a data set by the Med3DCLIP embeddings of their scans.
 
     <folder>/index.json               which model and which data, by path and fingerprint; the split; how many
     <folder>/embeddings.safetensors   "scans" (N, P) float32 of length 1, and "lines" (N + 1), where each case begins in cases.jsonl
@@ -140,7 +140,7 @@ class CaseIndex:
 
     @cached_property
     def embedder(self) -> Embedder:
-        """The model.
+        """Return the model that made the index.
 
         Raises:
             FileNotFoundError, ValueError: it is not there any more, or another one is.
@@ -161,7 +161,7 @@ class CaseIndex:
         return vectors.open_index(path) if path.is_file() else None
 
     def search(self, embeddings: Vectors, top: int = 5, exact: bool = False) -> list[list[Hit]]:
-        """The nearest cases of each of (Q, P) unit vectors, the nearest first; with `exact` compared with every case, however many there are.
+        """Return the nearest cases of each of (Q, P) unit vectors, the nearest first; with `exact` every case is compared.
 
         Raises:
             ValueError: none is asked for, or the vectors are of another width or not finite.
@@ -186,7 +186,7 @@ class CaseIndex:
             return [[hit(*pair) for pair in zip(rows.tolist(), cosines.tolist(), strict=True)] for rows, cosines in found]
 
     def search_text(self, texts: Sequence[str], top: int = 5, exact: bool = False) -> list[list[Hit]]:
-        """For each text the cases whose scans are the nearest to it: a finding, a question, or a whole report.
+        """Return for each text the cases with the nearest scans: a finding, a question, or a whole report.
 
         Raises:
             ValueError: a text is empty; see also `embedder` and `search`.
@@ -196,7 +196,7 @@ class CaseIndex:
         return self.search(self.embedder.texts(texts).numpy(), top, exact)
 
     def search_scan(self, scan: Scan, top: int = 5, exact: bool = False) -> list[Hit]:
-        """The cases whose scans are the nearest to a scan: a path, a Volume, or a prepared tensor.
+        """Return the cases whose scans are the nearest to a scan: a path, a Volume, or a prepared tensor.
 
         Raises:
             VolumeError: the scan cannot be read, or does not have what the model's preprocessing needs; see also `embedder` and `search`.
@@ -205,7 +205,7 @@ class CaseIndex:
         return self.search(self.embedder.volumes(pixel_values).numpy(), top, exact)[0]
 
     def picture(self, hit: Hit) -> NDArray[np.uint8] | None:
-        """(H, W): the middle slice along D of the prepared volume, the lowest value black and the highest white.
+        """Return (H, W), the middle slice along D of the prepared volume, the lowest value black and the highest white.
 
         Slices lie as the preprocessing puts them: those of an axial scan are axial. None where the prepared data is no longer there.
 
@@ -222,12 +222,12 @@ class CaseIndex:
 
 
 def _fingerprint(embedder: Embedder) -> str:
-    """Of all that makes an embedding out of a scan."""
+    """Return a fingerprint of everything that makes an embedding out of a scan."""
     return fingerprint(embedder.model, json.dumps({name: getattr(embedder.processor.image_processor, name) for name in SETTINGS}))
 
 
 def _embed(embedder: Embedder, data: PreparedData, studies: Sequence[Study], batch_size: int, part: Path, facts: dict[str, Any]) -> Vectors:
-    """(N, P) of the studies' scans, kept in the folder `part` as they are made, which also says what it is a part of."""
+    """Return embeddings (N, P) of the studies' scans. The folder `part` keeps them as they are made, with `facts` about them."""
     about, grown = part / "index.json", part / "scans.float32"
     if about.is_file() and json.loads(about.read_text(encoding="utf-8-sig")) != facts:
         logger.warning("%s was begun with another model or other data; the index is made from the start", part)

@@ -1,4 +1,4 @@
-"""A Med3DCLIP at work: scans and texts in, embeddings out.
+"""Embed scans and texts by a Med3DCLIP.
 
 Shapes: B scans or texts, P the width of the space that they share.
 """
@@ -34,17 +34,19 @@ class Embedder:
 
     @torch.no_grad()
     def volumes(self, pixel_values: Tensor) -> Tensor:
-        """Scans as the processor makes them (B, 1, D, H, W) -> (B, P) float32 on the CPU, of length 1."""
+        """Embed scans as the processor makes them (B, 1, D, H, W) to (B, P) float32 on the CPU, of length 1."""
         return self.model.encode_image(pixel_values.to(self.model.device, self.model.dtype)).float().cpu()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """(B, P) float32 on the CPU, of length 1."""
+        """Embed texts to (B, P) float32 on the CPU, of length 1."""
         return self.model.encode_text(**self.processor(text=texts).to(self.model.device)).float().cpu()
 
 
 def prompt_directions(embedder: Embedder, names: Sequence[str], templates: int) -> Tensor:
-    """(K, P) float64: temperature times the present prompt's embedding less the absent one's: times a volume's, a finding's log-odds."""
+    """Return (K, P) float64: temperature times the difference of the present and the absent prompt's embedding. Times a volume's embedding it
+    is a finding's log-odds.
+    """
     prompts = [finding_prompts(name, templates) for name in names]
     sides = []
     for side in (0, 1):

@@ -1,4 +1,4 @@
-"""The nearest of many unit vectors: exactly, or by an index that looks only where the nearest are likely to be.
+"""Find the nearest of many unit vectors: exactly, or by an index that searches only where the nearest are likely to be.
 
     exact     All vectors are compared, block by block, with as little memory as one block takes. Equal vectors tie, and the first comes first.
     index     Beyond EXACT_UP_TO vectors. faiss sorts them into about sqrt(N) cells and keeps 8 bits a number (IVF, SQ8). A query is compared with
@@ -33,7 +33,7 @@ SAMPLE = 50  # vectors a cell that it is found by
 
 
 def exact(vectors: Vectors, queries: Vectors, top: int) -> list[Nearest]:
-    """The `top` nearest of each query among `vectors` (N, P), which may be mapped from a file."""
+    """Return the `top` nearest of each query among `vectors` (N, P), which may be memory-mapped."""
     # Where float32 rounds, vectors of equal cosine may differ by this; who is nearer is decided below in float64.
     margin = vectors.shape[1] * float(np.finfo(np.float32).eps)
     rows: list[list[NDArray[np.int64]]] = [[] for _ in queries]
@@ -46,7 +46,7 @@ def exact(vectors: Vectors, queries: Vectors, top: int) -> list[Nearest]:
 
 
 def ranked(vectors: Vectors, query: Vectors, rows: NDArray[np.int64], top: int) -> Nearest:
-    """The `top` nearest of these rows, compared exactly: in float64, each for itself, so that equal vectors have equal cosines."""
+    """Return the `top` nearest of these rows, compared in float64 one by one, so that equal vectors have equal cosines."""
     rows = np.sort(rows)
     cosines = (vectors[rows].astype(np.float64) * query).sum(axis=1)
     order = np.argsort(-cosines, kind="stable")[:top]
@@ -54,7 +54,7 @@ def ranked(vectors: Vectors, query: Vectors, rows: NDArray[np.int64], top: int) 
 
 
 def build(vectors: Vectors, path: Path) -> None:
-    """Write the index of these vectors."""
+    """Write an index of these vectors."""
     import faiss
 
     count, width = vectors.shape
@@ -69,7 +69,7 @@ def build(vectors: Vectors, path: Path) -> None:
 
 
 def open_index(path: Path) -> Any:
-    """An index that `build` wrote, mapped into memory."""
+    """Open an index that `build` wrote, memory-mapped."""
     import faiss
 
     index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
@@ -78,6 +78,6 @@ def open_index(path: Path) -> Any:
 
 
 def by_index(index: Any, vectors: Vectors, queries: Vectors, top: int) -> list[Nearest]:
-    """The nearest among those that the index proposes."""
+    """Return the nearest among the candidates of the index."""
     _, proposed = index.search(queries, max(CANDIDATES, 2 * top))
     return [ranked(vectors, query, rows[rows >= 0], top) for query, rows in zip(queries, proposed, strict=True)]

@@ -1,1 +1,1 @@
-"""The server that programs speak to, in the words of OpenAI's API. `med3dvlm serve` starts it; docs/serving.md says how to ask it."""
+"""A server for programs with OpenAI's API. `med3dvlm serve` starts it; docs/serving.md says how to ask it."""

@@ -1,4 +1,4 @@
-"""From an engine's stream to an answer over HTTP: whole, or piece by piece, and ended when nobody reads it any more."""
+"""Turn an engine's stream into an answer over HTTP: whole, or piece by piece, and ended when the client goes away."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ class Answers:
         return stream
 
     async def follow(self, http: HttpRequest, stream: Stream) -> AsyncIterator[News]:
-        """What is new, as it comes, with the outcome at last. The answer ends when the client goes away, or who leaves the loop."""
+        """Yield new parts as they come, then the outcome. The answer ends when the client goes away, or the loop is left."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def tell() -> None:
@@ -68,7 +68,7 @@ class Answers:
             stream.cancel()
 
     def checked(self, outcome: Generation | BaseException) -> Generation:
-        """The answer. Raises Refused where there is none."""
+        """Return the answer. Raises Refused where there is none."""
         if isinstance(outcome, ValueError):
             raise Refused(400, str(outcome), "messages") from None
         if isinstance(outcome, ConnectionError):
@@ -84,7 +84,7 @@ class Answers:
         return outcome
 
     async def whole(self, http: HttpRequest, request: Request) -> Generation:
-        """The whole answer. Raises Refused where there is none."""
+        """Return the whole answer. Raises Refused where there is none."""
         outcome = None
         async for news in self.follow(http, await self.ask(request)):
             outcome = news[1]
@@ -107,7 +107,7 @@ class Completion:
         return self._body("chat.completion", [choice]) | {"usage": usage(answer), "med3dvlm": about(answer, self.outside)}
 
     async def streamed(self, http: HttpRequest, request: Request, with_logprobs: bool, with_usage: bool) -> Response:
-        """Server-sent events. What is wrong with the request is raised before the first."""
+        """Return server-sent events. An error in the request is raised before the first."""
         news = self.answers.follow(http, await self.answers.ask(request))
         first = await anext(news)
         if isinstance(first[1], BaseException) or (first[1] is not None and first[1].finish == "cancelled"):

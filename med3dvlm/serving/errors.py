@@ -1,4 +1,4 @@
-"""What the server says where it cannot do what was asked: one sentence, in OpenAI's form."""
+"""Errors of the server: one sentence, in OpenAI's form."""
 
 from typing import Any
 
@@ -32,5 +32,5 @@ class Refused(Exception):
 
 
 def refusal(status: int, words: str, wait: float = 0.0) -> JSONResponse:
-    """As `Guard` refuses, in OpenAI's form."""
+    """Return `Guard`'s refusal in OpenAI's form."""
     return Refused(status, words).response()

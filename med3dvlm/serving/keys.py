@@ -1,4 +1,4 @@
-"""Who may use a server that others reach: a file with a key a line, before it a name if there is one.
+"""API keys: a file with one key a line, optionally after a name.
 
 anna sk-8f0c...
 # a comment
@@ -12,14 +12,14 @@ SHORTEST = 16
 
 
 class Keys:
-    """The keys of a file. Compared are their hashes, all of them each time, so that the time tells nothing about them."""
+    """API keys read from a file. Hashes are compared, all of them each time, so that the time reveals nothing."""
 
     def __init__(self, names: dict[str, str]) -> None:
         self._owners = [(hashlib.sha256(key.encode()).digest(), name) for key, name in names.items()]
 
     @classmethod
     def load(cls, path: Path) -> "Keys":
-        """Raises OSError, or ValueError, one sentence, where a line is no key. No key is quoted."""
+        """Read the file. Raises OSError, or ValueError where a line is not a key. No key is quoted."""
         names: dict[str, str] = {}
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
             words = line.split()
@@ -37,7 +37,7 @@ class Keys:
         return cls(names)
 
     def owner(self, authorization: str) -> str | None:
-        """The name of the key in the header "Bearer KEY"; None where it is none of these."""
+        """Return the name of the key in the header "Bearer KEY"; None for any other key."""
         scheme, _, key = authorization.partition(" ")
         given, found = hashlib.sha256(key.strip().encode()).digest(), None
         for known, name in self._owners:

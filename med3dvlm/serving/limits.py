@@ -1,4 +1,4 @@
-"""ASGI middleware around all routes: whose request it is, how large it may be, and what is noted of it."""
+"""ASGI middleware around all routes: the owner of a request, its largest size, and its record."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,8 @@ OPEN = ("/healthz",)
 
 
 class Gate:
-    """Lets in who has a key, and nobody sends more than `most_bytes`. `noted(path, status)` is called of every answer.
+    """Admits requests with a key and at most `most_bytes`. `noted(path, status)` is called for every answer. The key's owner is stored in the
+    scope's state as `owner`, "" where there are no keys.
 
     The owner of a key stands in the scope's state as `owner`, "" where there are no keys.
     """

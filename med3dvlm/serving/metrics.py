@@ -1,4 +1,4 @@
-"""What Prometheus is told: requests, tokens, times, what runs and waits; nothing of what was asked or of a scan."""
+"""Metrics for Prometheus: requests, tokens, times, running and waiting requests; nothing about questions or scans."""
 
 from collections.abc import Callable, Iterable
 

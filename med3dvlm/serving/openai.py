@@ -1,6 +1,6 @@
-"""What OpenAI's clients send and read: the fields that are taken, and the bodies that are given.
+"""Request and response bodies of OpenAI's API.
 
-A field that is not listed is refused by name, since it would else do nothing without a word.
+Unknown fields are refused by name, since they would have no effect.
 """
 
 import base64
@@ -47,7 +47,7 @@ class ImageUrl(Strict):
 
 
 class ImagePart(Strict):
-    """For clients that know no other part: its URL is scan:ID, or a data: URL of a scan file."""
+    """A scan for clients that know image parts only: its URL is scan:ID, or a data: URL of a scan file."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
@@ -84,7 +84,7 @@ class ResponseFormat(Strict):
 
 
 class Sampling(Strict):
-    """What a request for words may say of how they are chosen. `temperature` is 0 unless given: the likeliest words, always the same."""
+    """The sampling settings of a request. `temperature` defaults to 0: the likeliest tokens, always the same."""
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -106,7 +106,7 @@ class Sampling(Strict):
 
 
 class ChatRequest(Sampling):
-    """`/v1/chat/completions`. The fields after `response_format` are taken and mean nothing here."""
+    """The body of `/v1/chat/completions`. The fields after `response_format` are accepted and ignored."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     stop: str | list[str] | None = None
@@ -156,7 +156,7 @@ class EmbeddingsRequest(Strict):
 
 
 def content_of(url: str, where: str) -> tuple[str | None, bytes, str]:
-    """A URL -> the id of a scan, or else its bytes and the name that came with them. Nothing is fetched from elsewhere."""
+    """Resolve a URL to the id of a scan, or to its bytes and file name. Nothing is fetched from elsewhere."""
     if url.startswith(HERE):
         return url.removeprefix(HERE), b"", ""
     head = DATA_URL.match(url)
@@ -171,7 +171,7 @@ def content_of(url: str, where: str) -> tuple[str | None, bytes, str]:
 
 
 def urls_and_messages(messages: Sequence[ChatMessage]) -> tuple[list[str], list[dict[str, str]]]:
-    """The URLs of all scans that the messages hold, and the messages with their words alone."""
+    """Return the URLs of all scans in the messages, and the messages with their text alone."""
     urls, plain = [], []
     for message in messages:
         words = []
@@ -188,7 +188,7 @@ def urls_and_messages(messages: Sequence[ChatMessage]) -> tuple[list[str], list[
 
 
 def url_of(part: ScanPart | ImagePart | FilePart) -> str:
-    """Where the scan of a part is."""
+    """Return the URL of the scan in a part."""
     if isinstance(part, ImagePart):
         return part.image_url.url
     if isinstance(part, FilePart):
@@ -216,13 +216,13 @@ def usage(answer: Generation) -> dict[str, Any]:
 
 
 def about(answer: Generation, outside: str | None) -> dict[str, Any]:
-    """What an answer of ours says beyond OpenAI's."""
+    """Return the fields of an answer that OpenAI's API does not have."""
     cut = {"cut": "The server's time for an answer was over."} if answer.finish == "deadline" else {}
     return {"notice": RESEARCH_NOTICE, "confidence": round(answer.confidence, 4), "outside_training_data": outside, **cut}
 
 
 def logprobs(tokens: Sequence[Token], tokenizer: Any, ends: Sequence[int]) -> dict[str, Any]:
-    """OpenAI's list of tokens with their log probabilities, without the one that ends the answer."""
+    """Return OpenAI's list of tokens with their log probabilities, without the token that ends the answer."""
 
     def shown(id: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.decode([id])

@@ -43,7 +43,7 @@ MOST_FILES = 20_000
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes need. `seconds` is the time for one answer."""
+    """Everything that the routes use. `seconds` is the time limit of one answer."""
 
     name: str
     chat: Any
@@ -71,7 +71,7 @@ class Service:
 
 
 def routes(service: Service) -> APIRouter:
-    """All of them."""
+    """Return all routes."""
     router = APIRouter()
     _add_chat(router, service)
     _add_scans(router, service)
@@ -196,7 +196,7 @@ def _reported(service: Service, scan: KnownScan, answer: engines.Generation) -> 
 
 
 def _probabilities(embedder: Any, embedding: torch.Tensor) -> dict[str, float]:
-    """Without training on labels: how much nearer the scan is to "... is present" than to "... is not present"."""
+    """Return zero-shot scores: how much nearer the scan is to "... is present" than to "... is not present"."""
     odds = prompt_directions(embedder, FINDINGS_CT_RATE, 1) @ embedding.double()
     return dict(zip(FINDINGS_CT_RATE, odds.sigmoid().tolist(), strict=True))
 
@@ -233,5 +233,5 @@ def _vector(place: int, vector: torch.Tensor, form: str) -> dict[str, Any]:
 
 
 def owner(http: Request) -> str:
-    """Whose request it is, see `limits.Gate`."""
+    """Return the owner of the request, see `limits.Gate`."""
     return str(http.state.owner)

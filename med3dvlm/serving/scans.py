@@ -1,4 +1,4 @@
-"""The scans that a server knows: uploaded, read and encoded once, each its owner's alone, for a while.
+"""The scans of a server: uploaded, read and encoded once, private to their owner, and kept for a limited time.
 
 Files lie in the server's private folder while they are read; what is kept is the encoder's output, which the questions need.
 """
@@ -26,7 +26,7 @@ BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes of an upload, scans that an owner keeps, scans of all together, and seconds that one is kept after its last use."""
+    """Bytes of an upload, scans of one owner, scans in all, and seconds that a scan is kept after its last use."""
 
     upload_bytes: int = 2**30
     scans: int = 64
@@ -58,7 +58,7 @@ class KnownScan:
 
 
 class Scans:
-    """Takes uploads of scans, and finds them again.
+    """Reads uploaded scans and keeps their features.
 
     Args:
         chat: the Med3DChat that encodes them.
@@ -72,7 +72,7 @@ class Scans:
         self._known: dict[str, KnownScan] = {}
 
     def add(self, owner: str, files: Sequence[tuple[str, BinaryIO]], series: int | None = None) -> KnownScan:
-        """Read the scan in one file, or in all files of a series, and encode it.
+        """Read a scan from one file, or in all files of a series, and encode it.
 
         Raises:
             Refused: there is no room.
@@ -82,7 +82,7 @@ class Scans:
         return self._read(owner, files, series)
 
     def from_bytes(self, owner: str, content: bytes, name: str = "") -> KnownScan:
-        """The scan in a message; the same bytes again are the same scan."""
+        """Add the scan of a message; the same bytes again are the same scan."""
         digest = hashlib.sha256(content).hexdigest()
         with self._lock:
             self._forget()
@@ -94,7 +94,7 @@ class Scans:
         return self._read(owner, [(name, BytesIO(content))], None, digest)
 
     def get(self, owner: str, id: str) -> KnownScan:
-        """Raises Refused where the owner has no such scan, or not any more."""
+        """Return a scan. Raises Refused where the owner has no such scan, or no longer has it."""
         with self._lock:
             self._forget()
             scan = self._known.get(id)
@@ -124,7 +124,7 @@ class Scans:
             del self._known[id]
 
     def _make_room(self, owner: str) -> None:
-        """Of the owner's scans that came within messages, which no list shows, the one that was longest not used gives way."""
+        """Drop the owner's least recently used scan that came within a message and so is in no list."""
         with self._lock:
             self._forget()
             own = [scan for scan in self._known.values() if scan.owner == owner]

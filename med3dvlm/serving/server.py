@@ -55,7 +55,7 @@ def build(
     seconds: float = 600.0,
     most_waiting: int = 256,
 ) -> ASGIApp:
-    """The server as an ASGI application; `folder` is where uploads lie while they are read."""
+    """Build the server as an ASGI application; uploads lie in `folder` while they are read."""
     limits = limits or Limits()
     scans = Scans(chat, folder, limits, embedder)
     metrics = Metrics(engine.stats, lambda: len(scans))
@@ -90,7 +90,7 @@ def build(
 
 
 def _malformed(error: RequestValidationError) -> Refused:
-    """One of the things that are wrong with a body, in a sentence that quotes no value but a short one."""
+    """Describe one error of a body in a sentence that quotes no value but a short one."""
     first = max(error.errors(), key=lambda each: len(each["loc"]))  # of a field that may be several things, what it is most like
     place = ".".join(part for part in map(str, first["loc"]) if re.fullmatch(r"\w+", part) and part not in ("body", "str"))
     if first["type"] == "extra_forbidden":
@@ -101,7 +101,7 @@ def _malformed(error: RequestValidationError) -> Refused:
 
 
 class Server(uvicorn.Server):
-    """Ends the answers that are being written as soon as it is told to stop."""
+    """Ends the answers in progress as soon as it is told to stop."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def options() -> Parser:
-    """The options of the command line."""
+    """Return the parser of the command line."""
     parser = Parser(description="Serve a model to programs, in the words of OpenAI's API.", epilog=RESEARCH_NOTICE)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="the folder of a trained model")

@@ -43,7 +43,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 @dataclass
 class StageArguments(TrainingArguments):
-    """transformers' TrainingArguments and what every stage needs besides. Every field is a key of the YAML and a flag."""
+    """transformers' TrainingArguments and the settings of every stage. Every field is a key of the YAML and a flag."""
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "the collators take what they need from a row"})
     data: str = field(default="", metadata={"help": "prepared data, see `med3dvlm prepare`"})
@@ -136,18 +136,18 @@ class StageArguments(TrainingArguments):
 
     @property
     def validates(self) -> bool:
-        """Whether the loss over the validation split is wanted (eval_strategy, eval_on_start)."""
+        """Return whether the validation loss is wanted (eval_strategy, eval_on_start)."""
         return self.eval_on_start or str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
 
     def open_data(self) -> PreparedData:
-        """The prepared data that these settings name, at the beginning of the work."""
+        """Open the prepared data that these settings name."""
         keep_freed_memory()
         return PreparedData(self.data, self.exclude_failures, self.split_file or None)
 
 
 @dataclass
 class ImageArguments(StageArguments):
-    """What the stages that see volumes need besides."""
+    """Further settings of the stages that see volumes."""
 
     augmentation: dict | str | None = field(  # type: ignore[type-arg]
         default=None, metadata={"help": "of training volumes: none, intensity, default, or settings as JSON (see datasets/augmentation.py)"}
@@ -160,7 +160,7 @@ class ImageArguments(StageArguments):
 
 
 def find_config(name: str, ending: str) -> Path:
-    """The file of this name, or the package's own where there is none.
+    """Return the file of this name, or the package's own where there is none.
 
     The package's are named by their path below med3dvlm/configs, with or without the ending, as demo/stage1_siglip or deepspeed/zero2, or by their
     place in the repository: stages/configs/demo/stage1_siglip.yaml, ds_configs/zero2.json.
@@ -175,15 +175,15 @@ def find_config(name: str, ending: str) -> Path:
 
 
 def recipes() -> list[str]:
-    """The names of the package's own settings of stages."""
+    """Return the names of the package's own settings of stages."""
     return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.yaml"))
 
 
 class SettingsParser(Parser, HfArgumentParser):
-    """Flags of a dataclass's fields, in the dialect of all programs."""
+    """A parser with a flag for each field of a dataclass."""
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """As `Parser`'s; what transformers makes of a boolean field, one option or two, becomes one flag."""
+        """Add an argument as `Parser` does; a boolean field, for which transformers adds one option or two, gets one flag."""
         if options.get("action") == "store_false":  # --no-NAME comes with the flag
             return self._option_string_actions[names[-1]]
         if options.get("type") is not string_to_bool:
@@ -198,7 +198,7 @@ Arguments = TypeVar("Arguments", bound=StageArguments)
 
 
 def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
-    """Arguments of a stage: defaults, then the YAML named by --config, then the command line.
+    """Parse the arguments of a stage: defaults, then the YAML named by --config, then the command line.
 
     Ends the program with one sentence when a key is unknown or a value does not fit.
     """
@@ -249,7 +249,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
 
 
 def _ours_first(parser: argparse.ArgumentParser, kind: type) -> None:
-    """Let --help list what is the stage's own before what is transformers', which is five times as long."""
+    """List the stage's own settings in --help before transformers', which are five times as many."""
     theirs = {one.name for one in fields(TrainingArguments)} - {"output_dir", "help"}
     own = parser.add_argument_group("settings of this stage")
     all_options = parser._optionals
@@ -261,7 +261,7 @@ def _ours_first(parser: argparse.ArgumentParser, kind: type) -> None:
 
 
 def _gpu_has_bfloat16() -> bool:
-    """Whether there is a GPU, or another accelerator, that computes in bfloat16 itself."""
+    """Return whether there is a GPU, or another accelerator, that computes in bfloat16 itself."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(is_torch_bf16_gpu_available())
@@ -306,7 +306,7 @@ def _check_engine(config: Any, path: str) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a YAML value is of a field's type. Texts pass: the parser converts them like a flag's, or says what is wrong."""
+    """Return whether a YAML value is of a field's type. Texts pass: the parser converts them like a flag's, or reports an error."""
     kind = get_origin(hint) or hint
     if kind in (Union, UnionType):
         return any(_fits(value, one) for one in get_args(hint))
@@ -318,7 +318,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _alone() -> None:
-    """Say that this is the only process: without a launcher's word DeepSpeed would ask MPI."""
+    """Declare this the only process: without a launcher DeepSpeed would ask MPI."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -333,7 +333,7 @@ def _nearest(name: str, known: set[str]) -> str:
 
 
 def identity_of(arguments: StageArguments, data_fingerprint: str, started_from: dict[str, str]) -> dict[str, Any]:
-    """What makes a training this one, as JSON holds it: settings that shape what is learned, with fingerprints in the place of paths.
+    """Return the identity of a training for JSON: the settings that shape what is learned, with fingerprints in place of paths.
 
     The length of the training is no part of it, so that a finished one can be asked for more.
     """

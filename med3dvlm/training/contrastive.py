@@ -1,4 +1,4 @@
-"""What stage 1 and the CT-CLIP path share: a Med3DCLIP learns from pairs of volume and report."""
+"""Shared by stage 1 and the CT-CLIP path: train a Med3DCLIP on pairs of volume and report."""
 
 import json
 import logging
@@ -123,7 +123,7 @@ class ContrastiveTrainer(StageTrainer):
         return super()._prepare_inputs(moved_masks(inputs, inputs.get("prompts", {}), self))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """As the Trainer's; with `chunk_size` the encoders see a part of the batch at a time."""
+        """Train as the Trainer does; with `chunk_size` the encoders see a part of the batch at a time."""
         if self.args.chunk_size is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -144,7 +144,7 @@ class ContrastiveTrainer(StageTrainer):
             super()._save(output_dir, state_dict)
 
     def validation_loss(self) -> float:
-        """The mean loss over the validation pairs in their order, in equal parts of the training's whole batch at most."""
+        """Return the mean loss over the validation pairs in their order, in equal parts of the training's whole batch at most."""
         images, texts, numbers = [], [], []
         clip = getattr(self.model, "clip", self.model)
         for batch, rows in self.validation_batches():
@@ -235,7 +235,7 @@ def _say_how_many_are_cut(reports: Sequence[str], tokenizer: Any, arguments: Con
 
 
 def common_words(texts: Iterable[str], size: int) -> dict[str, int]:
-    """A vocabulary for BertTokenizer: its special tokens, every character of the texts, and their commonest words, token -> id.
+    """Return a vocabulary for BertTokenizer: its special tokens, every character of the texts, and their commonest words, token -> id.
 
     The trainer of WordPiece would give another one each time: it orders characters and breaks ties by the seed of a hash.
     """
@@ -250,7 +250,7 @@ def common_words(texts: Iterable[str], size: int) -> dict[str, int]:
 
 
 def _text_side(arguments: ContrastiveArguments, reports: Iterable[str]) -> tuple[PreTrainedModel, Any]:
-    """The text encoder and its tokenizer.
+    """Return the text encoder and its tokenizer.
 
     Raises:
         ValueError: no text encoder can be made with `text_options`.

@@ -1,4 +1,4 @@
-"""Stage 1 with a dense loss: beside the pairs of volume and report, prompts and where in the volume they are true."""
+"""Stage 1 with a dense loss: beside pairs of volume and report it trains on text prompts with masks."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ SEGMENTER = "segmenter"  # folder of the Med3DSegmenter within that of the Med3D
 
 
 class DenselySupervisedCLIP(Med3DSegmenter):
-    """A Med3DSegmenter that learns from pairs too, in one pass through the vision encoder.
+    """A Med3DSegmenter that also trains on pairs, in one pass through the vision encoder.
 
     Attributes:
         dense_weight: of the segmenter's loss, added to that of its Med3DCLIP.
@@ -23,7 +23,7 @@ class DenselySupervisedCLIP(Med3DSegmenter):
     decoded: int | None = None
 
     def forward(self, pixel_values: Tensor, prompts: dict[str, Tensor], **pairs: Any) -> Med3DCLIPOutput:  # type: ignore[override]
-        """What the Med3DCLIP gives for volumes and `pairs`, with the loss of both.
+        """Return the Med3DCLIP's output for volumes and `pairs`, with the loss of both.
 
         Args:
             prompts: arguments of Med3DSegmenter.forward besides the volumes.

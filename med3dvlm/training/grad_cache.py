@@ -1,4 +1,4 @@
-"""The gradients of a whole batch of pairs at the memory of a part of it (GradCache, arXiv 2101.06983).
+"""Gradients of a whole batch of pairs in the memory of a part of it (GradCache, arXiv 2101.06983).
 
 A contrastive loss needs the embeddings of all pairs, but of what lies before them only what one pair made. A first pass computes all embeddings and
 keeps nothing else; from them follow the loss and its gradients with respect to the embeddings, which a second pass carries on into the weights,
@@ -22,7 +22,7 @@ def backward_in_parts(
     embed: Callable[[Batch], Med3DCLIPOutput],
     backward: Callable[[int, Callable[[], Tensor]], None],
 ) -> Tensor:
-    """Let the weights have the gradients of the loss of all parts together; gives that loss.
+    """Accumulate in the weights the gradients of the loss of all parts together; returns that loss.
 
     Dropout draws the same in both passes. Batch norm has the statistics of a part, and follows each once.
 
@@ -53,7 +53,7 @@ def backward_in_parts(
     shares = list(zip(of_image.split(sizes), of_text.split(sizes, dim=1), strict=True))
 
     def passed_on(number: int) -> Tensor:
-        """A number whose gradient is the loss's, of one part; the last part has that of the temperature too."""
+        """Return a number whose gradient is the loss's, of one part; the last part has that of the temperature too."""
         _set_random_state(states[number], device)
         output = embed(parts[number])
         total = (output.image_embeds * shares[number][0]).sum() + (_by_volume(output) * shares[number][1]).sum()
@@ -65,7 +65,7 @@ def backward_in_parts(
 
 
 def split_pairs(batch: Batch, size: int) -> list[Batch]:
-    """A batch of B volumes with k texts each, all first ones before all second ones, as like parts of at most `size` volumes with their texts."""
+    """Split a batch of B volumes with k texts each (all first ones before all second ones) into similar parts of at most `size` volumes."""
     volumes = len(batch["pixel_values"])
     parts = torch.arange(volumes).tensor_split(-(-volumes // size))
     bounds = [(int(part[0]), int(part[-1]) + 1) for part in parts]
@@ -75,7 +75,7 @@ def split_pairs(batch: Batch, size: int) -> list[Batch]:
 
 
 def _by_volume(output: Med3DCLIPOutput) -> Any:
-    """(k, B, P): the embeddings of the first, the second and further texts."""
+    """Return the embeddings of the first, the second and further texts, (k, B, P)."""
     assert output.image_embeds is not None and output.text_embeds is not None
     return output.text_embeds.unflatten(0, (-1, len(output.image_embeds)))
 

@@ -1,4 +1,4 @@
-"""What stages 2 and 3 share: a Med3DVLM learns from conversations about volumes."""
+"""Shared by stages 2 and 3: train a Med3DVLM on conversations about volumes."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -86,7 +86,7 @@ class ConversationArguments(ImageArguments):
 
 class ConversationTrainer(StageTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """What the step's loss is divided by, over all processes and parts of an accumulated batch; None at the end of an epoch."""
+        """Return the divisor of the step's loss, over all processes and parts of an accumulated batch; None at the end of an epoch."""
         if not batch_samples:
             return None
         items = torch.stack([count_items(batch) for batch in batch_samples]).sum().to(device)
@@ -100,7 +100,7 @@ class ConversationTrainer(StageTrainer):
         return batch
 
     def validation_loss(self) -> float:
-        """The loss over all labelled tokens, or all conversations, of the validation rows, and that of masks over all rows."""
+        """Return the loss over all labelled tokens, or all conversations, of the validation rows, and that of masks over all rows."""
         total = torch.zeros(4, device=self.args.device)  # of the two losses and of what each is divided by
         for batch, numbers in self.validation_batches():
             real = torch.tensor(numbers) >= 0
@@ -115,7 +115,7 @@ class ConversationTrainer(StageTrainer):
 
 
 def hold_quantized(model: Med3DVLM, arguments: ConversationArguments) -> None:
-    """Hold the language model in 4 bits, where the settings ask for it; LoRA may be added to it then."""
+    """Quantise the language model to 4 bits, where the settings ask for it; LoRA may be added to it then."""
     if arguments.quantize is not None:
         quantize(model.language_model, arguments.device)
         model.__dict__["is_loaded_in_4bit"] = True  # which PEFT asks for
@@ -147,7 +147,7 @@ def limit_lengths(rows: ConversationDataset, split: str, processor: Med3DVLMProc
 def conversations(
     arguments: ConversationArguments, data: PreparedData, model: Med3DVLM, processor: Med3DVLMProcessor, yes_no: bool
 ) -> dict[str, Any]:
-    """What a ConversationTrainer of stages 2 and 3 takes: `train_dataset`, `eval_dataset` (None unless it validates) and `data_collator`.
+    """Return the arguments of a ConversationTrainer: `train_dataset`, `eval_dataset` (None unless it validates) and `data_collator`.
 
     With `cache_features` the frozen encoder runs once over each split.
 
@@ -191,7 +191,9 @@ def conversations(
 def _cached_features(
     arguments: ConversationArguments, data: PreparedData, model: Med3DVLM, split: str
 ) -> Callable[[Study], tuple[Tensor, ...]]:
-    """What gives the image features of a study of the split; all processes compute them, once, and keep them beside the data."""
+    """Return a function that gives the image features of a study of the split; all processes compute them, once, and keep them beside the
+    data.
+    """
     studies = data.studies(split)
     places = {study.id: index for index, study in enumerate(studies)}
 

@@ -1,4 +1,4 @@
-"""What the settings of a training may be: numbers by intervals ("(0, 1]" is more than 0 and at most 1), others by name; and what is refused."""
+"""Allowed values of training settings: numbers by intervals ("(0, 1]" is more than 0 and at most 1), others by name; and refused settings."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
-"""The memory that a step of training takes beside weights, gradients and optimiser, from the model's own forward and backward without numbers.
+"""Measure the memory of a training step beside weights, gradients and optimiser, by running the model's forward and backward on the meta
+device.
 
 Weights and activations are on the meta device, where tensors have shapes alone; token ids, labels and masks are real, since shapes follow from them.
 """
@@ -19,7 +20,7 @@ LOGITS, ACTIVATIONS = "logits", "activations"
 
 
 class Peak(TorchDispatchMode):
-    """Adds up the bytes of all tensors that live at once, but for those that were there before.
+    """Adds up the bytes of all tensors that live at once, without those that existed before.
 
     Attributes:
         parts: at the moment of most bytes, those of tensors over the vocabulary (LOGITS) and of all others (ACTIVATIONS).
@@ -55,7 +56,7 @@ class Peak(TorchDispatchMode):
         return result
 
     def watch(self, *tensors: Tensor) -> None:
-        """Leave out these, which are there anyway."""
+        """Leave out these tensors, which exist anyway."""
         self.known.update(id(tensor.untyped_storage()) for tensor in tensors)
         self.kept = [*getattr(self, "kept", ()), *(tensor.untyped_storage() for tensor in tensors)]
 
@@ -99,7 +100,7 @@ def _attention(
 
 
 def peak_of_step(model: nn.Module, batch: dict[str, Any], vocabulary: int = 0) -> Counter[str]:
-    """Bytes at the peak of one forward and backward, beside weights, gradients and the batch itself, by LOGITS and ACTIVATIONS.
+    """Return the bytes at the peak of one forward and backward, beside weights, gradients and the batch itself, by LOGITS and ACTIVATIONS.
 
     Args:
         model: on the meta device, in training mode; what requires a gradient is what trains.

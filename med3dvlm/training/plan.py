@@ -1,4 +1,5 @@
-"""What a training takes, before it is started: what trains, memory by part, the largest batch that fits, checkpoints, /dev/shm, steps and hours.
+"""Plan a training before it is started: trained parameters, memory by part, the largest batch that fits, checkpoints, /dev/shm, steps and
+hours.
 
     med3dvlm plan --config paper/stage3_lora --gpus 8 --gpu-memory 80
     med3dvlm plan --config single_gpu/stage3_lora --gpu-memory 24 --rows 749000 --volumes-per-second 2
@@ -42,7 +43,7 @@ PROMPT = 16  # tokens between image and answer that are not learned
 
 @dataclass(frozen=True)
 class Engine:
-    """How weights are shared out.
+    """How weights are sharded.
 
     Attributes:
         stage: of ZeRO; 0 is plain data parallelism.
@@ -65,7 +66,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU, by part: those that are always there, and those of one volume, or conversation, of a batch."""
+    """Bytes on one GPU, by part: fixed ones, and those of each volume, or conversation, of a batch."""
 
     fixed: dict[str, float]
     each: dict[str, float]
@@ -74,12 +75,12 @@ class Memory:
         return sum(self.fixed.values()) + batch * sum(self.each.values())
 
     def fits(self, room: float) -> int:
-        """The largest batch in so many bytes."""
+        """Return the largest batch in so many bytes."""
         return max(0, math.floor((room - sum(self.fixed.values())) / sum(self.each.values())))
 
 
 def shapes_of(name: str) -> PretrainedConfig:
-    """The configuration of a language model or text encoder: the package's own of those it knows, or that of a folder here.
+    """Return the configuration of a language model or text encoder: one of those that the package knows, or that of a folder here.
 
     Raises:
         ValueError: it is neither; nothing is downloaded.
@@ -93,7 +94,7 @@ def shapes_of(name: str) -> PretrainedConfig:
 
 
 def build(arguments: Any, asked: Namespace) -> nn.Module:
-    """The stage's model without weights, in the type of its frozen weights, with those that train marked."""
+    """Build the stage's model without weights, in the type of its frozen weights, with the trained ones marked."""
     with torch.device("meta"):
         if isinstance(arguments, ContrastiveArguments):
             text = AutoConfig.for_model("bert") if arguments.text_encoder == NEW else shapes_of(arguments.text_encoder)
@@ -122,7 +123,7 @@ def build(arguments: Any, asked: Namespace) -> nn.Module:
 
 
 def batch_of(model: nn.Module, arguments: Any, asked: Namespace, count: int) -> dict[str, Any]:
-    """A batch of the longest texts that the settings allow."""
+    """Return a batch of the longest texts that the settings allow."""
     volumes = torch.empty(count, 1, *asked.size, dtype=arguments.weights_dtype, device="meta")
     if isinstance(arguments, ContrastiveArguments):
         ids = torch.full((count, asked.length or arguments.max_text_length), 1)
@@ -140,8 +141,9 @@ def batch_of(model: nn.Module, arguments: Any, asked: Namespace, count: int) -> 
 
 
 def growth_of(model: Any, arguments: Any, asked: Namespace, checkpointing: bool) -> tuple[float, dict[str, float]]:
-    """Bytes of a step that do not grow with the batch, and those that each further row takes: from a step of two and of three (of one,
-    batch norm may learn nothing)."""
+    """Return the bytes of a step that do not grow with the batch, and those of each further row: from a step of two and of three (of one,
+    batch norm may learn nothing).
+    """
     (model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable)()
     model.train()
     vocabulary = 0 if isinstance(arguments, ContrastiveArguments) else int(model.config.text_config.vocab_size)
@@ -153,7 +155,7 @@ def growth_of(model: Any, arguments: Any, asked: Namespace, checkpointing: bool)
 def memory_of(
     model: nn.Module, arguments: Any, asked: Namespace, engine: Engine, quantized: bool, growth: tuple[float, dict[str, float]]
 ) -> Memory:
-    """Memory on one GPU, with the `growth_of` activations."""
+    """Return the memory on one GPU, with the `growth_of` activations."""
     base, each = growth
     volume = 4.0 * math.prod(asked.size)  # float32, beside what the model is given of it
     chunked = getattr(arguments, "chunk_size", None) is not None  # then all volumes of the batch are there
@@ -183,7 +185,7 @@ def _is_quantizable(name: str, module: nn.Module) -> bool:
 
 
 def _buffers(engine: Engine, trained: int, frozen: int, wide: float, processes: int) -> float:
-    """Bytes of gradients on their way, and of weights that ZeRO gathers."""
+    """Return the bytes of gradients in transfer, and of weights that ZeRO gathers."""
     if processes == 1 and engine.stage == 0:
         return 0.0
     if engine.stage == 0:
@@ -276,7 +278,7 @@ def _print_plan(model: nn.Module, arguments: Any, asked: Namespace, engine: Engi
 
 
 def _choices(model: nn.Module, arguments: Any, asked: Namespace, engine: Engine, quantized: bool, room: float, growths: Any) -> list[str]:
-    """A table of the largest batches."""
+    """Return the lines of a table of the largest batches."""
     lines = ["\nLargest batch of a GPU:", "| engine | weights | kept | with checkpointing |", "|---|---|---|---|"]
     names: dict[str, str | None] = {"none": None, "ZeRO-2": "deepspeed/zero2", "ZeRO-3": "deepspeed/zero3"}
     held = (False,) if isinstance(arguments, ContrastiveArguments) else (False, True)

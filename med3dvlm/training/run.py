@@ -1,4 +1,4 @@
-"""What the stage scripts share: what trains, a training from its beginning or last checkpoint to its end, and the record of it."""
+"""Shared by the stage programs: choose what trains, train from the beginning or the last checkpoint to the end, and record it."""
 
 import json
 import logging
@@ -52,7 +52,7 @@ def train_only(model: nn.Module, chosen: Callable[[str], bool]) -> list[str]:
 
 
 def lora_targets(model: Med3DVLM) -> str:
-    """A pattern for every linear layer of the language model but its output head."""
+    """Return a pattern for every linear layer of the language model but its output head."""
     decoder = model.language_model.get_decoder()
     kinds = sorted({name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)})
     return rf"language_model\..*\.({'|'.join(kinds)})"
@@ -151,7 +151,7 @@ def save_final(trainer: StageTrainer) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and commit, for the record of a run or an evaluation."""
+    """Return versions and commit, for the record of a run or an evaluation."""
     commit = None
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists() and shutil.which("git"):  # an installed package may lie in somebody else's repository
@@ -161,7 +161,7 @@ def environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """None where it is not installed: an extra that this run did not need."""
+    """Return a package's version; None where it is not installed: an extra that this run did not need."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -169,7 +169,7 @@ def _version(package: str) -> str | None:
 
 
 def release(trainer: StageTrainer) -> None:
-    """Let the engine's memory go before another model is loaded."""
+    """Free the engine's memory before another model is loaded."""
     engine: Any = trainer.model_wrapped
     trainer.accelerator.free_memory()
     if trainer.args.deepspeed:
@@ -177,7 +177,7 @@ def release(trainer: StageTrainer) -> None:
 
 
 def finish() -> None:
-    """Take the process group down: without that the launcher reports a crash. Models are loaded whole again."""
+    """Destroy the process group: otherwise the launcher reports a crash. Models are loaded whole again."""
     unset_hf_deepspeed_config()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

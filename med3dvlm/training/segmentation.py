@@ -1,4 +1,4 @@
-"""Segmentation: a decoder on the encoder of a stage-1 model learns where the things lie that prompts name.
+"""Segmentation: train a decoder on the encoder of a stage-1 model to draw what prompts name.
 
     med3dvlm train segmentation --config demo/segmentation
     med3dvlm train segmentation --config smoke/segmentation --dual-cross-attention false
@@ -58,7 +58,7 @@ class DecoderArguments:
 
     @property
     def decoder(self) -> dict[str, Any]:
-        """Those of Med3DSegmenterConfig.
+        """Return the settings of Med3DSegmenterConfig.
 
         Raises:
             ValueError: `decoder_widths` are no whole numbers.
@@ -74,7 +74,7 @@ class DecoderArguments:
 
     @property
     def drawn(self) -> dict[str, Any]:
-        """Those of MaskPrompts."""
+        """Return the settings of MaskPrompts."""
         return {
             "count": self.prompts,
             "structures": self.prompt_structures,
@@ -105,7 +105,7 @@ class SegmentationTrainer(StageTrainer):
         return super()._prepare_inputs(moved_masks(inputs, inputs, self))
 
     def validation_loss(self) -> float:
-        """The mean over the validation studies."""
+        """Return the mean loss over the validation studies."""
         losses, numbers = [], []
         for batch, rows in self.validation_batches():
             masks = batch.pop("masks")
@@ -120,7 +120,7 @@ class SegmentationTrainer(StageTrainer):
 
 
 def moved_masks(inputs: dict[str, Any], prompts: dict[str, Any], trainer: StageTrainer) -> dict[str, Any]:
-    """The inputs, in which masks of augmented volumes lie where the volumes will."""
+    """Return the inputs with masks that are moved as their augmented volumes are."""
     keys = inputs.get("augmentation_keys")
     if keys is not None and "masks" in prompts:
         device = trainer.args.device
@@ -130,7 +130,7 @@ def moved_masks(inputs: dict[str, Any], prompts: dict[str, Any], trainer: StageT
 
 
 def keep_features(prompts: MaskPrompts, studies: list[Study], folder: Path, clip: Med3DCLIP, processor: Med3DCLIPProcessor) -> None:
-    """Compute what a frozen text encoder makes of all prompts once, and keep it on disk."""
+    """Compute a frozen text encoder's features of all prompts once, and keep them on disk."""
     texts = prompts.texts(studies)
     features: Tensor = report_features(folder, clip, processor, texts)
     prompts.features = dict(zip(texts, features, strict=True))

@@ -1,4 +1,4 @@
-"""Before the stages, for the embedded default alone: a small Qwen2 with a tokenizer of its own learns the words of the training texts.
+"""Stage 0, for the built-in demo alone: train a small Qwen2 and its tokenizer on the words of the training texts.
 
     med3dvlm train stage0 --config demo/stage0_language_model
     med3dvlm train stage0 --config smoke/stage0_language_model --max-steps 4
@@ -49,7 +49,7 @@ class Stage0Arguments(StageArguments):
 
     @property
     def key_heads(self) -> int:
-        """Heads for keys and values."""
+        """Return the heads for keys and values."""
         return max(1, self.heads // 2)
 
 

@@ -52,7 +52,7 @@ class Stage3Arguments(ConversationArguments):
 
 
 def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
-    """The model with LoRA modules and a copy of the projector, and of what it points with, to train; everything else is frozen.
+    """Return the model with trainable LoRA modules, a trainable copy of the projector, and of its pointing part; everything else is frozen.
 
     Raises:
         ValueError: `also_train` names what is no module, or what LoRA trains already.
@@ -85,7 +85,7 @@ def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
 
 
 def add_segmenter(base: Med3DVLM, processor: Med3DVLMProcessor, folder: str) -> str:
-    """Let the model point with the decoder of a trained segmenter; gives the fingerprint of that.
+    """Let the model point with the decoder of a trained segmenter, and return the segmenter's fingerprint.
 
     Raises:
         ValueError: the model can point already, or the segmenter reads volumes by another encoder.
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def record_quantization(arguments: Stage3Arguments) -> None:
-    """Say beside the adapter, before it is there, in what the language model under it was held."""
+    """Record beside the adapter, before that is written, how the language model under it was quantised."""
     path = Path(str(arguments.output_dir)) / QUANTIZATION_FILE
     if arguments.should_save and arguments.quantize is not None:
         write_json(path, {"method": arguments.quantize, "double_quantization": True})
@@ -159,7 +159,7 @@ def record_quantization(arguments: Stage3Arguments) -> None:
 
 
 def remember_training_data(model: Med3DVLM, data: PreparedData, folder: str) -> None:
-    """Save in the folder where up to 500 scans each of the training and validation splits lie, so that it can tell of a scan unlike them."""
+    """Fit the out-of-distribution detector on up to 500 scans each of the training and validation splits, and save it in the folder."""
     splits = data.summary["splits"]
     if not isinstance(splits, dict) or splits.get("train", 0) < 20 or not splits.get("validation"):
         logger.warning("fewer than 20 training scans or no validation scan: the model will not tell of scans unlike its training data")

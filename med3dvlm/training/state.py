@@ -1,4 +1,4 @@
-"""What a training has learned so far, by the names of its weights, so that any engine and any number of processes can continue it.
+"""The state of a training by the names of its weights, so that any engine and any number of processes can continue it.
 
 A checkpoint's safetensors hold, whole, as KIND/NAME:
 
@@ -30,7 +30,7 @@ WEIGHTS, BUFFERS, COUNTER = "weights", "buffers", "step"
 
 
 def whole(*parameters: nn.Parameter, changed: bool = False) -> AbstractContextManager[None]:
-    """Within it parameters are there whole, outside of a model's forward, too; ZeRO-3 else leaves each process a shard.
+    """Gather sharded parameters while the context is entered; under ZeRO-3 each process otherwise holds a shard.
 
     Args:
         changed: every process changes them, all alike, and the shards follow.
@@ -77,7 +77,7 @@ def _learned(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 class TrainingState:
-    """What `write_state` saved in a folder.
+    """The state that `write_state` saved in a folder.
 
     Raises:
         FileNotFoundError: nothing.
@@ -96,16 +96,16 @@ class TrainingState:
             )
 
     def read(self, name: str, kind: str) -> Tensor:
-        """One value, whole, on the CPU."""
+        """Return one value, whole, on the CPU."""
         value: Tensor = self.places[name][kind].get_tensor(f"{kind}/{name}")
         return value
 
     def kinds(self, name: str) -> list[str]:
-        """What the optimiser knows of a weight; nothing, where it never got a gradient."""
+        """Return the kinds of optimiser state of a weight; none where it never got a gradient."""
         return [kind for kind in self.places[name] if kind not in (WEIGHTS, BUFFERS)]
 
     def set_weights(self, model: nn.Module) -> None:
-        """Give a model the weights and running statistics."""
+        """Load weights and running statistics into a model."""
         for name, buffer in _buffers(model).items():
             buffer.copy_(self.read(name, BUFFERS))
         for name, parameter in _trained(model).items():
@@ -113,17 +113,17 @@ class TrainingState:
                 parameter.copy_(self.read(name, WEIGHTS))
 
     def set_optimizer(self, model: nn.Module, optimizer: Any) -> None:
-        """Give the optimiser what it knew, and float32 copies of the weights to an engine that keeps such."""
+        """Load the optimiser's state, and the float32 copies of weights of an engine that keeps such."""
         known_by(optimizer).fill(self, _trained(model))
 
 
 def known_by(optimizer: Any) -> "_Known | _KnownInShards":
-    """What an optimiser knows, to be read and filled by parameter."""
+    """Return the state of an optimiser, to be read and filled by parameter."""
     return _KnownInShards(optimizer) if hasattr(optimizer, "partition_count") else _Known(optimizer)
 
 
 class _Known:
-    """What torch's own optimiser knows."""
+    """The state of torch's own optimisers."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -148,7 +148,7 @@ class _Known:
 
 
 class _KnownInShards:
-    """The same under ZeRO, which lays the parameters end to end, and gives each process a part of them, in float32, to step with."""
+    """The state under ZeRO, which lays the parameters end to end and gives each process a part of them in float32."""
 
     linked = False
 
@@ -214,6 +214,6 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Those that a model is saved with."""
+    """Return the buffers that a model is saved with."""
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}

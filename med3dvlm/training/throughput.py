@@ -1,4 +1,4 @@
-"""How fast a training goes: volumes and tokens a second, and which share of the time the step waited for data."""
+"""Training speed: volumes and tokens a second, and the share of time that steps waited for data."""
 
 import time
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Throughput:
-    """Counts what a process has trained on since its last figures. Time in `paused` is left out: of evaluations and checkpoints."""
+    """Counts what a process has trained on since the last figures, without time in `paused`: evaluations and checkpoints."""
 
     def __init__(self) -> None:
         self._begin()
@@ -21,7 +21,7 @@ class Throughput:
         self.volumes, self.tokens = 0, torch.tensor(0)  # tokens are added up where the batches are: no step waits for the number
 
     def timed(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The batches, counted; the time until each is there is time of waiting for data."""
+        """Yield the batches and count them; the time until each arrives counts as waiting for data."""
         while True:
             before = time.perf_counter()
             batch = next(batches, None)
@@ -41,7 +41,7 @@ class Throughput:
             self.idle += time.perf_counter() - before
 
     def totals(self) -> Tensor:
-        """(4) float64: volumes, tokens, seconds, seconds of waiting since the last call."""
+        """Return (4) float64: volumes, tokens, seconds, seconds of waiting since the last call."""
         seconds = time.perf_counter() - self.started - self.idle
         totals = torch.tensor([self.volumes, int(self.tokens), seconds, self.waited], dtype=torch.float64)
         self._begin()
@@ -49,7 +49,7 @@ class Throughput:
 
 
 def count(batch: dict[str, Any]) -> tuple[int, Tensor | int]:
-    """Volumes of a batch, or features in their place, and its tokens, without those that only fill up."""
+    """Return the volumes of a batch, or features in their place, and its tokens without padding."""
     images = batch.get("pixel_values", (batch.get("image_features") or [()])[0])
     mask: Any = batch.get("attention_mask", 0)
     if isinstance(mask, Tensor):  # (B, L), or (B, 1, L, L) with positions, of which what fills up has 0, as a row's first token
@@ -58,7 +58,7 @@ def count(batch: dict[str, Any]) -> tuple[int, Tensor | int]:
 
 
 def figures(totals: Tensor, processes: int) -> dict[str, float]:
-    """Sums of `totals` over all processes -> what stands in a line of the log."""
+    """Convert sums of `totals` over all processes to the entries of a log line."""
     volumes, tokens, seconds, waited = totals.tolist()
     rates = {"volumes_per_second": volumes, "tokens_per_second": tokens}
     speed = {name: round(number * processes / seconds, 3) for name, number in rates.items() if number}

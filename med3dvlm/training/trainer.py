@@ -33,7 +33,7 @@ IDENTITY = "identity.json"  # what a training was begun with: only its own check
 
 
 class DivergedError(ValueError):
-    """The loss or the weights of a training are no longer numbers."""
+    """The loss or the weights of a training are no longer finite."""
 
 
 class StageTrainer(Trainer):
@@ -62,7 +62,7 @@ class StageTrainer(Trainer):
         self.throughput = Throughput()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The batches of a step, counted, and what their loss is divided by."""
+        """Return the batches of a step, counted, and the divisor of their loss."""
         return super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
@@ -73,21 +73,21 @@ class StageTrainer(Trainer):
         super().log(logs, *arguments, **options)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that decay: those of at least two dimensions."""
+        """Return the names of the parameters that decay: those of at least two dimensions."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         return self.finite(super().training_step(*arguments, **options))
 
     def finite(self, loss: Tensor) -> Tensor:
-        """The loss of a step; raises DivergedError, on all processes, where it is no finite number."""
+        """Return the loss of a step; raises DivergedError, on all processes, where it is no finite number."""
         total = self.accelerator.reduce(loss.detach())  # so that all processes stop, not only those whose part is spoilt
         if not torch.isfinite(total):
             self._stop(f"the loss is {total.item()} at step {self.state.global_step + 1}")
         return loss
 
     def require_finite(self) -> None:
-        """Raise DivergedError, on all processes, where a weight that trains is not a finite number."""
+        """Raise DivergedError, on all processes, where a trained weight is not finite."""
         shards = [_own_part(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
         spoilt = torch.stack([~torch.isfinite(shard).all() for shard in shards]).any()
         if self.accelerator.reduce(spoilt.to(self.args.device, torch.float32)) > 0:
@@ -113,11 +113,11 @@ class StageTrainer(Trainer):
         return metrics
 
     def validation_loss(self) -> float:
-        """The loss over all rows of `eval_dataset`."""
+        """Return the loss over all rows of `eval_dataset`."""
         raise NotImplementedError
 
     def validation_batches(self) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        """This process's share of the validation rows as batches on its device, each with the numbers of its rows.
+        """Yield this process's share of the validation rows as batches on its device, each with the numbers of its rows.
 
         All processes get equally many batches, since under ZeRO-3 they compute together; a row that only fills up has the number -1.
         """
@@ -185,7 +185,7 @@ class StageTrainer(Trainer):
         return prepared
 
     def _continue_schedule(self, checkpoint: Path, max_steps: int) -> None:
-        """Go on with the learning rate, and say where it is another than before, since the training takes more or fewer steps now."""
+        """Continue the learning rate, and log where it differs from before because the training now takes more or fewer steps."""
         schedule = self.lr_scheduler
         schedule.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
         before = rates = schedule.get_last_lr()
@@ -204,7 +204,7 @@ class StageTrainer(Trainer):
 
     @property
     def _stepping_optimizer(self) -> Any:
-        """torch's optimiser, or the engine's around it."""
+        """Return torch's optimiser, or the engine's around it."""
         engine: Any = self.model_wrapped
         return engine.optimizer if self.args.deepspeed else self.optimizer.optimizer
 
@@ -257,7 +257,7 @@ class StageTrainer(Trainer):
         )
 
     def last_checkpoint(self, identity: dict[str, Any]) -> str | None:
-        """The newest whole checkpoint of the training of this identity; parts of others are deleted. Where there is none, it is begun.
+        """Return the newest whole checkpoint of the training of this identity and delete incomplete ones; None begins the training.
 
         Raises:
             ValueError: the checkpoints are those of another training.
@@ -278,7 +278,7 @@ class StageTrainer(Trainer):
 
 
 class WholeBatches(Sampler[int]):
-    """Row numbers of an epoch. The first of them come again at its end, so that every batch is whole: any number of processes sees the same.
+    """Row numbers of an epoch. The first rows are repeated at its end to fill the last batch, so that any number of processes sees the same.
 
     Args:
         batch_size: over all processes and parts of an accumulated batch.
@@ -311,7 +311,7 @@ class WholeBatches(Sampler[int]):
 
 
 def _own_part(parameter: Any) -> Tensor:
-    """The parameter, or under ZeRO-3 this process's part of it, without what fills the last part up and is never written."""
+    """Return the parameter, or under ZeRO-3 this process's part of it, without its padding."""
     if not hasattr(parameter, "ds_tensor"):
         return parameter
     part, rank = parameter.ds_tensor, torch.distributed.get_rank()

@@ -48,7 +48,7 @@ PUBLISHED = yaml.safe_load(TABLES.read_text(encoding="utf-8-sig"))["tables"]
 
 
 def figures(table: str, method: str) -> list[tuple[float, ...]]:
-    """What a method has in a table of published.yaml, a tuple a row."""
+    """Return a method's figures in a table of published.yaml, a tuple a row."""
     width = len(PUBLISHED[table]["columns"])
     return [tuple(row[-width:]) for row in PUBLISHED[table]["rows"] if row[0].removesuffix(" (Ours)") == method]
 
@@ -126,7 +126,7 @@ def open_answers(predictions: Iterable[dict[str, Any]]) -> dict[str, dict[str, f
 
 
 def source(row: dict[str, Any] | None, data: str) -> str:
-    """What stands beside every figure of ours."""
+    """Describe the origin of one of our figures."""
     return f"{data}, not run" if row is None else f"{data}, {' + '.join(map(str, row['steps']))} steps"
 
 

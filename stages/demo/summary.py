@@ -164,7 +164,7 @@ def draw(root: Path, summary: dict[str, Any], data: PreparedData, scans: Path) -
 
 
 def show(study: Study, data: PreparedData, scans: Path) -> dict[str, Any]:
-    """What `plots.cases` draws: the scan in its true proportions if its file is there, else the prepared volume."""
+    """Return a case for `plots.cases`: the scan in its true proportions if its file exists, else the prepared volume."""
     if not (scans / study.image).is_file():
         return {"name": study.id, "array": data.processor.dequantize(data.volume(study))[0]}
     volume = read_volume(scans / study.image)
@@ -174,7 +174,7 @@ def show(study: Study, data: PreparedData, scans: Path) -> dict[str, Any]:
 
 
 def notes(summary: dict[str, Any]) -> dict[str, str]:
-    """What to know about a picture, by heading."""
+    """Return remarks about a picture, by heading."""
     vqa, report, pool = summary["vqa_closed"], summary["report"], summary["retrieval"]["pool"]
     return {
         "Retrieval": f"The share of scans whose own report is among the first k of {pool} reports, and the other way round.",

@@ -1,4 +1,4 @@
-"""Which of our models a released checkpoint belongs to: read off the shapes of its tensors and, where they do not tell, its config.json.
+"""Find the model that a released checkpoint belongs to, from the shapes of its tensors and, where these do not tell, its config.json.
 
 Shapes are given under our names (`names.to_ours`). Where a size cannot be told, KeyError names the tensor that was looked for.
 """
@@ -53,7 +53,7 @@ class Architecture:
 def architecture(
     layout: Layout, shapes: Shapes, released: Shapes, settings: Settings, size: Size | None, text_config: PretrainedConfig | None
 ) -> Architecture:
-    """The model that tensors of these shapes belong to.
+    """Return the model that tensors of these shapes belong to.
 
     Args:
         shapes, released: the shapes under our names, and under the released ones.
@@ -172,7 +172,7 @@ def _vlm(layout: Layout, encoder: str, options: Settings, shapes: Shapes, settin
 
 
 def _language_config(settings: Settings, words: int) -> PretrainedConfig:
-    """The part of a released config.json that is the language model's."""
+    """Return the part of a released config.json that is the language model's."""
     released = str(settings.get("model_type"))
     kind = LANGUAGE_MODELS.get(released, released)
     try:

@@ -1,4 +1,4 @@
-"""Released weights -> a directory of ours, checked name by name, with little memory.
+"""Convert released weights to a model directory of ours, checked name by name, with little memory.
 
 The kind of checkpoint is recognised by the names of its tensors. Every tensor is renamed and reshaped by `published`'s tables and nothing else,
 except that LoRA factors are multiplied into the matrices they belong to. The result appears under its name when it is whole.
@@ -51,7 +51,7 @@ SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_published` did.
+    """The result of `convert_published`.
 
     Args:
         layout: key of the released layout.
@@ -189,7 +189,7 @@ def _rename(layout: Layout, stock: Source) -> _Renamed:
 
 
 def _check(what: str, plan: Architecture, layout: Layout, found: _Renamed, tensors: Mapping[str, Stored]) -> None:
-    """Compare what there is with what our model wants, built without memory; problems are told in released names."""
+    """Compare the released tensors with those of our model, built without memory; problems are reported in released names."""
     with torch.device("meta"):
         model = plan.build()
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -224,7 +224,7 @@ def _write_settings(
     published: dict[str, Any],
     home: Path,
 ) -> None:
-    """config.json, the preprocessing and, for models with text, the tokenizer."""
+    """Write config.json, the preprocessing and, for models with text, the tokenizer."""
     volumes = VolumeProcessor(layout.recipe, size=plan.size, hu_range=layout.hu_range, resize="trilinear")
     tokenizer = None if tokens is None else _tokenizer(tokens)
     config = plan.config
@@ -255,7 +255,7 @@ def _write_settings(
 
 
 def _weight_of(tensors: Mapping[str, Stored]) -> Any:
-    """How many numbers are stored in a type."""
+    """Count the numbers that are stored in each type."""
     totals: dict[torch.dtype, int] = {}
     for shape, dtype in tensors.values():
         totals[dtype] = totals.get(dtype, 0) + math.prod(shape)
@@ -281,7 +281,7 @@ def _verify(folder: Path, layout: Layout, stock: Source, names: Mapping[str, str
 
 
 def _text_files(layout: Layout, home: Path, text_encoder: str | Path | None) -> Path | None:
-    """The folder with the tokenizer, if the model reads text."""
+    """Return the folder with the tokenizer, if the model reads text."""
     if layout.makes not in ("clip", "vlm"):
         return None
     if text_encoder is not None:
@@ -302,18 +302,18 @@ def _text_encoder_of(layout: Layout) -> str:
 
 
 def _text_config(folder: Path) -> PretrainedConfig | None:
-    """The configuration that lies there, unless reading it takes code of its own."""
+    """Read the configuration in a folder, unless reading it takes code of its own."""
     settings = _json(folder / "config.json")
     return AutoConfig.for_model(**settings) if "model_type" in settings and "auto_map" not in settings else None
 
 
 def _tokenizer(folder: Path) -> Any:
-    """The tokenizer that lies there. One that brings its own code is taken for the BERT tokenizer that it extends; the code is not run."""
+    """Load the tokenizer in a folder. One that brings its own code is taken for the BERT tokenizer that it extends; the code is not run."""
     return (BertTokenizer if "auto_map" in _json(folder / "tokenizer_config.json") else AutoTokenizer).from_pretrained(folder)
 
 
 def _fetch(name: str | Path, side_files: bool = False) -> Path:
-    """A file or folder as it is, or the folder into which a model of the hub was downloaded, safetensors if it has any.
+    """Return a local file or folder, or download a model of the hub, as safetensors if it has any.
 
     Raises:
         FileNotFoundError: it is neither here nor to be had.
@@ -341,5 +341,5 @@ def _fetch(name: str | Path, side_files: bool = False) -> Path:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing if there is none."""
+    """Read a JSON file; empty if there is none."""
     return dict(json.loads(file.read_text(encoding="utf-8-sig"))) if file.is_file() else {}

@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 class Pair(NamedTuple):
-    """A pattern of released names, that of ours (None: left out), and the axes where they differ."""
+    """A pattern of released names, our pattern (None: left out), and the axes where they differ."""
 
     there: str
     here: str | None
@@ -52,12 +52,12 @@ class Layout:
 
 
 def _under(there: str, here: str, pairs: Iterable[Pair]) -> tuple[Pair, ...]:
-    """The same pairs inside a larger model."""
+    """Return the same pairs inside a larger model."""
     return tuple(Pair(there + pair.there, None if pair.here is None else here + pair.here, pair.axes) for pair in pairs)
 
 
 def _decomposed(there: str, here: str) -> tuple[Pair, ...]:
-    """Three branches, each a convolution and its batch norm."""
+    """Return the pairs of three branches, each a convolution and its batch norm."""
     branches = (("c1", "height", "o i k 1 1"), ("c2", "width", "o i 1 k 1"), ("c3", "depth", "o i 1 1 k"))
     kernels = (Pair(f"{there}.{branch}.0.weight", f"{here}.{axis}.0.weight", f"{axes} -> o i k") for branch, axis, axes in branches)
     others = (Pair(f"{there}.{branch}.{{n}}.{{tensor}}", f"{here}.{axis}.{{n}}.{{tensor}}") for branch, axis, _ in branches)
@@ -254,7 +254,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def recognise(names: Iterable[str]) -> str:
-    """The key of the layout that tensors of these names are in.
+    """Return the key of the layout of tensors with these names.
 
     Raises:
         ValueError: it is none of those known.
@@ -268,7 +268,7 @@ def recognise(names: Iterable[str]) -> str:
 
 
 def to_ours(layout: Layout, name: str) -> Pair | None:
-    """The pair (released name, our name or None, axes) of a released name; None if the layout does not have it."""
+    """Return (released name, our name or None, axes) for a released name; None if the layout does not have it."""
     for there, here, axes in layout.names:
         values = _match(there, name)
         if values is not None:
@@ -277,7 +277,7 @@ def to_ours(layout: Layout, name: str) -> Pair | None:
 
 
 def to_published(layout: Layout, name: str) -> Pair | None:
-    """The same pair of one of our names, read from right to left."""
+    """Return the same triple for one of our names."""
     for there, here, axes in layout.names:
         values = None if here is None else _match(here, name)
         if values is not None:
@@ -286,7 +286,7 @@ def to_published(layout: Layout, name: str) -> Pair | None:
 
 
 def reshaped(shape: Shape, axes: str, backwards: bool = False) -> Shape | None:
-    """A released tensor's shape in our layout, or `backwards`; None if it has other axes than that."""
+    """Return a released tensor's shape in our layout, or the reverse with `backwards`; None if it has other axes."""
     if not axes:
         return shape
     there, here = (part.split() for part in axes.split("->"))
@@ -298,7 +298,7 @@ def reshaped(shape: Shape, axes: str, backwards: bool = False) -> Shape | None:
 
 
 def some(names: Iterable[str], at_most: int = 8) -> str:
-    """The first of them, and how many more there are."""
+    """Return the first of the names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
 
@@ -308,7 +308,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)([+-]\d+)?\}")
 
 @cache
 def _compiled(pattern: str) -> tuple[re.Pattern[str], dict[str, int]]:
-    """As a regular expression, with what is to be subtracted from each number."""
+    """Compile a pattern to a regular expression, with what is to be subtracted from each number."""
     shifts: dict[str, int] = {}
 
     def group(found: re.Match[str]) -> str:
@@ -320,7 +320,7 @@ def _compiled(pattern: str) -> tuple[re.Pattern[str], dict[str, int]]:
 
 
 def _match(pattern: str, name: str) -> dict[str, str] | None:
-    """What the pattern's placeholders stand for in the name."""
+    """Return the values of the pattern's placeholders in the name."""
     expression, shifts = _compiled(pattern)
     found = expression.fullmatch(name)
     if found is None or any(shift and int(found[key]) < shift for key, shift in shifts.items()):

@@ -41,7 +41,7 @@ SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
 
 
 class Stored(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """Shape and type of a tensor that was not read yet."""
 
     shape: Shape
     dtype: torch.dtype
@@ -72,7 +72,7 @@ class Checkpoint:
             raise ValueError(f"{some(map(str, files))} holds no tensors")
 
     def read(self, name: str) -> Tensor:
-        """One tensor, to be dropped before many more are read."""
+        """Read one tensor, to be dropped before many more are read."""
         stored = self.tensors[name]
         self._mapped += math.prod(stored.shape) * stored.dtype.itemsize
         if self._mapped > MAPPED_AT_MOST:
@@ -122,7 +122,7 @@ class Source:
 
     @property
     def merged(self) -> set[str]:
-        """Names of the matrices with LoRA."""
+        """Return the names of the matrices with LoRA."""
         return set(self._factors)
 
     def read(self, name: str) -> Tensor:
@@ -135,13 +135,13 @@ class Source:
 
 
 def lacks_matrices(checkpoint: Checkpoint) -> bool:
-    """Whether LoRA factors stand there without the matrices they belong to, as in an adapter."""
+    """Return whether a checkpoint holds LoRA factors without their matrices, as an adapter does."""
     names = checkpoint.tensors
     return any(FACTOR.fullmatch(name) for name in names) and not any(name.endswith(".base_layer.weight") for name in names)
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The files of the one checkpoint in a folder: safetensors before pickles, shards before single files.
+    """Return the files of the one checkpoint in a folder: safetensors before pickles, shards before single files.
 
     Raises:
         FileNotFoundError: there is none, or shards are missing.
@@ -198,7 +198,7 @@ def _safetensors(file: Path) -> Any:
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote, mapped where the format allows."""
+    """Read the tensors of a file that torch.save wrote, memory-mapped where the format allows."""
     zipped = zipfile.is_zipfile(file)
     with file.open("rb") as opened:
         beginning = opened.read(2)
@@ -270,17 +270,17 @@ def _write_file(file: Path, tensors: Mapping[str, Stored], read: Callable[[str],
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    """The tensor's values as they lie in memory."""
+    """Return the tensor's values as bytes."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def digest(tensor: Tensor) -> str:
-    """The sha256 of a tensor's values."""
+    """Return the sha256 of a tensor's values."""
     return hashlib.sha256(_raw(tensor)).hexdigest()
 
 
 def checksum(checkpoint: Checkpoint) -> str:
-    """A sha256 over names, types, shapes and values; however they are spread over files, it is the same."""
+    """Return a sha256 over names, types, shapes and values, independent of how they are spread over files."""
     return _combined({name: digest(checkpoint.read(name)) for name in checkpoint.tensors}, checkpoint.tensors)
 
 

@@ -1,8 +1,8 @@
-"""A linear classifier of reports: which findings a report states, learned from labelled reports.
+"""A linear classifier of the findings that a report states, trained on labelled reports.
 
-What it sees of a report is the TF-IDF of its words and pairs of words, and, where asked for, what the rules of
-`med3dvlm.reports.findings` read in it (a column of 0 and 1 per rule). One logistic regression per finding. Stored are numbers and
-words alone, no code: `classifier.json` (names, settings, vocabulary) and `classifier.safetensors`.
+Its features are the TF-IDF of words and pairs of words, and optionally the findings that the rules of `med3dvlm.reports.findings` read (a
+column of 0 and 1 per rule). One logistic regression per finding. Stored are numbers and words alone, no code: `classifier.json` (names,
+settings, vocabulary) and `classifier.safetensors`.
 
 Shapes: N = reports, K = findings, V = terms of the vocabulary, R = findings that the rules read for it.
 """
@@ -26,7 +26,7 @@ WORDS = {"ngram_range": (1, 2), "min_df": 2, "sublinear_tf": True, "token_patter
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """Build it with `train` or `load`."""
+    """A linear classifier, made by `train` or `load`."""
 
     names: tuple[str, ...]  # K
     rules: tuple[str, ...]  # R
@@ -74,7 +74,7 @@ class LinearClassifier:
         )
 
     def probabilities(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """(N, K) in 0..1."""
+        """Return probabilities (N, K)."""
         from scipy.special import expit
         from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -86,7 +86,7 @@ class LinearClassifier:
         return np.asarray(expit(seen @ self.weights.T + self.bias))
 
     def table(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """(N, K) of 0 and 1: as `findings_table`, columns in the order of `names`."""
+        """Return (N, K) of 0 and 1, as `findings_table`, columns in the order of `names`."""
         return (self.probabilities(texts) >= 0.5).astype(np.int64)
 
     def save(self, folder: Path) -> None:
@@ -129,7 +129,7 @@ class LinearClassifier:
 
 
 def _beside(terms: Any, texts: Sequence[str], rules: Sequence[str]) -> Any:
-    """(N, V + R): the terms, then what the rules read."""
+    """Return (N, V + R): the terms, then what the rules read."""
     from scipy.sparse import csr_matrix, hstack
 
     return hstack([terms, csr_matrix(findings_table(texts, rules))]).tocsr() if rules else terms

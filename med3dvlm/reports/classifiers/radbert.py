@@ -24,7 +24,7 @@ WHERE = "it is models/RadBertClassifier.pth of the data set ibrahimhamamci/CT-RA
 
 
 class RadBertClassifier:
-    """Which of the 18 findings each report states.
+    """The classifier of the 18 findings that a report states.
 
     Args:
         weights: `RadBertClassifier.pth`.
@@ -53,7 +53,7 @@ class RadBertClassifier:
             module.eval().requires_grad_(False).to(device)
 
     def probabilities(self, texts: Sequence[str], batch_size: int = 16) -> NDArray[np.float64]:
-        """(N, K) in 0..1; the batch size changes the time only."""
+        """Return probabilities (N, K); the batch size changes the time only."""
         import torch
         from tqdm import tqdm
 
@@ -76,7 +76,7 @@ class RadBertClassifier:
         return result
 
     def table(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """(N, K) of 0 and 1, columns in the order of `names`."""
+        """Return (N, K) of 0 and 1, columns in the order of `names`."""
         return (self.probabilities(texts) >= 0.5).astype(np.int64)
 
 

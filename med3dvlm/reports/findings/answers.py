@@ -1,4 +1,4 @@
-"""What stands for a finding behind its name, as in "Pleural effusion: none on the right, small on the left"."""
+"""Read the answer behind a finding's name, as in "Pleural effusion: none on the right, small on the left"."""
 
 import re
 from functools import lru_cache
@@ -12,7 +12,7 @@ PARTS = re.compile(r"[,;|]|\.(?!\d)|\bbut\b", re.IGNORECASE)
 
 @lru_cache(maxsize=1 << 12)
 def answer_state(answer: str) -> tuple[str, bool] | None:
-    """A state and whether a label would be 1, as in `KINDS`; None where the answer says nothing of the finding."""
+    """Return a state and whether a label would be 1, as in `KINDS`; None where the answer says nothing of the finding."""
     patterns = _patterns()
     parts = [part.strip() for part in PARTS.split(answer) if part.strip()]
     if not parts or patterns.unknown.match(answer):

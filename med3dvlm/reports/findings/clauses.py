@@ -1,7 +1,7 @@
-"""A report as clauses: its sentences, and what "label: value" lines, bullets, check boxes and tables say.
+"""Cut a report into clauses: its sentences, and the content of "label: value" lines, bullets, check boxes and tables.
 
-Nothing is moved. Unusual signs are replaced by plain ones of the same length and what belongs to another clause is blanked, so that a place in a
-clause is a place in the report.
+No character is moved. Unusual signs are replaced by plain ones of the same length and what belongs to another clause is blanked, so that a
+place in a clause is a place in the report.
 """
 
 import re
@@ -51,8 +51,9 @@ SHORT_LABEL = 4  # words; a longer one with nothing behind its colon is a senten
 
 
 class Clause(NamedTuple):
-    """`text` begins at `start` of the report. `answers` are pairs of a place in it and of what stands for the words before that place: a
-    finding named there is what the answer says, or is not spoken of where the answer is empty."""
+    """`text` begins at `start` of the report. `answers` are pairs of a place in it and the answer to the words before that place: a finding
+    named there has the answer's state, and an empty answer says nothing of it.
+    """
 
     start: int
     text: str
@@ -60,7 +61,7 @@ class Clause(NamedTuple):
 
 
 def clauses(report: str) -> Iterator[Clause]:
-    """The clauses of a report, without its sections that are not read."""
+    """Yield the clauses of a report, without sections that are not read."""
     text = MARKUP.sub(lambda found: " " * len(found.group()), report.translate(PLAIN))
     text = without_unread(NOT.sub(r"\1 no", text))
     head: Span | None = None  # a line that ends in a colon speaks of the bullets below it
@@ -84,7 +85,7 @@ def clauses(report: str) -> Iterator[Clause]:
 
 
 def _blocks(text: str) -> Iterator[Span | list[Span]]:
-    """A table as the list of its lines; else a line, together with those that it goes on in."""
+    """Yield each table as the list of its lines, and each other line joined with its continuation lines."""
     spans = [match.span() for match in re.finditer(r"[^\n]*\S[^\n]*", text)]
     capitals = text.upper() == text
     table: list[Span] = []
@@ -120,7 +121,7 @@ def _in_table(line: str, neighbours: list[str]) -> bool:
 
 
 def _goes_on(text: str, line: Span, following: Span, capitals: bool) -> bool:
-    """Whether a line break is one in the middle of a sentence."""
+    """Return whether a line break is in the middle of a sentence."""
     before, after = text[slice(*line)].strip(), text[slice(*following)].strip()
     if text.count("\n", line[1], following[0]) > 1 or BULLET.match(after + " ") or LABELLED.match(after) or _patterns().sign.match(after):
         return False
@@ -155,7 +156,7 @@ def _balanced(words: str) -> bool:
 
 
 def _signed(start: int, text: str) -> Iterator[Clause]:
-    """A sentence cut at its signs: "(-) effusion (+) nodule", "effusion (-), nodule (+)", "effusion: [ ] yes [x] no"."""
+    """Cut a sentence at its signs: "(-) effusion (+) nodule", "effusion (-), nodule (+)", "effusion: [ ] yes [x] no"."""
     patterns = _patterns()
     signs = list(patterns.sign.finditer(text))
     if not signs:
@@ -180,7 +181,7 @@ def _signed(start: int, text: str) -> Iterator[Clause]:
 
 
 def _labelled(start: int, text: str) -> Clause:
-    """A sentence with the answers behind its colons and the like."""
+    """Return a clause of a sentence with the answers behind its colons and similar signs."""
     answers = []
     for found in _patterns().separator.finditer(text):
         answer = text[found.end() :].strip()

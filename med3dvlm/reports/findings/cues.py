@@ -1,4 +1,4 @@
-"""The cues of `rules.yaml` in a clause: how far each reaches, and what it makes of the findings there."""
+"""Find the cues of `rules.yaml` in a clause: how far each reaches, and the state of the findings there."""
 
 import re
 from functools import lru_cache
@@ -22,7 +22,7 @@ LIST = re.compile(r"\b(or|nor|versus|vs)\b", re.IGNORECASE)
 
 
 class Cue(NamedTuple):
-    """A cue of one of `KINDS` at `span` of a clause; `forward` where it speaks of what stands after it."""
+    """A cue of one of `KINDS` at `span` of a clause; `forward` where it applies to the words after it."""
 
     kind: str
     forward: bool
@@ -31,14 +31,14 @@ class Cue(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """The stretch of a clause that a cue speaks of, itself included."""
+    """The part of a clause to which a cue applies, itself included."""
 
     cue: Cue
     span: Span
 
 
 def find_cues(text: str) -> list[Cue]:
-    """Of cues that share words the longest."""
+    """Return the cues of a text, of overlapping ones the longest."""
     found = [
         Cue(kind, forward, match.span(), match.group())
         for kind, forward, phrases in _rules().cues
@@ -53,7 +53,7 @@ def find_cues(text: str) -> list[Cue]:
 
 
 def reaches(text: str) -> list[Reach]:
-    """In the order of `KINDS`."""
+    """Return the reaches of a text's cues in the order of `KINDS`."""
     rules, cues = _rules(), find_cues(text)
     if not cues:
         return []

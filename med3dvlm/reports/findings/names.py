@@ -1,4 +1,4 @@
-"""The names of findings in tables of labels: those that the rules know, in whatever spelling, and others, which stay as they are."""
+"""Names of findings in tables of labels: known ones in any spelling, and others, which are kept."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,12 +8,14 @@ from med3dvlm.reports.findings.phrases import rules_data
 
 
 def finding_name(text: str) -> str:
-    """ "Pleural effusion", "pleural-effusion" and the "effusion" under its `names` in rules.yaml -> "pleural_effusion"; an unknown one as it is."""
+    """Normalise "Pleural effusion", "pleural-effusion" and the "effusion" under its `names` in rules.yaml to "pleural_effusion"; an unknown
+    name is returned unchanged.
+    """
     return _known().get(_plain(text), text.strip())
 
 
 def named_labels(labels: Mapping[str, int]) -> dict[str, int]:
-    """Labels under the names of `finding_name`.
+    """Return labels under the names of `finding_name`.
 
     Raises:
         ValueError: two of them are one finding and disagree.
@@ -30,7 +32,7 @@ def named_labels(labels: Mapping[str, int]) -> dict[str, int]:
 
 
 def label_names(labels: Iterable[Mapping[str, int]]) -> list[str]:
-    """The findings that any study has a label of: those that the rules know in their order, then the others by the alphabet."""
+    """Return the findings that any study has a label of: known ones in the order of the rules, then the others by the alphabet."""
     found = {name for one in labels for name in one}
     known = [name for name in rules_data()["findings"] if name in found]
     return known + sorted(found.difference(known))

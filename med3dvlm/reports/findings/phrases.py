@@ -1,4 +1,4 @@
-"""The notation of `rules.yaml`, explained at its head, as regular expressions."""
+"""Compile the notation of `rules.yaml`, explained at its head, to regular expressions."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ Span = tuple[int, int]
 
 @lru_cache(maxsize=1)
 def rules_data() -> dict[str, Any]:
-    """`rules.yaml` as it stands in the file."""
+    """Return the content of `rules.yaml`."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster
@@ -24,7 +24,7 @@ def rules_data() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Phrases:
-    """Patterns, each with a run of letters that it cannot do without: to look for that first saves most of the time."""
+    """Patterns, each with a run of letters that every match contains: searching for that first saves most of the time."""
 
     patterns: tuple[tuple[str, re.Pattern[str]], ...]
 
@@ -33,7 +33,7 @@ class Phrases:
         return cls(tuple((_needed(phrase), re.compile(to_regex(phrase), re.IGNORECASE)) for phrase in phrases))
 
     def find(self, text: str) -> Iterator[re.Match[str]]:
-        """Every match of every pattern, pattern by pattern."""
+        """Return every match of every pattern, pattern by pattern."""
         lowered = text.lower()
         return (match for needed, pattern in self.patterns if needed in lowered for match in pattern.finditer(text))
 
@@ -54,18 +54,18 @@ def to_regex(phrase: str) -> str:
 
 
 def any_of(phrases: Iterable[str], start: str = "", end: str = "", several: bool = False) -> re.Pattern[str]:
-    """One pattern of several phrases between two others; the first that fits counts, or a row of them."""
+    """Return one pattern of several phrases between two others: the first that fits counts, or a row of them."""
     one = f"{start}(?:{'|'.join(map(to_regex, phrases))}){end}"
     return re.compile(f"(?:{one})+" if several else one, re.IGNORECASE)
 
 
 def overlaps(span: Span, others: Iterable[Span]) -> bool:
-    """Whether they share a character."""
+    """Return whether the span shares a character with any of the others."""
     return any(start < span[1] and span[0] < end for start, end in others)
 
 
 def _needed(phrase: str) -> str:
-    """The longest run of letters outside all brackets, lower case; "" where there is none."""
+    """Return the longest run of letters outside all brackets, lower case; "" where there is none."""
     bare = re.sub(r"\[[^\]]*\]|\w\?", " ", phrase)
     while (inner := re.sub(r"\([^()]*\)", " ", bare)) != bare:
         bare = inner

@@ -1,4 +1,4 @@
-"""Which findings a free-text report names, and what it says of them, by rules that stand beside this file in `rules.yaml`.
+"""Find the findings that a free-text report names, and their states, by the rules in `rules.yaml`.
 
 The rules are those of NegEx and ConText (Chapman et al. 2001, Harkema et al. 2009) in plain words: a phrase names a finding, and cues around it
 in its clause (`clauses.py`) say that it is denied, past, asked for or doubted. Same finding named several times: one present mention is enough.
@@ -44,7 +44,7 @@ FINDINGS = tuple(rules_data()["findings"])  # those of CT-RATE, in its order, an
 
 @dataclass(frozen=True)
 class Mention:
-    """One place where a report names a finding.
+    """A mention of a finding in a report.
 
     `state` is "present", "uncertain" or "absent"; `present` is what a label of 0 and 1 would be, true for most of what is uncertain.
     `phrase` are the words that name it, from `start` of the report, `cue` those that make it uncertain or absent ("no", "history of", ...).
@@ -60,7 +60,7 @@ class Mention:
 
 
 def read_findings(text: str, names: Sequence[str] | None = None) -> dict[str, bool]:
-    """`{finding: stated as present}` for each of `names` (default: `FINDINGS`); what the text does not name is False.
+    """Return `{finding: stated as present}` for each of `names` (default: `FINDINGS`); what the text does not name is False.
 
     Raises:
         ValueError: if a name is unknown.
@@ -71,7 +71,7 @@ def read_findings(text: str, names: Sequence[str] | None = None) -> dict[str, bo
 
 
 def finding_states(text: str, names: Sequence[str] | None = None) -> dict[str, str]:
-    """`{finding: one of STATES}` of those findings that the text names, in the order in which it first names them.
+    """Return `{finding: one of STATES}` of those findings that the text names, in the order in which it first names them.
 
     A finding stated plainly anywhere is present. One that is named only with doubt is uncertain, and one that is denied, or belongs to the
     past, is absent. What the text does not name is not in the result: a report's silence is no statement.
@@ -89,14 +89,14 @@ def finding_states(text: str, names: Sequence[str] | None = None) -> dict[str, s
 
 
 def findings_table(texts: Iterable[str], names: Sequence[str] | None = None, literal: bool = False) -> NDArray[np.int64]:
-    """(N, K) of 0 and 1: `read_findings` of N texts, columns in the order of `names`; `literal` as for `find_mentions`."""
+    """Return (N, K) of 0 and 1: `read_findings` of N texts, columns in the order of `names`; `literal` as for `find_mentions`."""
     names = FINDINGS if names is None else tuple(names)
     present = [{mention.finding for mention in find_mentions(text, names, literal) if mention.present} for text in texts]
     return np.array([[name in found for name in names] for found in present], dtype=np.int64).reshape(len(present), len(names))
 
 
 def find_mentions(text: str, names: Sequence[str] | None = None, literal: bool = False) -> list[Mention]:
-    """Every mention in reading order, with what took it back: use this to see why a report was read as it was.
+    """Return every mention in reading order with the cue that changed its state; it explains how a report was read.
 
     Args:
         literal: take names that the rules do not know, too: such a finding is named by its own words, "haemorrhage" also by "hemorrhages".
@@ -145,7 +145,7 @@ def _finding(name: str) -> _Finding:
 
 @lru_cache(maxsize=1 << 16)  # most sentences of a report are those of other reports
 def _read_clause(text: str, answers: tuple[tuple[int, str], ...], names: tuple[str, ...]) -> tuple[Mention, ...]:
-    """The mentions of a clause; their `start` is a place in it."""
+    """Return the mentions of a clause; their `start` is a position in it."""
     mentions: list[Mention] = []
     sentence = " ".join(text.split())
     for name in names:
@@ -164,7 +164,7 @@ def _read_clause(text: str, answers: tuple[tuple[int, str], ...], names: tuple[s
 
 
 def _named(text: str, finding: _Finding) -> list[Span]:
-    """Where a clause names a finding."""
+    """Return the spans where a clause names a finding."""
     spans = dict.fromkeys(finding.phrases.spans(text))  # two phrases may match the same words
     if not spans or (finding.context.patterns and not finding.context.is_in(text)) or finding.unless.is_in(text):
         return []
@@ -173,7 +173,7 @@ def _named(text: str, finding: _Finding) -> list[Span]:
 
 
 def _stated(span: Span, text: str, finding: _Finding) -> tuple[str, bool, str | None]:
-    """State, label and cue of a mention by the words around it."""
+    """Return state, label and cue of a mention by the words around it."""
     for reach in _reaches(text):
         kind = reach.cue.kind
         is_structure = kind == "normal" and not overlaps(span, [reach.cue.span])
@@ -186,7 +186,7 @@ _reaches = lru_cache(maxsize=1 << 8)(reaches)  # the same for all findings of a 
 
 
 def finding_of(phrase: str) -> str:
-    """The finding that a short phrase names: "lung nodule" -> "lung_nodule", and "pacemaker", by the rules, "medical_material".
+    """Return the finding that a short phrase names: "lung nodule" -> "lung_nodule", and "pacemaker", by the rules, "medical_material".
 
     A phrase that the rules do not know stays as it is, spelled as `finding_name` does.
     """

@@ -1,4 +1,4 @@
-"""The sections of a report by the headings of `rules.yaml`."""
+"""Find the sections of a report by the headings of `rules.yaml`."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ LINE_END = re.compile(r"\n")
 
 
 class Heading(NamedTuple):
-    """`section` is a key of `sections` in rules.yaml, `start` and `end` say where the heading stands, signs around it included."""
+    """A heading: `section` is a key of `sections` in rules.yaml, `start` and `end` its span, signs around it included."""
 
     section: str
     start: int
@@ -23,14 +23,15 @@ class Heading(NamedTuple):
 
 
 def headings(text: str) -> list[Heading]:
-    """The headings of a text in its order: at the start of a line, alone or with a colon or dash, perhaps in Markdown's signs; after a
-    sentence, with a colon."""
+    """Return the headings of a text in order: at the start of a line, alone or with a colon or dash, perhaps in Markdown's signs; after a
+    sentence, with a colon.
+    """
     pattern, sections = _pattern()
     return [Heading(sections[match.lastgroup or ""], *match.span()) for match in pattern.finditer(text)]
 
 
 def without_unread(text: str) -> str:
-    """The text with line ends instead of what stands in sections that are not read: what others knew or asked. It is as long as before.
+    """Replace sections that are not read (history, indication and the like) by line ends, so that the text keeps its length.
 
     Such a section ends with its paragraph, before the next heading, and before a line that begins with a label ("Lungs: ..."). Where no
     heading follows it ends with its line, and in a text of one line with its sentence.
@@ -59,7 +60,7 @@ def _ends(text: str, heading: Heading, following: Heading | None) -> Iterator[in
 
 @lru_cache(maxsize=1)
 def _pattern() -> tuple[re.Pattern[str], dict[str, str]]:
-    """The pattern of all headings, and the section of each of its groups."""
+    """Return the pattern of all headings, and the section of each of its groups."""
     forms = {
         "line": r"^[ \t#*_>]*(?:{})[ \t]*[*_]*[ \t]*(?::[ \t]*[*_]*|[ \t]-[ \t]|$)",
         "inline": r"(?<=[.;!?\"])[ \t]*(?:{})[ \t]*:",

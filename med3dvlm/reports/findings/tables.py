@@ -1,4 +1,4 @@
-"""Tables in a report, drawn with | or set in columns by tabs, dots or blanks, as rows of a label and its answer."""
+"""Read tables in a report, drawn with | or set in columns by tabs, dots or blanks, as rows of a label and its answer."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ Answers = tuple[tuple[int, str], ...]
 
 
 def cells(line: str, between: re.Pattern[str] = BETWEEN) -> list[Span]:
-    """Where the cells of a line lie in it; one for a line that has no columns."""
+    """Return the spans of a line's cells; one for a line without columns."""
     if "|" in line:
         edges = [-1, *(place for place, sign in enumerate(line) if sign == "|"), len(line)]
         spans = [(start + 1, end) for start, end in zip(edges, edges[1:], strict=False)]
@@ -35,8 +35,9 @@ def is_rule(line: str) -> bool:
 
 
 def table_rows(text: str, lines: Sequence[Span]) -> Iterator[tuple[int, str, Answers]]:
-    """(start, words, answers) of the rows of a table, and of the titles of its columns with what stands below them; `lines` are places in `text`.
-    Answers are empty for cells that are sentences of their own."""
+    """Yield (start, words, answers) of the rows of a table, and of the titles of its columns with the cells below them; `lines` are positions
+    in `text`. Answers are empty for cells that are sentences of their own.
+    """
     drawn = [(start, text[start:end]) for start, end in lines if not is_rule(text[start:end])]
     tabs = {line.count("\t") for _, line in drawn}
     between = re.compile("\t") if len(tabs) == 1 and tabs != {0} and "\t\t" not in drawn[0][1] else BETWEEN  # a cell may be empty
@@ -60,7 +61,9 @@ def table_rows(text: str, lines: Sequence[Span]) -> Iterator[tuple[int, str, Ans
 
 
 def _groups(words: Sequence[str]) -> list[Span]:
-    """The cells of a row that is no row of one label, (first, last + 1) of each: "effusion | no | nodule | yes", "effusion: no | nodule: yes"."""
+    """Return the groups of cells, (first, last + 1) each, of a row with several labels: "effusion | no | nodule | yes", "effusion: no |
+    nodule: yes".
+    """
     if any(":" in word[:-1] for word in words[1:]):
         edges = list(range(len(words)))
     else:
@@ -73,7 +76,7 @@ def _groups(words: Sequence[str]) -> list[Span]:
 
 
 def _answer(words: Sequence[str], titles: Sequence[str]) -> str:
-    """The values of a row as one answer; a tick below "Present" or "Absent" is that word."""
+    """Return the values of a row as one answer; a tick below "Present" or "Absent" is that word."""
     parts = []
     for word, title in zip(words, [*titles, *[""] * len(words)], strict=False):
         ticked = STATE.fullmatch(title) and TICK.fullmatch(word)
@@ -82,7 +85,7 @@ def _answer(words: Sequence[str], titles: Sequence[str]) -> str:
 
 
 def _is_header(first: tuple[str, Sequence[Span]], second: tuple[str, Sequence[Span]]) -> bool:
-    """Whether the first of two rows holds titles: of a column of labels, or words over short values."""
+    """Return whether the first of two rows holds titles: of a column of labels, or words over short values."""
     titles, values = ([line[slice(*span)] for span in spans] for line, spans in (first, second))
     return LABELS.fullmatch(titles[0]) is not None or (all(map(_is_state, values)) and not any(map(_is_state, titles)))
 
@@ -92,7 +95,7 @@ def _is_state(word: str) -> bool:
 
 
 def _drawn(line: str, places: Sequence[Span]) -> str:
-    """The line with one | between its cells."""
+    """Return the line with one | between its cells."""
     signs = list(line.replace("|", " ").replace("\t", " "))
     for start, _ in places[1:]:
         signs[start - 1] = "|"
