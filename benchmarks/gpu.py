@@ -43,7 +43,7 @@ from med3dvlm.tables import markdown_table
 
 OWN = ("benchmarks", "med3dvlm", "stages", "tests")
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "open_clip_torch", "triton", "numpy")
-LEAST_SECONDS = 20  # left, for a part to begin
+MIN_SECONDS = 20  # left, for a part to begin
 REPORT_SECONDS = 5  # kept for ending a part and writing
 FULL_DEPTH = 28  # layers of Qwen2.5-7B
 
@@ -108,7 +108,7 @@ def run_part(name: str, arguments: argparse.Namespace, deadline: float) -> dict[
     """Run a part in a process of its own; gives its status (passed, failed, left out), the reason, its seconds, and its cases."""
     result: dict[str, Any] = {"status": "left out", "reason": None, "seconds": 0.0, "cases": []}
     started = time.monotonic()
-    if deadline - started < LEAST_SECONDS:
+    if deadline - started < MIN_SECONDS:
         return result | {"reason": "the minutes were used up"}
     if missing := [file for file in PARTS[name].needs if not (arguments.output / "work" / file).exists()]:
         return result | {"reason": f"{missing[0]} is not there; an earlier part would have written it"}

@@ -51,7 +51,7 @@ TINY_LANGUAGE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_head
 # What decides the plan. LAYER and VOCABULARY: billions of parameters of a layer, and of one of the two matrices over the vocabulary.
 LAYER, VOCABULARY = 0.233, 0.545
 ROW = 450  # tokens: 256 of the image, the rest a report or a question
-PROCESS_GB, MOST_GB = 3.0, 20.0  # of a training process beside its weights; of all processes together
+PROCESS_GB, MAX_GB = 3.0, 20.0  # of a training process beside its weights; of all processes together
 STAGE_SECONDS = 300
 
 
@@ -60,7 +60,7 @@ def plan(root: Path, layers: int, steps: int, processes: int) -> tuple[int, int]
     path = root / "plan.json"
     if not path.is_file():
         free, speed = psutil.virtual_memory().available / 1e9, bfloat16_speed()
-        fit = fitting(layers, steps, processes, min(free, MOST_GB), speed)
+        fit = fitting(layers, steps, processes, min(free, MAX_GB), speed)
         reduced = "" if fit == (layers, steps) else f"Asked for were {layers} layers and {steps} steps: more than memory or speed allow."
         planned = {"layers": fit[0], "steps": fit[1], "processes": processes, "reduced": reduced}
         write_json(path, planned | {"bfloat16_gflops": round(speed, 1), "free_gb": round(free, 1)})

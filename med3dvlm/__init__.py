@@ -37,7 +37,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Med3DCLIP": "models.clip",
     "Med3DCLIPConfig": "models.clip",
-    "Med3DCLIPProcessor": "models.clip",  # which registers it: a processor is loaded by the Auto classes of its parts
+    "Med3DCLIPProcessor": "models.clip",  # registers it: a processor is loaded by the Auto classes of its parts
     "Med3DChat": "inference.chat",
     "Med3DSegmenter": "models.segmentation",
     "Med3DSegmenterConfig": "models.segmentation",

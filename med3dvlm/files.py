@@ -15,7 +15,7 @@ from typing import Any
 
 DETECTOR_FILE = "out_of_distribution.safetensors"  # beside a model: how far a scan lies from the scans that it was trained on
 PART = ".part"  # ends the name of a file that is being written
-MODEL_CONFIGS = ("config.json", "adapter_config.json")  # by one of them transformers or PEFT knows a folder as a model
+MODEL_CONFIGS = ("config.json", "adapter_config.json")  # transformers or PEFT recognises a model's folder by one of them
 
 
 def write_json(path: Path, value: Any) -> None:

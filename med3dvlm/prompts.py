@@ -11,7 +11,7 @@ REPORT_PROMPTS = (
     "Write the report of this scan.",
     "What does the scan show?",
 )
-# That a finding is there and that it is not, for zero-shot detection. The first pair is that of CT-CLIP (arXiv 2403.17834) and DCFormer (2502.05091).
+# Prompts of presence and absence for zero-shot detection. The first pair is that of CT-CLIP (arXiv 2403.17834) and DCFormer (2502.05091).
 FINDING_PROMPTS = (
     ("{Finding} is present.", "{Finding} is not present."),
     ("There is {finding}.", "There is no {finding}."),

@@ -44,7 +44,7 @@ UNITS = ("HU", "unit", "arbitrary")
 OBLIQUE_DEGREES = 15.0  # beyond this, calling an axis by the nearest anatomical direction is worth a warning
 AMBIGUOUS_DEGREES = 35.0  # beyond this, another direction is about as near
 FINEST, COARSEST = 0.05, 50.0  # mm; a scan has no finer and no coarser voxels
-STRAIGHTEN = "straighten=True (--straighten)"  # as messages tell of it
+STRAIGHTEN = "straighten=True (--straighten)"  # its name in messages
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from pathlib import Path
 from med3dvlm.files import PART
 from med3dvlm.programs import Parser
 
-SHORTEST = 8
+MIN_LENGTH = 8
 SECONDS_AFTER_WRONG = 1.0
 COST = {"n": 2**15, "r": 8, "p": 1, "maxmem": 2**26}
 
@@ -31,7 +31,7 @@ class Accounts:
     def __init__(self, hashes: dict[str, str]) -> None:
         self._hashes = hashes
         self._nobody = hashed("", os.urandom(16))  # so that an unknown name takes as long as a known one
-        self._few = asyncio.Semaphore(2)  # at a time, as each takes 32 MiB and a core
+        self._few = asyncio.Semaphore(2)  # two checks at a time, as each takes 32 MiB and a core
 
     @classmethod
     def load(cls, path: Path) -> "Accounts":
@@ -76,8 +76,8 @@ def add(path: Path, name: str, password: str) -> None:
     """
     if not name.strip() or name != name.strip():
         raise ValueError(f"The name is {name!r} but must be a word without spaces around it.")
-    if len(password) < SHORTEST:
-        raise ValueError(f"The password has {len(password)} characters but needs at least {SHORTEST}.")
+    if len(password) < MIN_LENGTH:
+        raise ValueError(f"The password has {len(password)} characters but needs at least {MIN_LENGTH}.")
     hashes = Accounts.load(path)._hashes if path.exists() else {}
     aside = path.with_name(f".{uuid.uuid4().hex}{PART}")
     aside.touch(mode=0o600, exist_ok=False)  # `whole_file` would let others read it

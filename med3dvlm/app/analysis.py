@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from med3dvlm.inference.segmentation import Segmentation
 from med3dvlm.volume import Volume
 
-MOST_CELLS = 128  # of an overlay along an axis; the page draws smoothly between them
+MAX_CELLS = 128  # of an overlay along an axis; the page draws smoothly between them
 SIMILAR = 4
 SEGMENTERS = ("segmenter", "segmentation")  # folders within or beside the model that may hold a segmenter
 
@@ -63,7 +63,7 @@ def load(chat: Any, contrastive: Path | None, index: Path | None, segmenter: Pat
     from med3dvlm.inference.saliency import PhraseSaliency, SaliencyMap, answer_saliency, place
 
     def placed(heat: SaliencyMap, volume: Volume, processor: Any) -> Cells:
-        step = -(-max(volume.shape) // MOST_CELLS)
+        step = -(-max(volume.shape) // MAX_CELLS)
         return place(heat, volume, processor, step), step
 
     def explain(volume: Volume, question: str, answer: str, history: list[dict[str, str]]) -> Cells:

@@ -43,7 +43,7 @@ from med3dvlm.inference.engines import add_engine, check_engine, start_engine
 from med3dvlm.programs import Parser
 from med3dvlm.prompts import RESEARCH_NOTICE
 
-PRIVATE = "med3dvlm-chat-"  # begins the name of the folder of uploads, then the process
+PRIVATE = "med3dvlm-chat-"  # prefix of the folder of uploads
 SECONDS_UNREAD = 300.0  # after which an upload that nobody read goes
 
 
@@ -66,7 +66,7 @@ def launch(
     more, lifespan = tools(workstation) if mcp else ([], None)
     login: Any = None if accounts is None else accounts.allows  # Gradio awaits it
     blocks.launch(
-        server_name=host, server_port=port, prevent_thread_lock=True, max_file_size=workstation.most_bytes, mcp_server=False,
+        server_name=host, server_port=port, prevent_thread_lock=True, max_file_size=workstation.max_bytes, mcp_server=False,
         auth=login, auth_message=RESEARCH_NOTICE if accounts else None,
         app_kwargs={"routes": [*routes(workstation), *more], "lifespan": lifespan, "middleware": checks}, **look, **off,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         start_engine(chat, arguments.engine, arguments.vllm_url)
         analysis = load_analysis(chat, arguments.contrastive, arguments.index, arguments.segmenter or find_segmenter(arguments.model))
         for ending in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(ending, signal.default_int_handler)  # so that the private folder goes then, too
+            signal.signal(ending, signal.default_int_handler)  # so that the private folder is deleted then, too
         warnings.simplefilter("ignore")  # a library's may quote a header
         with private_folder():
             workstation = Workstation(chat, "/".join(arguments.model.resolve().parts[-2:]), arguments.limit * 2**20, analysis)

@@ -33,10 +33,10 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-# What counts together -> how many calls at once, and how many a second from then on
+# Group of calls -> how many at once, and how many a second after that
 RATES = {"/login": (60, 1.0), "": (600, 20.0)}
 HEARTBEAT = "/gradio_api/heartbeat/"
-MOST_CLIENTS = 4096  # whose calls are counted
+MAX_CLIENTS = 4096  # clients whose calls are counted
 
 
 class Guard:
@@ -127,7 +127,7 @@ class Rate:
         left = min(self._most, left + (now - then) * self._a_second)
         due = left >= 1
         self._left[client] = (left - due, now)
-        if len(self._left) > MOST_CLIENTS:
+        if len(self._left) > MAX_CLIENTS:
             self._left.popitem(last=False)
         return 0.0 if due else max(1.0, (1 - left) / self._a_second)
 

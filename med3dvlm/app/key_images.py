@@ -10,8 +10,8 @@ from med3dvlm.plots.slices import draw_slice, take_slice
 from med3dvlm.reports.draft import KeyImage
 
 PLANES = ("axial", "coronal", "sagittal")  # that cut the display axes z, y, x
-MOST = 20  # of a report
-LONGEST = 1024  # pixels of a picture's longer side
+MAX_KEY_IMAGES = 20  # in a report
+LONGER_SIDE = 1024  # pixels of a picture
 
 
 def key_image(scan: OpenScan, plane: str, index: int, window: tuple[float, float]) -> KeyImage:
@@ -33,7 +33,7 @@ def key_image(scan: OpenScan, plane: str, index: int, window: tuple[float, float
     stored, pixel = take_slice(picture.stored, cut, index, facts["spacing"], None)
     values = facts["slope"] * stored.astype(np.float64) + facts["intercept"]
     buffer = io.BytesIO()
-    draw_slice(values, (low, high), pixel, LONGEST).save(buffer, "png")
+    draw_slice(values, (low, high), pixel, LONGER_SIDE).save(buffer, "png")
     order, flips = for_screen(scan.volume.orientation)
     place = None
     if order[cut] == 0 and scan.as_filed:

@@ -10,7 +10,7 @@ import gradio as gr
 from med3dvlm.app.api import uploaded_only
 from med3dvlm.app.scans import EXAMPLES
 from med3dvlm.app.session import Session
-from med3dvlm.app.workstation import MOST_REPORT, Workstation
+from med3dvlm.app.workstation import MAX_REPORT, Workstation
 from med3dvlm.prompts import RESEARCH_NOTICE
 
 HERE = Path(__file__).parent
@@ -168,7 +168,7 @@ def report_region(workstation: Workstation) -> ReportRegion:
         draft = gr.Button("Draft the report", variant="primary", size="md", elem_id="draft")
         stop = gr.Button("Stop", variant="secondary", size="md", scale=0, min_width=90, elem_id="end-draft")
     text = gr.Textbox(
-        show_label=False, label="Report", lines=14, max_lines=30, container=False, elem_id="report", max_length=MOST_REPORT,
+        show_label=False, label="Report", lines=14, max_lines=30, container=False, elem_id="report", max_length=MAX_REPORT,
         placeholder="Let the model draft the report, then edit it here; or write it yourself.",
     )  # fmt: skip
     summary = custom_html("report", workstation.report_data(Session()), "reading", ("report.js",))

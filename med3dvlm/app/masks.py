@@ -27,9 +27,9 @@ from med3dvlm.reports.dicom_seg import dicom_segmentation
 from med3dvlm.reports.findings import find_mentions, finding_states
 from med3dvlm.volume import VolumeError
 
-MOST = 20  # masks on a scan
+MAX_MASKS = 20  # on a scan
 TOGETHER = 4  # masks that are drawn at a time; each takes as many bytes as the scan has voxels until it is packed
-LONGEST_NAME = 200  # characters
+MAX_NAME_LENGTH = 200  # characters
 SAVES = {"zip": "NIfTI", "dcm": "DICOM Segmentation"}
 UNVERIFIED = f"Drawn by a model. Nobody has verified it. {RESEARCH_NOTICE}"
 NO_FINDING = "The report states no finding that is present; type one in words, or draft the report first."
@@ -113,8 +113,8 @@ def names_to_segment(phrase: str, report: str) -> list[str]:
         ValueError: the phrase is too long, or there is neither; one sentence.
     """
     phrase = " ".join(phrase.split())
-    if len(phrase) > LONGEST_NAME:
-        raise ValueError(f"The finding has {len(phrase)} characters but at most {LONGEST_NAME} are taken; name it in fewer words.")
+    if len(phrase) > MAX_NAME_LENGTH:
+        raise ValueError(f"The finding has {len(phrase)} characters but at most {MAX_NAME_LENGTH} are taken; name it in fewer words.")
     names = [phrase] if phrase else [readable(name) for name, state in finding_states(report).items() if state != "absent"]
     if not names:
         raise ValueError(NO_FINDING)

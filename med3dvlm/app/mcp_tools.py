@@ -30,7 +30,7 @@ from med3dvlm.app.workstation import Workstation
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 
 PATH = "/gradio_api/mcp"
-LONGEST = 4096  # characters of a path
+MAX_PATH_LENGTH = 4096  # characters
 FILE = "/gradio_api/file="
 SCAN = (
     "The scan: one NIfTI, NRRD, MHA, npy or npz file, or a zip of a DICOM series. Either POST the file to /gradio_api/upload of this server "
@@ -69,7 +69,7 @@ def tools(workstation: Workstation, parallel: int = 2) -> tuple[list[BaseRoute],
                 lambda: call(workstation, session, scan, question), limiter=few[0], abandon_on_cancel=True
             )
         finally:
-            session.stop()  # who went away waits for no answer
+            session.stop()  # the client went away and waits for no answer
 
     @server.tool(annotations=harmless)
     async def answer(
@@ -98,13 +98,13 @@ def call(workstation: Workstation, session: Session, scan: str, question: str) -
     """Return what a tool returns about a scan. Raises ValueError."""
     try:
         with tempfile.TemporaryDirectory(prefix="agent-", dir=get_upload_folder()) as folder:
-            path, keep = received(scan, Path(folder), workstation.most_bytes)
+            path, keep = received(scan, Path(folder), workstation.max_bytes)
             return once(workstation, session, [str(path)], question, keep)
     except Exception as error:  # noqa: BLE001  told in a sentence
         raise ValueError(sentence(error)) from None
 
 
-def received(scan: str, folder: Path, most_bytes: int) -> tuple[Path, bool]:
+def received(scan: str, folder: Path, max_bytes: int) -> tuple[Path, bool]:
     """Resolve an agent's reference to a scan file. Returns its path, and whether it stays there; inline content is written into the folder.
 
     Raises:
@@ -114,8 +114,8 @@ def received(scan: str, folder: Path, most_bytes: int) -> tuple[Path, bool]:
         kind, _, content = scan.partition(",")
         if not kind.endswith(";base64"):
             raise ValueError("The data URI is not in base64; begin it with 'data:;base64,'.")
-        if len(content) * 3 // 4 > most_bytes:
-            raise ValueError(f"The scan has more than {most_bytes / 2**20:g} MiB; crop or pack it.")
+        if len(content) * 3 // 4 > max_bytes:
+            raise ValueError(f"The scan has more than {max_bytes / 2**20:g} MiB; crop or pack it.")
         try:
             (folder / "scan").write_bytes(base64.b64decode(content, validate=True))
         except ValueError:
@@ -127,7 +127,7 @@ def received(scan: str, folder: Path, most_bytes: int) -> tuple[Path, bool]:
         if not place.startswith(FILE):
             raise ValueError(f"This server fetches nothing from an address. {NOT_HERE}")
         place = place.removeprefix(FILE)
-    if len(place) > LONGEST or "\0" in place:
+    if len(place) > MAX_PATH_LENGTH or "\0" in place:
         raise ValueError(NOT_HERE)
     private, path = Path(get_upload_folder()).resolve(), Path(place).resolve()
     inside = path.relative_to(private).parts if path.is_relative_to(private) else ()

@@ -11,7 +11,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from med3dvlm.app.masks import SAVES as MASK_SAVES
-from med3dvlm.app.workstation import MOST_REPORT, SAVES, Workstation
+from med3dvlm.app.workstation import MAX_REPORT, SAVES, Workstation
 
 MEDIA = {"txt": "text/plain", "md": "text/markdown", "json": "application/json", "zip": "application/zip", "dcm": "application/dicom"}
 PRIVATE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
@@ -54,8 +54,8 @@ def routes(workstation: Workstation) -> list[Route]:
         session, kind = workstation.sessions.by_token(request.path_params["token"]), request.path_params["kind"]
         if session is None or kind not in SAVES:
             return gone()
-        if int(request.headers.get("content-length") or 0) > 8 * MOST_REPORT:
-            return Response(f"The report has more than {MOST_REPORT} characters; shorten it.", 409, PRIVATE, "text/plain")
+        if int(request.headers.get("content-length") or 0) > 8 * MAX_REPORT:
+            return Response(f"The report has more than {MAX_REPORT} characters; shorten it.", 409, PRIVATE, "text/plain")
         text = (await request.body()).decode("utf-8", "replace")
         try:
             content = await run_in_threadpool(workstation.save_report, session, kind, text)

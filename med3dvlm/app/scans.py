@@ -30,7 +30,7 @@ KINDS = {ending: each.title for ending, each in FORMATS.items() if not each.deta
 OPENED = f"one file ({', '.join(KINDS)}) or all files of a DICOM series"
 MAY_BE_DICOM = ("DICOM", "DICOM series", "zip archive")
 PICTURES = (".png", ".jpg", ".jpeg")
-MOST_FILES = 20_000
+MAX_FILES = 20_000
 PREFIX = "scan-"  # of the folders of scans that are read, or open
 EXAMPLES = {"Chest phantom": "chest", "Abdomen phantom": "abdomen"}
 
@@ -73,7 +73,7 @@ class OpenScan:
         return int(self.volume.array.nbytes + self.picture.stored.nbytes)
 
 
-def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False, straighten: bool = False) -> OpenScan:
+def read_uploads(uploads: Sequence[Path], max_bytes: int, keep: bool = False, straighten: bool = False) -> OpenScan:
     """Read the scan in one file, or in all files of a series together, and delete the uploads whatever happens (DICOM files when the scan is
     closed).
 
@@ -81,9 +81,9 @@ def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False, s
     `read_volume`.
 
     Raises:
-        VolumeError: they hold no scan, or are larger than `most_bytes` together; one sentence without a file's name.
+        VolumeError: they hold no scan, or are larger than `max_bytes` together; one sentence without a file's name.
     """
-    kept = take_uploads(uploads, most_bytes, keep)
+    kept = take_uploads(uploads, max_bytes, keep)
     try:
         scan = read_series(kept, None, straighten)
     except BaseException:
@@ -94,11 +94,11 @@ def read_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False, s
     return scan
 
 
-def take_uploads(uploads: Sequence[Path], most_bytes: int, keep: bool = False) -> Upload:
+def take_uploads(uploads: Sequence[Path], max_bytes: int, keep: bool = False) -> Upload:
     """Move the uploads into a folder of their own under plain names. Checks and arguments are those of `read_uploads`."""
     folder = tempfile.mkdtemp(prefix=PREFIX, dir=uploads[0].parent)
     try:
-        path, kind = _plainly_named(uploads, Path(folder), most_bytes, os.link if keep else shutil.move)
+        path, kind = _plainly_named(uploads, Path(folder), max_bytes, os.link if keep else shutil.move)
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -170,13 +170,13 @@ def example(name: str) -> OpenScan:
     return opened(volume, f"{name}, drawn by this program; no patient")
 
 
-def _plainly_named(uploads: Sequence[Path], folder: Path, most_bytes: int, move: Callable[[Path, Path], Any]) -> tuple[Path, str]:
+def _plainly_named(uploads: Sequence[Path], folder: Path, max_bytes: int, move: Callable[[Path, Path], Any]) -> tuple[Path, str]:
     """Move the uploads into the folder under plain names. Returns the path to read, and its kind in words."""
     size = sum(upload.stat().st_size for upload in uploads)
-    if size > most_bytes:
-        raise VolumeError(f"The upload has {size / 2**20:.1f} MiB but at most {most_bytes / 2**20:g} MiB are taken; crop or pack it.")
-    if len(uploads) > MOST_FILES:
-        raise VolumeError(f"{len(uploads)} files were sent but at most {MOST_FILES} are taken; give one series, or a zip of it.")
+    if size > max_bytes:
+        raise VolumeError(f"The upload has {size / 2**20:.1f} MiB but at most {max_bytes / 2**20:g} MiB are taken; crop or pack it.")
+    if len(uploads) > MAX_FILES:
+        raise VolumeError(f"{len(uploads)} files were sent but at most {MAX_FILES} are taken; give one series, or a zip of it.")
     endings = [_ending(upload) for upload in uploads]
     if any(ending in FORMATS and FORMATS[ending].detached for ending in endings):
         raise VolumeError("An .mhd or .nhdr file has its voxels in another file; save the scan as one .mha or .nrrd file.")

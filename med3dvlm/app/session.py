@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from med3dvlm.app.masks import MOST as MOST_MASKS
-from med3dvlm.app.masks import Mask
+from med3dvlm.app.masks import MAX_MASKS, Mask
 from med3dvlm.app.scans import OpenScan
 from med3dvlm.app.turns import Turn, history, sentence
 from med3dvlm.app.viewer import Overlay
 from med3dvlm.reports.draft import KeyImage
 
-MOST_CHARACTERS = 4000  # of a question, about 700 words
+MAX_CHARACTERS = 4000  # of a question, about 700 words
 NO_SCAN = "Please open a scan first: drop its file on the viewer, or take an example."
 NO_QUESTION = "Please type a question first."
 NO_ANSWER = "The model gave no answer; please ask in other words."
@@ -27,18 +26,18 @@ class Session:
 
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     scan: OpenScan | None = None
-    number: int = 0  # of the scan, so that nothing of an old one is taken for the new one's
+    number: int = 0  # number of the open scan, so that results of an earlier scan are not taken for this one's
     features: Any = None  # the encoder's, of this scan
     turns: list[Turn] = field(default_factory=list)
     overlay: Overlay | None = None  # on the viewer
-    overlays: int = 0  # so far, which numbers them
+    overlays: int = 0  # made so far; the number of the next
     masks: dict[int, Mask] = field(default_factory=dict)  # of findings, by number
-    masks_made: int = 0  # so far, which numbers them
+    masks_made: int = 0  # so far; the number of the next
     target: int | None = None  # the number of the mask that the planes go to
     draft: Turn | None = None  # of the report, as the model writes it
     report: str = ""  # as it stands in the field
     key_images: dict[int, KeyImage] = field(default_factory=dict)  # that go with the report, by number
-    marked: int = 0  # of them so far, which numbers them
+    marked: int = 0  # key images so far; the number of the next
     saved: str = ""  # the report as it was saved last
     before: str = ""  # the report that a draft replaces
     warned: str = ""  # the changed report of which a person was told that a draft would replace it
@@ -89,8 +88,8 @@ class Session:
                 return
             name = mask.found.name.casefold()
             kept = {number: each for number, each in self.masks.items() if each.found.name.casefold() != name}
-            if len(kept) >= MOST_MASKS:
-                raise ValueError(f"At most {MOST_MASKS} findings are shown on a scan; remove one first.")
+            if len(kept) >= MAX_MASKS:
+                raise ValueError(f"At most {MAX_MASKS} findings are shown on a scan; remove one first.")
             self.masks_made += 1
             self.masks = kept | {self.masks_made: mask}
 
@@ -163,8 +162,8 @@ class Session:
             raise ValueError(NO_SCAN)
         if not question:
             raise ValueError(NO_QUESTION)
-        if len(question) > MOST_CHARACTERS:
-            raise ValueError(f"The question has {len(question)} characters but at most {MOST_CHARACTERS} are taken; ask a shorter one.")
+        if len(question) > MAX_CHARACTERS:
+            raise ValueError(f"The question has {len(question)} characters but at most {MAX_CHARACTERS} are taken; ask a shorter one.")
         if self.turns and self.turns[-1].open:
             raise ValueError(BUSY)
         self.turns.append(Turn(question))

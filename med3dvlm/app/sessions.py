@@ -15,7 +15,7 @@ from itertools import chain
 from med3dvlm.app.scans import OpenScan
 from med3dvlm.app.session import Session
 
-MOST_SESSIONS = 64
+MAX_SESSIONS = 64
 SECONDS_KEPT = 600.0  # a session whose page is gone
 SECONDS_UNSAVED = 4 * 3600.0  # one with a report that a person wrote and did not save
 SECONDS_FORGOTTEN = 12 * 3600.0  # after which a session ends of which nothing was heard
@@ -29,7 +29,7 @@ class Sessions:
     also replace a program, or a page that is gone. Otherwise the newcomer is refused.
     """
 
-    def __init__(self, most: int = MOST_SESSIONS) -> None:
+    def __init__(self, most: int = MAX_SESSIONS) -> None:
         self._by_name: OrderedDict[str, Session] = OrderedDict()
         self._connections: Counter[str] = Counter()
         self._most, self._lock = most, threading.Lock()

@@ -36,7 +36,7 @@ UNITS = {"HU": "Hounsfield units", "unit": "0 to 1", "arbitrary": "arbitrary, no
 COARSER = (
     "Shown {block} times coarser than the scan: each voxel is the mean of {block} × {block} within a slice. The model reads the full scan."
 )
-MOST_SHOWN = 512 * 512 * 512  # voxels that a browser is given, 256 MiB of them; a larger scan is shown coarser within its slices
+MAX_SHOWN = 512 * 512 * 512  # voxels sent to a browser, 256 MiB; the slices of a larger scan are downsampled
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +57,15 @@ class Picture:
             yield plane.astype("<i2").tobytes()
 
 
-def picture(volume: Volume, most_voxels: int = MOST_SHOWN) -> Picture:
+def picture(volume: Volume, max_voxels: int = MAX_SHOWN) -> Picture:
     """Return the volume for viewer.js.
 
     A value is `slope * stored + intercept`: int16 volumes are sent as they are, others in 65535 steps from their least to their greatest
-    value. Above `most_voxels`, blocks of 2 x 2, 3 x 3, ... voxels within a stored slice become their mean, and `facts["note"]` says so.
+    value. Above `max_voxels`, blocks of 2 x 2, 3 x 3, ... voxels within a stored slice become their mean, and `facts["note"]` says so.
     """
     order, flips = for_screen(volume.orientation)
     spacing = list(volume.spacing or (1.0, 1.0, 1.0))
-    array, block = coarser(volume.array, most_voxels)
+    array, block = coarser(volume.array, max_voxels)
     spacing[1:] = [mm * block for mm in spacing[1:]]
     slope, intercept = 1.0, 0.0
     if array.dtype != np.int16:
@@ -166,10 +166,10 @@ def hottest(heat: NDArray[np.uint8]) -> list[float]:
     return middle
 
 
-def coarser(array: NDArray[Any], most_voxels: int) -> tuple[NDArray[Any], int]:
-    """(D, H, W) with at most `most_voxels`, each the mean of `block` x `block` within a slice, and `block`; up to block - 1 rows are cut."""
+def coarser(array: NDArray[Any], max_voxels: int) -> tuple[NDArray[Any], int]:
+    """(D, H, W) with at most `max_voxels`, each the mean of `block` x `block` within a slice, and `block`; up to block - 1 rows are cut."""
     block = 1
-    while array.size / block**2 > most_voxels:
+    while array.size / block**2 > max_voxels:
         block += 1
     if block == 1:
         return array, 1

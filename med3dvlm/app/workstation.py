@@ -14,12 +14,11 @@ from weakref import WeakValueDictionary
 import psutil
 
 from med3dvlm.app.analysis import Analysis, Case, Cells
-from med3dvlm.app.key_images import MOST as MOST_KEY_IMAGES
-from med3dvlm.app.key_images import key_image
+from med3dvlm.app.key_images import MAX_KEY_IMAGES, key_image
 from med3dvlm.app.masks import for_viewer, names_to_segment, pack, readable, segment_findings, stated
 from med3dvlm.app.masks import save as save_masks
 from med3dvlm.app.scans import EXAMPLES, OpenScan, example, read_series, read_uploads
-from med3dvlm.app.session import BUSY, MOST_CHARACTERS, NO_SCAN, Session
+from med3dvlm.app.session import BUSY, MAX_CHARACTERS, NO_SCAN, Session
 from med3dvlm.app.sessions import Sessions
 from med3dvlm.app.turns import Turn, history, sentence
 from med3dvlm.app.viewer import overlay
@@ -27,8 +26,8 @@ from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.reports.draft import KeyImage, origin, read_report, report_dicom, report_json, report_markdown, report_text, report_zip
 from med3dvlm.volume import Volume, VolumeError
 
-MOST_BYTES = 4 * 2**30  # of an upload
-MOST_REPORT = 20_000  # characters
+MAX_BYTES = 4 * 2**30  # of an upload
+MAX_REPORT = 20_000  # characters
 EXPLAINED = (
     "The geometric mean of the probabilities that the model gave to the words it wrote. It says how sure the model is of its words, "
     "not whether they are true. Below 50 %, the model was less sure of a typical word than of all other words together. "
@@ -44,7 +43,7 @@ class Workstation:
 
     chat: Any
     model: str = "model"
-    most_bytes: int = MOST_BYTES
+    max_bytes: int = MAX_BYTES
     analysis: Analysis = Analysis()
     room: int = psutil.virtual_memory().total // 2  # bytes for the scans of all sessions together
     sessions: Sessions = field(default_factory=Sessions)
@@ -73,7 +72,7 @@ class Workstation:
             if scan is None:
                 if not all(path.exists() for path in paths):
                     raise VolumeError("The upload is not complete; send it again.")
-                self._read[key] = scan = read_uploads(paths, self.most_bytes, keep, self.straighten)
+                self._read[key] = scan = read_uploads(paths, self.max_bytes, keep, self.straighten)
             elif not keep:
                 for path in paths:
                     path.unlink(missing_ok=True)
@@ -164,8 +163,8 @@ class Workstation:
         """Take the text of the field as the report (see `Session.set_report`). Raises ValueError where it is too long."""
         if report == session.report:
             return
-        if len(report) > MOST_REPORT:
-            raise ValueError(f"The report has {len(report)} characters but at most {MOST_REPORT} are taken; shorten it.")
+        if len(report) > MAX_REPORT:
+            raise ValueError(f"The report has {len(report)} characters but at most {MAX_REPORT} are taken; shorten it.")
         session.set_report(report)
 
     def report_notes(self, session: Session) -> tuple[str, ...]:
@@ -227,8 +226,8 @@ class Workstation:
         scan = session.scan
         if scan is None or self.analysis.find is None:
             raise ValueError(NO_SCAN)
-        if len(phrase) > MOST_CHARACTERS:
-            raise ValueError(f"The phrase has {len(phrase)} characters but at most {MOST_CHARACTERS} are taken.")
+        if len(phrase) > MAX_CHARACTERS:
+            raise ValueError(f"The phrase has {len(phrase)} characters but at most {MAX_CHARACTERS} are taken.")
         self._set_overlay(session, scan, self.analysis.find(scan.volume, phrase), f"Where the scan resembles “{phrase.strip()}”")
 
     def _set_overlay(self, session: Session, scan: OpenScan, cells: Cells, label: str) -> None:
@@ -294,8 +293,8 @@ class Workstation:
         scan = session.scan
         if scan is None:
             raise ValueError(NO_SCAN)
-        if len(session.key_images) >= MOST_KEY_IMAGES:
-            raise ValueError(f"A report takes at most {MOST_KEY_IMAGES} key images; remove one first.")
+        if len(session.key_images) >= MAX_KEY_IMAGES:
+            raise ValueError(f"A report takes at most {MAX_KEY_IMAGES} key images; remove one first.")
         image = key_image(scan, plane, index, window)
         session.marked += 1
         session.key_images[session.marked] = image

@@ -51,7 +51,7 @@ __all__ = [
     "require_weights",
     "verify_equal",
 ]
-# What a directory holds, by the model_type in its config.json, and what loads it.
+# model_type in config.json -> content of the directory, and the function that loads it.
 LOADERS = {
     "med3d_clip": "load_clip",
     "med3d_segmenter": "load_segmenter",
@@ -212,7 +212,7 @@ def _assembled(path: Path, config: Med3DVLMConfig, dtype: torch.dtype | str = "a
         raise ValueError(
             f"the language model in {source['place']} is no longer the one that {path} was trained with; restore it, or train that stage anew"
         )
-    config.name_or_path = str(path)  # which an adapter on it records
+    config.name_or_path = str(path)  # an adapter records it
     model = Med3DVLM(config, language_model=language_model)
     stored = Checkpoint(find_weights(path))
     missing, unexpected = model.load_state_dict({name: stored.read(name) for name in stored.tensors}, strict=False)
@@ -315,7 +315,7 @@ def merge_lora(adapter: str | Path, destination: str | Path, base: str | Path | 
     merged: Med3DVLM = adapted.merge_and_unload()
     if merged.pointing is not None:
         merged.pointing.write_token(merged.language_model)
-    merged.config.language_model_source = None  # it is not that one any more
+    merged.config.language_model_source = None  # the merged model is another one
     destination = Path(destination).resolve()
     aside = destination.with_name(f".{destination.name}-merging")
     shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed

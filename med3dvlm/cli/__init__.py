@@ -80,7 +80,7 @@ def _pass_on(command: str, *words: str) -> int:
     kinds = choice.add_subparsers(dest="kind", required=True, metavar="STAGE" if command == "train" else "WHAT")
     for name, (_, help_text) in known.items():
         kinds.add_parser(name, help=help_text)
-    kind = words[0] if words and words[0] in known else choice.parse_args(words[:1]).kind  # which ends with help, or what is wrong
+    kind = words[0] if words and words[0] in known else choice.parse_args(words[:1]).kind  # parse_args ends with help, or an error
     return programs.run(f"med3dvlm.{known[kind][0]}", words[1:], f"med3dvlm {command} {kind}")
 
 

@@ -190,7 +190,7 @@ def _audit(arguments: argparse.Namespace) -> None:
 
     check_workers(arguments)
     out = arguments.out or arguments.data / "audit"
-    if arguments.data.is_dir():  # else reading it says what is wrong
+    if arguments.data.is_dir():  # otherwise reading it raises the error
         require_writable(out)
     result = audit(arguments.data, out, arguments.workers, arguments.reports)
     for name, facts in result["duplicates"].items():

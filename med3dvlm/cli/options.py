@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from med3dvlm.programs import Parser
 
-Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # what `add_subparsers` gives
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # returned by `add_subparsers`
 MEANING = ("unit", "hu", "rescale", "series")
 SCANS = "a file, a zip, or a folder with a DICOM series or numbered PNG or JPEG slices"
 

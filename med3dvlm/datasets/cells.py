@@ -9,7 +9,15 @@ from med3dvlm.datasets.csv_files import is_missing
 from med3dvlm.volume import HU_POLICIES, UNITS
 
 LABEL, MASK = "label:", "mask:"
-ABOUT_THE_SCAN = {"series": 1, "hu": 0, "rescale": 2, "slope": 1, "intercept": 1, "spacing": 3, "unit": 0}  # how many numbers
+ABOUT_THE_SCAN = {
+    "series": 1,
+    "hu": 0,
+    "rescale": 2,
+    "slope": 1,
+    "intercept": 1,
+    "spacing": 3,
+    "unit": 0,
+}  # column -> how many numbers, 0 for a word
 WORDS = {"hu": HU_POLICIES, "unit": UNITS}
 SPLITS = {
     "train": ("train", "training"),

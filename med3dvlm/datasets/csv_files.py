@@ -17,7 +17,7 @@ from typing import Any, TextIO
 DELIMITERS = ",;\t"
 LINE_END = re.compile(r"\r\n|\r|\n")
 ENDING = r"\.[A-Za-z]\w*$"
-LONGEST = 2**31 - 1  # characters of a cell; without it the csv module refuses a text of more than 131072
+MAX_CELL_LENGTH = 2**31 - 1  # characters; without it the csv module refuses a text of more than 131072
 NO_VALUE = {"", "nan", "-nan", "nat", "none", "null", "na", "n/a", "<na>", "#n/a"}  # as pandas and others write a missing value
 
 
@@ -34,7 +34,7 @@ def csv_rows(path: Path, columns: Sequence[str], known: Sequence[str] = ()) -> I
     """
     if not path.is_file():
         return
-    csv.field_size_limit(LONGEST)
+    csv.field_size_limit(MAX_CELL_LENGTH)
     try:
         with path.open(newline="", encoding=_encoding(path)) as file:
             yield from _rows(path, _Lines(file), columns, known)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from med3dvlm import formats
-from med3dvlm.formats.base import MOST_VOXELS, damaged
+from med3dvlm.formats.base import MAX_VOXELS, damaged
 from med3dvlm.geometry import is_geometry
 from med3dvlm.geometry.measurements import bounding_box
 from med3dvlm.geometry.sampling import sample
@@ -118,7 +118,7 @@ def _sparse(path: Path) -> Labels | None:
         raise damaged(str(path), "a sparse matrix of masks (.npz)") from error
     named = SHAPE.search(path.name)
     sizes = [int(length) for length in named[1].split(",")] if named else []
-    if len(sizes) != 4 or math.prod(sizes[1:]) > MOST_VOXELS or matrix.shape != (sizes[0], math.prod(sizes[1:])):
+    if len(sizes) != 4 or math.prod(sizes[1:]) > MAX_VOXELS or matrix.shape != (sizes[0], math.prod(sizes[1:])):
         raise VolumeError(
             f"{path}: the name must end on the shape of the masks in it, as in mask_(3, 512, 512, 96).npz, of {matrix.shape[0]} masks "
             f"of {matrix.shape[1]} voxels; rename it."

@@ -58,7 +58,7 @@ ABOUT_A_QUESTION = ("question", "answer", "choices", "kind")
 COLUMNS = ("image", *ABOUT_THE_STUDY, *ABOUT_A_QUESTION, *ABOUT_THE_SCAN)
 ENDINGS = (".csv", ".tsv", ".jsonl")
 SHARES = {"train": 80, "validation": 10, "test": 10}
-# What language models have for special tokens. The text of one is read as words; most often it was left in by mistake.
+# Special tokens of language models. Their text is read as words; most often it was left in by mistake.
 TOKEN = re.compile(
     r"<\|[^<>|\s]+\|>|</?(?:s|image|img|video|pad|unk|mask|bos|eos|cls|sep|im_\w+|image_\w+|(?:start|end)_of_\w+)>"
     r"|\[/?(?:CLS|SEP|PAD|UNK|MASK|BOS|EOS|INST|IMG)\]|<</?SYS>>"

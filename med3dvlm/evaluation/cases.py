@@ -32,7 +32,7 @@ def processes() -> tuple[int, int]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     if not distributed.is_initialized():
-        distributed.init_process_group("gloo", timeout=timedelta(days=7))  # one waits for the slowest
+        distributed.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for the slowest
         atexit.register(distributed.destroy_process_group)
     return distributed.get_rank(), distributed.get_world_size()
 

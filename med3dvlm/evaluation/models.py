@@ -20,7 +20,7 @@ from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message, b
 from med3dvlm.records import Study
 from med3dvlm.search import Embedder
 
-CONVERSATIONS = 64  # in a row, at most
+CONVERSATIONS = 64  # most of them in a row
 
 
 def exchange(question: str, answer: str) -> list[Message]:

@@ -13,7 +13,7 @@ from med3dvlm.evaluation.segmentation import CONTROLS, FIGURES, LARGE, unpacked
 from med3dvlm.plots.slices import grey, take_slice
 from med3dvlm.records import Study
 
-MOST = 24  # pictures
+MAX_PICTURES = 24
 COLOURS = {"true": (63, 224, 224), "drawn": (255, 159, 67)}
 Row = dict[str, Any]
 
@@ -38,11 +38,11 @@ def figures(scores: Row) -> Row:
 
 
 def pictures(rows: Sequence[Row], data: PreparedData, studies: Mapping[str, Study]) -> list[Row]:
-    """Draw at most MOST present findings, evenly over the split: the slice with most of each, with the outlines of the true and of the
+    """Draw at most MAX_PICTURES present findings, evenly over the split: the slice with most of each, with the outlines of the true and of the
     predicted mask.
     """
     cases = [(row["id"], finding) for row in rows for finding in row["findings"] if "slice" in finding]
-    places = np.linspace(0, len(cases) - 1, min(MOST, len(cases)))
+    places = np.linspace(0, len(cases) - 1, min(MAX_PICTURES, len(cases)))
     shown = []
     for name, finding in (cases[place] for place in sorted({round(place) for place in places})):
         volume = data.processor.dequantize(data.volume(studies[name]))[0].numpy()  # (D, H, W)

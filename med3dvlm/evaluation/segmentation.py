@@ -49,7 +49,7 @@ from med3dvlm.records import Study
 
 LARGE = 8.0  # mm
 CONTROLS = ("mean_mask", "other_patient", "one_mask")
-MOST_TRAINING = 400  # studies that the mean mask is made of
+MAX_TRAINING = 400  # studies that the mean mask is made of
 FIGURES = {"dice": "Dice", "nsd": "surface distance", "hd95": "Hausdorff 95 (mm)", "pointing": "pointing"}
 Mask = NDArray[np.bool_]
 Row = dict[str, Any]
@@ -72,10 +72,10 @@ def tasks_of(data: PreparedData, studies: Sequence[Study]) -> list[Task]:
 
 
 def mean_masks(data: PreparedData, split: str | None, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-    """Return for each finding the share of the training studies' masks that hold a voxel (D, H, W); of at most `MOST_TRAINING` studies."""
+    """Return for each finding the share of the training studies' masks that hold a voxel (D, H, W); of at most `MAX_TRAINING` studies."""
     sums: dict[str, NDArray[np.float32]] = {}
     counts: dict[str, int] = defaultdict(int)
-    for study in data.studies(split)[:MOST_TRAINING] if split else ():
+    for study in data.studies(split)[:MAX_TRAINING] if split else ():
         found = [name for name in data.mask_names(study) if name in names]
         for name, mask in zip(found, data.masks(study, found).numpy() if found else (), strict=True):
             sums[name] = sums.get(name, np.zeros(mask.shape, np.float32)) + mask

@@ -15,7 +15,7 @@ import xxhash
 
 from med3dvlm.formats import archive, arrays, dicom, folders, metaimage, nifti, nrrd
 from med3dvlm.formats.base import Parts, VolumeError
-from med3dvlm.formats.dicom_header import MOST_FILES
+from med3dvlm.formats.dicom_header import MAX_FILES
 from med3dvlm.formats.hu import HU_POLICIES
 from med3dvlm.formats.packed import GZIP
 
@@ -85,7 +85,7 @@ def scan_files(scan: Path) -> list[Path]:
     """
     if scan.is_dir():
         below = (Path(folder, name) for folder, _, names in os.walk(scan) for name in names)
-        return sorted(file for file in islice(below, MOST_FILES + 1) if file.is_file())  # more are refused
+        return sorted(file for file in islice(below, MAX_FILES + 1) if file.is_file())  # more are refused
     files_of = FORMATS[scan.suffix.lower()].files_of if scan.suffix.lower() in FORMATS else None
     return [scan, *(file for file in (files_of(scan) if files_of else ()) if file.is_file())]
 

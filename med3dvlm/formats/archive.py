@@ -16,10 +16,10 @@ from pathlib import Path, PurePosixPath
 
 from med3dvlm.formats.base import Parts, VolumeError, damaged
 
-MOST_ENTRIES = 20_000
-MOST_LISTING = 400 * MOST_ENTRIES  # bytes of the list of names, which are 46 bytes and a path an entry
-MOST_BYTES = 8 * 2**30  # unpacked
-MOST_GROWTH, SMALL = 100, 2**28  # times the archive's size, for what unpacks to more than 256 MiB; scans shrink to a half or a tenth
+MAX_ENTRIES = 20_000
+MAX_LISTING = 400 * MAX_ENTRIES  # bytes of the list of names, which are 46 bytes and a path an entry
+MAX_BYTES = 8 * 2**30  # unpacked
+MAX_GROWTH, SMALL = 100, 2**28  # times the archive's size, for what unpacks to more than 256 MiB; scans shrink to a half or a tenth
 CHUNK = 2**20
 PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others need memory without bound to unpack
 JUNK = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
@@ -79,14 +79,14 @@ class Bounded(io.BufferedReader):
         self.source = source
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > MOST_LISTING:
+        if size is not None and size > MAX_LISTING:
             raise too_many(self.source)
         return super().read(size)
 
 
 def too_many(source: str) -> VolumeError:
     """Return the error for an archive of more entries than a scan has."""
-    return VolumeError(f"{source}: the archive has more than {MOST_ENTRIES} entries; zip the folder of one scan.")
+    return VolumeError(f"{source}: the archive has more than {MAX_ENTRIES} entries; zip the folder of one scan.")
 
 
 def _checked(entries: list[zipfile.ZipInfo], source: str) -> list[zipfile.ZipInfo]:
@@ -95,7 +95,7 @@ def _checked(entries: list[zipfile.ZipInfo], source: str) -> list[zipfile.ZipInf
     Raises:
         VolumeError: there are too many or too large ones, or one that is encrypted, leads outside, is a link or packed in a rare way.
     """
-    if len(entries) > MOST_ENTRIES:
+    if len(entries) > MAX_ENTRIES:
         raise too_many(source)
     chosen = []
     for entry in entries:
@@ -113,7 +113,7 @@ def _checked(entries: list[zipfile.ZipInfo], source: str) -> list[zipfile.ZipInf
         if entry.compress_type not in PACKINGS:
             raise VolumeError(f"{source}: the archive is packed in a way other than Deflate; unpack it and give the folder.")
         chosen.append(entry)
-    if sum(entry.file_size for entry in chosen) > MOST_BYTES:
+    if sum(entry.file_size for entry in chosen) > MAX_BYTES:
         raise _too_large(source)
     return chosen
 
@@ -136,11 +136,11 @@ def _unpack(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], size: int,
         with archive.open(entry) as packed, target.open("xb") as file:
             while chunk := packed.read(CHUNK):
                 written += len(chunk)
-                if written > MOST_BYTES or written > max(SMALL, MOST_GROWTH * size):
+                if written > MAX_BYTES or written > max(SMALL, MAX_GROWTH * size):
                     raise _too_large(source)
                 file.write(chunk)
 
 
 def _too_large(source: str) -> VolumeError:
-    limits = f"more than {MOST_BYTES // 2**30} GiB or {MOST_GROWTH} times its size"
+    limits = f"more than {MAX_BYTES // 2**30} GiB or {MAX_GROWTH} times its size"
     return VolumeError(f"{source}: the archive unpacks to {limits}; if it is trusted, unpack it and give the folder.")

@@ -9,7 +9,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm.formats.archive import MOST_ENTRIES, Bounded, too_many
+from med3dvlm.formats.archive import MAX_ENTRIES, Bounded, too_many
 from med3dvlm.formats.base import Parts, VolumeError, check_size, damaged
 
 SPACING = "spacing"  # the name in an .npz file of three numbers (z, y, x) in mm
@@ -42,7 +42,7 @@ def read_npz(path: Path, source: str) -> Parts:
     """
     try:
         with Bounded(path, source) as file, zipfile.ZipFile(file) as archive:
-            if len(archive.namelist()) > MOST_ENTRIES:
+            if len(archive.namelist()) > MAX_ENTRIES:
                 raise too_many(source)
             members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
             scans = [name for name in members if name != SPACING]

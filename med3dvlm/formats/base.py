@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_VOXELS = 2**31  # 1024 slices of 1448 x 1448; a header that claims more is damaged or hostile
-MOST_BYTES = 4 * MOST_VOXELS  # as the file stores them
+MAX_VOXELS = 2**31  # 1024 slices of 1448 x 1448; a header that claims more is damaged or hostile
+MAX_BYTES = 4 * MAX_VOXELS  # as the file stores them
 DEFLATE = 1032  # no file that zlib packed grows more than so many times
 
 
@@ -71,8 +71,8 @@ def check_size(shape: Sequence[int], voxel_bytes: int, file_bytes: int, source: 
     voxels = math.prod(int(length) for length in shape)
     if voxels * voxel_bytes > DEFLATE * file_bytes:
         raise damaged(source, kind)
-    if voxels > MOST_VOXELS or voxels * voxel_bytes > MOST_BYTES:
-        size, limits = "x".join(str(length) for length in shape), f"{MOST_VOXELS} voxels or {MOST_BYTES // 2**30} GiB"
+    if voxels > MAX_VOXELS or voxels * voxel_bytes > MAX_BYTES:
+        size, limits = "x".join(str(length) for length in shape), f"{MAX_VOXELS} voxels or {MAX_BYTES // 2**30} GiB"
         raise VolumeError(
             f"{source}: {size} voxels of {voxel_bytes} bytes are more than the {limits} that are read; crop or resample the scan."
         )

@@ -92,7 +92,7 @@ def _end_of_runs(packed: bytes, count: int) -> int:
     """Return the position where the last segment of run lengths has given `count` bytes."""
     place, given = int(np.frombuffer(packed[:64], "<u4")[segments_of(packed)]), 0
     while given < count and place < len(packed):
-        head = packed[place]  # so many bytes and one follow as they are, or beyond 128 one that is repeated
+        head = packed[place]  # a literal run of head + 1 bytes, or beyond 128 one repeated byte
         given += head + 1 if head < 128 else 257 - head if head > 128 else 0
         place += head + 2 if head < 128 else 2 if head > 128 else 1
     return place

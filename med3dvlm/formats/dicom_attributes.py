@@ -20,7 +20,7 @@ class Attribute(NamedTuple):
     often: bool = True  # listed wherever it differs, not only where nothing else tells two stacks apart
 
 
-# Where several would tell the slices of a series apart alike, the first does.
+# Where several separate the slices of a series equally well, the first is used.
 ATTRIBUTES = {
     "series": Attribute("series {}", "SeriesNumber"),
     "phase": Attribute("temporal position {}", "TemporalPositionIdentifier FrameContentSequence/TemporalPositionIndex"),

@@ -18,7 +18,7 @@ from med3dvlm.formats.dicom_slices import COLOUR, SECONDARY, Slice, Stack
 from med3dvlm.formats.dicom_stacks import by_reference, stacks_of
 
 PLANES = ("sagittal", "coronal", "axial")
-MOST_LISTED = 20  # stacks in a message
+MAX_LISTED = 20  # stacks in a message
 
 
 class Choice(NamedTuple):
@@ -55,7 +55,7 @@ def choose(slices: list[Slice], series: int | None, source: str) -> Choice:
 
     words = _described(stacks)
     lines = [f"{number}: {text}" for number, text in enumerate(words, start=1)]
-    listed = "; ".join(lines[:MOST_LISTED]) + (f"; and so on up to {len(lines)}" if len(lines) > MOST_LISTED else "")
+    listed = "; ".join(lines[:MAX_LISTED]) + (f"; and so on up to {len(lines)}" if len(lines) > MAX_LISTED else "")
     if series is not None and not 1 <= series <= len(stacks):
         raise VolumeError(f"{source}: there is no series {series}; choose one of {listed}.")
     picked = 0 if series is None else series - 1

@@ -42,7 +42,7 @@ class PixelElement(NamedTuple):
     length: int  # in bytes, or `UNDEFINED`
     place: int  # of its first byte; in a file that is packed as a whole, after unpacking
     little_endian: bool
-    packed_from: int | None  # where a file that is packed as a whole begins to be
+    packed_from: int | None  # where the compressed part of a file that is compressed as a whole begins
 
 
 class Unusable(Exception):

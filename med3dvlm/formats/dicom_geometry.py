@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm.formats.dicom_slices import MOST_FRAMES, Stack
+from med3dvlm.formats.dicom_slices import MAX_FRAMES, Stack
 
 SAME_PLACE = 0.1  # pixels along the normal
 SAME_PLACE_MM = 0.01  # where the size of a pixel is unknown
@@ -33,7 +33,7 @@ def heights_of(stack: Stack) -> tuple[NDArray[np.float64], float] | None:
     locations = [each.location for each in stack if each.location is not None]
     if len(locations) == len(stack) and np.ptp(locations) > near:
         return np.array(locations), near
-    numbers = [each.number * MOST_FRAMES + each.frame for each in stack if each.number is not None]
+    numbers = [each.number * MAX_FRAMES + each.frame for each in stack if each.number is not None]
     if len(numbers) == len(stack) and np.ptp(numbers) > 0:
         return np.array(numbers, dtype=np.float64), BY_NUMBER
     return None

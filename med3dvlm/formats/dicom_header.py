@@ -16,8 +16,8 @@ from med3dvlm.formats.dicom_elements import DAMAGED, Header, PixelElement, Unusa
 from med3dvlm.formats.dicom_pixels import DEFLATED, PIXELS, inflated
 from med3dvlm.formats.dicom_slices import KEYWORDS, Slice, series_of, slices_of
 
-MOST_FILES = 50_000  # in a folder and its subfolders; more is an archive of many studies
-MOST_SLICES = 50_000  # in all files
+MAX_FILES = 50_000  # in a folder and its subfolders; more is an archive of many studies
+MAX_SLICES = 50_000  # in all files
 BUFFER = 2**15  # bytes; most headers are shorter
 
 
@@ -69,8 +69,8 @@ def read_headers(path: Path, source: str) -> tuple[list[Slice], list[str]]:
                 odd.append((reason(error), series_of(header)))
             else:
                 problems[reason(error)] += 1
-        if len(slices) > MOST_SLICES:
-            raise VolumeError(f"{source}: there are more than {MOST_SLICES} slices; give the folder of one study.")
+        if len(slices) > MAX_SLICES:
+            raise VolumeError(f"{source}: there are more than {MAX_SLICES} slices; give the folder of one study.")
     problems[DAMAGED] += _left_by_a_copy(found, others)
     read = {each.series[-1] for each in slices}
     problems.update(problem for problem, series in odd if series in read or not slices)
@@ -112,8 +112,8 @@ def _files(path: Path, source: str) -> Iterator[Path]:
     for folder, folders, names in os.walk(path, onerror=unreadable):
         folders.sort()
         count += len(names)
-        if count > MOST_FILES:
-            raise VolumeError(f"{source}: there are more than {MOST_FILES} files below; give the folder of one study.")
+        if count > MAX_FILES:
+            raise VolumeError(f"{source}: there are more than {MAX_FILES} files below; give the folder of one study.")
         yield from (Path(folder, name) for name in sorted(names))
 
 

@@ -29,7 +29,7 @@ CODES = {  # by transfer syntax
 REAL = {0x7FE00008: "f4", 0x7FE00009: "f8"}  # elements whose pixels are real numbers
 PIXELS = {*REAL, 0x7FE00010}
 ITEM = b"\xfe\xff\x00\xe0"  # encloses each part of packed pixels
-MOST_INFLATED = 2**30  # bytes of a file that is packed as a whole
+MAX_INFLATED = 2**30  # bytes of a file that is packed as a whole
 PLAINLY = "export them uncompressed or as JPEG 2000"
 
 
@@ -40,7 +40,7 @@ class Packing(NamedTuple):
     kind: str  # NumPy's type of a stored number
     size: tuple[int, int]  # rows, columns
     frames: int
-    bits: int  # that count of each number
+    bits: int  # used bits of each number
     shift: int  # bits below them
     signed: bool
 
@@ -95,8 +95,8 @@ def inflated(stream: BinaryIO) -> BinaryIO:
     while packed and not inflater.eof:
         parts.append(inflater.decompress(packed, 2**20))
         packed, size = inflater.unconsumed_tail, size + len(parts[-1])
-        if size > MOST_INFLATED:
-            raise Unusable(f"unpack to more than {MOST_INFLATED} bytes", "export them in another transfer syntax")
+        if size > MAX_INFLATED:
+            raise Unusable(f"unpack to more than {MAX_INFLATED} bytes", "export them in another transfer syntax")
     return io.BytesIO(b"".join(parts))
 
 

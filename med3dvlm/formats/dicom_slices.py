@@ -14,7 +14,7 @@ from med3dvlm.formats.dicom_elements import Header, Unusable, stated
 from med3dvlm.formats.dicom_pixels import Packing, packing_of
 from med3dvlm.formats.dicom_quantity import Quantity, padding_of, quantity_of
 
-MOST_FRAMES = 20_000  # in one file
+MAX_FRAMES = 20_000  # in one file
 COLOUR, SECONDARY, SCOUT = "colour image", "secondary capture", "scout (localizer)"
 CLASSES = "1.2.840.10008.5.1.4.1.1."  # SOP classes of storage begin so
 # Roots of SOP classes: CT, MR, US and X-ray in 3D, PET; radiographs, ultrasound, angiography, photographs
@@ -76,7 +76,7 @@ def slices_of(file: Path, header: Header) -> Iterator[Slice]:
         return
     frames = int(header.get("NumberOfFrames") or 1)
     shared, groups = header.get("SharedFunctionalGroupsSequence") or [], header.get("PerFrameFunctionalGroupsSequence")
-    if not 1 <= frames <= MOST_FRAMES or min(size) < 1:
+    if not 1 <= frames <= MAX_FRAMES or min(size) < 1:
         raise Unusable(f"state {frames} frames of {size[0]} x {size[1]} pixels (NumberOfFrames, Rows, Columns)")
     if groups and len(groups) != frames:
         raise Unusable(f"state {frames} frames (NumberOfFrames) and describe {len(groups)}")

@@ -21,7 +21,7 @@ from med3dvlm.formats.dicom_pixels import frames_of, picture_of, values_of
 from med3dvlm.formats.dicom_slices import SECONDARY, Slice, Stack
 
 SAME_DIRECTION = math.radians(0.5)
-FEWEST = 3  # slices of a stack that lies among those of another
+MIN_SLICES = 3  # of a stack that is interleaved with another
 ONE_PLACE = "image at one and the same place"
 
 
@@ -137,7 +137,7 @@ def _parts(stack: Stack, heights: NDArray[np.float64], places: NDArray[np.intp],
         def separates(labels: NDArray[np.intp]) -> bool:
             return _interleave([heights[labels == label] for label in range(int(labels.max()) + 1)], heights, in_one_pass)
 
-        candidates = _attributes(stack, len(stack) // FEWEST)
+        candidates = _attributes(stack, len(stack) // MIN_SLICES)
         if even and stack[0].modality != "CT":  # an MR may take every second slice first
             passes = []
     best = [labels for labels in (*candidates, *(each for each in passes if np.bincount(each).min() > 1)) if separates(labels)]
@@ -165,7 +165,7 @@ def _interleave(parts: list[NDArray[np.float64]], heights: NDArray[np.float64], 
     """Return whether slices at `heights`, one at each place, are interleaved stacks: some of the parts overlap, and their distances change
     less often than those of all together, by more than a missing slice does; or never, and are wider, unless all were taken in one pass.
     """
-    if min(map(len, parts)) < FEWEST:
+    if min(map(len, parts)) < MIN_SLICES:
         return False
     ends = sorted((part.min(), part.max()) for part in parts)
     if all(after[0] > before[1] for before, after in pairwise(ends)):

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm.formats.base import MOST_VOXELS, VolumeError
+from med3dvlm.formats.base import MAX_VOXELS, VolumeError
 from med3dvlm.formats.dicom_choice import described
 from med3dvlm.formats.dicom_elements import reason, unusable
 from med3dvlm.formats.dicom_pixels import frames_of, picture_of, values_of
 from med3dvlm.formats.dicom_slices import Slice, Stack
 
-MOST_THREADS = 8
+MAX_THREADS = 8
 CLEARLY = 3  # times as far from the neighbouring slice, by three of four voxels: sure evidence
 
 Input = TypeVar("Input")
@@ -32,8 +32,8 @@ def decoded(stack: Stack, source: str, warnings: list[str]) -> list[NDArray[Any]
     Raises:
         VolumeError: slices are damaged or cannot be read, or there are too many voxels.
     """
-    if len(stack) * math.prod(stack[0].size) > MOST_VOXELS:
-        raise VolumeError(f"{source}: {described(stack)} are more than the {MOST_VOXELS} voxels that are read; crop or resample the scan.")
+    if len(stack) * math.prod(stack[0].size) > MAX_VOXELS:
+        raise VolumeError(f"{source}: {described(stack)} are more than the {MAX_VOXELS} voxels that are read; crop or resample the scan.")
     found: dict[int, NDArray[Any]] = {}
     notes, problems = set[str](), Counter[tuple[str, str]]()
     for place, picture, note, error in in_order(partial(_decoded, stack), _read(stack)):
@@ -89,7 +89,7 @@ def _decoded(stack: Stack, read: tuple[int, bytes, bool, Exception | None]) -> D
         return place, None, "", error
     try:
         return place, *picture_of(content, packed, _packing(stack[place])), None
-    except Exception as raised:  # it is counted, and the commonest is told
+    except Exception as raised:  # counted; the commonest is reported
         return place, None, "", raised
 
 
@@ -99,8 +99,8 @@ def _stored(stack: Stack, pictures: list[NDArray[Any]], low: bool, place: int) -
 
 
 def threads() -> int:
-    """Return the number of processors of this process, at most `MOST_THREADS`."""
-    return min(MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Return the number of processors of this process, at most `MAX_THREADS`."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def in_order(function: Callable[[Input], Output], inputs: Iterable[Input]) -> Iterator[Output]:

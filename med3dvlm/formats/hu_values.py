@@ -20,7 +20,7 @@ SUNK = (-1150, -850)  # where soft tissue lies after 1024 is subtracted once too
 FILLED = 0.1  # a value that so many voxels have is a filling, not noise
 SAMPLE = 2**20  # voxels that shares are counted in
 WRAPPED = (8192, 57344)  # numbers of 16 bits: no scan has as dense a voxel as the first; as unsigned, HU below 0 lie above the second
-SCALES = {  # how else HU are stored, and the slope and intercept that lead back to them
+SCALES = {  # other scales of stored HU, with slope and intercept to convert them back
     "HU + 1024": (1, -1024),
     "HU + 8192": (1, -8192),
     "HU + 32768": (1, -32768),

@@ -23,7 +23,7 @@ USED = {
     "compresseddata", "headersize", "distanceunits", "elementspacing", "elementsize", "elementdatafile", *DIRECTIONS, *OFFSETS,
 }  # fmt: skip
 LINE = re.compile(rb"[ \t]*([^=:\r\n]*?)[ \t]*(?:[=:][ \t]*([^\r\n]*?)[ \t]*)?(?:\r?\n|\r|\Z)")
-LONGEST = 2**22  # bytes of a header
+MAX_HEADER_BYTES = 2**22
 
 
 def files_of(path: Path) -> list[Path]:
@@ -79,7 +79,7 @@ def _header(content: bytes, source: str) -> Header:
     """Raises VolumeError where this is no MetaImage header."""
     fields: dict[str, str] = {}
     place = 0
-    while place < min(len(content), LONGEST):
+    while place < min(len(content), MAX_HEADER_BYTES):
         found = LINE.match(content, place)
         if found is None:
             break

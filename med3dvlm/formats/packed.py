@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from med3dvlm.formats.base import VolumeError, check_size, damaged
 
 GZIP = b"\x1f\x8b"
-MOST_NAMES = 20_000  # files of one scan
-MOST_BEHIND = 2**24  # bytes behind the voxels that are unpacked, to verify a checksum
+MAX_NAMES = 20_000  # files of one scan
+MAX_BEHIND = 2**24  # bytes behind the voxels that are unpacked, to verify a checksum
 PATTERN = re.compile(r"(.*)%(0?\d{0,2})d(.*?)\s+(-?\d+)\s+(-?\d+)\s+(-?\d+)(?:\s+\d+)?")
 MILLIMETRES = {"mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "millimetre": 1.0, "cm": 10.0, "m": 1000.0, "um": 0.001, "µm": 0.001}
 PACKINGS = ("raw", "zlib", "bzip2", "text", "hex")
@@ -46,7 +46,7 @@ def inflated(packed: bytes, most: int) -> tuple[bytes, int, int]:
                 size += len(piece)
             else:
                 more += len(piece)
-            if more > most + MOST_BEHIND:
+            if more > most + MAX_BEHIND:
                 raise OverflowError("too much to unpack")
         rest = stream.unused_data
         if not rest.startswith(GZIP):
@@ -80,9 +80,9 @@ def files_beside(header: Path, value: str, listed: Sequence[str], source: str) -
         start, form, end = found.group(1, 2, 3)
         first, last, step = map(int, found.group(4, 5, 6))
         numbers = range(first, last + (1 if step > 0 else -1), step) if step else range(0)
-        names = [f"{start}{number:{form}d}{end}" for number in numbers[: MOST_NAMES + 1]]
-    if len(names) > MOST_NAMES:
-        raise VolumeError(f"{source}: the header names more than {MOST_NAMES} files; save the scan as one file.")
+        names = [f"{start}{number:{form}d}{end}" for number in numbers[: MAX_NAMES + 1]]
+    if len(names) > MAX_NAMES:
+        raise VolumeError(f"{source}: the header names more than {MAX_NAMES} files; save the scan as one file.")
     names = [name.removeprefix("./") for name in names]
     if not names or any(not name or name in (".", "..") or re.search(r"[/\\:\0]", name) for name in names):
         raise VolumeError(

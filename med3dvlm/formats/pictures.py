@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm.formats.base import MOST_VOXELS, Parts, VolumeError
+from med3dvlm.formats.base import MAX_VOXELS, Parts, VolumeError
 
 ENDINGS = (".png", ".jpg", ".jpeg")
 ROUNDING = 2  # grey levels by which a JPEG's red, green and blue may differ and still be grey
@@ -34,7 +34,7 @@ def read(folder: Path, source: str) -> Parts:
     size, kept = Counter(sizes).most_common(1)[0]
     if kept < len(paths):
         warnings.append(f"{len(paths) - kept} of {len(paths)} pictures are not of the commonest size {size[1]}x{size[0]} and are left out.")
-    if kept * size[0] * size[1] > MOST_VOXELS:
+    if kept * size[0] * size[1] > MAX_VOXELS:
         raise VolumeError(f"{source}: {kept} pictures of {size[1]}x{size[0]} are more voxels than are read; make them smaller.")
     slices, coloured, types = [], 0, set()
     for path, name, found in zip(paths, names, sizes, strict=True):

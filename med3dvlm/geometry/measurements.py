@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Mask = NDArray[np.bool_]
 Box = tuple[slice, ...]  # along D, H and W
 ONE_SIDE = 0.8  # of a mask's volume on one side of the mid-plane make it that side's
-MOST_SAMPLES = 2**21  # voxels that are looked at for the extent of the body
+MAX_SAMPLES = 2**21  # voxels that are looked at for the extent of the body
 BODY_HU = -500  # lies between air and tissue
 NEIGHBOURS = np.ones((3, 3, 3), bool)  # voxels that share a corner are of one component
 
@@ -97,7 +97,7 @@ def body_middle(array: NDArray[Any], places: Places, in_hu: bool) -> float:
     percentile. Its ends are the 1st and the 99th percentile of x over its voxels, so that a table's edge or a tube does not move them. Where
     the scan shows a part of the body's width only, the plane is that part's.
     """
-    step = max(1, round((array.size / MOST_SAMPLES) ** (1 / 3)))
+    step = max(1, round((array.size / MAX_SAMPLES) ** (1 / 3)))
     some = array[::step, ::step, ::step]
     low, high = float(some.min()), float(np.percentile(some, 99))
     body = some > (BODY_HU if in_hu else low + (high - low) / 10)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_SLICES = 4  # times as many as there were, when uneven ones are resampled to the smallest distance
+MAX_SLICES = 4  # times as many as there were, when uneven ones are resampled to the smallest distance
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Straightening:
 
     Columns keep their direction, rows are turned to a right angle where they have none, slices are moved within their plane to where they
     were in the patient, which makes the pictures larger. Uneven slices come to lie at a distance that only one in ten is shorter than, and
-    at most `MOST_SLICES` times as many; where the distances are even, each slice keeps its height.
+    at most `MAX_SLICES` times as many; where the distances are even, each slice keeps its height.
 
     - `shape`: (D', H', W').
     - `spacing`: (z, y, x) in mm, and `direction`, 3x3 with the axes as columns, of the regular grid.
@@ -58,7 +58,7 @@ class Straightening:
         rise = along @ normal
         at = spacing[0] * rise * np.arange(depth) if heights is None else np.asarray(heights, dtype=np.float64) - heights[0]
         short = np.percentile(np.diff(at), 10, method="lower")  # a slab, and not a single slice that lies close to another
-        step = float(max(short, at[-1] / (MOST_SLICES * (depth - 1))))
+        step = float(max(short, at[-1] / (MAX_SLICES * (depth - 1))))
 
         # Within the slices' plane, in voxels along (square, across): where a step along rows leads, and where each slice begins.
         rows, skew = float(down @ square), float((down @ across) * spacing[1] / spacing[2])

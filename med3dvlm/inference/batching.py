@@ -113,8 +113,8 @@ class Prefix:
 class Prefixes:
     """The most recently used prefixes, within a limit of bytes."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self.most_bytes, self.nbytes = most_bytes, 0
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.nbytes = max_bytes, 0
         self._kept: OrderedDict[int, Prefix] = OrderedDict()
         self._numbers = count()
 
@@ -136,7 +136,7 @@ class Prefixes:
                 self._drop(number)
         self._kept[next(self._numbers)] = prefix
         self.nbytes += prefix.nbytes
-        while self.nbytes > self.most_bytes:
+        while self.nbytes > self.max_bytes:
             self._drop(next(iter(self._kept)))
 
     def _drop(self, number: int) -> None:

@@ -122,7 +122,7 @@ class Med3DChat:
         key = _identity(scan)
         if (features := self._remembered(key)) is not None:
             return features  # without waiting for somebody else's scan
-        with self._encoding:  # one scan at a time has the memory of an encoder's pass, and nobody computes what another just did
+        with self._encoding:  # one scan at a time, to bound memory and to encode each scan once
             if (features := self._remembered(key)) is not None:
                 return features
             pixels = self.processor.image_processor(scan)["pixel_values"]  # (1, 1, D, H, W)

@@ -23,7 +23,7 @@ from med3dvlm.inference.out_of_distribution import Features
 from med3dvlm.models.vlm_processor import Message
 from med3dvlm.preprocessing import Scan
 
-MOST_ALTERNATIVES = 20
+MAX_ALTERNATIVES = 20
 Finish = Literal["stop", "length", "cancelled", "deadline"]
 
 
@@ -61,8 +61,8 @@ class Request:
             raise ValueError("The last message must be the user's, which asks something about the scan.")
         if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1):
             raise ValueError(f"temperature {self.temperature:g} must be 0 or more and top_p {self.top_p:g} above 0 and at most 1.")
-        if not 0 <= self.alternatives <= MOST_ALTERNATIVES:
-            raise ValueError(f"{self.alternatives} likeliest tokens are asked for but 0 to {MOST_ALTERNATIVES} can be listed.")
+        if not 0 <= self.alternatives <= MAX_ALTERNATIVES:
+            raise ValueError(f"{self.alternatives} likeliest tokens are asked for but 0 to {MAX_ALTERNATIVES} can be listed.")
         if any(not text for text in self.stop):
             raise ValueError("A text that ends the answer is empty; give at least one character.")
 

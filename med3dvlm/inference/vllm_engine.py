@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PATIENCE = 0.1  # seconds after which it is seen that an answer is to end, while no token comes
 PROBES = ("Hello.", "Which organ has a lesion?", REPORT_PROMPTS[0])
 PROBED = 5  # likeliest tokens that are compared after each of them
-MOST_DIFFERENCE = 0.5  # of their log probabilities, in the mean: quantised weights differ by less, another model's by more
+MAX_DIFFERENCE = 0.5  # of their log probabilities, in the mean: quantised weights differ by less, another model's by more
 
 
 class VllmEngine:
@@ -106,7 +106,7 @@ class VllmEngine:
                 stream.finish(Generation("", (), finish, len(ids), seconds=time.perf_counter() - stream.began))
                 return
             self._counts["prompt_tokens"] += len(ids)
-            await self._follow(stream, Writer(stream, self.chat.processor.tokenizer, self.chat.ends, asked.most_tokens, len(ids)), asked)
+            await self._follow(stream, Writer(stream, self.chat.processor.tokenizer, self.chat.ends, asked.max_tokens, len(ids)), asked)
         except Exception as error:  # noqa: BLE001  raised where the stream is read
             stream.finish(error)
         finally:
@@ -185,7 +185,7 @@ class VllmEngine:
             if len(known) < len(tokens[0].alternatives):
                 raise ValueError(self._another(f"its vocabulary is larger than {len(own)}"))
             differences += [abs(logprob - float(own[id])) for id, logprob in known]
-        if (mean := sum(differences) / len(differences)) > MOST_DIFFERENCE:
+        if (mean := sum(differences) / len(differences)) > MAX_DIFFERENCE:
             raise ValueError(self._another(f"the log probabilities of its next words differ by {mean:.2g}"))
 
     def _another(self, reason: str) -> str:

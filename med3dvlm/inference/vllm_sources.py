@@ -50,7 +50,7 @@ class Asked:
     """A prompt (L, E), and how it is continued; see `inference.engine.Request`. `ends` are the only tokens that end the answer."""
 
     embeds: Tensor
-    most_tokens: int
+    max_tokens: int
     ends: list[int]
     temperature: float = 0.0
     top_p: float = 1.0
@@ -61,7 +61,7 @@ class Asked:
     def sampling(self) -> dict[str, Any]:
         """In the words of vLLM, which are the same for its server and within Python."""
         return {
-            "max_tokens": self.most_tokens,
+            "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "seed": self.seed if self.temperature else None,

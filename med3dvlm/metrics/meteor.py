@@ -22,7 +22,7 @@ WORDNET_MISSING = (
     "METEOR needs WordNet, which is neither in nltk's data nor in /usr/share/wordnet nor in $WNSEARCHDIR: "
     "run `python -m nltk.downloader wordnet` or `apt-get install wordnet-base`."
 )
-# Where llama-index-core, a package of the usual index, carries a part of nltk's data: for machines that reach no other.
+# Where llama-index-core, a package on PyPI, carries a part of nltk's data: for machines that reach nothing else.
 PUNKT_PACKAGE, PUNKT_FOLDER = "llama_index", "core/_static/nltk_cache"
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from med3dvlm.geometry.measurements import NEIGHBOURS, bounding_box
 
 Mask = NDArray[np.bool_]
-LEAST_OVERLAP = 0.1  # intersection over union from which on two components are the same
+MIN_OVERLAP = 0.1  # intersection over union from which on two components are the same
 MARGIN = 2  # voxels around both masks, beyond which nothing changes a distance
 
 
@@ -46,7 +46,7 @@ def component_counts(drawn: Mask, true: Mask) -> tuple[int, int, int]:
     """Count the components that both masks have, that only `drawn` has, and that only `true` has.
 
     Pairs are made from the largest overlap downwards, each component in one pair, as long as their intersection over union is at least
-    `LEAST_OVERLAP`. Voxels that share a corner are of one component.
+    `MIN_OVERLAP`. Voxels that share a corner are of one component.
     """
     from scipy.ndimage import label
 
@@ -55,7 +55,7 @@ def component_counts(drawn: Mask, true: Mask) -> tuple[int, int, int]:
     sizes, wanted_sizes = both.sum(axis=1)[1:, None], both.sum(axis=0)[None, 1:]
     overlap = both[1:, 1:] / np.maximum(sizes + wanted_sizes - both[1:, 1:], 1)
     pairs = 0
-    while overlap.size and overlap.max() >= LEAST_OVERLAP:
+    while overlap.size and overlap.max() >= MIN_OVERLAP:
         row, column = np.unravel_index(int(overlap.argmax()), overlap.shape)
         overlap[row], overlap[:, column] = 0, 0
         pairs += 1

@@ -126,7 +126,7 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
 
     @generation_config.setter
     def generation_config(self, settings: Any) -> None:
-        if "language_model" in self._modules:  # else the base class is being initialised
+        if "language_model" in self._modules:  # otherwise the base class is being initialised
             self.language_model.generation_config = settings
 
     def get_input_embeddings(self) -> nn.Module:

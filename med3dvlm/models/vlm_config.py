@@ -80,7 +80,10 @@ class Med3DVLMConfig(Carried, PretrainedConfig):
         self.image_splice = image_splice
         self.segmentation_config = segmentation_config
         self.language_model_source = language_model_source
-        for name in ("attn_implementation", "experts_implementation"):  # else the base class takes away what a language model runs with
+        for name in (
+            "attn_implementation",
+            "experts_implementation",
+        ):  # otherwise the base class drops these settings of the language model
             if (chosen := getattr(text_config, f"_{name}", None)) is not None:
                 kwargs.setdefault(name, chosen)
         super().__init__(**kwargs)

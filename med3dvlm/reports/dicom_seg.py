@@ -23,8 +23,8 @@ from med3dvlm.reports.findings import finding_name
 SERIES_NUMBER = 9001  # far from those that scanners give
 LABEL, DESCRIPTION = "RESEARCH", "Research output, not verified"
 CODES_FILE = Path(__file__).with_name("segment_codes.yaml")
-PRIVATE_SCHEME, LONGEST_CODE, LONGEST_MEANING = "99MED3D", 16, 64
-# What places the slices, and what highdicom asks of its source images beside that.
+PRIVATE_SCHEME, MAX_CODE_LENGTH, MAX_MEANING_LENGTH = "99MED3D", 16, 64
+# Attributes of the slices' geometry, and others that highdicom needs of its source images.
 GEOMETRY = """Rows Columns FrameOfReferenceUID PositionReferenceIndicator ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness
     SpacingBetweenSlices Modality SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence""".split()
 
@@ -104,13 +104,13 @@ def _document(
         descriptions.append(
             SegmentDescription(
                 segment_number=number,
-                segment_label=name[:LONGEST_MEANING],
+                segment_label=name[:MAX_MEANING_LENGTH],
                 segmented_property_category=category,
                 segmented_property_type=kind,
                 algorithm_type="AUTOMATIC",
                 algorithm_identification=algorithm,
                 tracking_uid=UID(),
-                tracking_id=f"{number} {name}"[:LONGEST_MEANING],
+                tracking_id=f"{number} {name}"[:MAX_MEANING_LENGTH],
                 anatomic_regions=None if region is None else [region],
             )
         )
@@ -145,8 +145,8 @@ def segment_codes(name: str) -> tuple[Any, Any, Any]:
     entry = data["names"].get(words) or data["names"].get(_plain(name)) or {}
     private = (
         PRIVATE_SCHEME,
-        re.sub(r"[^A-Z0-9]+", "_", words.upper())[:LONGEST_CODE].strip("_") or "SEGMENT",
-        name.strip()[:LONGEST_MEANING],
+        re.sub(r"[^A-Z0-9]+", "_", words.upper())[:MAX_CODE_LENGTH].strip("_") or "SEGMENT",
+        name.strip()[:MAX_MEANING_LENGTH],
     )
     region = entry.get("region")
     return (

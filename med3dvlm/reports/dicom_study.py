@@ -18,7 +18,7 @@ from med3dvlm.formats.dicom_slices import Slice
 
 UTF_8 = "ISO_IR 192"
 REFERENCE = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
-# What files the report with its patient and study; PatientIdentityRemoved and its method keep a de-identified study marked as such.
+# Attributes that file the report with its patient and study; PatientIdentityRemoved and its method keep a de-identified study marked as such.
 IDENTITY = """PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex PatientIdentityRemoved DeidentificationMethod
     StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName""".split()
 MUST_BE_THERE = """PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber

@@ -24,15 +24,15 @@ News = tuple[list[Delta], Generation | BaseException | None]
 
 
 class Answers:
-    """Asks the engine, unless `most_waiting` requests wait already."""
+    """Asks the engine, unless `max_waiting` requests wait already."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, most_waiting: int) -> None:
-        self.engine, self.metrics, self.most_waiting = engine, metrics, most_waiting
+    def __init__(self, engine: Engine, metrics: Metrics, max_waiting: int) -> None:
+        self.engine, self.metrics, self.max_waiting = engine, metrics, max_waiting
 
     async def ask(self, request: Request) -> Stream:
         """Raises Refused where too many wait."""
-        if self.engine.stats()["waiting"] >= self.most_waiting:
-            raise Refused(429, f"{self.most_waiting} requests wait already; try again in a moment.", code="queue_full")
+        if self.engine.stats()["waiting"] >= self.max_waiting:
+            raise Refused(429, f"{self.max_waiting} requests wait already; try again in a moment.", code="queue_full")
         try:
             (stream,) = await run_in_threadpool(self.engine.generate, [request])
         except RuntimeError:  # it is closed

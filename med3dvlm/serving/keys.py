@@ -8,7 +8,7 @@ import hashlib
 import hmac
 from pathlib import Path
 
-SHORTEST = 16
+MIN_LENGTH = 16
 
 
 class Keys:
@@ -25,8 +25,8 @@ class Keys:
             words = line.split()
             if not words or words[0].startswith("#"):
                 continue
-            if len(words) > 2 or len(words[-1]) < SHORTEST:
-                raise ValueError(f"{path}, line {number}: a line is NAME KEY, or KEY, of at least {SHORTEST} characters without spaces.")
+            if len(words) > 2 or len(words[-1]) < MIN_LENGTH:
+                raise ValueError(f"{path}, line {number}: a line is NAME KEY, or KEY, of at least {MIN_LENGTH} characters without spaces.")
             if words[-1] in names:
                 raise ValueError(f"{path}, line {number}: this key stands there twice; give each its own.")
             names[words[-1]] = words[0] if len(words) == 2 else f"key {number}"

@@ -14,14 +14,14 @@ OPEN = ("/healthz",)
 
 
 class Gate:
-    """Admits requests with a key and at most `most_bytes`. `noted(path, status)` is called for every answer. The key's owner is stored in the
+    """Admits requests with a key and at most `max_bytes`. `noted(path, status)` is called for every answer. The key's owner is stored in the
     scope's state as `owner`, "" where there are no keys.
 
     The owner of a key stands in the scope's state as `owner`, "" where there are no keys.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys | None, most_bytes: int, noted: Callable[[str, int], None]) -> None:
-        self.app, self.keys, self.most_bytes, self.noted = app, keys, most_bytes, noted
+    def __init__(self, app: ASGIApp, keys: Keys | None, max_bytes: int, noted: Callable[[str, int], None]) -> None:
+        self.app, self.keys, self.max_bytes, self.noted = app, keys, max_bytes, noted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,7 +42,7 @@ class Gate:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > self.most_bytes:
+            if taken > self.max_bytes:
                 raise self._too_large()
             return message
 
@@ -53,7 +53,7 @@ class Gate:
                     401, "The request has no key of this server; send the header Authorization: Bearer KEY.", code="invalid_api_key"
                 )
             length = headers.get("content-length", "0")
-            if length.isdecimal() and int(length) > self.most_bytes:
+            if length.isdecimal() and int(length) > self.max_bytes:
                 raise self._too_large()
             scope.setdefault("state", {})["owner"] = owner
             await self.app(scope, bounded, sent)
@@ -71,6 +71,6 @@ class Gate:
     def _too_large(self) -> Refused:
         return Refused(
             413,
-            f"The request has more than {self.most_bytes / 2**20:.0f} MiB; crop or pack the scan.",
+            f"The request has more than {self.max_bytes / 2**20:.0f} MiB; crop or pack the scan.",
             code="too_large",
         )

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from med3dvlm.app.scans import upload_ending
-from med3dvlm.inference.engine import MOST_ALTERNATIVES, Generation, Token
+from med3dvlm.inference.engine import MAX_ALTERNATIVES, Generation, Token
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.serving.errors import Refused
 
 DATA_URL = re.compile(r"data:[\w.+/-]*(?:;name=([^;,]*))?(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
-HERE = "scan:"  # begins the URL of a scan that was uploaded here
+HERE = "scan:"  # prefix of the URL of an uploaded scan
 FINISH = {"stop": "stop", "length": "length", "deadline": "length", "cancelled": "stop"}
 
 
@@ -113,7 +113,7 @@ class ChatRequest(Sampling):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
     n: Literal[1] | None = 1
     frequency_penalty: Literal[0] | None = 0
     presence_penalty: Literal[0] | None = 0

@@ -38,7 +38,7 @@ from med3dvlm.serving.openai import (
 from med3dvlm.serving.scans import KnownScan, Scans
 
 ANSWER_TOKENS, REPORT_TOKENS = 256, 512
-MOST_FILES = 20_000
+MAX_FILES = 20_000
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _add_scans(router: APIRouter, service: Service) -> None:
 
     @router.post("/v1/scans")
     async def add(http: Request) -> dict[str, Any]:
-        async with http.form(max_files=MOST_FILES, max_fields=20) as form:
+        async with http.form(max_files=MAX_FILES, max_fields=20) as form:
             files = [file for name in ("file", "files") for file in form.getlist(name) if isinstance(file, UploadFile)]
             if not files:
                 raise Refused(

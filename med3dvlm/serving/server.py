@@ -40,7 +40,7 @@ from med3dvlm.serving.metrics import Metrics
 from med3dvlm.serving.routes import Service, routes
 from med3dvlm.serving.scans import Limits, Scans
 
-PRIVATE = "med3dvlm-serve-"  # begins the name of the folder of uploads, then the process
+PRIVATE = "med3dvlm-serve-"  # prefix of the folder of uploads
 SECONDS_TO_END = 10  # for answers to be ended, when the server is stopped
 
 
@@ -53,14 +53,14 @@ def build(
     keys: Keys | None = None,
     embedder: Embedder | None = None,
     seconds: float = 600.0,
-    most_waiting: int = 256,
+    max_waiting: int = 256,
 ) -> ASGIApp:
     """Build the server as an ASGI application; uploads lie in `folder` while they are read."""
     limits = limits or Limits()
     scans = Scans(chat, folder, limits, embedder)
     metrics = Metrics(engine.stats, lambda: len(scans))
     app = FastAPI(title="Med3DVLM", description=RESEARCH_NOTICE, docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
-    app.include_router(routes(Service(name, chat, Answers(engine, metrics, most_waiting), scans, metrics, seconds, embedder)))
+    app.include_router(routes(Service(name, chat, Answers(engine, metrics, max_waiting), scans, metrics, seconds, embedder)))
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
@@ -84,8 +84,8 @@ def build(
     async def malformed(_: Request, error: RequestValidationError) -> Response:
         return _malformed(error).response()
 
-    most_bytes = limits.upload_bytes * 4 // 3 + 2**20  # base64, and the words around it
-    guarded: ASGIApp = Gate(app, keys, most_bytes, lambda path, status: metrics.requests.labels(path, str(status)).inc())
+    max_bytes = limits.upload_bytes * 4 // 3 + 2**20  # base64, and the words around it
+    guarded: ASGIApp = Gate(app, keys, max_bytes, lambda path, status: metrics.requests.labels(path, str(status)).inc())
     return guarded if keys else Guard(guarded, rates={}, refuse=refusal)
 
 

@@ -35,7 +35,7 @@ LEARNING = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy",
 )  # fmt: skip
-# Where to write, what to measure, and how to be quick; the split file is in the fingerprint of the data.
+# Settings of output, measurement and speed, which do not change what is learned; the split file is in the fingerprint of the data.
 FREE = {"merged", "save_language_model", "chunk_size", "cache_features", "exclude_failures", "validation_split", "split_file"}
 ZERO_STAGES = (1, 2, 3)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -118,7 +118,7 @@ def hold_quantized(model: Med3DVLM, arguments: ConversationArguments) -> None:
     """Quantise the language model to 4 bits, where the settings ask for it; LoRA may be added to it then."""
     if arguments.quantize is not None:
         quantize(model.language_model, arguments.device)
-        model.__dict__["is_loaded_in_4bit"] = True  # which PEFT asks for
+        model.__dict__["is_loaded_in_4bit"] = True  # PEFT asks for it
 
 
 def limit_lengths(rows: ConversationDataset, split: str, processor: Med3DVLMProcessor, arguments: Any) -> None:

@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "push_to_hub": (False, "checkpoints hold what was learned, not a model; upload the output folder when it is finished: hf upload"),
     "dataloader_persistent_workers": (False, "workers that stay do not hear that an epoch is another one"),
 }  # fmt: skip
-# Of these settings of transformers, what is allowed, and why.
+# Settings of transformers -> allowed values, and why.
 CHOICES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("optim", ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "rmsprop", "sgd"), "what others know no other engine could take over"),
     ("train_sampling_strategy", ("random", "sequential"), "others need lengths that rows do not have"),

@@ -25,7 +25,7 @@ from med3dvlm.files import whole_file
 
 STATE_FILES = "training_state-*.safetensors"
 FILE_BYTES = 2**31  # after which a further file is begun: the process that writes holds one in memory
-PAGED = {"state1": "exp_avg", "state2": "exp_avg_sq"}  # what bitsandbytes calls Adam's
+PAGED = {"state1": "exp_avg", "state2": "exp_avg_sq"}  # bitsandbytes' names of Adam's state
 WEIGHTS, BUFFERS, COUNTER = "weights", "buffers", "step"
 
 

@@ -29,7 +29,7 @@ from med3dvlm.training.throughput import Throughput, figures
 logger = logging.getLogger(__name__)
 
 COMPLETE = "complete"  # the file that says a checkpoint was written to its end
-IDENTITY = "identity.json"  # what a training was begun with: only its own checkpoints are continued
+IDENTITY = "identity.json"  # the identity of a training: only its own checkpoints are continued
 
 
 class DivergedError(ValueError):
@@ -57,7 +57,7 @@ class StageTrainer(Trainer):
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
         else:
-            set_hf_deepspeed_config(args.hf_deepspeed_config)  # which the arguments took back while models were being loaded
+            set_hf_deepspeed_config(args.hf_deepspeed_config)  # the arguments unset it while models were loaded
         super().__init__(model=model, args=args, **options)
         self.throughput = Throughput()
 
@@ -164,7 +164,7 @@ class StageTrainer(Trainer):
         return WholeBatches(len(rows), batch, seed if shuffled else None, self.args.dataloader_drop_last)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not _internal_call:  # in a checkpoint lies what has been learned, not a model
+        if not _internal_call:  # a checkpoint holds the training's state, not a model
             super().save_model(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -191,7 +191,7 @@ class StageTrainer(Trainer):
         before = rates = schedule.get_last_lr()
         if isinstance(schedule, LambdaLR) and schedule.last_epoch < max_steps:  # as long as the training is now
             rates = [rate * shape(schedule.last_epoch) for rate, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-        schedule._last_lr = rates  # which is what is logged
+        schedule._last_lr = rates  # the logged value
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if not math.isclose(before[0], rates[0], rel_tol=1e-6, abs_tol=1e-12):

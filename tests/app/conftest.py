@@ -78,7 +78,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(uploads))
         patch.setenv("GRADIO_HEARTBEAT_INTERVAL", "0.3")  # how soon a closed page is noticed
-        workstation = Workstation(parrot, "parrot", most_bytes=2**20, analysis=Analysis(spot, spot, alike))
+        workstation = Workstation(parrot, "parrot", max_bytes=2**20, analysis=Analysis(spot, spot, alike))
         blocks = build(workstation, parallel=2)
         address = app.launch(blocks, workstation)
         yield SimpleNamespace(address=address, uploads=uploads, parrot=parrot, workstation=workstation, port=blocks.server_port)

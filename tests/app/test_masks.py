@@ -19,7 +19,7 @@ import pytest
 
 from med3dvlm.app import chat as app
 from med3dvlm.app.analysis import Analysis, find_segmenter, load
-from med3dvlm.app.masks import MOST, Mask, names_to_segment, pack, stated
+from med3dvlm.app.masks import MAX_MASKS, Mask, names_to_segment, pack, stated
 from med3dvlm.app.page import build
 from med3dvlm.app.scans import OpenScan, example, opened
 from med3dvlm.app.session import Session
@@ -65,13 +65,13 @@ def workstation() -> Workstation:
 
 
 @pytest.mark.parametrize("letters", ["SAR", "IPL", "LAS", "PIR"])
-@pytest.mark.parametrize("most_voxels", [10**9, 1200])
-def test_the_browsers_voxels_are_the_masks(letters: str, most_voxels: int) -> None:
+@pytest.mark.parametrize("max_voxels", [10**9, 1200])
+def test_the_browsers_voxels_are_the_masks(letters: str, max_voxels: int) -> None:
     """Unpacked by plain loops, turned and coarser as the picture is."""
     rng = np.random.default_rng(3)
     volume = Volume(rng.integers(-900, 900, (9, 21, 31)).astype(np.int16), (2.5, 1.0, 0.7), letters, None, "HU", source="scan")
-    scan = replace(opened(volume, "NIfTI"), picture=picture(volume, most_voxels))
-    assert (scan.picture.block > 1) == (most_voxels == 1200)
+    scan = replace(opened(volume, "NIfTI"), picture=picture(volume, max_voxels))
+    assert (scan.picture.block > 1) == (max_voxels == 1200)
     mask = np.zeros(volume.shape, bool)
     mask[2:5, 4:11, 6:17] = rng.random((3, 7, 11)) > 0.4
     packed = pack(Segmentation.of("lung nodule", mask, 0.9, volume), scan)
@@ -88,7 +88,7 @@ def test_the_browsers_voxels_are_the_masks(letters: str, most_voxels: int) -> No
                 found[facts["origin"][0] + z, facts["origin"][1] + y, facts["origin"][2] + x] = inside
     # the mask as a picture of its own, of which a voxel is above 0 where any of its block is
     as_picture = replace(volume, array=mask.astype(np.int16) * 1000)
-    expected = picture(as_picture, most_voxels).stored > 0
+    expected = picture(as_picture, max_voxels).stored > 0
     np.testing.assert_array_equal(found, expected)
     assert found[tuple(facts["target"])]
 
@@ -121,9 +121,9 @@ def test_findings_of_the_report_or_a_phrase_are_segmented(workstation: Workstati
     assert [mask["found"] for mask in data["masks"]] == [True, False, True]
     with pytest.raises(ValueError, match="at most 200"):
         workstation.segment(session, "x" * 201)
-    for number in range(MOST - 3):
+    for number in range(MAX_MASKS - 3):
         workstation.segment(session, f"finding {number}")
-    with pytest.raises(ValueError, match=f"At most {MOST}"):
+    with pytest.raises(ValueError, match=f"At most {MAX_MASKS}"):
         workstation.segment(session, "one more")
     workstation.remove_mask(session, 2)
     assert 2 not in session.masks
@@ -217,7 +217,7 @@ def test_a_segmenter_from_its_folder_draws_in_the_place_of_overlays(tmp_path: Pa
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        workstation = Workstation(Parrot(), "parrot", most_bytes=2**20, analysis=Analysis(segment=segment))
+        workstation = Workstation(Parrot(), "parrot", max_bytes=2**20, analysis=Analysis(segment=segment))
         blocks = build(workstation)
         yield SimpleNamespace(address=app.launch(blocks, workstation), workstation=workstation)
         blocks.close(verbose=False)

@@ -32,7 +32,7 @@ ACCEPT = {"Accept": "application/json, text/event-stream"}
 def server(tmp_path, monkeypatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     (tmp_path / "uploads").mkdir()
-    workstation = Workstation(Parrot(), most_bytes=2**20)
+    workstation = Workstation(Parrot(), max_bytes=2**20)
     blocks = build(workstation)
     address = app.launch(blocks, workstation, mcp=True)
     yield SimpleNamespace(address=address, uploads=tmp_path / "uploads", workstation=workstation, url=f"{address}gradio_api/mcp/")

@@ -66,7 +66,7 @@ def test_fractions_keep_their_value_to_one_step_of_65534() -> None:
 
 def test_a_scan_too_large_for_a_browser_is_shown_in_blocks_and_said_to_be() -> None:
     array = np.random.default_rng(2).integers(-1000, 1000, (4, 21, 31)).astype(np.int16)
-    values, facts = unpacked(volume_of(array, spacing=(5.0, 0.5, 1.0)), most_voxels=4 * 21 * 31 // 4 + 1)
+    values, facts = unpacked(volume_of(array, spacing=(5.0, 0.5, 1.0)), max_voxels=4 * 21 * 31 // 4 + 1)
     assert facts["shape"] == [4, 10, 15] and facts["spacing"] == [5.0, 1.0, 2.0]
     assert "2 times coarser" in facts["note"]
     for z, y, x in ((0, 0, 0), (1, 4, 7), (3, 9, 14)):
@@ -115,18 +115,18 @@ def test_description_states_what_was_read_and_nothing_that_identifies() -> None:
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize(("step", "most_voxels"), [(1, 10**9), (4, 10**9), (4, 1700)])
-def test_an_overlay_lies_where_its_voxels_are_shown(orientation: str, step: int, most_voxels: int) -> None:
+@pytest.mark.parametrize(("step", "max_voxels"), [(1, 10**9), (4, 10**9), (4, 1700)])
+def test_an_overlay_lies_where_its_voxels_are_shown(orientation: str, step: int, max_voxels: int) -> None:
     array = np.zeros((10, 24, 31), np.int16)
     place = (8, 4, 20)
     array[place] = 900
     volume = volume_of(array, orientation)
-    shown = picture(volume, most_voxels)
+    shown = picture(volume, max_voxels)
     cells = (array / 900).astype(np.float32)[::step, ::step, ::step]
     laid = overlay(volume, shown, cells, step, "a phrase")
     seen = np.unravel_index(shown.stored.argmax(), shown.stored.shape)
     block = shown.block
-    assert block == (1 if most_voxels > 10**6 else 3)
+    assert block == (1 if max_voxels > 10**6 else 3)
     exact = np.array(laid.facts["origin"]) + np.array(laid.facts["step"]) * np.argwhere(laid.heat)[0]  # of the one hot cell's middle
     assert np.abs(exact - seen).max() <= (0 if block == 1 else 0.34)
     assert laid.facts["peak"] == list(seen) and laid.heat.max() == 255 and laid.facts["shape"] == laid.heat.shape

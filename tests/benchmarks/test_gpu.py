@@ -101,7 +101,7 @@ def part_of(tmp_path: Path, name: str, seconds: float) -> dict[str, Any]:
 
 def test_the_minutes_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert part_of(tmp_path, "precision", 19)["reason"] == "the minutes were used up"
-    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(gpu, "MIN_SECONDS", 0)
     monkeypatch.setattr(gpu, "REPORT_SECONDS", 0)
     ended = part_of(tmp_path, "precision", 0.3)
     assert (ended["status"], ended["reason"]) == ("left out", "the minutes were used up after 0 cases")

@@ -9,7 +9,7 @@ import pytest
 
 from med3dvlm.datasets.phantom import Acquisition, Body, Finding, draw, draw_with_masks, plan_phantoms, read_plans
 from med3dvlm.datasets.phantom.abdomen import POLES, SEGMENTS
-from med3dvlm.datasets.phantom.canvas import LEAST
+from med3dvlm.datasets.phantom.canvas import MIN_CHANGE
 from med3dvlm.datasets.phantom.chest import LOBES
 from med3dvlm.datasets.phantom.wording import KINDS
 
@@ -101,8 +101,10 @@ def test_a_mask_is_where_the_scan_differs_from_one_without_the_finding() -> None
         assert np.array_equal(scans[-1], canvas.array)
         for finding, before, after in zip(painted, scans, scans[1:], strict=False):
             change = np.abs(after - before)  # of whole HU
-            doubtful = (np.abs(change - LEAST) <= 1) | (np.abs(after) >= 500) | (np.abs(before) >= 500)  # rounded, or clipped with noise
-            assert not (masks[finding.kind] ^ (change >= LEAST))[~doubtful].any(), finding
+            doubtful = (
+                (np.abs(change - MIN_CHANGE) <= 1) | (np.abs(after) >= 500) | (np.abs(before) >= 500)
+            )  # rounded, or clipped with noise
+            assert not (masks[finding.kind] ^ (change >= MIN_CHANGE))[~doubtful].any(), finding
 
 
 def test_plans_are_read_from_the_settings_of_what_was_written(phantoms: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_encrypted_and_rarely_packed(tmp_path: Path) -> None:
 
 
 def test_too_many_entries(tmp_path: Path) -> None:
-    path = archive_of(tmp_path / "many.zip", *((str(number), b"") for number in range(archive.MOST_ENTRIES + 1)))
+    path = archive_of(tmp_path / "many.zip", *((str(number), b"") for number in range(archive.MAX_ENTRIES + 1)))
     refused(path, "more than 20000 entries")
 
 
@@ -141,7 +141,7 @@ def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "SMALL", 2**20)
     zeros = archive_of(tmp_path / "zeros.zip", ("a.dcm", bytes(5 * 2**20)))  # grows a thousand times
     refused(zeros, "unpacks to more than 8 GiB or 100 times its size")
-    monkeypatch.setattr(archive, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(archive, "MAX_BYTES", 2**20)
     noise = os.urandom(2**19 + 1)
     refused(archive_of(tmp_path / "noise.zip", ("a.dcm", noise), ("b.dcm", noise)), "unpacks to more than")
 

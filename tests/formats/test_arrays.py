@@ -53,8 +53,8 @@ def test_npz_of_too_many_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for number in range(20_001):
             file.writestr(f"{number}.npy", b"")
     refused(tmp_path / "many.npz", "more than 20000 entries")
-    monkeypatch.setattr(archive, "MOST_LISTING", 50 * 20_000)  # their list is not even read
-    monkeypatch.setattr(arrays, "MOST_ENTRIES", 30_000)
+    monkeypatch.setattr(archive, "MAX_LISTING", 50 * 20_000)  # their list is not even read
+    monkeypatch.setattr(arrays, "MAX_ENTRIES", 30_000)
     refused(tmp_path / "many.npz", "more than 20000 entries")
 
 

@@ -189,7 +189,7 @@ def test_a_subfolder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_too_many_frames_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_series(tmp_path / "scan", scan())
-    monkeypatch.setattr(dicom_header, "MOST_SLICES", 9)
+    monkeypatch.setattr(dicom_header, "MAX_SLICES", 9)
     refused(folder, "more than 9 slices")
 
 
@@ -202,7 +202,7 @@ def test_native_frames_beyond_the_files_size(tmp_path: Path) -> None:
 def test_a_deflated_file_is_not_unpacked_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_enhanced(tmp_path / "scan.dcm", scan(), syntax=uid.DeflatedExplicitVRLittleEndian)
     np.testing.assert_array_equal(read(path).array, scan())
-    monkeypatch.setattr(dicom_pixels, "MOST_INFLATED", 2 * scan().size - 1)
+    monkeypatch.setattr(dicom_pixels, "MAX_INFLATED", 2 * scan().size - 1)
     refused(path, "1 of the DICOM slices unpack to more than")
 
 

@@ -24,7 +24,7 @@ Shapes = Mapping[str, Shape]
 Settings = dict[str, Any]
 # The language models that the released model types wrap.
 LANGUAGE_MODELS = {"vlm_qwen": "qwen2"}
-# What the shapes of a text encoder do not tell; its words and width say which it is. (vocabulary, width) -> hub id, settings
+# Settings of text encoders that shapes do not tell: (vocabulary, width) -> hub id, settings
 TEXT_ENCODERS: dict[Shape, tuple[str, Settings]] = {
     (119547, 768): ("medicalai/ClinicalBERT", {"model_type": "distilbert", "vocab_size": 119547, "n_layers": 6, "n_heads": 12, "dim": 768}),
     (30522, 768): ("microsoft/BiomedVLP-CXR-BERT-specialized", {"model_type": "bert", "vocab_size": 30522}),
@@ -90,7 +90,7 @@ def _dcformer(shapes: Shapes) -> tuple[str, Settings]:
         widths.append(shapes[stage + "0.project.weight"][0])
         blocks.append(max(int(name.split(".")[2]) for name in shapes if name.startswith(stage)))
         kernels.append(shapes[stage + "1.mixer.height.0.weight"][-1])
-    options: Settings = {"stem_activation": False}  # what was meant to be one was passed in the place of another argument
+    options: Settings = {"stem_activation": False}  # the released code passes it in the place of another argument
     if tuple(kernels) != KERNELS:
         options["kernels"] = kernels
     for name, known in SIZES.items():

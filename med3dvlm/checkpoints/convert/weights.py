@@ -32,7 +32,7 @@ MAPPED_AT_MOST = 2**27  # bytes read from mapped files, which stay in memory, be
 PICKLES = (".bin", ".pt", ".pth")
 ENDINGS = (".safetensors", *PICKLES)
 CONTAINERS = ("state_dict", "model_state_dict", "model", "module")  # keys under which training scripts keep the weights
-# What PEFT, and training on several processes, put into the names of a model they wrap.
+# Prefixes that PEFT, and training on several processes, add to the names of tensors.
 WRAPPERS = ((r"^module\.", ""), (r"^base_model\.model\.", ""), (r"\.base_layer\.", "."), (r"\.modules_to_save\.default\.", "."))
 REPLACED = re.compile(r".*\.original_module\..*")
 FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")

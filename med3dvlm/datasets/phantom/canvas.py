@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 Point = tuple[float, float, float]  # x, y, z in mm
 AIR = -1040.0  # HU
 LOWEST, HIGHEST = -1000, 600  # HU that a scan holds, as of a scanner that clips at both ends
-LEAST = 10.0  # HU by which a finding changes the voxels that belong to it
+MIN_CHANGE = 10.0  # HU by which a finding changes the voxels that belong to it
 PLANES = ("axial", "coronal", "sagittal", "oblique")
 
 
@@ -69,7 +69,7 @@ class Canvas:
     def finding_masks(self) -> dict[str, NDArray[np.bool_]]:
         """Return (D, H, W) for each finding that was painted: the voxels that it changes, as if those painted later were not there."""
         scans = [np.clip(array, LOWEST, HIGHEST) for array in (*self.without.values(), self.array)]
-        return {kind: np.abs(after - before) >= LEAST for kind, (before, after) in zip(self.without, pairwise(scans), strict=True)}
+        return {kind: np.abs(after - before) >= MIN_CHANGE for kind, (before, after) in zip(self.without, pairwise(scans), strict=True)}
 
     def ellipsoid(
         self,

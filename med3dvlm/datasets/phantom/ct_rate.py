@@ -30,7 +30,7 @@ from med3dvlm.files import whole_file, write_json
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
 
 KINDS: dict[str, dict[str, Any]] = yaml.safe_load(files(__package__).joinpath("ct_rate_findings.yaml").read_text(encoding="utf-8-sig"))
-MOST_FINDINGS = 7
+MAX_FINDINGS = 7
 DENIALS = ("No {} is observed.", "{} is not present.", "There is no {}.")
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
 METADATA_COLUMNS = (
@@ -87,7 +87,7 @@ def plan_ct_rate(volumes: int, seed: int = 0, detail: float = 1.0) -> list[Plan]
 
 def _body(random: np.random.Generator, given: Counter[str]) -> Body:
     """Return a chest with 0 to 7 findings, first those that were given least so far."""
-    count = int(random.integers(MOST_FINDINGS + 1))
+    count = int(random.integers(MAX_FINDINGS + 1))
     kinds = sorted(random.permutation(list(KINDS)).tolist(), key=lambda kind: given[kind] + random.uniform(0, 40))[:count]
     findings = []
     for kind in sorted(kinds, key=list(KINDS).index):
