@@ -87,7 +87,10 @@ def places(
         "outputs/paper/stage1": str(tiny_models.clip),
         "outputs/demo/stage1/segmenter": str(tiny_models.segmenter),
         "outputs/demo/stage1": str(tiny_models.clip),
+        "outputs/demo/mask.nii.gz": str(tmp_path / "mask.nii.gz"),
         "mask.nii.gz": str(tmp_path / "mask.nii.gz"),
+        "outputs/demo/prepared": str(prepared),
+        "outputs/demo/index": str(tmp_path / "index"),
         "outputs/paper/ct_clip": str(chests.clip),
         "outputs/paper/index": str(tmp_path / "index"),
         "data/ct_rate_256": str(chests.root / "prepared"),
@@ -134,7 +137,7 @@ def test_command_runs(
             "256,512,512", "16,32,32"
         )
     if line.startswith("med3dvlm search"):
-        assert cli.main(["index", str(chests.clip), str(chests.root / "prepared"), str(tmp_path / "index")]) == 0
+        assert cli.main(["index", str(chests.clip), str(chests.root / "prepared"), places["outputs/paper/index"]]) == 0
     if line.startswith("med3dvlm audit"):
         line += f" --out {tmp_path}"
     if line.startswith("python -m benchmarks.encoder"):

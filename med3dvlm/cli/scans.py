@@ -52,7 +52,7 @@ def _facts(volume: "Volume", percentiles: Sequence[float]) -> Iterator[tuple[str
         yield "Orientation", f"{volume.orientation} (where slices, rows and columns go), {volume.plane} slices{turned}"
     yield "Unit", {"HU": "HU (Hounsfield units)", "unit": "within 0..1"}.get(volume.unit, volume.unit)
     low, first, median, last, high = percentiles
-    yield "Values", f"{low:g} to {high:g}; 1 % below {first:g}, half below {median:g}, 99 % below {last:g}"
+    yield "Values", f"{low:g} to {high:g}; 1 % are at most {first:g}, half at most {median:g}, 99 % at most {last:g}"
     for note in volume.notes:
         yield "Note", note
     for warning in volume.warnings:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from med3dvlm.encoders.hierarchy import ConvStem, HierarchicalEncoder, MetaNeXtBlock, build_stages
+from med3dvlm.encoders.hierarchy import ConvStem, HierarchicalEncoder, MetaNeXtBlock, Window, build_stages
 from med3dvlm.encoders.layers import Conv3d, LayerNorm
 
 # blocks of the four stages, widths of stem and stages
@@ -41,13 +41,20 @@ class ConvNeXt3D(HierarchicalEncoder):
         kernel_size: of the depthwise convolutions.
         stem_stride: stride of the first convolution; 2 keeps detail in small volumes.
         layer_scale: initial value of the blocks' per-channel scale.
+        windows: see HierarchicalEncoder.
     """
 
     def __init__(
-        self, blocks: Sequence[int], widths: Sequence[int], kernel_size: int = 7, stem_stride: int = 4, layer_scale: float = 1e-6
+        self,
+        blocks: Sequence[int],
+        widths: Sequence[int],
+        kernel_size: int = 7,
+        stem_stride: int = 4,
+        layer_scale: float = 1e-6,
+        windows: Sequence[Window] = (),
     ) -> None:
         def block(_: int, channels: int) -> nn.Module:
             return MetaNeXtBlock(channels, DepthwiseConv(channels, kernel_size), layer_scale, LayerNorm(channels, EPSILON))
 
-        stem = nn.Sequential(ConvStem(widths[0], stem_stride), LayerNorm(widths[0], EPSILON))
-        super().__init__(stem, build_stages(block, blocks, widths), widths, stem_stride)
+        stem = nn.Sequential(ConvStem(widths[0], stem_stride, in_channels=1 + len(windows)), LayerNorm(widths[0], EPSILON))
+        super().__init__(stem, build_stages(block, blocks, widths), widths, stem_stride, windows)

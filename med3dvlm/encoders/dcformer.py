@@ -12,7 +12,7 @@ from torch import nn
 from med3dvlm.encoders import fused
 from med3dvlm.encoders.base import Encoder
 from med3dvlm.encoders.decomposed import DecomposedConv
-from med3dvlm.encoders.hierarchy import HierarchicalEncoder, MetaNeXtBlock, build_stages
+from med3dvlm.encoders.hierarchy import HierarchicalEncoder, MetaNeXtBlock, Window, build_stages
 
 # blocks of the four stages, widths of stem and stages
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -44,6 +44,7 @@ class DCFormer(HierarchicalEncoder):
         stem_stride: stride of the first convolution; 4 in the paper, 2 keeps detail in small volumes.
         stem_activation: GELU after each stem layer. The published weights have none (the released code passes it in the wrong place).
         layer_scale: initial value of the blocks' per-channel scale; 1e-6 in the paper, 0.1 learns sooner in short runs.
+        windows: see HierarchicalEncoder.
     """
 
     def __init__(
@@ -55,17 +56,18 @@ class DCFormer(HierarchicalEncoder):
         stem_stride: int = 4,
         stem_activation: bool = True,
         layer_scale: float = 1e-6,
+        windows: Sequence[Window] = (),
     ) -> None:
         if len(kernels) != len(blocks):
             raise ValueError(f"{len(blocks)} stages have kernels {tuple(kernels)}; give one for every stage")
         stem: list[nn.Module] = []
         for layer in range(stem_layers):
             first = layer == 0
-            stem.append(DecomposedConv(1 if first else widths[0], widths[0], 7 if first else 3, stem_stride if first else 1))
+            stem.append(DecomposedConv(1 + len(windows) if first else widths[0], widths[0], 7 if first else 3, stem_stride if first else 1))
             if stem_activation:
                 stem.append(nn.GELU())
         stages = build_stages(lambda stage, channels: DCFormerBlock(channels, kernels[stage], layer_scale), blocks, widths)
-        super().__init__(nn.Sequential(*stem), stages, widths, stem_stride)
+        super().__init__(nn.Sequential(*stem), stages, widths, stem_stride, windows)
 
     @staticmethod
     def fused(encoder: Encoder) -> Encoder:

@@ -1,7 +1,7 @@
 """DCFormer for inference: the same function in fewer and cheaper operations. `DCFormer.for_inference` makes it.
 
 - Every batch norm is folded into its convolution, the three biases of a decomposed convolution are one, a block's scale goes into its MLP.
-- The first convolution, which has one input channel, is one matrix product over gathered voxels.
+- The first convolution, which has few input channels, is one matrix product over gathered voxels.
 - The three convolutions of the other stem layers share their middle tap: 7 products of matrices a cell instead of 9.
 
 Shapes as in `hierarchy`; channels come last.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from med3dvlm.encoders.decomposed import DecomposedConv, windows
+from med3dvlm.encoders.decomposed import FEW_CHANNELS, DecomposedConv, neighbours
 from med3dvlm.encoders.hierarchy import ChannelMLP, MetaNeXtBlock
 
 CHANNELS_LAST = torch.channels_last
@@ -29,16 +29,16 @@ def fuse(encoder: Any) -> Any:
 
 
 class GatheredConv(nn.Module):
-    """A decomposed convolution of one channel as a matrix product: (B, D, H, W, 1) -> (B, d, h, w, C)."""
+    """A decomposed convolution of few channels as a matrix product: (B, D, H, W, C_in) -> (B, d, h, w, C_out)."""
 
     def __init__(self, weights: list[Tensor], bias: Tensor, stride: int) -> None:
         super().__init__()
         self.kernel_size, self.stride = weights[0].shape[2], stride
-        self.weight = nn.Parameter(torch.cat([weight[:, 0] for weight in weights], dim=1))  # (C, 3 k)
+        self.weight = nn.Parameter(torch.cat([weight.flatten(1) for weight in weights], dim=1))  # (C_out, 3 C_in k)
         self.bias = nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gathered = torch.cat([windows(x, axis, self.kernel_size, self.stride) for axis in range(3)], dim=-1)
+        gathered = torch.cat([neighbours(x, axis, self.kernel_size, self.stride) for axis in range(3)], dim=-1)
         return nn.functional.linear(gathered, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
@@ -88,7 +88,7 @@ def _fused_conv(layer: Any) -> nn.Module:
     branches = [_folded(*branch) for branch in layer.branches]
     weights, bias = [weight for weight, _ in branches], torch.stack([bias for _, bias in branches]).sum(dim=0)
     convolution = layer.depth[0]
-    if weights[0].shape[1] == 1 and convolution.groups == 1:
+    if weights[0].shape[1] <= FEW_CHANNELS and convolution.groups == 1:
         return GatheredConv(weights, bias, convolution.stride)
     return FoldedConv(weights, bias, convolution.groups)
 

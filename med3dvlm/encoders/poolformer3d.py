@@ -14,7 +14,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from med3dvlm.encoders.hierarchy import ConvStem, HierarchicalEncoder, MetaFormerBlock, build_stages
+from med3dvlm.encoders.hierarchy import ConvStem, HierarchicalEncoder, MetaFormerBlock, Window, build_stages
 from med3dvlm.encoders.layers import GroupNorm
 
 # blocks of the four stages, widths of stem and stages
@@ -54,12 +54,20 @@ class PoolFormer3D(HierarchicalEncoder):
         pool_size: cells along an axis that are averaged.
         stem_stride: stride of the first convolution; 2 keeps detail in small volumes.
         layer_scale: initial value of the blocks' per-channel scales.
+        windows: see HierarchicalEncoder.
     """
 
     def __init__(
-        self, blocks: Sequence[int], widths: Sequence[int], pool_size: int = 3, stem_stride: int = 4, layer_scale: float = 1e-5
+        self,
+        blocks: Sequence[int],
+        widths: Sequence[int],
+        pool_size: int = 3,
+        stem_stride: int = 4,
+        layer_scale: float = 1e-5,
+        windows: Sequence[Window] = (),
     ) -> None:
         def block(_: int, channels: int) -> nn.Module:
             return MetaFormerBlock(channels, Pooling(pool_size), partial(GroupNorm, 1), layer_scale)
 
-        super().__init__(ConvStem(widths[0], stem_stride), build_stages(block, blocks, widths), widths, stem_stride)
+        stem = ConvStem(widths[0], stem_stride, in_channels=1 + len(windows))
+        super().__init__(stem, build_stages(block, blocks, widths), widths, stem_stride, windows)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from med3dvlm.encoders.hierarchy import ConvStem, HierarchicalEncoder, MetaFormerBlock, build_stages
+from med3dvlm.encoders.hierarchy import ConvStem, HierarchicalEncoder, MetaFormerBlock, Window, build_stages
 from med3dvlm.encoders.layers import BatchNorm, Conv3d, LayerNorm
 from med3dvlm.encoders.vit3d import SelfAttention
 
@@ -46,15 +46,18 @@ class TransUNet3D(HierarchicalEncoder):
         widths: channels of the stem and of every stage.
         head_width: channels of an attention head.
         stem_stride: stride of the first convolution; 2 keeps detail in small volumes.
+        windows: see HierarchicalEncoder.
     """
 
-    def __init__(self, blocks: Sequence[int], widths: Sequence[int], head_width: int = 64, stem_stride: int = 4) -> None:
+    def __init__(
+        self, blocks: Sequence[int], widths: Sequence[int], head_width: int = 64, stem_stride: int = 4, windows: Sequence[Window] = ()
+    ) -> None:
         def block(stage: int, channels: int) -> nn.Module:
             if stage < len(blocks) - 1:
                 return ConvBlock(channels)
             return MetaFormerBlock(channels, SelfAttention(channels, max(1, channels // head_width)), LayerNorm)
 
-        stem = nn.Sequential(ConvStem(widths[0], stem_stride), BatchNorm(widths[0]), nn.ReLU())
+        stem = nn.Sequential(ConvStem(widths[0], stem_stride, in_channels=1 + len(windows)), BatchNorm(widths[0]), nn.ReLU())
         stages = build_stages(block, blocks, widths)
         stages[-1] = nn.Sequential(stages[-1], LayerNorm(widths[-1]))
-        super().__init__(stem, stages, widths, stem_stride)
+        super().__init__(stem, stages, widths, stem_stride, windows)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from med3dvlm.encoders import HierarchicalEncoder
 from med3dvlm.encoders.base import Encoder, Size, compute_type
+from med3dvlm.encoders.hierarchy import Window, windowed
 from med3dvlm.encoders.layers import Conv3d, GroupNorm, Linear, widened
 from med3dvlm.models.dual_cross_attention import DualCrossAttention, resized
 
@@ -48,16 +49,24 @@ class UNetDecoder(nn.Module):
         stem_stride: voxels that one cell of the stem spans along an axis.
         widths: the decoder's own channels, for the stem and every stage but the last.
         skips: what the skip connections pass through, all at once; None leaves them as they are.
+        windows: of the encoder, see HierarchicalEncoder.
     """
 
-    def __init__(self, encoder_widths: Sequence[int], stem_stride: int, widths: Sequence[int], skips: DualCrossAttention | None) -> None:
+    def __init__(
+        self,
+        encoder_widths: Sequence[int],
+        stem_stride: int,
+        widths: Sequence[int],
+        skips: DualCrossAttention | None,
+        windows: Sequence[Window] = (),
+    ) -> None:
         super().__init__()
         *skipped, deepest = encoder_widths
-        self.stem_stride, self.skips = stem_stride, skips
+        self.stem_stride, self.skips, self.windows = stem_stride, skips, windows
         # Convolutions with kernel 1 in the place of linear layers: like those with kernel 3, they keep the channels first in memory.
         self.laterals = nn.ModuleList(Conv3d(wide, width, 1) for wide, width in zip(skipped, widths, strict=True))
         self.reductions = nn.ModuleList(Conv3d(wide, width, 1) for wide, width in zip([*widths[1:], deepest], widths, strict=True))
-        self.voxels = Conv3d(stem_stride**3, widths[0], 1)
+        self.voxels = Conv3d((1 + len(windows)) * stem_stride**3, widths[0], 1)
         self.blocks = nn.ModuleList(ConvBlock(width) for width in widths)
         self.norm = GroupNorm(math.gcd(widths[0], 8), widths[0])
 
@@ -74,12 +83,12 @@ class UNetDecoder(nn.Module):
         return F.gelu(self.norm(x))
 
     def _cells(self, volume: Tensor) -> Tensor:
-        """The voxels of every cell of the stem: (B, 1, D, H, W) -> (B, d, h, w, stride^3), voxels beyond the volume 0."""
-        stride = self.stem_stride
+        """The voxels of every cell of the stem: (B, 1, D, H, W) -> (B, d, h, w, (1 + windows) * stride^3), voxels beyond the volume 0."""
+        stride, volume = self.stem_stride, windowed(volume.movedim(1, -1), self.windows).movedim(-1, 1)
         beyond = [-voxels % stride for voxels in volume.shape[2:]]
-        x = F.pad(volume[:, 0], (0, beyond[2], 0, beyond[1], 0, beyond[0]))
-        x = x.unflatten(3, (-1, stride)).unflatten(2, (-1, stride)).unflatten(1, (-1, stride))
-        return x.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3).movedim(1, -1)
+        x = F.pad(volume, (0, beyond[2], 0, beyond[1], 0, beyond[0]))
+        x = x.unflatten(4, (-1, stride)).unflatten(3, (-1, stride)).unflatten(2, (-1, stride))
+        return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4).movedim(1, -1)
 
 
 class SegmentationHead(nn.Module):
@@ -124,7 +133,7 @@ class SegmentationHead(nn.Module):
         if embedding_stride < 1 or encoder.stem_stride % embedding_stride:
             raise ValueError(f"embedding_stride is {embedding_stride} but must divide the stem's stride, {encoder.stem_stride}")
         skips = DualCrossAttention(skipped, attention_level, attention_heads) if dual_cross_attention else None
-        self.decoder = UNetDecoder(encoder.widths, encoder.stem_stride, widths, skips)
+        self.decoder = UNetDecoder(encoder.widths, encoder.stem_stride, widths, skips, encoder.windows)
         self.parts, self.embedding_stride = encoder.stem_stride // embedding_stride, embedding_stride
         self.embed = Linear(widths[0], embedding_dim * self.parts**3)
         self.pooled = Linear(sum(encoder.widths[-2:]), embedding_dim)
