@@ -124,10 +124,9 @@ def test_tokens_learn_whether_their_cells_hold_what_is_asked_for() -> None:
     plain = model.loss(whole, masks)
     queries = model.queries(model.clip.pool_text(given["input_ids"].flatten(0, 1), given["attention_mask"].flatten(0, 1)))
 
-    def nearest(voxel: list[int], level: int) -> tuple[int, ...]:
-        """The cell whose middle, a multiple of the cell's edge, is nearest."""
-        edge, cells = encoder.stem_stride * 2 ** (level + len(encoder.widths)), encoder.grids(SIZE)[level]
-        return tuple(min(range(count), key=lambda cell: (abs(at - cell * edge), -cell)) for at, count in zip(voxel, cells, strict=True))
+    def share(voxel: list[int], level: int) -> tuple[int, ...]:
+        """The cell of an even division of the volume."""
+        return tuple(at // math.ceil(length / cells) for at, length, cells in zip(voxel, SIZE, encoder.grids(SIZE)[level], strict=True))
 
     expected = 0.0
     for level in (-5, -4):
@@ -137,7 +136,7 @@ def test_tokens_learn_whether_their_cells_hold_what_is_asked_for() -> None:
                 query = queries[volume * PROMPTS + prompt]
                 losses: dict[bool, list[float]] = {True: [], False: []}
                 for cell, place in enumerate(itertools.product(*map(range, grid))):
-                    held = any(nearest(voxel, level) == place for voxel in masks[volume, prompt].nonzero().tolist())
+                    held = any(share(voxel, level) == place for voxel in masks[volume, prompt].nonzero().tolist())
                     logit = query @ model.tokens[str(level)](tokens[volume, cell]) / 5**0.5 + model.token_bias[str(level)](query)
                     losses[held].append(math.log1p(math.exp(-logit.item() if held else logit.item())))
                 expected += sum(sum(each) / max(len(each), 1) for each in losses.values()) / (2 * VOLUMES * PROMPTS)
