@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from med3dvlm.encoders.base import Encoder, Size, check_size, written
 from med3dvlm.encoders.layers import Conv3d, Linear
 
-
 Window = Sequence[float]  # (low, high) of a volume's values
 
 

@@ -13,7 +13,10 @@ TOLERANCE = 1e-4  # of a stage's spread; 2e-5 measured, at 128x256x256 as well
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("size", [(10, 20, 30), (17, 33, 9), (32, 64, 64)])
-@pytest.mark.parametrize("options", [{}, {"stem_activation": False}, {"stem_stride": 2}, {"stem_layers": 1}, {"kernels": (3, 5, 3, 1)}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stem_activation": False}, {"stem_stride": 2}, {"stem_layers": 1}, {"kernels": (3, 5, 3, 1)}, {"windows": [[0.2, 0.4]]}],
+)
 def test_float32_gives_the_same_tokens(options: dict, size: tuple[int, int, int], batch: int) -> None:
     encoder = randomised(build_encoder("dcformer_nano", **SMALL, **options)).eval()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
