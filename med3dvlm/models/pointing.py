@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from med3dvlm.models.mask_losses import mask_losses
 from med3dvlm.models.segmentation import (
     DECODER_SETTINGS,
     Med3DSegmenterOutput,
     build_head,
-    mask_losses,
     query_projection,
     segment_from_queries,
 )
@@ -116,6 +116,6 @@ class Pointing(nn.Module):
                     continue
                 own, asked, drawn = own.new_zeros(1, own.shape[1]), ~asked, drawn.new_zeros(1, 1, depth, height, width)
             logits, presence = self.head.compare(cells[row : row + 1], whole[row : row + 1], own.unsqueeze(0), (depth, height, width))
-            output = Med3DSegmenterOutput(logits=logits, presence=presence)
-            found.append(mask_losses(output, drawn, asked, self.settings["segmentation_loss"], self.settings["presence_weight"]).squeeze(0))
+            loss = mask_losses(logits, presence, drawn, asked, self.settings["segmentation_loss"], self.settings["presence_weight"])
+            found.append(loss.squeeze(0))
         return losses + torch.stack(found)

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from med3dvlm.encoders.base import Size, compute_type
+from med3dvlm.encoders.base import compute_type
 from med3dvlm.encoders.layers import LayerNorm, Linear, widened
 from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
+from med3dvlm.models.mask_losses import SEGMENTATION_LOSSES, balanced_mean, held_by_cells, mask_losses, prompt_mean
 from med3dvlm.models.portable import Carried, Portable, auto_map
 from med3dvlm.models.segmentation_head import SegmentationHead, no_autocast
 from med3dvlm.preprocessing import VolumeProcessor
 
-SEGMENTATION_LOSSES = ("dice_balanced_ce", "dice_ce", "dice_focal")
-BALANCE = (0.2, 5.0)  # weights of the mean cross entropy within a mask and of that outside, where they are balanced
 NO_PROMPT = -1e4  # logits where a volume has fewer prompts than others of its batch
 DECODER_SETTINGS = (
     "decoder_widths", "embedding_dim", "embedding_stride", "dual_cross_attention", "attention_level", "attention_heads",
@@ -226,17 +225,17 @@ class Med3DSegmenter(Portable, PreTrainedModel):
         depth, height, width = masks.shape[2:]
         grids, losses = self.clip.vision_encoder.grids((depth, height, width)), []
         for level, logits in self.token_logits(stages, queries).items():
-            held = _held(masks, grids[level]).to(logits.dtype)  # (B, K, N)
+            held = held_by_cells(masks, grids[level]).to(logits.dtype)  # (B, K, N)
             weights = torch.ones_like(held[:, :, 0]) if asked is None else asked.to(held.dtype)
-            each = nn.functional.binary_cross_entropy_with_logits(logits, held, reduction="none")
-            inside, outside = held.sum(dim=2).clamp(min=1), (1 - held).sum(dim=2).clamp(min=1)
-            losses.append(_mean((each * held).sum(dim=2) / inside + (each * (1 - held)).sum(dim=2) / outside, weights).mean())
+            within, outside = balanced_mean(nn.functional.binary_cross_entropy_with_logits(logits, held, reduction="none"), held)
+            losses.append(prompt_mean(within + outside, weights).mean())
         return torch.stack(losses).mean()
 
     def loss(self, output: Med3DSegmenterOutput, masks: Tensor, asked: Tensor | None = None) -> Tensor:
         """The mean of `mask_losses` over volumes, so that it does not matter how they are batched."""
         config = self.config
-        return mask_losses(output, masks, asked, config.segmentation_loss, config.presence_weight).mean()
+        assert output.logits is not None and output.presence is not None
+        return mask_losses(output.logits, output.presence, masks, asked, config.segmentation_loss, config.presence_weight).mean()
 
     @torch.no_grad()
     def sliding_window(
@@ -288,65 +287,6 @@ def segment_from_queries(
     cells, whole = head.features(stages, encoder.grids((depth, height, width)), pixel_values)
     logits, presence = head.compare(cells, whole, queries, (depth, height, width))
     return Med3DSegmenterOutput(logits=logits, presence=presence)
-
-
-def mask_losses(
-    output: Med3DSegmenterOutput, masks: Tensor, asked: Tensor | None, segmentation_loss: str, presence_weight: float
-) -> Tensor:
-    """For each volume (B) the sum of three terms, each a mean over the volume's prompts.
-
-    MONAI's Dice loss, of prompts whose mask is not empty; of voxels the mean cross entropy ("dice_ce"), the mean focal loss
-    ("dice_focal"), or the mean cross entropy within the mask and that outside, weighted by BALANCE ("dice_balanced_ce"), without which
-    a short training never finds lesions of a few voxels; and `presence_weight` times cross entropy of presence.
-
-    Args:
-        masks: (B, K, D, H, W), as in `Med3DSegmenter.forward`.
-        asked: (B, K), where there is a prompt; None for everywhere.
-    """
-    from monai.losses.dice import DiceLoss
-    from monai.losses.focal_loss import FocalLoss
-
-    assert output.logits is not None and output.presence is not None
-    if masks.shape != output.logits.shape:
-        raise ValueError(f"masks are {tuple(masks.shape)} but the logits {tuple(output.logits.shape)}")
-    logits, shape = output.logits.flatten(0, 1).unsqueeze(1), masks.shape[:2]  # (B * K, 1, D, H, W)
-    wanted = masks.flatten(0, 1).unsqueeze(1).to(logits.dtype)
-    there = masks.flatten(2).any(dim=2).to(logits.dtype)  # (B, K)
-    weights = torch.ones_like(there) if asked is None else asked.to(logits.dtype)
-    if segmentation_loss == "dice_focal":
-        voxelwise = FocalLoss(gamma=2.0, reduction="none")(logits, wanted)
-    else:
-        voxelwise = nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-    if segmentation_loss == "dice_balanced_ce":
-        size, total = wanted.flatten(1).sum(dim=1), wanted[0].numel()
-        shares = (BALANCE[0] / size.clamp(min=1), BALANCE[1] / (total - size).clamp(min=1))
-        within = (voxelwise * wanted).flatten(1).sum(dim=1)
-        by_prompt = within * shares[0] + (voxelwise.flatten(1).sum(dim=1) - within) * shares[1]
-    else:
-        by_prompt = voxelwise.flatten(1).mean(dim=1)
-    presence = nn.functional.binary_cross_entropy_with_logits(output.presence, there, reduction="none")  # (B, K)
-    each = by_prompt.view(shape) + presence_weight * presence
-    counted = weights * there
-    chosen = counted.flatten().nonzero().squeeze(1)
-    dice = torch.zeros_like(there).flatten()
-    if len(chosen):
-        dice = dice.index_put((chosen,), DiceLoss(sigmoid=True, reduction="none")(logits[chosen], wanted[chosen]).flatten().to(dice.dtype))
-    return _mean(each, weights) + _mean(dice.view(shape), counted)
-
-
-def _held(masks: Tensor, grid: Size) -> Tensor:
-    """(B, K, D, H, W) -> (B, K, N), 1 where a voxel of the mask lies in the share of a cell of the grid, else 0."""
-    held = masks.bool().view(torch.uint8)  # a tenth of the time that booleans take
-    for axis, cells in enumerate(grid, start=2):
-        share = -(-held.shape[axis] // cells)
-        held = nn.functional.pad(held, (0, 0) * (4 - axis) + (0, cells * share - held.shape[axis]))
-        held = held.unflatten(axis, (cells, share)).amax(dim=axis + 1)
-    return held.flatten(2)
-
-
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Over prompts, (B, K) -> (B); 0 where nothing has a weight."""
-    return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def _by_volume(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

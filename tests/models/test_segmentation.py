@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModel
 
 from med3dvlm.checkpoints import load_clip, load_encoder, load_segmenter
-from med3dvlm.models.segmentation import SEGMENTATION_LOSSES, Med3DSegmenter, Med3DSegmenterConfig, Med3DSegmenterOutput
+from med3dvlm.models.mask_losses import SEGMENTATION_LOSSES
+from med3dvlm.models.segmentation import Med3DSegmenter, Med3DSegmenterConfig, Med3DSegmenterOutput
 from tests.models.test_clip import SIZE, VIT, tiny_clip
 
 VOLUMES, PROMPTS = 2, 3
