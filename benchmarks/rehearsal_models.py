@@ -143,7 +143,7 @@ class Published:
             pair = to_published(layout, re.sub(r"(?<=encoder\.stem\.)\d+", lambda number: str(stem.index(int(number[0]))), name))
             if pair is None:
                 raise ValueError(f"{name} of {model} has no name in {layout.title}")
-            self.names[pair.there], self.tensors[pair.there] = name, Stored(reshaped(shape, pair.axes, backwards=True) or (), dtype)
+            self.names[pair.released], self.tensors[pair.released] = name, Stored(reshaped(shape, pair.axes, backwards=True) or (), dtype)
 
     def read(self, name: str) -> torch.Tensor:
         return self.ours.read(self.names[name]).reshape(self.tensors[name].shape)

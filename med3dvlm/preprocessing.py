@@ -35,7 +35,7 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from med3dvlm.geometry.sampling import sample
-from med3dvlm.recipes import AIR, BONE, CANONICAL, GREY, RECIPES, SMALLEST, Grid, display, moves
+from med3dvlm.recipes import AIR, BONE, CANONICAL, GREY, RECIPES, SMALLEST, Grid, display, reorientation
 from med3dvlm.volume import Volume, VolumeError, read_volume
 
 RESIZE_MODES = ("area", "trilinear")
@@ -163,7 +163,7 @@ class VolumeProcessor(BaseImageProcessor):
         made = self._made(volume)
         wanted = display(volume) if self.spacing is None else CANONICAL
         # MONAI's transforms keep account of what they crop, pad and resize.
-        placed: NDArray[np.float64] = inv_ornt_aff(moves(volume, wanted), volume.shape) @ made.affine.numpy()
+        placed: NDArray[np.float64] = inv_ornt_aff(reorientation(volume, wanted), volume.shape) @ made.affine.numpy()
         return self._on_grid(made), placed
 
     def transform_mask(self, mask: NDArray[np.bool_], placement: NDArray[np.float64]) -> Tensor:

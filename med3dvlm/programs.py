@@ -75,7 +75,7 @@ def run(program: str | Main, argv: Sequence[str] | None = None, name: str | None
         main: Main = import_module(program).main if isinstance(program, str) else program
         return main([word for word in words if word != "--traceback"]) or 0
     except (ImportError, OSError, ValueError, SafetensorError, BrokenExecutor) as error:
-        sentence = sentence_of(error)
+        sentence = user_message(error)
         if wants_traceback or sentence is None:
             raise
         sys.stderr.write(f"{name}: error: {sentence}\n")
@@ -93,7 +93,7 @@ def command_line() -> str:
     return f"{called} {shlex.join(words)}".strip()
 
 
-def sentence_of(error: Exception) -> str | None:
+def user_message(error: Exception) -> str | None:
     """Return the error in one line if the user can fix it; None for a defect: an error of a library over arguments of ours."""
     if isinstance(error, ImportError):
         return _missing_extra(error)

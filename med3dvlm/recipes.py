@@ -77,11 +77,9 @@ def display(volume: Volume) -> str:
     return DISPLAYED[volume.plane or "axial"]
 
 
-def moves(volume: Volume, wanted: str) -> NDArray[np.float64]:
+def reorientation(volume: Volume, wanted: str) -> NDArray[np.float64]:
     """Return the flips and swaps of axes that bring a volume to the orientation `wanted`, as nibabel writes them (3, 2). A volume without
     orientation is taken to be axial and as displayed on a screen.
-
-    A volume without orientation is taken to be axial and as displayed on a screen.
     """
     from nibabel.orientations import axcodes2ornt, ornt_transform
 
@@ -90,10 +88,10 @@ def moves(volume: Volume, wanted: str) -> NDArray[np.float64]:
 
 
 def oriented(volume: Volume, wanted: str) -> tuple[torch.Tensor, list[Any]]:
-    """Return the voxels (1, D, H, W) as float32 after those `moves`, and their spacing."""
+    """Return the voxels (1, D, H, W) as float32 after those `reorientation`, and their spacing."""
     from nibabel.orientations import apply_orientation
 
-    moved = moves(volume, wanted)
+    moved = reorientation(volume, wanted)
     array: NDArray[Any] = apply_orientation(volume.array, moved)
     spacing = list(volume.spacing or [None] * 3)
     spacing = [spacing[int(np.flatnonzero(moved[:, 0] == axis)[0])] for axis in range(3)]

@@ -179,7 +179,7 @@ def _check_fields(where: str, fields: Mapping[str, Any], kind: type[Any], option
         raise ValueError(f"{where}: missing fields {missing}, unknown fields {unknown}; a {kind.__name__} has {sorted(known)}")
 
 
-def parts_of_splits(splits: Mapping[str, Sequence[Study]]) -> dict[str, dict[str, list[str]]]:
+def nested_splits(splits: Mapping[str, Sequence[Study]]) -> dict[str, dict[str, list[str]]]:
     """Return the splits whose studies all lie in another one too, as M3D's "test1k" in "test"; of equal ones the first counts as the whole.
 
     A study belongs to one split, so such parts are not prepared again; each gets what a split file holds, {split: [study ids]}, in

@@ -56,9 +56,6 @@ def load(chat: Any, contrastive: Path | None, index: Path | None, segmenter: Pat
     """Build the Analysis of a Med3DChat and the folders of a Med3DCLIP, of an index of cases and of a Med3DSegmenter. `contrastive` defaults
     to the model that made the index. With a segmenter, masks replace saliency overlays. Raises FileNotFoundError or ValueError where a folder
     is missing or holds another kind of model.
-
-    `contrastive` is by default the model that made the index. With a segmenter there are masks in the place of
-    overlays of saliency. Raises FileNotFoundError or ValueError where one is missing or of another kind.
     """
     from med3dvlm.inference.saliency import PhraseSaliency, SaliencyMap, answer_saliency, place
 

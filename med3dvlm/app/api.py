@@ -19,7 +19,7 @@ from typing import Any
 import gradio as gr
 
 from med3dvlm.app.session import Session
-from med3dvlm.app.turns import MALFORMED, sentence
+from med3dvlm.app.turns import MALFORMED, error_message
 from med3dvlm.app.workstation import Workstation, listed
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 
@@ -143,4 +143,4 @@ def sentences() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001  told in a sentence
-        raise gr.Error(sentence(error), print_exception=False) from None
+        raise gr.Error(error_message(error), print_exception=False) from None

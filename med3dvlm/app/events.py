@@ -14,7 +14,7 @@ from med3dvlm.app.layout import Layout, file
 from med3dvlm.app.markup import alert, case_cards, no_alert, scan_facts
 from med3dvlm.app.scans import OpenScan
 from med3dvlm.app.session import Session
-from med3dvlm.app.turns import sentence
+from med3dvlm.app.turns import error_message
 from med3dvlm.app.workstation import Workstation
 
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -40,7 +40,7 @@ class Events:
         try:
             return gr.skip(), self.workstation.viewer_data(session) if self.workstation.show_places(session) else gr.skip()
         except Exception as error:  # noqa: BLE001  told in a sentence
-            return alert("error", sentence(error)), self.workstation.viewer_data(session)
+            return alert("error", error_message(error)), self.workstation.viewer_data(session)
 
     @property
     def of_scan(self) -> list[Any]:
@@ -125,7 +125,7 @@ class ScanEvents(Events):
         try:
             act(session)
         except Exception as error:  # noqa: BLE001  told in a sentence; the scan that was open stays open
-            yield {scan.status: alert("error", sentence(error))}
+            yield {scan.status: alert("error", error_message(error))}
             return
         yield self.shown(session)
 
@@ -164,7 +164,7 @@ class ScanEvents(Events):
             act(session)
             yield no_alert(), self.workstation.viewer_data(session)
         except Exception as error:  # noqa: BLE001  told in a sentence
-            yield alert("error", sentence(error)), self.workstation.viewer_data(session)
+            yield alert("error", error_message(error)), self.workstation.viewer_data(session)
 
     def find_cases(self, request: gr.Request) -> Any:
         session = self.session(request)
@@ -172,7 +172,7 @@ class ScanEvents(Events):
         try:
             found = case_cards(self.workstation.similar_cases(session))
         except Exception as error:  # noqa: BLE001  told in a sentence
-            found = alert("error", sentence(error))["value"]
+            found = alert("error", error_message(error))["value"]
         return found if session.scan is scan else gr.skip()  # else another scan was opened meanwhile
 
     def add_key_image(self, event: gr.EventData, request: gr.Request) -> tuple[Any, Any]:

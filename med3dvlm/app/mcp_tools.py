@@ -25,7 +25,7 @@ from starlette.routing import BaseRoute, Route
 from med3dvlm.app.api import once
 from med3dvlm.app.scans import PREFIX
 from med3dvlm.app.session import Session
-from med3dvlm.app.turns import sentence
+from med3dvlm.app.turns import error_message
 from med3dvlm.app.workstation import Workstation
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 
@@ -101,7 +101,7 @@ def call(workstation: Workstation, session: Session, scan: str, question: str) -
             path, keep = received(scan, Path(folder), workstation.max_bytes)
             return once(workstation, session, [str(path)], question, keep)
     except Exception as error:  # noqa: BLE001  told in a sentence
-        raise ValueError(sentence(error)) from None
+        raise ValueError(error_message(error)) from None
 
 
 def received(scan: str, folder: Path, max_bytes: int) -> tuple[Path, bool]:

@@ -38,8 +38,6 @@ EXAMPLES = {"Chest phantom": "chest", "Abdomen phantom": "abdomen"}
 class Upload:
     """An upload: `path` to read, `kind` in words, and a `folder` that is deleted when nobody has a scan of it open any more. DICOM files are
     kept until then for a Structured Report, which refers to them, and for the study's other series.
-
-    Of a DICOM study it is kept that long, for a Structured Report, which refers to it, and for the study's other series.
     """
 
     def __init__(self, path: Path, kind: str, folder: str) -> None:
@@ -108,12 +106,12 @@ def take_uploads(uploads: Sequence[Path], max_bytes: int, keep: bool = False) ->
     return Upload(path, kind, folder)
 
 
-def read_plainly(
+def read_without_paths(
     upload: Upload, series: int | None, straighten: bool = False, say: Callable[[str], str] = str
 ) -> tuple[Volume, bool, bool]:
-    """The volume of an upload, in whose warnings no path stands, nor in the VolumeError that is raised; `say` puts them in other words.
+    """Read an upload. Its warnings, and the VolumeError that may be raised, hold no path; `say` rephrases them.
 
-    Beside it, whether it was resampled, and whether each of its slices is one of the file's.
+    Returns the volume, whether it was resampled, and whether each of its slices is one of the file's.
     """
 
     def plain(words: str) -> str:
@@ -132,7 +130,7 @@ def read_plainly(
 
 def read_series(upload: Upload, series: int | None, straighten: bool = False) -> OpenScan:
     """Read the series of that number in `volume.series`, None for the likeliest. Raises VolumeError as `read_uploads` does."""
-    volume, resampled, as_filed = read_plainly(upload, series, straighten, _for_the_page)
+    volume, resampled, as_filed = read_without_paths(upload, series, straighten, _for_the_page)
     scan = opened(volume, upload.kind, upload if upload.kind in MAY_BE_DICOM else None, series)
     return dataclasses.replace(scan, resampled=resampled, as_filed=as_filed)
 
@@ -188,7 +186,7 @@ def _plainly_named(uploads: Sequence[Path], folder: Path, max_bytes: int, move: 
         return path, KINDS.get(endings[0], "DICOM")
     if any(ending in FORMATS and ending != ".dcm" for ending in endings):
         raise VolumeError(f"{len(uploads)} files were sent, and not all are of one DICOM series; open one scan at a time.")
-    for number, upload in enumerate(sorted(uploads, key=lambda upload: natural(upload.name)), start=1):
+    for number, upload in enumerate(sorted(uploads, key=lambda upload: natural_key(upload.name)), start=1):
         move(upload, folder / f"{number:05d}{_ending(upload)}")
     return folder, "pictures" if set(endings) <= set(PICTURES) else "DICOM series"
 
@@ -209,8 +207,8 @@ def _ending(upload: Path) -> str:
     return next((ending for ending, (place, sign) in signed if start[place:].startswith(sign)), "")
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """So that slice 9 comes before slice 10."""
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts slice 9 before slice 10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from med3dvlm.app.masks import MAX_MASKS, Mask
 from med3dvlm.app.scans import OpenScan
-from med3dvlm.app.turns import Turn, history, sentence
+from med3dvlm.app.turns import Turn, error_message, history
 from med3dvlm.app.viewer import Overlay
 from med3dvlm.reports.draft import KeyImage
 
@@ -198,7 +198,7 @@ class Session:
         try:
             yield from self._write(chat, turn, history(earlier), **sampling)
         except Exception as error:  # noqa: BLE001  told in a sentence, the program's own mistakes in the log, too
-            turn.state, turn.answer = "failed", sentence(error)
+            turn.state, turn.answer = "failed", error_message(error)
         except BaseException:  # a page that went away: the turn must not stay open
             turn.state = "stopped"
             raise

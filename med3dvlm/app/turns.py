@@ -15,7 +15,7 @@ MALFORMED = (
 )
 
 
-def sentence(error: Exception) -> str:
+def error_message(error: Exception) -> str:
     """Return the sentence that the user sees for an error: the text of a ValueError, which says what is wrong with the input."""
     if isinstance(error, ValueError):
         return str(error)

@@ -65,7 +65,7 @@ def picture(volume: Volume, max_voxels: int = MAX_SHOWN) -> Picture:
     """
     order, flips = for_screen(volume.orientation)
     spacing = list(volume.spacing or (1.0, 1.0, 1.0))
-    array, block = coarser(volume.array, max_voxels)
+    array, block = downsample(volume.array, max_voxels)
     spacing[1:] = [mm * block for mm in spacing[1:]]
     slope, intercept = 1.0, 0.0
     if array.dtype != np.int16:
@@ -143,12 +143,12 @@ def overlay(volume: Volume, shown: Picture, cells: NDArray[np.float32], step: in
         steps.append(step / block)
     peak = None
     if heat.max() > heat.min():
-        middle = [start + cell * width for start, cell, width in zip(origin, hottest(heat), steps, strict=True)]
+        middle = [start + cell * width for start, cell, width in zip(origin, highest_region(heat), steps, strict=True)]
         peak = [int(np.clip(np.floor(place + 0.5), 0, length - 1)) for place, length in zip(middle, shown.stored.shape, strict=True)]
     return Overlay(heat, {"shape": heat.shape, "origin": origin, "step": steps, "peak": peak, "label": label})
 
 
-def hottest(heat: NDArray[np.uint8]) -> list[float]:
+def highest_region(heat: NDArray[np.uint8]) -> list[float]:
     """The middle of the largest connected place of greatest heat, as an index along each axis.
 
     SaliencyMap is flat from the middle of an outermost cell to where the scan ends, or what the model saw of it, beyond which it falls to 0. There
@@ -166,7 +166,7 @@ def hottest(heat: NDArray[np.uint8]) -> list[float]:
     return middle
 
 
-def coarser(array: NDArray[Any], max_voxels: int) -> tuple[NDArray[Any], int]:
+def downsample(array: NDArray[Any], max_voxels: int) -> tuple[NDArray[Any], int]:
     """(D, H, W) with at most `max_voxels`, each the mean of `block` x `block` within a slice, and `block`; up to block - 1 rows are cut."""
     block = 1
     while array.size / block**2 > max_voxels:

@@ -20,7 +20,7 @@ from med3dvlm.app.masks import save as save_masks
 from med3dvlm.app.scans import EXAMPLES, OpenScan, example, read_series, read_uploads
 from med3dvlm.app.session import BUSY, MAX_CHARACTERS, NO_SCAN, Session
 from med3dvlm.app.sessions import Sessions
-from med3dvlm.app.turns import Turn, history, sentence
+from med3dvlm.app.turns import Turn, error_message, history
 from med3dvlm.app.viewer import overlay
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.reports.draft import KeyImage, origin, read_report, report_dicom, report_json, report_markdown, report_text, report_zip
@@ -114,7 +114,7 @@ class Workstation:
         try:
             known = self.chat.out_of_distribution(session.encoded(self.chat))
         except Exception as error:  # noqa: BLE001  told in a sentence
-            return sentence(error)
+            return error_message(error)
         return (known and known.message) or ""
 
     def answer(self, session: Session, **sampling: float) -> Iterator[Turn]:
@@ -183,8 +183,6 @@ class Workstation:
     def report_data(self, session: Session, problem: str = "") -> dict[str, Any]:
         """Return what report.js shows below the report: sections, findings, files to save, key images [label, address, number]. `problem` is
         a sentence about the last action.
-
-        `problem` is a sentence about the last thing that was tried.
         """
         draft, line = session.draft, ""
         if draft is not None and draft.state == "failed":
@@ -236,8 +234,6 @@ class Workstation:
     def segment(self, session: Session, phrase: str) -> None:
         """Overlay masks of a phrase, or if it is empty of the findings that the report states. The planes go to the first that was found.
         Raises ValueError as `explain` does.
-
-        The planes go to the first that was found. Raises ValueError as `explain` does.
         """
         scan = session.scan
         if scan is None or self.analysis.segment is None:

@@ -47,7 +47,7 @@ __all__ = [
     "locate_model",
     "merge_lora",
     "model_type",
-    "require_own",
+    "require_same_origin",
     "require_weights",
     "verify_equal",
 ]
@@ -284,7 +284,7 @@ def load_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[A
     return adapted, processor
 
 
-def require_own(destination: str | Path, adapter: str | Path) -> None:
+def require_same_origin(destination: str | Path, adapter: str | Path) -> None:
     """Raise ValueError where `merge_lora` would replace a model in `destination` that was not merged from this adapter's folder."""
     destination, adapter = Path(destination), Path(adapter).resolve()
     if destination.resolve() == adapter:

@@ -127,7 +127,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from med3dvlm.datasets.preparation import prepare, prepare_shard
     from med3dvlm.files import read_lines, write_json
     from med3dvlm.preprocessing import VolumeProcessor
-    from med3dvlm.records import parts_of_splits
+    from med3dvlm.records import nested_splits
 
     check_workers(arguments)
     if arguments.dataset not in DATASETS:
@@ -139,7 +139,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     processor = VolumeProcessor(arguments.recipe, size=arguments.size, spacing=arguments.target_spacing, straighten=arguments.straighten)
     missed: dict[str, list[dict[str, str]]] = {split: [] for split in dataset.splits(source)}
     splits = {split: dataset.read(source, split, missed[split]) for split in missed}
-    parts = parts_of_splits({split: found for split, (found, _) in splits.items()})
+    parts = nested_splits({split: found for split, (found, _) in splits.items()})
     wholes = [split for split in splits if split not in parts]
     studies, questions = ([record for split in wholes for record in splits[split][kind]] for kind in (0, 1))
     studies = [replace(study, reading=_beside(told, study.reading)) for study in studies] if told else studies

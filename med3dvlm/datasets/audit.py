@@ -46,13 +46,13 @@ def audit(root: str | Path, out: str | Path | None = None, workers: int = 2, by_
     studies = [study for split in splits for study in data.studies(split)]
     asked = {split: data.questions(split) for split in splits}
     pictures, checksums = duplicates.thumbnails(data, studies, out / "thumbnails", workers)
-    same = duplicates.equal(checksums)
+    same = duplicates.equal_groups(checksums)
     repeated = {place for group in same for place in group[1:]}
     distinct = [place for place in range(len(studies)) if place not in repeated]
     alike = duplicates.similar_volumes(data, [studies[place] for place in distinct], pictures[distinct], workers)
     near = [Pair(distinct[a], distinct[b], similarity) for a, b, similarity in alike]
     texts = [" ".join(duplicates.words(study.report)) for study in studies]
-    said = [group for group in duplicates.equal(texts) if texts[group[0]]]
+    said = [group for group in duplicates.equal_groups(texts) if texts[group[0]]]
     repeated = {place for group in said for place in group[1:]}
     distinct = [place for place in range(len(studies)) if place not in repeated]
     alike = duplicates.similar_reports([texts[place] for place in distinct])
@@ -70,9 +70,9 @@ def audit(root: str | Path, out: str | Path | None = None, workers: int = 2, by_
         "patients_in_several_splits": _several_splits(studies),
         "duplicates": {
             "volumes, exact": _describe([list(group) for group in same], studies),
-            "volumes, near": _describe(duplicates.equal(volume_groups), studies, near),
+            "volumes, near": _describe(duplicates.equal_groups(volume_groups), studies, near),
             "reports, exact": _describe([list(group) for group in said], studies),
-            "reports, near": _describe(duplicates.equal(report_groups), studies, reworded),
+            "reports, near": _describe(duplicates.equal_groups(report_groups), studies, reworded),
         },
         "questions": {split: question_facts(asked[split]) for split in splits if asked[split]},
         "text_only": {

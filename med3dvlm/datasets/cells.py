@@ -56,7 +56,7 @@ def cell_text(name: str, value: Any) -> str:
     return str(int(value)) if whole else repr(value)
 
 
-def means_nothing(name: str, text: str, row: Mapping[str, str]) -> bool:
+def is_empty(name: str, text: str, row: Mapping[str, str]) -> bool:
     """Return whether a cell counts as empty. "None" is an answer in the columns of a question."""
     is_answer = name == "answer" and text.casefold() in MAY_SAY_NONE and not is_missing(row.get("question", ""))
     return is_missing(text) and not is_answer
@@ -67,7 +67,7 @@ def usual_split(text: str) -> str:
     return next((name for name, spellings in SPLITS.items() if text.casefold() in spellings), text)
 
 
-def known_split(text: str, spelled: dict[str, str]) -> str:
+def split_name(text: str, spelled: dict[str, str]) -> str:
     """Return the usual name of a split. Raises ValueError where two names differ in capital letters alone."""
     name = usual_split(text)
     if name not in SPLITS and spelled.setdefault(name.casefold(), name) != name:

@@ -111,7 +111,7 @@ def _reduced(data: PreparedData, volume: Tensor, size: tuple[int, int, int]) -> 
     return (adaptive_avg_pool3d(volume.float(), size)[0] - grid.low) * (255 / (grid.high - grid.low))
 
 
-def equal(values: Iterable[Hashable]) -> list[list[int]]:
+def equal_groups(values: Iterable[Hashable]) -> list[list[int]]:
     """Return the indices of values that occur more than once, one list a value."""
     places: dict[Hashable, list[int]] = defaultdict(list)
     for place, value in enumerate(values):

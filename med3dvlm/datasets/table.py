@@ -44,7 +44,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from med3dvlm.datasets.cells import ABOUT_THE_SCAN, LABEL, MASK, cell_text, known_split, means_nothing, scan_setting
+from med3dvlm.datasets.cells import ABOUT_THE_SCAN, LABEL, MASK, cell_text, is_empty, scan_setting, split_name
 from med3dvlm.datasets.csv_files import check_columns, csv_rows, json_rows, label_value, own_names
 from med3dvlm.datasets.m3d_seg import side_in
 from med3dvlm.records import Mask, Question, Study, check_ids, check_inside
@@ -139,7 +139,7 @@ def _parsed(path: Path, changed: int, size: int) -> tuple[list[Study], list[Ques
         try:
             row = {name: cell_text(name, value) for name, value in cells.items()}
             doubts.look(where, row)
-            row = {name: "" if means_nothing(name, text, row) else text for name, text in row.items()}
+            row = {name: "" if is_empty(name, text, row) else text for name, text in row.items()}
             image = row["image"]
             if not image:
                 raise ValueError("image is empty; name the scan's file or folder")
@@ -147,7 +147,7 @@ def _parsed(path: Path, changed: int, size: int) -> tuple[list[Study], list[Ques
             labels = {name: label_value(name, text) for name, text in row.items() if name.startswith(LABEL)}
             said: dict[str, Any] = {name: text for name, text in row.items() if text and (name in ABOUT_THE_STUDY or name.startswith(MASK))}
             if "split" in said:
-                said["split"] = known_split(said["split"], spelled)
+                said["split"] = split_name(said["split"], spelled)
             said |= {name: value for name, value in labels.items() if value is not None}
             said |= {name: scan_setting(name, row[name]) for name in ABOUT_THE_SCAN if row.get(name)}
             before = known.setdefault(image, {"where": where})
@@ -258,7 +258,7 @@ class _Doubts:
         for name, text in row.items():
             if name in ("report", "question", "answer", "choices") and (found := TOKEN.search(text)):
                 self.tokens.append(f"line {line}, {name}: {found[0]}")
-            elif text and means_nothing(name, text, row):
+            elif text and is_empty(name, text, row):
                 self.missing[name, text].append(line)
 
     def tell(self) -> None:

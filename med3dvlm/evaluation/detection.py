@@ -87,7 +87,7 @@ def require_labels(data: PreparedData, split: str, studies: Sequence[Study]) -> 
         )
 
 
-def part_of_patients(studies: Sequence[Study], most: int) -> list[Study]:
+def whole_patients(studies: Sequence[Study], most: int) -> list[Study]:
     """Return the studies of whole patients, at most `most` together but at least one patient, in the order of the SHA-256 of their names."""
     by_patient: dict[str, list[Study]] = {}
     for study in studies:
@@ -130,7 +130,7 @@ def threshold_studies(data: PreparedData, evaluated: str, scored: Sequence[Study
             continue
         if split != training:
             return studies, f"chosen on split {split!r}, {len(studies)} studies"
-        part = part_of_patients(studies, min(len(scored), len(studies) // FIFTH))
+        part = whole_patients(studies, min(len(scored), len(studies) // FIFTH))
         words = f"chosen on {len(part)} studies of split {split!r}, whole patients"
         return part, f"{words}, on which the model may have been trained: there is no third split"
     return [], f"{HALF}, since there are no labelled studies of other patients to choose on"
@@ -158,11 +158,8 @@ def log_odds_table(found: Iterable[Mapping[str, float]], names: Sequence[str]) -
 @dataclass(frozen=True)
 class Detection:
     """Predictions for N studies, and for M studies of other patients on which thresholds are chosen. `log_odds` is (N, K) and
-    `threshold_log_odds` (M, K), NaN where a finding was not predicted; `blind` is (K,), of an empty volume, None where not computed; `whence`
-    describes the origin of the thresholds.
-
-    `log_odds` is (N, K) and `threshold_log_odds` (M, K), NaN where a finding was not predicted; `blind` is (K,), of an empty volume, None where
-    that was not asked for; `whence` says in words where thresholds come from.
+    `threshold_log_odds` (M, K), NaN where a finding was not predicted; `blind` is (K,), of an empty volume, None where not computed;
+    `threshold_source` describes the studies of the thresholds.
     """
 
     names: Sequence[str]
@@ -170,12 +167,12 @@ class Detection:
     log_odds: Table
     threshold_studies: Sequence[Study]
     threshold_log_odds: Table
-    whence: str
+    threshold_source: str
     blind: Table | None = None
 
     @classmethod
     def read(
-        cls, output: Path, names: Sequence[str], studies: Sequence[Study], threshold_studies: Sequence[Study], whence: str
+        cls, output: Path, names: Sequence[str], studies: Sequence[Study], threshold_studies: Sequence[Study], threshold_source: str
     ) -> "Detection":
         """Read the predictions in the folder `output`. Raises ValueError where they are of other studies."""
 
@@ -187,7 +184,7 @@ class Detection:
         if (output / BLIND).is_file():
             blind = log_odds_table((line["log_odds"] for line in read_lines(output / BLIND)), names)[0]
         others = table(OF_THRESHOLDS, threshold_studies)
-        return cls(names, studies, log_odds, threshold_studies, others, whence, blind)
+        return cls(names, studies, log_odds, threshold_studies, others, threshold_source, blind)
 
 
 def report(output: Path, task: str, found: Detection, rule: str, about: Mapping[str, Any], remarks: Sequence[str] = ()) -> str:
@@ -220,7 +217,7 @@ def report(output: Path, task: str, found: Detection, rule: str, about: Mapping[
     scores = {
         "task": task,
         **about,
-        "thresholds": {"from": found.whence, "rule": rule if others else None, "studies": len(others)},
+        "thresholds": {"from": found.threshold_source, "rule": rule if others else None, "studies": len(others)},
         **compared["model"],
         "calibration": calibration,
         "permuted_labels": control,

@@ -119,14 +119,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, studies = evaluation.open_data(arguments)
     detection.require_labels(data, arguments.split, studies)
     names = detection.names_of(studies)
-    others, whence = detection.threshold_studies(data, arguments.split, studies, arguments.threshold_split)
+    others, threshold_source = detection.threshold_studies(data, arguments.split, studies, arguments.threshold_split)
     parts = {output / detection.OF_THRESHOLDS: others, output / detection.PREDICTIONS: studies}
     parts = {path: part for path, part in parts.items() if part}
 
     if not arguments.score_only:
         if not (others or arguments.probe):
             raise ValueError(
-                f"there are no labelled studies of other patients to stop the training by ({whence}); name a --threshold-split"
+                f"there are no labelled studies of other patients to stop the training by ({threshold_source}); name a --threshold-split"
             )
         train = [] if arguments.probe else training_studies(arguments, data, others)
         encoder = FrozenEncoder(arguments.model, data, arguments.device)
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"the probe is to learn {', '.join(learned)}, and split {arguments.split!r} has labels of {', '.join(names)}; "
                 "give both splits labels of the same findings"
             )
-        evaluation.begin(arguments, encoder.encoder, data, encoder=facts, thresholds=whence, **settings)
+        evaluation.begin(arguments, encoder.encoder, data, encoder=facts, thresholds=threshold_source, **settings)
         cache = arguments.cache or output / "features"
         features = {path: encoder.features(part, cache, path.stem) for path, part in parts.items()}
         learned_from = None if arguments.probe else encoder.features(train, cache, "train")
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = json.loads((output / "run.json").read_text(encoding="utf-8-sig"))
         write_json(output / "run.json", record | {"seconds": round(record["seconds"] + time.perf_counter() - started, 1)})
 
-    detected = detection.Detection.read(output, names, studies, others, whence)
+    detected = detection.Detection.read(output, names, studies, others, threshold_source)
     record = json.loads((output / "run.json").read_text(encoding="utf-8-sig"))["identity"]
     control = shuffled_labels(read_lines(output / detection.PREDICTIONS), studies, names)
     remark = [f"Macro AUROC of {control['probes']} probes trained on shuffled labels: {control['macro_auroc']:.3f}."] if control else []

@@ -60,8 +60,6 @@ def embed_volumes(embedder: Embedder, data: PreparedData, studies: Sequence[Stud
 def embed_reports(embedder: Embedder, data: PreparedData, split: str) -> Tensor:
     """Return embeddings (N, P) of the reports of all N studies of a split, float32 on the CPU, of length 1. The text encoder's part is kept
     beside the data, see `report_features`.
-
-    The text encoder's part is kept beside the data, see `report_features`.
     """
     processes()  # which share the work know each other
     reports, model = [study.report for study in data.studies(split)], embedder.model

@@ -291,16 +291,16 @@ def chart(curves: Mapping[str, Sequence[tuple[Any, ...]]], logarithmic: bool = F
         edge = [(x, high) for x, _, _, high in band] + [(x, low) for x, _, low, _ in reversed(band)]
         path = " ".join(f"{across(x)},{up(y)}" for x, y, _, _ in points)
         lines.append({"name": name, "path": path, "band": " ".join(f"{across(x)},{up(y)}" for x, y in edge)})
-    ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if first <= k <= last] if logarithmic else nice(first, last)
+    ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if first <= k <= last] if logarithmic else round_ticks(first, last)
     return {
         "size": (width, height, left, top, width - right, height - bottom),
         "lines": lines,
         "x": [(across(tick), f"{tick:g}") for tick in ticks],
-        "y": [(up(tick), f"{tick:g}") for tick in (nice(0, most) if highest is None else (0, 0.25, 0.5, 0.75, 1))],
+        "y": [(up(tick), f"{tick:g}") for tick in (round_ticks(0, most) if highest is None else (0, 0.25, 0.5, 0.75, 1))],
     }
 
 
-def nice(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Return three to six round numbers between two."""
     steps = [factor * 10.0**power for power in range(-6, 9) for factor in (1, 2, 5)]
     step = next(step for step in steps if (high - low) / step <= 5 or step == steps[-1])

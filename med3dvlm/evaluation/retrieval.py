@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from med3dvlm import evaluation
-from med3dvlm.datasets.duplicates import equal, groups, words
+from med3dvlm.datasets.duplicates import equal_groups, groups, words
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation.image_to_image import image_to_image_scores, image_to_image_table
 from med3dvlm.files import whole_file, write_lines
@@ -62,7 +62,7 @@ def decoded(lines: Sequence[str]) -> torch.Tensor:
 
 def equal_studies(data: PreparedData, studies: Sequence[Study]) -> list[int]:
     """Return equal numbers for studies with the same report or the same scan, directly or through others."""
-    same = [*equal(" ".join(words(study.report)) for study in studies), *equal(map(data.checksum, studies))]
+    same = [*equal_groups(" ".join(words(study.report)) for study in studies), *equal_groups(map(data.checksum, studies))]
     return groups(len(studies), [(group[0], other) for group in same for other in group[1:]])
 
 

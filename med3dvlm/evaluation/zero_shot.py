@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, studies = evaluation.open_data(arguments)
     detection.require_labels(data, arguments.split, studies)
     names = detection.names_of(studies)
-    others, whence = detection.threshold_studies(data, arguments.split, studies, arguments.threshold_split)
+    others, threshold_source = detection.threshold_studies(data, arguments.split, studies, arguments.threshold_split)
     paths = {arguments.output / detection.PREDICTIONS: studies, arguments.output / detection.OF_THRESHOLDS: others}
 
     def about(study: Study) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_lines(arguments.output / detection.BLIND, [detection.row("air", names, scores.tolist())])
 
     record = json.loads((arguments.output / "run.json").read_text(encoding="utf-8-sig"))["identity"]
-    found = detection.Detection.read(arguments.output, names, studies, others, whence)
+    found = detection.Detection.read(arguments.output, names, studies, others, threshold_source)
     facts = {"encoder": record["encoder"], "templates": record["templates"]}
     print(detection.report(arguments.output, "zero_shot", found, arguments.threshold_rule, facts))
     print(paper_tables.write_beside(arguments.output, arguments.data_name))

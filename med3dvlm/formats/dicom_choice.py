@@ -13,7 +13,7 @@ import numpy as np
 
 from med3dvlm.formats.base import VolumeError, colour
 from med3dvlm.formats.dicom_attributes import ATTRIBUTES, common_marks, differences, is_reformat, number_of
-from med3dvlm.formats.dicom_geometry import BY_NUMBER, heights_of, natural, places_of
+from med3dvlm.formats.dicom_geometry import BY_NUMBER, heights_of, natural_key, places_of
 from med3dvlm.formats.dicom_slices import COLOUR, SECONDARY, Slice, Stack
 from med3dvlm.formats.dicom_stacks import by_reference, stacks_of
 
@@ -98,7 +98,7 @@ def _ranked(stack: Stack, reach: float) -> list[tuple[str, Any]]:
             "of equal ones it was taken first",
             (number_of(marks.get("pass")) or 0, marks.get("time", ""), min(each.number or 0 for each in stack)),
         ),
-        ("of equal ones its files' names are the first", natural(stack[0].path)),
+        ("of equal ones its files' names are the first", natural_key(stack[0].path)),
     ]
 
 

@@ -67,7 +67,7 @@ def geometry_of(stack: Stack, warnings: list[str]) -> tuple[Stack, dict[str, Any
         distinct = len({(each.number, each.frame) for each in stack}) == len(stack)
         order = "instance and frame numbers" if distinct else "file names"
         warnings.append(f"the DICOM files state no slice positions; the order of the slices is that of their {order}.")
-        stack = sorted(stack, key=lambda each: (each.number or 0, natural(each.path), each.frame))
+        stack = sorted(stack, key=lambda each: (each.number or 0, natural_key(each.path), each.frame))
         return stack, {"spacing": (first.distance, *first.spacing)} if first.distance and first.spacing else {}
 
     assert found is not None
@@ -102,7 +102,7 @@ def _plane(stack: Stack) -> tuple[NDArray[np.float64], NDArray[np.float64], NDAr
     return row / np.linalg.norm(row), column / np.linalg.norm(column), normal / np.linalg.norm(normal)
 
 
-def natural(path: Path) -> list[Any]:
+def natural_key(path: Path) -> list[Any]:
     """Return a key that sorts 2 before 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 

@@ -21,8 +21,6 @@ STEP = 128  # places are added by so many
 class SlotCache(Cache):
     """A cache in which row r keeps its token p at place p of slot r; the slots in use are the first ones. `at` tells, before the language
     model runs, which slots its rows use and where their new tokens go.
-
-    `at` says, before the language model runs, which slots its rows are and where their new tokens stand.
     """
 
     def __init__(self) -> None:

@@ -50,7 +50,7 @@ class Pointing(nn.Module):
         self.token = nn.Parameter(torch.zeros(2, width))
 
     @torch.no_grad()
-    def begin_from(self, language_model: Any) -> None:
+    def initialise_token(self, language_model: Any) -> None:
         """Initialise the token by the mean of the language model's embeddings, so that no word is nearer than another."""
         for row, module in enumerate((language_model.get_input_embeddings(), language_model.get_output_embeddings())):
             self.token[row] = module.weight.float().mean(dim=0).to(self.token)

@@ -100,7 +100,7 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         if (token := self.pointing.token_id) >= self.language_model.get_input_embeddings().weight.shape[0]:
             self.language_model.resize_token_embeddings(token + 1, mean_resizing=False)
             self.config.text_config = self.language_model.config
-        self.pointing.begin_from(self.language_model)
+        self.pointing.initialise_token(self.language_model)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Every part brings its own initialisation."""

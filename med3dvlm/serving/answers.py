@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
-from med3dvlm.app.turns import log, sentence
+from med3dvlm.app.turns import error_message, log
 from med3dvlm.inference.engine import Delta, Engine, Generation, Request, Stream
 from med3dvlm.serving.errors import Refused
 from med3dvlm.serving.metrics import Metrics
@@ -75,7 +75,7 @@ class Answers:
             log(outcome)
             raise GONE from None
         if isinstance(outcome, Exception):
-            raise Refused(500, sentence(outcome)) from None
+            raise Refused(500, error_message(outcome)) from None
         if isinstance(outcome, BaseException):
             raise outcome
         self.metrics.answered(outcome)

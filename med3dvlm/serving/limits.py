@@ -16,8 +16,6 @@ OPEN = ("/healthz",)
 class Gate:
     """Admits requests with a key and at most `max_bytes`. `noted(path, status)` is called for every answer. The key's owner is stored in the
     scope's state as `owner`, "" where there are no keys.
-
-    The owner of a key stands in the scope's state as `owner`, "" where there are no keys.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys | None, max_bytes: int, noted: Callable[[str, int], None]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from med3dvlm.app.scans import natural, read_plainly, take_uploads, upload_ending
+from med3dvlm.app.scans import natural_key, read_without_paths, take_uploads, upload_ending
 from med3dvlm.app.viewer import describe
 from med3dvlm.inference.out_of_distribution import Features
 from med3dvlm.prompts import RESEARCH_NOTICE
@@ -141,14 +141,14 @@ class Scans:
         paths: list[Path] = []
         upload, prefix = None, secrets.token_hex(8)
         try:
-            for number, (name, content) in enumerate(sorted(files, key=lambda each: natural(each[0])), start=1):
+            for number, (name, content) in enumerate(sorted(files, key=lambda each: natural_key(each[0])), start=1):
                 path = self.folder / f"{prefix}-{number:06d}{upload_ending(name)}"
                 paths.append(path)
                 with path.open("wb") as out:
                     while block := content.read(BLOCK):
                         out.write(block)
             upload = take_uploads(paths, self.limits.upload_bytes)
-            volume, _, _ = read_plainly(upload, series)
+            volume, _, _ = read_without_paths(upload, series)
             with self._reading:
                 embedding = None
                 if self.embedder is not None:

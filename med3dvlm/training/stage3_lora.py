@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from med3dvlm import Med3DVLM, Med3DVLMProcessor
-from med3dvlm.checkpoints import POINTING_FILE, load_adapted, load_segmenter, load_vlm, merge_lora, require_own
+from med3dvlm.checkpoints import POINTING_FILE, load_adapted, load_segmenter, load_vlm, merge_lora, require_same_origin
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import load_volumes
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.model:
         raise ValueError("--model is missing; name the output of stage 2")
     if arguments.merged:
-        require_own(arguments.merged, str(arguments.output_dir))
+        require_same_origin(arguments.merged, str(arguments.output_dir))
     data = arguments.open_data()
 
     torch.manual_seed(arguments.seed)

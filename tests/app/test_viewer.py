@@ -7,7 +7,7 @@ import nibabel.orientations
 import numpy as np
 import pytest
 
-from med3dvlm.app.viewer import WINDOWS, coarser, default_window, describe, overlay, picture
+from med3dvlm.app.viewer import WINDOWS, default_window, describe, downsample, overlay, picture
 from med3dvlm.geometry.orientation import for_screen
 from med3dvlm.inference.saliency import SaliencyMap, place
 from med3dvlm.preprocessing import VolumeProcessor
@@ -72,8 +72,8 @@ def test_a_scan_too_large_for_a_browser_is_shown_in_blocks_and_said_to_be() -> N
     for z, y, x in ((0, 0, 0), (1, 4, 7), (3, 9, 14)):
         block = array[z, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
         assert abs(values[z, y, x] - block.mean()) <= 0.5
-    assert coarser(array, array.size)[1] == 1 and coarser(array, array.size - 1)[1] == 2
-    thirds, block = coarser(array.astype(np.float32), array.size // 8)
+    assert downsample(array, array.size)[1] == 1 and downsample(array, array.size - 1)[1] == 2
+    thirds, block = downsample(array.astype(np.float32), array.size // 8)
     assert block == 3 and thirds[2, 1, 1] == pytest.approx(array[2, 3:6, 3:6].mean())
 
 

@@ -56,9 +56,9 @@ def test_every_released_name_goes_over_and_back(name: str) -> None:
     for there, shape in manifest()[name].items():
         pair = to_ours(layout, there)
         assert pair is not None, there
-        if pair.here is None:
+        if pair.ours is None:
             continue
-        assert to_published(layout, pair.here) == pair
+        assert to_published(layout, pair.ours) == pair
         ours = reshaped(tuple(shape), pair.axes)
         assert ours is not None
         assert reshaped(ours, pair.axes, backwards=True) == tuple(shape)
@@ -269,4 +269,4 @@ def test_every_tensor_of_the_released_7b_model_has_its_place() -> None:
 
 def _ours(layout: Layout, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     pairs = {name: to_ours(layout, name) for name in shapes}
-    return {pair.here: reshaped(shapes[name], pair.axes) for name, pair in pairs.items() if pair.here is not None}
+    return {pair.ours: reshaped(shapes[name], pair.axes) for name, pair in pairs.items() if pair.ours is not None}

@@ -188,7 +188,7 @@ def test_reports_by_plain_loops() -> None:
 
 def test_groups_by_hand() -> None:
     assert duplicates.groups(7, [(5, 1), (1, 3), (6, 4)]) == [0, 1, 2, 1, 4, 1, 4]
-    assert duplicates.equal("abcab") == [[0, 3], [1, 4]]
+    assert duplicates.equal_groups("abcab") == [[0, 3], [1, 4]]
 
 
 def test_splits_lose_what_an_earlier_one_holds() -> None:

@@ -25,7 +25,7 @@ from med3dvlm.datasets.preparation import prepare, prepare_shard
 from med3dvlm.datasets.statistics import kind_of
 from med3dvlm.datasets.store import PreparedData, volume_path
 from med3dvlm.files import read_lines
-from med3dvlm.records import Study, parts_of_splits
+from med3dvlm.records import Study, nested_splits
 from tests.datasets.five import SIZE, questions, resave, studies, write_scans
 
 
@@ -213,7 +213,7 @@ def test_volumes_of_no_study_stay_and_are_counted(
 def test_parts_of_splits_by_hand() -> None:
     a, b, c, d = studies(4)
     splits = {"small": [c], "test1k": [b], "train": [a], "test": [b, c], "again": [b, c], "none": [], "other": [c, d]}
-    assert parts_of_splits(splits) == {
+    assert nested_splits(splits) == {
         "small": {"train": [a.id], "small": [c.id], "other": [c.id, d.id], "none": []},
         "test1k": {"train": [a.id], "test1k": [b.id], "other": [c.id, d.id], "none": []},
         "again": {"train": [a.id], "again": [b.id, c.id], "other": [c.id, d.id], "none": []},

@@ -17,7 +17,7 @@ from med3dvlm.checkpoints import load_clip
 from med3dvlm.datasets import ct_rate
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import load_volumes
-from med3dvlm.evaluation.detection import part_of_patients, threshold_studies
+from med3dvlm.evaluation.detection import threshold_studies, whole_patients
 from med3dvlm.prompts import FINDING_PROMPTS, finding_prompts
 from med3dvlm.records import Study
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
@@ -251,7 +251,7 @@ def test_where_thresholds_come_from() -> None:
     # the same patients in two versions are no third split
     found, words = threshold_studies(made_up(*train, *valid, *again), "valid_fixed", again, None)
     assert len(found) == 6 and {one.split for one in found} == {"train"} and "no third split" in words
-    assert found == part_of_patients(train, 6)
+    assert found == whole_patients(train, 6)
     unlabelled = [replace(one, labels={}) for one in valid]
     assert {one.split for one in threshold_studies(made_up(*train, *unlabelled, *test), "test", test, None)[0]} == {"train"}
     assert threshold_studies(made_up(*test), "test", test, None)[0] == []
@@ -266,10 +266,10 @@ def test_where_thresholds_come_from() -> None:
 
 def test_a_part_of_the_patients() -> None:
     studies = [study(f"p{n % 7}", "train", n) for n in range(21)]
-    part = part_of_patients(studies, 7)
+    part = whole_patients(studies, 7)
     assert len(part) == 6 and len({one.patient for one in part}) == 2
-    assert part == part_of_patients(studies[::-1], 7)[::-1]  # by name, not by order
-    assert len(part_of_patients(studies, 1)) == 3  # one patient at least
+    assert part == whole_patients(studies[::-1], 7)[::-1]  # by name, not by order
+    assert len(whole_patients(studies, 1)) == 3  # one patient at least
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, PretrainedConfig
 
 from med3dvlm.checkpoints.convert.architecture import TEXT_ENCODERS, Architecture, architecture
-from med3dvlm.checkpoints.convert.names import LAYOUTS, Layout, recognise, reshaped, some, to_ours, to_published
+from med3dvlm.checkpoints.convert.names import LAYOUTS, Layout, recognise, reshaped, shortened, to_ours, to_published
 from med3dvlm.checkpoints.convert.weights import (
     ENDINGS,
     PICKLES,
@@ -76,7 +76,7 @@ class Conversion:
         if self.merged:
             lines.append(f"LoRA was merged into {self.merged} matrices")
         if self.left_out:
-            lines.append(f"{len(self.left_out)} tensors are not needed and were left out: {some(self.left_out, 3)}")
+            lines.append(f"{len(self.left_out)} tensors are not needed and were left out: {shortened(self.left_out, 3)}")
         if self.verified:
             lines.append("verified: renamed backwards, every tensor equals the source bit for bit")
         return "\n".join([*lines, *([self.note] if self.note else [])])
@@ -176,15 +176,15 @@ def _rename(layout: Layout, stock: Source) -> _Renamed:
         pair = to_ours(layout, name)
         if pair is None:
             unexpected.append(name)
-        elif pair.here is None:
+        elif pair.ours is None:
             left_out.append(name)
         else:
-            names[pair.here] = name
+            names[pair.ours] = name
             ours = reshaped(shape, pair.axes)
             if ours is None:
-                wrong_shapes[pair.here] = f"{name} {list(shape)}"
+                wrong_shapes[pair.ours] = f"{name} {list(shape)}"
             else:
-                tensors[pair.here] = Stored(ours, dtype)
+                tensors[pair.ours] = Stored(ours, dtype)
     return _Renamed(names, tensors, tuple(left_out), tuple(unexpected), wrong_shapes)
 
 
@@ -207,12 +207,12 @@ def _check(what: str, plan: Architecture, layout: Layout, found: _Renamed, tenso
         ],
     }
     if any(problems.values()):
-        raise ValueError(f"{what}: " + "; ".join(f"it {verb} {some(listed)}" for verb, listed in problems.items() if listed))
+        raise ValueError(f"{what}: " + "; ".join(f"it {verb} {shortened(listed)}" for verb, listed in problems.items() if listed))
 
 
 def _released_name(layout: Layout, name: str) -> str:
     pair = to_published(layout, name)
-    return name if pair is None else pair.there
+    return name if pair is None else pair.released
 
 
 def _write_settings(
@@ -269,13 +269,13 @@ def _verify(folder: Path, layout: Layout, stock: Source, names: Mapping[str, str
         if here in supplied:
             continue
         pair = to_published(layout, here)
-        if pair is None or pair.there != names.get(here):
+        if pair is None or pair.released != names.get(here):
             raise ValueError(f"{here} should have come from {names.get(here)}, but goes back to {pair}; the tables are at fault")
-        theirs, ours = stock.tensors[pair.there], written.tensors[here]
+        theirs, ours = stock.tensors[pair.released], written.tensors[here]
         same = (reshaped(ours.shape, pair.axes, backwards=True), ours.dtype) == theirs
         # One after the other and by their sums: two tensors of a billion bytes need not be held at once.
-        if not same or digest(written.read(here)) != digest(stock.read(pair.there)):
-            raise ValueError(f"{here} differs from {pair.there} of the source; the disk or the memory may be faulty, convert again")
+        if not same or digest(written.read(here)) != digest(stock.read(pair.released)):
+            raise ValueError(f"{here} differs from {pair.released} of the source; the disk or the memory may be faulty, convert again")
     if set(written.tensors) != {*names, *supplied} or checksum(written) != expected:
         raise ValueError(f"what was read back from {folder} is not what was written; the disk may be faulty, convert again")
 

@@ -19,8 +19,8 @@ Shape = tuple[int, ...]
 class Pair(NamedTuple):
     """A pattern of released names, our pattern (None: left out), and the axes where they differ."""
 
-    there: str
-    here: str | None
+    released: str
+    ours: str | None
     axes: str = ""
 
 
@@ -51,16 +51,16 @@ class Layout:
     hu_range: tuple[int, int] = (-1000, 1000)
 
 
-def _under(there: str, here: str, pairs: Iterable[Pair]) -> tuple[Pair, ...]:
+def _under(released: str, ours: str, pairs: Iterable[Pair]) -> tuple[Pair, ...]:
     """Return the same pairs inside a larger model."""
-    return tuple(Pair(there + pair.there, None if pair.here is None else here + pair.here, pair.axes) for pair in pairs)
+    return tuple(Pair(released + pair.released, None if pair.ours is None else ours + pair.ours, pair.axes) for pair in pairs)
 
 
-def _decomposed(there: str, here: str) -> tuple[Pair, ...]:
+def _decomposed(released: str, ours: str) -> tuple[Pair, ...]:
     """Return the pairs of three branches, each a convolution and its batch norm."""
     branches = (("c1", "height", "o i k 1 1"), ("c2", "width", "o i 1 k 1"), ("c3", "depth", "o i 1 1 k"))
-    kernels = (Pair(f"{there}.{branch}.0.weight", f"{here}.{axis}.0.weight", f"{axes} -> o i k") for branch, axis, axes in branches)
-    others = (Pair(f"{there}.{branch}.{{n}}.{{tensor}}", f"{here}.{axis}.{{n}}.{{tensor}}") for branch, axis, _ in branches)
+    kernels = (Pair(f"{released}.{branch}.0.weight", f"{ours}.{axis}.0.weight", f"{axes} -> o i k") for branch, axis, axes in branches)
+    others = (Pair(f"{released}.{branch}.{{n}}.{{tensor}}", f"{ours}.{axis}.{{n}}.{{tensor}}") for branch, axis, _ in branches)
     return (*kernels, *others)
 
 
@@ -83,10 +83,10 @@ CT_RATE_DCFORMER = (
     Pair("vq.{rest}", None),
 )
 CTVIT = (
-    *(Pair(f"to_patch_emb.{there}.{{tensor}}", f"patch_embedding.{here}.{{tensor}}") for here, there in enumerate((1, 2, 3))),
+    *(Pair(f"to_patch_emb.{released}.{{tensor}}", f"patch_embedding.{ours}.{{tensor}}") for ours, released in enumerate((1, 2, 3))),
     *(
-        Pair(f"spatial_rel_pos_bias.net.{there}.{{tensor}}", f"position_bias.layers.{here}.{{tensor}}")
-        for there, here in (("0.0", 0), ("1.0", 2), ("2", 4))
+        Pair(f"spatial_rel_pos_bias.net.{released}.{{tensor}}", f"position_bias.layers.{ours}.{{tensor}}")
+        for released, ours in (("0.0", 0), ("1.0", 2), ("2", 4))
     ),
     *_under(
         "enc_{kind}_transformer.layers.{b}.",
@@ -138,8 +138,8 @@ MIXER = _under(
         Pair("ln1.{tensor}", "token_norm.{tensor}"),
         Pair("ln2.{tensor}", "channel_norm.{tensor}"),
         *(
-            Pair(f"{there}.mm_projector.{layer_there}.{{tensor}}", f"{here}.{layer_here}.{{tensor}}")
-            for there, here in (("mlp1", "token_mlp"), ("mlp2", "channel_mlp"))
+            Pair(f"{released}.mm_projector.{layer_there}.{{tensor}}", f"{ours}.{layer_here}.{{tensor}}")
+            for released, ours in (("mlp1", "token_mlp"), ("mlp2", "channel_mlp"))
             for layer_there, layer_here in (("0", 0), ("1.1", 2))
         ),
     ),
@@ -264,24 +264,24 @@ def recognise(names: Iterable[str]) -> str:
         if all(any(_match(mark, name) is not None for name in names) for mark in layout.marks):
             return key
     known = ", ".join(dict.fromkeys(layout.title for layout in LAYOUTS.values()))
-    raise ValueError(f"a checkpoint with tensors such as {some(names)} is of no known layout; known: {known}")
+    raise ValueError(f"a checkpoint with tensors such as {shortened(names)} is of no known layout; known: {known}")
 
 
 def to_ours(layout: Layout, name: str) -> Pair | None:
     """Return (released name, our name or None, axes) for a released name; None if the layout does not have it."""
-    for there, here, axes in layout.names:
-        values = _match(there, name)
+    for released, ours, axes in layout.names:
+        values = _match(released, name)
         if values is not None:
-            return Pair(name, None if here is None else _fill(here, values), axes)
+            return Pair(name, None if ours is None else _fill(ours, values), axes)
     return None
 
 
 def to_published(layout: Layout, name: str) -> Pair | None:
     """Return the same triple for one of our names."""
-    for there, here, axes in layout.names:
-        values = None if here is None else _match(here, name)
+    for released, ours, axes in layout.names:
+        values = None if ours is None else _match(ours, name)
         if values is not None:
-            return Pair(_fill(there, values), name, axes)
+            return Pair(_fill(released, values), name, axes)
     return None
 
 
@@ -289,15 +289,15 @@ def reshaped(shape: Shape, axes: str, backwards: bool = False) -> Shape | None:
     """Return a released tensor's shape in our layout, or the reverse with `backwards`; None if it has other axes."""
     if not axes:
         return shape
-    there, here = (part.split() for part in axes.split("->"))
-    source, target = (here, there) if backwards else (there, here)
+    released, ours = (part.split() for part in axes.split("->"))
+    source, target = (ours, released) if backwards else (released, ours)
     if len(shape) != len(source) or any(length != 1 for axis, length in zip(source, shape, strict=True) if axis == "1"):
         return None
     lengths = dict(zip(source, shape, strict=True)) | {"1": 1}
     return tuple(lengths[axis] for axis in target)
 
 
-def some(names: Iterable[str], at_most: int = 8) -> str:
+def shortened(names: Iterable[str], at_most: int = 8) -> str:
     """Return the first of the names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")

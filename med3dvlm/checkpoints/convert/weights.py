@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from med3dvlm.checkpoints.convert.names import Shape, some
+from med3dvlm.checkpoints.convert.names import Shape, shortened
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -69,7 +69,7 @@ class Checkpoint:
             for name, stored in _contents(file):
                 self.tensors[name], self._file_of[name] = stored, file
         if not self.tensors:
-            raise ValueError(f"{some(map(str, files))} holds no tensors")
+            raise ValueError(f"{shortened(map(str, files))} holds no tensors")
 
     def read(self, name: str) -> Tensor:
         """Read one tensor, to be dropped before many more are read."""
@@ -111,8 +111,8 @@ class Source:
         empty = [name for name, stored in self.tensors.items() if stored.shape == (0,)]
         if empty:
             raise ValueError(
-                f"{len(empty)} tensors have the shape [0] ({some(empty, 3)}): the file was saved under ZeRO-3 without gathering the parts of each "
-                "tensor; run zero_to_fp32.py, which DeepSpeed leaves beside its checkpoint, and convert what that writes"
+                f"{len(empty)} tensors have the shape [0] ({shortened(empty, 3)}): the file was saved under ZeRO-3 without gathering the parts "
+                "of each tensor; run zero_to_fp32.py, which DeepSpeed leaves beside its checkpoint, and convert what that writes"
             )
         for name, factors in self._factors.items():
             if set(factors) != {"A", "B"}:
@@ -156,7 +156,7 @@ def find_weights(folder: Path) -> list[Path]:
             stem, _, number = SHARD.fullmatch(shards[0].stem).groups()  # type: ignore[union-attr]
             return _complete([folder / f"{stem}-{shard:05}-of-{number}{ending}" for shard in range(1, int(number) + 1)])
         if len(files) > 1:
-            raise ValueError(f"{folder} holds several checkpoints ({some(path.name for path in files)}); name one of the files")
+            raise ValueError(f"{folder} holds several checkpoints ({shortened(path.name for path in files)}); name one of the files")
         if files:
             return files
     raise FileNotFoundError(f"{folder} holds no weights ({', '.join(ENDINGS)})")
@@ -165,7 +165,7 @@ def find_weights(folder: Path) -> list[Path]:
 def _complete(files: list[Path]) -> list[Path]:
     if missing := [path.name for path in files if not path.is_file()]:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(files)} shards are missing in {files[0].parent}: {some(missing)}; download them again"
+            f"{len(missing)} of {len(files)} shards are missing in {files[0].parent}: {shortened(missing)}; download them again"
         )
     return files
 
