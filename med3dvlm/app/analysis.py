@@ -36,8 +36,6 @@ class Analysis:
     """Functions for one set of models: `explain(volume, question, answer, history)` and `find(volume, phrase)` return saliency,
     `similar(volume)` the nearest cases, `segment(volume, names)` a mask for each name on the volume's own grid. They raise ValueError where
     they cannot.
-
-    They raise ValueError, one sentence, where they cannot.
     """
 
     explain: Callable[[Volume, str, str, list[dict[str, str]]], Cells] | None = None

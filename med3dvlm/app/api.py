@@ -18,9 +18,10 @@ from typing import Any
 
 import gradio as gr
 
+from med3dvlm.app.scans import series_choices
 from med3dvlm.app.session import Session
 from med3dvlm.app.turns import MALFORMED, error_message
-from med3dvlm.app.workstation import Workstation, listed
+from med3dvlm.app.workstation import Workstation
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 
 
@@ -53,7 +54,7 @@ def endpoints(workstation: Workstation, modelling: dict[str, Any]) -> None:
 
     def description(session: Session) -> dict[str, Any]:
         scan = session.scan
-        return {"facts": scan.facts, "warnings": scan.warnings, "series": listed(scan)} if scan else {}
+        return {"facts": scan.facts, "warnings": scan.warnings, "series": series_choices(scan)} if scan else {}
 
     def open_scan(files: list[str] | None, request: gr.Request) -> dict[str, Any]:
         with sentences():

@@ -135,6 +135,14 @@ def read_series(upload: Upload, series: int | None, straighten: bool = False) ->
     return dataclasses.replace(scan, resampled=resampled, as_filed=as_filed)
 
 
+def series_choices(scan: OpenScan) -> list[list[Any]]:
+    """Return the series of the scan's study as [number, words, whether it is open]; none where there is no choice."""
+    numbered = [line.partition(": ") for line in scan.volume.series]
+    if scan.upload is None or len(numbered) < 2:
+        return []
+    return sorted([int(number), words, place == 0] for place, (number, _, words) in enumerate(numbered))
+
+
 def sweep(private: Path, seconds: float) -> None:
     """Delete uploads that nobody has read for so many seconds, as after a closed page. Files of open scans stay."""
     for path in private.rglob("*"):

@@ -5,6 +5,9 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+from med3dvlm.prompts import REPORT_PROMPTS
+from med3dvlm.volume import Volume
+
 logger = logging.getLogger(__name__)
 
 LOW_CONFIDENCE = 0.5
@@ -62,3 +65,13 @@ def history(turns: list[Turn]) -> list[dict[str, str]]:
         if turn.state in ("done", "stopped") and turn.answer.strip():
             messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
     return messages
+
+
+def suggested_questions(volume: Volume, asked: set[str]) -> list[str]:
+    """Return questions that suit the scan and were not asked yet: contrast for CT alone, the plane where the file does not state it."""
+    questions = [REPORT_PROMPTS[0], "Which organ is abnormal?", "What abnormality is seen?"]
+    if volume.unit == "HU":
+        questions.append("Which contrast phase is this?")
+    if volume.plane is None or (volume.oblique or 0) >= 1:
+        questions.append("Which plane is this scan?")
+    return [question for question in questions if question not in asked][:4]

@@ -112,8 +112,6 @@ def directions(volume: Volume) -> NDArray[np.float64]:
 def metric(volume: Volume, spacing: Sequence[float]) -> NDArray[np.float64]:
     """Return the metric (3, 3) in mm²: a step of (z, y, x) voxels has the squared length step @ metric @ step, also for oblique axes.
     `spacing` belongs to the stored axes, as shown.
-
-    `spacing` is that of the stored axes, as shown.
     """
     grows = directions(volume)
     along = np.array(spacing)[list(for_screen(volume.orientation)[0])]

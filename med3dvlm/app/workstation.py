@@ -17,14 +17,14 @@ from med3dvlm.app.analysis import Analysis, Case, Cells
 from med3dvlm.app.key_images import MAX_KEY_IMAGES, key_image
 from med3dvlm.app.masks import for_viewer, names_to_segment, pack, readable, segment_findings, stated
 from med3dvlm.app.masks import save as save_masks
-from med3dvlm.app.scans import EXAMPLES, OpenScan, example, read_series, read_uploads
+from med3dvlm.app.scans import EXAMPLES, OpenScan, example, read_series, read_uploads, series_choices
 from med3dvlm.app.session import BUSY, MAX_CHARACTERS, NO_SCAN, Session
 from med3dvlm.app.sessions import Sessions
-from med3dvlm.app.turns import Turn, error_message, history
+from med3dvlm.app.turns import Turn, error_message, history, suggested_questions
 from med3dvlm.app.viewer import overlay
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.reports.draft import KeyImage, origin, read_report, report_dicom, report_json, report_markdown, report_text, report_zip
-from med3dvlm.volume import Volume, VolumeError
+from med3dvlm.volume import VolumeError
 
 MAX_BYTES = 4 * 2**30  # of an upload
 MAX_REPORT = 20_000  # characters
@@ -328,7 +328,7 @@ class Workstation:
         turns = [turn.shown() | {"stated": [] if turn.open else self._stated(turn.answer)} for turn in session.turns]
         scan = session.scan
         busy = bool(session.turns) and session.turns[-1].open
-        suggestions = [] if scan is None or busy else suggest(scan.volume, {turn.question for turn in session.turns})
+        suggestions = [] if scan is None or busy else suggested_questions(scan.volume, {turn.question for turn in session.turns})
         return {
             "turns": turns, "suggestions": suggestions, "problem": problem, "explained": EXPLAINED, "scan": scan is not None,
             "grounded": self.analysis.explain is not None,
@@ -342,27 +342,9 @@ class Workstation:
         scan, heat, address = session.scan, session.overlay, f"workstation/{session.token}"
         return {
             "scan": scan and {"url": f"{address}/scan/{session.number}", **scan.picture.facts},
-            "series": [] if scan is None else listed(scan),
+            "series": [] if scan is None else series_choices(scan),
             "overlay": heat and {"url": f"{address}/overlay/{session.overlays}", **heat.facts},
             "segmenter": self.analysis.segment is not None,
             "target": session.target,
             **for_viewer(dict(session.masks), address, dicom=scan is not None and scan.files is not None),
         }
-
-
-def listed(scan: OpenScan) -> list[list[Any]]:
-    """Return the series of the scan's study as [number, words, whether it is open]; none where there is no choice."""
-    numbered = [line.partition(": ") for line in scan.volume.series]
-    if scan.upload is None or len(numbered) < 2:
-        return []
-    return sorted([int(number), words, place == 0] for place, (number, _, words) in enumerate(numbered))
-
-
-def suggest(volume: Volume, asked: set[str]) -> list[str]:
-    """Return questions that suit the scan and were not asked yet: contrast for CT alone, the plane where the file does not state it."""
-    questions = [REPORT_PROMPTS[0], "Which organ is abnormal?", "What abnormality is seen?"]
-    if volume.unit == "HU":
-        questions.append("Which contrast phase is this?")
-    if volume.plane is None or (volume.oblique or 0) >= 1:
-        questions.append("Which plane is this scan?")
-    return [question for question in questions if question not in asked][:4]

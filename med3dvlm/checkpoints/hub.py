@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from med3dvlm.checkpoints.loading import require_weights
 from med3dvlm.files import DETECTOR_FILE, write_text
 from med3dvlm.models.portable import CODE_FILE
 from med3dvlm.prompts import RESEARCH_NOTICE
@@ -170,8 +171,6 @@ def uploaded(folder: Path) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: see `push`.
     """
-    from med3dvlm.checkpoints import require_weights
-
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds an adapter, not a whole model; merge it first with `med3dvlm merge`")
     require_weights(folder)
