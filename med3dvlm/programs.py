@@ -42,6 +42,7 @@ EXTRAS = {
     "evaluate": ("bert_score", "evaluate", "nltk", "rouge_score", "sacrebleu", "sklearn"),
     "chat": ("gradio", "starlette"),
     "mcp": ("mcp",),
+    "run": ("jsonschema", "pyarrow"),
     "serve": ("fastapi", "prometheus_client", "python_multipart", "uvicorn"),
     "search": ("datasketch", "faiss"),
     "dicom": ("highdicom",),

@@ -1,8 +1,8 @@
 """Vision-language models for 3D CT scans: `med3dvlm COMMAND --help` lists the arguments of each command.
 
-Results go to stdout; warnings, progress and notices to stderr. The exit code is 0, or 1 where `prepare` had to leave studies
-out, or 2 with one sentence where the input or the place of the output is at fault, or 130 after Ctrl+C. Files appear under
-their names when they are whole.
+Results go to stdout; warnings, progress and notices to stderr. The exit code is 0, or 1 where `prepare` or `run` had to leave scans
+out, or 3 where `run` cut an answer by its length, or 2 with one sentence where the input or the place of the output is at fault, or
+130 after Ctrl+C. Files appear under their names when they are whole.
 """
 
 # Each group of commands stands in a module of its own, which imports at its top only what starts at once: torch, transformers and the
@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 
 from med3dvlm import programs
-from med3dvlm.cli import cases, data, models, scans, segment
+from med3dvlm.cli import cases, data, models, run, scans, segment
 from med3dvlm.cli.options import Commands
 
 # Command -> subcommand -> its module and help. These programs parse their own arguments.
@@ -50,6 +50,7 @@ GROUPS = {
     "Training": ("plan", "train", "merge", "convert", "export", "push", "encoders"),
     "Evaluation": ("evaluate",),
     "A scan": ("inspect", "ask", "report", "segment", "chat", "serve", "accounts"),
+    "Many scans": ("run",),
     "Cases": ("index", "search"),
 }
 
@@ -105,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="med3dvlm", description=__doc__, usage="med3dvlm COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(prog="med3dvlm", required=True, metavar="COMMAND", parser_class=programs.Parser)
-    for group in (scans, data, models, segment, cases):
+    for group in (scans, data, models, segment, run, cases):
         group.add_commands(commands)
     for name, help_text in PASSED_ON.items():
         commands.add_parser(name, help=help_text)

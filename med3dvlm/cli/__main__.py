@@ -4,4 +4,5 @@ import sys
 
 from med3dvlm.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # not in worker processes, which may import this file
+    sys.exit(main())

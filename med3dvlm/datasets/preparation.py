@@ -17,15 +17,10 @@ seconds to make; the summary counts them, and nobody reads them.
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +40,7 @@ from med3dvlm.recipes import RECIPES
 from med3dvlm.records import Question, Study, check_ids, fields_of
 from med3dvlm.reports.findings import named_labels
 from med3dvlm.volume import Volume, read_volume
+from med3dvlm.workers import worker_processes
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +110,8 @@ def _prepare_volumes(
     failed: list[Failure] = []
     if stale:
         RECIPES[processor.recipe].steps(processor)  # imports what it needs, once for all forked processes
-    with _processes(workers) as run:
+    with worker_processes(workers) as pool:
+        run = pool.map
         if verify:
             outdated = {study.id for study in stale}
             there = [study for study in studies if study.id not in outdated]
@@ -328,23 +325,3 @@ def finish(
                 leftover.unlink()
     write_json(place, summary)
     return summary
-
-
-@contextmanager
-def _processes(count: int) -> Iterator[Any]:
-    """Yield a `map` over processes."""
-    with ProcessPoolExecutor(count, initializer=_start_process) as pool:
-        yield pool.map
-
-
-def _start_process() -> None:
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this process when the program that started it is killed; it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

@@ -33,6 +33,15 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
     """
     from med3dvlm import formats  # which imports this module
 
+    with opened(path, source) as inside:
+        return formats.read(inside, source, series)
+
+
+@contextmanager
+def opened(path: Path, source: str) -> Iterator[Path]:
+    """Yield the scan file or the folder that `read` reads, unpacked, and delete it afterwards. Raises VolumeError as `read` does."""
+    from med3dvlm import formats
+
     with unpacked(path, source) as folder:
         files = [file for file in folder.rglob("*") if file.is_file()]
         endings = tuple(ending for ending in formats.READERS if ending != ".dcm")
@@ -42,7 +51,7 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
         inside = scans[0] if scans else folder
         while inside.is_dir() and len(below := list(inside.iterdir())) == 1 and below[0].is_dir():
             inside = below[0]
-        return formats.read(inside, source, series)
+        yield inside
 
 
 @contextmanager

@@ -12,17 +12,19 @@ segmentations, radiotherapy objects) is left out and counted.
 
 import math
 import warnings as python_warnings
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from med3dvlm.formats.base import Parts
-from med3dvlm.formats.dicom_choice import choose
+from med3dvlm.formats.dicom_choice import Series, choose, listing
 from med3dvlm.formats.dicom_geometry import geometry_of
 from med3dvlm.formats.dicom_header import is_dicom, read_headers
 from med3dvlm.formats.dicom_slices import Stack
 from med3dvlm.formats.dicom_values import decoded, rescaled, rescales_of
 
-__all__ = ["is_dicom", "read", "stack_of"]
+__all__ = ["Series", "is_dicom", "read", "series_in", "stack_of", "study_of"]
 
 
 def read(path: Path, source: str, series: int | None = None) -> Parts:
@@ -65,3 +67,27 @@ def stack_of(path: Path, source: str, series: int | None = None) -> Stack:
     with python_warnings.catch_warnings():
         python_warnings.simplefilter("ignore")
         return geometry_of(choose(read_headers(path, source)[0], series, source).stack, [])[0]
+
+
+def series_in(path: Path, source: str) -> list[Series]:
+    """Describe each series that `read` may be told to read, from the headers alone, the likeliest first.
+
+    Raises:
+        VolumeError: as `read`, where headers are damaged or hold no stack of slices.
+    """
+    with python_warnings.catch_warnings():
+        python_warnings.simplefilter("ignore")
+        return listing(read_headers(path, source)[0], source)
+
+
+def study_of(files: Iterable[Path]) -> str:
+    """Return the StudyInstanceUID (to be compared only) of the first of some files that states one; "" for none."""
+    from pydicom import dcmread
+
+    for file in files:
+        if file.is_file() and is_dicom(file):
+            with python_warnings.catch_warnings(), suppress(Exception):  # whatever is wrong with it is told when the scan is read
+                python_warnings.simplefilter("ignore")
+                if uid := dcmread(file, force=True, stop_before_pixels=True, specific_tags=["StudyInstanceUID"]).get("StudyInstanceUID"):
+                    return str(uid)
+    return ""

@@ -1,9 +1,10 @@
-"""Choose the scan among the stacks in DICOM files, and describe the other stacks.
+"""Choose the scan among the stacks in DICOM files, and describe the stacks.
 
 Originals come before what was made of them (MIP, reformat), then the one with the most slices comes first, then axial, then thin slices, then
 the lower series number. A stack that is no more than half of its series is not taken by itself: the user picks by number.
 """
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -29,27 +30,55 @@ class Choice(NamedTuple):
     warnings: tuple[str, ...]
 
 
+class Series(NamedTuple):
+    """What the headers say about a stack that may be picked.
+
+    - `number`: by which `choose` picks it.
+    - `study`, `series`: 16 hexadecimal digits of the SHA-256 of the UIDs.
+    - `plane`: the anatomical one nearest to the slices, "" where they state none; `thickness` in mm, None likewise.
+    - `derived`: it was made of other images (MIP, reformat).
+    - `extent`: of the body that it covers, in mm^3.
+    - `doubt`: why it may be no scan of its own, "" for nothing.
+    """
+
+    number: int
+    study: str
+    series: str
+    slices: int
+    plane: str
+    thickness: float | None
+    derived: bool
+    extent: float
+    doubt: str
+
+
+def listing(slices: list[Slice], source: str) -> list[Series]:
+    """Describe all stacks that `choose` picks from, in its order.
+
+    Raises:
+        VolumeError: there is none.
+    """
+    found, stacks, _ = _candidates(slices, source)
+    series = []
+    for number, stack in enumerate(stacks, start=1):
+        marks = common_marks(each.marks for each in stack)
+        _, study, uid = stack[0].series
+        known: Any = (_plane(stack), number_of(marks.get("thickness")), is_reformat(marks), _extent(stack), _doubt(stack, found))
+        series.append(Series(number, _digest(study), _digest(uid), len(stack), *known))
+    return series
+
+
+def _digest(uid: str) -> str:
+    return hashlib.sha256(uid.encode()).hexdigest()[:16]
+
+
 def choose(slices: list[Slice], series: int | None, source: str) -> Choice:
     """Return stack number `series` from 1, or the first of those that may be scans.
 
     Raises:
         VolumeError: there is none, no such number, or none is the scan beyond doubt; the message lists what may be picked.
     """
-    found, warnings = stacks_of(slices)
-    every = [stack for stacks in found for stack in stacks]
-    stacks = _sorted(stack for stack in every if len(stack) > 1 and not stack[0].kind)
-    if not stacks:  # some archives know nothing but secondary captures
-        stacks = _sorted(stack for stack in every if len(stack) > 1 and stack[0].kind == SECONDARY)
-    kept = {id(stack) for stack in stacks}
-    left = Counter[str]()
-    for stack in every:
-        if id(stack) not in kept:
-            left[stack[0].kind or "single image of another series, size or orientation"] += len(stack)
-    counts = ", ".join(f"{count} x {kind}" for kind, count in left.most_common())
-    if not stacks:
-        raise _no_scan(every, counts, source)
-    if counts:
-        warnings.append(f"left out as no part of the scan: {counts}.")
+    found, stacks, warnings = _candidates(slices, source)
     if (patients := len({stack[0].series[0] for stack in stacks})) > 1:
         warnings.append(f"the scans found are of {patients} patients.")
 
@@ -71,6 +100,30 @@ def choose(slices: list[Slice], series: int | None, source: str) -> Choice:
     if series is None and len(stacks) > 1:
         warnings.append(f"of the {len(stacks)} series number 1 is taken as {_reason(stacks)}.")
     return Choice(stack, (lines.pop(picked), *lines), tuple(warnings))
+
+
+def _candidates(slices: list[Slice], source: str) -> tuple[list[list[Stack]], list[Stack], list[str]]:
+    """Return all stacks as `stacks_of` gives them, those that may be picked, the likeliest scan first, and warnings.
+
+    Raises:
+        VolumeError: none may be picked.
+    """
+    found, warnings = stacks_of(slices)
+    every = [stack for stacks in found for stack in stacks]
+    stacks = _sorted(stack for stack in every if len(stack) > 1 and not stack[0].kind)
+    if not stacks:  # some archives know nothing but secondary captures
+        stacks = _sorted(stack for stack in every if len(stack) > 1 and stack[0].kind == SECONDARY)
+    kept = {id(stack) for stack in stacks}
+    left = Counter[str]()
+    for stack in every:
+        if id(stack) not in kept:
+            left[stack[0].kind or "single image of another series, size or orientation"] += len(stack)
+    counts = ", ".join(f"{count} x {kind}" for kind, count in left.most_common())
+    if not stacks:
+        raise _no_scan(every, counts, source)
+    if counts:
+        warnings.append(f"left out as no part of the scan: {counts}.")
+    return found, stacks, warnings
 
 
 def _sorted(stacks: Iterable[Stack]) -> list[Stack]:

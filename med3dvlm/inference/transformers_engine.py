@@ -65,10 +65,10 @@ class TransformersEngine:
                 if self._closed:
                     raise RuntimeError("The engine is closed.")
                 self._streams.add(stream)
-            if isinstance(stream.request.scan, tuple):
-                self._prepare(stream)
-            else:
-                self._reading.submit(self._prepare, stream)
+            if not isinstance(stream.request.scan, tuple):
+                self._reading.submit(self._arrive, [stream])
+        # Together, so that what is computed side by side depends on the requests alone.
+        self._arrive([stream for stream in streams if isinstance(stream.request.scan, tuple)])
         return streams
 
     def stats(self) -> dict[str, float]:
@@ -92,22 +92,28 @@ class TransformersEngine:
         if thread is not None:
             thread.join()
 
-    def _prepare(self, stream: Stream) -> None:
+    def _arrive(self, streams: Sequence[Stream]) -> None:
+        rows = [row for row in map(self._prepared, streams) if row is not None]
+        if not rows:
+            return
+        with self._lock:
+            self._arrived += rows
+            if self._thread is None:
+                self._thread = Thread(target=self._run, name="med3dvlm-engine", daemon=True)
+                self._thread.start()
+
+    def _prepared(self, stream: Stream) -> "Row | None":
+        """Return the request's row; None where the stream has ended."""
         request = stream.request
         try:
             ids, room = self.chat.prompt(request.messages[-1]["content"], request.messages[:-1], request.max_new_tokens)
             if finish := stream.ended_early:
                 stream.finish(Generation("", (), finish, len(ids), seconds=time.perf_counter() - stream.began))
-                return
-            row = Row(stream, ids, room, self.chat.encode(request.scan))
+                return None
+            return Row(stream, ids, room, self.chat.encode(request.scan))
         except Exception as error:  # noqa: BLE001  raised where the stream is read
             stream.finish(error)
-            return
-        with self._lock:
-            self._arrived.append(row)
-            if self._thread is None:
-                self._thread = Thread(target=self._run, name="med3dvlm-engine", daemon=True)
-                self._thread.start()
+            return None
 
     def _run(self) -> None:
         while True:

@@ -84,10 +84,14 @@ def origin(volume: Volume, model: str | None = None) -> dict[str, Any]:
 
     `sha256` is that of the voxels: `hashlib.sha256(read_volume(scan).array.tobytes()).hexdigest()` finds the scan again.
     """
+    when = {"date": datetime.now().astimezone().isoformat(timespec="seconds")}
+    return when | ({"model": model} if model else {}) | scan_facts(volume)
+
+
+def scan_facts(volume: Volume) -> dict[str, Any]:
+    """Describe the scan, as `origin` does."""
     modality = volume.modality if volume.modality and re.fullmatch("[A-Z]{2,4}", volume.modality) else None
     return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        **({"model": model} if model else {}),
         "modality": modality or ("CT" if volume.unit == "HU" else "unknown"),
         "shape": list(volume.shape),
         "spacing": volume.spacing and [round(mm, 4) for mm in volume.spacing],

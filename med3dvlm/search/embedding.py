@@ -4,6 +4,7 @@ Shapes: B scans or texts, P the width of the space that they share.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from med3dvlm.checkpoints import load_clip, model_type
 from med3dvlm.models.clip_processor import shortest
 from med3dvlm.prompts import finding_prompts
+from med3dvlm.reports.findings import FINDINGS_CT_RATE
 
 
 class Embedder:
@@ -41,6 +43,16 @@ class Embedder:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts to (B, P) float32 on the CPU, of length 1."""
         return self.model.encode_text(**self.processor(text=texts).to(self.model.device)).float().cpu()
+
+    @cached_property
+    def _findings(self) -> Tensor:
+        return prompt_directions(self, FINDINGS_CT_RATE, 1)
+
+    def probabilities(self, embedding: Tensor) -> dict[str, float]:
+        """Return zero-shot scores of the findings of CT-RATE: how much nearer a scan's embedding (P) is to "... is present" than to
+        "... is not present"."""
+        odds = self._findings @ embedding.double()
+        return dict(zip(FINDINGS_CT_RATE, odds.sigmoid().tolist(), strict=True))
 
 
 def prompt_directions(embedder: Embedder, names: Sequence[str], templates: int) -> Tensor:

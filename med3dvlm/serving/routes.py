@@ -16,8 +16,8 @@ from med3dvlm.inference import engine as engines
 from med3dvlm.inference.out_of_distribution import pool_features
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 from med3dvlm.reports.draft import read_report
-from med3dvlm.reports.findings import FINDINGS, FINDINGS_CT_RATE, finding_states
-from med3dvlm.search.embedding import Embedder, prompt_directions
+from med3dvlm.reports.findings import FINDINGS, finding_states
+from med3dvlm.search.embedding import Embedder
 from med3dvlm.serving.answers import Answers, Completion
 from med3dvlm.serving.errors import Refused
 from med3dvlm.serving.metrics import Metrics
@@ -182,7 +182,9 @@ def _add_reports(router: APIRouter, service: Service) -> None:
         assert body.scan is not None
         scan = await service.referred(owner(http), body.scan)
         answer = await service.report(http, body, scan)
-        probabilities = None if scan.embedding is None else await run_in_threadpool(_probabilities, service.embedder, scan.embedding)
+        probabilities = None
+        if service.embedder is not None and scan.embedding is not None:
+            probabilities = await run_in_threadpool(service.embedder.probabilities, scan.embedding)
         named = finding_states(answer.text)
         return _reported(service, scan, answer) | {
             "object": "findings", "findings": named, "known": FINDINGS, "probabilities": probabilities,
@@ -193,12 +195,6 @@ def _reported(service: Service, scan: KnownScan, answer: engines.Generation) -> 
     finish = "length" if answer.finish == "deadline" else answer.finish
     said = {"model": service.name, "created": int(time.time()), "text": answer.text, "finish_reason": finish}
     return said | {"usage": usage(answer), **about(answer, scan.outside)}
-
-
-def _probabilities(embedder: Any, embedding: torch.Tensor) -> dict[str, float]:
-    """Return zero-shot scores: how much nearer the scan is to "... is present" than to "... is not present"."""
-    odds = prompt_directions(embedder, FINDINGS_CT_RATE, 1) @ embedding.double()
-    return dict(zip(FINDINGS_CT_RATE, odds.sigmoid().tolist(), strict=True))
 
 
 def _add_embeddings(router: APIRouter, service: Service) -> None:

@@ -104,6 +104,34 @@ def test_pieces_of_a_stream_and_a_batch_show_no_token(chat: Med3DChat, scan: Pat
     assert chat.report(scan).text  # whatever it points to
 
 
+def test_a_run_writes_masks_beside_its_tables(chat: Med3DChat, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat.processor.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(Med3DChat, "from_pretrained", classmethod(lambda cls, path, **options: chat))
+    out = tmp_path / "out"
+    words = [
+        "run",
+        str(tmp_path / "model"),
+        str(scan),
+        "--out",
+        str(out),
+        "--masks",
+        "--no-report",
+        "--question",
+        QUESTION,
+        "--workers",
+        "1",
+    ]
+    assert cli.main(words) == 0
+    record = json.loads((out / "cases" / "scan.json").read_text(encoding="utf-8"))
+    assert [answer["text"] for answer in record["answers"]] == [SHOWN]
+    for entry, found in zip(record["masks"], chat.ask(scan, QUESTION).masks, strict=True):
+        image = nibabel.load(out / "masks" / entry["file"])
+        np.testing.assert_allclose(image.affine, nibabel.load(scan).affine, atol=1e-4)
+        np.testing.assert_array_equal(np.asarray(image.dataobj).transpose(), found.mask)
+        assert (entry["sentence"], entry["question"], entry["found"]) == (found.name, QUESTION, found.found)
+        assert entry["volume_ml"] == pytest.approx(found.volume_ml, abs=1e-4)
+
+
 def test_the_command_writes_what_the_answer_points_to(
     chat: Med3DChat, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

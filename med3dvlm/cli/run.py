@@ -1,0 +1,107 @@
+"""`run`: a model at work on many scans."""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from med3dvlm.cli.data import beside
+from med3dvlm.cli.options import Commands, add_workers, check_workers, numbers, quiet_transformers, reading
+from med3dvlm.programs import add_flag, positive
+
+MEANING = ("spacing", "unit", "hu", "rescale")
+FAILED, CUT = 1, 3  # exit codes
+
+
+def add_commands(commands: Commands) -> None:
+    from med3dvlm.volume import HU_POLICIES, UNITS
+
+    command = commands.add_parser("run", help="let a model report on every scan of a folder, a list or a table, into tables")
+    add = command.add_argument
+    add("model", metavar="MODEL", type=Path, help="the folder of a trained model")
+    add(
+        "scans", metavar="SCANS", type=Path,
+        help="a folder, with every scan below it; a list (.txt, a path a line); or a table (.csv, .tsv, .jsonl, .parquet) with the column "
+        "image and, where you like, id, question, series, spacing, unit, hu, rescale",
+    )  # fmt: skip
+    add("--out", metavar="DIR", type=Path, required=True, help="the folder of the results; a run that was stopped continues")
+    add("--question", metavar="TEXT", action="append", default=[], help="ask this about every scan, too; may be given several times")
+    add_flag(command, "report", True, "write a report of every scan")
+    add("--max-new-tokens", type=positive, default=256, metavar="N", help="length of an answer at most (default: %(default)s)")
+    add(
+        "--series", choices=("thin-axial", "all"), default="thin-axial",
+        help="of a DICOM study: the axial series of the thinnest slices that covers at least half of what the largest does, or every one "
+        "as a case of its own (default: %(default)s)",
+    )  # fmt: skip
+    add("--contrastive", metavar="FOLDER", type=Path, help="a contrastive model (stage 1), which gives findings probabilities")
+    add("--masks", action="store_true", help="draw what the answers point to, or, with --segmenter, the findings that a report states")
+    add("--segmenter", metavar="FOLDER", type=Path, help="a segmenter (`med3dvlm train segmentation`) that draws")
+    add("--embed", action="store_true", help="write embeddings.parquet: of the contrastive model, else the encoder's mean features")
+    add_workers(command)
+    add("--batch-size", type=positive, default=16, metavar="N", help="scans answered together: speed and memory (default: %(default)s)")
+    told = command.add_argument_group("scans of which the table does not say it")
+    told.add_argument("--spacing", type=numbers("Z,Y,X"), metavar="Z,Y,X", help="mm between slices, rows and columns")
+    told.add_argument("--straighten", action="store_true", help="resample tilted or unevenly spaced slices to a regular grid")
+    told.add_argument("--unit", choices=UNITS, help="of the values")
+    told.add_argument("--hu", choices=HU_POLICIES, help="whose slope and intercept make the values HU")
+    told.add_argument("--rescale", type=numbers("S,I"), metavar="S,I", help="slope and intercept, as in 1,-1024")
+    command.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Gives the exit code: 1 where a scan has no result, else 3 where an answer was cut."""
+    from med3dvlm.worklist.running import Settings, run
+    from med3dvlm.worklist.scans import scans_of
+
+    check_workers(arguments)
+    scans, unused = scans_of(arguments.scans, arguments.out)
+    if unused:
+        print(f"Columns that are not used: {', '.join(unused)}", file=sys.stderr)
+    if not arguments.report and not arguments.question and not arguments.embed and not any(scan.questions for scan in scans):
+        raise ValueError("nothing is asked: leave out --no-report, or give --question or --embed")
+    if arguments.segmenter is not None and not (arguments.masks and arguments.report):
+        raise ValueError("--segmenter draws the findings of reports; add --masks, and leave out --no-report")
+    told = reading(arguments, MEANING)
+    scans = [replace(scan, reading=beside(told, scan.reading)) for scan in scans]
+    settings = Settings(
+        arguments.report, tuple(arguments.question), arguments.max_new_tokens, arguments.series, arguments.masks, arguments.embed,
+        arguments.straighten, told,
+    )  # fmt: skip
+    folders = [folder for folder in (arguments.model, arguments.contrastive) if folder is not None]
+    counts = run(scans, arguments.out, settings, folders, lambda: _models(arguments), arguments.workers, arguments.batch_size)
+    print(f"{counts.cases} cases of {len(scans)} scans in {arguments.out}: results.jsonl, results.csv, cases/, manifest.json")
+    if counts.failures:
+        print(f"Warning: {counts.failures} have no result; {arguments.out / 'failures.jsonl'} says why", file=sys.stderr)
+    if counts.cut:
+        print(f"Warning: {counts.cut} cases have an answer that was cut at {arguments.max_new_tokens} tokens", file=sys.stderr)
+    return FAILED if counts.failures else CUT if counts.cut else 0
+
+
+def _models(arguments: argparse.Namespace) -> Any:
+    from med3dvlm.allocator import keep_freed_memory
+    from med3dvlm.datasets.features import fingerprint
+    from med3dvlm.inference.chat import Med3DChat
+    from med3dvlm.inference.transformers_engine import TransformersEngine
+    from med3dvlm.search import Embedder
+    from med3dvlm.worklist.running import Models
+
+    keep_freed_memory()
+    quiet_transformers()
+    chat = Med3DChat.from_pretrained(arguments.model, segmenter=arguments.segmenter)
+    if arguments.masks and chat.model.pointing is None and chat.segmenter is None:
+        raise ValueError(f"{arguments.model} cannot point, so there are no masks; name a --segmenter, or leave out --masks")
+    embedder = None if arguments.contrastive is None else Embedder(arguments.contrastive)
+    for processor in (chat.processor.image_processor, *([chat.segmenter.processor.image_processor] if chat.segmenter else [])):
+        processor.straighten |= arguments.straighten
+
+    def about(folder: Path | None, model: Any) -> dict[str, str] | None:
+        return None if folder is None else {"name": "/".join(folder.resolve().parts[-2:]), "fingerprint": fingerprint(model)}
+
+    known = {
+        "vlm": about(arguments.model, chat.model),
+        "contrastive": about(arguments.contrastive, embedder and embedder.model),
+        "segmenter": about(arguments.segmenter, chat.segmenter and chat.segmenter.model),
+        "quantized": None,
+    }
+    return Models(chat, TransformersEngine(chat, arguments.batch_size), embedder, chat.segmenter, known)

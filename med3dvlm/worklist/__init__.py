@@ -1,0 +1,1 @@
+"""A model at work on many scans without anybody watching: a folder, a list or a table goes in, tables come out."""
