@@ -13,7 +13,8 @@ import pytest
 
 from med3dvlm.programs import EXTRAS
 
-EXTRA_MODULES = sorted(module for modules in EXTRAS.values() for module in modules)
+# `evaluate` brings `datasets`, which does not start without pyarrow.
+EXTRA_MODULES = sorted(["datasets", *(module for modules in EXTRAS.values() for module in modules)])
 BASE = f"""
 import sys
 
