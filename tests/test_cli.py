@@ -20,7 +20,7 @@ from med3dvlm import Med3DChat, Volume, cli
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.inference.out_of_distribution import fit_detector, pool_features
 from med3dvlm.prompts import RESEARCH_NOTICE
-from tests.inference.test_chat import REPORTS, train_tiny_model, volume
+from tests.inference.learned_chat import REPORTS, train_tiny_model, volume
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -159,12 +159,6 @@ def test_an_empty_question(run: Run, model: Path, scan: Path) -> None:
     assert "question is empty" in sentence(error)
 
 
-def test_an_encoder_by_a_wrong_name(run: Run) -> None:
-    code, output, error = run("encoders", "dcformer_nano", "resnet")
-    assert (code, output) == (2, "")
-    assert re.search(r"'resnet' is unknown; known: dcformer_nano, .*dcformer_large", sentence(error))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -197,6 +191,7 @@ def test_a_command_line_that_does_not_fit(run: Run, capsys: pytest.CaptureFixtur
         (["phantom", "DST", "--studies", "3"], "at least 10 studies"),
         (["phantom", "DST", "--workers", "-1"], "at least one process"),
         (["merge", "EMPTY", "DST"], "adapter_config.json"),
+        (["encoders", "dcformer_nano", "resnet"], "'resnet' is unknown; known: dcformer_nano, "),
     ],
 )
 def test_settings_that_do_not_fit(run: Run, phantoms: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

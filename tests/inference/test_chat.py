@@ -18,94 +18,13 @@ import pytest
 import SimpleITK as sitk
 import torch
 from safetensors.torch import save_file
-from scipy.spatial.distance import mahalanobis
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from med3dvlm import Med3DChat, Med3DVLM, Med3DVLMConfig, Med3DVLMProcessor, Volume, VolumeProcessor, read_volume
+from med3dvlm import Med3DChat, Volume, read_volume
 from med3dvlm.inference.out_of_distribution import OutOfDistributionDetector, fit_detector, pool_features
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.volume import VolumeError
 from tests.formats.dicom_files import write_series
-
-SIZE = (32, 64, 64)
-TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-REPORTS = (
-    "The liver holds a round mass of 30 mm.\nThe spleen is normal. No ascites.",
-    "Both lungs are clear.\nA small pleural effusion is seen on the right, and the heart is large.",
-)
-QUESTIONS = {
-    "Which organ has a lesion?": ("Liver", "None at all"),
-    "Is there an effusion, and where?": ("No", "On the right side"),
-    "Plane?": ("Axial", "Axial"),
-}
-FOLLOW_UP = "And how large is it, please?"
-SIZES = {"Which organ has a lesion?": "30 mm", "Plane?": "A plane has no size"}
-
-
-def volume(number: int) -> Volume:
-    """Two scans that differ: a bright block near the start or near the end."""
-    array = np.random.default_rng(number).normal(0, 20, (10, 20, 30)).astype(np.float32)
-    array[2:5, 4:9, 3:12] += 900 * (number == 0)
-    array[6:9, 11:17, 17:28] += 900 * (number == 1)
-    return Volume(array, (3.0, 1.0, 1.0), "SPL", source=f"volume {number}")
-
-
-def conversations(number: int) -> list[list[dict[str, str]]]:
-    def turn(question: str, answer: str) -> list[dict[str, str]]:
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-    turns = [turn(question, answers[number]) for question, answers in QUESTIONS.items()]
-    follow_ups = [turn(question, QUESTIONS[question][number]) + turn(FOLLOW_UP, size) for question, size in SIZES.items()]
-    return [*turns, turn(REPORT_PROMPTS[0], REPORTS[number]), *follow_ups]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 400 tokens; "<|end|>" ends a turn and is not the end of text, as in Phi and Llama 3."""
-    bare = Tokenizer(models.BPE())
-    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bare.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|eos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    bare.train_from_iterator([message["content"] for number in (0, 1) for row in conversations(number) for message in row], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bare, pad_token="<|pad|>", eos_token="<|eos|>", extra_special_tokens=special[2:], chat_template=TEMPLATE
-    )
-
-
-def train_tiny_model() -> tuple[Med3DVLM, Med3DVLMProcessor]:
-    """Learns `conversations` by heart."""
-    torch.manual_seed(0)
-    words = tokenizer()
-    text_config = Qwen2Config(
-        vocab_size=len(words) + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=160,
-    )  # fmt: skip
-    options = {"widths": [8, 8, 16, 16, 32], "layer_scale": 0.1}
-    config = Med3DVLMConfig("dcformer_nano", options, SIZE, text_config=text_config, image_token_id=len(words))
-    processor = Med3DVLMProcessor(VolumeProcessor(size=SIZE), words, config.num_image_tokens)
-    assert processor.image_token_id == config.image_token_id
-    model = Med3DVLM(config, language_model=Qwen2ForCausalLM(text_config)).eval()
-    with torch.no_grad():
-        encoded = [model.encode_image(processor.image_processor(volume(number))["pixel_values"]) for number in (0, 1)]
-    rows = [(number, processor.encode(row)) for number in (0, 1) for row in conversations(number)]
-    batch = processor.pad([row for _, row in rows], left=False)
-    features = tuple(torch.cat([encoded[number][level] for number, _ in rows]) for level in (0, 1))
-    optimizer = torch.optim.AdamW([*model.projector.parameters(), *model.language_model.parameters()], 5e-3, weight_decay=0)
-    for _ in range(800):  # as many as it takes, which differs with the number of threads
-        loss = model(**batch, image_features=features).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if loss < 5e-3:
-            break
-    return model.eval(), processor
+from tests.inference.learned_chat import FOLLOW_UP, QUESTIONS, REPORTS, SIZES, train_tiny_model, volume
 
 
 def said(question: str, answer: str) -> list[dict[str, str]]:
@@ -432,55 +351,6 @@ def test_a_directory_without_an_answering_model(tmp_path: Path) -> None:
     save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="med3d_clip model, which cannot answer"):
         Med3DChat.from_pretrained(tmp_path)
-
-
-def correlated(count: int, seed: int) -> torch.Tensor:
-    """(count, 30): a few hidden causes, noise, unequal scales and offsets."""
-    mixing = np.random.default_rng(9).normal(size=(5, 30))
-    random = np.random.default_rng(seed)
-    values = random.normal(size=(count, 5)) @ mixing + 0.3 * random.normal(size=(count, 30))
-    return torch.tensor(values * np.geomspace(1e-3, 1e2, 30) + np.arange(30), dtype=torch.float32)
-
-
-def test_distances_against_their_formula() -> None:
-    train, validation, other = (correlated(count, seed).double().numpy() for count, seed in ((200, 0), (70, 1), (8, 2)))
-    fitted = fit_detector(torch.tensor(train), torch.tensor(validation), components=7)
-    mean, scale = train.mean(0), train.std(0, ddof=1)
-    eigenvalues, vectors = np.linalg.eigh(np.cov((train - mean) / scale, rowvar=False))  # ascending
-    rest = eigenvalues[:-7].mean()
-    inverse = np.linalg.inv(vectors[:, -7:] @ np.diag(eigenvalues[-7:] - rest) @ vectors[:, -7:].T + rest * np.eye(30))
-
-    def expected(rows: np.ndarray) -> list[float]:
-        return [mahalanobis((row - mean) / scale, np.zeros(30), inverse) / math.sqrt(30) for row in rows]
-
-    np.testing.assert_allclose(fitted.distance(torch.tensor(other)).numpy(), expected(other), rtol=1e-9)
-    assert float(fitted.limit) == pytest.approx(np.percentile(expected(validation), 99), rel=1e-9)
-    assert 0.8 < fitted.distance(torch.tensor(train)).mean() < 1.2
-
-
-def test_the_detector_tells_other_scans_from_its_own() -> None:
-    fitted = fit_detector(correlated(400, 0), correlated(100, 1))
-    assert len(fitted.components) == 29  # not 64: as many as there are channels, less one for the residual
-    own = fitted.distance(correlated(1000, 2))
-    assert (own > fitted.limit).double().mean() < 0.05
-    shifted = correlated(100, 3) + 8 * fitted.scale
-    shuffled = torch.stack([column[torch.randperm(100)] for column in correlated(100, 4).T], dim=1)  # usual values, unusual together
-    for other_patients in (shifted, shuffled, torch.zeros(1, 30), torch.full((1, 30), torch.nan)):
-        assert not (fitted.distance(other_patients) <= fitted.limit).any()
-
-
-def test_the_detector_with_few_scans_and_dead_channels() -> None:
-    train, validation = correlated(25, 0), correlated(3, 1)
-    train[:, 4] = validation[:, 4] = 0.0
-    fitted = fit_detector(train, validation)
-    assert len(fitted.components) == 2
-    assert fitted.distance(validation).isfinite().all() and (fitted.distance(validation) <= 1.01 * fitted.limit).all()
-    with pytest.raises(ValueError, match="at least 20 training scans"):
-        fit_detector(train[:19], validation)
-    with pytest.raises(ValueError, match="a validation scan"):
-        fit_detector(train, validation[:0])
-    with pytest.raises(ValueError, match="fit it again"):
-        fitted.distance(torch.zeros(1, 31))
 
 
 def test_out_of_distribution_detection(chat: Med3DChat, directory: Path, tmp_path: Path) -> None:
