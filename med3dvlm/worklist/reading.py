@@ -13,7 +13,7 @@ from med3dvlm.formats import archive
 from med3dvlm.formats.dicom import Series, is_dicom, series_in
 from med3dvlm.formats.dicom_header import dicom_files
 from med3dvlm.preprocessing import VolumeProcessor
-from med3dvlm.programs import sentence_of
+from med3dvlm.programs import user_message
 from med3dvlm.reports.draft import scan_facts
 from med3dvlm.volume import Volume, VolumeError, read_volume
 from med3dvlm.worklist.scans import Scan
@@ -121,7 +121,7 @@ def _case(
 def _failure(id: str, error: Exception, scan: Scan, place: Path | None = None) -> Failure:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return Failure(id, "memory does not suffice for this scan; run with fewer --workers or on a larger machine")
-    reason = sentence_of(error) if isinstance(error, (ImportError, OSError, ValueError)) else None
+    reason = user_message(error) if isinstance(error, (ImportError, OSError, ValueError)) else None
     return Failure(id, _plain(reason or f"this cannot be read, by a defect of the reader ({type(error).__name__})", scan, place))
 
 
