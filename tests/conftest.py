@@ -1,6 +1,7 @@
 """What every test shares: no network, no window, one seed, and the way to the repository and to real scans."""
 
 import ctypes
+import gc
 import os
 import random
 import socket
@@ -24,6 +25,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # It would hold for all tests of this process, which then gives no memory back: 8 GB in the end. Programs call it in processes of their own.
 allocator.keep_freed_memory = lambda: None  # type: ignore[assignment]
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collection skip the imported libraries: going through them takes half a second, and a training collects several times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
