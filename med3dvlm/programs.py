@@ -48,7 +48,16 @@ EXTRAS = {
     "dicom": ("highdicom",),
     "gguf": ("gguf",),
     "quantize": ("bitsandbytes",),
+    "cloud": ("aiohttp", "fsspec"),
+    "s3": ("s3fs",),
+    "gs": ("gcsfs",),
 }
+# What torch makes of an error in a loader's worker: its whole traceback as a text, of which the last place and the message are wanted.
+IN_WORKER = re.compile(
+    r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback.*\n"
+    r"  File \"(?P<file>[^\"]+)\", line \d+.*?\n(?=\w)[\w.]+: (?P<sentence>.*)",
+    re.S,
+)
 CHATTY = ("bitsandbytes.backends.cpu.ops",)  # warns, when PEFT imports it, of a faster kernel that could be downloaded
 BOOLEANS = dict.fromkeys(("true", "yes", "1"), True) | dict.fromkeys(("false", "no", "0"), False)
 
@@ -98,6 +107,9 @@ def user_message(error: Exception) -> str | None:
     """Return the error in one line if the user can fix it; None for a defect: an error of a library over arguments of ours."""
     if isinstance(error, ImportError):
         return _missing_extra(error)
+    if isinstance(error, (OSError, ValueError)) and (told := IN_WORKER.match(str(error))):
+        ours = isinstance(error, OSError) or Path(__file__).resolve().parent in Path(told["file"]).resolve().parents
+        return " ".join(told["sentence"].split()) if ours else None
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
         return place + REASONS.get(error.errno, error.strerror or str(error))

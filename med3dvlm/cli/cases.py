@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from med3dvlm.cli.options import SCANS, Commands, add_reading, quiet_transformers, reading
+from med3dvlm.remote.cache import add_cache, cache_of
 
 if TYPE_CHECKING:
     from med3dvlm.search import Hit
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 def add_commands(commands: Commands) -> None:
     index = commands.add_parser("index", help="embed the scans of prepared data, so that search finds cases among them")
     index.add_argument("model", metavar="MODEL", type=Path, help="the folder of a contrastive model, as stage 1 writes it")
-    index.add_argument("data", metavar="DATA", type=Path, help="the prepared data")
+    index.add_argument("data", metavar="DATA", help="the prepared data: a folder, or an address as s3://bucket/data")
+    add_cache(index)
     index.add_argument("out", metavar="OUT", type=Path, help="the folder of the index; an interrupted command continues")
     index.add_argument("--split", help="the cases of this split only (default: all)")
     index.add_argument(
@@ -48,7 +50,8 @@ def _index(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size is {arguments.batch_size} but at least one scan is embedded at a time")
     keep_freed_memory()
     quiet_transformers()
-    data = PreparedData(arguments.data, arguments.exclude_failures, arguments.split_file)
+    data = PreparedData(arguments.data, arguments.exclude_failures, arguments.split_file, cache_of(arguments))
+    data.require_room(arguments.batch_size)
     index = CaseIndex.build(arguments.model, data, arguments.out, arguments.split, arguments.batch_size)
     print(f"{arguments.out} holds {len(index)} cases")
     print(RESEARCH_NOTICE, file=sys.stderr)

@@ -1,7 +1,7 @@
 """Conversations about prepared volumes, for the language stages. `datasets/torch.py` holds what they share with image-report pairs."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +78,12 @@ class ConversationDataset(StudyDataset):
             raise ValueError(
                 f"split {split!r} has no conversation to learn from: there is no question and reports is {reports}; raise reports"
             )
+
+    def needed(self, indices: Iterable[int]) -> list[Study]:
+        """The studies whose volumes the rows hold."""
+        if self.features is not None or not self.with_image:
+            return []
+        return [self.studies[self.rows[index].study] for index in indices]
 
     def _rows_of_one(self) -> list[Row]:
         if self.follow_ups:

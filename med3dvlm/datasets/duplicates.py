@@ -92,7 +92,7 @@ def thumbnails(data: PreparedData, studies: Sequence[Study], folder: Path, worke
     return torch.from_numpy(np.concatenate(pictures)), np.concatenate(sums).tolist()
 
 
-def _open(root: Path, studies: Sequence[Study] = (), pictures: Tensor | None = None) -> None:
+def _open(root: str | Path, studies: Sequence[Study] = (), pictures: Tensor | None = None) -> None:
     global _opened, _studies, _pictures
     torch.set_num_threads(1)
     _opened, _studies = PreparedData(root, exclude_failures=True), studies

@@ -43,10 +43,11 @@ Reading a volume does not touch them.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -58,9 +59,15 @@ from med3dvlm.datasets.masks import unpack
 from med3dvlm.files import read_lines
 from med3dvlm.preprocessing import SETTINGS, VolumeProcessor
 from med3dvlm.records import Question, Study, read_questions, read_studies
+from med3dvlm.remote.address import is_address
+from med3dvlm.remote.cache import Cache
+from med3dvlm.remote.store import RemoteStore, Sums
 from med3dvlm.reports.findings import named_labels
 
+T = TypeVar("T")
+
 CHECKED = ("studies.jsonl", "questions.jsonl", "index.jsonl", "failures.jsonl")  # their checksums are in summary.json
+READS = 5  # of a volume in a cache: it may have made room for another before it is opened
 
 
 def volume_path(root: Path, study: Study) -> Path:
@@ -111,9 +118,13 @@ def _tensors(path: Path, expected: Mapping[str, str]) -> list[Tensor]:
 
 
 class PreparedData:
-    """A prepared folder, opened.
+    """A prepared folder, opened: one of this machine, or one at an address (s3://, gs://, https://, see docs/cluster.md).
+
+    Of an address the records are read once and its volumes when they are asked for; both lie in the cache then. `root` is what was opened,
+    `folder` where its records, and what is computed from them, lie on this machine.
 
     Args:
+        cache: for data at an address; by default the user's, of 50 GB.
         exclude_failures: go on without the studies listed in failures.jsonl; by default they are an error.
         split_file: JSON {split: [study ids]} in the place of the records' own splits, as `med3dvlm audit` writes it. Studies that it
             leaves out belong to no split; the fingerprint is that of this choice.
@@ -121,34 +132,95 @@ class PreparedData:
     Raises:
         FileNotFoundError: the folder is not prepared, or not to the end.
         ValueError: some studies failed, records or index are not as they were written, or the split file is not about these studies.
+        OSError: the address cannot be read, or the cache not be written.
     """
 
-    def __init__(self, root: str | Path, exclude_failures: bool = False, split_file: str | Path | None = None) -> None:
-        self.root = Path(root)
-        if not (self.root / "summary.json").is_file():
+    def __init__(
+        self,
+        root: str | Path,
+        exclude_failures: bool = False,
+        split_file: str | Path | None = None,
+        cache: Cache | None = None,
+    ) -> None:
+        self.remote: RemoteStore | None = None
+        self.root: str | Path = Path(root)
+        self.folder = Path(root)
+        if isinstance(root, str) and is_address(root):
+            self.remote = RemoteStore(root, cache or Cache())
+            self.root, self.folder = self.remote.address.address, self.remote.folder
+            self.remote.read_records(CHECKED)
+        if not (self.folder / "summary.json").is_file():
             raise FileNotFoundError(f"{self.root} holds no finished preparation (no summary.json); run: med3dvlm prepare")
-        self.summary = json.loads((self.root / "summary.json").read_text(encoding="utf-8-sig"))
+        self.summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8-sig"))
         for name in CHECKED:
-            path = self.root / name
+            path = self.folder / name
             if not path.is_file() or checksum(path.read_bytes()) != self.summary.get("checksums", {}).get(name):
                 raise ValueError(f"{path} is not the file that was written with summary.json; run: med3dvlm prepare")
-        failures = read_lines(self.root / "failures.jsonl")
+        failures = read_lines(self.folder / "failures.jsonl")
         if failures and not exclude_failures:
             first, reason = failures[0]["study"], failures[0]["reason"].rstrip(".")
             raise ValueError(
                 f"{len(failures)} studies of {self.root} could not be prepared, the first is {first}: {reason}; mend the files and prepare "
                 "again, or pass --exclude-failures true"
             )
-        self.processor = VolumeProcessor.from_pretrained(self.root)
-        studies = read_studies(self.root / "studies.jsonl")
+        self.processor = VolumeProcessor.from_pretrained(self.folder)
+        studies = read_studies(self.folder / "studies.jsonl")
         self._studies = [replace(study, labels=named_labels(study.labels)) for study in studies]
-        self._questions = read_questions(self.root / "questions.jsonl")
-        index = read_lines(self.root / "index.jsonl")
+        self._questions = read_questions(self.folder / "questions.jsonl")
+        index = read_lines(self.folder / "index.jsonl")
         self._checksums = {line["study"]: line["checksum"] for line in index}
         self._masks: dict[str, dict[str, Any]] = {line["study"]: line.get("masks", {}) for line in index}
         self._spacings = {line["study"]: line.get("grid_spacing") for line in index}
+        if self.remote is not None:
+            self.remote.volume_size = self.volume_size
+            self.require_room(1)
         if split_file is not None:
-            self._split_by(Path(split_file))
+            self._split_by(self._beside(split_file))
+
+    def _beside(self, file: str | Path) -> Path:
+        """A file that may lie beside the data at the address."""
+        place = str(file)
+        if self.remote is not None and place.startswith(f"{self.root}/"):
+            return self.remote.record(place.removeprefix(f"{self.root}/"))
+        return Path(file)
+
+    @property
+    def volume_size(self) -> int:
+        """Bytes of a prepared volume: of its voxels, or with masks on average."""
+        voxels = math.prod(self.processor.size) * self.processor.stored_dtype.itemsize
+        return max(voxels, int(self.summary.get("disk_gb", 0) * 1e9 / max(1, len(self._checksums))))
+
+    def require_room(self, volumes: int) -> None:
+        """Raises ValueError or OSError where the cache cannot hold as many volumes as are read at a time; no other data needs one."""
+        if self.remote is not None:
+            self.remote.cache.require(int(self.summary["disk_gb"] * 1e9), volumes * self.volume_size)
+
+    def fetch(self, studies: Sequence[Study]) -> None:
+        """Have volumes of data at an address in the cache, several fetched at a time; others are there already."""
+        if self.remote is not None:
+            self.remote.fetch({study.id: self.sums(study) for study in studies})
+
+    def sums(self, study: Study) -> Sums:
+        """Checksums of the tensors in the file of its prepared volume."""
+        masks = self._masks[study.id].values()
+        return {"voxels": self.checksum(study)} | {f"mask {mask['place']}": mask["checksum"] for mask in masks if mask["voxels"]}
+
+    def _read(self, study: Study, read: Callable[[Path], T]) -> T:
+        """What `read` makes of the file of a study's volume."""
+        if self.remote is None:
+            return read(volume_path(self.folder, study))
+        for left in range(READS - 1, -1, -1):
+            path = self.remote.volume(study.id, self.sums(study))
+            try:
+                return read(path)
+            except FileNotFoundError:
+                if not left:
+                    raise
+            except ValueError:  # damaged since it was fetched
+                if not left:
+                    raise
+                self.remote.drop(study.id)
+        raise AssertionError("the last read returns or raises")
 
     def _split_by(self, path: Path) -> None:
         try:
@@ -187,7 +259,7 @@ class PreparedData:
         Raises:
             FileNotFoundError, ValueError: the volume is missing or damaged.
         """
-        return read_voxels(volume_path(self.root, study), self.checksum(study)).unsqueeze(0)
+        return self._read(study, lambda path: read_voxels(path, self.checksum(study))).unsqueeze(0)
 
     def spacing(self, study: Study) -> tuple[float, float, float] | None:
         """Return (z, y, x) in mm of the voxels of `volume`; None where the scan's is unknown, or was not kept by an older preparation."""
@@ -211,7 +283,7 @@ class PreparedData:
         names = self.mask_names(study) if names is None else names
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"study {study.id} of {self.root} has no mask {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-        return read_stored_masks(volume_path(self.root, study), self.processor.size, known, names)
+        return self._read(study, lambda path: read_stored_masks(path, self.processor.size, known, names))
 
 
 def same_preprocessing(model: VolumeProcessor, data: PreparedData) -> None:

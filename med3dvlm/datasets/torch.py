@@ -25,6 +25,8 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 def load_volumes(data: PreparedData, studies: Iterable[Study], device: torch.device | str = "cpu") -> Tensor:
     """Return the volumes of studies as model input: (B, 1, D, H, W) float32 on the device, the same bits on every kind of device."""
+    studies = list(studies)
+    data.fetch(studies)
     return data.processor.dequantize(torch.stack([data.volume(study) for study in studies]).to(device))
 
 
@@ -59,6 +61,15 @@ class StudyDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.studies)
+
+    def needed(self, indices: Iterable[int]) -> list[Study]:
+        """The studies whose volumes the rows hold."""
+        return [self.studies[index] for index in indices]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """A batch of rows, whose volumes are fetched together."""
+        self.data.fetch(self.needed(indices))
+        return [self[index] for index in indices]
 
     def image(self, study: Study, index: int) -> dict[str, Tensor]:
         """Return the volume part of row `index`."""

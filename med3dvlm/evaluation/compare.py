@@ -127,7 +127,7 @@ def check_alike(first: Run, second: Run) -> None:
         )
 
 
-def studies_of(run: Run, folder: Path | None) -> dict[str, Study]:
+def studies_of(run: Run, folder: str | Path | None) -> dict[str, Study]:
     """Return the studies of the prepared data by id.
 
     Raises:

@@ -63,7 +63,7 @@ def embed_reports(embedder: Embedder, data: PreparedData, split: str) -> Tensor:
     """
     processes()  # which share the work know each other
     reports, model = [study.report for study in data.studies(split)], embedder.model
-    pooled = report_features(data.root / "features", model, embedder.processor, reports)
+    pooled = report_features(data.folder / "features", model, embedder.processor, reports)
     return model.project_text(pooled.to(model.device, model.dtype)).float().cpu()
 
 

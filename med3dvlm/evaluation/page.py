@@ -68,7 +68,7 @@ def write_page(
     first = opened[0].folder
     root = first.parent.parent if first.parent.name == "eval" else first
     beside = root / "prepared"
-    data_folder = data_folder or (beside if beside.is_dir() else Path(opened[0].record["data"]))
+    data_folder = data_folder or (beside if beside.is_dir() else opened[0].record["data"])
     data = PreparedData(data_folder, exclude_failures=True, split_file=opened[0].record.get("split_file"))
     for run in opened:
         studies = compare.studies_of(run, data.root)

@@ -24,6 +24,7 @@ from med3dvlm.evaluation.cases import ELSEWHERE, is_first, wait_for_all
 from med3dvlm.files import write_json, write_text
 from med3dvlm.programs import Parser, add_flag, command_line, positive
 from med3dvlm.records import Study
+from med3dvlm.remote.cache import add_cache, cache_of
 from med3dvlm.training.run import environment
 
 
@@ -31,7 +32,8 @@ def evaluation_parser(documentation: str, batch_size: int = 16) -> Parser:
     """Return a parser with the arguments of every evaluation; its help begins with the script's own documentation."""
     parser = Parser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory of the model; not needed with --score-only")
-    parser.add_argument("--data", required=True, help="prepared data, see `med3dvlm prepare`")
+    parser.add_argument("--data", required=True, help="prepared data, see `med3dvlm prepare`: a folder, or an address as s3://bucket/data")
+    add_cache(parser)
     parser.add_argument("--output", required=True, type=Path, help="folder of predictions and scores")
     parser.add_argument("--split", default="test", help="split of the data (default: %(default)s)")
     parser.add_argument(
@@ -55,7 +57,8 @@ def open_data(arguments: argparse.Namespace) -> tuple[PreparedData, list[Study]]
     if not arguments.model and not arguments.score_only:
         raise ValueError("--model is missing; name a model's directory, or score the predictions that are there with --score-only")
     keep_freed_memory()
-    data = PreparedData(arguments.data, arguments.exclude_failures, arguments.split_file)
+    data = PreparedData(arguments.data, arguments.exclude_failures, arguments.split_file, cache_of(arguments))
+    data.require_room(arguments.batch_size)
     studies = data.studies(arguments.split)
     if arguments.score_only:
         path = arguments.output / "run.json"

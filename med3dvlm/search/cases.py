@@ -115,7 +115,7 @@ class CaseIndex:
         facts = {
             "model": os.path.abspath(model),
             "model_fingerprint": _fingerprint(embedder),
-            "data": os.path.abspath(data.root),
+            "data": str(data.root) if data.remote else os.path.abspath(data.root),
             "data_fingerprint": data.summary["fingerprint"],
             "split": split,
             "cases": len(studies),

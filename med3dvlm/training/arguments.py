@@ -26,6 +26,8 @@ from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.programs import Parser
+from med3dvlm.remote.cache import SIZE as CACHE_SIZE
+from med3dvlm.remote.cache import Cache
 from med3dvlm.training.limits import check_settings
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,10 @@ LEARNING = (
     "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy",
 )  # fmt: skip
 # Settings of output, measurement and speed, which do not change what is learned; the split file is in the fingerprint of the data.
-FREE = {"merged", "save_language_model", "chunk_size", "cache_features", "exclude_failures", "validation_split", "split_file"}
+FREE = {
+    "merged", "save_language_model", "chunk_size", "cache_features", "exclude_failures", "validation_split", "split_file", "data_cache",
+    "data_cache_size",
+}  # fmt: skip
 ZERO_STAGES = (1, 2, 3)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -46,7 +51,11 @@ class StageArguments(TrainingArguments):
     """transformers' TrainingArguments and the settings of every stage. Every field is a key of the YAML and a flag."""
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "the collators take what they need from a row"})
-    data: str = field(default="", metadata={"help": "prepared data, see `med3dvlm prepare`"})
+    data: str = field(default="", metadata={"help": "prepared data, see `med3dvlm prepare`: a folder, or an address as s3://bucket/data"})
+    data_cache: str = field(
+        default="", metadata={"help": "folder on this machine for volumes of data at an address, of which all its processes share one"}
+    )
+    data_cache_size: str = field(default=CACHE_SIZE, metadata={"help": "most that this folder may hold, as 50GB or 2TB"})
     exclude_failures: bool = field(default=False, metadata={"help": "train without the studies that could not be prepared"})
     split_file: str = field(default="", metadata={"help": "JSON of the studies of each split, as `med3dvlm audit` writes it"})
     validation_split: str = field(
@@ -58,6 +67,7 @@ class StageArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_settings(vars(self))
+        Cache(self.data_cache, self.data_cache_size)
         if self.bf16 and not self.use_cpu and not _gpu_has_bfloat16():
             raise ValueError(
                 "bf16 is true but there is no GPU here that computes in bfloat16; pass --use-cpu true to train on the CPU, or --bf16 false"
@@ -142,7 +152,10 @@ class StageArguments(TrainingArguments):
     def open_data(self) -> PreparedData:
         """Open the prepared data that these settings name."""
         keep_freed_memory()
-        return PreparedData(self.data, self.exclude_failures, self.split_file or None)
+        data = PreparedData(self.data, self.exclude_failures, self.split_file or None, Cache(self.data_cache, self.data_cache_size))
+        readers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * max(1, self.dataloader_num_workers)
+        data.require_room(readers * self.train_batch_size)
+        return data
 
 
 @dataclass

@@ -206,7 +206,7 @@ def train_contrastive(arguments: ContrastiveArguments) -> None:
     if arguments.cache_features and not arguments.train_text:
         model.eval()
         reports = [study.report for study in pairs.studies]
-        folder = Path(arguments.data) / "features"
+        folder = data.folder / "features"
         pairs.text_features = report_features(folder, clip, processor, reports)
         if isinstance(pairs, PromptedPairDataset):
             keep_features(pairs.prompts, pairs.studies, folder, clip, processor)

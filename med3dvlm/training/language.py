@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -204,7 +203,7 @@ def _cached_features(
     name = fingerprint(model.vision_encoder, str(data.summary["fingerprint"])) + ("" if split == "train" else f"-{split}")
     if (levels := model.config.image_levels) != [-2, -1]:
         name += f"-levels{levels[0]}{levels[1]}"
-    folder = Path(arguments.data) / "features" / f"image-{name}"
+    folder = data.folder / "features" / f"image-{name}"
     features = SharedFeatures(folder, len(studies), compute, description=f"image features, {split}")
     return partial(_features_of, places, features)  # workers may have to be sent it: no lambda
 

@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.eval()
         for each in (rows, validation):
             if each is not None:
-                keep_features(each.prompts, each.studies, Path(arguments.data) / "features", model.clip, processor)
+                keep_features(each.prompts, each.studies, data.folder / "features", model.clip, processor)
 
     trainer = SegmentationTrainer(
         model,

@@ -6,6 +6,7 @@ Its checkpoints hold what was learned (training_state.py), the schedule, and eac
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from itertools import cycle, islice
@@ -21,6 +22,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from med3dvlm.datasets.ahead import OwnRows, fetched_ahead
 from med3dvlm.files import MODEL_CONFIGS, share, write_json
 from med3dvlm.training.arguments import StageArguments
 from med3dvlm.training.state import TrainingState, write_state
@@ -161,7 +163,9 @@ class StageTrainer(Trainer):
             batch = len(rows) if parts == 1 else batch
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         shuffled = self.args.train_sampling_strategy == "random"
-        return WholeBatches(len(rows), batch, seed if shuffled else None, self.args.dataloader_drop_last)
+        sampler = WholeBatches(len(rows), batch, seed if shuffled else None, self.args.dataloader_drop_last)
+        own = OwnRows(self.args.train_batch_size, self.args.world_size, self.args.process_index)
+        return fetched_ahead(sampler, rows, own, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _internal_call:  # a checkpoint holds the training's state, not a model
