@@ -19,7 +19,7 @@ PYTHON_CHECK = import sys; sys.version_info >= (3, 10) or \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-full demo-ct-clip compare-encoders ablation rehearsal docs docs-serve test quick lint format types imports check clean clean-venv clean-outputs
+.PHONY: help install demo demo-full demo-ct-clip compare-encoders ablation rehearsal docs docs-serve test quick s3 lint format types imports check clean clean-venv clean-outputs
 
 help: ## list these commands
 	@echo "make [target] [PYTHON=$(PYTHON)] [VENV=$(VENV)] [OUTPUTS=$(OUTPUTS)] [LM=$(LM)] [ARGS=...] [WORKERS=$(WORKERS)]"
@@ -66,6 +66,12 @@ test: install ## run every test in WORKERS processes; ARGS goes to pytest, as in
 quick: install ## run the tests that take seconds
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(ARGS)
 
+s3: install ## test data in S3 against moto's server, in an environment of its own over VENV
+	[ -e '$(VENV)-s3/bin/moto_server' ] || { $(RUN) venv '$(VENV)-s3' && \
+		'$(VENV)-s3/bin/python' -m pip install --disable-pip-version-check -q -r requirements/s3.txt && \
+		$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo $(VENV)-s3/lib/python*/site-packages)/tested.pth"; }
+	OMP_NUM_THREADS=1 '$(VENV)-s3/bin/python' -m pytest tests/remote/test_s3.py $(ARGS)
+
 numerics: install ## compare the encoders with double precision as on a processor without AVX-512; LEVEL="ONEDNN_MAX_CPU_ISA=AVX512_CORE" is another
 	$(LEVEL) OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -m 'not slow' --ignore tests/encoders/test_cost.py tests/encoders $(ARGS)
 
@@ -90,7 +96,7 @@ clean: ## remove caches and build files; keeps the environment and the outputs
 	find app benchmarks eval med3dvlm stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv: ## remove the environment
-	rm -rf '$(VENV)'
+	rm -rf '$(VENV)' '$(VENV)-s3'
 
 clean-outputs: ## remove OUTPUTS with every trained model in it
 	rm -rf '$(OUTPUTS)'

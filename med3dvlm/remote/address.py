@@ -69,7 +69,7 @@ class Address:
         return self._opened[1:]
 
     def fetch(
-        self, name: str, path: Path, check: Callable[[Path], object] = lambda path: None, expected: int = 0, tries: int = TRIES
+        self, name: str, path: Path, check: Callable[[Path], None] = lambda path: None, expected: int = 0, tries: int = TRIES
     ) -> None:
         """Write the file of this name to `path`.
 
@@ -83,7 +83,8 @@ class Address:
         pause = 0.5
         for left in range(tries - 1, -1, -1):
             try:
-                return self._get(name, path, self.patience + expected / SLOWEST)
+                self._get(name, path, self.patience + expected / SLOWEST)
+                return check(path)
             except DEFECTS:
                 raise
             except Exception as error:  # each file system has errors of its own

@@ -1,0 +1,71 @@
+"""S3, as moto's server speaks it. s3fs and moto need an environment of their own: `make s3` makes it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from med3dvlm import VolumeProcessor
+from med3dvlm.datasets.preparation import prepare
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.torch import PairDataset
+from med3dvlm.remote.cache import Cache
+from tests.datasets.five import SIZE, questions, studies, write_scans
+
+s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed here: make s3")
+pytest.importorskip("moto", reason="moto is not installed here: make s3")
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """moto's server in a process of its own."""
+    code = (
+        "import sys; from moto.server import ThreadedMotoServer as Server\n"
+        "server = Server('127.0.0.1', 0, verbose=False); server.start(); print(*server.get_host_and_port(), flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None and server.stdin is not None
+        host, port = server.stdout.readline().split()
+        yield f"http://{host}:{port}"
+        server.stdin.close()
+
+
+@pytest.fixture(autouse=True)
+def credentials(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_bucket_is_the_folder(tmp_path: Path) -> None:
+    """Records, volumes by two forked workers, and each refusal."""
+    prepare(write_scans(tmp_path / "scans"), studies(), questions(), VolumeProcessor("m3d", size=SIZE), tmp_path / "data", workers=1)
+    bucket = s3fs.S3FileSystem()
+    bucket.mkdir("hospital")
+    bucket.put(str(tmp_path / "data"), "hospital/data", recursive=True)
+    found, local = PreparedData("s3://hospital/data", cache=Cache(tmp_path / "cache")), PreparedData(tmp_path / "data")
+    assert found.summary == local.summary
+    loaders = [DataLoader(PairDataset(data, "train"), 2, num_workers=2, multiprocessing_context="fork") for data in (found, local)]
+    for one, other in zip(*loaders, strict=True):
+        assert torch.equal(one["volume"], other["volume"]) and one["id"] == other["id"]
+    with pytest.raises(FileNotFoundError, match="s3://nobody/data holds no finished preparation"):
+        PreparedData("s3://nobody/data", cache=Cache(tmp_path / "other"))
+    with pytest.raises(FileNotFoundError, match="s3://hospital/else holds no finished preparation"):
+        PreparedData("s3://hospital/else", cache=Cache(tmp_path / "other"))
+
+
+def test_without_credentials_it_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(PermissionError, match="s3://hospital/data/summary.json: access is refused; check the rights, and the credentials"):
+        PreparedData("s3://hospital/data", cache=Cache(tmp_path / "cache"))
