@@ -48,7 +48,7 @@ EXTRAS = {
     "dicom": ("highdicom",),
     "gguf": ("gguf",),
     "quantize": ("bitsandbytes",),
-    "cloud": ("aiohttp", "fsspec"),
+    "cloud": ("aiohttp",),
     "s3": ("s3fs",),
     "gs": ("gcsfs",),
 }

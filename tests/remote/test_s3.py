@@ -28,7 +28,9 @@ def endpoint() -> Iterator[str]:
         "import sys; from moto.server import ThreadedMotoServer as Server\n"
         "server = Server('127.0.0.1', 0, verbose=False); server.start(); print(*server.get_host_and_port(), flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
         assert server.stdout is not None and server.stdin is not None
         host, port = server.stdout.readline().split()
         yield f"http://{host}:{port}"

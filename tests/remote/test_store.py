@@ -25,6 +25,7 @@ from med3dvlm.training.trainer import WholeBatches
 from tests.datasets.five import SIZE, questions, studies, write_scans
 from tests.remote.server import Server, serving
 
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits between tries."""
@@ -162,7 +163,9 @@ def test_a_wrong_address_is_said_at_the_start(server: Server, tmp_path: Path) ->
         open_at(server.address, tmp_path)
     with pytest.raises(OSError, match="the connection fails .*; check address and network"):
         open_at("http://127.0.0.1:9/data", tmp_path)
-    with pytest.raises(ValueError, match="s4://bucket: s4:// is no kind of address that fsspec knows; write s3://, gs://, https:// or a path"):
+    with pytest.raises(
+        ValueError, match="s4://bucket: s4:// is no kind of address that fsspec knows; write s3://, gs://, https:// or a path"
+    ):
         open_at("s4://bucket", tmp_path)
     for secret in ("https://me:word@host/data", "https://host/data?sig=word"):
         with pytest.raises(ValueError, match="https://host/data comes with a password, a query or a fragment") as caught:
