@@ -2,12 +2,14 @@
 
     python -m benchmarks.serving --model outputs/demo-full/model
     python -m benchmarks.serving --size smollm2
+    python -m benchmarks.serving --vllm-python vllm/bin/python      # beside vLLM, see benchmarks/vllm_server.py
 
 Without --model, a model of random weights: the demo's encoder, and a language model of the demo's or SmolLM2-135M's size; every answer then has its
 full length. Measured are sessions that ask three questions each, as programs do that wait for one answer before the next question, about a
 scan of their own that is encoded already (median seconds to the first token and to the end); reports that are written in parallel (tokens a
 second); the first question about a scan, encoder included, beside a further one (seconds to the first token); and how the process grows over
-many requests. One after the other means an engine with one slot that keeps nothing. Writes <output>/serving.json and .md.
+many requests; with --vllm-python, reports by vLLM beside the own engine. One after the other means an engine with one slot that keeps nothing.
+Writes <output>/serving.json and .md.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -25,10 +28,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks import vllm_server
 from med3dvlm import Med3DChat, Med3DVLM, Med3DVLMConfig, Med3DVLMProcessor, VolumeProcessor
+from med3dvlm.checkpoints.export import save_language_model
 from med3dvlm.files import write_json, write_text
-from med3dvlm.inference.engine import Request
+from med3dvlm.inference.engine import Engine, Request
 from med3dvlm.inference.transformers_engine import TransformersEngine
+from med3dvlm.inference.vllm_engine import VllmEngine
+from med3dvlm.inference.vllm_sources import Server
 from med3dvlm.programs import Parser, positive, run
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.tables import markdown_table
@@ -92,7 +99,7 @@ def sessions(engine: TransformersEngine, scans: Sequence[Any], tokens: int) -> d
     return {"first": first, "whole": whole, "total": time.perf_counter() - started}
 
 
-def reports(engine: TransformersEngine, scans: Sequence[Any], tokens: int) -> dict[str, float]:
+def reports(engine: Engine, scans: Sequence[Any], tokens: int) -> dict[str, float]:
     """Tokens a second, of all reports together."""
     started = time.perf_counter()
     streams = engine.generate([Request(scan, asked(REPORT_PROMPTS[0]), tokens) for scan in scans])
@@ -125,6 +132,18 @@ def memory(chat: Med3DChat, draw: Callable[[], torch.Tensor], requests: int, tok
     return {"quarter": sizes[0], "all": sizes[-1]}
 
 
+def beside_vllm(chat: Med3DChat, scans: Sequence[Any], tokens: int, python: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Tokens a second of reports about the scans, all at once, by the own engine and by a vLLM server, each the second time that it is asked."""
+    save_language_model(chat.model, chat.processor, folder)
+    found = {}
+    with vllm_server.serving(python, folder, chat.model.config.text_config.max_position_embeddings, folder / "server.log") as url:
+        for name, engine in (("own", TransformersEngine(chat, len(scans), prefix_bytes=0)), ("vllm", VllmEngine(chat, Server(url)))):
+            reports(engine, scans, 8)
+            found[name] = reports(engine, scans, tokens)
+            engine.close()
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="the folder of a trained model (default: random weights)")
@@ -134,6 +153,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--answer-tokens", type=positive, default=16, help="of an answer, at most (default: %(default)s)")
     parser.add_argument("--report-tokens", type=positive, default=128, help="of a report, at most (default: %(default)s)")
     parser.add_argument("--requests", type=positive, default=1000, help="over which memory is watched (default: %(default)s)")
+    parser.add_argument("--vllm-python", metavar="PYTHON", help="the interpreter of an environment that has vLLM, to compare with")
+    parser.add_argument(
+        "--vllm-reports", type=positive, default=32, help="in parallel, by vLLM and by the own engine (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/speed"))
     arguments = parser.parse_args(argv)
     chat = random_chat(arguments.size) if arguments.model is None else Med3DChat.from_pretrained(arguments.model)
@@ -155,6 +178,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     results["known_scan"] = known_scan(chat, draw, 9)
     results["memory"] = memory(chat, draw, arguments.requests, arguments.answer_tokens)
+    if arguments.vllm_python is not None:
+        with TemporaryDirectory() as folder:
+            many = [chat.encode(draw()) for _ in range(arguments.vllm_reports)]
+            results["beside_vllm"] = beside_vllm(chat, many, arguments.report_tokens, arguments.vllm_python, Path(folder))
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output / "serving.json", results)
     write_text(arguments.output / "serving.md", table(results))
@@ -179,7 +206,12 @@ def table(results: dict[str, Any]) -> str:
         f"{results['language_parameters'] / 1e6:.1f} M parameters, {results['image_tokens']} image tokens, {results['threads']} threads, "
         f"torch {results['torch']}."
     )
-    return f"{about}\n\n{markdown_table(('what', 'one by one', 'together', 'ratio'), rows)}\n"
+    text = f"{about}\n\n{markdown_table(('what', 'one by one', 'together', 'ratio'), rows)}\n"
+    if "beside_vllm" in results:
+        own, vllm = (results["beside_vllm"][name]["tokens_per_second"] for name in ("own", "vllm"))
+        compared = [row(f"{results['vllm_reports']} reports at once: tokens/s", own, vllm)]
+        text += f"\n{markdown_table(('what', 'own engine', 'vLLM', 'ratio'), compared)}\n"
+    return text
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ class VllmEngine:
             future.result()
         self._reading.shutdown()
         self._do(self.source.close())
+        self._do(self._loop.shutdown_asyncgens())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
