@@ -24,7 +24,7 @@ import torch
 from med3dvlm.files import read_lines, write_json, write_text
 from med3dvlm.programs import Parser, run
 from med3dvlm.tables import markdown_table
-from med3dvlm.training.run import environment
+from med3dvlm.training.environment import environment
 
 STAGES = ("stage1", "stage2", "stage3")
 STEPS = (

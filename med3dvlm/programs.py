@@ -88,13 +88,19 @@ def run(program: str | Main, argv: Sequence[str] | None = None, name: str | None
         sentence = user_message(error)
         if wants_traceback or sentence is None:
             raise
-        sys.stderr.write(f"{name}: error: {sentence}\n")
+        complain(sentence)
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: interrupted; started again, the same command continues\n")
         return 130
     finally:
         _running.reset(token)
+
+
+def complain(sentence: str) -> None:
+    """Say what is wrong, in the name of the program that runs."""
+    running = _running.get()
+    sys.stderr.write(f"{running[0] if running else Path(sys.argv[0]).name}: error: {sentence}\n")
 
 
 def command_line() -> str:

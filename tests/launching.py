@@ -5,11 +5,13 @@ in forks of one server process: a start takes a fraction of a second, where a la
 programs by the names `python` and `med3dvlm` whose work such a fork does.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
 import runpy
 import socket
+import struct
 import sys
 import threading
 import time
@@ -23,13 +25,13 @@ from tempfile import mkdtemp
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMEOUT = 300  # seconds
-PROGRAM = """#!{python} -IS
+MODULES = {"med3dvlm": "med3dvlm.cli", "torchrun": "torch.distributed.run", "deepspeed": "deepspeed.launcher.runner"}  # program -> module
+PROGRAM = r"""#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     socket.send_fds(server, [b"3"], [0, 1, 2])
-    server.sendall(json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode())
-    server.shutdown(socket.SHUT_WR)
+    server.sendall(json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode() + b"\n")
     sys.exit(int(server.recv(9) or 1))
 """
 
@@ -84,12 +86,12 @@ def launch(launcher: str, processes: int, script: str, *flags: object, log: Path
 
 @cache
 def programs() -> Path:
-    """A folder with the programs `python` and `med3dvlm`, which run in forks of the server, as long as this process lives."""
+    """A folder with programs, which run in forks of the server, as long as this process lives."""
     folder = Path(mkdtemp(prefix="programs-"))
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "server"))
     listener.listen()
-    for name in ("python", "med3dvlm"):
+    for name in ("python", *MODULES):
         (folder / name).write_text(PROGRAM.format(python=sys.executable, address=str(folder / "server")))
         (folder / name).chmod(0o755)
     forks = context()
@@ -105,11 +107,13 @@ def programs() -> Path:
 
 
 def _answer(connection: socket.socket) -> None:
-    """Be the program that was called: its descriptors, words, folder and variables; then tell it the exit code."""
+    """Be the program that was called: its host, descriptors, words, folder and variables; then tell it the exit code. It ends when that does."""
     with connection:
         _, descriptors, *_ = socket.recv_fds(connection, 1, 3)
-        said = b"".join(iter(lambda: connection.recv(2**16), b""))
-        (program, *words), folder, variables = json.loads(said)
+        (program, *words), folder, variables = json.loads(connection.makefile().readline())
+        if _enter(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]):
+            sys.executable = str(Path(program).with_name("python"))  # what a launcher starts
+        threading.Thread(target=lambda: connection.recv(1) or os._exit(1), daemon=True).start()
         for place, descriptor in enumerate(descriptors):
             os.dup2(descriptor, place)
             os.close(descriptor)
@@ -118,7 +122,8 @@ def _answer(connection: socket.socket) -> None:
         os.environ.clear()
         os.environ |= variables
         try:
-            _be(["-m", "med3dvlm.cli", *words] if Path(program).name == "med3dvlm" else words)
+            name = Path(program).name
+            _be(["-m", MODULES[name], *words] if name in MODULES else words)
             code: object = 0
         except SystemExit as ended:
             code = ended.code
@@ -132,9 +137,21 @@ def _answer(connection: socket.socket) -> None:
         connection.sendall(str(code if isinstance(code, int) else int(code is not None)).encode())
 
 
+def _enter(process: int) -> bool:
+    """Go to the network, the name and the disks of another process; whether they are others."""
+    others = False
+    for kind in ("net", "uts", "mnt"):
+        if os.readlink(f"/proc/{process}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"):
+            others = True
+            with open(f"/proc/{process}/ns/{kind}") as space:
+                if ctypes.CDLL(None, use_errno=True).setns(space.fileno(), 0):
+                    raise OSError(ctypes.get_errno(), f"the {kind} namespace of process {process} cannot be entered")
+    return others
+
+
 def _be(words: Sequence[str]) -> None:
     """Do what `python` does with these words."""
-    how, *rest = words
+    how, *rest = words if words[0] != "-u" else words[1:]
     if how == "-m":
         module, *rest = rest
         sys.argv = [module, *rest]

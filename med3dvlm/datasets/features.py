@@ -14,6 +14,7 @@ from tqdm import tqdm
 from med3dvlm.files import whole_file
 from med3dvlm.models.clip import Med3DCLIP
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
+from med3dvlm.processes import gathered, rank_and_count, sharing
 
 FILES, ITEMS = (
     64,
@@ -60,11 +61,11 @@ def _write(path: Path, items: range, compute: Callable[[range], Sequence[Tensor]
 class SharedFeatures:
     """The tensors of `compute` for items 0 .. count-1, in their own type, in files of a folder that are memory-mapped item by item.
 
-    All processes of a training compute, each other files; what a run before has left is not computed again. Which items share a file and a
-    batch does not depend on the number of processes.
+    All processes of a training that see the folder compute, each other files, so that nodes without a shared disk each compute all; what a run
+    before has left is not computed again. Which items share a file and a batch does not depend on the number of processes.
 
     Args:
-        folder: named after everything that the features depend on; all processes see it.
+        folder: named after everything that the features depend on.
         compute: (range of items) -> one or more tensors, first axis the items.
 
     Raises:
@@ -77,19 +78,19 @@ class SharedFeatures:
         self.folder, self.count = folder, count
         self.per_file = min(-(-count // FILES // batch_size), ITEMS // batch_size) * batch_size
         parts = [range(start, min(start + self.per_file, count)) for start in range(0, count, self.per_file)]
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
-        wanted = [(number, part) for number, part in enumerate(parts) if number % processes == rank and not self._path(number).is_file()]
+        rank, _ = rank_and_count()
+        workers = sharing(folder)
+        share = range(workers.index(rank), len(parts), len(workers))
+        wanted = [(number, parts[number]) for number in share if not self._path(number).is_file()]
         if wanted:
             with tqdm(total=sum(len(part) for _, part in wanted), desc=description, unit="item", disable=rank > 0) as bar:
                 for number, part in wanted:
                     _write(self._path(number), part, compute, batch_size, bar)
-        if several:
-            torch.distributed.barrier()
+        gathered(None)  # all have written
         if missing := [self._path(number).name for number in range(len(parts)) if not self._path(number).is_file()]:
             raise FileNotFoundError(
-                f"{folder} lacks {missing[0]}, which another process of this training computed; put the prepared data on a disk that all "
-                "machines share, or pass --cache-features false"
+                f"{folder} lacks {missing[0]}, which another process of this training wrote; start the training again when the disk shows it, "
+                "or pass --cache-features false"
             )
         self._open: dict[int, Any] = {}
 

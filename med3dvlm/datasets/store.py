@@ -44,6 +44,7 @@ Reading a volume does not touch them.
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +261,15 @@ class PreparedData:
             FileNotFoundError, ValueError: the volume is missing or damaged.
         """
         return self._read(study, lambda path: read_voxels(path, self.checksum(study))).unsqueeze(0)
+
+    def require_volumes(self) -> None:
+        """Raise FileNotFoundError where a prepared volume is missing; those at an address are looked for when they are read."""
+        if self.remote is not None:
+            return
+        here = {os.path.join(folder, name) for folder, _, names in os.walk(self.folder / "volumes") for name in names}
+        for study in self._studies:
+            if str(path := volume_path(self.folder, study)) not in here:
+                raise FileNotFoundError(f"{path}, a prepared volume, is missing; run: med3dvlm prepare")
 
     def spacing(self, study: Study) -> tuple[float, float, float] | None:
         """Return (z, y, x) in mm of the voxels of `volume`; None where the scan's is unknown, or was not kept by an older preparation."""

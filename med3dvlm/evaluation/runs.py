@@ -25,7 +25,7 @@ from med3dvlm.files import write_json, write_text
 from med3dvlm.programs import Parser, add_flag, command_line, positive
 from med3dvlm.records import Study
 from med3dvlm.remote.cache import add_cache, cache_of
-from med3dvlm.training.run import environment
+from med3dvlm.training.environment import environment
 
 
 def evaluation_parser(documentation: str, batch_size: int = 16) -> Parser:

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,14 +22,17 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.logging import disable_progress_bar
 
 from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.processes import together
 from med3dvlm.programs import Parser
 from med3dvlm.remote.cache import SIZE as CACHE_SIZE
 from med3dvlm.remote.cache import Cache
 from med3dvlm.training.limits import check_settings
+from med3dvlm.training.nodes import require_same_start
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +90,10 @@ class StageArguments(TrainingArguments):
         self._check_reports()
         self._check_schedule()
         self._check_launcher()
+        if self.process_index > 0:  # the first process speaks for all; errors are still told
+            logging.disable(logging.WARNING)
+            warnings.simplefilter("ignore")
+            disable_progress_bar()
         self.logging_nan_inf_filter = False  # it would log a loss that is not a number as 0
         if self.n_gpu > 1:
             logger.warning(
@@ -150,11 +158,13 @@ class StageArguments(TrainingArguments):
         return self.eval_on_start or str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
 
     def open_data(self) -> PreparedData:
-        """Open the prepared data that these settings name."""
+        """Open the prepared data that these settings name; on several nodes it must be the same on each."""
         keep_freed_memory()
-        data = PreparedData(self.data, self.exclude_failures, self.split_file or None, Cache(self.data_cache, self.data_cache_size))
+        cache = Cache(self.data_cache, self.data_cache_size)
+        data = together(PreparedData, self.data, self.exclude_failures, self.split_file or None, cache)
         readers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * max(1, self.dataloader_num_workers)
-        data.require_room(readers * self.train_batch_size)
+        together(data.require_room, readers * self.train_batch_size)
+        require_same_start(self, data)
         return data
 
 

@@ -20,6 +20,7 @@ from med3dvlm.datasets.mask_prompts import PromptedPairCollator, PromptedPairDat
 from med3dvlm.datasets.torch import PairCollator, PairDataset
 from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
+from med3dvlm.processes import together
 from med3dvlm.training.arguments import ImageArguments
 from med3dvlm.training.dense import DenselySupervisedCLIP, save_both
 from med3dvlm.training.grad_cache import backward_in_parts, split_pairs
@@ -173,7 +174,7 @@ def train_contrastive(arguments: ContrastiveArguments) -> None:
     )
 
     torch.manual_seed(arguments.seed)
-    text_encoder, tokenizer = _text_side(arguments, (study.report for study in pairs.studies))
+    text_encoder, tokenizer = together(_text_side, arguments, (study.report for study in pairs.studies))
     tokenizer.model_max_length = arguments.max_text_length  # saved with the model, so that evaluation cuts texts at the same place
     config = Med3DCLIPConfig(
         encoder=arguments.encoder,

@@ -2,12 +2,8 @@
 
 import json
 import logging
-import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +18,16 @@ from med3dvlm.checkpoints.hub import write_card
 from med3dvlm.encoders import count_parameters
 from med3dvlm.files import install_model, read_lines, write_json, write_lines
 from med3dvlm.models.vlm import Med3DVLM
+from med3dvlm.processes import connected
 from med3dvlm.programs import command_line
 from med3dvlm.training.arguments import StageArguments, identity_of
+from med3dvlm.training.environment import environment
+from med3dvlm.training.nodes import require_same
 from med3dvlm.training.trainer import StageTrainer
 
 logger = logging.getLogger(__name__)
 
 LOSSES = {"losses.jsonl": "loss", "validation_losses.jsonl": "eval_loss"}  # file -> the entry of a log that belongs there
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "open_clip_torch", "monai", "numpy")
 
 
 def train_only(model: nn.Module, chosen: Callable[[str], bool]) -> list[str]:
@@ -95,7 +93,6 @@ def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerpr
     """
     started = time.perf_counter()
     output = Path(str(arguments.output_dir))
-    output.mkdir(parents=True, exist_ok=True)
     settings = arguments.to_dict()
     parameters = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
     trainer.add_callback(LossRecorder())
@@ -103,6 +100,7 @@ def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerpr
     identity = identity_of(arguments, data_fingerprint, started_from)
     if any(isinstance(module, _BatchNorm) and any(one.requires_grad for one in module.parameters()) for module in trainer.model.modules()):
         identity["batch_norm_volumes"] = getattr(arguments, "chunk_size", None) or arguments.train_batch_size
+    require_same({"copy the models whole to every node": {"the fingerprint of " + name: value for name, value in started_from.items()}})
     checkpoint = trainer.last_checkpoint(identity)
     steps_before = 0
     if checkpoint is not None:
@@ -116,7 +114,8 @@ def run_training(trainer: StageTrainer, arguments: StageArguments, data_fingerpr
         for name in LOSSES:  # of steps after the checkpoint a killed run may have logged some; they come again
             if (output / name).is_file():
                 write_lines(output / name, [line for line in read_lines(output / name) if line["step"] <= steps_before])
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with connected(f"start the same command on all nodes again, and it continues from the last checkpoint in {output}"):
+        trainer.train(resume_from_checkpoint=checkpoint)
     path, steps = output / "run.json", trainer.state.global_step
     if path.is_file() and steps == steps_before == json.loads(path.read_text(encoding="utf-8-sig")).get("steps"):
         return  # it was finished before, and its record is there
@@ -148,24 +147,6 @@ def save_final(trainer: StageTrainer) -> None:
         return
     write_card(aside, output)
     install_model(aside, output)
-
-
-def environment() -> dict[str, Any]:
-    """Return versions and commit, for the record of a run or an evaluation."""
-    commit = None
-    root = Path(__file__).resolve().parents[2]
-    if (root / ".git").exists() and shutil.which("git"):  # an installed package may lie in somebody else's repository
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
-    return {"versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}, "commit": commit}
-
-
-def _version(package: str) -> str | None:
-    """Return a package's version; None where it is not installed: an extra that this run did not need."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def release(trainer: StageTrainer) -> None:

@@ -6,7 +6,7 @@
 Writes a Med3DSegmenter with its processor. Started again, it continues from the last whole checkpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from med3dvlm.datasets.store import same_preprocessing
 from med3dvlm.models.clip import Med3DCLIP
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.models.segmentation import Med3DSegmenter, Med3DSegmenterConfig, Med3DSegmenterOutput
+from med3dvlm.processes import together
 from med3dvlm.records import Study
 from med3dvlm.training.arguments import ImageArguments, parse_arguments
 from med3dvlm.training.run import finish, run_training, save_final, train_only
@@ -144,8 +145,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = MaskDataset(data, arguments.train_split, arguments.seed, Augmentation.read(arguments.augmentation), **arguments.drawn)
 
     torch.manual_seed(arguments.seed)
-    goes_on = model_type(arguments.clip) == Med3DSegmenterConfig.model_type
-    loaded, processor = (load_segmenter if goes_on else load_clip)(arguments.clip, dtype=arguments.weights_dtype)
+    goes_on = together(model_type, arguments.clip) == Med3DSegmenterConfig.model_type
+    load: Callable[..., tuple[Any, Any]] = load_segmenter if goes_on else load_clip
+    loaded, processor = together(load, arguments.clip, dtype=arguments.weights_dtype)
     started_from = {"clip": fingerprint(loaded)}
     same_preprocessing(processor.image_processor, data)
     model = loaded if isinstance(loaded, Med3DSegmenter) else Med3DSegmenter.from_clip(loaded, **arguments.decoder)

@@ -16,6 +16,7 @@ from med3dvlm import Med3DVLM, Med3DVLMProcessor
 from med3dvlm.checkpoints import load_clip, load_language_model
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.torch import load_volumes
+from med3dvlm.processes import together
 from med3dvlm.training.arguments import parse_arguments
 from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations, hold_quantized
 from med3dvlm.training.run import finish, run_training, save_final, train_only
@@ -50,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = arguments.open_data()
 
     torch.manual_seed(arguments.seed)
-    clip, pairs = load_clip(arguments.clip, dtype=arguments.weights_dtype)
-    language_model, tokenizer = load_language_model(arguments.language_model, arguments.weights_dtype)
+    clip, pairs = together(load_clip, arguments.clip, dtype=arguments.weights_dtype)
+    language_model, tokenizer = together(load_language_model, arguments.language_model, arguments.weights_dtype)
     started_from = {"clip": fingerprint(clip), "language_model": fingerprint(language_model)}
     place = arguments.language_model
     place = str(Path(place).resolve()) if Path(place).is_dir() else place

@@ -26,6 +26,7 @@ from med3dvlm.files import write_json
 from med3dvlm.inference.out_of_distribution import fit_detector, pool_features
 from med3dvlm.models.pointing import POINTING_TOKEN, pointing_settings
 from med3dvlm.models.quantized import QUANTIZATION_FILE
+from med3dvlm.processes import together
 from med3dvlm.training.arguments import parse_arguments
 from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations, hold_quantized
 from med3dvlm.training.run import finish, lora_targets, release, run_training, save_final
@@ -92,7 +93,7 @@ def add_segmenter(base: Med3DVLM, processor: Med3DVLMProcessor, folder: str) -> 
     """
     if base.pointing is not None:
         raise ValueError("the model can point already, and would forget how; leave --segmenter out, or name the output of stage 2")
-    segmenter, _ = load_segmenter(folder, dtype=base.dtype)
+    segmenter, _ = together(load_segmenter, folder, dtype=base.dtype)
     if fingerprint(segmenter.clip.vision_encoder) != fingerprint(base.vision_encoder):
         raise ValueError(
             f"the vision encoder of the segmenter in {folder} is not that of the model, so that its decoder would misread it; make both from one: "
@@ -117,11 +118,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.model:
         raise ValueError("--model is missing; name the output of stage 2")
     if arguments.merged:
-        require_same_origin(arguments.merged, str(arguments.output_dir))
+        together(require_same_origin, arguments.merged, str(arguments.output_dir))
     data = arguments.open_data()
 
     torch.manual_seed(arguments.seed)
-    base, processor = load_vlm(Path(arguments.model).resolve(), dtype=arguments.weights_dtype)
+    base, processor = together(load_vlm, Path(arguments.model).resolve(), dtype=arguments.weights_dtype)
     started_from = {"model": fingerprint(base)}
     if arguments.segmenter:
         started_from["segmenter"] = add_segmenter(base, processor, arguments.segmenter)

@@ -7,10 +7,11 @@ import json
 import logging
 import math
 import os
-import shutil
+from collections import ChainMap
 from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,13 +25,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from med3dvlm.datasets.ahead import OwnRows, fetched_ahead
 from med3dvlm.files import MODEL_CONFIGS, share, write_json
+from med3dvlm.processes import gathered, together
 from med3dvlm.training.arguments import StageArguments
+from med3dvlm.training.nodes import COMPLETE, CopyRemover, SharedOutput
 from med3dvlm.training.state import TrainingState, write_state
 from med3dvlm.training.throughput import Throughput, figures
 
 logger = logging.getLogger(__name__)
 
-COMPLETE = "complete"  # the file that says a checkpoint was written to its end
 IDENTITY = "identity.json"  # the identity of a training: only its own checkpoints are continued
 
 
@@ -62,6 +64,7 @@ class StageTrainer(Trainer):
             set_hf_deepspeed_config(args.hf_deepspeed_config)  # the arguments unset it while models were loaded
         super().__init__(model=model, args=args, **options)
         self.throughput = Throughput()
+        self.output = SharedOutput(Path(str(args.output_dir)), args.should_save)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the batches of a step, counted, and the divisor of their loss."""
@@ -213,7 +216,18 @@ class StageTrainer(Trainer):
         return engine.optimizer if self.args.deepspeed else self.optimizer.optimizer
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        self._load_from_checkpoint(str(self.output.brought(Path(str(self.state.best_model_checkpoint)).name)))
+        gathered(None)
+        self.output.drop_copies()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Write the random numbers of all processes beside each other: those of another node would else lie on its own disk."""
+        with TemporaryDirectory() as aside:
+            super()._save_rng_state(aside)
+            states = gathered({path.name: path.read_bytes() for path in Path(aside).iterdir()})
+        if self.args.should_save:
+            for name, state in ChainMap(*states).items():
+                (Path(output_dir) / name).write_bytes(state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
@@ -229,8 +243,7 @@ class StageTrainer(Trainer):
     def _save_whole_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.require_finite()
         super()._save_checkpoint(model, trial)
-        if self.args.parallel_mode.value == "distributed":
-            torch.distributed.barrier()
+        self.state.best_model_checkpoint = gathered(self.state.best_model_checkpoint)[0]  # others may not see it
         if self.args.should_save:
             checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             share(checkpoint)
@@ -266,19 +279,19 @@ class StageTrainer(Trainer):
         Raises:
             ValueError: the checkpoints are those of another training.
         """
-        root = Path(str(self.args.output_dir))
-        with self.args.main_process_first(local=False):
-            folders = [folder for folder in root.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
-            if folders or any((root / name).is_file() for name in MODEL_CONFIGS):  # a model that the training would replace
-                self._require_same(root, identity)
-            if not folders and self.args.should_save:
-                (root / "run.json").unlink(missing_ok=True)  # it is about a training whose checkpoints are gone
-                write_json(root / IDENTITY, identity)
-            for folder in folders:
-                if not (folder / COMPLETE).is_file() and self.args.should_save:
-                    logger.warning("deleting %s, which was not written to its end", folder)
-                    shutil.rmtree(folder)
-        return get_last_checkpoint(str(root))
+        together(self._begin, identity)
+        newest = self.output.newest()
+        self.add_callback(CopyRemover(self.output))
+        return None if newest is None else str(newest)
+
+    def _begin(self, identity: dict[str, Any]) -> None:
+        root, folders = self.output.root, self.output.checkpoints()
+        if folders or any((root / name).is_file() for name in MODEL_CONFIGS):  # a model that the training would replace
+            self._require_same(root, identity)
+        if not folders and self.args.should_save:
+            (root / "run.json").unlink(missing_ok=True)  # it is about a training whose checkpoints are gone
+            write_json(root / IDENTITY, identity)
+        self.output.clean()
 
 
 class WholeBatches(Sampler[int]):

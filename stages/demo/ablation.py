@@ -26,7 +26,7 @@ from med3dvlm.metrics.text import text_scores
 from med3dvlm.programs import Parser, run
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS
-from med3dvlm.training.run import environment
+from med3dvlm.training.environment import environment
 
 ENCODERS = {
     "vit3d_clip": "ViT3D CLIP",

@@ -29,7 +29,7 @@ from med3dvlm.metrics.retrieval import recall_curve
 from med3dvlm.programs import Parser, run
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.records import QUESTION_KINDS, Study
-from med3dvlm.training.run import environment
+from med3dvlm.training.environment import environment
 from med3dvlm.volume import read_volume
 
 STAGES = {"stage0": "language_model", "stage1": "stage1", "stage2": "stage2", "stage3": "stage3"}  # step -> folder

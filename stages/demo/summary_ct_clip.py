@@ -17,7 +17,7 @@ from med3dvlm.evaluation.targets import Targets, at, compare, target_table
 from med3dvlm.files import read_lines, write_text
 from med3dvlm.programs import Parser, run
 from med3dvlm.prompts import RESEARCH_NOTICE
-from med3dvlm.training.run import environment
+from med3dvlm.training.environment import environment
 
 DEMO = "demo-ct-clip"
 TARGETS: Targets = {

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from med3dvlm import VolumeProcessor
+from med3dvlm.datasets import features as features_module
 from med3dvlm.datasets import m3d
 from med3dvlm.datasets.features import SharedFeatures, fingerprint, frozen_features
 from med3dvlm.datasets.preparation import prepare
@@ -176,14 +177,12 @@ def test_shared_features_are_those_of_one_process_in_their_own_type(tmp_path: Pa
         calls.extend(rows)
         return table[rows.start : rows.stop], table[rows.start : rows.stop, 0].float()
 
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr(features_module, "sharing", lambda folder: [0, 1])
+    monkeypatch.setattr(features_module, "rank_and_count", lambda: (1, 2))
     with pytest.raises(FileNotFoundError, match="00000.safetensors, which another process"):
         SharedFeatures(tmp_path / "x", 150, compute, batch_size=4)
     second = sorted(calls)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr(features_module, "rank_and_count", lambda: (0, 2))
     features = SharedFeatures(tmp_path / "x", 150, compute, batch_size=4)
     assert 60 < len(second) < 90 and sorted(calls) == list(range(150))
     features[7]
@@ -193,7 +192,7 @@ def test_shared_features_are_those_of_one_process_in_their_own_type(tmp_path: Pa
     assert whole[0].dtype == torch.bfloat16 and torch.equal(whole[0], table) and torch.equal(whole[1], table[:, 0].float())
     (tmp_path / "x" / "00001.safetensors").unlink()
     calls.clear()
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    monkeypatch.undo()
     SharedFeatures(tmp_path / "x", 150, compute, batch_size=4)
     assert calls == list(range(4, 8))
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 import med3dvlm.training.arguments
-import med3dvlm.training.run
+import med3dvlm.training.environment
 from med3dvlm import Med3DCLIP, Med3DVLM, programs
 from med3dvlm.training.arguments import StageArguments, parse_arguments
+from med3dvlm.training.environment import environment
 from med3dvlm.training.run import (
-    environment,
     finish,
     lora_targets,
     run_training,
@@ -386,7 +386,7 @@ def test_a_package_in_somebody_elses_repository_has_no_commit_of_theirs(tmp_path
     package.mkdir(parents=True)
     for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    monkeypatch.setattr(med3dvlm.training.run, "__file__", str(package / "training.py"))
+    monkeypatch.setattr(med3dvlm.training.environment, "__file__", str(package / "training.py"))
     assert environment()["commit"] is None
 
 
