@@ -37,6 +37,7 @@ def pytest_collection_finish() -> None:
 def trimmed() -> Iterator[None]:
     """Give back the memory that the tests of a file have freed, where the C library is glibc: it keeps up to 2 GB of a large encoder's."""
     yield
+    pytest_collection_finish()  # what the file imported besides
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

@@ -4,8 +4,8 @@
     timings.jsonl               seconds of each case, its share of its batch; apart, since they are other ones in every run
     predictions.<n>of<m>.part   of several processes (torchrun, accelerate launch): what each has made, a batch a line; gone at the end
 
-Cases are dealt out by whole batches, so that a case is always computed beside the same others: predictions.jsonl has the same bytes whatever
-the number of processes and however often the run was stopped.
+Cases are distributed by whole batches, so that a case is always computed beside the same others: predictions.jsonl has the same bytes
+whatever the number of processes and however often the run was stopped.
 """
 
 import atexit

@@ -75,7 +75,7 @@ def _sentences(scores: Scores) -> list[str]:
         f"Means over the findings of {scores['studies']} studies. A study counts for the findings that it has labels of; the published "
         f"figures are those of the {whole} studies with labels of all. In brackets 95 % of bootstrap resamples of the patients.",
         f"Thresholds: {scores['thresholds']['from']}{rule}. DCFormer's figures take 0.5.",
-        f"Against labels dealt out anew among the patients, {control['permutations']} times: macro AUROC {at_chance}.",
+        f"Against labels permuted among the patients, {control['permutations']} times: macro AUROC {at_chance}.",
         f"Calibration error {calibration['ece']:.3f}, Brier score {calibration['brier']:.3f}.",
     ]
     if scores["one_class"]:

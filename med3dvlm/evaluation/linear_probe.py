@@ -57,7 +57,7 @@ def training_studies(arguments: argparse.Namespace, data: PreparedData, others: 
     if common := sorted({study.patient for study in studies} & known):
         raise ValueError(
             f"{len(common)} patients of split {arguments.split!r} are in {split!r}, too, and a probe may not learn from what is scored; "
-            "name another --train-split, or deal the patients out anew"
+            "name another --train-split, or split the patients again"
         )
     if not studies:
         raise ValueError(f"no study of split {split!r} is left to learn from; name another --threshold-split")

@@ -18,7 +18,7 @@ Volumes are encoded one by one: predictions are the same bytes for every batch s
     blind             the scores of an empty volume, which is all air, given to every study
     shuffled          what it says of the next patient's volume
     everything        every finding stated of every study: DCFormer's F1 of that is far from 0
-    permuted_labels   the macro AUROC against labels dealt out anew among the patients
+    permuted_labels   the macro AUROC against labels permuted among the patients
 
 Thresholds never come from what is scored, see --threshold-split. med3dvlm/evaluation/detection.py says what is written.
 """
