@@ -51,10 +51,10 @@ def tokenizer(template: str = CHATML, trim_offsets: bool = False) -> PreTrainedT
 
 
 def language_model(family: str = "qwen2", vocab_size: int = 400, **settings: Any) -> PreTrainedModel:
-    """Two layers, 32 wide, with weights large enough for its answers to depend on what it reads."""
+    """Two layers, 32 wide unless said otherwise, with weights large enough for its answers to depend on what it reads."""
     config = AutoConfig.for_model(
-        family, vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=512, initializer_range=0.3, bos_token_id=None, eos_token_id=2, pad_token_id=0, **FAMILIES[family] | settings,
+        family, vocab_size=vocab_size, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512, initializer_range=0.3,
+        bos_token_id=None, eos_token_id=2, pad_token_id=0, **{"hidden_size": 32, "intermediate_size": 48} | FAMILIES[family] | settings,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config).eval()
 

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if arguments.mcp and arguments.auth_file is not None:
             raise ValueError("--mcp has no accounts and would let everybody in; leave out --mcp or --auth-file.")
-        check_engine(arguments.engine, arguments.vllm_url)
+        check_engine(arguments.engine, arguments.vllm_url, arguments.quantize)
         check_free(arguments.host, arguments.port)
         if min(arguments.limit, arguments.parallel) < 1:
             raise ValueError(f"--limit {arguments.limit} and --parallel {arguments.parallel} must be at least 1.")
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]:
             raise ValueError(f"--allow-host {wrong[0]} is not a name or an address; give it as scans.example.org or 192.0.2.1:7860.")
         accounts = None if arguments.auth_file is None else Accounts.load(arguments.auth_file)
-        chat = load(arguments.model)
+        chat = load(arguments.model, arguments.quantize)
         start_engine(chat, arguments.engine, arguments.vllm_url)
         analysis = load_analysis(chat, arguments.contrastive, arguments.index, arguments.segmenter or find_segmenter(arguments.model))
         for ending in (signal.SIGTERM, signal.SIGHUP):

@@ -37,7 +37,7 @@ def check_free(host: str, port: int) -> None:
         raise ValueError(f"Nothing can listen on {host}, port {port} ({error.strerror}); name another one by --port.") from None
 
 
-def load(model: Path) -> Any:
+def load(model: Path, quantize: str | None = None) -> Any:
     """Load the model. Raises FileNotFoundError or ValueError for a folder without one, or with another kind of model."""
     if model.is_file():
         raise FileNotFoundError(f"{model} is a file; give the directory of a trained model.")
@@ -49,4 +49,4 @@ def load(model: Path) -> Any:
     from med3dvlm.inference.chat import Med3DChat
 
     keep_freed_memory()
-    return Med3DChat.from_pretrained(model)
+    return Med3DChat.from_pretrained(model, quantize=quantize)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from med3dvlm.checkpoints.hub import write_card
 from med3dvlm.checkpoints.loading import load_vlm
 from med3dvlm.files import DETECTOR_FILE, MODEL_CONFIGS, install_model, write_json
-from med3dvlm.models.quantized import QUANTIZATION_FILE, require_quantization, round_to_quantized
+from med3dvlm.models.quantized import QUANTIZATION_FILE, TRAINED, require_quantization, round_to_quantized
 from med3dvlm.models.vlm import Med3DVLM
 from med3dvlm.models.vlm_processor import Med3DVLMProcessor
 
@@ -47,7 +47,7 @@ def load_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[A
             )
     record = Path(adapter) / QUANTIZATION_FILE
     method = json.loads(record.read_text(encoding="utf-8-sig"))["method"] if record.is_file() else None
-    require_quantization(method)
+    require_quantization(method, TRAINED)
     model, processor = load_vlm(base)
     if (pointing := Path(adapter) / POINTING_FILE).is_file():
         processor = Med3DVLMProcessor.from_pretrained(adapter)

@@ -69,14 +69,14 @@ def _ask(arguments: argparse.Namespace) -> None:
     from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
     from med3dvlm.volume import read_volume
 
-    check_engine(arguments.engine, arguments.vllm_url)
+    check_engine(arguments.engine, arguments.vllm_url, arguments.quantize)
     if arguments.masks is not None:
         require_free(arguments.masks)
     question = REPORT_PROMPTS[0] if arguments.question is None else arguments.question
     volume = read_volume(arguments.scan, **reading(arguments))  # before the model, so that a wrong file is told at once
     for warning in volume.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
-    chat = _load(arguments.model)
+    chat = _load(arguments.model, arguments.quantize)
     if arguments.masks is not None and chat.model.pointing is None:
         raise ValueError(
             f"{arguments.model} cannot point, so there is nothing to write to {arguments.masks}; train stage 3 with --segmenter"
@@ -115,13 +115,13 @@ def _write_masks(folder: Path, found: "Sequence[Segmentation]", said: dict[str, 
         write_json(aside / "masks.json", {"notice": RESEARCH_NOTICE, **said, "masks": listed})
 
 
-def _load(model: Path) -> "Med3DChat":
+def _load(model: Path, quantize: str | None) -> "Med3DChat":
     from med3dvlm.allocator import keep_freed_memory
     from med3dvlm.inference.chat import Med3DChat
 
     keep_freed_memory()
     quiet_transformers()
-    return Med3DChat.from_pretrained(model)
+    return Med3DChat.from_pretrained(model, quantize=quantize)
 
 
 def _print_pieces(pieces: "Generator[str, None, Answer]") -> "Answer":

@@ -8,6 +8,7 @@ from typing import Any
 
 from med3dvlm.cli.data import beside
 from med3dvlm.cli.options import Commands, add_workers, check_workers, numbers, quiet_transformers, reading
+from med3dvlm.inference.engines import add_engine, check_engine, start_engine
 from med3dvlm.programs import add_flag, positive
 
 MEANING = ("spacing", "unit", "hu", "rescale")
@@ -38,6 +39,7 @@ def add_commands(commands: Commands) -> None:
     add("--masks", action="store_true", help="draw what the answers point to, or, with --segmenter, the findings that a report states")
     add("--segmenter", metavar="FOLDER", type=Path, help="a segmenter (`med3dvlm train segmentation`) that draws")
     add("--embed", action="store_true", help="write embeddings.parquet: of the contrastive model, else the encoder's mean features")
+    add_engine(add)
     add_workers(command)
     add("--batch-size", type=positive, default=16, metavar="N", help="scans answered together: speed and memory (default: %(default)s)")
     told = command.add_argument_group("scans of which the table does not say it")
@@ -55,6 +57,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from med3dvlm.worklist.scans import scans_of
 
     check_workers(arguments)
+    check_engine(arguments.engine, arguments.vllm_url, arguments.quantize)
     scans, unused = scans_of(arguments.scans, arguments.out)
     if unused:
         print(f"Columns that are not used: {', '.join(unused)}", file=sys.stderr)
@@ -82,13 +85,12 @@ def _models(arguments: argparse.Namespace) -> Any:
     from med3dvlm.allocator import keep_freed_memory
     from med3dvlm.datasets.features import fingerprint
     from med3dvlm.inference.chat import Med3DChat
-    from med3dvlm.inference.transformers_engine import TransformersEngine
     from med3dvlm.search import Embedder
     from med3dvlm.worklist.running import Models
 
     keep_freed_memory()
     quiet_transformers()
-    chat = Med3DChat.from_pretrained(arguments.model, segmenter=arguments.segmenter)
+    chat = Med3DChat.from_pretrained(arguments.model, segmenter=arguments.segmenter, quantize=arguments.quantize)
     if arguments.masks and chat.model.pointing is None and chat.segmenter is None:
         raise ValueError(f"{arguments.model} cannot point, so there are no masks; name a --segmenter, or leave out --masks")
     embedder = None if arguments.contrastive is None else Embedder(arguments.contrastive)
@@ -102,6 +104,7 @@ def _models(arguments: argparse.Namespace) -> Any:
         "vlm": about(arguments.model, chat.model),
         "contrastive": about(arguments.contrastive, embedder and embedder.model),
         "segmenter": about(arguments.segmenter, chat.segmenter and chat.segmenter.model),
-        "quantized": None,
+        "quantized": arguments.quantize,
     }
-    return Models(chat, TransformersEngine(chat, arguments.batch_size), embedder, chat.segmenter, known)
+    engine = start_engine(chat, arguments.engine, arguments.vllm_url, arguments.batch_size)
+    return Models(chat, engine, embedder, chat.segmenter, known)

@@ -29,8 +29,10 @@ from med3dvlm.formats import state_of
 from med3dvlm.inference.engine import Engine, Generation, Request, Stream
 from med3dvlm.inference.out_of_distribution import Features, OutOfDistributionDetector, OutOfDistributionScore, pool_features
 from med3dvlm.inference.pointing import Place, draw_places, places_in
+from med3dvlm.inference.quantized import quantize_checked
 from med3dvlm.inference.segmentation import Segmentation, Segmenter
 from med3dvlm.inference.transformers_engine import TransformersEngine
+from med3dvlm.models.quantized import require_quantization
 from med3dvlm.models.vlm import Med3DVLM
 from med3dvlm.models.vlm_processor import Med3DVLMProcessor, Message, end_tokens
 from med3dvlm.preprocessing import Scan
@@ -87,6 +89,7 @@ class Med3DChat:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         segmenter: str | Path | None = None,
+        quantize: str | None = None,
     ) -> "Med3DChat":
         """Load a directory that `stages/`, `merge` or `convert` wrote.
 
@@ -94,11 +97,13 @@ class Med3DChat:
             device: by default the GPU where there is one.
             dtype: by default bfloat16 on a GPU that computes in it, else as stored.
             segmenter: the folder of a Med3DSegmenter, which `segment` asks.
+            quantize: "int8" or "nf4" holds the language model in 8 or 4 bits; see `inference.quantized`, which checks it.
 
         Raises:
             FileNotFoundError: the directory or its weights are missing.
-            ValueError: it holds a model of another kind, or damaged weights.
+            ValueError: it holds a model of another kind, or damaged weights; or it cannot be quantised.
         """
+        require_quantization(quantize)
         if (kind := model_type(path)) != "med3dvlm":
             raise ValueError(f"{path} holds a {kind} model, which cannot answer; give one that stage 3 or `med3dvlm merge` wrote")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -109,6 +114,8 @@ class Med3DChat:
             detector = OutOfDistributionDetector.load(path)
         except SafetensorError as error:
             raise ValueError(f"{path} holds a damaged or incomplete *.safetensors file ({error}); copy it again") from error
+        if quantize is not None:
+            quantize_checked(model, processor, quantize, device)
         model.to(device)  # type: ignore[arg-type]
         return cls(model, processor, detector, None if segmenter is None else Segmenter.from_pretrained(segmenter, device))
 

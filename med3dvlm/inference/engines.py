@@ -17,9 +17,10 @@ def add_engine(add: Callable[..., argparse.Action]) -> None:
     """The options, by a parser's `add_argument`."""
     add("--engine", choices=ENGINES, help="what generates (default: transformers, or vllm where --vllm-url is given)")
     add("--vllm-url", metavar="URL", help="a vLLM server of this model's language model (`med3dvlm export`), as http://127.0.0.1:8000")
+    add("--quantize", metavar="METHOD", help="hold the language model in 8 or 4 bits: int8 or nf4 (default: as it is stored)")
 
 
-def check_engine(engine: str | None, url: str | None) -> None:
+def check_engine(engine: str | None, url: str | None, quantize: str | None = None) -> None:
     """Raise ValueError, one sentence, where the options cannot be: before a model is loaded."""
     if url is not None:
         from med3dvlm.inference.vllm_sources import check_url
@@ -31,6 +32,12 @@ def check_engine(engine: str | None, url: str | None) -> None:
         from med3dvlm.inference.vllm_sources import check_installed
 
         check_installed()
+    if quantize is not None:
+        from med3dvlm.models.quantized import require_quantization
+
+        if url is not None or engine == "vllm":
+            raise ValueError("--quantize is of the transformers engine, and vLLM quantises by its own options; leave out one of the two.")
+        require_quantization(quantize)
 
 
 def start_engine(chat: "Med3DChat", engine: str | None, url: str | None, slots: int | None = None, **options: Any) -> "Engine":

@@ -121,11 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = options().parse_args(argv)
     if arguments.host not in HERE_ONLY and arguments.api_key_file is None:
         raise ValueError(f"--host {arguments.host} would let everybody in; give --api-key-file, too (a file with a key a line).")
-    check_engine(arguments.engine, arguments.vllm_url)
+    check_engine(arguments.engine, arguments.vllm_url, arguments.quantize)
     check_free(arguments.host, arguments.port)
     keys = None if arguments.api_key_file is None else Keys.load(arguments.api_key_file)
     warnings.simplefilter("ignore")  # a library's may quote a header
-    chat = load(arguments.model)
+    chat = load(arguments.model, arguments.quantize)
     embedder = None if arguments.contrastive is None else Embedder(arguments.contrastive)
     engine = start_engine(chat, arguments.engine, arguments.vllm_url, arguments.parallel)
     limits = Limits(arguments.limit * 2**20, arguments.scans, max(arguments.scans, 1024), 60.0 * arguments.minutes)

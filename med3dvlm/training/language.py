@@ -16,7 +16,7 @@ from med3dvlm.datasets.mask_prompts import require_masks
 from med3dvlm.datasets.pointing import PointingAnswers
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import load_volumes
-from med3dvlm.models.quantized import quantize, require_quantization
+from med3dvlm.models.quantized import TRAINED, quantize, require_quantization
 from med3dvlm.models.vlm import Med3DVLM, count_items
 from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor
 from med3dvlm.records import Study
@@ -71,7 +71,7 @@ class ConversationArguments(ImageArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_quantization(self.quantize)
+        require_quantization(self.quantize, TRAINED)
         if self.quantize and self.deepspeed and self.hf_deepspeed_config.is_zero3():
             raise ValueError("quantize does not go with ZeRO-3, which would cut 4-bit weights into parts; pass --deepspeed deepspeed/zero2")
         for name, known in (("rows", ROWS), ("loss_weighting", LOSS_WEIGHTINGS)):

@@ -106,7 +106,7 @@ def test_pieces_of_a_stream_and_a_batch_show_no_token(chat: Med3DChat, scan: Pat
 
 def test_a_run_writes_masks_beside_its_tables(chat: Med3DChat, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chat.processor.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(Med3DChat, "from_pretrained", classmethod(lambda cls, path, **options: chat))
+    monkeypatch.setattr(Med3DChat, "from_pretrained", classmethod(lambda cls, path, **options: Med3DChat(chat.model, chat.processor)))
     out = tmp_path / "out"
     words = [
         "run",
@@ -135,7 +135,7 @@ def test_a_run_writes_masks_beside_its_tables(chat: Med3DChat, scan: Path, tmp_p
 def test_the_command_writes_what_the_answer_points_to(
     chat: Med3DChat, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Med3DChat, "from_pretrained", classmethod(lambda cls, path: chat))
+    monkeypatch.setattr(Med3DChat, "from_pretrained", classmethod(lambda cls, path, **options: Med3DChat(chat.model, chat.processor)))
     out = tmp_path / "masks"
     assert cli.main(["ask", "model", str(scan), QUESTION, "--masks", str(out)]) in (0, None)
     said = capsys.readouterr()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from med3dvlm.models.quantized import quantize, require_quantization, round_to_quantized
+from med3dvlm.models.quantized import TRAINED, Int8Linear, quantize, require_quantization, round_to_quantized
 from tests.tiny_parts import FAMILIES
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -85,8 +85,42 @@ def test_layers_of_other_widths_stay_as_they_are(caplog: pytest.LogCaptureFixtur
 
 def test_a_method_is_named_and_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     require_quantization(None)
-    with pytest.raises(ValueError, match="quantize is 'int3' but must be nf4"):
+    with pytest.raises(ValueError, match="quantize is 'int3' but must be int8 or nf4"):
         require_quantization("int3")
+    with pytest.raises(ValueError, match="quantize is 'int8' but must be nf4"):
+        require_quantization("int8", TRAINED)
     monkeypatch.setattr("med3dvlm.models.quantized.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"pip install 'med3dvlm\[quantize\]'"):
         require_quantization("nf4")
+    require_quantization("int8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_eight_bits_of_any_width(dtype: torch.dtype) -> None:
+    """Each weight becomes the nearest of 255 steps of its row, and no row of a batch depends on the others."""
+    linear = torch.nn.Linear(100, 30).to(dtype)
+    with torch.no_grad():
+        linear.weight[3] = 0
+        linear.weight[4] *= 100
+    layer = Int8Linear(linear)
+    steps = linear.weight.detach().double().abs().amax(dim=1) / 127
+    steps[3] = 1
+    nearest = torch.stack([(row / step).round() * step for row, step in zip(linear.weight.detach().double(), steps, strict=True)])
+    inputs = torch.randn(5, 7, 100).to(dtype)
+    inputs[2, 3, 4] = 60  # an outlier, as large models have them
+    expected = inputs.double() @ nearest.T + linear.bias.double()
+    error = (layer(inputs).double() - expected).abs().amax(dim=(0, 1)) / expected.abs().amax(dim=(0, 1))
+    assert layer(inputs).dtype == dtype and error.max() < {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    torch.testing.assert_close(layer(inputs[2]), layer(inputs)[2])
+
+
+def test_a_model_in_eight_bits() -> None:
+    model, exact = language_model(96), language_model(96)
+    exact.load_state_dict(model.state_dict())
+    quantize(model, "cpu", "int8")
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    assert len(layers) == 14 and type(model.lm_head) is torch.nn.Linear
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        before, after = (each(ids).logits for each in (exact, model))
+    assert 0 < (after - before).norm() / before.norm() < 0.03  # 0.011 measured
