@@ -43,7 +43,7 @@ def read_lines(path: Path, repair: bool = False) -> list[dict[str, Any]]:
     """Read the records of a JSON-lines file, none where there is no file. Half a line at its end is ignored, and with `repair` cut off.
 
     Raises:
-        ValueError: a whole line is no JSON.
+        ValueError: a whole line is not valid JSON.
     """
     content = path.read_bytes() if path.is_file() else b""
     *whole, rest = content.split(b"\n")
@@ -55,7 +55,7 @@ def read_lines(path: Path, repair: bool = False) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{path} line {number} is no JSON ({error}); delete the file and run again") from error
+            raise ValueError(f"{path} line {number} is not valid JSON ({error}); delete the file and run again") from error
     return records
 
 

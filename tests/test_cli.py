@@ -143,7 +143,7 @@ def test_a_model_that_cannot_be_used(run: Run, scan: Path, model: Path, tmp_path
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.json").write_text("{}")
     for folder, reason in (
-        (tmp_path / "none", "is no directory"),
+        (tmp_path / "none", "is not a directory"),
         (tmp_path / "unfinished", "holds no model"),
         (broken, "damaged or incomplete"),
     ):
@@ -244,7 +244,7 @@ def test_inspect_is_told_what_the_file_does_not_say(run: Run, tmp_path: Path) ->
     code, output, error = run("inspect", tmp_path / "bare.npy", "--out", tmp_path / "picture.txt")
     assert (code, output) == (2, "") and "picture.txt: the picture is written as PNG" in sentence(error)
     code, output, error = run("inspect", tmp_path / "bare.npy", "--series", 2)
-    assert (code, output) == (2, "") and "no DICOM" in sentence(error)
+    assert (code, output) == (2, "") and "not DICOM" in sentence(error)
 
 
 def test_inspect_straightens_where_asked(run: Run, tmp_path: Path) -> None:

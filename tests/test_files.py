@@ -28,7 +28,7 @@ def test_half_a_line_is_left_out_and_cut_off_where_asked(tmp_path: Path) -> None
     assert read_lines(path) == [{"a": "\u2028é"}] and path.stat().st_size > len(whole)
     assert read_lines(path, repair=True) == [{"a": "\u2028é"}] and path.read_bytes() == whole
     path.write_bytes(b"{}\nno\n")
-    with pytest.raises(ValueError, match="lines.jsonl line 2 is no JSON"):
+    with pytest.raises(ValueError, match="lines.jsonl line 2 is not valid JSON"):
         read_lines(path)
 
 

@@ -141,5 +141,5 @@ def test_a_flag_is_argparse_own() -> None:
     add_flag(parser, "blind", True, "look")
     assert parser.parse_args([]).blind and not parser.parse_args(["--no-blind"]).blind
     assert programs.positive("12") == 12
-    with pytest.raises(argparse.ArgumentTypeError, match="no whole number"):
+    with pytest.raises(argparse.ArgumentTypeError, match="not a whole number"):
         programs.positive("0")

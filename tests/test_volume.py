@@ -141,7 +141,7 @@ def test_missing_empty_and_unknown(tmp_path: Path) -> None:
 def test_text_under_a_scans_name(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"scan{ending}"
     path.write_text("These are the findings of the report.\n" * 40)
-    refused(path, "cannot be read as .* copy or export it again|no DICOM image")
+    refused(path, "cannot be read as .* copy or export it again|not a DICOM image")
 
 
 @pytest.mark.parametrize("ending", list(READERS))
@@ -167,7 +167,7 @@ def test_truncated_file(tmp_path: Path, ending: str, share: float) -> None:
         sitk.WriteImage(sitk.GetImageFromArray(noisy), path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
-    refused(tmp_path / f"scan{ending}", "cannot be read as|damaged|no DICOM image")
+    refused(tmp_path / f"scan{ending}", "cannot be read as|damaged|not a DICOM image")
 
 
 def test_2d_and_4d(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class Accounts:
             if not all(isinstance(value, str) and len(bytes.fromhex(value)) == 48 for value in hashes.values()):
                 raise ValueError("an entry is not a hash")
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is no accounts file ({error}); make one with `python app/accounts.py`.") from None
+            raise ValueError(f"{path} is not an accounts file ({error}); make one with `python app/accounts.py`.") from None
         if not hashes:
             raise ValueError(f"{path} holds no account; add one with `python app/accounts.py {path} NAME`.")
         return cls(hashes)

@@ -83,7 +83,7 @@ class Workstation:
         """Open another series of the same study, by its number in `volume.series`. Raises VolumeError as `open_uploads` does."""
         scan = session.scan
         if scan is None or scan.upload is None:
-            raise VolumeError("The scan that is open is no DICOM study; open one.")
+            raise VolumeError("The scan that is open is not a DICOM study; open one.")
         with self._reading:
             scan = read_series(scan.upload, number, self.straighten)
             self._put(session, scan)

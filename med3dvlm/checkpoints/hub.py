@@ -132,7 +132,7 @@ def push(folder: Path, repo_id: str, private: bool = False) -> list[str]:
     """Upload a model's folder in one commit; returns the names of the files.
 
     Raises:
-        FileNotFoundError, ValueError: it is no folder of a whole model of ours, or a checkpoint of a training, or the repository is public
+        FileNotFoundError, ValueError: it is not a folder of a whole model of ours, or a checkpoint of a training, or the repository is public
             although a private one is asked for.
         OSError: the hub refuses.
     """

@@ -91,9 +91,9 @@ def configuration_of(name: str, wanted: str, known: Any, **overrides: Any) -> tu
     try:
         config = AutoConfig.from_pretrained(path, **overrides)
     except ValueError as error:
-        raise ValueError(f"{name} is no {wanted} of this version of transformers: {str(error).strip().splitlines()[0]}") from None
+        raise ValueError(f"{name} is not a {wanted} of this version of transformers: {str(error).strip().splitlines()[0]}") from None
     if type(config) not in known:
-        raise ValueError(f"{name} is a model of type {config.model_type}, which is no {wanted}")
+        raise ValueError(f"{name} is a model of type {config.model_type}, which is not a {wanted}")
     return path, config
 
 
@@ -131,7 +131,7 @@ def require_weights(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no directory; name one that a stage, `med3dvlm merge` or `med3dvlm convert` wrote")
+        raise FileNotFoundError(f"{path} is not a directory; name one that a stage, `med3dvlm merge` or `med3dvlm convert` wrote")
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
         raise FileNotFoundError(f"{path} holds no model: config.json and *.safetensors are expected; was the training finished and merged?")
     _require_whole(path)

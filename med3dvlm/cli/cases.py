@@ -74,7 +74,7 @@ def _search(arguments: argparse.Namespace) -> None:
             print(f"Warning: {warning}", file=sys.stderr)
         hits = index.search_scan(volume, arguments.top, arguments.exact)
     _print_hits(hits)
-    print("A similarity is a cosine, at most 1. It orders the cases and is no probability.", RESEARCH_NOTICE, sep="\n", file=sys.stderr)
+    print("A similarity is a cosine, at most 1. It orders the cases and is not a probability.", RESEARCH_NOTICE, sep="\n", file=sys.stderr)
 
 
 def _print_hits(hits: "Sequence[Hit]") -> None:

@@ -40,7 +40,7 @@ def csv_rows(path: Path, columns: Sequence[str], known: Sequence[str] = ()) -> I
             yield from _rows(path, _Lines(file), columns, known)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} line {_undecodable(path)} is no UTF-8 text; save the table as UTF-8 (spreadsheets call it CSV UTF-8)"
+            f"{path} line {_undecodable(path)} is not UTF-8 text; save the table as UTF-8 (spreadsheets call it CSV UTF-8)"
         ) from error
 
 
@@ -82,7 +82,7 @@ class _Lines:
 def _rows(path: Path, lines: _Lines, columns: Sequence[str], known: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     first = next((line for line in lines if line.strip()), "")
     if "\0" in first:
-        raise ValueError(f"{path} is no UTF-8 text; save the table as UTF-8 (spreadsheets call it CSV UTF-8)")
+        raise ValueError(f"{path} is not UTF-8 text; save the table as UTF-8 (spreadsheets call it CSV UTF-8)")
     delimiter = max(DELIMITERS, key=lambda sign: _fit(first, sign, columns))
     names = own_names(_cells(first, delimiter), (*columns, *known))
     check_columns(path, names, columns)
@@ -212,10 +212,10 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                         raise ValueError(f"it holds no JSON object but a {type(row).__name__}")
                     yield f"{path} line {number}", row
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} line {_undecodable(path)} is no UTF-8 text; save the table as UTF-8") from error
+            raise ValueError(f"{path} line {_undecodable(path)} is not UTF-8 text; save the table as UTF-8") from error
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path} line {number} is no JSON: {error.msg} at character {error.colno}; each line must hold one object"
+                f"{path} line {number} is not valid JSON: {error.msg} at character {error.colno}; each line must hold one object"
             ) from error
         except RecursionError as error:
             raise ValueError(f"{path} line {number} is no table's: its lists stand too deep within one another") from error

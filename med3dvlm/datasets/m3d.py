@@ -110,7 +110,7 @@ def _listing(root: Path) -> tuple[Path, dict[str, list[dict[str, str]]]]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(entries, dict) or not all(isinstance(listed, list) for listed in entries.values()):
         raise ValueError(f'{path} must be {{"train": [{{"image": path, "text": path}}, ...], ...}} but is something else')
     return path, entries
@@ -139,7 +139,7 @@ def _read_report(path: Path, name: str) -> str:
     try:
         report = report_text(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is no UTF-8 text; save it as such") from error
+        raise ValueError(f"{name} is not UTF-8 text; save it as such") from error
     if is_missing(report):
         raise ValueError(f"{name} is {'empty' if not report else repr(report)}; write the report into it, or leave the study out")
     return report

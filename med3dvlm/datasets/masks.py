@@ -75,7 +75,7 @@ def _read(path: Path, volume: Volume) -> Labels:
     if array.dtype.kind not in "biuf":
         raise VolumeError(f"{path}: values are of type {array.dtype} but a mask holds whole numbers; save it so.")
     if array.dtype.kind == "f":
-        # NaN is no whole number either
+        # NaN is not a whole number either
         if not (array == np.rint(array)).all():
             raise VolumeError(f"{path}: a mask holds whole numbers, one for each label, but these are not whole; save labels, not scores.")
     if array.ndim == 4:

@@ -227,7 +227,7 @@ class PreparedData:
         try:
             listed = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
-            raise ValueError(f"{path}, the split file, is no JSON ({error})") from error
+            raise ValueError(f"{path}, the split file, is not valid JSON ({error})") from error
         if not isinstance(listed, dict) or not all(isinstance(ids, list) for ids in listed.values()):
             raise ValueError(f"{path} must hold {{split: [study ids]}}, as `med3dvlm audit` writes it")
         split_of = {str(study): split for split, ids in listed.items() for study in ids}

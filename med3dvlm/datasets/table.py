@@ -99,7 +99,7 @@ def read(root: str | Path, split: str, failures: list[dict[str, str]] | None = N
 def table_of(root: Path) -> Path:
     """Return the table in the folder: the only .csv or .jsonl there, or the one named table. Raises FileNotFoundError or ValueError."""
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder; name the one that holds the scans and the table")
+        raise FileNotFoundError(f"{root} is not a folder; name the one that holds the scans and the table")
     found = sorted(path for path in root.iterdir() if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
     named = [path for path in found if path.stem.lower() == "table"]
     if not found:
@@ -191,7 +191,7 @@ def _masks(root: Path, facts: Mapping[str, Any]) -> dict[str, Mask]:
         check_inside(folder, "masks")
         files = [file for file in sorted((root / folder).glob("*")) if file.is_file() and not file.name.startswith(".")]
         if not files:
-            raise ValueError(f"masks is {folder!r} but {root / folder} is no folder with files in it")
+            raise ValueError(f"masks is {folder!r} but {root / folder} is not a folder with files in it")
         for file in files:
             ending = next((ending for ending in READERS if file.name.lower().endswith(ending)), file.suffix)
             name = file.name[: -len(ending) or None].replace("_", " ")

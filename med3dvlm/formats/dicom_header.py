@@ -77,7 +77,7 @@ def read_headers(path: Path, source: str) -> tuple[list[Slice], list[str]]:
     if problems.total():
         raise unusable(problems, source)
     if not slices and path.is_file():
-        raise VolumeError(f"{source}: this is no DICOM image but a report, a directory or the like; give the folder with the slices.")
+        raise VolumeError(f"{source}: this is not a DICOM image but a report, a directory or the like; give the folder with the slices.")
     if not slices:
         raise VolumeError(f"{source}: the folder holds no DICOM images; give the folder with the slices.")
     left = Counter(problem for (problem, _), series in odd if series not in read)

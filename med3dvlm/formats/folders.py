@@ -23,4 +23,4 @@ def read(folder: Path, source: str, series: int | None = None) -> Parts:
 def no_series(series: int | None, source: str) -> None:
     """Raise VolumeError where a DICOM series was picked but there are none."""
     if series is not None:
-        raise VolumeError(f"{source}: this is no DICOM, so there are no series to pick from; leave series={series} out.")
+        raise VolumeError(f"{source}: this is not DICOM, so there are no series to pick from; leave series={series} out.")

@@ -52,7 +52,9 @@ class Address:
             shown = re.sub(r"//[^/]*@", "//", self.address).split("?")[0]
             raise ValueError(f"{shown} comes with a password, a query or a fragment; write the plain address of the folder")
         if scheme not in available_protocols():
-            raise ValueError(f"{self.address}: {scheme}:// is no kind of address that fsspec knows; write s3://, gs://, https:// or a path")
+            raise ValueError(
+                f"{self.address}: {scheme}:// is not a kind of address that fsspec knows; write s3://, gs://, https:// or a path"
+            )
         get_filesystem_class(scheme)
         self.key = hashlib.sha256(self.address.encode()).hexdigest()[:16]  # names a folder for it
         self._opened: tuple[int, Any, str] | None = None

@@ -181,7 +181,7 @@ def report_dicom(report: Report, scan: str | os.PathLike[str], series: int | Non
         scan, series: what `read_volume` was given.
 
     Raises:
-        VolumeError: the scan is no DICOM or gone, or its files cannot be referred to; one sentence.
+        VolumeError: the scan is not DICOM or gone, or its files cannot be referred to; one sentence.
     """
     sections = [(section.heading, [section.text]) for section in report.sections]
     if stated := _stated(report):

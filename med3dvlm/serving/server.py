@@ -96,7 +96,7 @@ def _malformed(error: RequestValidationError) -> Refused:
     if first["type"] == "extra_forbidden":
         return Refused(400, f"The field {place!r:.80} is not known here; leave it out.", place, "unknown_parameter")
     if first["type"] == "json_invalid" or not place:
-        return Refused(400, "The body is no JSON object; send one, with the header Content-Type: application/json.", code="invalid_json")
+        return Refused(400, "The body is not a JSON object; send one, with the header Content-Type: application/json.", code="invalid_json")
     return Refused(400, f"{place}: {first['msg']}.", place, "invalid_value")
 
 

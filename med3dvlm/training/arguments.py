@@ -81,7 +81,7 @@ class StageArguments(TrainingArguments):
             _require_json(path)
             self.deepspeed = str(path)
         if self.output_dir == "" or Path(self.output_dir or ".").is_file():
-            raise ValueError(f"output_dir is {self.output_dir!r}, which is no folder; name one that is there or can be made")
+            raise ValueError(f"output_dir is {self.output_dir!r}, which is not a folder; name one that is there or can be made")
         if str(getattr(self.save_strategy, "value", self.save_strategy)) == "best" and self.metric_for_best_model is None:
             raise ValueError(
                 "save_strategy is 'best', of which nothing says by what; pass --metric-for-best-model loss, and an --eval-strategy"
@@ -242,7 +242,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            parser.error(f"{path} is no YAML: {' '.join(str(error).split())}")
+            parser.error(f"{path} is not valid YAML: {' '.join(str(error).split())}")
         if not isinstance(settings, dict):
             parser.error(f"{path} must hold lines of `name: value`, not a {type(settings).__name__}")
         unknown = sorted(map(str, set(settings) - known))
@@ -299,7 +299,7 @@ def _require_json(path: Path) -> None:
     try:
         settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path}, DeepSpeed's configuration, is no JSON: {error}") from None
+        raise ValueError(f"{path}, DeepSpeed's configuration, is not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}, DeepSpeed's configuration, must hold settings by name, as deepspeed/zero2 of the package does")
 

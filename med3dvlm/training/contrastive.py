@@ -106,7 +106,7 @@ def _options(name: str, value: Any, example: str) -> Any:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{name} {value!r} is no JSON ({error}); write '{example}'") from None
+            raise ValueError(f"{name} {value!r} is not valid JSON ({error}); write '{example}'") from None
     if not isinstance(value, (dict, type(None))):
         raise ValueError(f"{name} is {value!r} but must hold settings by name; write '{example}'")
     least = 1 if name == "encoder_options" else 0  # every whole number of an encoder's is a size or a count

@@ -62,7 +62,7 @@ class DecoderArguments:
         """Return the settings of Med3DSegmenterConfig.
 
         Raises:
-            ValueError: `decoder_widths` are no whole numbers.
+            ValueError: `decoder_widths` are not whole numbers.
         """
         names = ("embedding_dim", "embedding_stride", "dual_cross_attention", "attention_level", "attention_heads", "segmentation_loss")
         try:

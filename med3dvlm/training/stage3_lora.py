@@ -56,7 +56,7 @@ def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
     """Return the model with trainable LoRA modules, a trainable copy of the projector, and of its pointing part; everything else is frozen.
 
     Raises:
-        ValueError: `also_train` names what is no module, or what LoRA trains already.
+        ValueError: `also_train` names what is not a module, or what LoRA trains already.
     """
     targets = re.compile(lora_targets(base))
     trained = ["projector"] if base.pointing is None else ["projector", "pointing"]
@@ -65,7 +65,7 @@ def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
         found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         if not found:
             raise ValueError(
-                f"also_train names {wanted!r}, which is no module of the model; vision_encoder, embed_tokens and lm_head are, for example"
+                f"also_train names {wanted!r}, which is not a module of the model; vision_encoder, embed_tokens and lm_head are, for example"
             )
         if any(targets.fullmatch(name) and name.startswith(tuple(found)) for name in modules):
             raise ValueError(f"also_train names {wanted!r}, but its layers get LoRA; leave it out")

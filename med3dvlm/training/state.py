@@ -87,7 +87,7 @@ class TrainingState:
         self.places: dict[str, dict[str, Any]] = defaultdict(dict)  # name -> kind -> open file
         for path in sorted(Path(folder).glob(STATE_FILES)):
             file = safe_open(path, "pt")
-            for key in file.keys():  # noqa: SIM118  it is no dictionary
+            for key in file.keys():  # noqa: SIM118  it is not a dictionary
                 kind, _, name = key.partition("/")
                 self.places[name][kind] = file
         if not self.places:

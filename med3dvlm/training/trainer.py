@@ -85,7 +85,7 @@ class StageTrainer(Trainer):
         return self.finite(super().training_step(*arguments, **options))
 
     def finite(self, loss: Tensor) -> Tensor:
-        """Return the loss of a step; raises DivergedError, on all processes, where it is no finite number."""
+        """Return the loss of a step; raises DivergedError, on all processes, where it is not a finite number."""
         total = self.accelerator.reduce(loss.detach())  # so that all processes stop, not only those whose part is spoilt
         if not torch.isfinite(total):
             self._stop(f"the loss is {total.item()} at step {self.state.global_step + 1}")

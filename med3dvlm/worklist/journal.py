@@ -104,7 +104,7 @@ def locked(out: Path) -> Iterator[None]:
         FileExistsError, ValueError: the folder holds something else, or another run writes into it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not any((out / name).exists() for name in ("run.json", ".lock")):
-        raise FileExistsError(f"{out} exists and is no folder of results; {ELSEWHERE}")
+        raise FileExistsError(f"{out} exists and is not a folder of results; {ELSEWHERE}")
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         try:

@@ -45,8 +45,8 @@ def test_others_are_let_in_with_a_password_only(tmp_path, capsys) -> None:
     assert "give --auth-file" in capsys.readouterr().err
     for content, words in (
         (None, "no accounts file"),
-        ("[]", "is no accounts file"),
-        ('{"a": "b"}', "is no accounts file"),
+        ("[]", "is not an accounts file"),
+        ('{"a": "b"}', "is not an accounts file"),
         ("{}", "no account"),
     ):
         path = tmp_path / "accounts.json"

@@ -107,7 +107,7 @@ def test_unknown_places_are_told(tmp_path: Path) -> None:
     released.refused("neither a file nor a folder nor the id", tmp_path / "nothing" / "here", tmp_path / "ours")
     released.refused("could not be fetched from the hub", "MagicXin/Med3DVLM-Qwen-2.5-7B", tmp_path / "ours")
     (tmp_path / "notes.txt").touch()
-    released.refused("notes.txt is no file of weights", tmp_path / "notes.txt", tmp_path / "ours")
+    released.refused("notes.txt is not a file of weights", tmp_path / "notes.txt", tmp_path / "ours")
     released.refused("no known layout", released.write_pickle(tmp_path / "a.bin", {"layer.weight": torch.ones(2)}), tmp_path / "ours")
 
 

@@ -136,7 +136,7 @@ def test_what_is_refused(folder: Path, hub: Hub, tiny_models: SimpleNamespace, t
     shutil.copytree(folder, unfinished)
     write_json(unfinished / "trainer_state.json", {})
     for place, name, words in (
-        (tmp_path / "gone", "a/b", "is no directory"),
+        (tmp_path / "gone", "a/b", "is not a directory"),
         (adapter, "a/b", "holds an adapter, not a whole model; merge it first"),
         (checkpoint, "a/b", "is a checkpoint of a training"),
         (unfinished, "a/b", "is a checkpoint of a training"),

@@ -112,9 +112,9 @@ def test_unnamed_columns_and_other_encodings(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     assert rows(path, ",image,report\n0,a.nii,x\n") == [{"column 1": "0", "image": "a.nii", "report": "x"}]
     for wrong in ("Müller".encode("cp1252"), "Müller".encode("latin-1")):
-        with pytest.raises(ValueError, match="table.csv line 3 is no UTF-8 text; save the table as UTF-8"):
+        with pytest.raises(ValueError, match="table.csv line 3 is not UTF-8 text; save the table as UTF-8"):
             rows(path, "image,report\na.nii,é\nb.nii,".encode() + wrong)
-    with pytest.raises(ValueError, match="table.csv is no UTF-8 text; save the table as UTF-8"):
+    with pytest.raises(ValueError, match="table.csv is not UTF-8 text; save the table as UTF-8"):
         rows(path, "image,report\na.nii,x\n".encode("utf-16-le"))
     with pytest.raises(ValueError, match=r"lacks the columns \['image', 'report'\]; it has \['image\|report'\]"):
         rows(path, "image|report\na.nii|x\n")
@@ -125,7 +125,7 @@ def test_json_lines_hold_a_column_once(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": "\u2028é"}).encode() + b"\n\n{}\n")
     assert list(json_rows(path)) == [(f"{path} line 1", {"a": "\u2028é"}), (f"{path} line 3", {})]
     path.write_text('{"a": 1,\n')
-    with pytest.raises(ValueError, match=r"table.jsonl line 1 is no JSON: .* at character \d+; each line must hold one object"):
+    with pytest.raises(ValueError, match=r"table.jsonl line 1 is not valid JSON: .* at character \d+; each line must hold one object"):
         list(json_rows(path))
     path.write_text('{}\n{"a": 1, "a": 2}\n')
     with pytest.raises(ValueError, match=r"table.jsonl line 2: \['a'\] stand there twice"):

@@ -212,7 +212,7 @@ def test_a_bad_listing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"M3D_Cap\.json, entry 2 of 'train' lacks text"):
         m3d.read(tmp_path, "train")
     listing.write_text('{"train": [')
-    with pytest.raises(ValueError, match=r"M3D_Cap\.json is no JSON: .*line 1 column"):
+    with pytest.raises(ValueError, match=r"M3D_Cap\.json is not valid JSON: .*line 1 column"):
         m3d.read(tmp_path, "train")
 
 
@@ -251,7 +251,7 @@ def test_a_report_that_cannot_be_read_is_one_studys_failure(tmp_path: Path) -> N
     failures: list[dict[str, str]] = []
     assert m3d.read(tmp_path, "train", failures) == (OWN[3:], questions[3:])
     assert [failure["study"] for failure in failures] == [one.id for one in OWN[:3]]
-    for failure, text, reason in zip(failures, texts, ("is missing", "is empty", "is no UTF-8 text"), strict=False):
+    for failure, text, reason in zip(failures, texts, ("is missing", "is empty", "is not UTF-8 text"), strict=False):
         assert str(text) in failure["reason"] and reason in failure["reason"]
     with pytest.raises(ValueError, match="b.txt, the report of scans/0002.NRRD by .* is empty"):
         texts[0].write_text("A cyst.")

@@ -214,7 +214,7 @@ def test_masks_of_ones_own(tmp_path: Path) -> None:
     assert torch.equal(data.masks(data.studies("train")[0], ["liver mass"])[0], torch.from_numpy(expected))
     for cells, said in (
         ("labels.nii.gz#x,", "must be a file, or file#label"),
-        (",nowhere", "is no folder with files in it"),
+        (",nowhere", "is not a folder with files in it"),
         ("../m,", "without '..'"),
     ):
         (tmp_path / "table.csv").write_text(head + f"a.nii.gz,A mass.,train,{cells}\n")

@@ -140,7 +140,7 @@ def test_a_wrong_table_is_named_by_file_and_line(tmp_path: Path, text: str, mess
         ('{"image": "a.nii"}', r"table.jsonl line 2 lacks the columns \['report'\]"),
         ('{"image": "a.nii", "report": "x", "age": 4}', r"table.jsonl line 2 has the unknown columns \['age'\]"),
         ('{"image": "a.nii", "report": ["x"]}', r"table.jsonl line 2: report is \['x'\] but must be a text"),
-        ('{"image": "a.nii", ', "table.jsonl line 2 is no JSON: "),
+        ('{"image": "a.nii", ', "table.jsonl line 2 is not valid JSON: "),
         pytest.param('{"image": "a.nii", "report": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2 is no table's: its lists", id="deep"),
         (
             '{"image": "a.nii", "report": "a\\u0000b"}',
@@ -180,7 +180,7 @@ def test_which_table_is_read(tmp_path: Path) -> None:
     ):
         table.splits(tmp_path)
     (root / "table.csv").write_bytes(b"image,report\na.nii,M\xfcller\n")
-    with pytest.raises(ValueError, match="table.csv line 2 is no UTF-8 text"):
+    with pytest.raises(ValueError, match="table.csv line 2 is not UTF-8 text"):
         table.splits(root)
 
 

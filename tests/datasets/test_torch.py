@@ -162,7 +162,7 @@ def test_a_split_file_takes_the_place_of_the_splits(prepared: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("{", "the split file, is no JSON"),
+        ("{", "the split file, is not valid JSON"),
         ("[]", "must hold {split: \\[study ids\\]}"),
         ('{"train": "a"}', "must hold"),
         ('{"train": ["nobody"]}', "names 1 studies that .* does not hold, as nobody"),

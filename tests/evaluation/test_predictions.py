@@ -112,24 +112,14 @@ def test_lines_of_other_cases_are_refused(tmp_path: Path, whole: bytes) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "launcher"), [("vqa", "torchrun"), ("report_gen", "accelerate"), ("retrieval", "torchrun")])
+@pytest.mark.parametrize("script", ["vqa", "report_gen", "retrieval"])
 def test_two_real_processes_write_what_one_writes(
-    demo: SimpleNamespace,
-    shell: Callable[..., str],
-    run_whole: Callable[..., None],
-    free_port: str,
-    tmp_path: Path,
-    script: str,
-    launcher: str,
+    demo: SimpleNamespace, run_whole: Callable[..., None], tmp_path: Path, script: str
 ) -> None:
     model, length = (demo.clip, ()) if script == "retrieval" else (demo.model, ("--max-new-tokens", 6))
     arguments = ["--model", model, "--data", demo.root / "prepared", "--batch-size", 1, *length, "--output"]
-    if launcher == "torchrun":
-        log = tmp_path / "log"
-        assert launch("torchrun", 2, f"eval/{script}.py", *arguments, tmp_path / "two", log=log) == [0, 0], log.read_text()
-    else:
-        flags = ("--cpu", "--num-processes", 2, "--num-machines", 1, "--mixed_precision", "no", "--main-process-port", free_port)
-        shell("accelerate", "launch", *flags, f"eval/{script}.py", *arguments, tmp_path / "two")
+    log = tmp_path / "log"
+    assert launch("torchrun", 2, f"eval/{script}.py", *arguments, tmp_path / "two", log=log) == [0, 0], log.read_text()
     run_whole(script, *arguments, tmp_path / "one")
     for path in (tmp_path / "one").iterdir():
         if path.name not in ("run.json", "timings.jsonl"):

@@ -35,7 +35,7 @@ def fails(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Fails
 def test_no_model(script: str, fails: Fails, demo: SimpleNamespace, tmp_path: Path) -> None:
     data = ("--data", demo.root / "prepared", "--output", tmp_path / "out")
     assert "--model is missing" in fails(script, *data)
-    assert "no directory" in fails(script, *data, "--model", tmp_path / "nowhere")
+    assert "not a directory" in fails(script, *data, "--model", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "holds no model" in fails(script, *data, "--model", tmp_path / "empty")
     other = demo.model if script == "retrieval" else demo.clip
@@ -113,7 +113,7 @@ def test_a_text_may_hold_any_character(character: str, evaluated: Path, run: Cal
 def test_a_line_that_is_no_json(fails: Fails, demo: SimpleNamespace, evaluated: Path, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes((evaluated / "eval" / "vqa" / "run.json").read_bytes())
     (tmp_path / "predictions.jsonl").write_text("{broken\n")
-    assert "line 1 is no JSON" in fails("vqa", "--data", demo.root / "prepared", "--output", tmp_path, "--score-only")
+    assert "line 1 is not valid JSON" in fails("vqa", "--data", demo.root / "prepared", "--output", tmp_path, "--score-only")
 
 
 def test_other_preprocessing(demo: SimpleNamespace) -> None:

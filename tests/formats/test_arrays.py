@@ -81,7 +81,7 @@ def test_headers_that_announce_more_than_there_is(tmp_path: Path) -> None:
 
 def test_a_series_is_picked_from_dicom_alone(tmp_path: Path) -> None:
     np.save(tmp_path / "scan.npy", scan())
-    refused(tmp_path / "scan.npy", "no DICOM, so there are no series to pick from", series=2)
+    refused(tmp_path / "scan.npy", "not DICOM, so there are no series to pick from", series=2)
 
 
 @pytest.mark.parametrize("ending", [".npy", ".npz"])

@@ -97,4 +97,4 @@ def test_pictures_that_are_no_scan(tmp_path: Path) -> None:
     refused(write(tmp_path / "one", grey()[:1]), "2D image")
     mixed = write(write(tmp_path / "mixed", grey()[:5]), grey(np.uint16)[5:], first=6)
     refused(mixed, "some pictures have 8 bits and some 16")
-    refused(write(tmp_path / "plain", grey()), "no DICOM", series=1)
+    refused(write(tmp_path / "plain", grey()), "not DICOM", series=1)

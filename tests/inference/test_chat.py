@@ -343,7 +343,7 @@ def test_a_saved_model_gives_the_same_answers(chat: Med3DChat, directory: Path, 
 
 
 def test_a_directory_without_an_answering_model(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is no directory"):
+    with pytest.raises(FileNotFoundError, match="is not a directory"):
         Med3DChat.from_pretrained(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="holds no model"):
         Med3DChat.from_pretrained(tmp_path)

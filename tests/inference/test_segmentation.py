@@ -229,7 +229,7 @@ def test_another_model_is_refused(tmp_path: Path, tiny_models: SimpleNamespace, 
     code, _, error = run(capsys, "segment", tiny_models.clip, nifti, "liver")
     assert code == 2 and "holds a model of type med3d_clip, not med3d_segmenter" in error
     code, _, error = run(capsys, "segment", tmp_path / "gone", nifti, "liver")
-    assert code == 2 and "is no directory" in error
+    assert code == 2 and "is not a directory" in error
 
 
 def test_with_a_real_segmenter(tmp_path: Path, tiny_models: SimpleNamespace, nifti: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,7 +158,7 @@ def test_lora_is_saved_as_a_peft_adapter_and_merges_to_the_same_model(
 @pytest.mark.parametrize("missing", ["no directory", "no weights", "no adapter"])
 def test_a_directory_without_what_it_needs_is_named(missing: str, tmp_path: Path) -> None:
     if missing == "no directory":
-        with pytest.raises(FileNotFoundError, match="nowhere is no directory"):
+        with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
             load_vlm(tmp_path / "nowhere")
     elif missing == "no weights":
         (tmp_path / "config.json").write_text("{}")

@@ -164,7 +164,7 @@ def test_a_wrong_address_is_said_at_the_start(server: Server, tmp_path: Path) ->
     with pytest.raises(OSError, match="the connection fails .*; check address and network"):
         open_at("http://127.0.0.1:9/data", tmp_path)
     with pytest.raises(
-        ValueError, match="s4://bucket: s4:// is no kind of address that fsspec knows; write s3://, gs://, https:// or a path"
+        ValueError, match="s4://bucket: s4:// is not a kind of address that fsspec knows; write s3://, gs://, https:// or a path"
     ):
         open_at("s4://bucket", tmp_path)
     for secret in ("https://me:word@host/data", "https://host/data?sig=word"):

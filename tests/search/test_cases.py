@@ -197,7 +197,7 @@ def test_index_and_search_at_the_command_line(run: Run, model: Path, prepared: P
     found = " ".join(name for name, value in study.labels.items() if value)
     for query in (("--text", study.report), ("--image", phantoms / study.image)):
         code, output, error = run("search", tmp_path / "index", *query, "--top", 2)
-        assert code == 0 and RESEARCH_NOTICE in error and "no probability" in error
+        assert code == 0 and RESEARCH_NOTICE in error and "not a probability" in error
         lines = output.splitlines()
         assert lines[0] == f"1. similarity 1.0000, {study.id} (test)"
         assert study.report in output and (not found or lines[1] == f"   Labels: {', '.join(found.split())}")
@@ -255,7 +255,7 @@ def test_wrong_input_to_index(
     cases = {
         "exists and would be overwritten": (model, prepared, index.folder),
         "holds a med3dvlm model": (tiny_models.vlm, prepared, tmp_path / "out"),
-        "is no directory": (tmp_path / "nowhere", prepared, tmp_path / "out"),
+        "is not a directory": (tmp_path / "nowhere", prepared, tmp_path / "out"),
         "holds no finished preparation": (model, tmp_path, tmp_path / "out"),
         "was prepared with area": (other, prepared, tmp_path / "out"),
         "has no studies of split 'dev'": (model, prepared, tmp_path / "out", "--split", "dev"),

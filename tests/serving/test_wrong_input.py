@@ -84,7 +84,7 @@ def test_a_request_that_cannot_be_answered(http: httpx.Client, upload, change: d
 
 def test_other_requests_that_cannot_be_done(server, http: httpx.Client, tmp_path: Path) -> None:
     for method, path, sent, status, words in (
-        ("POST", "/v1/chat/completions", {"content": "{"}, 400, "no JSON object"),
+        ("POST", "/v1/chat/completions", {"content": "{"}, 400, "not a JSON object"),
         ("GET", "/v1/nothing", {}, 404, "Not Found"),
         ("DELETE", "/v1/chat/completions", {}, 405, "Method Not Allowed"),
         ("GET", "/v1/scans/scan-none", {}, 404, "no scan of this id"),

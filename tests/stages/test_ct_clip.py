@@ -153,7 +153,7 @@ def test_recomputed_activations_change_no_gradient() -> None:
         (("--sentences", 0), "must be at least 1: leave it out"),
         (("--cache-features", "true", "--train-text", "false", "--text-encoder", "x"), "every report is read once, whole"),
         (("--train-text", "false"), "a new text encoder has to learn"),
-        (("--text-options", "small"), "is no JSON"),
+        (("--text-options", "small"), "is not valid JSON"),
         (("--train-split", "train_fixed"), "train_fixed"),
     ],
 )

@@ -70,7 +70,7 @@ def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
         ("data: 5\n", [], "data is 5 but must be str"),
         ("colour: blue\n", [], "--data is missing"),
         ("- data\n", [], "must hold lines of `name: value`, not a list"),
-        ("data: {\n", [], "toy.yaml is no YAML"),
+        ("data: {\n", [], "toy.yaml is not valid YAML"),
         ("data: x\nlabel_smoothing_factor: 0.1\n", [], "label_smoothing_factor is 0.1 but must be 0.0: the models compute their losses"),
         ("data: x\nfp16: true\nuse_cpu: true\n", [], "fp16 is True but must be false: the models compute in float32 or bfloat16"),
         ("data: x\n", ["--neftune-noise-alpha", "5"], "neftune_noise_alpha is 5.0 but must be none"),

@@ -165,7 +165,7 @@ def test_wrong_input_is_one_sentence(run: Run, scans: Path, tmp_path: Path) -> N
         (tmp_path / "empty", "new", (), "there is no scan below"),
         (tmp_path / "nothing", "new", (), "is not there; name a folder of scans"),
         (tmp_path / "twice.csv", "new", (), "1 ids are those of several scans, the first is 'x'"),
-        (scans, "out", (), "exists and is no folder of results"),
+        (scans, "out", (), "exists and is not a folder of results"),
         (scans, "new", ("--no-report",), "nothing is asked"),
         (scans, "new", ("--masks",), "cannot point, so there are no masks"),
         (scans, "new", ("--workers", 0), "--workers is 0"),

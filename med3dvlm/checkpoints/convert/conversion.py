@@ -321,7 +321,7 @@ def _fetch(name: str | Path, side_files: bool = False) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         if path.is_file() and path.suffix not in ENDINGS:
-            raise ValueError(f"{path} is no file of weights; known endings are {', '.join(ENDINGS)}")
+            raise ValueError(f"{path} is not a file of weights; known endings are {', '.join(ENDINGS)}")
         return path
     if not HUB_ID.fullmatch(str(name)):
         raise FileNotFoundError(f"{name} is neither a file nor a folder nor the id of a model on the hub (OWNER/NAME)")
