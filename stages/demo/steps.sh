@@ -42,6 +42,6 @@ evaluate() {
 foundation() {
   data=$root/prepared
   step phantoms "$root/phantoms/M3D_Cap/M3D_Cap.json" med3dvlm phantom "$root/phantoms" --studies "$1" --seed 0
-  step prepare "$data/summary.json" med3dvlm prepare m3d "$root/phantoms" "$data" --recipe m3d --size 32,64,64
+  step prepare "$data/summary.json" med3dvlm prepare m3d "$root/phantoms" "$data" --recipe m3d --size 24,48,48
   [ "$2" = 0 ] || train stage0 stage0_language_model language_model "$2"
 }
