@@ -19,7 +19,7 @@ PYTHON_CHECK = import sys; sys.version_info >= (3, 10) or \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-full demo-ct-clip compare-encoders ablation rehearsal docs docs-serve test quick s3 lint format types imports check clean clean-venv clean-outputs
+.PHONY: help install demo demo-full demo-ct-clip compare-encoders ablation places rehearsal docs docs-serve test quick s3 lint format types imports check clean clean-venv clean-outputs
 
 help: ## list these commands
 	@echo "make [target] [PYTHON=$(PYTHON)] [VENV=$(VENV)] [OUTPUTS=$(OUTPUTS)] [LM=$(LM)] [ARGS=...] [WORKERS=$(WORKERS)]"
@@ -50,6 +50,9 @@ compare-encoders: install ## Tables 1 to 3 of the DCFormer paper on phantoms: si
 
 ablation: install ## Tables 5 to 8 of the paper on phantoms, the paper's figures beside
 	OUTPUTS='$(OUTPUTS)' bash stages/demo/ablation.sh demo
+
+places: install ## what teaches a model where findings are: the paper's recipe, masks, finer tokens and more, with equal minutes
+	OUTPUTS='$(OUTPUTS)' bash stages/demo/places.sh demo
 
 rehearsal: install ## the paper's recipes at their real shapes, a few steps of each: what breaks breaks here (half an hour on 2 cores, 20 GB)
 	OUTPUTS='$(OUTPUTS)' bash benchmarks/rehearsal.sh $(ARGS)

@@ -266,3 +266,26 @@ def test_one_row_of_each_kind_for_real(
     fifth, eighth = table(report, "Table 5"), table(report, "Table 8")
     assert [line[2] for line in fifth if line[:2] == ["ViT3D CLIP", "phantoms, 2 steps"]] == ["5"]  # the test split has 5 studies
     assert [line[2] for line in eighth if line[:2] == ["spatial pooling", "phantoms, 2 + 2 steps"]] == ["letter", "likeliest", "blind"]
+
+
+def test_recipes_for_places_differ_from_the_demos_in_one_thing(
+    dry: Callable[..., list[list[str]]], repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    commands = dry("stages/demo/places.sh", "demo")
+    stages = trainings(commands)
+
+    def changed(row: str, stage: str = "") -> set[str]:
+        one, other = (vars(stages[f"{name}/{stage}".strip("/") if stage else f"places/{name}"]) for name in (row, "dense"))
+        apart = {"output_dir", "logging_dir", "run_name", "max_steps", "clip", "model", "merged"}
+        return {key for key in one if key not in apart and repr(one[key]) != repr(other[key])}
+
+    assert changed("paper") == {"dense_weight", "encoder_options"}
+    assert changed("no_attention") == {"dual_cross_attention"}
+    assert changed("no_windows") == {"encoder_options"} and "windows" not in stages["places/no_windows"].encoder_options
+    assert "windows" in stages["places/dense"].encoder_options
+    assert changed("finer") == set() and changed("finer", "stage2") == {"image_levels"}
+    assert all(changed(row, "stage3") == set() for row in ("paper", "no_attention", "no_windows", "finer"))
+    evaluated = [command[1] for command in commands if command[1].startswith("eval/")]
+    assert evaluated.count("eval/segmentation.py") == 4 and evaluated.count("eval/vqa.py") == 5
+    assert commands[-1][1] == "stages/demo/places.py"
