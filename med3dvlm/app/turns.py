@@ -5,6 +5,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+from med3dvlm.programs import user_message
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.volume import Volume
 
@@ -19,8 +20,9 @@ MALFORMED = (
 
 
 def error_message(error: Exception) -> str:
-    """Return the sentence that the user sees for an error: the text of a ValueError, which says what is wrong with the input."""
-    if isinstance(error, ValueError):
+    """Return the sentence that the user sees for an error: the text of a ValueError of ours, which says what is wrong with the input.
+    A library's may quote what nobody else may read."""
+    if isinstance(error, ValueError) and user_message(error) is not None:
         return str(error)
     log(error)
     return BROKEN

@@ -230,17 +230,15 @@ class RunningBatch:
         """Assign slots to the rows and generate the first token of each."""
         first = len(self.rows)
         self.cache.reserve(first + len(group), max(len(row.ids) for row in (*self.rows, *group)))
-        embeds = []  # (1, new tokens, E) each
-        for slot, row in enumerate(group, first):
-            prefix, row.length = self._known(row)
-            ids = torch.tensor([row.ids], device=self.chat.model.device)
-            if prefix is None:
-                image = (row.features[0].to(ids.device), row.features[1].to(ids.device))
-                embeds.append(self.chat.model.embed(ids, image))
-            else:
-                self.cache.fill(slot, prefix.layers, row.length)
-                embeds.append(self.chat.model.embed(ids[:, row.length :], None))
-            row.writer = self._write(row, row.length)
+        embeds: list[Tensor] = []  # (1, new tokens, E) each
+        for row in list(group):
+            try:
+                embeds.append(self._begin(row, first + len(embeds)))
+            except Exception as error:  # noqa: BLE001  raised where the stream is read; the others go on
+                row.stream.finish(error)
+                group.remove(row)
+        if not group:
+            return
         self.rows += group
         logits = self._forward(group, first, embeds)
         for slot, row in enumerate(group, first):
@@ -248,6 +246,17 @@ class RunningBatch:
             if self.prefixes.find(row.features[0], np.array(row.ids[:end]))[1] < end:
                 self._keep(row, slot, end)
         self._give(group, logits)
+
+    def _begin(self, row: Row, slot: int) -> Tensor:
+        """Give a row its slot, with what is known of it, and return the embeddings of the rest of its tokens."""
+        prefix, row.length = self._known(row)
+        ids = torch.tensor([row.ids], device=self.chat.model.device)
+        row.writer = self._write(row, row.length)
+        if prefix is None:
+            image = (row.features[0].to(ids.device), row.features[1].to(ids.device))
+            return self.chat.model.embed(ids, image)
+        self.cache.fill(slot, prefix.layers, row.length)
+        return self.chat.model.embed(ids[:, row.length :], None)
 
     def _continue(self) -> None:
         """Generate the next token of every row."""
@@ -282,7 +291,12 @@ class RunningBatch:
         for row, token in zip(rows, choose(logits, rows), strict=True):
             self.counts["generated_tokens"] += 1
             row.ids.append(token.id)
-            if row.writer.put(token):
+            try:
+                ended = row.writer.put(token)
+            except Exception as error:  # noqa: BLE001  raised where the stream is read; the others go on
+                row.stream.finish(error)
+                ended = True
+            if ended:
                 self._leave(row)
 
     def _leave(self, row: Row) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from med3dvlm.app.turns import BROKEN, error_message
 from med3dvlm.prompts import RESEARCH_NOTICE
 
 NOTICE_HEADER = {"X-Research-Notice": RESEARCH_NOTICE}
@@ -29,6 +30,11 @@ class Refused(Exception):
         if self.status in (429, 503):
             headers["Retry-After"] = "1"
         return JSONResponse(self.body(), self.status, headers)
+
+
+def unusable(error: ValueError, param: str | None = None) -> Refused:
+    """Return what is said of an error in what was sent. A library's own words are not passed on."""
+    return Refused(500, BROKEN) if (words := error_message(error)) == BROKEN else Refused(400, words, param)
 
 
 def refusal(status: int, words: str, wait: float = 0.0) -> JSONResponse:

@@ -16,10 +16,13 @@ OPEN = ("/healthz",)
 class Gate:
     """Admits requests with a key and at most `max_bytes`. `noted(path, status)` is called for every answer. The key's owner is stored in the
     scope's state as `owner`, "" where there are no keys.
+
+    Bodies that stay in memory, all but multipart forms, have at most `max_held` bytes together; who comes then is told to try again.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys | None, max_bytes: int, noted: Callable[[str, int], None]) -> None:
-        self.app, self.keys, self.max_bytes, self.noted = app, keys, max_bytes, noted
+    def __init__(self, app: ASGIApp, keys: Keys | None, max_bytes: int, max_held: int, noted: Callable[[str, int], None]) -> None:
+        self.app, self.keys, self.max_bytes, self.max_held, self.noted = app, keys, max_bytes, max_held, noted
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -34,7 +37,16 @@ class Gate:
                 MutableHeaders(scope=message).update(NOTICE_HEADER)
             await send(message)
 
-        taken = 0
+        stays = not headers.get("content-type", "").startswith("multipart/")  # forms go to files
+        taken = held = 0
+
+        def hold(length: int) -> None:
+            nonlocal held
+            if stays and length > held:
+                if self._held + length - held > self.max_held:
+                    raise Refused(429, "The server holds as many large requests as it can; try again in a moment.", code="busy")
+                self._held += length - held
+                held = length
 
         async def bounded() -> Message:
             nonlocal taken
@@ -42,6 +54,7 @@ class Gate:
             taken += len(message.get("body", b""))
             if taken > self.max_bytes:
                 raise self._too_large()
+            hold(taken)
             return message
 
         try:
@@ -53,6 +66,8 @@ class Gate:
             length = headers.get("content-length", "0")
             if length.isdecimal() and int(length) > self.max_bytes:
                 raise self._too_large()
+            if length.isdecimal():
+                hold(int(length))
             scope.setdefault("state", {})["owner"] = owner
             await self.app(scope, bounded, sent)
         except Refused as refused:
@@ -63,6 +78,7 @@ class Gate:
             if not status:
                 await Refused(500, BROKEN).response()(scope, receive, sent)
         finally:
+            self._held -= held
             route: Any = scope.get("route")
             self.noted(getattr(route, "path", "other"), status)
 

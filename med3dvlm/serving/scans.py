@@ -6,6 +6,7 @@ Files lie in the server's private folder while they are read; what is kept is th
 import hashlib
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -20,6 +21,7 @@ from med3dvlm.app.viewer import describe
 from med3dvlm.inference.out_of_distribution import Features
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.serving.errors import Refused
+from med3dvlm.volume import Volume
 
 BLOCK = 2**20
 
@@ -47,6 +49,7 @@ class KnownScan:
     outside: str | None
     embedding: Tensor | None = None
     digest: str | None = None
+    volume: Volume | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     used: float = field(default_factory=time.monotonic)
 
@@ -68,8 +71,9 @@ class Scans:
 
     def __init__(self, chat: Any, folder: Path, limits: Limits, embedder: Any = None) -> None:
         self.chat, self.folder, self.limits, self.embedder = chat, folder, limits, embedder
-        self._lock, self._reading = Lock(), Lock()
+        self._lock, self.reading = Lock(), Lock()  # the latter, while the encoder works: its memory is for one scan at a time
         self._known: dict[str, KnownScan] = {}
+        self._expected = Counter[str]()  # scans of each owner that are being read
 
     def add(self, owner: str, files: Sequence[tuple[str, BinaryIO]], series: int | None = None) -> KnownScan:
         """Read a scan from one file, or in all files of a series, and encode it.
@@ -78,8 +82,7 @@ class Scans:
             Refused: there is no room.
             VolumeError: they hold no scan, or too many bytes.
         """
-        self._make_room(owner)
-        return self._read(owner, files, series)
+        return self._add(owner, files, series)
 
     def from_bytes(self, owner: str, content: bytes, name: str = "") -> KnownScan:
         """Add the scan of a message; the same bytes again are the same scan."""
@@ -90,8 +93,7 @@ class Scans:
             if found is not None:
                 found.used = time.monotonic()
                 return found
-        self._make_room(owner)
-        return self._read(owner, [(name, BytesIO(content))], None, digest)
+        return self._add(owner, [(name, BytesIO(content))], None, digest)
 
     def get(self, owner: str, id: str) -> KnownScan:
         """Return a scan. Raises Refused where the owner has no such scan, or no longer has it."""
@@ -118,24 +120,47 @@ class Scans:
     def __len__(self) -> int:
         return len(self._known)
 
+    def forget(self) -> None:
+        """Let go of the scans that have expired."""
+        with self._lock:
+            self._forget()
+
     def _forget(self) -> None:
         now = time.monotonic()
         for id in [id for id, scan in self._known.items() if now - scan.used > self.limits.seconds]:
             del self._known[id]
 
-    def _make_room(self, owner: str) -> None:
-        """Drop the owner's least recently used scan that came within a message and so is in no list."""
+    def _add(self, owner: str, files: Sequence[tuple[str, BinaryIO]], series: int | None, digest: str | None = None) -> KnownScan:
+        """Read a scan, for which a place is held meanwhile."""
+        self._reserve(owner)
+        scan = None
+        try:
+            scan = self._read(owner, files, series, digest)
+        finally:
+            with self._lock:
+                self._expected[owner] -= 1
+                self._expected = +self._expected  # without those who wait for none
+                if scan is not None:
+                    self._known[scan.id] = scan
+        return scan
+
+    def _reserve(self, owner: str) -> None:
+        """Of the owner's scans that came within messages, and so are in no list, the least recently used makes room."""
         with self._lock:
             self._forget()
             own = [scan for scan in self._known.values() if scan.owner == owner]
-            if len(own) >= self.limits.scans and (sent := [scan for scan in own if scan.digest]):
+            if len(own) + self._expected[owner] >= self.limits.scans:
+                if not (sent := [scan for scan in own if scan.digest]):
+                    raise Refused(
+                        429,
+                        f"{len(own)} scans are kept for you and at most {self.limits.scans} can be; delete one.",
+                        "file",
+                        "too_many_scans",
+                    )
                 del self._known[min(sent, key=lambda scan: scan.used).id]
-            elif len(own) >= self.limits.scans:
-                raise Refused(
-                    429, f"{len(own)} scans are kept for you and at most {self.limits.scans} can be; delete one.", "file", "too_many_scans"
-                )
-            if len(self._known) >= self.limits.all_scans:
+            if len(self._known) + self._expected.total() >= self.limits.all_scans:
                 raise Refused(429, "The server keeps as many scans as it can; try again later.", "file", "too_many_scans")
+            self._expected[owner] += 1
 
     def _read(self, owner: str, files: Sequence[tuple[str, BinaryIO]], series: int | None, digest: str | None = None) -> KnownScan:
         paths: list[Path] = []
@@ -149,7 +174,7 @@ class Scans:
                         out.write(block)
             upload = take_uploads(paths, self.limits.upload_bytes)
             volume, _, _ = read_without_paths(upload, series)
-            with self._reading:
+            with self.reading:
                 embedding = None
                 if self.embedder is not None:
                     pixels = self.embedder.processor.image_processor(volume)["pixel_values"]
@@ -166,12 +191,11 @@ class Scans:
                 outside,
                 embedding,
                 digest,
+                None if getattr(self.chat.model, "pointing", None) is None else volume,
             )
         finally:
             for path in paths:
                 path.unlink(missing_ok=True)
             if upload is not None:
                 upload.delete()
-        with self._lock:
-            self._known[scan.id] = scan
         return scan

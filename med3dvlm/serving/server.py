@@ -7,11 +7,13 @@ It listens on 127.0.0.1 unless there are keys. Nothing that was asked and nothin
 folder while they are read. docs/serving.md says how to ask it.
 """
 
+import asyncio
 import re
 import signal
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,7 +35,7 @@ from med3dvlm.programs import Parser, positive
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.search import Embedder
 from med3dvlm.serving.answers import Answers
-from med3dvlm.serving.errors import Refused, refusal
+from med3dvlm.serving.errors import Refused, refusal, unusable
 from med3dvlm.serving.keys import Keys
 from med3dvlm.serving.limits import Gate
 from med3dvlm.serving.metrics import Metrics
@@ -59,7 +61,21 @@ def build(
     limits = limits or Limits()
     scans = Scans(chat, folder, limits, embedder)
     metrics = Metrics(engine.stats, lambda: len(scans))
-    app = FastAPI(title="Med3DVLM", description=RESEARCH_NOTICE, docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
+
+    @asynccontextmanager
+    async def sweeping(_: FastAPI) -> AsyncIterator[None]:
+        async def sweep() -> None:
+            while True:
+                await asyncio.sleep(min(60.0, limits.seconds / 10))
+                scans.forget()
+
+        task = asyncio.create_task(sweep())
+        yield
+        task.cancel()
+
+    app = FastAPI(
+        title="Med3DVLM", description=RESEARCH_NOTICE, docs_url=None, redoc_url=None, lifespan=sweeping
+    )  # those pages load scripts from elsewhere
     app.include_router(routes(Service(name, chat, Answers(engine, metrics, max_waiting), scans, metrics, seconds, embedder)))
 
     @app.exception_handler(Refused)
@@ -67,8 +83,8 @@ def build(
         return error.response()
 
     @app.exception_handler(ValueError)
-    async def unusable(_: Request, error: ValueError) -> Response:
-        return Refused(400, str(error)).response()
+    async def cannot_be_used(_: Request, error: ValueError) -> Response:
+        return unusable(error).response()
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:  # `Gate` notes it
@@ -85,7 +101,7 @@ def build(
         return _malformed(error).response()
 
     max_bytes = limits.upload_bytes * 4 // 3 + 2**20  # base64, and the words around it
-    guarded: ASGIApp = Gate(app, keys, max_bytes, lambda path, status: metrics.requests.labels(path, str(status)).inc())
+    guarded: ASGIApp = Gate(app, keys, max_bytes, 2 * max_bytes, lambda path, status: metrics.requests.labels(path, str(status)).inc())
     return guarded if keys else Guard(guarded, rates={}, refuse=refusal)
 
 

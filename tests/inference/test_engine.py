@@ -10,7 +10,7 @@ import torch
 
 from med3dvlm import Med3DChat
 from med3dvlm.inference.batching import Prefix, Prefixes
-from med3dvlm.inference.engine import Request
+from med3dvlm.inference.engine import Request, Writer
 from med3dvlm.inference.transformers_engine import TransformersEngine
 from tests import tiny_parts
 from tests.random_chat import SIZE, build
@@ -254,3 +254,31 @@ def test_a_tiny_temperature_draws_the_likeliest_token() -> None:
     engine, scan = TransformersEngine(chat), scans(chat, 1)[0]
     (stream,) = engine.generate([Request(scan, asked("Where?"), 8, temperature=1e-300, seed=1)])
     assert stream.result(20).text == chat.ask(scan, "Where?", max_new_tokens=8).text
+
+
+def test_an_error_of_one_row_ends_this_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer that fails at the third token of one answer, and a scan whose features do not fit."""
+    chat = build("qwen2")
+    chat.ends.clear()
+    (scan, other), engine = scans(chat, 2), TransformersEngine(chat)
+    wanted = [alone(chat, scan, question, 12)[1] for question in QUESTIONS]
+    put = Writer.put
+
+    def broken(writer: Writer, token: Any) -> bool:
+        if writer.stream.request.messages[-1]["content"] == QUESTIONS[1] and len(writer.tokens) == 2:
+            raise RuntimeError("no such text")
+        return put(writer, token)
+
+    monkeypatch.setattr(Writer, "put", broken)
+    misfit = tuple(level[:, :, :-1] for level in other)
+    *streams, wrong = engine.generate(
+        [*(Request(scan, asked(question), 12) for question in QUESTIONS), Request(misfit, asked("Where?"), 12)]
+    )
+    for number, stream in enumerate(streams):
+        if number == 1:
+            with pytest.raises(RuntimeError, match="no such text"):
+                stream.result(60)
+        else:
+            assert [token.id for token in stream.result(60).tokens] == wanted[number]
+    with pytest.raises(RuntimeError):
+        wrong.result(60)

@@ -1,7 +1,11 @@
 """The scans that a server keeps: which gives way, and until when one is kept."""
 
 import base64
+import io
+import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,10 @@ from med3dvlm.serving import scans as module
 from med3dvlm.serving.errors import Refused
 from med3dvlm.serving.openai import FileContent, FilePart, content_of, url_of
 from med3dvlm.serving.scans import Limits, Scans
+from med3dvlm.volume import VolumeError
 from tests import random_chat
+
+from .conftest import serving
 
 
 def test_scans_sent_within_messages_give_way_to_uploads(tmp_path: Path, scan) -> None:
@@ -43,3 +50,43 @@ def test_a_scan_expires_so_long_after_its_last_use(tmp_path: Path, scan, monkeyp
 def test_the_name_of_a_file_says_its_format(head: str) -> None:
     part = FilePart(type="file", file=FileContent(file_data=head + base64.b64encode(b"voxels").decode(), filename="Doe_Jane.nii.gz"))
     assert content_of(url_of(part), "messages") == (None, b"voxels", "scan.nii.gz")
+
+
+def test_scans_that_are_read_at_the_same_time_share_the_limit(tmp_path: Path, scan, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, contents = random_chat.build("qwen2"), [scan(number).read_bytes() for number in range(6)]
+    kept, all_wait = Scans(chat, tmp_path, Limits(scans=2)), threading.Barrier(2)
+    describe = module.describe
+
+    def together(*arguments: object) -> object:
+        all_wait.wait(20)  # nobody is kept before both were let in
+        return describe(*arguments)
+
+    monkeypatch.setattr(module, "describe", together)
+
+    def add(number: int) -> bool:
+        try:
+            kept.add("anna", [("a.nii.gz", io.BytesIO(contents[number]))])
+        except Refused as refused:
+            return refused.code != "too_many_scans"
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sorted(pool.map(add, range(6))) == [False] * 4 + [True] * 2
+    assert len(kept.of("anna")) == 2
+    kept.delete("anna", kept.of("anna")[0].id)
+    monkeypatch.setattr(module, "describe", describe)
+    with pytest.raises(VolumeError):
+        kept.add("anna", [("a.nii.gz", io.BytesIO(b"none"))])
+    assert add(0) and not add(1)  # a place that was held in vain is free again
+
+
+def test_an_expired_scan_goes_without_a_request(tmp_path: Path, scan, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Scans] = []
+    monkeypatch.setattr("med3dvlm.serving.server.Scans", lambda *arguments: made.append(Scans(*arguments)) or made[-1])
+    with serving(tmp_path, limits=Limits(seconds=0.2)):
+        with scan(1).open("rb") as file:
+            gone = weakref.ref(made[0].add("", [("a.nii.gz", file)]))
+        ends = time.monotonic() + 20
+        while len(made[0]) or gone() is not None:
+            assert time.monotonic() < ends
+            time.sleep(0.01)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,9 +13,10 @@ import torch
 
 from med3dvlm import read_volume
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
-from med3dvlm.reports.findings import finding_states
+from med3dvlm.reports.findings import FINDINGS_CT_RATE, finding_states
+from med3dvlm.search import Embedder
 
-from .conftest import about, data_url
+from .conftest import about, data_url, serving
 
 QUESTIONS = ("Which organ has a lesion?", "Is there an effusion?", "Where is it, and how large?")
 
@@ -133,3 +135,24 @@ def test_reports_findings_embeddings_and_models(server, client: openai.OpenAI, u
     embedded = client.embeddings.create(model="tiny", input=[{"type": "scan", "scan": {"id": id}}]).data[0].embedding  # type: ignore[list-item]
     levels = chat.encode(read_volume(scan(5)))
     np.testing.assert_allclose(embedded, torch.cat([level.mean(1) for level in levels], 1)[0], rtol=1e-5)
+
+
+def test_findings_have_probabilities_and_texts_embeddings_with_a_contrastive_model(tiny_models, tmp_path: Path, scan) -> None:
+    embedder = Embedder(tiny_models.clip, "cpu")
+    with serving(tmp_path, embedder=embedder) as served, httpx.Client(base_url=served.address, trust_env=False, timeout=60) as http:
+        with scan(5).open("rb") as file:
+            id = http.post("/v1/scans", files={"file": ("a.nii.gz", file)}).json()["id"]
+        found = http.post("/v1/findings", json={"scan": {"id": id}, "max_tokens": 3}).json()["probabilities"]
+        texts = ["There is a pleural effusion.", "Normal."]
+        sent = http.post("/v1/embeddings", json={"input": [*texts, {"type": "scan", "scan": {"id": id}}]}).json()["data"]
+    *words, image = (np.array(each["embedding"]) for each in sent)
+    np.testing.assert_allclose(words, embedder.texts(texts), rtol=1e-5)
+    volume = embedder.volumes(embedder.processor.image_processor(read_volume(scan(5)))["pixel_values"])[0]
+    np.testing.assert_allclose(image, volume, rtol=1e-5)
+    # Of each finding, by hand: the softmax of two prompts, at the model's temperature
+    assert list(found) == list(FINDINGS_CT_RATE)
+    for name in FINDINGS_CT_RATE[::6]:
+        spelled = name.replace("_", " ").capitalize()
+        pair = embedder.texts([f"{spelled} is present.", f"{spelled} is not present."]).double() @ volume.double()
+        scale = embedder.model.logit_scale.exp().item()
+        assert found[name] == pytest.approx(float((scale * pair).softmax(0)[0]), abs=1e-5)

@@ -1,5 +1,6 @@
 """What cannot be done is said in one sentence in OpenAI's form, and the server goes on."""
 
+import asyncio
 import json
 import logging
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from med3dvlm.programs import run
 from med3dvlm.serving.keys import Keys
+from med3dvlm.serving.limits import Gate
 from med3dvlm.serving.scans import Limits
 
 from .conftest import about, data_url, serving
@@ -58,6 +60,7 @@ def http(server: SimpleNamespace) -> httpx.Client:
         ({"stop": ["a", "b", "c", "d", "e"]}, 400, "at most 4"),
         ({"stop": ""}, 400, "at least one character"),
         ({"presence_penalty": 1}, 400, "presence_penalty"),
+        ({"places": True}, 400, "does not point"),
         ({"tools": []}, 400, "'tools' is not known"),
         ({"temprature": 1}, 400, "'temprature' is not known"),
         ({"messages": about("ID", "why " * 2000)}, 400, "shorter question"),
@@ -221,3 +224,57 @@ def test_an_error_of_the_server_is_one_sentence(server, http: httpx.Client, monk
     assert answer.status_code == 500 and "went wrong" in one_sentence(answer)
     assert "RuntimeError in" in caplog.text and SECRET not in caplog.text
     assert not list(server.folder.iterdir())
+
+
+def test_a_librarys_words_are_not_passed_on(server: SimpleNamespace, http: httpx.Client, upload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a ValueError of ours says what is wrong with what was sent."""
+    id = upload(0)
+    for place in ("chat.prompt", "scans"):
+        with monkeypatch.context() as broken:
+            if place == "scans":
+                broken.setattr("med3dvlm.serving.scans.take_uploads", lambda paths, limit: json.loads(SECRET))
+                answer = http.post("/v1/scans", files={"file": ("a.nii", b"voxels")})
+            else:
+                broken.setattr(server.chat, "prompt", lambda *arguments: json.loads(SECRET))
+                answer = http.post("/v1/chat/completions", json={"messages": about(id, "Where?"), "max_tokens": 3})
+        assert answer.status_code == 500 and "Something went wrong here" in one_sentence(answer) and "Expecting" not in answer.text
+
+
+def test_large_bodies_are_held_one_after_the_other() -> None:
+    """A gate of 100 bytes, 150 together: the second waits for the first, forms go to files, and a body that ends makes room."""
+    inside, statuses = asyncio.Event(), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await inside.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    gate = Gate(app, None, 100, 150, lambda path, status: statuses.append(status))
+
+    async def post(length: int, kind: str = "application/json", declared: bool = True) -> None:
+        headers = [(b"content-type", kind.encode()), *([(b"content-length", str(length).encode())] if declared else [])]
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"x" * length}
+
+        async def send(message: Any) -> None:
+            pass
+
+        await gate({"type": "http", "method": "POST", "path": "/v1/x", "headers": headers}, receive, send)
+
+    async def ask() -> None:
+        first = asyncio.create_task(post(90))
+        await asyncio.sleep(0)
+        await post(90)
+        await post(90, declared=False)
+        assert statuses == [429, 429]
+        others = [asyncio.create_task(post(90, "multipart/form-data; boundary=b")), asyncio.create_task(post(50))]
+        await asyncio.sleep(0)
+        inside.set()
+        await asyncio.gather(first, *others)
+        await post(100)
+        assert statuses[2:] == [200] * 4
+
+    asyncio.run(ask())
