@@ -102,9 +102,14 @@ class Segmentation:
             ValueError: the name does not end in .nii or .nii.gz.
         """
         require_nifti(path)
-        content = mask_file(self.mask, self.spacing, self.affine)
+        content = self.nifti(str(path).lower().endswith(".gz"))
         with whole_file(Path(path)) as aside:
-            aside.write_bytes(gzip.compress(content, mtime=0) if str(path).lower().endswith(".gz") else content)
+            aside.write_bytes(content)
+
+    def nifti(self, compressed: bool = True) -> bytes:
+        """Return the content of such a file."""
+        content = mask_file(self.mask, self.spacing, self.affine)
+        return gzip.compress(content, mtime=0) if compressed else content
 
 
 def numbered_file(number: int, name: str) -> str:

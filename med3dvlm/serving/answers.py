@@ -14,9 +14,10 @@ from starlette.responses import Response, StreamingResponse
 
 from med3dvlm.app.turns import error_message, log
 from med3dvlm.inference.engine import Delta, Engine, Generation, Request, Stream
-from med3dvlm.serving.errors import Refused
+from med3dvlm.serving.errors import Refused, unusable
 from med3dvlm.serving.metrics import Metrics
 from med3dvlm.serving.openai import FINISH, about, logprobs, usage
+from med3dvlm.serving.places import Pointer
 
 GONE = Refused(503, "The language model's server does not answer; ask again when it is back.", code="engine_gone")
 STOPPED = Refused(503, "The server is being stopped before the answer is complete; ask again when it is back.", code="server_stopped")
@@ -70,7 +71,7 @@ class Answers:
     def checked(self, outcome: Generation | BaseException) -> Generation:
         """Return the answer. Raises Refused where there is none."""
         if isinstance(outcome, ValueError):
-            raise Refused(400, str(outcome), "messages") from None
+            raise unusable(outcome, "messages") from None
         if isinstance(outcome, ConnectionError):
             log(outcome)
             raise GONE from None
@@ -95,8 +96,8 @@ class Answers:
 class Completion:
     """One chat completion in OpenAI's form."""
 
-    def __init__(self, answers: Answers, model: str, tokenizer: Any, ends: Sequence[int], outside: str | None) -> None:
-        self.answers, self.model, self.tokenizer, self.ends, self.outside = answers, model, tokenizer, ends, outside
+    def __init__(self, answers: Answers, model: str, tokenizer: Any, ends: Sequence[int], pointer: Pointer) -> None:
+        self.answers, self.model, self.tokenizer, self.ends, self.pointer = answers, model, tokenizer, ends, pointer
         self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
 
     async def whole(self, http: HttpRequest, request: Request, with_logprobs: bool) -> dict[str, Any]:
@@ -104,7 +105,7 @@ class Completion:
         listed = logprobs(answer.tokens, self.tokenizer, self.ends) if with_logprobs else None
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": listed, "finish_reason": FINISH[answer.finish]}
-        return self._body("chat.completion", [choice]) | {"usage": usage(answer), "med3dvlm": about(answer, self.outside)}
+        return self._body("chat.completion", [choice]) | {"usage": usage(answer), "med3dvlm": await self._about(request, answer)}
 
     async def streamed(self, http: HttpRequest, request: Request, with_logprobs: bool, with_usage: bool) -> Response:
         """Return server-sent events. An error in the request is raised before the first."""
@@ -112,10 +113,15 @@ class Completion:
         first = await anext(news)
         if isinstance(first[1], BaseException) or (first[1] is not None and first[1].finish == "cancelled"):
             self.answers.checked(first[1])
-        events = self._events(first, news, with_logprobs, with_usage)
+        events = self._events(request, first, news, with_logprobs, with_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
-    async def _events(self, first: News, rest: AsyncIterator[News], with_logprobs: bool, with_usage: bool) -> AsyncIterator[str]:
+    async def _about(self, request: Request, answer: Generation) -> dict[str, Any]:
+        return about(answer, self.pointer.scan.outside) | await self.pointer.places(request, answer)
+
+    async def _events(
+        self, request: Request, first: News, rest: AsyncIterator[News], with_logprobs: bool, with_usage: bool
+    ) -> AsyncIterator[str]:
         try:
             yield self._event({"role": "assistant", "content": ""})
             news: News | None = first
@@ -127,7 +133,7 @@ class Completion:
                         yield self._event({"content": delta.text}, listed)
                 if outcome is not None:
                     answer = self.answers.checked(outcome)
-                    yield self._event({}, finish=FINISH[answer.finish], more={"med3dvlm": about(answer, self.outside)})
+                    yield self._event({}, finish=FINISH[answer.finish], more={"med3dvlm": await self._about(request, answer)})
                     if with_usage:
                         yield _sent(self._body("chat.completion.chunk", []) | {"usage": usage(answer)})
                     yield "data: [DONE]\n\n"

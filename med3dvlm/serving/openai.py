@@ -92,6 +92,7 @@ class Sampling(Strict):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    places: bool | None = Field(False, description="whether places and masks of what the answer points to are given, too")
 
     def chosen(self, length: int) -> dict[str, Any]:
         """Arguments of `Request`."""

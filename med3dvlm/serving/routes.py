@@ -35,6 +35,7 @@ from med3dvlm.serving.openai import (
     urls_and_messages,
     usage,
 )
+from med3dvlm.serving.places import Pointer
 from med3dvlm.serving.scans import KnownScan, Scans
 
 ANSWER_TOKENS, REPORT_TOKENS = 256, 512
@@ -64,10 +65,13 @@ class Service:
     async def referred(self, owner: str, scan: ScanReference) -> KnownScan:
         return await self.scan(owner, reference_url(scan))
 
-    async def report(self, http: Request, body: Sampling, scan: KnownScan) -> engines.Generation:
-        chosen = body.chosen(REPORT_TOKENS)
+    async def report(self, http: Request, body: Sampling, scan: KnownScan) -> tuple[engines.Generation, dict[str, Any]]:
+        """Return the report, and the places that it points to where they are wanted."""
+        pointer = Pointer(self.scans, scan, bool(body.places))
         asked = [{"role": "user", "content": REPORT_PROMPTS[0]}]
-        return await self.answers.whole(http, engines.Request(scan.features, asked, **chosen, seconds=self.seconds))
+        request = engines.Request(scan.features, asked, **body.chosen(REPORT_TOKENS), seconds=self.seconds)
+        answer = await self.answers.whole(http, request)
+        return answer, await pointer.places(request, answer)
 
 
 def routes(service: Service) -> APIRouter:
@@ -117,7 +121,8 @@ def _add_chat(router: APIRouter, service: Service) -> None:
             raise Refused(400, "top_logprobs is given without logprobs; set logprobs to true, too.", "top_logprobs")
         more: dict[str, Any] = {"stop": body.stops, "alternatives": body.top_logprobs or 0, "seconds": service.seconds}
         asked = engines.Request(scan.features, messages, **body.chosen(ANSWER_TOKENS), **more)
-        completion = Completion(service.answers, service.name, service.chat.processor.tokenizer, service.chat.ends, scan.outside)
+        pointer = Pointer(service.scans, scan, bool(body.places))
+        completion = Completion(service.answers, service.name, service.chat.processor.tokenizer, service.chat.ends, pointer)
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             return await completion.streamed(http, asked, bool(body.logprobs), with_usage)
@@ -161,10 +166,12 @@ def _add_reports(router: APIRouter, service: Service) -> None:
     async def report(http: Request, body: ScanRequest) -> dict[str, Any]:
         service.check_model(body.model)
         scan = await service.referred(owner(http), body.scan)
-        answer = await service.report(http, body, scan)
+        answer, places = await service.report(http, body, scan)
         cut = read_report(answer.text) if answer.text else None
         sections = [] if cut is None else [{"heading": section.heading, "text": section.text} for section in cut.sections]
-        return _reported(service, scan, answer) | {"object": "report", "sections": sections, "findings": cut.findings if cut else {}}
+        return (
+            _reported(service, scan, answer) | places | {"object": "report", "sections": sections, "findings": cut.findings if cut else {}}
+        )
 
     @router.post("/v1/findings")
     async def findings(http: Request, body: FindingsRequest) -> dict[str, Any]:
@@ -181,12 +188,12 @@ def _add_reports(router: APIRouter, service: Service) -> None:
             }
         assert body.scan is not None
         scan = await service.referred(owner(http), body.scan)
-        answer = await service.report(http, body, scan)
+        answer, places = await service.report(http, body, scan)
         probabilities = None
         if service.embedder is not None and scan.embedding is not None:
             probabilities = await run_in_threadpool(service.embedder.probabilities, scan.embedding)
         named = finding_states(answer.text)
-        return _reported(service, scan, answer) | {
+        return _reported(service, scan, answer) | places | {
             "object": "findings", "findings": named, "known": FINDINGS, "probabilities": probabilities,
         }  # fmt: skip
 
