@@ -49,6 +49,7 @@ EXTRAS = {
     "gguf": ("gguf",),
     "quantize": ("bitsandbytes",),
     "cloud": ("aiohttp",),
+    "ray": ("ray",),
     "s3": ("s3fs",),
     "gs": ("gcsfs",),
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from med3dvlm.cli.options import (
+    AUTO,
     MEANING,
     Commands,
     add_meaning,
@@ -61,8 +62,14 @@ def add_commands(commands: Commands) -> None:
     add_meaning(prepare.add_argument_group("scans of which the table does not say it"))
     prepare.add_argument("--spacing", type=_renamed, help=argparse.SUPPRESS)
     prepare.add_argument(
-        "--shard", type=parse_shard, metavar="I/N", help="the I-th of N parts; once all are done, run without this to finish"
-    )
+        "--shard", type=parse_shard, metavar="I/N",
+        help="the I-th of N parts; once all are done, run without this to finish. auto: any number of jobs with the same words share the work, and "
+        "the last one finishes",
+    )  # fmt: skip
+    prepare.add_argument(
+        "--engine", choices=("local", "ray"), default="local",
+        help="local: --workers processes here; ray: the Ray cluster of RAY_ADDRESS or of this machine, one core a scan (default: %(default)s)",
+    )  # fmt: skip
     prepare.add_argument("--verify", action="store_true", help="read all volumes that are there and make the damaged ones anew")
     add_workers(prepare)
     prepare.set_defaults(run=_prepare)
@@ -124,6 +131,7 @@ def _phantom_m3d(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace) -> int:
     """Prepare a data set. Returns the exit code: 1 where some studies could not be prepared."""
     from med3dvlm.datasets import DATASETS
+    from med3dvlm.datasets.claims import prepare_claimed
     from med3dvlm.datasets.preparation import prepare, prepare_shard
     from med3dvlm.files import read_lines, write_json
     from med3dvlm.preprocessing import VolumeProcessor
@@ -146,10 +154,18 @@ def _prepare(arguments: argparse.Namespace) -> int:
     unread = [failure for split in wholes for failure in missed[split]]
     require_writable(destination)
     shard, workers, verify = arguments.shard, arguments.workers, arguments.verify
-    if shard:
+    if shard and arguments.engine != "local":
+        raise ValueError("--shard shares work between jobs, and --engine ray between the machines of a cluster; leave one of them out")
+    if shard == AUTO:
+        shard, finished = None, prepare_claimed(source, studies, questions, processor, destination, workers, unread, verify)
+        if finished is None:
+            print("The volumes are prepared; another job has finished the work.", file=sys.stderr)
+            return 0
+        summary = finished
+    elif shard:
         summary = prepare_shard(source, studies, processor, destination, shard, workers, verify)
     else:
-        summary = prepare(source, studies, questions, processor, destination, workers, unread, verify)
+        summary = prepare(source, studies, questions, processor, destination, workers, unread, verify, arguments.engine)
     listing = destination / "failures.jsonl"
     failures = summary.pop("failures") if shard else read_lines(listing)
     total = len(failures) + summary["studies"]

@@ -11,6 +11,7 @@ from med3dvlm.programs import Parser
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # returned by `add_subparsers`
 MEANING = ("unit", "hu", "rescale", "series")
+AUTO = "auto"  # the shard of jobs that claim their work
 SCANS = "a file, a zip, or a folder with a DICOM series or numbered PNG or JPEG slices"
 
 
@@ -78,11 +79,13 @@ def parse_size(text: str) -> tuple[int, ...]:
     return depth, height, width
 
 
-def parse_shard(text: str) -> tuple[int, int]:
+def parse_shard(text: str) -> tuple[int, int] | str:
+    if text == AUTO:
+        return text
     try:
         part, parts = (int(number) for number in text.split("/"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must be I/N, as in 1/8 to 8/8") from None
+        raise argparse.ArgumentTypeError(f"{text!r} must be I/N, as in 1/8 to 8/8, or {AUTO}") from None
     return part, parts
 
 

@@ -17,6 +17,7 @@ seconds to make; the summary counts them, and nobody reads them.
 import hashlib
 import json
 import logging
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -30,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
+from med3dvlm.datasets.engines import Engine, open_engine
 from med3dvlm.datasets.masks import pack, read_masks
 from med3dvlm.datasets.statistics import BINS, statistics
 from med3dvlm.datasets.store import CHECKED, checksum, read_stored_masks, read_voxels, volume_path
@@ -40,7 +42,6 @@ from med3dvlm.recipes import RECIPES
 from med3dvlm.records import Question, Study, check_ids, fields_of
 from med3dvlm.reports.findings import named_labels
 from med3dvlm.volume import Volume, read_volume
-from med3dvlm.workers import worker_processes
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +60,22 @@ def prepare(
     workers: int = 2,
     failures: Sequence[Failure] = (),
     verify: bool = False,
+    engine: str = "local",
 ) -> dict[str, Any]:
     """Prepare the volumes of `studies`, whose image paths are relative to `source`; returns the summary that is also written.
 
     Args:
         failures: {"study", "file", "reason"} of studies that could not be read, for failures.jsonl.
         verify: read every volume that is there, and make those anew that are damaged.
+        engine: "local", `workers` processes of this machine, or "ray" (see `engines`); the result is the same.
 
     Raises:
         ValueError: two studies have one id, a volume would replace its own scan, or the folder was prepared with other settings.
     """
     source, destination = Path(source), Path(destination)
-    _check(source, destination, studies)
-    lines, failed, _ = _prepare_volumes(source, studies, processor, destination, workers, verify)
+    check_studies(source, destination, studies)
+    with open_engine(engine, workers) as run:
+        lines, failed, _ = prepare_volumes(source, studies, processor, destination, run, verify)
     return finish(destination, processor, studies, questions, lines, [*failures, *failed])
 
 
@@ -90,49 +94,48 @@ def prepare_shard(
     there is no such shard.
     """
     source, destination = Path(source), Path(destination)
-    _check(source, destination, studies)
+    check_studies(source, destination, studies)
     part, count = shard
     if not 1 <= part <= count:
         raise ValueError(f"there is no shard {part}/{count}; they count from 1/{count} to {count}/{count}")
     mine = studies[part - 1 :: count]
-    _, failed, made = _prepare_volumes(source, mine, processor, destination, workers, verify)
+    with open_engine("local", workers) as run:
+        _, failed, made = prepare_volumes(source, mine, processor, destination, run, verify)
     return {"shard": f"{part}/{count}", "studies": len(mine) - len(failed), "made": made, "failures": failed}
 
 
-def _prepare_volumes(
-    source: Path, studies: Sequence[Study], processor: VolumeProcessor, destination: Path, workers: int, verify: bool
+def prepare_volumes(
+    source: Path, studies: Sequence[Study], processor: VolumeProcessor, destination: Path, run: Engine, verify: bool
 ) -> tuple[dict[str, Line | None], list[Failure], int]:
     """Return the studies' lines of the index, the failures, and how many volumes were made."""
-    settings = _settle(processor, destination)
+    settings = settle(processor, destination)
     indexed = _index(destination)
     lines = {study.id: indexed.get(study.id) or _header(volume_path(destination, study)) for study in studies}
     stale = [study for study in studies if not _is_current(source, destination, settings, study, lines[study.id])]
     failed: list[Failure] = []
     if stale:
         RECIPES[processor.recipe].steps(processor)  # imports what it needs, once for all forked processes
-    with worker_processes(workers) as pool:
-        run = pool.map
-        if verify:
-            outdated = {study.id for study in stale}
-            there = [study for study in studies if study.id not in outdated]
-            found = [line for study in there if (line := lines[study.id])]
-            whole = tqdm(
-                run(partial(_is_whole, destination, processor.size), there, found), total=len(there), unit="volume", desc="verifying"
-            )
-            stale += [study for study, good in zip(there, whole, strict=True) if not good]
-        if any(study.id in indexed for study in stale):
-            (destination / "summary.json").unlink(missing_ok=True)
-        jobs = run(partial(prepare_one, source, destination, processor, settings), stale) if stale else ()
-        results = tqdm(jobs, total=len(studies), initial=len(studies) - len(stale), unit="volume", desc="preparing", smoothing=0.05)
-        for study, (line, reason) in zip(stale, results, strict=True):
-            lines[study.id] = line
-            if reason is not None:
-                failed.append({"study": study.id, "file": study.image, "reason": reason})
+    if verify:
+        outdated = {study.id for study in stale}
+        there = [study for study in studies if study.id not in outdated]
+        found = [line for study in there if (line := lines[study.id])]
+        jobs = run(partial(_is_whole, destination, processor.size), there, found, lost=lambda reason: False)
+        whole = tqdm(jobs, total=len(there), unit="volume", desc="verifying")
+        stale += [study for study, good in zip(there, whole, strict=True) if not good]
+    if any(study.id in indexed for study in stale):
+        (destination / "summary.json").unlink(missing_ok=True)
+    work = partial(_prepare_on_any_machine, source, destination, processor, settings)
+    jobs = run(work, stale, lost=lambda reason: (None, reason)) if stale else iter(())
+    results = tqdm(jobs, total=len(studies), initial=len(studies) - len(stale), unit="volume", desc="preparing", smoothing=0.05)
+    for study, (line, reason) in zip(stale, results, strict=True):
+        lines[study.id] = line
+        if reason is not None:
+            failed.append({"study": study.id, "file": study.image, "reason": reason})
     place = {study.id: number for number, study in enumerate(studies)}
     return lines, sorted(failed, key=lambda failure: place[failure["study"]]), len(stale) - len(failed)
 
 
-def _check(source: Path, destination: Path, studies: Sequence[Study]) -> None:
+def check_studies(source: Path, destination: Path, studies: Sequence[Study]) -> None:
     check_ids(studies)
     for study in studies:
         named_labels(study.labels)
@@ -142,7 +145,7 @@ def _check(source: Path, destination: Path, studies: Sequence[Study]) -> None:
             raise ValueError(f"{source / study.image} would be replaced by its own preparation; prepare into another folder")
 
 
-def _settle(processor: VolumeProcessor, destination: Path) -> str:
+def settle(processor: VolumeProcessor, destination: Path) -> str:
     """Write the processor if there is none, refuse another one. 16 hexadecimal digits of its settings, which each volume keeps:
     two runs that start at the same time with different settings do not see each other here."""
     path = destination / "preprocessor_config.json"
@@ -204,6 +207,14 @@ def _is_whole(destination: Path, size: Sequence[int], study: Study, line: Line) 
     except ValueError:
         return False
     return True
+
+
+def _prepare_on_any_machine(source: Path, destination: Path, *arguments: Any) -> tuple[Line | None, str | None]:
+    """As `prepare_one`; raises FileNotFoundError on a machine that does not see the folders."""
+    for folder in (source, destination / "preprocessor_config.json"):
+        if not folder.exists():
+            raise FileNotFoundError(f"{folder} is not seen by machine {socket.gethostname()}; put it on a disk that all machines share")
+    return prepare_one(source, destination, *arguments)
 
 
 def prepare_one(source: Path, destination: Path, processor: VolumeProcessor, settings: str, study: Study) -> tuple[Line | None, str | None]:
