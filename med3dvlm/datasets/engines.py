@@ -7,6 +7,7 @@ killed too many. Processes of this machine have no such second try: the run stop
 
 import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -66,15 +67,13 @@ def ray_cluster() -> Iterator[Engine]:
 def _run_on_ray(function: Callable[..., Any], *items: Iterable[Any], lost: Lost) -> Iterator[Any]:
     import ray
 
-    from med3dvlm import __version__
-
     work = ray.put(function)
     task = ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")(_call)
     pending: deque[tuple[Any, tuple[Any, ...]]] = deque()
     for arguments in zip(*items, strict=True):
         if len(pending) == WINDOW:
             yield _result(task, work, *pending.popleft(), lost)
-        pending.append((task.remote(__version__, work, arguments), arguments))
+        pending.append((task.remote(_version(), work, arguments), arguments))
     while pending:
         yield _result(task, work, *pending.popleft(), lost)
 
@@ -83,8 +82,6 @@ def _result(task: Any, work: Any, promised: Any, arguments: tuple[Any, ...], los
     """Wait for an item, which is started again where its process was killed: Ray itself would repeat for ever what takes too much memory."""
     import ray
     from ray.exceptions import LocalRayletDiedError, NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
-
-    from med3dvlm import __version__
 
     for left in range(TRIES - 1, -1, -1):
         try:
@@ -96,8 +93,12 @@ def _result(task: Any, work: Any, promised: Any, arguments: tuple[Any, ...], los
                 memory = isinstance(error, OutOfMemoryError)
                 reason = "memory does not suffice for it" if memory else "the process that worked on it was killed"
                 return lost(f"{reason}, {TRIES} times on several machines")
-            promised = task.remote(__version__, work, arguments)
+            promised = task.remote(_version(), work, arguments)
     raise AssertionError("the last try returns or raises")
+
+
+def _version() -> str:
+    return str(sys.modules["med3dvlm"].__dict__["__version__"])  # importing the whole package is not for this module
 
 
 def _call(version: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -106,11 +107,9 @@ def _call(version: str, function: Callable[..., Any], arguments: tuple[Any, ...]
 
     import torch
 
-    from med3dvlm import __version__
-
-    if version != __version__:
+    if version != _version():
         raise ValueError(
-            f"machine {socket.gethostname()} has med3dvlm {__version__}, and {version} was started; install one version everywhere"
+            f"machine {socket.gethostname()} has med3dvlm {_version()}, and {version} was started; install one version everywhere"
         )
     torch.set_num_threads(1)
     return function(*arguments)
