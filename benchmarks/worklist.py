@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_phantoms(root / "phantoms", arguments.scans, 0, 1.0, arguments.workers)
         results: dict[str, Any] = {key: str(value) for key, value in vars(arguments).items() if key != "output"}
         results |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "processor": platform.processor() or platform.machine()}
-        results |= measure(model, root / "phantoms", root / "out", arguments)
+        results |= measure(model, root / "phantoms" / "M3D_Cap", root / "out", arguments)
     write_json(arguments.output / "worklist.json", results)
     write_text(arguments.output / "worklist.md", table(results))
     print(table(results))

@@ -53,14 +53,19 @@ def add_commands(commands: Commands) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Gives the exit code: 1 where a scan has no result, else 3 where an answer was cut."""
+    from med3dvlm.checkpoints import model_type
     from med3dvlm.worklist.running import Settings, run
     from med3dvlm.worklist.scans import scans_of
 
     check_workers(arguments)
     check_engine(arguments.engine, arguments.vllm_url, arguments.quantize)
-    scans, unused = scans_of(arguments.scans, arguments.out)
-    if unused:
-        print(f"Columns that are not used: {', '.join(unused)}", file=sys.stderr)
+    folders = {"med3dvlm": arguments.model, "med3d_clip": arguments.contrastive}
+    for kind, folder in folders.items():
+        if folder is not None and (found := model_type(folder)) != kind:
+            raise ValueError(f"{folder} holds a model of type {found}, but one of type {kind} is needed there")
+    scans, notes = scans_of(arguments.scans, arguments.out)
+    for note in notes:
+        print(note, file=sys.stderr)
     if not arguments.report and not arguments.question and not arguments.embed and not any(scan.questions for scan in scans):
         raise ValueError("nothing is asked: leave out --no-report, or give --question or --embed")
     if arguments.segmenter is not None and not (arguments.masks and arguments.report):
@@ -71,14 +76,27 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.report, tuple(arguments.question), arguments.max_new_tokens, arguments.series, arguments.masks, arguments.embed,
         arguments.straighten, told,
     )  # fmt: skip
-    folders = [folder for folder in (arguments.model, arguments.contrastive) if folder is not None]
-    counts = run(scans, arguments.out, settings, folders, lambda: _models(arguments), arguments.workers, arguments.batch_size)
-    print(f"{counts.cases} cases of {len(scans)} scans in {arguments.out}: results.jsonl, results.csv, cases/, manifest.json")
+    counts = run(
+        scans,
+        arguments.out,
+        settings,
+        [folder for folder in folders.values() if folder],
+        lambda: _models(arguments),
+        arguments.workers,
+        arguments.batch_size,
+    )
+    print(
+        f"{_number(counts.cases, 'case')} of {_number(len(scans), 'scan')} in {arguments.out}: results.jsonl, results.csv, cases/, manifest.json"
+    )
     if counts.failures:
-        print(f"Warning: {counts.failures} have no result; {arguments.out / 'failures.jsonl'} says why", file=sys.stderr)
+        print(f"Warning: {_number(counts.failures, 'scan')} without a result; {arguments.out / 'failures.jsonl'} says why", file=sys.stderr)
     if counts.cut:
-        print(f"Warning: {counts.cut} cases have an answer that was cut at {arguments.max_new_tokens} tokens", file=sys.stderr)
+        print(f"Warning: answers of {_number(counts.cut, 'case')} were cut at {arguments.max_new_tokens} tokens", file=sys.stderr)
     return FAILED if counts.failures else CUT if counts.cut else 0
+
+
+def _number(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"
 
 
 def _models(arguments: argparse.Namespace) -> Any:

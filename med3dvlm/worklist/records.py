@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from med3dvlm.files import whole_file, write_text
 from med3dvlm.inference.engine import Generation
 from med3dvlm.inference.out_of_distribution import OutOfDistributionScore
-from med3dvlm.reports.draft import read_report
+from med3dvlm.reports.draft import Report, read_report
 
 SCHEMA = "urn:med3dvlm:case:1"
 STATES = ("present", "uncertain", "absent")
@@ -43,18 +43,28 @@ def said(answer: Generation) -> Record:
 
 
 def report_of(answer: Generation) -> Record:
-    sections = read_report(answer.text).sections if answer.text.strip() else ()
+    report = _drafted(answer.text)
+    sections = () if report is None else report.sections
     return said(answer) | {"sections": [{"heading": section.heading, "text": section.text} for section in sections]}
 
 
 def findings_of(text: str | None, probabilities: dict[str, float]) -> Record:
     """List findings with their state in the report and the probability that a contrastive model gives them."""
-    stated = read_report(text).findings if text and text.strip() else {}
+    report = _drafted(text or "")
+    stated = {} if report is None else report.findings
     names = [*probabilities, *(name for name in stated if name not in probabilities)]
     return {
         name: {"stated": stated.get(name), "probability": round(probabilities[name], 4) if name in probabilities else None}
         for name in names
     }
+
+
+def _drafted(text: str) -> Report | None:
+    """Read a report; None where there are no words in it."""
+    try:
+        return read_report(text)
+    except ValueError:
+        return None
 
 
 def familiarity(score: OutOfDistributionScore | None) -> Record | None:

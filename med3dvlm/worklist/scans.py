@@ -35,18 +35,18 @@ class Scan:
 
 
 def scans_of(source: Path, out: Path) -> tuple[list[Scan], list[str]]:
-    """Return all scans in the order of their paths, or of the table; and the columns of the table that are not used.
+    """Return all scans in the order of their paths, or of the table; and sentences about what was left out.
 
     Args:
         source: a folder, a list (.txt: a path a line), a table, or one scan.
-        out: a folder whose files are no scans, wherever it lies.
+        out: the folder of the results, which holds no scans; other folders of results are left out, too.
 
     Raises:
         FileNotFoundError, ValueError: there is no scan, or list or table are wrong; the message says where.
     """
-    unused: list[str] = []
+    notes: list[str] = []
     if source.is_dir():
-        scans = _below(source, out)
+        scans, notes = _below(source, out)
         if not scans:
             raise ValueError(
                 f"there is no scan below {source}; a scan is {', '.join(FILES)}, DICOM files, or a folder of numbered pictures"
@@ -54,14 +54,14 @@ def scans_of(source: Path, out: Path) -> tuple[list[Scan], list[str]]:
     elif not source.is_file():
         raise FileNotFoundError(f"{source} is not there; name a folder of scans, a list (.txt), or a table ({', '.join(TABLES)})")
     elif source.suffix.lower() in TABLES:
-        scans, unused = _of_table(source)
+        scans, notes = _of_table(source)
     elif source.suffix.lower() in LISTS:
         scans = _of_list(source)
     else:
         scans = [Scan(_without_ending(source.name), source)]
     if twice := [name for name, count in Counter(scan.id for scan in scans).items() if count > 1]:
         raise ValueError(f"{len(twice)} ids are those of several scans, the first is {twice[0]!r}; give each an id of its own (column id)")
-    return scans, unused
+    return scans, notes
 
 
 def _without_ending(name: str) -> str:
@@ -76,13 +76,16 @@ def _named(scans: Iterable[Scan]) -> list[Scan]:
     return [replace(scan, id=short) if count[short := _without_ending(scan.id)] == 1 else scan for scan in kept]
 
 
-def _below(root: Path, out: Path) -> list[Scan]:
+def _below(root: Path, out: Path) -> tuple[list[Scan], list[str]]:
     """Find every scan file, DICOM study and folder of pictures. Names that begin with a dot are left out."""
     found: list[Path] = []
+    links: list[str] = []
     studies: dict[Path, str] = {}  # folder with DICOM files -> study of the first that says it
-    for place, folders, names in os.walk(root):
+    unlisted: list[OSError] = []
+    for place, folders, names in os.walk(root, onerror=unlisted.append):
         folder = Path(place)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and (folder / name).resolve() != out.resolve())
+        links += [str(folder / name) for name in folders if (folder / name).is_symlink()]
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is_results(folder / name, out))
         files = [folder / name for name in sorted(names) if not name.startswith(".")]
         found += (scans := [file for file in files if file.name.lower().endswith(FILES)])
         dicom = next((file for file in files if _may_be_dicom(file)), None)
@@ -90,11 +93,17 @@ def _below(root: Path, out: Path) -> list[Scan]:
             studies[folder] = study_of(files) or f"unknown {folder}"
         elif not scans and len(seen := pictures(folder)) > 1 and all(re.search(r"\d", picture.stem) for picture in seen):
             found.append(folder)
+    found += [Path(error.filename) for error in unlisted]  # cannot be read, which their results will say
     tops = _study_folders(root, studies)
     found = [path for path in found if not (path.is_dir() and tops & {path, *path.parents})]  # pictures beside DICOM are previews
+    notes = [f"Links to folders are not followed: {', '.join(links)}"] if links else []
     return _named(
         Scan(path.relative_to(root).as_posix() if path != root else root.resolve().name or "scan", path) for path in sorted({*found, *tops})
-    )
+    ), notes
+
+
+def _is_results(folder: Path, out: Path) -> bool:
+    return folder.resolve() == out.resolve() or all((folder / name).is_file() for name in ("run.json", "progress.jsonl"))
 
 
 def _may_be_dicom(file: Path) -> bool:
@@ -165,7 +174,7 @@ def _of_table(path: Path) -> tuple[list[Scan], list[str]]:
         (image, Scan(facts.get("id", ""), path.parent / image, tuple(dict.fromkeys(asked[image])), _reading(facts)))
         for image, facts in said.items()
     ]
-    return _relative(named, path), list(unused)
+    return _relative(named, path), [f"Columns that are not used: {', '.join(unused)}"] if unused else []
 
 
 def _reading(facts: dict[str, Any]) -> dict[str, Any]:

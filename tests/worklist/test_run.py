@@ -15,6 +15,7 @@ import pytest
 
 from med3dvlm import Med3DChat, cli
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
+from med3dvlm.worklist.records import findings_of
 from tests import random_chat
 
 OUTPUTS = ("results.jsonl", "results.csv", "failures.jsonl", "manifest.json", "run.json", "embeddings.parquet")
@@ -44,6 +45,10 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(root / name, seed)
     (root / "b" / "broken.nii.gz").write_bytes(b"This is a letter, not a scan." * 20)
     (root / "notes.md").write_text("no scan")
+    (root / "linked").symlink_to(root / "a")
+    for name in ("run.json", "progress.jsonl", "mask.nii.gz"):  # results of another run
+        (root / "old" / name).parent.mkdir(exist_ok=True)
+        (root / "old" / name).touch()
     return root
 
 
@@ -70,7 +75,8 @@ def lines(path: Path) -> list[dict[str, object]]:
 def test_every_scan_is_answered_as_by_ask_whatever_workers_and_batch(run: Run, model: Path, scans: Path, tmp_path: Path) -> None:
     options = ("--question", QUESTION, "--embed")
     code, said, error = run(scans, "--out", tmp_path / "one", "--workers", 1, *options)
-    assert code == 1 and "5 cases of 6 scans" in said and "1 have no result" in error and "5 cases have an answer that was cut" in error
+    assert f"Links to folders are not followed: {scans}/linked" in error
+    assert code == 1 and "5 cases of 6 scans" in said and "1 scan without a result" in error and "answers of 5 cases were cut" in error
     assert run(scans, "--out", tmp_path / "other", "--workers", 2, "--batch-size", 2, *options)[0] == 1
     assert content(tmp_path / "one") == content(tmp_path / "other")
 
@@ -102,7 +108,7 @@ def test_every_scan_is_answered_as_by_ask_whatever_workers_and_batch(run: Run, m
 
 def test_killed_mended_and_continued_with_the_same_bytes(run: Run, model: Path, scans: Path, tmp_path: Path) -> None:
     mine, out = tmp_path / "scans", tmp_path / "out"
-    shutil.copytree(scans, mine)
+    shutil.copytree(scans, mine, symlinks=True)
     words = ("run", model, mine, "--out", out, "--batch-size", 2, "--workers", 1, "--max-new-tokens", 7)
     process = multiprocessing.get_context("fork").Process(target=cli.main, args=([str(word) for word in words],))
     process.start()
@@ -156,7 +162,14 @@ def test_a_table_gives_ids_and_questions(run: Run, model: Path, scans: Path, tmp
     assert b"case-0" in written and not any(name.encode() in written for name in (str(scans), "five.nii", "one.nii", "broken"))
 
 
-def test_wrong_input_is_one_sentence(run: Run, scans: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [None, "", "\x01\x02", "Findings:"])
+def test_a_report_without_words_states_nothing(text: str | None) -> None:
+    assert findings_of(text, {}) == {}
+    assert findings_of(text, {"pleural_effusion": 0.25}) == {"pleural_effusion": {"stated": None, "probability": 0.25}}
+    assert findings_of("No pleural effusion.", {"pleural_effusion": 0.25})["pleural_effusion"]["stated"] == "absent"
+
+
+def test_wrong_input_is_one_sentence(run: Run, model: Path, scans: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "twice.csv").write_text(f"image,id\n{scans}/five.nii.gz,x\n{scans}/a/two.nii,x\n")
     (tmp_path / "out").mkdir()
@@ -169,6 +182,8 @@ def test_wrong_input_is_one_sentence(run: Run, scans: Path, tmp_path: Path) -> N
         (scans, "new", ("--no-report",), "nothing is asked"),
         (scans, "new", ("--masks",), "cannot point, so there are no masks"),
         (scans, "new", ("--workers", 0), "--workers is 0"),
+        (scans, "new", ("--contrastive", tmp_path / "nothing"), "is not a directory"),
+        (scans, "new", ("--contrastive", model), "holds a model of type med3dvlm, but one of type med3d_clip is needed there"),
     ):
         code, said, error = run(source, "--out", tmp_path / out, *options)
         assert (code, said) == (2, "") and reason in error and error.strip().splitlines()[-1].startswith("med3dvlm: error: "), error
