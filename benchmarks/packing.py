@@ -19,7 +19,7 @@ import torch
 from transformers import Qwen2Config
 
 from med3dvlm import Med3DVLM, Med3DVLMConfig
-from med3dvlm.models.vlm_processor import IGNORED, branch_mask
+from med3dvlm.models.vlm_processor import IGNORED
 from med3dvlm.programs import Parser, run
 
 IMAGE_TOKEN = 1000
@@ -59,11 +59,10 @@ def batch_of(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     fillers = {"input_ids": 0, "labels": IGNORED, "position_ids": 0, "branches": -1}
     length = max(len(row["labels"]) for row in rows)
     batch = {key: torch.tensor([row[key] + [filler] * (length - len(row[key])) for row in rows]) for key, filler in fillers.items()}
-    branches = batch.pop("branches")
-    if branches.max() > 1:
-        return batch | {"attention_mask": branch_mask(branches)}
-    del batch["position_ids"]
-    return batch | {"attention_mask": (branches >= 0).long()}
+    batch["attention_mask"] = (batch["branches"] >= 0).long()
+    if batch["branches"].max() <= 1:
+        del batch["branches"], batch["position_ids"]
+    return batch
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from med3dvlm.datasets.rows import Row, pack
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.streams import Purpose, stream
 from med3dvlm.datasets.torch import StudyDataset, stack_images
-from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message, answer_lengths, branch_mask
+from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message, answer_lengths
 from med3dvlm.prompts import REPORT_PROMPTS, closed_answer, closed_prompt
 from med3dvlm.records import Question, Study
 
@@ -247,7 +247,7 @@ def _closed_turn(question: Question) -> list[Message]:
 class ConversationCollator:
     """Rows of a ConversationDataset -> the arguments of Med3DVLM.forward.
 
-    Where every row holds one conversation, the mask is a plain (B, L), which any language model and any attention takes. "points" (B, K) are
+    Where every row holds one conversation, there are no "branches", and any language model and any attention takes the mask. "points" (B, K) are
     those of pointing tokens that are left where a conversation was cut: its first.
 
     Args:
@@ -263,7 +263,7 @@ class ConversationCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         branched = [self.processor.branch(row["conversations"], self.max_length, row.get("context")) for row in rows]
         batch: dict[str, Any] = self.processor.pad(branched, left=False)
-        branches = batch.pop("branches")
+        branches = batch["branches"]
         if "points" in rows[0]:
             batch["masks"] = pad_sequence([row["masks"] for row in rows], batch_first=True)  # (B, G, D, H, W)
             pointed = (batch["input_ids"] == self.processor.pointing_token_id) & (batch["labels"] != IGNORED)
@@ -274,10 +274,8 @@ class ConversationCollator:
             batch["points"] = pad_sequence([torch.tensor(own, dtype=torch.long) for own in kept], batch_first=True, padding_value=-1)
         if self.loss_weighting == "conversation":
             batch["answer_lengths"] = answer_lengths(batch["labels"], branches)
-        if branches.max() > 1:
-            batch["attention_mask"] = branch_mask(branches)
-        else:
-            del batch["position_ids"]  # they only count
+        if branches.max() <= 1:
+            del batch["branches"], batch["position_ids"]  # they only count
         if "features" in rows[0]:
             batch["image_features"] = tuple(torch.stack(level) for level in zip(*(row["features"] for row in rows), strict=True))
         elif "volume" in rows[0]:

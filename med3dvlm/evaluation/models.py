@@ -16,7 +16,7 @@ from med3dvlm.evaluation.cases import processes
 from med3dvlm.inference.chat import Med3DChat
 from med3dvlm.inference.out_of_distribution import Features
 from med3dvlm.models.vlm import Med3DVLM
-from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message, branch_mask
+from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message
 from med3dvlm.records import Study
 from med3dvlm.search import Embedder
 
@@ -100,9 +100,8 @@ def _row_likelihoods(
     batch = {name: value.to(model.device) for name, value in padded.items()}
     low, high = (torch.cat(level) for level in zip(*features, strict=True))  # (B, n, C)
     branches, labels = batch["branches"], batch["labels"]  # (B, L)
-    placed = {"attention_mask": batch["attention_mask"]}
-    if branches.max() > 1:
-        placed = {"attention_mask": branch_mask(branches), "position_ids": batch["position_ids"]}
+    names = ("branches", "position_ids") if branches.max() > 1 else ("attention_mask",)
+    placed = {name: batch[name] for name in names}
     output = model(batch["input_ids"], **placed, image_features=(low, high), labels=labels)
     labelled = labels[:, 1:] != IGNORED
     targets = labels[:, 1:][labelled].unsqueeze(1)

@@ -24,13 +24,16 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from med3dvlm.encoders import build_encoder
+from med3dvlm.models.branch_attention import numbered, use_pieces
 from med3dvlm.models.clip import Med3DCLIP
-from med3dvlm.models.language_models import branch_scores, scaled_logits, unpackable
+from med3dvlm.models.language_models import attention_kinds, branch_scores, scaled_logits, unpackable
 from med3dvlm.models.pointing import Pointing
 from med3dvlm.models.portable import Portable
 from med3dvlm.models.vlm_config import Med3DVLMConfig
-from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor
+from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, branch_mask
 from med3dvlm.preprocessing import VolumeProcessor
+
+DENSE = 1024  # tokens of a row, up to which one mask of all by all is quicker than attention in pieces
 
 
 @dataclass
@@ -192,6 +195,7 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         masks: Tensor | None = None,
         points: Tensor | None = None,
         num_rows_in_batch: int | None = None,
+        branches: Tensor | None = None,
         **kwargs: Any,
     ) -> Med3DVLMOutput:
         """Return next-token logits, or the loss over the labelled tokens.
@@ -199,7 +203,7 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, L).
             labels: (B, L); -100 is left out.
-            attention_mask: (B, L), or (B, 1, L, L) from `branch_mask`, then with `position_ids` (B, L).
+            attention_mask: (B, L).
             pixel_values: (B, 1, D, H, W), or instead
             image_features: what `encode_image` gave for them.
             answer_lengths: (B, L) from `processing.answer_lengths`: every conversation counts alike, its labelled tokens share its weight.
@@ -207,15 +211,16 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
             num_items_in_batch: `count_items` of the whole step, by which the loss is divided when gradients are accumulated.
             masks, points: with labels and pixel_values, where the pointing tokens point: see `Pointing.losses`.
             num_rows_in_batch: of the whole step, by which the loss of masks is divided.
+            branches: (B, L), where rows hold several conversations, with `position_ids` (B, L): see Med3DVLMProcessor.branch.
 
         Raises:
-            ValueError: image tokens and features do not match, or the mask is of several conversations a row and this model takes one.
+            ValueError: image tokens and features do not match, or rows hold several conversations and this model takes one.
         """
         stages = None
         if pixel_values is not None:
             stages = self.vision_encoder(pixel_values)
             image_features = self.config.levels_of(stages)
-        hidden = self._hidden(input_ids, attention_mask, image_features, position_ids)
+        hidden = self._hidden(input_ids, attention_mask, image_features, position_ids, branches)
         own = None if self.pointing is None else (self.pointing.token_id, self.pointing.rows(self.language_model)[1])
         if labels is None:
             return Med3DVLMOutput(logits=scaled_logits(self.language_model, hidden, own))
@@ -239,27 +244,42 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         return output
 
     def _hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None, image_features: tuple[Tensor, Tensor] | None, position_ids: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        image_features: tuple[Tensor, Tensor] | None,
+        position_ids: Tensor | None = None,
+        branches: Tensor | None = None,
     ) -> Tensor:
         """Return the last layer's states, (B, L, E)."""
         embeds = self.embed(input_ids, image_features)
-        mask: Any = attention_mask
-        if attention_mask is not None and attention_mask.ndim == 4:
-            if (reason := self.unpackable) is not None:
-                raise ValueError(f"several conversations cannot share a row: {reason}; give each a row of its own and a mask (B, L)")
-            if position_ids is None:
-                raise ValueError("a mask (B, 1, L, L) needs the position_ids that Med3DVLMProcessor.branch gives with it")
-            mask = branch_scores(self.language_model.config.get_text_config(), attention_mask, position_ids, embeds.dtype)
+        mask: Any = attention_mask if branches is None else self._branch_mask(branches, position_ids, embeds.dtype)
         decoder = self.language_model.get_decoder()
         hidden: Tensor = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False).last_hidden_state
+        if (layout := getattr(mask, "branch_layout", None)) is not None and not layout.used:
+            kind = self.config.text_config.model_type
+            raise ValueError(
+                f"the language model ({kind}) did not attend in pieces; set_attn_implementation('eager') lets it attend by a mask"
+            )
         return hidden
+
+    def _branch_mask(self, branches: Tensor, position_ids: Tensor | None, dtype: torch.dtype) -> Any:
+        """Make the mask that keeps branches (B, L) apart: their numbers for long rows, where the language model can attend in pieces."""
+        if (reason := self.unpackable) is not None:
+            raise ValueError(f"several conversations cannot share a row: {reason}; give each a row of its own and a mask (B, L)")
+        if position_ids is None:
+            raise ValueError("branches need the position_ids that Med3DVLMProcessor.branch gives with them")
+        config = self.language_model.config.get_text_config()
+        if branches.shape[1] > DENSE and attention_kinds(config) == {"full_attention"} and use_pieces(self.language_model):
+            return numbered(branches)
+        return branch_scores(config, branch_mask(branches), position_ids, dtype)
 
     @torch.no_grad()
     def point(self, input_ids: Tensor, image_features: tuple[Tensor, Tensor]) -> Tensor:
         """Return the queries of the pointing tokens of one conversation (1, L), in their order: (K, P), for `Pointing.draw`."""
         if self.pointing is None:
             raise ValueError("this model cannot point; train stage 3 with --segmenter")
-        hidden = self._hidden(input_ids, None, image_features, None)
+        hidden = self._hidden(input_ids, None, image_features)
         return self.pointing.queries(hidden[input_ids == self.pointing.token_id])
 
     @torch.no_grad()

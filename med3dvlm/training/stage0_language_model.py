@@ -8,12 +8,14 @@ It is plain language modelling on text: reports, and questions asked about a rep
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from med3dvlm import Med3DVLMProcessor
 from med3dvlm.datasets.conversations import ConversationCollator, ConversationDataset
+from med3dvlm.models.vlm_processor import branch_mask
 from med3dvlm.training.arguments import StageArguments, parse_arguments
 from med3dvlm.training.language import ConversationTrainer, limit_lengths
 from med3dvlm.training.run import finish, run_training, save_final
@@ -51,6 +53,16 @@ class Stage0Arguments(StageArguments):
     def key_heads(self) -> int:
         """Return the heads for keys and values."""
         return max(1, self.heads // 2)
+
+
+class MaskCollator(ConversationCollator):
+    """As ConversationCollator's, for a language model by itself, which knows masks but no branches."""
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        if "branches" in batch:
+            batch["attention_mask"] = branch_mask(batch.pop("branches"))
+        return batch
 
 
 def train_tokenizer(dataset: ConversationDataset, vocabulary: int) -> Qwen2Tokenizer:
@@ -102,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             limit_lengths(rows, split, processor, arguments)
     trainer = ConversationTrainer(
         model, arguments, train_dataset=texts, eval_dataset=validation, processing_class=tokenizer,
-        data_collator=ConversationCollator(processor, arguments.max_length),
+        data_collator=MaskCollator(processor, arguments.max_length),
     )  # fmt: skip
     run_training(trainer, arguments, str(data.summary["fingerprint"]))
     save_final(trainer)

@@ -12,7 +12,7 @@ from med3dvlm import Med3DVLM, Med3DVLMConfig, Med3DVLMProcessor, VolumeProcesso
 from med3dvlm.datasets.conversations import ConversationCollator
 from med3dvlm.evaluation import answer_likelihoods, models
 from med3dvlm.models.vlm import count_items
-from med3dvlm.models.vlm_processor import IGNORED, Message, answer_lengths, branch_mask
+from med3dvlm.models.vlm_processor import IGNORED, Message, answer_lengths
 from tests.tiny_parts import TEMPLATES, tokenizer, turn
 
 SIZE = (24, 40, 32)
@@ -78,8 +78,8 @@ def test_a_branch_has_the_logits_of_its_conversation_alone(family: str, attentio
     assert model.language_model.config._attn_implementation == attention
     (features,) = features_of(model, 1)
     batch = processor.pad([processor.branch(CONVERSATIONS), processor.branch(CONVERSATIONS[1:])], left=False)
-    branches = batch.pop("branches")
-    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "attention_mask": branch_mask(branches)}
+    branches = batch["branches"]
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "branches")}
     both = tuple(level.repeat(2, 1, 1) for level in features)
     with torch.no_grad():
         logits = model(**inputs, image_features=both).logits
@@ -110,12 +110,12 @@ def test_the_window_counts(family: str) -> None:
 
 
 def test_a_model_that_cannot_keep_conversations_apart_refuses_a_row_of_several() -> None:
-    mask = branch_mask(torch.tensor([[0, 1, 2]]))
+    branches = torch.tensor([[0, 1, 2]])
     ids, positions = torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1, 1]])
     plain, _ = build("llama")
     assert plain.unpackable is None
-    with pytest.raises(ValueError, match=r"needs the position_ids that Med3DVLMProcessor.branch gives"):
-        plain(ids, mask)
+    with pytest.raises(ValueError, match=r"need the position_ids that Med3DVLMProcessor.branch gives"):
+        plain(ids, branches=branches)
     for name, value, sentence in (
         ("layer_types", ["chunked_attention", "full_attention"], r"\(llama\) has layers of chunked_attention, for which there is no mask"),
         ("attention_chunk_size", 8, r"has layers of chunked_attention"),
@@ -128,12 +128,12 @@ def test_a_model_that_cannot_keep_conversations_apart_refuses_a_row_of_several()
         model, _ = build("llama")
         setattr(model.language_model.config, name, value)
         with pytest.raises(ValueError, match=rf"cannot share a row: .*{sentence}.*give each a row of its own and a mask \(B, L\)"):
-            model(ids, mask, position_ids=positions)
+            model(ids, branches=branches, position_ids=positions)
     assert "has layers of linear_attention" in str(build("mamba", state_size=4)[0].unpackable)
     assert "(bloom) goes by the order of tokens, not by position_ids" in str(build("bloom", n_head=2)[0].unpackable)
     published, _ = build(splice="published")
     with pytest.raises(ValueError, match="image_splice 'published' the image takes the place of the first token of the first conversation"):
-        published(ids, mask, position_ids=positions)
+        published(ids, branches=branches, position_ids=positions)
 
 
 @pytest.mark.parametrize("splice", ["mask", "published"])
@@ -184,7 +184,7 @@ def test_packed_rows_and_rows_of_one_give_the_same_loss_and_gradients(weighting:
         model.zero_grad()
         total = 0.0
         for batch in collated:
-            assert batch["attention_mask"].ndim == (4 if "position_ids" in batch else 2)
+            assert batch["attention_mask"].ndim == 2 and ("branches" in batch) == ("position_ids" in batch)
             loss = model(**batch, num_items_in_batch=items).loss
             loss.backward()
             total += loss.item()
