@@ -41,7 +41,8 @@ class Layout:
         """Find the parts of rows by their branch numbers (B, L)."""
         layout = cls([], [])
         for numbers in branches.tolist():
-            shared, pieces, place = 0, [], 0
+            shared, place = 0, 0
+            pieces: list[tuple[int, int]] = []
             for number, members in groupby(numbers):
                 start, place = place, place + len(list(members))
                 if number == 0:
