@@ -82,9 +82,9 @@ class Reader:
             streams = TransformersEngine(self.chat, count).generate([Request(each, asked, tokens) for each in features[:count]])
             made = sum(len(stream.result().tokens) for stream in streams)
         else:
-            ids = self.tokenizer([REPORT_PROMPTS[0]] * count, return_tensors="pt").input_ids
-            answers = self.language_model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-            made = answers[:, ids.shape[1] :].numel()
+            asked = self.tokenizer([REPORT_PROMPTS[0]] * count, return_tensors="pt")
+            answers = self.language_model.generate(**asked, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+            made = answers[:, asked.input_ids.shape[1] :].numel()
         return made / (time.perf_counter() - started)
 
 

@@ -5,6 +5,7 @@ not depend on the number of processes, nor on how often the run was stopped.
 """
 
 import hashlib
+import math
 import platform
 import time
 from collections import deque
@@ -37,7 +38,7 @@ from med3dvlm.worklist.reading import Case, Failure, open_volume, read_cases
 from med3dvlm.worklist.scans import Scan
 
 PACKAGES = ("med3dvlm", "torch", "transformers", "monai", "numpy")
-AHEAD = 2  # batches that are read while one is answered
+AHEAD, AHEAD_BYTES = 2, 2**31  # batches that are read while one is answered, and the memory of their voxels
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ def run(
         missing = [[scan for scan in batch if not journal.is_done(scan)] for batch in batches]
         todo = [(batch, stale) for batch, stale in zip(batches, missing, strict=True) if stale]
         with worker_processes(workers) as pool:
-            reader = _Reader(pool, partial(read_cases, processors=processors, rule=settings.series), todo, AHEAD * batch_size)
+            size = sum(math.prod(processor.size) * processor.stored_dtype.itemsize for processor in processors)
+            ahead = max(workers, min(AHEAD * batch_size, AHEAD_BYTES // size))
+            reader = _Reader(pool, partial(read_cases, processors=processors, rule=settings.series), todo, ahead)
             models: Models = load()
             try:
                 settle(out, {"notice": RESEARCH_NOTICE, "models": models.about, "settings": vars(settings), "versions": versions()})
@@ -168,6 +171,7 @@ class _Batch:
         if any(isinstance(each, _Asked) for _, cases in found.values() for each in cases):
             others = [scan for scan in batch if scan not in stale]
             found |= {scan.id: (seen, self._encoded(cases)) for scan, seen, cases in reader.take(others, again=True)}
+        found = {scan.id: found[scan.id] for scan in batch if scan.id in found}  # in the order in which an undisturbed run asks
         outcomes = self._answered([each for _, cases in found.values() for each in cases])
         seconds = (time.perf_counter() - started) / max(1, len(found))
         lines = []
