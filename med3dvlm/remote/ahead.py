@@ -40,47 +40,37 @@ class Source:
 
 
 class FetchAhead:
-    """The process, started at its first use; it ends with this one."""
+    """The process, which starts at once and ends with this one."""
 
     def __init__(self, store: RemoteStore) -> None:
-        self.source, self.queued = Source.of(store), 0
-        self._process: subprocess.Popen[str] | None = None
+        self.queued = 0
+        package = Path(__file__).resolve().parents[2]
+        paths = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__], env=os.environ | {"PYTHONPATH": paths}, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, start_new_session=True,  # Ctrl+C is for the training
+        )  # fmt: skip
+        self._tell(asdict(Source.of(store)))
 
     def want(self, studies: Sequence[tuple[str, Sums]], passed: int) -> None:
         """Queue volumes, after the first `passed` of all that were ever queued are no longer wanted."""
         self.queued += len(studies)
-        if self._process is None:
-            self._process = self._start()
         if self._process.poll() is None:
-            try:
-                self._tell({"passed": passed, "studies": [[study, dict(sums)] for study, sums in studies]})
-            except BrokenPipeError:
-                logger.warning("the process that fetches volumes ahead has ended; they are fetched when they are needed")
-
-    def _start(self) -> "subprocess.Popen[str]":
-        package = Path(__file__).resolve().parents[2]
-        paths = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | {"PYTHONPATH": paths},
-        )
-        self._tell(asdict(self.source))
-        return self._process
+            self._tell({"passed": passed, "studies": [[study, dict(sums)] for study, sums in studies]})
 
     def _tell(self, what: dict[str, Any]) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        self._process.stdin.write(json.dumps(what) + "\n")
-        self._process.stdin.flush()
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(what) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            logger.warning("the process that fetches volumes ahead has ended; they are fetched when they are needed")
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-            self._process.wait()
-            self._process = None
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
 def main(lines: IO[str]) -> None:
