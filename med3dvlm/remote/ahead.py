@@ -35,7 +35,7 @@ class Source:
     def of(cls, store: RemoteStore) -> "Source":
         return cls(store.address.address, str(store.cache.folder), store.cache.size_text, store.volume_size)
 
-    def open(self) -> RemoteStore:
+    def connect(self) -> RemoteStore:
         return RemoteStore(self.address, Cache(self.folder, self.size), self.volume_size)
 
 
@@ -75,7 +75,7 @@ class FetchAhead:
 
 def main(lines: IO[str]) -> None:
     """Fetch what the lines ask for until there are no more: then nobody waits for it."""
-    store = Source(**json.loads(lines.readline())).open()
+    store = Source(**json.loads(lines.readline())).connect()
     queue, ready = _Queue(), threading.Semaphore(0)
 
     def work() -> None:

@@ -190,7 +190,7 @@ class Cache:
 
     def _used(self) -> int:
         try:
-            return int((self.folder / "used").read_text())
+            return int((self.folder / "used").read_text(encoding="utf-8-sig"))
         except (FileNotFoundError, ValueError):  # of a new cache, or of a machine that lost power
             return self._evict(self.size)
 

@@ -157,7 +157,7 @@ def test_the_program_serves_who_has_an_account_and_removes_its_private_folder_at
     program = f"""
         import runpy, sys, types
         fake = types.ModuleType("med3dvlm.inference.chat")
-        fake.Med3DChat = type("Med3DChat", (), {{"from_pretrained": classmethod(lambda cls, path: cls())}})
+        fake.Med3DChat = type("Med3DChat", (), {{"from_pretrained": classmethod(lambda cls, path, **options: cls()), "engine": None}})
         sys.modules["med3dvlm.inference.chat"] = fake
         sys.argv = ["chat.py", "--model", {str(model)!r}, "--port", "{free_port}", "--auth-file", {str(accounts)!r}]
         runpy.run_path({str(SCRIPT)!r}, run_name="__main__")

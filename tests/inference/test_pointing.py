@@ -105,6 +105,7 @@ def test_pieces_of_a_stream_and_a_batch_show_no_token(chat: Med3DChat, scan: Pat
 
 
 def test_a_run_writes_masks_beside_its_tables(chat: Med3DChat, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat.model.save_pretrained(tmp_path / "model")
     chat.processor.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(Med3DChat, "from_pretrained", classmethod(lambda cls, path, **options: Med3DChat(chat.model, chat.processor)))
     out = tmp_path / "out"

@@ -222,7 +222,11 @@ def test_the_detector_rests_on_500_scans_evenly_spread(count: int, expected: int
     splits = {"train": count, "validation": 1}
     processor = VolumeProcessor("m3d", size=(2, 3, 4))
     data: Any = SimpleNamespace(
-        summary={"splits": splits}, studies=lambda split: list(range(splits[split])), volume=volume, processor=processor
+        summary={"splits": splits},
+        studies=lambda split: list(range(splits[split])),
+        volume=volume,
+        processor=processor,
+        fetch=lambda studies: None,
     )
     model: Any = SimpleNamespace(vision_encoder=nn.Linear(1, 1), encode_image=lambda batch: (batch.flatten(2), batch.flatten(2)))
     stage3_lora.remember_training_data(model, data, str(tmp_path))
