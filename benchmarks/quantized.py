@@ -114,7 +114,7 @@ def studies_of(arguments: argparse.Namespace, chat: Med3DChat | None, root: Path
         data = PreparedData(arguments.data)
         studies = data.studies(arguments.split)[: arguments.studies]
         return [study.report for study in studies], [data.volume(study) if chat else None for study in studies]
-    studies = write_phantoms(root, arguments.studies, 11, 1.0, 1)
+    studies = write_phantoms(root, max(10, arguments.studies), 11, 1.0, 1)[: arguments.studies]  # fewer do not fill its splits
     return [study.report for study in studies], [root / study.image for study in studies]
 
 
