@@ -9,8 +9,8 @@ import pytest
 
 @pytest.mark.slow
 def test_every_way_writes_the_same_reports(shell: Callable[..., str], tmp_path: Path) -> None:
-    said = shell("python", "-m", "benchmarks.worklist", "--scans", 3, "--loop", 1, "--report-tokens", 5, "--output", tmp_path)
+    said = shell("python", "-m", "benchmarks.worklist", "--scans", 10, "--loop", 1, "--report-tokens", 5, "--output", tmp_path)
     results = json.loads((tmp_path / "worklist.json").read_text(encoding="utf-8-sig"))
     assert (tmp_path / "worklist.md").read_text(encoding="utf-8-sig") in said
-    assert results["scans_run"] == 3 and results["same_reports"] == "1 of 1"
+    assert results["scans_run"] == 10 and results["same_reports"] == "1 of 1"
     assert min(results[name] for name in ("report_command", "one_process", "run")) > 0
