@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="the folder of a trained model (default: random weights)")
     parser.add_argument("--size", choices=SIZES, default="demo", help="of the random language model (default: %(default)s)")
-    parser.add_argument("--scans", type=positive, default=200, help="phantoms to report on (default: %(default)s)")
+    parser.add_argument("--scans", type=positive, default=200, help="phantoms to report on, at least 10 (default: %(default)s)")
     parser.add_argument("--loop", type=positive, default=5, help="of them one after the other (default: %(default)s)")
     parser.add_argument("--workers", type=positive, default=2, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=16, help="(default: %(default)s)")
