@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as shapes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -85,6 +86,7 @@ def _as_on_a_device() -> Iterator[None]:
     with (
         patch.object(functional, "scaled_dot_product_attention", _attention),
         patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
+        patch.object(shapes, "meta_nonzero_assume_all_nonzero", True),  # of prompts that count in a loss
     ):
         yield
 
@@ -95,6 +97,12 @@ def _attention(
 ) -> Any:  # fmt: skip
     if enable_gqa:
         key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in (key, value))
+    if query.ndim == 3:  # without heads
+        query, key, value = (one.unsqueeze(1) for one in (query, key, value))
+        return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale).squeeze(1)
+    if query.shape[-1] != value.shape[-1]:  # which the other does not take
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, attn_mask, True, 0.0, is_causal, scale=scale)[0]
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
 

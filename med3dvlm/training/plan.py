@@ -13,32 +13,23 @@ import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import torch
 import yaml
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from med3dvlm.models.clip import Med3DCLIP, Med3DCLIPConfig
 from med3dvlm.models.quantized import BLOCK
-from med3dvlm.models.vlm import Med3DVLM
-from med3dvlm.models.vlm_config import Med3DVLMConfig
 from med3dvlm.programs import Parser, positive
-from med3dvlm.training.arguments import CONFIGS, find_config, parse_arguments
-from med3dvlm.training.contrastive import NEW, ContrastiveArguments
+from med3dvlm.training.arguments import find_config, parse_arguments
+from med3dvlm.training.ct_clip import CTCLIPArguments
+from med3dvlm.training.language import ConversationArguments
 from med3dvlm.training.memory import ACTIVATIONS, LOGITS, peak_of_step
-from med3dvlm.training.run import train_only
-from med3dvlm.training.stage2_projector import Stage2Arguments
-from med3dvlm.training.stage3_lora import Stage3Arguments, add_lora
+from med3dvlm.training.planned import STAGES, batch_of, build, draws_masks
 
 GB = 1e9
-STAGES: dict[str, Any] = {"stage1_siglip": ContrastiveArguments, "stage2_projector": Stage2Arguments, "stage3_lora": Stage3Arguments}
-# Models of the papers, whose shapes the package knows.
-KNOWN = {"Qwen/Qwen2.5-7B-Instruct": "qwen2.5-7b-instruct", "medicalai/ClinicalBERT": "clinicalbert"}
 NF4_BYTES = 0.5 + 1 / BLOCK + 4 / BLOCK / 256  # of a weight: its code, and its shares of an 8-bit scale and of the scale's scale
-PROMPT = 16  # tokens between image and answer that are not learned
 
 
 @dataclass(frozen=True)
@@ -79,74 +70,13 @@ class Memory:
         return max(0, math.floor((room - sum(self.fixed.values())) / sum(self.each.values())))
 
 
-def shapes_of(name: str) -> PretrainedConfig:
-    """Return the configuration of a language model or text encoder: one of those that the package knows, or that of a folder here.
-
-    Raises:
-        ValueError: it is neither; nothing is downloaded.
-    """
-    known = CONFIGS / "models" / f"{KNOWN.get(name, name)}.json"
-    path = known if known.is_file() else Path(name) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"the shapes of {name} are not known here: name a folder with its config.json, or one of {', '.join(KNOWN)}")
-    settings = json.loads(path.read_text(encoding="utf-8-sig"))
-    return AutoConfig.for_model(**settings)
-
-
-def build(arguments: Any, asked: Namespace) -> nn.Module:
-    """Build the stage's model without weights, in the type of its frozen weights, with the trained ones marked."""
-    with torch.device("meta"):
-        if isinstance(arguments, ContrastiveArguments):
-            text = AutoConfig.for_model("bert") if arguments.text_encoder == NEW else shapes_of(arguments.text_encoder)
-            pairs = Med3DCLIPConfig(
-                asked.encoder or arguments.encoder, arguments.encoder_options, asked.size, arguments.image_stages, text, arguments.text_pooling,  # type: ignore[arg-type]
-                arguments.projection_dim, arguments.loss, image_pooling=arguments.image_pooling,
-            )  # fmt: skip
-            clip: nn.Module = Med3DCLIP(pairs, AutoModel.from_config(text))
-            trains = {name for name, one in clip.named_parameters() if one.requires_grad}
-            train_only(clip, lambda name: name in trains and (arguments.train_text or not name.startswith("text_encoder.")))
-            return clip.to(arguments.weights_dtype)
-        folder = Path(getattr(arguments, "model", "") or ".") / "config.json"
-        if isinstance(arguments, Stage3Arguments) and folder.is_file():
-            vlm = Med3DVLM(Med3DVLMConfig.from_pretrained(folder.parent, language_model_source=None))
-        else:
-            second = {name: getattr(arguments, name) for name in ("projector", "projector_depth") if hasattr(arguments, name)}
-            text = shapes_of(asked.language_model or getattr(arguments, "language_model", next(iter(KNOWN))))
-            vlm = Med3DVLM(
-                Med3DVLMConfig(
-                    asked.encoder or "dcformer_small", size=asked.size, text_config=text, image_token_id=text.vocab_size, **second
-                )
-            )
-        vlm.to(arguments.weights_dtype)
-        train_only(vlm, lambda name: name.startswith("projector."))
-        return add_lora(vlm, arguments).to(arguments.weights_dtype) if isinstance(arguments, Stage3Arguments) else vlm
-
-
-def batch_of(model: nn.Module, arguments: Any, asked: Namespace, count: int) -> dict[str, Any]:
-    """Return a batch of the longest texts that the settings allow."""
-    volumes = torch.empty(count, 1, *asked.size, dtype=arguments.weights_dtype, device="meta")
-    if isinstance(arguments, ContrastiveArguments):
-        ids = torch.full((count, asked.length or arguments.max_text_length), 1)
-        if not arguments.train_text and arguments.cache_features:
-            width: Any = model.text_encoder.config.hidden_size  # type: ignore[union-attr]
-            return {"pixel_values": volumes, "text_features": torch.empty(count, width, dtype=arguments.weights_dtype, device="meta")}
-        return {"pixel_values": volumes, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    config: Any = model.config
-    length = asked.length or (arguments.max_row_length if arguments.rows == "study" else arguments.max_length)
-    ids = torch.zeros(count, length, dtype=torch.long)
-    ids[:, : config.num_image_tokens] = config.image_token_id
-    labels = ids.clone()
-    labels[:, : config.num_image_tokens + PROMPT] = -100
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": volumes}
-
-
 def growth_of(model: Any, arguments: Any, asked: Namespace, checkpointing: bool) -> tuple[float, dict[str, float]]:
     """Return the bytes of a step that do not grow with the batch, and those of each further row: from a step of two and of three (of one,
     batch norm may learn nothing).
     """
     (model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable)()
     model.train()
-    vocabulary = 0 if isinstance(arguments, ContrastiveArguments) else int(model.config.text_config.vocab_size)
+    vocabulary = int(model.config.text_config.vocab_size) if isinstance(arguments, ConversationArguments) else 0
     two, three = (peak_of_step(model, batch_of(model, arguments, asked, count), vocabulary) for count in (2, 3))
     each = {name: float(max(three[name] - two[name], 0)) for name in (ACTIVATIONS, LOGITS)}
     return sum(max(two[name] - 2 * each[name], 0) for name in each), each
@@ -157,7 +87,8 @@ def memory_of(
 ) -> Memory:
     """Return the memory on one GPU, with the `growth_of` activations."""
     base, each = growth
-    volume = 4.0 * math.prod(asked.size)  # float32, beside what the model is given of it
+    prompts = arguments.prompts if draws_masks(arguments) else 0
+    volume = (4.0 + prompts) * math.prod(asked.size)  # float32, beside what the model is given of it, and a byte a voxel of a mask
     chunked = getattr(arguments, "chunk_size", None) is not None  # then all volumes of the batch are there
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
@@ -209,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(
         STAGES[asked.stage or path.stem], ["--config", str(path), "--data", "planned", *flags, "--deepspeed", "", "--use-cpu", "true"]
     )
+    asked.size = asked.size or ((256, 512, 512) if isinstance(arguments, CTCLIPArguments) else (128, 256, 256))
     engine, quantized = Engine.read(chosen.deepspeed), bool(getattr(arguments, "quantize", None))
     model = build(arguments, asked)
     room = asked.gpu_memory * GB * (1 - asked.reserve)
@@ -220,9 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line)
     if memory.total(batch) <= room:
         return 0
-    print(
-        f"\nIt does not fit: a batch of {batch} takes {memory.total(batch) / GB:.1f} GB, and {room / GB:.1f} are free; {_remedy(arguments)}."
-    )
+    ways = _ways(model, arguments, asked, engine, quantized, growths)
+    taken, remedy = memory.total(batch) / GB, _remedy(ways, arguments, batch, room)
+    print(f"\nIt does not fit: a batch of {batch} takes {taken:.1f} GB, and {room / GB:.1f} are free; {remedy}.")
     return 1
 
 
@@ -236,7 +168,7 @@ def _parser() -> ArgumentParser:
     add(
         "--reserve", type=float, default=0.1, metavar="SHARE", help="kept free for CUDA and for gaps between tensors (default: %(default)s)"
     )
-    add("--size", type=_size, default=(128, 256, 256), metavar="D,H,W", help="voxels of a volume (default: the paper's)")
+    add("--size", type=_size, metavar="D,H,W", help="voxels of a volume (default: 128,256,256, and 256,512,512 for ct_clip)")
     add("--encoder", metavar="NAME", help="the vision encoder (default: stage 1's setting; for stages 2 and 3 the paper's)")
     add("--language-model", metavar="NAME", help="a folder with a config.json, or one that the package knows (default: the stage's)")
     add("--length", type=positive, metavar="TOKENS", help="of a text (default: the longest that the settings allow)")
@@ -281,7 +213,7 @@ def _choices(model: nn.Module, arguments: Any, asked: Namespace, engine: Engine,
     """Return the lines of a table of the largest batches."""
     lines = ["\nLargest batch of a GPU:", "| engine | weights | kept | with checkpointing |", "|---|---|---|---|"]
     names: dict[str, str | None] = {"none": None, "ZeRO-2": "deepspeed/zero2", "ZeRO-3": "deepspeed/zero3"}
-    held = (False,) if isinstance(arguments, ContrastiveArguments) else (False, True)
+    held = (False, True) if isinstance(arguments, ConversationArguments) else (False,)
     for bits in held:
         for name, config in names.items():
             if bits and name == "ZeRO-3":
@@ -293,10 +225,35 @@ def _choices(model: nn.Module, arguments: Any, asked: Namespace, engine: Engine,
     return [*lines, "(* the settings' own)"]
 
 
-def _remedy(arguments: Any) -> str:
-    ways = [] if arguments.gradient_checkpointing else ["--gradient-checkpointing true"]
-    if isinstance(arguments, ContrastiveArguments):
-        ways.append("--chunk-size 1" if arguments.chunk_size is None else "a smaller --chunk-size")
-    elif not arguments.quantize:
-        ways.append("--quantize nf4")
-    return f"pass {', '.join([*ways, '--deepspeed deepspeed/zero3 with more GPUs'])} or a smaller --per-device-train-batch-size"
+def _ways(
+    model: nn.Module, arguments: Any, asked: Namespace, engine: Engine, quantized: bool, growths: dict[bool, tuple[float, dict[str, float]]]
+) -> list[tuple[str, Memory]]:
+    """Return further settings, as words, and the memory with them, the fewest settings first."""
+    kept = arguments.gradient_checkpointing
+    ways = []
+    for checkpointing, bits, stage in product((False, True), (False, True), (0, 2, 3)):
+        words = ["--gradient-checkpointing true"] * (checkpointing > kept) + ["--quantize nf4"] * (bits > quantized)
+        words += [f"--deepspeed deepspeed/zero{stage}"] * (stage > engine.stage)
+        unknown = bits > isinstance(arguments, ConversationArguments) or (bits and stage == 3) or (stage > engine.stage and asked.gpus == 1)
+        if unknown or checkpointing < kept or bits < quantized or stage < min(engine.stage, 2):
+            continue
+        other = engine if stage <= engine.stage else Engine.read(f"deepspeed/zero{stage}")
+        ways.append((" ".join(words), memory_of(model, arguments, asked, other, bits, growths[checkpointing])))
+    return sorted(ways, key=lambda way: way[0].count("--"))
+
+
+def _remedy(ways: list[tuple[str, Memory]], arguments: Any, batch: int, room: float) -> str:
+    """Say what would fit: the whole batch with some settings, or else the largest that does."""
+    size = "--per-device-train-batch-size" if getattr(arguments, "chunk_size", None) is None else "--chunk-size"
+    said = []
+    if (own := ways[0][1].fits(room)) > 0:
+        said.append(f"{size} {own} fits")
+    if whole := [words for words, memory in ways[1:] if memory.fits(room) >= batch]:
+        said.append(f"a batch of {batch} fits with {whole[0]}")
+    elif len(ways) > 1:
+        words, memory = max(ways[1:], key=lambda way: way[1].fits(room))
+        said += [f"{size} {memory.fits(room)} fits with {words}"] * (memory.fits(room) > own)
+    if not said:
+        words, memory = min(ways, key=lambda way: way[1].total(1))
+        said.append(f"not even one fits; the least is {memory.total(1) / GB:.1f} GB{' with ' * bool(words)}{words}")
+    return ", and ".join(said)

@@ -137,6 +137,14 @@ def keep_features(prompts: MaskPrompts, studies: list[Study], folder: Path, clip
     prompts.features = dict(zip(texts, features, strict=True))
 
 
+def train_segmenter_only(model: Med3DSegmenter, arguments: SegmentationArguments) -> None:
+    """Freeze what gets no gradient from masks, and the encoders that the settings keep as they are."""
+    frozen = CONTRAST_ONLY + (() if arguments.train_text else ("clip.text_encoder.",))
+    frozen += () if arguments.train_encoder else ("clip.vision_encoder.",)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    train_only(model, lambda name: name in learning and not name.startswith(frozen))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(SegmentationArguments, argv)
     if not arguments.clip:
@@ -151,10 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started_from = {"clip": fingerprint(loaded)}
     same_preprocessing(processor.image_processor, data)
     model = loaded if isinstance(loaded, Med3DSegmenter) else Med3DSegmenter.from_clip(loaded, **arguments.decoder)
-    frozen = CONTRAST_ONLY + (() if arguments.train_text else ("clip.text_encoder.",))
-    frozen += () if arguments.train_encoder else ("clip.vision_encoder.",)
-    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    train_only(model, lambda name: name in learning and not name.startswith(frozen))
+    train_segmenter_only(model, arguments)
 
     validation = MaskDataset(data, arguments.validation_split, arguments.seed, **arguments.drawn) if arguments.validates else None
     if arguments.cache_features:

@@ -9,6 +9,6 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 export NODES=$SLURM_JOB_NUM_NODES GPUS=${SLURM_GPUS_ON_NODE:-${GPUS:-8}} JOB=$SLURM_JOB_ID
-FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r FIRST < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export FIRST PORT=${PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 exec srun --kill-on-bad-exit=1 bash "${CLUSTER:-stages/cluster}/torchrun.sh" "$@"

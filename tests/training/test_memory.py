@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DistilBertConfig, Qwen2Config
 
 from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMConfig
+from med3dvlm.models.segmentation import Med3DSegmenter
 from med3dvlm.training.memory import peak_of_step
 
 SIZE = (32, 64, 64)
@@ -32,8 +33,27 @@ def clip() -> Med3DCLIP:
     return Med3DCLIP(Med3DCLIPConfig("dcformer_nano", DCFORMER, SIZE, text_config=BERT, projection_dim=32))
 
 
+def segmenter() -> Med3DSegmenter:
+    model = Med3DSegmenter.from_clip(clip(), embedding_dim=16, embedding_stride=2, attention_level=3, token_levels=[-1])
+    model.requires_grad_(True)
+    for part in (model.clip.text_encoder, model.clip.image_projection, model.clip.text_projection):
+        part.requires_grad_(False)
+    model.clip.logit_scale.requires_grad_(False)
+    return model
+
+
 def batch_for(model: nn.Module, rows: int, device: str) -> dict[str, Any]:
     volumes = torch.zeros(rows, 1, *SIZE, device=device)
+    if isinstance(model, Med3DSegmenter):
+        ids, masks = torch.randint(3, 500, (rows * 4, 12)), torch.zeros(rows, 4, *SIZE, dtype=torch.bool, device=device)
+        masks[..., :8, :8] = True
+        return {
+            "pixel_values": volumes,
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "masks": masks,
+            "counts": torch.full((rows,), 4),
+        }
     if isinstance(model, Med3DCLIP):
         ids = torch.randint(3, 500, (rows, 60))
         return {"pixel_values": volumes, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -61,7 +81,7 @@ def measured(model: nn.Module, batch: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("rows", [2, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("make", [vlm, clip])
+@pytest.mark.parametrize("make", [vlm, clip, segmenter])
 def test_the_peak_is_what_the_allocator_gave_out(make: Any, checkpointing: bool, rows: int) -> None:
     """Measured: between 0.999 and 1.03 of it."""
     model = make().train()

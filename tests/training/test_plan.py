@@ -1,6 +1,7 @@
 """`med3dvlm plan`: parts worked by hand on a small model, and what it says of one that does not fit."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from med3dvlm.cli import main
-from med3dvlm.training.plan import NF4_BYTES, Engine, memory_of
+from med3dvlm.training.plan import NF4_BYTES, Engine, Memory, _remedy, memory_of
 
 SMALL = ("--gpu-memory", "8", "--encoder", "dcformer_nano", "--size", "32,64,64")
 
@@ -56,16 +57,34 @@ def test_a_plan_is_printed_and_one_that_does_not_fit_fails(
     assert "steps                  4 of 4, 0.0 hours" in said and "| none * | whole |" in said
     assert main([*flags, "--gpu-memory", "0.001"]) == 1
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith("It does not fit: a batch of 4 takes") and "--gradient-checkpointing true, --quantize nf4" in last
-    assert main(["plan", "--config", "smoke/stage1_siglip", *SMALL, "--text-encoder", str(tiny_models.text_encoder)]) == 0
+    assert last.startswith("It does not fit: a batch of 4 takes") and re.search(r"; not even one fits; the least is 0\.\d GB with --", last)
+    for stage in ("stage1_siglip", "ct_clip"):
+        assert (
+            main(["plan", "--config", f"smoke/{stage}", *SMALL, "--text-encoder", str(tiny_models.text_encoder), "--max-text-length", "60"])
+            == 0
+        )
+    dense = ["plan", "--config", "smoke/segmentation", "--clip", str(tiny_models.clip), "--size", "32,64,64"]
+    assert main([*dense, "--gpu-memory", "8"]) == 0
+    assert f"{'head':28}" in capsys.readouterr().out
+
+
+def test_what_would_fit_is_named() -> None:
+    """Of a batch of 4 with 60 bytes for it beside what is fixed."""
+    arguments = SimpleNamespace()
+    ways = [("", Memory({"weights": 40.0}, {"activations": 20.0})), ("--a", Memory({"weights": 40.0}, {"activations": 17.0}))]
+    more = ("--a --b", Memory({"weights": 30.0}, {"activations": 15.0}))
+    assert _remedy([*ways, more], arguments, 4, 100.0) == "--per-device-train-batch-size 3 fits, and a batch of 4 fits with --a --b"
+    assert _remedy(ways, arguments, 4, 100.0) == "--per-device-train-batch-size 3 fits"
+    assert _remedy(ways, SimpleNamespace(chunk_size=4), 4, 58.0) == "--chunk-size 1 fits with --a"
+    assert _remedy(ways, arguments, 4, 50.0) == "not even one fits; the least is 0.0 GB with --a"
 
 
 def test_unknown_shapes_and_configurations_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", "smoke/stage2_projector", *SMALL, "--language-model", "nobody/nothing"]) == 2
     assert "the shapes of nobody/nothing are not known here" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        main(["plan", "--config", "smoke/segmentation", *SMALL])
-    assert "no configuration of stage1_siglip, stage2_projector, stage3_lora" in capsys.readouterr().err
+        main(["plan", "--config", "smoke/stage0_language_model", *SMALL])
+    assert "no configuration of stage1_siglip, ct_clip, segmentation, stage2_projector, stage3_lora" in capsys.readouterr().err
 
 
 def test_the_package_knows_the_papers_models() -> None:
