@@ -19,7 +19,7 @@ from med3dvlm.programs import complain, user_message
 T = TypeVar("T")
 P = ParamSpec("P")
 CHUNK = 2**26  # bytes of a file that are sent at a time
-LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out", "Socket Timeout", "NCCL")
+LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")  # in the words of torch's backends
 
 
 def rank_and_count() -> tuple[int, int]:
