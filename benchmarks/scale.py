@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.scale_simulation import fetch_seconds, simulate
 from med3dvlm.files import write_text
 from med3dvlm.programs import Parser, run
+from med3dvlm.tables import markdown_table
 from med3dvlm.training.arguments import CONFIGS, parse_arguments
 from med3dvlm.training.memory import peak_of_step
 from med3dvlm.training.planned import STAGES, batch_of, build
@@ -168,11 +169,10 @@ def tables(inputs: dict[str, Any]) -> Iterator[tuple[str, Table]]:
 
 
 def markdown(table: Table) -> str:
-    lines = [f"| {' | '.join(map(str, row))} |" for row in table]
-    return "\n".join([lines[0], f"|{'---|' * len(table[0])}", *lines[1:]]) + "\n"
+    return markdown_table([str(cell) for cell in table[0]], table[1:]) + "\n"
 
 
-def written(page: str, name: str, table: Table) -> str:
+def with_table(page: str, name: str, table: Table) -> str:
     """Replace the table that follows the mark of this name."""
     mark = MARK.format(name=name)
     if mark not in page:
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = arguments.write.read_text(encoding="utf-8-sig") if arguments.write else ""
     for name, table in tables(inputs):
         print(f"\n{name}\n\n{markdown(table)}", flush=True)
-        page = written(page, name, table) if page else page
+        page = with_table(page, name, table) if page else page
     if arguments.write:
         write_text(arguments.write, page)
 

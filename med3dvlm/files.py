@@ -13,9 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 DETECTOR_FILE = "out_of_distribution.safetensors"  # beside a model: how far a scan lies from the scans that it was trained on
 PART = ".part"  # ends the name of a file that is being written
 MODEL_CONFIGS = ("config.json", "adapter_config.json")  # transformers or PEFT recognises a model's folder by one of them
+
+
+def checksum(content: Any) -> str:
+    """XXH3 of bytes or of a contiguous array's bytes, 16 hexadecimal digits."""
+    return xxhash.xxh3_64_hexdigest(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -150,7 +150,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     parts = nested_splits({split: found for split, (found, _) in splits.items()})
     wholes = [split for split in splits if split not in parts]
     studies, questions = ([record for split in wholes for record in splits[split][kind]] for kind in (0, 1))
-    studies = [replace(study, reading=beside(told, study.reading)) for study in studies] if told else studies
+    studies = [replace(study, reading=with_defaults(told, study.reading)) for study in studies] if told else studies
     unread = [failure for split in wholes for failure in missed[split]]
     require_writable(destination)
     shard, workers, verify = arguments.shard, arguments.workers, arguments.verify
@@ -195,10 +195,10 @@ def _prepare(arguments: argparse.Namespace) -> int:
     return 1 if failures and not shard else 0
 
 
-def beside(told: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(defaults: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
     """Return the options stated for all scans, but for those that the table states for a scan; the meaning of values is taken as a whole."""
     meaning = {"unit", "hu", "rescale"}
-    return {name: value for name, value in told.items() if not (name in meaning and meaning & stated.keys())} | stated
+    return {name: value for name, value in defaults.items() if not (name in meaning and meaning & stated.keys())} | stated
 
 
 def _audit(arguments: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from med3dvlm.cli.data import beside
+from med3dvlm.cli.data import with_defaults
 from med3dvlm.cli.options import Commands, add_workers, check_workers, numbers, quiet_transformers, reading
 from med3dvlm.inference.engines import add_engine, check_engine, start_engine
 from med3dvlm.programs import add_flag, positive
@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.segmenter is not None and not (arguments.masks and arguments.report):
         raise ValueError("--segmenter draws the findings of reports; add --masks, and leave out --no-report")
     told = reading(arguments, MEANING)
-    scans = [replace(scan, reading=beside(told, scan.reading)) for scan in scans]
+    scans = [replace(scan, reading=with_defaults(told, scan.reading)) for scan in scans]
     settings = Settings(
         arguments.report, tuple(arguments.question), arguments.max_new_tokens, arguments.series, arguments.masks, arguments.embed,
         arguments.straighten, told,

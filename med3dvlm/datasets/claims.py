@@ -19,7 +19,7 @@ from typing import Any
 
 from med3dvlm.datasets.engines import open_engine
 from med3dvlm.datasets.preparation import Failure, check_studies, prepare, prepare_volumes, settle
-from med3dvlm.datasets.store import checksum
+from med3dvlm.files import checksum
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.records import Question, Study
 

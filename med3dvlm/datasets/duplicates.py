@@ -38,8 +38,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d, affine_grid, avg_pool3d, grid_sample, normalize, pad
 from tqdm import tqdm
 
-from med3dvlm.datasets.store import PreparedData, checksum
-from med3dvlm.files import whole_file
+from med3dvlm.datasets.store import PreparedData
+from med3dvlm.files import checksum, whole_file
 from med3dvlm.records import Study
 
 DESCRIPTOR, THUMBNAIL, DETAIL = (8, 8, 8), (16, 32, 32), (32, 64, 64)

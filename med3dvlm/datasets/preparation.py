@@ -34,8 +34,8 @@ from tqdm import tqdm
 from med3dvlm.datasets.engines import Engine, open_engine
 from med3dvlm.datasets.masks import pack, read_masks
 from med3dvlm.datasets.statistics import BINS, statistics
-from med3dvlm.datasets.store import CHECKED, checksum, read_stored_masks, read_voxels, volume_path
-from med3dvlm.files import PART, json_lines, read_lines, whole_file, write_json, write_text
+from med3dvlm.datasets.store import CHECKED, read_stored_masks, read_voxels, volume_path
+from med3dvlm.files import PART, checksum, json_lines, read_lines, whole_file, write_json, write_text
 from med3dvlm.formats import VERSION, state_of
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.recipes import RECIPES

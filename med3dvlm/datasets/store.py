@@ -52,12 +52,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from med3dvlm.datasets.masks import unpack
-from med3dvlm.files import read_lines
+from med3dvlm.files import checksum, read_lines
 from med3dvlm.preprocessing import SETTINGS, VolumeProcessor
 from med3dvlm.records import Question, Study, read_questions, read_studies
 from med3dvlm.remote.address import is_address
@@ -73,11 +72,6 @@ READS = 5  # of a volume in a cache: it may have made room for another before it
 
 def volume_path(root: Path, study: Study) -> Path:
     return root / "volumes" / f"{study.id}.safetensors"
-
-
-def checksum(content: Any) -> str:
-    """XXH3 of bytes or of a contiguous array's bytes, 16 hexadecimal digits."""
-    return xxhash.xxh3_64_hexdigest(content)
 
 
 def read_voxels(path: Path, expected: str) -> Tensor:

@@ -20,11 +20,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from med3dvlm.checkpoints import load_clip, load_encoder, load_vlm, model_type
 from med3dvlm.datasets.features import fingerprint, frozen_features
-from med3dvlm.datasets.store import PreparedData, checksum, same_preprocessing
+from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.encoders import Encoder
 from med3dvlm.evaluation.cases import in_batches, processes, wait_for_all
-from med3dvlm.files import whole_file, write_json
+from med3dvlm.files import checksum, whole_file, write_json
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.records import Study
 

@@ -4,12 +4,10 @@ import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-import xxhash
 from safetensors import SafetensorError, safe_open
 
-from med3dvlm.files import whole_file
+from med3dvlm.files import checksum, whole_file
 from med3dvlm.remote.address import FIRST_TRIES, Address
 from med3dvlm.remote.cache import Cache
 
@@ -51,12 +49,12 @@ class RemoteStore:
             self._record("preprocessor_config.json")
             for name in checked:
                 path, wanted = self.folder / name, sums.get(name)
-                if not path.is_file() or _checksum(path) != wanted:
+                if not path.is_file() or checksum(path.read_bytes()) != wanted:
                     self._record(name, wanted)
 
     def _record(self, name: str, wanted: str | None = None) -> None:
         def check(path: Path) -> None:
-            if wanted is not None and _checksum(path) != wanted:
+            if wanted is not None and checksum(path.read_bytes()) != wanted:
                 raise ValueError("it is not the file that was written with summary.json")
 
         with whole_file(self.folder / name) as aside:
@@ -91,12 +89,8 @@ def check_volume(path: Path, sums: Sums) -> None:
     """Raises ValueError where a volume's file is not whole, or another than the index says."""
     try:
         with safe_open(path, "np") as file:
-            whole = all(xxhash.xxh3_64_hexdigest(file.get_tensor(name)) == wanted for name, wanted in sums.items())
+            whole = all(checksum(file.get_tensor(name)) == wanted for name, wanted in sums.items())
     except SafetensorError as error:
         raise ValueError("it comes damaged") from error
     if not whole:
         raise ValueError("it does not have the checksum of the index")
-
-
-def _checksum(path: Path) -> Any:
-    return xxhash.xxh3_64_hexdigest(path.read_bytes())

@@ -67,7 +67,7 @@ def _drafted(text: str) -> Report | None:
         return None
 
 
-def familiarity(score: OutOfDistributionScore | None) -> Record | None:
+def out_of_distribution_of(score: OutOfDistributionScore | None) -> Record | None:
     if score is None:
         return None
     return {"distance": round(score.distance, 4), "limit": round(score.limit, 4), "outside": score.message is not None}

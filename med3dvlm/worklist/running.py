@@ -154,7 +154,7 @@ class _Asked:
     features: Features
     embedding: NDArray[np.float32] | None
     probabilities: dict[str, float]
-    familiar: Any
+    out_of_distribution: Any
     questions: list[str]
     answers: list[Generation] = field(default_factory=list)
 
@@ -236,7 +236,7 @@ class _Batch:
             "answers": [{"question": question, **records.said(answer)} for question, answer in zip(asked.questions, answers, strict=True)],
             "masks": None,
             "warnings": list(case.warnings),
-            "out_of_distribution": records.familiarity(asked.familiar),
+            "out_of_distribution": records.out_of_distribution_of(asked.out_of_distribution),
             "model": self.models.about,
             "versions": versions(),
         }

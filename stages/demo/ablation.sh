@@ -11,20 +11,14 @@ set -euo pipefail
 
 size=${1:-demo}
 known="vit3d_clip vit3d_siglip dcformer_clip dcformer_siglip mlp low_high_mlp mixer_1 mixer_2 spatial_pooling"
-ROWS=${ROWS:-$known}
 case "$size" in # studies, then the steps of stages 0 to 3; the first two as in demo.sh
   demo) name=ablation; recipes=ablation; studies=2000; steps=(800 400 60 430) ;;
   smoke) name=ablation-smoke; recipes=smoke; studies=24; steps=(4 2 2 2); LAUNCHER=python ;;
   *) echo "ablation.sh: the choices are demo or smoke, not '$size'" >&2; exit 2 ;;
 esac
-for row in $ROWS; do
-  case " $known " in
-    *" $row "*) ;;
-    *) echo "ablation.sh: row '$row' is unknown; known: $known" >&2; exit 2 ;;
-  esac
-done
 outputs=${OUTPUTS:-outputs}
 source stages/demo/steps.sh
+choose_rows "$known"
 
 root=$outputs/$size config=stages/configs/$size
 foundation "$studies" "${steps[0]}"
@@ -48,8 +42,8 @@ projector() {
   evaluate "$row-report" report_gen "$row/model" "$row/eval/report"
 }
 
-# as many parameters as the demo's DCFormer: 0.89 and 0.90 million
-vit3d=(--encoder vit3d_naive --encoder-options '{"patch":[4,8,8],"width":128,"depth":4,"heads":4}')
+# as many parameters as the demo's DCFormer, at the size of its volumes: 0.91 and 0.90 million
+vit3d=(--encoder vit3d_naive --encoder-options '{"patch":[4,8,8],"width":132,"depth":4,"heads":4}')
 
 # row, and what it changes in the recipes
 encoder vit3d_clip "${vit3d[@]}" --loss clip

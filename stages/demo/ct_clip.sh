@@ -19,16 +19,10 @@ case "$size" in # volumes and training steps
   smoke) name=demo-ct-clip-smoke recipes=smoke volumes=40 steps=2; LAUNCHER=python ;;
   *) echo "ct_clip.sh: the choices are demo, encoders or smoke, not '$size'" >&2; exit 2 ;;
 esac
-ROWS=${ROWS:-$known}
-for row in $ROWS; do
-  case " $known " in
-    *" $row "*) ;;
-    *) echo "ct_clip.sh: row '$row' is unknown; known: $known" >&2; exit 2 ;;
-  esac
-done
 outputs=${OUTPUTS:-outputs}
 config=stages/configs/$recipes
 source stages/demo/steps.sh
+choose_rows "$known"
 
 # detect ROW FOLDER OPTIONS...: a model of the path and its three evaluations, below a folder of the root
 detect() {

@@ -5,6 +5,18 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=${DS_ACCELER
 [ -n "$DS_ACCELERATOR" ] || unset DS_ACCELERATOR
 cpu=$(python -c 'import torch; print("" if torch.cuda.is_available() else "--use-cpu true")')
 
+# choose_rows KNOWN: ROWS, all that are known unless the user named some
+choose_rows() {
+  local row
+  ROWS=${ROWS:-$1}
+  for row in $ROWS; do
+    case " $1 " in
+      *" $row "*) ;;
+      *) echo "$(basename "$0"): row '$row' is unknown; known: $1" >&2; exit 2 ;;
+    esac
+  done
+}
+
 after= # the mark of the step before, on which the next one rests
 
 # step NAME PRODUCT COMMAND...: print and run it, and note its seconds and peak memory

@@ -21,9 +21,9 @@ def test_the_page_has_the_programs_tables(repository: Path) -> None:
     """All but those of stages 2 and 3 and of the simulation, which take a minute."""
     page = (repository / "docs" / "scale.md").read_text(encoding="utf-8")
     for make in (scale.given, scale.preparation, scale.limits):
-        assert scale.written(page, make.__name__, make(INPUTS)) == page
+        assert scale.with_table(page, make.__name__, make(INPUTS)) == page
     with pytest.raises(ValueError, match="has no line <!-- loader -->"):
-        scale.written("nothing", "loader", [[]])
+        scale.with_table("nothing", "loader", [[]])
 
 
 def test_work_of_stage_1_is_that_of_its_encoders() -> None:

@@ -39,16 +39,6 @@ def test_what_lies_outside_of_all_windows_is_seen_in_the_volume_alone(family: st
         assert not torch.allclose(encoder(volume)[0], encoder(volume + 0.3)[0])
 
 
-def test_without_windows_nothing_changes() -> None:
-    torch.manual_seed(0)
-    plain = build_encoder("dcformer_nano")
-    torch.manual_seed(0)
-    same = build_encoder("dcformer_nano", windows=[])
-    assert {name: value.shape for name, value in plain.state_dict().items()} == {
-        name: value.shape for name, value in same.state_dict().items()
-    }
-
-
 @pytest.mark.parametrize("window", [[0.5, 0.5], [0.75, 0.5], [0.5]])
 def test_a_window_without_width_is_an_error(window: list[float]) -> None:
     with pytest.raises(ValueError, match=r"low < high"):

@@ -73,10 +73,12 @@ def test_the_runner_starts_every_row(dry: Callable[..., list[list[str]]], reposi
         for name, encoder in (("vit3d", "vit3d_naive"), ("dcformer", "dcformer_nano"))
         for loss in ("clip", "siglip")
     }
+    (prepared,) = (command for command in commands if command[1:3] == ["prepare", "m3d"])
+    size = tuple(map(int, prepared[prepared.index("--size") + 1].split(",")))
     parameters = set()
     for name in encoders:
         with torch.device("meta"):
-            encoder = build_encoder(stages[name].encoder, size=(32, 64, 64), **stages[name].encoder_options)
+            encoder = build_encoder(stages[name].encoder, size=size, **stages[name].encoder_options)
         parameters.add(count_parameters(encoder)["trainable"])
     assert len(parameters) == 2 and max(parameters) < 1.02 * min(parameters)  # encoders of one size are compared
 

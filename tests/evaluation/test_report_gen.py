@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from med3dvlm import Med3DChat, Med3DCLIP
-from med3dvlm.datasets.store import checksum
 from med3dvlm.evaluation import embed_volumes, load_embedder, other_patients
 from med3dvlm.evaluation.report_scores import fixed_reports, report_scores
+from med3dvlm.files import checksum
 from med3dvlm.prompts import REPORT_PROMPTS
 from med3dvlm.records import Study, read_questions, read_studies, write_records
 

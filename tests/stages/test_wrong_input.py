@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from med3dvlm import VolumeProcessor
-from med3dvlm.datasets.store import checksum
+from med3dvlm.files import checksum
 from med3dvlm.training import stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
 from tests.stages.running import Run, name_of
 
