@@ -47,11 +47,11 @@ class Visit:
     total: float
 
 
-def write_scans(folder: Path, count: int) -> list[Path]:
+def write_scans(folder: Path, count: int, detail: float = 1.0) -> list[Path]:
     """Phantoms that differ, one a session."""
     paths = []
     for number, plan in enumerate(plan_phantoms(max(10, count), seed=11)[:count]):
-        canvas = draw(plan.body, Acquisition("axial", plan.acquisition.phase, plan.acquisition.seed, plan.acquisition.detail))
+        canvas = draw(plan.body, Acquisition("axial", plan.acquisition.phase, plan.acquisition.seed, detail))
         affine = np.eye(4)
         affine[:3, :3] = canvas.directions[:, ::-1]
         paths.append(folder / f"{number}.nii.gz")

@@ -13,6 +13,7 @@ import runpy
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -20,8 +21,8 @@ from collections.abc import Sequence
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from tempfile import mkdtemp
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMEOUT = 300  # seconds
@@ -60,15 +61,14 @@ def launch(launcher: str, processes: int, script: str, *flags: object, log: Path
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    started, forks = [], context()
+    started = []
     for rank in range(processes):
         told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         argv = [script, *map(str, flags)]
         if launcher == "deepspeed":
             argv.insert(1, f"--local_rank={rank}")
-        started.append(forks.Process(target=_run, args=(argv, {} if launcher == "python" else told, str(log))))
-        started[-1].start()
+        started.append(start(*argv, log=log, **({} if launcher == "python" else told)))
     deadline = time.monotonic() + TIMEOUT
     while kill_at is not None and started[0].is_alive():
         if kill_at.exists() or time.monotonic() > deadline:
@@ -84,10 +84,17 @@ def launch(launcher: str, processes: int, script: str, *flags: object, log: Path
     return [int(process.exitcode or 0) for process in started]
 
 
+def start(*words: object, log: Path, **variables: str) -> BaseProcess:
+    """Start what `python` does with these words; signals can be sent to it."""
+    process = context().Process(target=_run, args=([*map(str, words)], variables, str(log)))
+    process.start()
+    return process
+
+
 @cache
 def programs() -> Path:
     """A folder with programs, which run in forks of the server, as long as this process lives."""
-    folder = Path(mkdtemp(prefix="programs-"))
+    folder = Path(tempfile.mkdtemp(prefix="programs-"))
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "server"))
     listener.listen()
@@ -168,11 +175,12 @@ def _be(words: Sequence[str]) -> None:
         runpy.run_path(how, run_name="__main__")
 
 
-def _run(argv: list[str], variables: dict[str, str], log: str) -> None:
+def _run(words: Sequence[str], variables: dict[str, str], log: str) -> None:
+    """Do what `python` does with these words, in the repository; what it prints is added to the log."""
     os.chdir(REPOSITORY)
     os.environ |= variables
+    tempfile.tempdir = None  # where the variables say now
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    _be(words)

@@ -2,17 +2,26 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from benchmarks import loading
 from benchmarks.loading import BASELINE, BYTES, FLOAT, WORKERS, growth
+from med3dvlm import read_volume
+from med3dvlm.datasets.phantom import write_phantoms
+
+
+@pytest.fixture(scope="module")
+def scan(phantoms: Path) -> tuple[str, Path]:
+    return "--scan", next(phantoms.rglob("*.nii.gz"))
 
 
 @pytest.mark.slow
-def test_loading_and_preparation(shell: Callable[..., str], tmp_path: Path) -> None:
-    said = shell("python", "-m", "benchmarks.loading", "--size", "16,32,24", "--volumes", 6, "--runs", 1, "--output", tmp_path)
+def test_loading_and_preparation(shell: Callable[..., str], scan: tuple[str, Path], tmp_path: Path) -> None:
+    said = shell("python", "-m", "benchmarks.loading", *scan, "--size", "16,32,24", "--volumes", 6, "--runs", 1, "--output", tmp_path)
     results = json.loads((tmp_path / "data.json").read_text())
     assert set(results["loading"]) == set(WORKERS)
     for rows in results["loading"].values():
@@ -24,12 +33,18 @@ def test_loading_and_preparation(shell: Callable[..., str], tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_memory(shell: Callable[..., str], tmp_path: Path) -> None:
-    shell("python", "-m", "benchmarks.loading", "--size", "16,32,24", "--memory", 60, "--batch", 3, "--output", tmp_path)
+def test_memory(shell: Callable[..., str], scan: tuple[str, Path], tmp_path: Path) -> None:
+    shell("python", "-m", "benchmarks.loading", *scan, "--size", "16,32,24", "--memory", 15, "--batch", 3, "--output", tmp_path)
     results = json.loads((tmp_path / "data_memory.json").read_text())
-    assert [volumes for volumes, _ in results["megabytes"]] == list(range(3, 61, 3))
+    assert [volumes for volumes, _ in results["megabytes"]] == list(range(3, 16, 3))
     with Image.open(tmp_path / "data_memory.png") as picture:
         assert picture.format == "PNG"
+
+
+def test_without_a_scan_phantoms_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "write_phantoms", partial(write_phantoms, detail=0.2))
+    first, second = loading.sources(tmp_path, None, 2)
+    assert first != second and all(len(read_volume(path).array) > 1 for path in (first, second))
 
 
 def test_growth_is_that_after_the_beginning() -> None:

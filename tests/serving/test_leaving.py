@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import httpx
@@ -16,7 +15,7 @@ import pytest
 from med3dvlm import read_volume
 from med3dvlm.checkpoints.export import save_language_model
 from med3dvlm.serving.server import PRIVATE
-from tests import random_chat, vllm_stand_in
+from tests import launching, random_chat, vllm_stand_in
 
 from .conftest import about, serving
 
@@ -75,16 +74,15 @@ def test_a_server_that_is_stopped_while_answering(tmp_path: Path, scan, free_por
     chat.ends = []
     for part in (chat.model, chat.processor):
         part.save_pretrained(tmp_path / "model")
-    temporary = tmp_path / "temporary"
+    temporary, log = tmp_path / "temporary", tmp_path / "log"
     temporary.mkdir()
-    environment = os.environ | {"TMPDIR": str(temporary), "CUDA_VISIBLE_DEVICES": ""}
 
-    def start() -> subprocess.Popen[str]:
-        words = [sys.executable, "-c", PROGRAM, str(tmp_path / "model"), "--port", free_port, "--name", "tiny"]
-        process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stdout is not None and "serves tiny on" in process.stdout.readline()
+    def start() -> BaseProcess:
+        words = ["-c", PROGRAM, tmp_path / "model", "--port", free_port, "--name", "tiny"]
+        process = launching.start(*words, log=log, TMPDIR=str(temporary))
 
         def up() -> bool:
+            assert process.is_alive(), log.read_text()
             try:
                 return httpx.get(f"http://127.0.0.1:{free_port}/healthz", trust_env=False).status_code == 200
             except httpx.TransportError:
@@ -94,6 +92,7 @@ def test_a_server_that_is_stopped_while_answering(tmp_path: Path, scan, free_por
         return process
 
     process = start()
+    assert "serves tiny on" in log.read_text()
     (folder,) = temporary.glob(f"{PRIVATE}*")
     with httpx.Client(base_url=f"http://127.0.0.1:{free_port}", trust_env=False, timeout=60) as http:
         with scan(0).open("rb") as file:
@@ -105,21 +104,20 @@ def test_a_server_that_is_stopped_while_answering(tmp_path: Path, scan, free_por
             said = [next(lines) for _ in range(6)]
             if how is signal.SIGKILL:
                 (folder / "Doe_Jane.dcm").touch()
-            process.send_signal(how)
+            os.kill(process.pid, how)
             if how is not signal.SIGKILL:
                 said += list(lines)
                 assert "The server is being stopped" in "".join(said) and "[DONE]" not in "".join(said)
-    _, errors = process.communicate(timeout=60)
-    assert "Traceback" not in errors and "Where" not in errors
+    process.join(60)
+    assert process.exitcode == (-how if how is signal.SIGKILL else 0)
     if how is signal.SIGKILL:
         assert folder.exists()
         process = start()
         assert not folder.exists()
         process.terminate()
-        process.communicate(timeout=60)
+        process.join(60)
+    assert "Traceback" not in log.read_text() and "Where" not in log.read_text()
     assert not list(temporary.glob(f"{PRIVATE}*")) and tempfile.gettempdir() != str(temporary)
-    if how is not signal.SIGKILL:
-        assert process.returncode == 0
 
 
 def test_a_language_model_that_is_elsewhere_and_goes_away(tmp_path: Path, scan) -> None:
