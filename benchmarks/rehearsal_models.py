@@ -26,7 +26,7 @@ from med3dvlm.checkpoints.convert.names import LAYOUTS, reshaped, to_published
 from med3dvlm.checkpoints.convert.weights import Checkpoint, Stored, digest, write_safetensors
 from med3dvlm.datasets.conversations import ConversationDataset
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.files import whole_folder, write_json
+from med3dvlm.files import atomic_folder, write_json
 from med3dvlm.programs import Parser, run
 from med3dvlm.training.contrastive import common_words
 
@@ -96,7 +96,7 @@ def write_text_encoder(data: PreparedData, folder: Path, tiny: bool = False) -> 
     words = common_words((study.report for study in data.studies("train")), CLINICAL_BERT_WORDS)
     words |= {f"[unused{number}]": number for number in range(len(words), 1000 if tiny else CLINICAL_BERT_WORDS)}
     config = DistilBertConfig(**CLINICAL_BERT | (TINY_TEXT if tiny else {}) | {"vocab_size": len(words)})
-    with whole_folder(folder) as aside:
+    with atomic_folder(folder) as aside:
         DistilBertModel(config).save_pretrained(aside)
         BertTokenizer(words, model_max_length=512).save_pretrained(aside)
 
@@ -106,7 +106,7 @@ def write_language_model(data: PreparedData, folder: Path, layers: int, tiny: bo
     tokenizer = qwen_tokenizer(data)
     tokens = {"bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen2Config(**QWEN_7B | (TINY_LANGUAGE if tiny else {}) | {"num_hidden_layers": layers}, **tokens)
-    with whole_folder(folder) as aside:
+    with atomic_folder(folder) as aside:
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(aside)
         tokenizer.save_pretrained(aside)
 
@@ -154,7 +154,7 @@ def write_published(model: Path, folder: Path) -> None:
     published = Published(model)
     depth, height, width = published.settings["size"]
     language = published.settings["text_config"] | {"model_type": "vlm_qwen"} if "projector" in published.settings else {}
-    with whole_folder(folder) as aside:
+    with atomic_folder(folder) as aside:
         write_safetensors(aside, published.tensors, published.read, 2 * 10**9)
         write_json(aside / "config.json", language | {"input_size": [height, width, depth]})
         AutoTokenizer.from_pretrained(model).save_pretrained(aside)

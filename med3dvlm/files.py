@@ -42,7 +42,7 @@ def json_lines(records: Iterable[dict[str, Any]]) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text as UTF-8."""
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
         aside.write_text(text, encoding="utf-8", newline="")
 
 
@@ -67,7 +67,7 @@ def read_lines(path: Path, repair: bool = False) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def whole_file(destination: Path) -> Iterator[Path]:
+def atomic_file(destination: Path) -> Iterator[Path]:
     """Yield a temporary path beside `destination`; the file is renamed to `destination` when it is on the disk, and deleted on failure.
 
     Its own name is hidden, ends in PART and is nobody else's, so that processes, of several machines even, may write one destination.
@@ -85,7 +85,7 @@ def whole_file(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(destination: Path) -> Iterator[Path]:
+def atomic_folder(destination: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `destination`, which is renamed to `destination` when all is written, and deleted on failure.
 
     Raises:

@@ -34,7 +34,7 @@ from med3dvlm.formats import HU_POLICIES, READERS, VolumeError
 from med3dvlm.formats.base import smallest_exact_type
 from med3dvlm.formats.hu import interpret
 from med3dvlm.formats.hu_values import looks_like_labels
-from med3dvlm.geometry.measurements import Places
+from med3dvlm.geometry.measurements import VoxelPositions
 from med3dvlm.geometry.orientation import PLANES, direction_of, is_orientation, nearest_letters
 from med3dvlm.geometry.straightening import Straightening
 
@@ -151,7 +151,7 @@ class Volume:
         return matrix
 
     @property
-    def places(self) -> Places | None:
+    def voxel_positions(self) -> VoxelPositions | None:
         """Return where the voxels lie, also for an irregular stack; None where spacing or orientation is unknown.
 
         Where the direction is not known but the letters of the axes are, it is theirs.
@@ -164,7 +164,7 @@ class Volume:
             normal = np.cross(direction[:, 1], direction[:, 2])
             rise = abs(direction[:, 0] @ normal) / np.linalg.norm(normal)
             slices = (np.array(self.slice_positions) - self.slice_positions[0]) / (rise * self.spacing[0])
-        return Places(np.zeros(3) if self.origin is None else self.origin, direction * self.spacing, slices)
+        return VoxelPositions(np.zeros(3) if self.origin is None else self.origin, direction * self.spacing, slices)
 
     def straighten(self) -> "Volume":
         """Return the volume itself if it is regular, else resampled to evenly spaced slices stacked at right angles.

@@ -80,7 +80,7 @@ def add(path: Path, name: str, password: str) -> None:
         raise ValueError(f"The password has {len(password)} characters but needs at least {MIN_LENGTH}.")
     hashes = Accounts.load(path)._hashes if path.exists() else {}
     aside = path.with_name(f".{uuid.uuid4().hex}{PART}")
-    aside.touch(mode=0o600, exist_ok=False)  # `whole_file` would let others read it
+    aside.touch(mode=0o600, exist_ok=False)  # `atomic_file` would let others read it
     try:
         aside.write_text(json.dumps(hashes | {name: hashed(password, os.urandom(16))}, indent=1) + "\n", encoding="utf-8")
         aside.replace(path)

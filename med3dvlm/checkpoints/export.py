@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from med3dvlm.checkpoints import load_vlm
-from med3dvlm.files import whole_folder, write_json, write_text
+from med3dvlm.files import atomic_folder, write_json, write_text
 from med3dvlm.models.vlm import Med3DVLM
 from med3dvlm.models.vlm_processor import Med3DVLMProcessor, end_tokens
 from med3dvlm.prompts import RESEARCH_NOTICE
@@ -34,7 +34,7 @@ def export_language_model(path: str | Path, destination: str | Path) -> None:
         FileExistsError: `destination` is there already.
     """
     model, processor = load_vlm(path)
-    with whole_folder(Path(destination)) as aside:
+    with atomic_folder(Path(destination)) as aside:
         save_language_model(model, processor, aside)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from med3dvlm.datasets.labelled_reports import HALVES, LabelledReports, read_labelled_reports
-from med3dvlm.files import whole_folder, write_json, write_lines
+from med3dvlm.files import atomic_folder, write_json, write_lines
 from med3dvlm.metrics.classification import crg, precision_recall_f1
 from med3dvlm.metrics.findings import error_kind
 from med3dvlm.reports.classifiers.linear import LinearClassifier
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 def _train(arguments: argparse.Namespace, reports: LabelledReports) -> str:
     rules = [] if arguments.text_only else [name for name in reports.names if name in FINDINGS]
-    with whole_folder(arguments.out) as folder:
+    with atomic_folder(arguments.out) as folder:
         classifier = LinearClassifier.train(reports.texts, reports.labels, reports.names, rules)
         classifier.save(folder)
     return (

@@ -102,11 +102,11 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 def _write_masks(folder: Path, found: "Sequence[Segmentation]", said: dict[str, str]) -> None:
     """A NIfTI file for each mask, empty ones too, and masks.json about them."""
-    from med3dvlm.files import whole_folder, write_json
+    from med3dvlm.files import atomic_folder, write_json
     from med3dvlm.inference.segmentation import numbered_file
     from med3dvlm.prompts import RESEARCH_NOTICE
 
-    with whole_folder(folder) as aside:
+    with atomic_folder(folder) as aside:
         listed = []
         for number, one in enumerate(found, start=1):
             file = numbered_file(number, one.name)
@@ -145,10 +145,10 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _merge(arguments: argparse.Namespace) -> None:
     from med3dvlm.checkpoints import merge_lora
-    from med3dvlm.files import whole_folder
+    from med3dvlm.files import atomic_folder
 
     quiet_transformers()
-    with whole_folder(arguments.out) as aside:
+    with atomic_folder(arguments.out) as aside:
         merge_lora(arguments.adapter, aside, arguments.base)
     print(f"{arguments.out} holds the merged model")
 

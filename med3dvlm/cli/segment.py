@@ -92,7 +92,7 @@ def _write_dicom(arguments: argparse.Namespace, found: Sequence["Segmentation"])
     """Write a DICOM Segmentation, or say why there is none."""
     from importlib.metadata import version
 
-    from med3dvlm.files import whole_file
+    from med3dvlm.files import atomic_file
     from med3dvlm.reports.dicom_seg import dicom_segmentation
 
     if not found:
@@ -100,6 +100,6 @@ def _write_dicom(arguments: argparse.Namespace, found: Sequence["Segmentation"])
         return
     segments = [(one.name, one.mask) for one in found]
     content = dicom_segmentation(Path(arguments.scan), arguments.scan, arguments.series, segments, ("Med3DVLM", version("med3dvlm")))
-    with whole_file(arguments.dicom_seg) as aside:
+    with atomic_file(arguments.dicom_seg) as aside:
         aside.write_bytes(content)
     print(f"wrote {arguments.dicom_seg}", file=sys.stderr)

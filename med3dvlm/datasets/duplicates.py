@@ -39,7 +39,7 @@ from torch.nn.functional import adaptive_avg_pool3d, affine_grid, avg_pool3d, gr
 from tqdm import tqdm
 
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.files import checksum, whole_file
+from med3dvlm.files import atomic_file, checksum
 from med3dvlm.records import Study
 
 DESCRIPTOR, THUMBNAIL, DETAIL = (8, 8, 8), (16, 32, 32), (32, 64, 64)
@@ -82,7 +82,7 @@ def thumbnails(data: PreparedData, studies: Sequence[Study], folder: Path, worke
                     rows.append(row)
                     progress.update()
                 pictures, sums = zip(*rows, strict=True)
-                with whole_file(path) as aside, aside.open("wb") as file:  # to a name np.savez would add .npz
+                with atomic_file(path) as aside, aside.open("wb") as file:  # to a name np.savez would add .npz
                     np.savez(file, thumbnails=np.stack(pictures), checksums=np.array(sums))
             else:
                 progress.update(len(block))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from med3dvlm.files import whole_file
+from med3dvlm.files import atomic_file
 from med3dvlm.models.clip import Med3DCLIP
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.processes import gathered, rank_and_count, sharing
@@ -54,7 +54,7 @@ def _write(path: Path, items: range, compute: Callable[[range], Sequence[Tensor]
             batch = range(start, min(start + batch_size, items.stop))
             parts.append([part.cpu() for part in compute(batch)])
             bar.update(len(batch))
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
         save_file({str(level): torch.cat(batches).contiguous() for level, batches in enumerate(zip(*parts, strict=True))}, aside)
 
 

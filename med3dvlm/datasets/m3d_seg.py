@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm.files import whole_file, write_json
+from med3dvlm.files import atomic_file, write_json
 from med3dvlm.records import Mask, Question, Study
 
 FOLDER = "M3D_Seg"
@@ -172,7 +172,7 @@ def write_masks(folder: Path, masks: Sequence[NDArray[np.bool_] | None], shape: 
     matrix = csr_matrix((np.ones(len(voxels), np.uint8), voxels, starts), shape=(sizes[0], int(np.prod(shape))))
     path = folder / f"mask_{sizes}.npz"
     fields = {"indices": matrix.indices, "indptr": matrix.indptr, "format": b"csr", "shape": matrix.shape, "data": matrix.data}
-    with whole_file(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    with atomic_file(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, value in fields.items():  # what scipy.sparse.save_npz writes, in a third of its time
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asanyarray(value))

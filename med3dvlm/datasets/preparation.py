@@ -35,7 +35,7 @@ from med3dvlm.datasets.engines import Engine, open_engine
 from med3dvlm.datasets.masks import pack, read_masks
 from med3dvlm.datasets.statistics import BINS, statistics
 from med3dvlm.datasets.store import CHECKED, read_stored_masks, read_voxels, volume_path
-from med3dvlm.files import PART, checksum, json_lines, read_lines, whole_file, write_json, write_text
+from med3dvlm.files import PART, atomic_file, checksum, json_lines, read_lines, write_json, write_text
 from med3dvlm.formats import VERSION, state_of
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.recipes import RECIPES
@@ -240,7 +240,7 @@ def prepare_one(source: Path, destination: Path, processor: VolumeProcessor, set
         line["grid_spacing"] = [round(float(mm), 4) for mm in np.array(regular.spacing) @ np.abs(placement[:3, :3])]
     line["warnings"] += doubts
     content = save({"voxels": voxels, **packed}, {"line": json.dumps(line)})
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
         aside.write_bytes(content)
     return line, None
 

@@ -81,7 +81,7 @@ def answer_likelihoods(
         conversations: for each volume one or more.
         features: for each volume what `Med3DVLM.encode_image` gives.
     """
-    size = CONVERSATIONS if model.unpackable is None else 1
+    size = CONVERSATIONS if model.packing_obstacle is None else 1
     rows = [(place, about[start : start + size]) for place, about in enumerate(conversations) for start in range(0, len(about), size)]
     found: list[list[float]] = [[] for _ in conversations]
     for start in range(0, len(rows), len(conversations)):

@@ -24,7 +24,7 @@ from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.encoders import Encoder
 from med3dvlm.evaluation.cases import in_batches, processes, wait_for_all
-from med3dvlm.files import checksum, whole_file, write_json
+from med3dvlm.files import atomic_file, checksum, write_json
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.records import Study
 
@@ -109,7 +109,7 @@ class LinearProbe:
         return (features.double() @ self.weight.T + self.bias).numpy()
 
     def save(self, folder: Path, about: Mapping[str, Any]) -> None:
-        with whole_file(folder / WEIGHTS_FILE) as aside:
+        with atomic_file(folder / WEIGHTS_FILE) as aside:
             save_file({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, aside)
         write_json(folder / SETTINGS_FILE, {"names": self.names, **about})
 

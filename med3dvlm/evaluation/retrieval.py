@@ -26,7 +26,7 @@ from med3dvlm import evaluation
 from med3dvlm.datasets.duplicates import equal_groups, groups, words
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation.image_to_image import image_to_image_scores, image_to_image_table
-from med3dvlm.files import whole_file, write_lines
+from med3dvlm.files import atomic_file, write_lines
 from med3dvlm.metrics.intervals import intervals, mean_of, median_of
 from med3dvlm.metrics.retrieval import rank_values, retrieval_ranks, retrieval_scores
 from med3dvlm.programs import positive
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if not there:
             rows = evaluation.predictions(growing, list(map(about, studies)), lambda row: ["image", "text"])
-            with whole_file(embedded) as aside:
+            with atomic_file(embedded) as aside:
                 made = {name: decoded([row[name] for row in rows]) for name in ("image", "text")}
                 # Equal reports and scans have to tie, but batches of other shapes differ in the last bits.
                 save_file(

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from med3dvlm import evaluation
 from med3dvlm.datasets.mask_prompts import absent_findings
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
-from med3dvlm.geometry.measurements import Places, longest_diameter_mm
+from med3dvlm.geometry.measurements import VoxelPositions, longest_diameter_mm
 from med3dvlm.inference.segmentation import THRESHOLD, Segmenter
 from med3dvlm.metrics.detection import reliability
 from med3dvlm.metrics.intervals import intervals, mean_of, ratio_of
@@ -156,7 +156,7 @@ class Judge:
     def _present(self, drawn: Mask, point: tuple[int, ...], true: Mask, spacing: tuple[float, float, float] | None) -> Row:
         steps = spacing or (1.0, 1.0, 1.0)
         near, far = surface_scores(drawn, true, steps, self.tolerance)
-        places = Places(np.zeros(3), np.diag(steps), np.arange(len(true), dtype=np.float64))
+        positions = VoxelPositions(np.zeros(3), np.diag(steps), np.arange(len(true), dtype=np.float64))
         largest = int(true.sum(axis=(1, 2)).argmax())
         return judged(drawn, point, true) | {
             "slice": largest,
@@ -164,7 +164,7 @@ class Judge:
             "nsd": near,
             "hd95": None if np.isnan(far) else far,
             "components": component_counts(drawn, true),
-            "mm": round(longest_diameter_mm(true, places), 3),
+            "mm": round(longest_diameter_mm(true, positions), 3),
             "spacing": spacing is not None,
             "chance": {"pointing": float(true.mean())},
         }

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-Marks = Mapping[str, str]  # values by name
+Attributes = Mapping[str, str]  # values by name
 
 
 class Attribute(NamedTuple):
@@ -50,7 +50,7 @@ ATTRIBUTES = {
     "reference": Attribute("frame of reference", "FrameOfReferenceUID", False),
 }
 PATHS = {name: [path.split("/") for path in attribute.keywords.split()] for name, attribute in ATTRIBUTES.items()}
-INDEX = [["FrameContentSequence", "DimensionIndexValues"]]  # several, each of which is a mark
+INDEX = [["FrameContentSequence", "DimensionIndexValues"]]  # several, each of which is an attribute
 # When a slice was taken, by the first of these that is stated; day and hour make one text.
 TIMES = (
     [["FrameContentSequence", "FrameAcquisitionDateTime"]],
@@ -58,7 +58,7 @@ TIMES = (
     [["AcquisitionDate"], ["AcquisitionTime"]],
     [["ContentTime"]],
 )
-# What else may stand among the marks; numbered. Fields (where the image begins within its plane) and passes are found, not stated.
+# What else may stand among the attributes; numbered. Fields (where the image begins within its plane) and passes are found, not stated.
 OTHERS = {"field": "field", "time": "time", "file": "file", "pass": "pass in the order of acquisition"}
 KEYWORDS = {path[-1] for paths in (*PATHS.values(), INDEX, *TIMES) for path in paths}
 # Words of a SeriesDescription that name no one.
@@ -74,7 +74,7 @@ CODE = re.compile(r"[\w.+/ -]{1,16}")
 REFORMATS = {"SECONDARY", "MIP", "MINIP", "MPR", "REFORMATTED", "AVERAGE", "PROJECTION IMAGE", "VRT", "SSD"}
 
 
-def marks_of(places: Sequence[Any]) -> dict[str, str]:
+def attributes_of(places: Sequence[Any]) -> dict[str, str]:
     """Return the attributes of a frame by name, from its functional groups, those of all frames, or the header itself."""
     found = {name: value for name, paths in PATHS.items() if (value := _stated(places, paths))}
     if index := _stated(places, INDEX):
@@ -117,33 +117,33 @@ def number_of(text: str | None) -> float | None:
         return None
 
 
-def is_reformat(marks: Marks) -> bool:
+def is_reformat(attributes: Attributes) -> bool:
     """Return whether an image was made of others: a MIP, a reformat, a mean."""
-    types = set(marks.get("type", "").upper().split("\\"))
+    types = set(attributes.get("type", "").upper().split("\\"))
     return bool(types & REFORMATS) or any(word in REFORMATS for each in types for word in re.split(r"[ _]", each)[1:])
 
 
-def common_marks(slices: Iterable[Marks]) -> dict[str, str]:
+def common_attributes(slices: Iterable[Attributes]) -> dict[str, str]:
     """Return the attributes that all slices share; "" for one that differs among them."""
     every = list(slices)
-    names = {name: None for marks in every for name in marks}
-    values = {name: {marks.get(name) for marks in every} for name in names}
+    names = {name: None for attributes in every for name in attributes}
+    values = {name: {attributes.get(name) for attributes in every} for name in names}
     return {name: next(iter(found)) or "" if len(found) == 1 else "" for name, found in values.items()}
 
 
-def differences(stacks: Sequence[Marks], known: Sequence[str]) -> list[str]:
+def differences(stacks: Sequence[Attributes], known: Sequence[str]) -> list[str]:
     """Describe for each stack, by the attributes that its slices share, how it differs from the other stacks.
 
     `known` are the words that are there already: what is listed only where it is needed is so where they and the words so far are alike.
     """
     found = [[text] for text in known]
-    names = [name for name in {**ATTRIBUTES, **OTHERS, **{name: "" for marks in stacks for name in sorted(marks)}}]
+    names = [name for name in {**ATTRIBUTES, **OTHERS, **{name: "" for attributes in stacks for name in sorted(attributes)}}]
     for often in (True, False):
         for name in names:
             attribute = ATTRIBUTES.get(name)
             if (attribute is not None and attribute.often) is not often:
                 continue
-            words = _shown(name, [marks.get(name) for marks in stacks])
+            words = _shown(name, [attributes.get(name) for attributes in stacks])
             told = {tuple(each) for each in found}
             if len(set(words)) > 1 and (often or len({(*each, word) for each, word in zip(found, words, strict=True)}) > len(told)):
                 for each, word in zip(found, words, strict=True):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from med3dvlm.formats.base import VolumeError, colour
-from med3dvlm.formats.dicom_attributes import ATTRIBUTES, common_marks, differences, is_reformat, number_of
+from med3dvlm.formats.dicom_attributes import ATTRIBUTES, common_attributes, differences, is_reformat, number_of
 from med3dvlm.formats.dicom_geometry import BY_NUMBER, heights_of, natural_key, places_of
 from med3dvlm.formats.dicom_slices import COLOUR, SECONDARY, Slice, Stack
 from med3dvlm.formats.dicom_stacks import by_reference, stacks_of
@@ -61,9 +61,9 @@ def listing(slices: list[Slice], source: str) -> list[Series]:
     found, stacks, _ = _candidates(slices, source)
     series = []
     for number, stack in enumerate(stacks, start=1):
-        marks = common_marks(each.marks for each in stack)
+        attributes = common_attributes(each.attributes for each in stack)
         _, study, uid = stack[0].series
-        known: Any = (_plane(stack), number_of(marks.get("thickness")), is_reformat(marks), _extent(stack), _doubt(stack, found))
+        known: Any = (_plane(stack), number_of(attributes.get("thickness")), is_reformat(attributes), _extent(stack), _doubt(stack, found))
         series.append(Series(number, _digest(study), _digest(uid), len(stack), *known))
     return series
 
@@ -138,10 +138,12 @@ def _ranked(stack: Stack, reach: float) -> list[tuple[str, Any]]:
 
     What was made of other images comes later where originals `reach` over at least half as much of the body.
     """
-    marks = common_marks(each.marks for each in stack)
-    numbers = [number if (number := number_of(marks.get(name))) is not None else math.inf for name in ("series", "thickness", *ATTRIBUTES)]
+    attributes = common_attributes(each.attributes for each in stack)
+    numbers = [
+        number if (number := number_of(attributes.get(name))) is not None else math.inf for name in ("series", "thickness", *ATTRIBUTES)
+    ]
     return [
-        ("the others were made of other images (MIP, reformat)", is_reformat(marks) and 0 < _extent(stack) <= 2 * reach),
+        ("the others were made of other images (MIP, reformat)", is_reformat(attributes) and 0 < _extent(stack) <= 2 * reach),
         ("it has the most slices", -len(stack)),
         ("of the longest it is axial", _plane(stack) != "axial"),
         ("of the longest it has the thinnest slices", numbers[1]),
@@ -149,14 +151,14 @@ def _ranked(stack: Stack, reach: float) -> list[tuple[str, Any]]:
         ("of equal ones its acquisition, phase or echo is the first", numbers[2:]),
         (
             "of equal ones it was taken first",
-            (number_of(marks.get("pass")) or 0, marks.get("time", ""), min(each.number or 0 for each in stack)),
+            (number_of(attributes.get("pass")) or 0, attributes.get("time", ""), min(each.number or 0 for each in stack)),
         ),
         ("of equal ones its files' names are the first", natural_key(stack[0].path)),
     ]
 
 
 def _reach(stacks: Iterable[Stack]) -> float:
-    return max((_extent(stack) for stack in stacks if not is_reformat(common_marks(each.marks for each in stack))), default=0.0)
+    return max((_extent(stack) for stack in stacks if not is_reformat(common_attributes(each.attributes for each in stack))), default=0.0)
 
 
 def _extent(stack: Stack) -> float:
@@ -177,11 +179,11 @@ def _doubt(first: Stack, planes: Sequence[Sequence[Stack]]) -> str:
     """Say why the first stack may not be the scan: it is no more than half of what its series holds, counting all stacks and single images of
     its kind. "" for no doubt.
     """
-    made = is_reformat(common_marks(each.marks for each in first))
+    made = is_reformat(common_attributes(each.attributes for each in first))
 
     def is_sibling(stack: Stack) -> bool:
         alike = (stack[0].series, stack[0].kind) == (first[0].series, first[0].kind)
-        return alike and (made or not is_reformat(common_marks(each.marks for each in stack)))
+        return alike and (made or not is_reformat(common_attributes(each.attributes for each in stack)))
 
     siblings = [[stack for stack in stacks if is_sibling(stack)] for stacks in planes]
     siblings = [stacks for stacks in siblings if stacks]
@@ -224,7 +226,7 @@ def _described(stacks: Sequence[Stack]) -> list[str]:
     planes = [_plane(stack) for stack in stacks]
     if len(set(planes)) > 1:
         words = [f"{text}, {plane}" if plane else text for text, plane in zip(words, planes, strict=True)]
-    return differences([common_marks(each.marks for each in stack) for stack in stacks], words)
+    return differences([common_attributes(each.attributes for each in stack) for stack in stacks], words)
 
 
 def described(stack: Stack) -> str:

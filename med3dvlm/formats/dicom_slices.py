@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from med3dvlm.formats import dicom_attributes
-from med3dvlm.formats.dicom_attributes import Marks, marks_of, texts_of
+from med3dvlm.formats.dicom_attributes import Attributes, attributes_of, texts_of
 from med3dvlm.formats.dicom_elements import Header, Unusable, stated
 from med3dvlm.formats.dicom_pixels import Packing, packing_of
 from med3dvlm.formats.dicom_quantity import Quantity, padding_of, quantity_of
@@ -53,7 +53,7 @@ class Slice(NamedTuple):
     quantity: Quantity = Quantity()
     padding: tuple[int, int] | None = None  # lowest and highest stored value that stand for "no image here"
     window: tuple[float, float] | None = None  # lowest and highest value, rescaled, that the header wants shown
-    marks: Marks = {}  # what may tell it from others at its place: see dicom_attributes.py
+    attributes: Attributes = {}  # what may tell it from others at its place: see dicom_attributes.py
 
 
 Stack = list[Slice]
@@ -101,7 +101,7 @@ def _following(first: Slice, header: Any, frames: int) -> Iterator[Slice]:
     locations = _numbers(header.get("SliceLocationVector"), frames)
     distance = _numbers(header.get("SpacingBetweenSlices"), 1)
     between = distance or _numbers(header.get("SliceThickness"), 1)
-    first = first._replace(location=None, marks={**first.marks, "file": str(first.path)})
+    first = first._replace(location=None, attributes={**first.attributes, "file": str(first.path)})
     if first.position is None or first.orientation is None or not (locations or between):
         for frame in range(frames):
             yield first._replace(frame=frame, position=None, location=locations[frame] if locations else None)
@@ -126,11 +126,11 @@ def _of_frame(constant: Slice, places: Sequence[Any], in_groups: bool) -> Slice:
     location = _numbers(places[-1].get("SliceLocation"), 1)
     spacing = _numbers(stated(places, "PixelMeasuresSequence", "PixelSpacing"), 2)
     distance = _numbers(stated(places, "PixelMeasuresSequence", "SpacingBetweenSlices"), 1)
-    marks = marks_of(places)
+    attributes = attributes_of(places)
     if position and orientation:
-        marks["field"] = f"{_dot(orientation[:3], position):.0f} {_dot(orientation[3:], position):.0f}"
+        attributes["field"] = f"{_dot(orientation[:3], position):.0f} {_dot(orientation[3:], position):.0f}"
     return constant._replace(
-        kind=SCOUT if "LOCALIZER" in marks.get("type", "").split("\\") else constant.kind,
+        kind=SCOUT if "LOCALIZER" in attributes.get("type", "").split("\\") else constant.kind,
         location=location[0] if location and not in_groups else None,
         position=position if orientation else None,
         orientation=orientation,
@@ -138,7 +138,7 @@ def _of_frame(constant: Slice, places: Sequence[Any], in_groups: bool) -> Slice:
         distance=distance[0] if distance and distance[0] > 0 else None,
         quantity=quantity_of(places, constant.modality),
         window=_window(places),
-        marks=marks | ({"file": str(constant.path)} if in_groups else {}),
+        attributes=attributes | ({"file": str(constant.path)} if in_groups else {}),
     )
 
 

@@ -98,7 +98,7 @@ def _separated(stack: Stack) -> Iterator[Stack]:
 
 def by_reference(stack: Stack) -> list[Stack] | None:
     """Group the slices by frame of reference: positions in several cannot be compared. None for one, and where each slice has its own."""
-    parts = _by(stack, [each.marks.get("reference", "") for each in stack])
+    parts = _by(stack, [each.attributes.get("reference", "") for each in stack])
     return parts if len(parts) > 1 and min(map(len, parts)) > 1 else None
 
 
@@ -145,16 +145,16 @@ def _parts(stack: Stack, heights: NDArray[np.float64], places: NDArray[np.intp],
         return None
     labels = min(best, key=lambda labels: int(labels.max()))
     if any(labels is each for each in passes):
-        stack = [each._replace(marks={**each.marks, "pass": str(label)}) for each, label in zip(stack, labels, strict=True)]
+        stack = [each._replace(attributes={**each.attributes, "pass": str(label)}) for each, label in zip(stack, labels, strict=True)]
     return _by(stack, labels)
 
 
 def _attributes(stack: Stack, most: int) -> list[NDArray[np.intp]]:
     """Return for each attribute with 2 to `most` values among the slices the slices' value numbers (slices,)."""
-    names = [*ATTRIBUTES, *OTHERS, *sorted({name for each in stack for name in each.marks} - {*ATTRIBUTES, *OTHERS})]
+    names = [*ATTRIBUTES, *OTHERS, *sorted({name for each in stack for name in each.attributes} - {*ATTRIBUTES, *OTHERS})]
     found = []
     for name in names:
-        values = [each.marks.get(name, "") for each in stack]
+        values = [each.attributes.get(name, "") for each in stack]
         numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
         if 1 < len(numbers) <= most:
             found.append(np.array([numbers[value] for value in values]))
@@ -186,8 +186,8 @@ def _passes(stack: Stack, heights: NDArray[np.float64], places: NDArray[np.intp]
     orders: list[Sequence[Any]] = []
     if len(set(numbers)) == len(stack) and all(each.number is not None for each in stack):
         orders.append(numbers)
-    if all("time" in each.marks for each in stack):
-        orders.append([(each.marks["time"], number or 0, frame) for each, (number, frame) in zip(stack, numbers, strict=True)])
+    if all("time" in each.attributes for each in stack):
+        orders.append([(each.attributes["time"], number or 0, frame) for each, (number, frame) in zip(stack, numbers, strict=True)])
     counts = np.bincount(places)
     for keys in orders:
         order = sorted(range(len(stack)), key=keys.__getitem__)

@@ -1,6 +1,6 @@
 """Size, extent and side of a mask in a scan.
 
-Shapes: masks are (D, H, W) of booleans. `Places` says where their voxels lie in the patient, in RAS mm.
+Shapes: masks are (D, H, W) of booleans. `VoxelPositions` says where their voxels lie in the patient, in RAS mm.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ NEIGHBOURS = np.ones((3, 3, 3), bool)  # voxels that share a corner are of one c
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class VoxelPositions:
     """Where the voxels of a scan lie. `origin` (3,) is the middle of the first; the columns of `steps` (3, 3) are the way in mm of one voxel
     along D, H and W; `slices` (D,) is the place of each slice along D in such steps, 0, 1, 2, ... for evenly spaced ones.
     """
@@ -41,9 +41,9 @@ class Places:
         return found
 
 
-def volume_ml(mask: Mask, places: Places) -> float:
+def volume_ml(mask: Mask, positions: VoxelPositions) -> float:
     """Return the sum of the voxels' volumes."""
-    return float(mask.sum(axis=(1, 2)) @ places.millilitres)
+    return float(mask.sum(axis=(1, 2)) @ positions.millilitres)
 
 
 def bounding_box(mask: Mask) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
@@ -55,28 +55,28 @@ def bounding_box(mask: Mask) -> tuple[tuple[int, int, int], tuple[int, int, int]
     return (first[0], first[1], first[2]), (after[0], after[1], after[2])
 
 
-def extent_mm(mask: Mask, places: Places) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def extent_mm(mask: Mask, positions: VoxelPositions) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Return the lowest and the highest x, y and z in RAS that whole voxels of the mask reach; None for an empty mask."""
     found = bounding_box(mask)
     if found is None:
         return None
     box = tuple(map(slice, *found))
-    middles = places.at(_voxels(_outermost(mask[box]), box))
-    half = np.abs(places.steps).sum(axis=1) / 2
+    middles = positions.at(_voxels(_outermost(mask[box]), box))
+    half = np.abs(positions.steps).sum(axis=1) / 2
     return tuple((middles.min(axis=0) - half).tolist()), tuple((middles.max(axis=0) + half).tolist())
 
 
-def longest_diameter_mm(mask: Mask, places: Places) -> float:
+def longest_diameter_mm(mask: Mask, positions: VoxelPositions) -> float:
     """Return the longest 3D distance within one component, between the middles of voxels' faces; 0 for an empty mask.
 
     A single voxel so has its longest edge, a row of n voxels n edges, and a ball about its diameter.
     """
     longest = 0.0
-    parts = [(_longest_possible(box, places), label, box) for label, box in _parts(mask)]
+    parts = [(_longest_possible(box, positions), label, box) for label, box in _parts(mask)]
     for most, label, box in sorted(parts, key=lambda part: -part[0]):
         if most <= longest:  # no other is longer
             break
-        longest = max(longest, _diameter(places.at(_voxels(_outermost(label), box)), places.steps))
+        longest = max(longest, _diameter(positions.at(_voxels(_outermost(label), box)), positions.steps))
     return longest
 
 
@@ -90,7 +90,7 @@ def components(mask: Mask) -> list[Mask]:
     return sorted(found, key=lambda part: -int(part.sum()))
 
 
-def body_middle(array: NDArray[Any], places: Places, in_hu: bool) -> float:
+def body_middle(array: NDArray[Any], positions: VoxelPositions, in_hu: bool) -> float:
     """Return x in mm of the patient's mid-plane: halfway between the right and the left end of the body in the scan.
 
     The body is what is brighter than `BODY_HU`, or without Hounsfield units than a tenth of the way from the lowest value to the 99th
@@ -103,10 +103,10 @@ def body_middle(array: NDArray[Any], places: Places, in_hu: bool) -> float:
     body = some > (BODY_HU if in_hu else low + (high - low) / 10)
     if not body.any():
         body = np.ones(some.shape, bool)
-    return float(np.percentile(places.at(np.argwhere(body) * step)[:, 0], [1, 99]).mean())
+    return float(np.percentile(positions.at(np.argwhere(body) * step)[:, 0], [1, 99]).mean())
 
 
-def side_of(mask: Mask, places: Places, middle: float) -> str | None:
+def side_of(mask: Mask, positions: VoxelPositions, middle: float) -> str | None:
     """Return "left" or "right" of the patient, "midline" or "both"; None for an empty mask.
 
     A mask that has `ONE_SIDE` of its volume or more on one side of the mid-plane is that side's. Of others, "midline" are those of which
@@ -118,11 +118,11 @@ def side_of(mask: Mask, places: Places, middle: float) -> str | None:
     total, left, cut = 0.0, 0.0, 0.0
     for label, box in _parts(mask):
         depth, rows, columns = (np.arange(edge.start, edge.stop) for edge in box)
-        along, down, across = places.steps[0]
-        beyond = middle - places.origin[0] - np.add.outer(down * rows, across * columns)  # x left for the way along D
-        of_slice = [np.count_nonzero(along * place < beyond[part]) for place, part in zip(places.slices[depth], label, strict=True)]
-        volume = float(label.sum(axis=(1, 2)) @ places.millilitres[depth])
-        of_left = float(np.array(of_slice) @ places.millilitres[depth])
+        along, down, across = positions.steps[0]
+        beyond = middle - positions.origin[0] - np.add.outer(down * rows, across * columns)  # x left for the way along D
+        of_slice = [np.count_nonzero(along * place < beyond[part]) for place, part in zip(positions.slices[depth], label, strict=True)]
+        volume = float(label.sum(axis=(1, 2)) @ positions.millilitres[depth])
+        of_left = float(np.array(of_slice) @ positions.millilitres[depth])
         total, left = total + volume, left + of_left
         if min(of_left, volume - of_left) > (1 - ONE_SIDE) * volume:
             cut += volume
@@ -153,12 +153,12 @@ def _voxels(part: Mask, box: Box) -> NDArray[np.int64]:
     return found
 
 
-def _longest_possible(box: Box, places: Places) -> float:
+def _longest_possible(box: Box, positions: VoxelPositions) -> float:
     """Return an upper bound of diameters in the box: the distance of its outer corners' middles, and half a voxel at either end."""
     from scipy.spatial.distance import pdist
 
     corners = np.stack(np.meshgrid(*((edge.start, edge.stop - 1) for edge in box), indexing="ij"), axis=-1).reshape(-1, 3)
-    return float(pdist(places.at(corners)).max() + np.linalg.norm(places.steps, axis=0).max())
+    return float(pdist(positions.at(corners)).max() + np.linalg.norm(positions.steps, axis=0).max())
 
 
 def _outermost(mask: Mask) -> Mask:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from med3dvlm.files import DETECTOR_FILE, whole_file
+from med3dvlm.files import DETECTOR_FILE, atomic_file
 
 Features = tuple[Tensor, Tensor]  # (1, n_low, C_low) and (1, n_high, C_high)
 
@@ -55,7 +55,7 @@ class OutOfDistributionDetector:
 
     def save(self, directory: str | Path) -> None:
         """Write `out_of_distribution.safetensors` into a model directory, whole or not at all."""
-        with whole_file(Path(directory) / DETECTOR_FILE) as aside:
+        with atomic_file(Path(directory) / DETECTOR_FILE) as aside:
             save_file({name: value.contiguous() for name, value in vars(self).items()}, aside)
 
     @classmethod

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from med3dvlm.checkpoints import load_segmenter
-from med3dvlm.files import whole_file
+from med3dvlm.files import atomic_file
 from med3dvlm.formats.nifti import mask_file
 from med3dvlm.geometry import measurements
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor
@@ -67,17 +67,17 @@ class Segmentation:
         Args:
             middle: x of the patient's mid-plane, see `geometry.measurements.body_middle`; by default estimated here.
         """
-        places = volume.places
+        positions = volume.voxel_positions
         box = measurements.bounding_box(mask)
         found: dict[str, Any] = {"bounding_box": box, "spacing": volume.spacing, "affine": volume.affine}
-        if places is not None:
+        if positions is not None:
             if box is not None and middle is None:
-                middle = measurements.body_middle(volume.array, places, volume.unit == "HU")
+                middle = measurements.body_middle(volume.array, positions, volume.unit == "HU")
             found |= {
-                "volume_ml": measurements.volume_ml(mask, places),
-                "longest_diameter_mm": measurements.longest_diameter_mm(mask, places),
-                "bounding_box_mm": measurements.extent_mm(mask, places),
-                "side": None if middle is None else measurements.side_of(mask, places, middle),
+                "volume_ml": measurements.volume_ml(mask, positions),
+                "longest_diameter_mm": measurements.longest_diameter_mm(mask, positions),
+                "bounding_box_mm": measurements.extent_mm(mask, positions),
+                "side": None if middle is None else measurements.side_of(mask, positions, middle),
             }
         return cls(name, mask, score, **found)
 
@@ -103,7 +103,7 @@ class Segmentation:
         """
         require_nifti(path)
         content = self.nifti(str(path).lower().endswith(".gz"))
-        with whole_file(Path(path)) as aside:
+        with atomic_file(Path(path)) as aside:
             aside.write_bytes(content)
 
     def nifti(self, compressed: bool = True) -> bytes:
@@ -199,14 +199,14 @@ def segment_scan(
         scan = read_volume(scan)
     if not isinstance(scan, Volume):
         raise ValueError("A mask lies on a scan's own grid: give a path or a Volume, not a prepared tensor.")
-    volume, places = scan, scan.places
+    volume, positions = scan, scan.voxel_positions
     pixels, placement = processor.transform_and_placement(volume.straighten() if processor.straighten else volume)
     likely, presence = predict(pixels[None])
     masks = [
         _on_scan(one, volume, processor, placement, threshold) if score > THRESHOLD else np.zeros(volume.shape, bool)
         for one, score in zip(likely, presence.tolist(), strict=True)
     ]
-    middle = None if places is None else measurements.body_middle(volume.array, places, volume.unit == "HU")
+    middle = None if positions is None else measurements.body_middle(volume.array, positions, volume.unit == "HU")
     return [
         Segmentation.of(name.strip(), mask, score, volume, middle)
         for name, mask, score in zip(names, masks, presence.tolist(), strict=True)

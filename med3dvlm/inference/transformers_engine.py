@@ -4,7 +4,7 @@ A scan is encoded once, and what was read about it, image or conversation, is no
 are read in portions between the tokens of the others, so that neither waits for the other's end.
 
 Each row has a slot of the cache of its own, with token p at place p, so nothing depends on what stands beside it but the rounding of sums.
-Language models that go by the order of tokens alone (`unpackable`) are asked one question after the other.
+Language models that go by the order of tokens alone (`packing_obstacle`) are asked one question after the other.
 
 Shapes: B rows; Q new tokens a row; C places; V vocabulary.
 """
@@ -26,7 +26,7 @@ from transformers import LogitsProcessor, StoppingCriteria, TemperatureLogitsWar
 from med3dvlm.inference.batching import Prefix, Prefixes, SlotCache
 from med3dvlm.inference.engine import Generation, Request, Stream, Token, Writer, seed_of
 from med3dvlm.inference.out_of_distribution import Features
-from med3dvlm.models.language_models import branch_scores, scaled_logits, unpackable
+from med3dvlm.models.language_models import branch_scores, packing_obstacle, scaled_logits
 
 if TYPE_CHECKING:
     from med3dvlm.inference.chat import Med3DChat
@@ -150,7 +150,7 @@ class RunningBatch:
         self.language_model = chat.model.language_model
         if chat.model.pointing is not None:
             chat.model.pointing.write_token(self.language_model)  # as `generate` does
-        self.alone = unpackable(self.language_model) is not None
+        self.alone = packing_obstacle(self.language_model) is not None
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []  # in the order of their slots
         self.cache = SlotCache()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def unpackable(language_model: Any) -> str | None:
+def packing_obstacle(language_model: Any) -> str | None:
     """Return why several conversations cannot share a row of this language model, as a clause; None where they can."""
     config, decoder = language_model.config.get_text_config(), language_model.get_decoder()
     if "flash" in (name := str(config._attn_implementation)):

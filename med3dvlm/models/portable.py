@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from med3dvlm.files import whole_file, write_text
+from med3dvlm.files import atomic_file, write_text
 
 CODE_FILE = "modeling_med3dvlm.py"
 CLASSES = {
@@ -96,7 +96,7 @@ def auto_map(**classes: str) -> dict[str, str]:
 def write_code(folder: Path) -> None:
     """Write CODE_FILE to the folder."""
     if Path(__file__).name == CODE_FILE:  # this is such a copy
-        with whole_file(folder / CODE_FILE) as aside:
+        with atomic_file(folder / CODE_FILE) as aside:
             shutil.copyfile(__file__, aside)
     else:
         write_text(folder / CODE_FILE, code())

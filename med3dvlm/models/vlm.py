@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 from med3dvlm.encoders import build_encoder
 from med3dvlm.models.branch_attention import numbered, use_pieces
 from med3dvlm.models.clip import Med3DCLIP
-from med3dvlm.models.language_models import attention_kinds, branch_scores, scaled_logits, unpackable
+from med3dvlm.models.language_models import attention_kinds, branch_scores, packing_obstacle, scaled_logits
 from med3dvlm.models.pointing import Pointing
 from med3dvlm.models.portable import Portable
 from med3dvlm.models.vlm_config import Med3DVLMConfig
@@ -139,11 +139,11 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         return self.language_model.get_output_embeddings()
 
     @property
-    def unpackable(self) -> str | None:
+    def packing_obstacle(self) -> str | None:
         """Return why several conversations cannot share a row (see `Med3DVLMProcessor.branch`), as a clause; None where they can."""
         if self.config.image_splice == "published":
             return "with image_splice 'published' the image takes the place of the first token of the first conversation alone"
-        return unpackable(self.language_model)
+        return packing_obstacle(self.language_model)
 
     def encode_image(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Encode volumes (B, 1, D, H, W) to the tokens of the two `image_levels`, by default the last two stages: (B, n_low, C_low), (B,
@@ -265,7 +265,7 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
 
     def _branch_mask(self, branches: Tensor, position_ids: Tensor | None, dtype: torch.dtype) -> Any:
         """Make the mask that keeps branches (B, L) apart: their numbers for long rows, where the language model can attend in pieces."""
-        if (reason := self.unpackable) is not None:
+        if (reason := self.packing_obstacle) is not None:
             raise ValueError(f"several conversations cannot share a row: {reason}; give each a row of its own and a mask (B, L)")
         if position_ids is None:
             raise ValueError("branches need the position_ids that Med3DVLMProcessor.branch gives with them")

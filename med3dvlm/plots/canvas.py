@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from med3dvlm.files import whole_file
+from med3dvlm.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ def new_page(width: float, height: float, layout: Any = "constrained") -> "Figur
 def save(figure: "Figure", path: str | Path) -> Path:
     path = Path(path)
     figure.text(0.5, 0.06 / figure.get_figheight(), FOOTER, ha="center", va="bottom", fontsize=7, color=GREY)
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
         figure.savefig(aside, format="png", dpi=DOTS_PER_INCH)
     return path
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
-from med3dvlm.files import checksum, whole_file
+from med3dvlm.files import atomic_file, checksum
 from med3dvlm.remote.address import FIRST_TRIES, Address
 from med3dvlm.remote.cache import Cache
 
@@ -57,7 +57,7 @@ class RemoteStore:
             if wanted is not None and checksum(path.read_bytes()) != wanted:
                 raise ValueError("it is not the file that was written with summary.json")
 
-        with whole_file(self.folder / name) as aside:
+        with atomic_file(self.folder / name) as aside:
             self.address.fetch(name, aside, check, tries=FIRST_TRIES)
 
     def record(self, name: str) -> Path:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData, read_voxels, same_preprocessing
 from med3dvlm.datasets.torch import load_volumes
-from med3dvlm.files import PART, json_lines, require_free, whole_file, whole_folder, write_json
+from med3dvlm.files import PART, atomic_file, atomic_folder, json_lines, require_free, write_json
 from med3dvlm.plots.slices import grey
 from med3dvlm.preprocessing import SETTINGS, Scan, VolumeProcessor
 from med3dvlm.records import Study
@@ -123,14 +123,14 @@ class CaseIndex:
         }
         part = folder.with_name(f".{folder.name}{PART}")
         scans = _embed(embedder, data, studies, batch_size, part, facts)
-        with whole_folder(folder) as aside:
+        with atomic_folder(folder) as aside:
             lines = [0]
             with (aside / "cases.jsonl").open("wb") as file:
                 for study in studies:
                     case = {"id": study.id, "split": study.split, "report": study.report, "labels": study.labels}
                     file.write(json_lines([case | {"checksum": data.checksum(study)}]).encode())
                     lines.append(file.tell())
-            with whole_file(aside / "embeddings.safetensors") as file_aside:
+            with atomic_file(aside / "embeddings.safetensors") as file_aside:
                 save_file({"scans": scans, "lines": np.array(lines)}, file_aside)
             if len(studies) > vectors.EXACT_UP_TO:
                 vectors.build(scans, aside / "nearest.faiss")

@@ -157,7 +157,7 @@ def conversations(
     same_preprocessing(processor.image_processor, data)
     if arguments.cache_features and any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
         raise ValueError("with cache_features the vision encoder runs once and would not be trained; pass --cache-features false")
-    if arguments.rows == "study" and (reason := model.unpackable) is not None:
+    if arguments.rows == "study" and (reason := model.packing_obstacle) is not None:
         raise ValueError(
             f"rows is 'study', but several conversations cannot share a row: {reason}; pass --rows conversation --follow-ups 0"
         )

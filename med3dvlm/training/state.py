@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from med3dvlm.files import whole_file
+from med3dvlm.files import atomic_file
 
 STATE_FILES = "training_state-*.safetensors"
 FILE_BYTES = 2**31  # after which a further file is begun: the process that writes holds one in memory
@@ -63,7 +63,7 @@ def write_state(folder: Path, model: nn.Module, optimizer: Any, writes: bool) ->
 
 
 def _write(folder: Path, number: int, values: dict[str, Tensor]) -> None:
-    with whole_file(folder / STATE_FILES.replace("*", f"{number:05d}")) as aside:
+    with atomic_file(folder / STATE_FILES.replace("*", f"{number:05d}")) as aside:
         save_file(values, aside)
 
 

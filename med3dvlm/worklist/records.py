@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm.files import whole_file, write_text
+from med3dvlm.files import atomic_file, write_text
 from med3dvlm.inference.engine import Generation
 from med3dvlm.inference.out_of_distribution import OutOfDistributionScore
 from med3dvlm.reports.draft import Report, read_report
@@ -116,5 +116,5 @@ def write_embeddings(path: Path, ids: Sequence[str], vectors: Sequence[NDArray[n
     width = len(vectors[0]) if vectors else 0
     flat = pyarrow.array(np.concatenate([np.zeros(0, np.float32), *vectors]))
     columns = {"id": pyarrow.array(ids, pyarrow.string()), "embedding": pyarrow.FixedSizeListArray.from_arrays(flat, width)}
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
         write_parquet(pyarrow.table(columns), aside)

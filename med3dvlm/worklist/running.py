@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from med3dvlm.files import json_lines, whole_file, write_json, write_lines
+from med3dvlm.files import atomic_file, json_lines, write_json, write_lines
 from med3dvlm.inference.engine import Engine, Generation, Request
 from med3dvlm.inference.out_of_distribution import Features, pool_features
 from med3dvlm.inference.pointing import places_in
@@ -289,7 +289,7 @@ def _finish(scans: Sequence[Scan], journal: Journal, settings: Settings, about: 
     ids = [id for line in lines for id in line["cases"]]
     failures = [failure for line in lines for failure in line["failures"]]
     cut = 0
-    with whole_file(out / "results.jsonl") as aside, aside.open("w", encoding="utf-8", newline="") as file:
+    with atomic_file(out / "results.jsonl") as aside, aside.open("w", encoding="utf-8", newline="") as file:
         for id in ids:
             record = journal.case(id)
             cut += records.is_cut(record)

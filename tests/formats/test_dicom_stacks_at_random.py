@@ -9,10 +9,10 @@ from med3dvlm.formats.dicom_slices import Slice
 from med3dvlm.formats.dicom_stacks import stacks_of
 
 
-def drawn(stack: int, place: float, number: int, **marks: object) -> Slice:
-    marks = {name: f"{value:06}" if isinstance(value, int) else str(value) for name, value in marks.items()}
+def drawn(stack: int, place: float, number: int, **attributes: object) -> Slice:
+    attributes = {name: f"{value:06}" if isinstance(value, int) else str(value) for name, value in attributes.items()}
     where = {"position": (0.0, 0.0, place), "orientation": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), "spacing": (0.7, 0.7)}
-    return Slice(Path(str(stack)), ("patient", "study", "series"), "", "CT", (9, 9), (), number=number, marks=marks, **where)
+    return Slice(Path(str(stack)), ("patient", "study", "series"), "", "CT", (9, 9), (), number=number, attributes=attributes, **where)
 
 
 def found(slices: list[Slice], random: np.random.Generator) -> list[list[Slice]]:
@@ -37,8 +37,8 @@ def test_sound_stacks_stay_whole(seed: int) -> None:
         return choices[random.integers(len(choices))].astype(int)
 
     names = ("acquisition", "type", "time", "thickness", "voltage", "delay", "contrast")
-    marks = {name: attribute() for name in names}
-    slices = [drawn(0, places[k], int(numbers[k]), **{name: int(values[k]) for name, values in marks.items()}) for k in range(count)]
+    attributes = {name: attribute() for name in names}
+    slices = [drawn(0, places[k], int(numbers[k]), **{name: int(values[k]) for name, values in attributes.items()}) for k in range(count)]
     assert len(found(slices, random)) == 1
 
 
@@ -55,8 +55,8 @@ def test_stacks_that_lie_among_each_other_are_parted(seed: int) -> None:
     slices: list[Slice] = []
     for stack in range(stacks):
         for index in range(other if stack else count):
-            marks = {"time": 0, "acquisition": 0, "noise": random.random()} | ({name: stack} if name else {})
-            slices.append(drawn(stack, index * step + stack * offset, index if name else len(slices), **marks))
+            attributes = {"time": 0, "acquisition": 0, "noise": random.random()} | ({name: stack} if name else {})
+            slices.append(drawn(stack, index * step + stack * offset, index if name else len(slices), **attributes))
     parts = found(slices, random)
     assert sorted(len(part) for part in parts) == sorted([count, *[other] * (stacks - 1)])
     assert all(len({each.path for each in part}) == 1 for part in parts)

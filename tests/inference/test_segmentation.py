@@ -93,7 +93,9 @@ def test_a_mask_is_on_the_scan_and_measured(segmenter: Segmenter, nifti: Path) -
     volume = read_volume(nifti)
     assert found.score == pytest.approx(float(torch.sigmoid(torch.tensor(3.0)))) and found.side == "left"
     assert (
-        found.volume_ml == pytest.approx(volume_ml(found.mask, volume.places)) == pytest.approx(found.mask.sum() * 1.1 * 1.3 * 2.4 / 1000)
+        found.volume_ml
+        == pytest.approx(volume_ml(found.mask, volume.voxel_positions))
+        == pytest.approx(found.mask.sum() * 1.1 * 1.3 * 2.4 / 1000)
     )
     voxels = np.argwhere(found.mask)
     assert found.bounding_box == (tuple(voxels.min(axis=0)), tuple(voxels.max(axis=0) + 1))

@@ -113,7 +113,7 @@ def test_a_model_that_cannot_keep_conversations_apart_refuses_a_row_of_several()
     branches = torch.tensor([[0, 1, 2]])
     ids, positions = torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1, 1]])
     plain, _ = build("llama")
-    assert plain.unpackable is None
+    assert plain.packing_obstacle is None
     with pytest.raises(ValueError, match=r"need the position_ids that Med3DVLMProcessor.branch gives"):
         plain(ids, branches=branches)
     for name, value, sentence in (
@@ -129,8 +129,8 @@ def test_a_model_that_cannot_keep_conversations_apart_refuses_a_row_of_several()
         setattr(model.language_model.config, name, value)
         with pytest.raises(ValueError, match=rf"cannot share a row: .*{sentence}.*give each a row of its own and a mask \(B, L\)"):
             model(ids, branches=branches, position_ids=positions)
-    assert "has layers of linear_attention" in str(build("mamba", state_size=4)[0].unpackable)
-    assert "(bloom) goes by the order of tokens, not by position_ids" in str(build("bloom", n_head=2)[0].unpackable)
+    assert "has layers of linear_attention" in str(build("mamba", state_size=4)[0].packing_obstacle)
+    assert "(bloom) goes by the order of tokens, not by position_ids" in str(build("bloom", n_head=2)[0].packing_obstacle)
     published, _ = build(splice="published")
     with pytest.raises(ValueError, match="image_splice 'published' the image takes the place of the first token of the first conversation"):
         published(ids, branches=branches, position_ids=positions)

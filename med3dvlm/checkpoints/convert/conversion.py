@@ -31,7 +31,7 @@ from med3dvlm.checkpoints.convert.weights import (
     write_safetensors,
 )
 from med3dvlm.encoders import Size
-from med3dvlm.files import whole_folder
+from med3dvlm.files import atomic_folder
 from med3dvlm.models.clip import Med3DCLIPConfig
 from med3dvlm.models.clip_processor import Med3DCLIPProcessor, shortest
 from med3dvlm.models.vlm_config import Med3DVLMConfig
@@ -141,7 +141,7 @@ def convert_published(
     def read(name: str) -> Tensor:
         return supplied[name] if name in supplied else stock.read(found.names[name]).reshape(tensors[name].shape)
 
-    with whole_folder(Path(destination)) as folder:
+    with atomic_folder(Path(destination)) as folder:
         total = write_safetensors(folder, tensors, read, shard_bytes)
         published = {"layout": key, "source": str(source), "sha256": total}
         _write_settings(folder, plan, layout, tokens, tensors, published, beside)

@@ -32,7 +32,7 @@ class Layout:
         title: what it holds, in words.
         makes: "clip", "vlm", "encoder" or "projector".
         part: the family of the encoder, or the name of the projector.
-        marks: patterns, each of which fits some name of such a checkpoint, and together no other kind's.
+        signature: patterns, each of which fits some name of such a checkpoint, and together no other kind's.
         names: the first pair that fits a name counts.
         size: (D, H, W) of the volumes, unless the checkpoint or the user says otherwise.
         recipe: of the VolumeProcessor; the one that the weights were trained with unless the note says otherwise.
@@ -43,7 +43,7 @@ class Layout:
     title: str
     makes: str
     part: str
-    marks: tuple[str, ...]
+    signature: tuple[str, ...]
     names: tuple[Pair, ...]
     size: tuple[int, int, int] = (128, 256, 256)
     recipe: str = "m3d"
@@ -179,7 +179,7 @@ def _vlm(projector: tuple[Pair, ...]) -> tuple[Pair, ...]:
     )
 
 
-_PROJECTORS = {  # name -> (its pairs, what marks it)
+_PROJECTORS = {  # name -> (its pairs, its signature)
     "mixer": (MIXER, ("{stream}_mixer.0.ln1.weight",)),
     "low_high_mlp": (LOW_HIGH_MLP, ("low_up_mlp.weight",)),
     "mlp": (MLP, ("mm_projector.1.1.weight",)),
@@ -201,10 +201,10 @@ LAYOUTS: dict[str, Layout] = {
             f"Med3DVLM (projector {name})",
             "vlm",
             name,
-            ("model.vision_tower.vision_tower." + _STEM, *("model.mm_projector." + mark for mark in marks)),
+            ("model.vision_tower.vision_tower." + _STEM, *("model.mm_projector." + pattern for pattern in signature)),
             _vlm(pairs),
         )
-        for name, (pairs, marks) in _PROJECTORS.items()
+        for name, (pairs, signature) in _PROJECTORS.items()
     },
     "clip": Layout("DCFormer_SigLIP", "clip", "dcformer", ("t_prime", "vision_encoder." + _STEM), CLIP),
     "ct_clip": Layout(
@@ -244,11 +244,11 @@ LAYOUTS: dict[str, Layout] = {
             f"a projector {name}{title}",
             "projector",
             name,
-            tuple(prefix + mark for mark in marks),
+            tuple(prefix + pattern for pattern in signature),
             (*_under(prefix, "", pairs), *(REST if prefix else ())),
         )
         for key, title, prefix in (("projector_", "", ""), ("mm_projector_", " (mm_projector.bin)", "model.mm_projector."))
-        for name, (pairs, marks) in _PROJECTORS.items()
+        for name, (pairs, signature) in _PROJECTORS.items()
     },
 }
 
@@ -261,7 +261,7 @@ def recognise(names: Iterable[str]) -> str:
     """
     names = list(names)
     for key, layout in LAYOUTS.items():
-        if all(any(_match(mark, name) is not None for name in names) for mark in layout.marks):
+        if all(any(_match(pattern, name) is not None for name in names) for pattern in layout.signature):
             return key
     known = ", ".join(dict.fromkeys(layout.title for layout in LAYOUTS.values()))
     raise ValueError(f"a checkpoint with tensors such as {shortened(names)} is of no known layout; known: {known}")

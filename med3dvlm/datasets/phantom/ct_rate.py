@@ -26,7 +26,7 @@ from med3dvlm.datasets.phantom.anatomy import draw_with_masks
 from med3dvlm.datasets.phantom.body import Body, Finding
 from med3dvlm.datasets.phantom.canvas import Acquisition
 from med3dvlm.datasets.phantom.places import COUNTS, about_finding, about_structures
-from med3dvlm.files import whole_file, write_json
+from med3dvlm.files import atomic_file, write_json
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
 
 KINDS: dict[str, dict[str, Any]] = yaml.safe_load(files(__package__).joinpath("ct_rate_findings.yaml").read_text(encoding="utf-8-sig"))
@@ -182,7 +182,7 @@ def _metadata(plan: Plan, shape: tuple[int, int, int]) -> tuple[Any, ...]:
 
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
 
 
