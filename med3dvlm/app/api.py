@@ -54,7 +54,7 @@ def endpoints(workstation: Workstation, modelling: dict[str, Any]) -> None:
 
     def description(session: Session) -> dict[str, Any]:
         scan = session.scan
-        return {"facts": scan.facts, "warnings": scan.warnings, "series": series_choices(scan)} if scan else {}
+        return {"facts": scan.facts, "warnings": scan.warnings, "series": series_choices(scan, None)} if scan else {}
 
     def open_scan(files: list[str] | None, request: gr.Request) -> dict[str, Any]:
         with sentences():

@@ -125,7 +125,7 @@ class ScanEvents(Events):
         try:
             act(session)
         except Exception as error:  # noqa: BLE001  told in a sentence; the scan that was open stays open
-            yield {scan.status: alert("error", error_message(error))}
+            yield {scan.status: alert("error", error_message(error)), scan.viewer: self.workstation.viewer_data(session)}
             return
         yield self.shown(session)
 

@@ -23,6 +23,7 @@ import numpy as np
 from med3dvlm.app.viewer import Picture, describe, picture
 from med3dvlm.datasets.phantom import Acquisition, draw, plan_phantoms
 from med3dvlm.formats import FORMATS
+from med3dvlm.formats.base import AmbiguousSeriesError
 from med3dvlm.formats.dicom import is_dicom
 from med3dvlm.volume import Volume, VolumeError, read_volume
 
@@ -71,6 +72,22 @@ class OpenScan:
         return int(self.volume.array.nbytes + self.picture.stored.nbytes)
 
 
+@dataclass(frozen=True, eq=False)
+class Undecided:
+    """A DICOM study, one of whose `series` a person has to choose; see `Volume.series`."""
+
+    upload: Upload
+    series: tuple[str, ...]
+
+
+class UndecidedError(VolumeError):
+    """An upload of which nothing is opened before a series is chosen."""
+
+    def __init__(self, message: str, study: Undecided) -> None:
+        super().__init__(message)
+        self.study = study
+
+
 def read_uploads(uploads: Sequence[Path], max_bytes: int, keep: bool = False, straighten: bool = False) -> OpenScan:
     """Read the scan in one file, or in all files of a series together, and delete the uploads whatever happens (DICOM files when the scan is
     closed).
@@ -79,11 +96,14 @@ def read_uploads(uploads: Sequence[Path], max_bytes: int, keep: bool = False, st
     `read_volume`.
 
     Raises:
+        UndecidedError: a person has to choose one of the study's series, whose files are kept for that.
         VolumeError: they hold no scan, or are larger than `max_bytes` together; one sentence without a file's name.
     """
     kept = take_uploads(uploads, max_bytes, keep)
     try:
         scan = read_series(kept, None, straighten)
+    except AmbiguousSeriesError as error:
+        raise UndecidedError(str(error), Undecided(kept, error.series)) from None
     except BaseException:
         kept.delete()
         raise
@@ -122,6 +142,8 @@ def read_without_paths(
     try:
         read = read_volume(upload.path, series=series)
         volume = read.straighten() if straighten else read
+    except AmbiguousSeriesError as error:
+        raise AmbiguousSeriesError(plain(str(error)), error.series) from None
     except VolumeError as error:
         raise VolumeError(plain(str(error))) from None
     volume = dataclasses.replace(volume, source="scan", warnings=tuple(plain(warning) for warning in volume.warnings))
@@ -135,12 +157,14 @@ def read_series(upload: Upload, series: int | None, straighten: bool = False) ->
     return dataclasses.replace(scan, resampled=resampled, as_filed=as_filed)
 
 
-def series_choices(scan: OpenScan) -> list[list[Any]]:
-    """Return the series of the scan's study as [number, words, whether it is open]; none where there is no choice."""
-    numbered = [line.partition(": ") for line in scan.volume.series]
-    if scan.upload is None or len(numbered) < 2:
-        return []
-    return sorted([int(number), words, place == 0] for place, (number, _, words) in enumerate(numbered))
+def series_choices(scan: OpenScan | None, undecided: Undecided | None) -> list[list[Any]]:
+    """Return the series of the undecided study, or else of the scan's, as [number, words, whether it is open]; none where there is no choice."""
+    if undecided is not None:
+        lines = undecided.series
+    else:
+        lines = () if scan is None or scan.upload is None else scan.volume.series
+    numbered = [line.partition(": ") for line in lines if len(lines) > 1]
+    return sorted([int(number), words, place == 0 and undecided is None] for place, (number, _, words) in enumerate(numbered))
 
 
 def sweep(private: Path, seconds: float) -> None:
@@ -223,4 +247,4 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 def _for_the_page(words: str) -> str:
     """Rephrase advice about arguments of `read_volume` as advice about the page."""
     words = words.replace("and series= picks another", "and another can be chosen above the picture")
-    return re.sub(r"choose (one|another) with series=, of", r"open the files of \1 alone, of", words)
+    return re.sub(r"choose (one|another) with series=, of", r"choose \1 above the picture, or open its files alone, of", words)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from med3dvlm.app.masks import MAX_MASKS, Mask
-from med3dvlm.app.scans import OpenScan
+from med3dvlm.app.scans import OpenScan, Undecided
 from med3dvlm.app.turns import Turn, error_message, history
 from med3dvlm.app.viewer import Overlay
 from med3dvlm.reports.draft import KeyImage
@@ -26,6 +26,7 @@ class Session:
 
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     scan: OpenScan | None = None
+    undecided: Undecided | None = None  # an upload of which a series has to be chosen
     number: int = 0  # number of the open scan, so that results of an earlier scan are not taken for this one's
     features: Any = None  # the encoder's, of this scan
     turns: list[Turn] = field(default_factory=list)
@@ -147,7 +148,7 @@ class Session:
             self.number += 1
             self.clear()
             self.stop_draft()
-            self.scan = self.features = self.draft = self.overlay = None
+            self.scan = self.undecided = self.features = self.draft = self.overlay = None
             self.report = self.warned = self.saved = self.before = ""
             self.key_images, self.masks, self.target = {}, {}, None
 

@@ -17,7 +17,7 @@ from med3dvlm.app.analysis import Analysis, Case, Cells
 from med3dvlm.app.key_images import MAX_KEY_IMAGES, key_image
 from med3dvlm.app.masks import for_viewer, names_to_segment, pack, readable, segment_findings, stated
 from med3dvlm.app.masks import save as save_masks
-from med3dvlm.app.scans import EXAMPLES, OpenScan, example, read_series, read_uploads, series_choices
+from med3dvlm.app.scans import EXAMPLES, OpenScan, UndecidedError, example, read_series, read_uploads, series_choices
 from med3dvlm.app.session import BUSY, MAX_CHARACTERS, NO_SCAN, Session
 from med3dvlm.app.sessions import Sessions
 from med3dvlm.app.turns import Turn, error_message, history, suggested_questions
@@ -59,7 +59,8 @@ class Workstation:
         return processor is not None and processor.image_processor.straighten
 
     def open_uploads(self, session: Session, uploads: Sequence[str], keep: bool = False) -> OpenScan:
-        """Open the uploaded scan in the session. Raises VolumeError; the scan that was open then stays.
+        """Open the uploaded scan in the session. Raises VolumeError; the scan that was open then stays, and where a series has to be chosen,
+        `open_series` opens it.
 
         `keep`: the files stay for others who send them alike, until `sweep` takes them.
         """
@@ -72,7 +73,11 @@ class Workstation:
             if scan is None:
                 if not all(path.exists() for path in paths):
                     raise VolumeError("The upload is not complete; send it again.")
-                self._read[key] = scan = read_uploads(paths, self.max_bytes, keep, self.straighten)
+                try:
+                    self._read[key] = scan = read_uploads(paths, self.max_bytes, keep, self.straighten)
+                except UndecidedError as error:
+                    session.undecided = error.study
+                    raise
             elif not keep:
                 for path in paths:
                     path.unlink(missing_ok=True)
@@ -80,12 +85,14 @@ class Workstation:
         return scan
 
     def open_series(self, session: Session, number: int) -> OpenScan:
-        """Open another series of the same study, by its number in `volume.series`. Raises VolumeError as `open_uploads` does."""
-        scan = session.scan
-        if scan is None or scan.upload is None:
+        """Open a series of the undecided study, or else another one of the open study, by its number in `volume.series`. Raises VolumeError as
+        `open_uploads` does.
+        """
+        study = session.undecided or session.scan
+        if study is None or study.upload is None:
             raise VolumeError("The scan that is open is not a DICOM study; open one.")
         with self._reading:
-            scan = read_series(scan.upload, number, self.straighten)
+            scan = read_series(study.upload, number, self.straighten)
             self._put(session, scan)
         return scan
 
@@ -342,7 +349,7 @@ class Workstation:
         scan, heat, address = session.scan, session.overlay, f"workstation/{session.token}"
         return {
             "scan": scan and {"url": f"{address}/scan/{session.number}", **scan.picture.facts},
-            "series": [] if scan is None else series_choices(scan),
+            "series": series_choices(scan, session.undecided),
             "overlay": heat and {"url": f"{address}/overlay/{session.overlays}", **heat.facts},
             "segmenter": self.analysis.segment is not None,
             "target": session.target,

@@ -16,6 +16,14 @@ class VolumeError(ValueError):
     """A scan that cannot be used; the message is one sentence: what, where, and what to do."""
 
 
+class AmbiguousSeriesError(VolumeError):
+    """None of a study's series is the scan beyond doubt. `series` lists them as `Parts.series` does."""
+
+    def __init__(self, message: str, series: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.series = series
+
+
 class Parts(NamedTuple):
     """The result of a reader: array (D, H, W) of any type; the rest is None or empty where the file does not say.
 

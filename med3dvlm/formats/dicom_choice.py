@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from med3dvlm.formats.base import VolumeError, colour
+from med3dvlm.formats.base import AmbiguousSeriesError, VolumeError, colour
 from med3dvlm.formats.dicom_attributes import ATTRIBUTES, common_attributes, differences, is_reformat, number_of
 from med3dvlm.formats.dicom_geometry import BY_NUMBER, heights_of, natural_key, places_of
 from med3dvlm.formats.dicom_slices import COLOUR, SECONDARY, Slice, Stack
@@ -90,7 +90,7 @@ def choose(slices: list[Slice], series: int | None, source: str) -> Choice:
     picked = 0 if series is None else series - 1
     stack = stacks[picked]
     if series is None and (doubt := _doubt(stack, found)):
-        raise VolumeError(f"{source}: {doubt}; choose one with series=, of {listed}.")
+        raise AmbiguousSeriesError(f"{source}: {doubt}; choose one with series=, of {listed}.", tuple(lines))
     if (stack[0].position or stack[0].location) is not None and (repeated := _repeated(stack)):
         others = f", or choose another with series=, of {listed}" if len(stacks) > 1 else ""
         raise VolumeError(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from .browsing import count, expect, opened, upload, wait_for
-from .test_scans import two_series
+from .test_scans import mixed_series, two_series
 
 SPACING = np.array([2.5, 1.3, 0.7])  # z, y, x
 PLANES = {"axial": (0, 1, 2), "coronal": (1, 0, 2), "sagittal": (2, 0, 1)}  # cut axis, axis of the rows, axis of the columns
@@ -242,6 +242,18 @@ def test_a_series_of_the_study_is_chosen(visit, tmp_path) -> None:
     expect(page.locator("#report textarea")).to_have_value("")
     page.get_by_role("button", name="Chest phantom").click()
     expect(choice).to_be_hidden()
+
+
+def test_of_a_study_in_doubt_a_series_is_chosen(visit, tmp_path) -> None:
+    page = visit()
+    upload(page, *mixed_series(tmp_path / "mixed"))
+    choice = page.get_by_label("Series of the study")
+    expect(choice.locator("option")).to_have_text([re.compile("choose"), re.compile("1: .*slices"), re.compile("2: .*slices")])
+    expect(page.locator("#status")).to_contain_text("choose one above the picture")
+    choice.select_option("2")
+    wait_for(lambda: "/ 4" in count(page))
+    expect(choice).to_have_value("2")
+    expect(choice.locator("option")).to_have_count(2)
 
 
 def test_measures_go_with_their_scan(page, scan) -> None:

@@ -68,6 +68,16 @@ def two_series(folder: Path) -> tuple[list[Path], list[Path]]:
     return [Path(shutil.copy(path, folder / "both" / f"{path.parent.name} {path.name}")) for path in (*long, *short)], short
 
 
+def mixed_series(folder: Path) -> list[Path]:
+    """A series of 4 axial and 4 coronal slices, none of which is the scan beyond doubt."""
+    files = dicom_series(folder, 8)
+    for number, path in enumerate(files[4:]):
+        file = pydicom.dcmread(path)
+        file.ImagePositionPatient, file.ImageOrientationPatient = [0, 3 * number, 0], [1, 0, 0, 0, 0, -1]
+        file.save_as(path)
+    return files
+
+
 def uploaded(tmp_path: Path, *sources: Path) -> list[Path]:
     """Copies of the files, as Gradio leaves them: each in a folder of its own."""
     copies = []
@@ -158,6 +168,25 @@ def test_a_scan_is_read_as_the_models_processor_wants_it(tmp_path: Path) -> None
         processor = SimpleNamespace(image_processor=SimpleNamespace(straighten=straighten))
         scan = Workstation(SimpleNamespace(processor=processor)).open_uploads(Session(), [str(path)])
         assert scan.volume.regular == straighten and scan.picture.stored.shape == scan.volume.shape
+
+
+def test_a_study_whose_scan_is_in_doubt_is_opened_by_choice(tmp_path) -> None:
+    workstation, session = Workstation(SimpleNamespace(), "none"), Session()
+    files = [str(path) for path in uploaded(tmp_path, *mixed_series(tmp_path / "mixed"))]
+    with pytest.raises(VolumeError, match="mixes 2 orientations .* choose one above the picture, or open its files alone, of 1: 4 slices"):
+        workstation.open_uploads(session, files)
+    assert session.scan is None and session.undecided is not None
+    listed, folder = workstation.viewer_data(session)["series"], session.undecided.upload.path
+    assert [(number, words[:8], open) for number, words, open in listed] == [(1, "4 slices", False), (2, "4 slices", False)]
+    with pytest.raises(VolumeError, match="no series 3"):
+        workstation.open_series(session, 3)
+    scan = workstation.open_series(session, 2)
+    assert session.scan is scan and len(scan.volume.array) == 4 and session.undecided is None
+    assert [open for *_, open in workstation.viewer_data(session)["series"]] == [False, True]
+    session.close()
+    del scan
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_another_series_of_a_study_is_opened_from_the_same_upload(tmp_path) -> None:
