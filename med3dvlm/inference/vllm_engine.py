@@ -130,7 +130,7 @@ class VllmEngine:
                     continue
                 news, coming = coming.result(), None
                 if news is None:
-                    raise EngineGone(f"{self.source.name} ended an answer before its end; see its log, and ask again.")
+                    raise self._cut()
                 for token in news:
                     self._writing.add(stream)
                     self._counts["generated_tokens"] += 1
@@ -180,6 +180,8 @@ class VllmEngine:
                 if "hidden_size" not in str(error):
                     raise
                 raise ValueError(self._another(f"its embeddings are not {model.config.language_width} wide")) from None
+            if not tokens:
+                raise self._cut()
             with torch.no_grad():
                 own = model(torch.tensor([ids], device=model.device)).logits[0, -1].float().log_softmax(-1)  # (V,)
             known = [(id, logprob) for id, logprob in tokens[0].alternatives if id < len(own)]
@@ -188,6 +190,11 @@ class VllmEngine:
             differences += [abs(logprob - float(own[id])) for id, logprob in known]
         if (mean := sum(differences) / len(differences)) > MAX_DIFFERENCE:
             raise ValueError(self._another(f"the log probabilities of its next words differ by {mean:.2g}"))
+
+    def _cut(self) -> EngineGone:
+        return EngineGone(
+            f"{self.source.name[0].upper()}{self.source.name[1:]} ended an answer before its end; see its log, and ask again."
+        )
 
     def _another(self, reason: str) -> str:
         name = f"{self.source.name} serves {served!r}, which" if (served := getattr(self.source, "model", "")) else f"{self.source.name}"
