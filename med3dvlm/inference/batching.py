@@ -7,7 +7,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from threading import RLock
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -91,15 +93,15 @@ def _like(states: Tensor, slots: int, places: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Tokens about a scan whose keys and values are kept. `scan` is the encoder's output; the same tensor means the same scan."""
+    """Tokens about a scan whose keys and values are kept. `scan` refers to the encoder's output; the same tensor means the same scan."""
 
-    scan: Tensor
+    scan: "ref[Tensor]"
     ids: NDArray[np.int64]
     layers: list[list[Tensor]]
 
     @property
     def nbytes(self) -> int:
-        return self.scan.nbytes + sum(part.nbytes for layer in self.layers for part in layer)
+        return sum(part.nbytes for layer in self.layers for part in layer)
 
     def shared(self, ids: NDArray[np.int64]) -> int:
         """Return how many of the first tokens are the same."""
@@ -109,33 +111,45 @@ class Prefix:
 
 
 class Prefixes:
-    """The most recently used prefixes, within a limit of bytes."""
+    """The most recently used prefixes, within a limit of bytes, each no longer than anybody holds the encoder's output of its scan."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.nbytes = max_bytes, 0
         self._kept: OrderedDict[int, Prefix] = OrderedDict()
         self._numbers = count()
+        self._lock = RLock()  # scans are let go in any thread
 
     def find(self, scan: Tensor, ids: NDArray[np.int64]) -> tuple[Prefix | None, int]:
         """Return the prefix that shares most tokens with these, and how many."""
-        found = [(prefix.shared(ids), number) for number, prefix in self._kept.items() if prefix.scan is scan]
-        if not found:
-            return None, 0
-        shared, number = max(found)
-        self._kept.move_to_end(number)
-        return self._kept[number], shared
+        with self._lock:
+            found = [(prefix.shared(ids), number) for number, prefix in list(self._kept.items()) if prefix.scan() is scan]
+            if not found:
+                return None, 0
+            shared, number = max(found)
+            self._kept.move_to_end(number)
+            return self._kept[number], shared
 
-    def add(self, prefix: Prefix) -> None:
+    def add(self, scan: Tensor, ids: NDArray[np.int64], layers: list[list[Tensor]]) -> None:
         """Keep a prefix and drop those that it continues, unless a kept one continues it."""
-        if self.find(prefix.scan, prefix.ids)[1] == len(prefix.ids):
+        if self.find(scan, ids)[1] == len(ids):
             return
-        for number, known in list(self._kept.items()):
-            if known.scan is prefix.scan and known.shared(prefix.ids) == len(known.ids):
-                self._drop(number)
-        self._kept[next(self._numbers)] = prefix
-        self.nbytes += prefix.nbytes
-        while self.nbytes > self.max_bytes:
-            self._drop(next(iter(self._kept)))
+        number, holder = next(self._numbers), ref(self)
+
+        def let_go(_: object) -> None:
+            if (prefixes := holder()) is not None:
+                prefixes._drop(number)
+
+        prefix = Prefix(ref(scan, let_go), ids, layers)
+        with self._lock:
+            for known_number, known in list(self._kept.items()):
+                if known.scan() is scan and known.shared(ids) == len(known.ids):
+                    self._drop(known_number)
+            self._kept[number] = prefix
+            self.nbytes += prefix.nbytes
+            while self.nbytes > self.max_bytes:
+                self._drop(next(iter(self._kept)))
 
     def _drop(self, number: int) -> None:
-        self.nbytes -= self._kept.pop(number).nbytes
+        with self._lock:
+            if (prefix := self._kept.pop(number, None)) is not None:
+                self.nbytes -= prefix.nbytes

@@ -121,12 +121,12 @@ class Med3DChat:
 
     @torch.no_grad()
     def encode(self, scan: Scan | Features) -> Features:
-        """Return the encoder's two `image_levels` for one scan. The last few files and Volumes are remembered, so that further questions skip
-        the encoder.
+        """Return the encoder's two `image_levels` for one scan. The last few files, and Volumes that live, are remembered, so that further
+        questions skip the encoder.
         """
         if isinstance(scan, tuple):
             return scan
-        key = _identity(scan)
+        key = _identity(scan, self._encoded)
         if (features := self._remembered(key)) is not None:
             return features  # without waiting for somebody else's scan
         with self._encoding:  # one scan at a time, to bound memory and to encode each scan once
@@ -285,12 +285,12 @@ class Med3DChat:
         return row, int(min(max_new_tokens, context - len(row)))
 
 
-def _identity(scan: Any) -> Hashable:
+def _identity(scan: Any, remembered: dict[Hashable, Features]) -> Hashable:
     """Return a key that is equal for the same Volume object or the same unchanged file or folder; None for what is not remembered. Keeps no
-    Volume alive.
+    Volume alive, and takes what is remembered of it away when it goes.
     """
     if isinstance(scan, Volume):
-        return weakref.ref(scan)
+        return weakref.ref(scan, lambda key: remembered.pop(key, None))
     if not isinstance(scan, (str, os.PathLike)):
         return None
     path = Path(scan).resolve()

@@ -309,7 +309,7 @@ class RunningBatch:
             self.cache.move(len(self.rows), slot)
 
     def _keep(self, row: Row, slot: int, length: int) -> None:
-        self.prefixes.add(Prefix(row.features[0], np.array(row.ids[:length]), self.cache.copied(slot, length)))
+        self.prefixes.add(row.features[0], np.array(row.ids[:length]), self.cache.copied(slot, length))
 
     def _write(self, row: Row, reused: int) -> Writer:
         self.counts["reused_tokens"] += reused

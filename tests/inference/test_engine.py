@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from med3dvlm import Med3DChat
-from med3dvlm.inference.batching import Prefix, Prefixes
+from med3dvlm.inference.batching import Prefixes
 from med3dvlm.inference.engine import Request, Writer
 from med3dvlm.inference.transformers_engine import TransformersEngine
+from med3dvlm.volume import Volume
 from tests import tiny_parts
 from tests.random_chat import SIZE, build
 
@@ -24,6 +25,12 @@ def scans(chat: Med3DChat, count: int) -> list[Any]:
 
 def asked(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
+
+
+def wait_for_end(engine: TransformersEngine) -> None:
+    """Until the engine has nothing to do."""
+    while engine._thread is not None and engine._thread.is_alive():
+        engine._thread.join(20)
 
 
 def alone(chat: Med3DChat, scan: Any, question: str, length: int) -> tuple[str, list[int], list[float]]:
@@ -165,7 +172,7 @@ def test_a_conversation_reads_its_own_past_no_more_than_once() -> None:
 def test_what_is_kept_is_bounded() -> None:
     kept, scan = Prefixes(3000), torch.zeros(4)
     for number in range(50):
-        kept.add(Prefix(scan, np.arange(number, number + 8), [[torch.zeros(2, 8, 4), torch.zeros(2, 8, 4)]]))
+        kept.add(scan, np.arange(number, number + 8), [[torch.zeros(2, 8, 4), torch.zeros(2, 8, 4)]])
         assert 0 < kept.nbytes <= 3000
     assert kept.find(scan, np.arange(49, 60))[1] == 8 and kept.find(scan, np.arange(8))[1] == 0
     assert kept.find(torch.zeros(4), np.arange(49, 60)) == (None, 0)
@@ -175,6 +182,22 @@ def test_what_is_kept_is_bounded() -> None:
         for stream in engine.generate([Request(scan, asked(f"{number}?"), 5) for scan in scans(chat, 3)]):
             stream.result(60)
     assert engine.stats()["prefix_bytes"] <= 20_000
+
+
+def test_what_was_read_of_a_scan_is_kept_no_longer_than_the_scan() -> None:
+    chat = build("qwen2")
+    engine, volume = TransformersEngine(chat), Volume(np.random.default_rng(0).normal(0, 300, SIZE).astype(np.int16), unit="HU")
+    (other,), kept = scans(chat, 1), []
+    for scan in (other, chat.encode(volume)):
+        engine.generate([Request(scan, asked(QUESTIONS[0]), 5)])[0].result(60)
+        wait_for_end(engine)
+        kept.append(engine.stats()["prefix_bytes"])
+    assert 0 < kept[0] < kept[1] and len(chat._encoded) == 1
+    del scan
+    assert engine.stats()["prefix_bytes"] == kept[1]  # the chat remembers the volume's
+    del volume
+    assert engine.stats()["prefix_bytes"] == kept[0] and not chat._encoded
+    assert engine.generate([Request(other, asked(QUESTIONS[1]), 5)])[0].result(60).reused_tokens
 
 
 @pytest.mark.parametrize(
@@ -243,8 +266,7 @@ def test_an_error_while_an_answer_is_ended_ends_those_beside_it_and_not_the_engi
         broken.setattr(engine._batch, "_leave", lambda row: 1 / 0)
         (stream,) = engine.generate([Request(scan, asked("Where?"), 500, seconds=0.05)])
         stream.result(20)
-        while engine._thread is not None and engine._thread.is_alive():
-            engine._thread.join(20)
+        wait_for_end(engine)
     (stream,) = engine.generate([Request(scan, asked("Where?"), 3)])
     assert stream.result(20).text == chat.ask(scan, "Where?", max_new_tokens=3).text
 

@@ -8,6 +8,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from med3dvlm.serving import scans as module
@@ -78,6 +79,23 @@ def test_scans_that_are_read_at_the_same_time_share_the_limit(tmp_path: Path, sc
     with pytest.raises(VolumeError):
         kept.add("anna", [("a.nii.gz", io.BytesIO(b"none"))])
     assert add(0) and not add(1)  # a place that was held in vain is free again
+
+
+def test_what_was_read_of_a_scan_goes_with_it(server, upload) -> None:
+    kept = server.engine.stats()["prefix_bytes"]
+    with httpx.Client(base_url=server.address, trust_env=False, timeout=60) as client:
+        ids, messages = [upload(40), upload(41)], [{"role": "user", "content": [{"type": "text", "text": "Where?"}]}]
+        for id in ids:
+            messages[0]["content"].append({"type": "scan", "scan": {"id": id}})
+            assert client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 3}).status_code == 200
+            messages[0]["content"].pop()
+        for id in ids:
+            assert server.engine.stats()["prefix_bytes"] > kept
+            assert client.delete(f"/v1/scans/{id}").status_code == 200
+    ends = time.monotonic() + 20
+    while server.engine.stats()["prefix_bytes"] > kept:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
 
 
 def test_an_expired_scan_goes_without_a_request(tmp_path: Path, scan, monkeypatch: pytest.MonkeyPatch) -> None:
