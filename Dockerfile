@@ -17,8 +17,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY med3dvlm med3dvlm
 RUN grep -v '^torch==' constraints.txt > others.txt && pip install --no-cache-dir -c others.txt ".[${EXTRAS}]"
 
-# Nothing is written but to /tmp, and nothing is fetched.
-ENV HOME=/tmp HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# Nothing is written but to /tmp, and nothing is fetched. MONAI asks for the user's name, and 10001 has none in the image's list of users.
+ENV HOME=/tmp USER=med3dvlm HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /tmp
 USER 10001:10001
 EXPOSE 8000
