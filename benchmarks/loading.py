@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from med3dvlm import VolumeProcessor, read_volume
 from med3dvlm.allocator import keep_freed_memory
+from med3dvlm.datasets.outputs import LocalVolumes
 from med3dvlm.datasets.phantom import write_phantoms
 from med3dvlm.datasets.preparation import finish, prepare, prepare_one
 from med3dvlm.datasets.store import PreparedData, volume_path
@@ -157,7 +158,7 @@ def clones(root: Path, scans: list[Path], processor: VolumeProcessor, count: int
         path.hardlink_to(volume_path(root / "store", one))
         lines[study.id] = found[one.id] | {"study": study.id}
     processor.save_pretrained(root / "many")
-    finish(root / "many", processor, many, [], lines, [])
+    finish(LocalVolumes(root / "many"), processor, many, [], lines, [])
     return PreparedData(root / "many")
 
 
@@ -222,7 +223,7 @@ def preparation(root: Path, scans: list[Path], processor: VolumeProcessor, runs:
         study = replace(studies_of(1)[0], image=image)
 
         def make(study: Study = study) -> None:
-            _, reason = prepare_one(root, root / "made", processor, "", study)
+            _, reason = prepare_one(root, LocalVolumes(root / "made"), processor, "", study)
             if reason:
                 raise ValueError(reason)
 

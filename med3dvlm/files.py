@@ -27,7 +27,12 @@ def checksum(content: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return the text of such a file."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from med3dvlm.cli.options import (
     AUTO,
@@ -20,6 +20,12 @@ from med3dvlm.cli.options import (
     reading,
     require_writable,
 )
+from med3dvlm.remote.address import is_address
+from med3dvlm.remote.cache import add_cache, cache_of
+
+if TYPE_CHECKING:
+    from med3dvlm.datasets.outputs import Volumes
+    from med3dvlm.datasets.sources import Scans
 
 FAILURES_SHOWN = 10
 
@@ -46,8 +52,11 @@ def add_commands(commands: Commands) -> None:
         metavar="DATASET",
         help="layout of SRC: m3d, ct_rate, m3d_seg, totalsegmentator, rex_grounding_ct, or table (a CSV or JSONL of your own)",
     )
-    prepare.add_argument("source", metavar="SRC", type=Path, help="the folder of the data set")
-    prepare.add_argument("destination", metavar="DST", type=Path, help="the prepared data; an interrupted preparation continues")
+    prepare.add_argument("source", metavar="SRC", help="the data set: a folder, or an address as s3://bucket/data")
+    prepare.add_argument(
+        "destination", metavar="DST", help="the prepared data: a folder, or an address; an interrupted preparation continues"
+    )
+    add_cache(prepare)
     prepare.add_argument("--recipe", default="m3d", help="name of the preprocessing (default: %(default)s)")
     prepare.add_argument(
         "--size", type=parse_size, metavar="D,H,W", help="voxels of the result (default: the recipe's; 128,256,256 for m3d)"
@@ -77,7 +86,8 @@ def add_commands(commands: Commands) -> None:
     audit = commands.add_parser(
         "audit", help="look in prepared data for duplicates, leaks between splits and questions that tell their answer"
     )
-    audit.add_argument("data", metavar="DST", type=Path, help="the prepared data; an interrupted audit continues")
+    audit.add_argument("data", metavar="DST", help="the prepared data: a folder, or an address; an interrupted audit continues")
+    add_cache(audit)
     audit.add_argument("--out", type=Path, metavar="DIR", help="folder of audit.md, audit.json, deduplicated.json (default: DST/audit)")
     audit.add_argument(
         "--reports", action="store_true", help="leave out of deduplicated.json what only has its report in an earlier split, too"
@@ -131,60 +141,75 @@ def _phantom_m3d(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace) -> int:
     """Prepare a data set. Returns the exit code: 1 where some studies could not be prepared."""
     from med3dvlm.datasets import DATASETS
-    from med3dvlm.datasets.claims import prepare_claimed
-    from med3dvlm.datasets.preparation import prepare, prepare_shard
-    from med3dvlm.files import read_lines, write_json
-    from med3dvlm.preprocessing import VolumeProcessor
-    from med3dvlm.records import nested_splits
+    from med3dvlm.datasets.outputs import open_volumes
+    from med3dvlm.datasets.sources import open_scans
 
     check_workers(arguments)
     if arguments.dataset not in DATASETS:
         raise ValueError(f"data set {arguments.dataset!r} is unknown; known: {', '.join(DATASETS)}")
-    dataset, source, destination = DATASETS[arguments.dataset], arguments.source, arguments.destination
     told = reading(arguments, MEANING)
     if told and arguments.dataset in ("ct_rate", "rex_grounding_ct"):
         raise ValueError(f"--{min(told)} is for scans of which nobody has said it, but the metadata of CT-RATE do; leave it out")
+    if arguments.shard and arguments.engine != "local":
+        raise ValueError("--shard shares work between jobs, and --engine ray between the machines of a cluster; leave one of them out")
+    cache = cache_of(arguments)
+    volumes = open_volumes(arguments.destination, cache)
+    if is_address(arguments.destination):
+        volumes.require_writable()  # before a long list of scans is asked for
+    with open_scans(arguments.source, cache, arguments.workers) as scans:
+        return _prepare_scans(arguments, DATASETS[arguments.dataset], scans, volumes, told)
+
+
+def _prepare_scans(arguments: argparse.Namespace, dataset: Any, scans: "Scans", volumes: "Volumes", told: dict[str, Any]) -> int:
+    from med3dvlm.datasets.claims import prepare_claimed
+    from med3dvlm.datasets.preparation import prepare, prepare_shard
+    from med3dvlm.files import json_text, read_lines
+    from med3dvlm.preprocessing import VolumeProcessor
+    from med3dvlm.records import nested_splits
+
     processor = VolumeProcessor(arguments.recipe, size=arguments.size, spacing=arguments.target_spacing, straighten=arguments.straighten)
-    missed: dict[str, list[dict[str, str]]] = {split: [] for split in dataset.splits(source)}
-    splits = {split: dataset.read(source, split, missed[split]) for split in missed}
+    missed: dict[str, list[dict[str, str]]] = {split: [] for split in dataset.splits(scans.folder)}
+    splits = {split: dataset.read(scans.folder, split, missed[split]) for split in missed}
     parts = nested_splits({split: found for split, (found, _) in splits.items()})
     wholes = [split for split in splits if split not in parts]
     studies, questions = ([record for split in wholes for record in splits[split][kind]] for kind in (0, 1))
     studies = [replace(study, reading=with_defaults(told, study.reading)) for study in studies] if told else studies
-    unread = [failure for split in wholes for failure in missed[split]]
-    require_writable(destination)
+    unread = [failure | {"reason": scans.said(failure["reason"])} for split in wholes for failure in missed[split]]
+    volumes.require_writable()
     shard, workers, verify = arguments.shard, arguments.workers, arguments.verify
-    if shard and arguments.engine != "local":
-        raise ValueError("--shard shares work between jobs, and --engine ray between the machines of a cluster; leave one of them out")
     if shard == AUTO:
-        shard, finished = None, prepare_claimed(source, studies, questions, processor, destination, workers, unread, verify)
+        shard, finished = None, prepare_claimed(scans, studies, questions, processor, volumes, workers, unread, verify)
         if finished is None:
             print("The volumes are prepared; another job has finished the work.", file=sys.stderr)
             return 0
         summary = finished
     elif shard:
-        summary = prepare_shard(source, studies, processor, destination, shard, workers, verify)
+        summary = prepare_shard(scans, studies, processor, volumes, shard, workers, verify)
     else:
-        summary = prepare(source, studies, questions, processor, destination, workers, unread, verify, arguments.engine)
-    listing = destination / "failures.jsonl"
-    failures = summary.pop("failures") if shard else read_lines(listing)
-    total = len(failures) + summary["studies"]
+        summary = prepare(scans, studies, questions, processor, volumes, workers, unread, verify, arguments.engine)
+    listing = f"{volumes.name}/failures.jsonl"
     if shard:
+        failures = summary.pop("failures")
         print(json.dumps(summary))
-        print(f"When all {shard[1]} shards are done, run the command without --shard to finish {destination}.", file=sys.stderr)
+        print(f"When all {shard[1]} shards are done, run the command without --shard to finish {volumes.name}.", file=sys.stderr)
     else:
+        with volumes.here("failures.jsonl") as path:
+            failures = read_lines(path)
         for name, value in (("Splits", summary["splits"]), ("Units", summary["units"]), ("Warnings", summary["warnings"])):
             print(f"{name:<12} " + (", ".join(f"{key} {count}" for key, count in value.items()) or "none"))
         print(f"{'Prepared':<12} {summary['studies']} studies, {summary['questions']} questions, fingerprint {summary['fingerprint']}")
-        doubts = f", {destination / 'warnings.jsonl'}" if summary["warnings"] else ""
-        print(f"{'Details':<12} {destination / 'summary.json'}, {destination / 'summary.png'}{doubts}")
+        doubts = f", {volumes.name}/warnings.jsonl" if summary["warnings"] else ""
+        print(f"{'Details':<12} {volumes.name}/summary.json, {volumes.name}/summary.png{doubts}")
+    total = len(failures) + summary["studies"]
     if failures and len(failures) == total and not shard:
-        raise ValueError(f"none of the {total} studies of {source} could be prepared; {listing} says why.")
+        raise ValueError(f"none of the {total} studies of {scans.name} could be prepared; {listing} says why.")
     for part, listed in parts.items() if not shard else ():
         without = {failure["study"] for failure in failures}
-        path = destination / f"split_{part.replace('/', '_')}.json"
-        write_json(path, {split: [study for study in ids if study not in without] for split, ids in listed.items()})
-        print(f"All studies of split {part!r} are in another split, too; to use it, pass --split-file {path}", file=sys.stderr)
+        place = f"split_{part.replace('/', '_')}.json"
+        volumes.write(place, json_text({split: [study for study in ids if study not in without] for split, ids in listed.items()}).encode())
+        print(
+            f"All studies of split {part!r} are in another split, too; to use it, pass --split-file {volumes.name}/{place}", file=sys.stderr
+        )
     if failures:
         where = "the run that finishes tries them again" if shard else f"{listing} lists them"
         print(f"Warning: {len(failures)} of {total} studies could not be prepared; {where}:", file=sys.stderr)
@@ -205,10 +230,12 @@ def _audit(arguments: argparse.Namespace) -> None:
     from med3dvlm.datasets.audit import audit
 
     check_workers(arguments)
-    out = arguments.out or arguments.data / "audit"
-    if arguments.data.is_dir():  # otherwise reading it raises the error
+    remote = is_address(arguments.data)
+    out = arguments.out or (None if remote else Path(arguments.data) / "audit")
+    if out is not None and (remote or Path(arguments.data).is_dir()):  # otherwise reading it raises the error
         require_writable(out)
-    result = audit(arguments.data, out, arguments.workers, arguments.reports)
+    result = audit(arguments.data, out, arguments.workers, arguments.reports, cache_of(arguments))
+    assert out is not None
     for name, facts in result["duplicates"].items():
         print(f"{name}: {facts['groups']} groups of {facts['studies']} studies, {facts['across_splits']} of them across splits")
     for split, facts in result["deduplicated"].items():

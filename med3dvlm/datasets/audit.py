@@ -24,6 +24,8 @@ from med3dvlm.datasets.duplicates import Pair
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.files import write_json, write_text
 from med3dvlm.records import LETTERS, Question, Study
+from med3dvlm.remote.address import is_address
+from med3dvlm.remote.cache import Cache
 from med3dvlm.tables import markdown_table
 
 logger = logging.getLogger(__name__)
@@ -32,15 +34,22 @@ EXAMPLES = 10
 FREQUENT = 20  # answers that are listed
 
 
-def audit(root: str | Path, out: str | Path | None = None, workers: int = 2, by_reports: bool = False) -> dict[str, Any]:
-    """Audit a prepared folder, write the files above and return what audit.json says.
+def audit(
+    root: str | Path, out: str | Path | None = None, workers: int = 2, by_reports: bool = False, cache: Cache | None = None
+) -> dict[str, Any]:
+    """Audit prepared data, write the files above and return what audit.json says.
 
     Args:
-        out: default <root>/audit.
+        root: a folder, or an address.
+        out: default <root>/audit; a folder of this machine.
         workers: processes that read volumes.
+        cache: for data at an address.
         by_reports: take out of deduplicated.json what has a (near-)duplicate report in an earlier split, too.
     """
-    data = PreparedData(root, exclude_failures=True)
+    if out is None and is_address(root):
+        raise ValueError(f"an audit is written to a folder of this machine, and {root} is none; name one by --out")
+    data = PreparedData(root, exclude_failures=True, cache=cache)
+    data.require_room(2 * workers)
     out = Path(root) / "audit" if out is None else Path(out)
     splits = split_order(data.summary["splits"])
     studies = [study for split in splits for study in data.studies(split)]

@@ -12,16 +12,19 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from med3dvlm.datasets.engines import open_engine
+from med3dvlm.datasets.outputs import RemoteVolumes, Volumes, open_volumes
 from med3dvlm.datasets.preparation import Failure, check_studies, prepare, prepare_volumes, settle
+from med3dvlm.datasets.sources import Scans, open_scans
 from med3dvlm.files import checksum
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.records import Question, Study
+from med3dvlm.remote.files import Files
 
 STALE = 300.0  # seconds
 WAIT = 5.0  # seconds until a process that has nothing to do looks again
@@ -29,45 +32,124 @@ CLAIMED = 16  # studies of one claim
 FINISH = "finish"  # the last part: records, index, summary
 
 
-class Claims:
-    """Claims in a folder that all processes see."""
+def _who() -> bytes:
+    return f"{socket.gethostname()} {os.getpid()}\n".encode()
 
-    def __init__(self, folder: Path, stale: float = STALE) -> None:
-        self.folder, self.stale = folder, stale
-        folder.mkdir(parents=True, exist_ok=True)
 
-    def is_done(self, name: str) -> bool:
-        return (self.folder / f"{name}.done").is_file()
+class Place(Protocol):
+    """Where claims are files. `age` is in seconds since it was written or renewed, None where it is not there."""
 
-    def take(self, name: str) -> bool:
-        """Claim a part; False where it is done or somebody who lives has it."""
-        path = self.folder / name
-        if self.is_done(name):
-            return False
+    def has(self, name: str) -> bool: ...
+
+    def create(self, name: str, content: bytes) -> bool: ...
+
+    def renew(self, name: str) -> None: ...
+
+    def age(self, name: str) -> float | None: ...
+
+    def names(self) -> list[str]: ...
+
+    def remove(self, name: str) -> None: ...
+
+
+class Folder:
+    """A folder that all processes see."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+
+    def has(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def create(self, name: str, content: bytes) -> bool:
         try:
-            with path.open("x") as file:
-                file.write(f"{socket.gethostname()} {os.getpid()}\n")
+            with (self.root / name).open("xb") as file:
+                file.write(content)
         except FileExistsError:
-            if not self._is_stale(path):
-                return False
-            os.utime(path)  # from now on it is this process's
-        return not self.is_done(name)
+            return False
+        return True
 
-    def _is_stale(self, path: Path) -> bool:
-        probe = self.folder / f".{uuid.uuid4().hex}"
+    def renew(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            os.utime(self.root / name)
+
+    def age(self, name: str) -> float | None:
+        probe = self.root / f".{uuid.uuid4().hex}"
         probe.touch()
         try:
-            return probe.stat().st_mtime - path.stat().st_mtime > self.stale
-        except FileNotFoundError:  # it was done in this moment
-            return False
+            return probe.stat().st_mtime - (self.root / name).stat().st_mtime
+        except FileNotFoundError:
+            return None
         finally:
             probe.unlink()
 
+    def names(self) -> list[str]:
+        return [path.name for path in self.root.iterdir()]
+
+    def remove(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+
+
+class Bucket:
+    """A folder at an address. A store that cannot refuse to write what is there already lets two processes claim one part: see above."""
+
+    def __init__(self, address: Files, root: str) -> None:
+        self.address, self.root = address, root
+
+    def has(self, name: str) -> bool:
+        return self.address.look(f"{self.root}/{name}") is not None
+
+    def create(self, name: str, content: bytes) -> bool:
+        return self.address.create(f"{self.root}/{name}", content)
+
+    def renew(self, name: str) -> None:
+        if self.has(name):
+            self.address.overwrite(f"{self.root}/{name}", _who())
+
+    def age(self, name: str) -> float | None:
+        probe = f"{self.root}/.{uuid.uuid4().hex}"
+        self.address.overwrite(probe, b"")
+        now, then = self.address.state(probe), self.address.state(f"{self.root}/{name}")
+        self.address.remove(probe)
+        return None if now is None or then is None else (now.changed - then.changed) / 1e9
+
+    def names(self) -> list[str]:
+        try:
+            return [name.removeprefix(f"{self.root}/") for name in self.address.listing(self.root)]
+        except FileNotFoundError:
+            return []
+
+    def remove(self, name: str) -> None:
+        self.address.remove(f"{self.root}/{name}")
+
+
+class Claims:
+    """Claims of one job, in a folder or a place that all processes see."""
+
+    def __init__(self, place: Path | Place, stale: float = STALE) -> None:
+        self.place: Place = Folder(place) if isinstance(place, Path) else place
+        self.stale = stale
+
+    def is_done(self, name: str) -> bool:
+        return self.place.has(f"{name}.done")
+
+    def take(self, name: str) -> bool:
+        """Claim a part; False where it is done or somebody who lives has it."""
+        if self.is_done(name):
+            return False
+        if not self.place.create(name, _who()):
+            age = self.place.age(name)
+            if age is None or age <= self.stale:  # None: it was done in this moment
+                return False
+            self.place.renew(name)  # from now on it is this process's
+        return not self.is_done(name)
+
     def clear(self, kept: str) -> None:
         """Delete all claims but one that is done."""
-        for path in self.folder.iterdir():
-            if path.name != f"{kept}.done":
-                path.unlink(missing_ok=True)
+        for name in self.place.names():
+            if name != f"{kept}.done":
+                self.place.remove(name)
 
     @contextmanager
     def held(self, names: Sequence[str]) -> Iterator[None]:
@@ -77,8 +159,7 @@ class Claims:
         def renew() -> None:
             while not ended.wait(self.stale / 5):
                 for name in names:
-                    with suppress(FileNotFoundError):
-                        os.utime(self.folder / name)
+                    self.place.renew(name)
 
         thread = threading.Thread(target=renew, daemon=True)
         thread.start()
@@ -86,22 +167,22 @@ class Claims:
             yield
         except BaseException:
             for name in names:
-                (self.folder / name).unlink(missing_ok=True)
+                self.place.remove(name)
             raise
         finally:
             ended.set()
             thread.join()
         for name in names:
-            (self.folder / f"{name}.done").touch()
-            (self.folder / name).unlink(missing_ok=True)
+            self.place.create(f"{name}.done", b"")
+            self.place.remove(name)
 
 
 def prepare_claimed(
-    source: str | Path,
+    source: str | Path | Scans,
     studies: Sequence[Study],
     questions: Sequence[Question],
     processor: VolumeProcessor,
-    destination: str | Path,
+    destination: str | Path | Volumes,
     workers: int = 2,
     failures: Sequence[Failure] = (),
     verify: bool = False,
@@ -117,32 +198,40 @@ def prepare_claimed(
     Returns:
         What `prepare` returns, to the one process that finished; None to the others. Other arguments and errors are those of `prepare`.
     """
-    source, destination = Path(source), Path(destination)
-    check_studies(source, destination, studies)
-    settings = settle(processor, destination)
-    job = (settings, os.environ.get("SLURM_ARRAY_JOB_ID", ""), *(study.id for study in studies))
-    claims = Claims(destination / ".claims" / checksum("\n".join(job).encode()), stale)
+    volumes = open_volumes(destination)
+    with open_scans(source, at_a_time=workers) as scans:
+        check_studies(scans, volumes, studies)
+        settings = settle(processor, volumes)
+        job = (settings, os.environ.get("SLURM_ARRAY_JOB_ID", ""), *(study.id for study in studies))
+        root = f".claims/{checksum(chr(10).join(job).encode())}"
+        claims = Claims(Bucket(volumes.address, root) if isinstance(volumes, RemoteVolumes) else Path(volumes.name) / root, stale)
+        if claims.is_done(FINISH):  # by jobs of before: what has changed since is made anew
+            return prepare(scans, studies, questions, processor, volumes, workers, failures, verify)
+        with open_engine("local", workers) as run:
+            _take_turns(claims, studies, workers, lambda mine: prepare_volumes(scans, mine, processor, volumes, run, verify))
+        while not claims.is_done(FINISH):
+            if claims.take(FINISH):
+                with claims.held([FINISH]):
+                    summary = prepare(scans, studies, questions, processor, volumes, workers, failures)
+                claims.clear(FINISH)
+                return summary
+            time.sleep(min(stale / 5, WAIT))
+    return None
+
+
+def _take_turns(claims: Claims, studies: Sequence[Study], workers: int, work: Callable[[list[Study]], object]) -> None:
+    """Claim parts of the studies and work on them, until all are done, by this process or others."""
     parts = {str(start): studies[start : start + CLAIMED] for start in range(0, len(studies), CLAIMED)}
     left = list(parts)
-    if claims.is_done(FINISH):  # by jobs of before: what has changed since is made anew
-        return prepare(source, studies, questions, processor, destination, workers, failures, verify)
-    with open_engine("local", workers) as run:
-        while left and not claims.is_done(FINISH):
-            mine: list[str] = []
-            for name in left:
-                if len(mine) * CLAIMED < workers and claims.take(name):
-                    mine.append(name)
-            if mine:
-                with claims.held(mine):
-                    prepare_volumes(source, [study for name in mine for study in parts[name]], processor, destination, run, verify)
-            left = [name for name in left if not claims.is_done(name)]
-            if left and not mine:
-                time.sleep(min(stale / 5, WAIT))
-    while not claims.is_done(FINISH):
-        if claims.take(FINISH):
-            with claims.held([FINISH]):
-                summary = prepare(source, studies, questions, processor, destination, workers, failures)
-            claims.clear(FINISH)
-            return summary
-        time.sleep(min(stale / 5, WAIT))
-    return None
+    while left and not claims.is_done(FINISH):
+        mine: list[str] = []
+        for name in left:
+            if len(mine) * CLAIMED < workers and claims.take(name):
+                mine.append(name)
+        if mine:
+            with claims.held(mine):
+                work([study for name in mine for study in parts[name]])
+        there = set(claims.place.names())
+        left = [name for name in left if f"{name}.done" not in there]
+        if left and not mine:
+            time.sleep(min(claims.stale / 5, WAIT))

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d, affine_grid, avg_pool3d, grid_sample, normalize, pad
 from tqdm import tqdm
 
-from med3dvlm.datasets.store import PreparedData
+from med3dvlm.datasets.store import Opening, PreparedData
 from med3dvlm.files import atomic_file, checksum
 from med3dvlm.records import Study
 
@@ -70,7 +70,7 @@ def thumbnails(data: PreparedData, studies: Sequence[Study], folder: Path, worke
     folder.mkdir(parents=True, exist_ok=True)
     blocks = []
     with (
-        ProcessPoolExecutor(workers, initializer=_open, initargs=(data.root,)) as pool,
+        ProcessPoolExecutor(workers, initializer=_open, initargs=(data.opening,)) as pool,
         tqdm(total=len(studies), desc="reading volumes", unit="volume") as progress,
     ):
         for start in range(0, len(studies), BLOCK):
@@ -92,10 +92,10 @@ def thumbnails(data: PreparedData, studies: Sequence[Study], folder: Path, worke
     return torch.from_numpy(np.concatenate(pictures)), np.concatenate(sums).tolist()
 
 
-def _open(root: str | Path, studies: Sequence[Study] = (), pictures: Tensor | None = None) -> None:
+def _open(opening: Opening, studies: Sequence[Study] = (), pictures: Tensor | None = None) -> None:
     global _opened, _studies, _pictures
     torch.set_num_threads(1)
-    _opened, _studies = PreparedData(root, exclude_failures=True), studies
+    _opened, _studies = opening.open(), studies
     if pictures is not None:
         _pictures = pictures
 
@@ -133,7 +133,7 @@ def similar_volumes(data: PreparedData, studies: Sequence[Study], pictures: Tens
     pairs = sorted(candidates)
     batches = [pairs[start : start + 16] for start in range(0, len(pairs), 16)]
     found = []
-    with ProcessPoolExecutor(workers, initializer=_open, initargs=(data.root, studies, pictures)) as pool:
+    with ProcessPoolExecutor(workers, initializer=_open, initargs=(data.opening, studies, pictures)) as pool:
         compared = tqdm(pool.map(_compare, batches), total=len(batches), desc="aligning volumes", unit="batch")
         for batch, similarities in zip(batches, compared, strict=True):
             found += [Pair(*pair, value) for pair, value in zip(batch, similarities, strict=True) if value >= SAME_VOLUME]

@@ -17,46 +17,45 @@ seconds to make; the summary counts them, and nobody reads them.
 import hashlib
 import json
 import logging
-import socket
-import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
 from med3dvlm.datasets.engines import Engine, open_engine
 from med3dvlm.datasets.masks import pack, read_masks
+from med3dvlm.datasets.outputs import Line, Volumes, open_volumes
+from med3dvlm.datasets.sources import FULL, Scans, open_scans, states
 from med3dvlm.datasets.statistics import BINS, statistics
-from med3dvlm.datasets.store import CHECKED, read_stored_masks, read_voxels, volume_path
-from med3dvlm.files import PART, atomic_file, checksum, json_lines, read_lines, write_json, write_text
-from med3dvlm.formats import VERSION, state_of
+from med3dvlm.datasets.store import CHECKED, read_stored_masks, read_voxels
+from med3dvlm.files import checksum, json_lines, json_text, read_lines
+from med3dvlm.formats import VERSION
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.recipes import RECIPES
 from med3dvlm.records import Question, Study, check_ids, fields_of
+from med3dvlm.remote.files import Listed
+from med3dvlm.remote.store import volume_name
 from med3dvlm.reports.findings import named_labels
 from med3dvlm.volume import Volume, read_volume
 
 logger = logging.getLogger(__name__)
 
-ABANDONED = 3600  # seconds after which a file that is being written is a killed process's
-
-Line = dict[str, Any]  # of the index
 Failure = dict[str, str]  # "study", "file", "reason"
 
 
 def prepare(
-    source: str | Path,
+    source: str | Path | Scans,
     studies: Sequence[Study],
     questions: Sequence[Question],
     processor: VolumeProcessor,
-    destination: str | Path,
+    destination: str | Path | Volumes,
     workers: int = 2,
     failures: Sequence[Failure] = (),
     verify: bool = False,
@@ -65,25 +64,28 @@ def prepare(
     """Prepare the volumes of `studies`, whose image paths are relative to `source`; returns the summary that is also written.
 
     Args:
+        source, destination: folders, or addresses (see `open_scans`).
         failures: {"study", "file", "reason"} of studies that could not be read, for failures.jsonl.
         verify: read every volume that is there, and make those anew that are damaged.
         engine: "local", `workers` processes of this machine, or "ray" (see `engines`); the result is the same.
 
     Raises:
         ValueError: two studies have one id, a volume would replace its own scan, or the folder was prepared with other settings.
+        OSError: an address cannot be read or written.
     """
-    source, destination = Path(source), Path(destination)
-    check_studies(source, destination, studies)
-    with open_engine(engine, workers) as run:
-        lines, failed, _ = prepare_volumes(source, studies, processor, destination, run, verify)
-    return finish(destination, processor, studies, questions, lines, [*failures, *failed])
+    volumes = open_volumes(destination)
+    with open_scans(source, at_a_time=workers) as scans:
+        check_studies(scans, volumes, studies)
+        with open_engine(engine, workers) as run:
+            lines, failed, _ = prepare_volumes(scans, studies, processor, volumes, run, verify)
+    return finish(volumes, processor, studies, questions, lines, [*failures, *failed])
 
 
 def prepare_shard(
-    source: str | Path,
+    source: str | Path | Scans,
     studies: Sequence[Study],
     processor: VolumeProcessor,
-    destination: str | Path,
+    destination: str | Path | Volumes,
     shard: tuple[int, int],
     workers: int = 2,
     verify: bool = False,
@@ -93,25 +95,26 @@ def prepare_shard(
     Returns {"shard", "studies", "made", "failures"}, the last a list. Arguments and errors are those of `prepare`; also a ValueError where
     there is no such shard.
     """
-    source, destination = Path(source), Path(destination)
-    check_studies(source, destination, studies)
+    volumes = open_volumes(destination)
     part, count = shard
     if not 1 <= part <= count:
         raise ValueError(f"there is no shard {part}/{count}; they count from 1/{count} to {count}/{count}")
     mine = studies[part - 1 :: count]
-    with open_engine("local", workers) as run:
-        _, failed, made = prepare_volumes(source, mine, processor, destination, run, verify)
+    with open_scans(source, at_a_time=workers) as scans:
+        check_studies(scans, volumes, studies)
+        with open_engine("local", workers) as run:
+            _, failed, made = prepare_volumes(scans, mine, processor, volumes, run, verify)
     return {"shard": f"{part}/{count}", "studies": len(mine) - len(failed), "made": made, "failures": failed}
 
 
 def prepare_volumes(
-    source: Path, studies: Sequence[Study], processor: VolumeProcessor, destination: Path, run: Engine, verify: bool
+    scans: Scans, studies: Sequence[Study], processor: VolumeProcessor, volumes: Volumes, run: Engine, verify: bool
 ) -> tuple[dict[str, Line | None], list[Failure], int]:
     """Return the studies' lines of the index, the failures, and how many volumes were made."""
-    settings = settle(processor, destination)
-    indexed = _index(destination)
-    lines = {study.id: indexed.get(study.id) or _header(volume_path(destination, study)) for study in studies}
-    stale = [study for study in studies if not _is_current(source, destination, settings, study, lines[study.id])]
+    settings = settle(processor, volumes)
+    indexed = _index(volumes)
+    lines = _lines(volumes, studies, indexed)
+    stale = [study for study in studies if not _is_current(scans, settings, study, lines[study.id])]
     failed: list[Failure] = []
     if stale:
         RECIPES[processor.recipe].steps(processor)  # imports what it needs, once for all forked processes
@@ -119,13 +122,14 @@ def prepare_volumes(
         outdated = {study.id for study in stale}
         there = [study for study in studies if study.id not in outdated]
         found = [line for study in there if (line := lines[study.id])]
-        jobs = run(partial(_is_whole, destination, processor.size), there, found, lost=lambda reason: False)
+        jobs = run(partial(_is_whole, volumes, processor.size), there, found, lost=lambda reason: False)
         whole = tqdm(jobs, total=len(there), unit="volume", desc="verifying")
         stale += [study for study, good in zip(there, whole, strict=True) if not good]
     if any(study.id in indexed for study in stale):
-        (destination / "summary.json").unlink(missing_ok=True)
-    work = partial(_prepare_on_any_machine, source, destination, processor, settings)
-    jobs = run(work, stale, lost=lambda reason: (None, reason)) if stale else iter(())
+        volumes.remove("summary.json")
+    work = partial(_prepare_on_any_machine, scans, volumes, processor, settings)
+    wanted = (scans.files(_files(study)) for study in stale)
+    jobs = run(work, stale, wanted, lost=lambda reason: (None, reason)) if stale else iter(())
     results = tqdm(jobs, total=len(studies), initial=len(studies) - len(stale), unit="volume", desc="preparing", smoothing=0.05)
     for study, (line, reason) in zip(stale, results, strict=True):
         lines[study.id] = line
@@ -135,60 +139,56 @@ def prepare_volumes(
     return lines, sorted(failed, key=lambda failure: place[failure["study"]]), len(stale) - len(failed)
 
 
-def check_studies(source: Path, destination: Path, studies: Sequence[Study]) -> None:
+def check_studies(scans: Scans, volumes: Volumes, studies: Sequence[Study]) -> None:
     check_ids(studies)
     for study in studies:
         named_labels(study.labels)
-    here, there = source.resolve(), destination.resolve()
     for study in studies:
-        if here / study.image == volume_path(there, study):
-            raise ValueError(f"{source / study.image} would be replaced by its own preparation; prepare into another folder")
+        if scans.path(study.image) == volumes.path(volume_name(study.id)):
+            raise ValueError(f"{scans.name}/{study.image} would be replaced by its own preparation; prepare into another folder")
 
 
-def settle(processor: VolumeProcessor, destination: Path) -> str:
+def settle(processor: VolumeProcessor, volumes: Volumes) -> str:
     """Write the processor if there is none, refuse another one. 16 hexadecimal digits of its settings, which each volume keeps:
     two runs that start at the same time with different settings do not see each other here."""
-    path = destination / "preprocessor_config.json"
-    if not path.is_file():
-        write_text(path, processor.to_json_string())
-    elif VolumeProcessor.from_pretrained(destination).to_dict() != processor.to_dict():
-        raise ValueError(f"{destination} was prepared with other settings ({path}); choose another folder or delete it")
+    name = "preprocessor_config.json"
+    if not volumes.there([name]):
+        volumes.write(name, processor.to_json_string().encode())
+    with volumes.here(name) as path:
+        if VolumeProcessor.from_pretrained(path.parent).to_dict() != processor.to_dict():
+            raise ValueError(f"{volumes.name} was prepared with other settings ({volumes.name}/{name}); choose another folder or delete it")
     return hashlib.sha256(json.dumps(processor.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _index(destination: Path) -> dict[str, Line]:
+def _index(volumes: Volumes) -> dict[str, Line]:
     """Return the lines of index.jsonl by study, none while the index may be outdated."""
-    if not (destination / "summary.json").is_file():
+    if not volumes.there(["summary.json"]) or not volumes.there(["index.jsonl"]):
         return {}
-    return {line["study"]: line for line in read_lines(destination / "index.jsonl")}
+    with volumes.here("index.jsonl") as path:
+        return {line["study"]: line for line in read_lines(path)}
 
 
-def _header(path: Path) -> Line | None:
-    """Return a volume's line from its own file; None where there is no such file or none of ours."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(json.loads(file.metadata()["line"]))
-    except (SafetensorError, KeyError, TypeError, ValueError):
-        return None
+def _lines(volumes: Volumes, studies: Sequence[Study], indexed: Mapping[str, Line]) -> dict[str, Line | None]:
+    """Return what is known of each study's volume, from the index or from the volume; None of one that is not there."""
+    names = {study.id: volume_name(study.id) for study in studies}
+    there = volumes.there([name for study, name in names.items() if study in indexed])
+    kept = volumes.lines([name for study, name in names.items() if study not in indexed])
+    return {study: indexed[study] if name in there else kept.get(name) for study, name in names.items()}
 
 
-def _is_current(source: Path, destination: Path, settings: str, study: Study, line: Line | None) -> bool:
+def _is_current(scans: Scans, settings: str, study: Study, line: Line | None) -> bool:
     """Return whether the prepared volume exists and was made from the scan as it is now, with these settings."""
-    if line is None or not volume_path(destination, study).is_file() or not _stamp(settings, study).items() <= line.items():
+    if line is None or not _stamp(settings, study).items() <= line.items():
         return False
-    try:  # what the files hold is looked at where they are others, as after a copy
-        return line.get("untouched") == _state(source, study) or line["files"] == _state(source, study, contents=True)
+    try:
+        return scans.unchanged(_files(study), line)
     except OSError:  # which preparing it says better
         return False
 
 
-def _state(source: Path, study: Study, contents: bool = False) -> str:
-    """Return the state of the files of the scan and of its masks."""
-    masks = sorted({mask.file for mask in study.masks.values()})
-    states = [state_of(source / file, contents) for file in (study.image, *masks)]
-    return states[0] if len(states) == 1 else checksum(" ".join(states).encode())
+def _files(study: Study) -> tuple[str, ...]:
+    """Return the names of a scan and of its masks' files."""
+    return (study.image, *sorted({mask.file for mask in study.masks.values()}))
 
 
 def _stamp(settings: str, study: Study) -> Line:
@@ -199,31 +199,47 @@ def _stamp(settings: str, study: Study) -> Line:
     return stamp | {"drawn": places} if places else stamp
 
 
-def _is_whole(destination: Path, size: Sequence[int], study: Study, line: Line) -> bool:
+def _is_whole(volumes: Volumes, size: Sequence[int], study: Study, line: Line) -> bool:
     try:
-        read_voxels(volume_path(destination, study), line["checksum"])
-        for name in line.get("masks", {}):
-            read_stored_masks(volume_path(destination, study), size, line["masks"], [name])
+        with volumes.here(volume_name(study.id)) as path:
+            read_voxels(path, line["checksum"])
+            for name in line.get("masks", {}):
+                read_stored_masks(path, size, line["masks"], [name])
     except ValueError:
         return False
     return True
 
 
-def _prepare_on_any_machine(source: Path, destination: Path, *arguments: Any) -> tuple[Line | None, str | None]:
-    """As `prepare_one`; raises FileNotFoundError on a machine that does not see the folders."""
-    for folder in (source, destination / "preprocessor_config.json"):
-        if not folder.exists():
-            raise FileNotFoundError(f"{folder} is not seen by machine {socket.gethostname()}; put it on a disk that all machines share")
-    return prepare_one(source, destination, *arguments)
+def _prepare_on_any_machine(
+    scans: Scans, volumes: Volumes, processor: VolumeProcessor, settings: str, study: Study, files: Mapping[str, Listed]
+) -> tuple[Line | None, str | None]:
+    """As `prepare_one`, of a scan of these files; raises FileNotFoundError on a machine that does not see the folders."""
+    scans.require()
+    volumes.require()
+    with ExitStack() as stack:
+        try:
+            root, state = stack.enter_context(scans.here(files))
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            return None, str(error)
+        line, reason = prepare_one(root, volumes, processor, settings, study, state)
+    return line, None if reason is None else reason.replace(str(root), scans.name)
 
 
-def prepare_one(source: Path, destination: Path, processor: VolumeProcessor, settings: str, study: Study) -> tuple[Line | None, str | None]:
-    """Prepare one volume. Returns its line of the index, or the failure."""
-    scan, path = source / study.image, volume_path(destination, study)
+def prepare_one(
+    source: Path, volumes: Volumes, processor: VolumeProcessor, settings: str, study: Study, untouched: str | None = None
+) -> tuple[Line | None, str | None]:
+    """Prepare one volume. Returns its line of the index, or the failure.
+
+    Args:
+        untouched: the state of the scan's files at an address, where they come from one.
+    """
+    scan = source / study.image
     try:
         stamp = _stamp(settings, study)
-        if all((source / file).exists() for file in (study.image, *(mask.file for mask in study.masks.values()))):
-            stamp |= {"files": _state(source, study, contents=True), "untouched": _state(source, study)}  # before they are read
+        if all((source / file).exists() for file in _files(study)):  # before they are read
+            stamp |= {"files": states(source, _files(study), contents=True), "untouched": untouched or states(source, _files(study))}
         volume = read_volume(scan, **study.reading)
         regular = volume.straighten() if processor.straighten else volume
         values, placement = processor.transform_and_placement(regular)
@@ -239,9 +255,7 @@ def prepare_one(source: Path, destination: Path, processor: VolumeProcessor, set
     if regular.spacing is not None:  # mm of the prepared voxels
         line["grid_spacing"] = [round(float(mm), 4) for mm in np.array(regular.spacing) @ np.abs(placement[:3, :3])]
     line["warnings"] += doubts
-    content = save({"voxels": voxels, **packed}, {"line": json.dumps(line)})
-    with atomic_file(path) as aside:
-        aside.write_bytes(content)
+    volumes.write(volume_name(study.id), save({"voxels": voxels, **packed}, {"line": json.dumps(line)}))
     return line, None
 
 
@@ -284,7 +298,7 @@ def _found(volume: Volume, voxels: torch.Tensor, processor: VolumeProcessor) -> 
 
 
 def finish(
-    destination: Path,
+    volumes: Volumes,
     processor: VolumeProcessor,
     studies: Sequence[Study],
     questions: Sequence[Question],
@@ -298,10 +312,10 @@ def finish(
     kept = [study for study in studies if study.id not in without]
     index = [line for study in kept if (line := lines[study.id]) is not None]
     asked = [question for question in questions if question.study not in without]
-    volumes = list((destination / "volumes").rglob("*.safetensors"))
-    others = set(volumes) - {volume_path(destination, study) for study in kept}
+    sizes = volumes.sizes()
+    others = sizes.keys() - {volume_name(study.id) for study in kept}
     if others:
-        logger.warning("%s: kept %d volumes of studies that are not, or no longer, among those prepared", destination, len(others))
+        logger.warning("%s: kept %d volumes of studies that are not, or no longer, among those prepared", volumes.name, len(others))
     doubts = [{"study": line["study"], "file": line["image"], "warnings": line["warnings"]} for line in index if line["warnings"]]
     records = (map(fields_of, kept), map(fields_of, asked), index, failed)
     texts = {name: json_lines(rows) for name, rows in zip(CHECKED, records, strict=True)}
@@ -316,23 +330,23 @@ def finish(
         "failures": len(failed),
         "splits": {split: sum(study.split == split for study in kept) for split in sorted({study.split for study in kept})},
         **statistics(index, processor),
-        "disk_gb": round(sum(path.stat().st_size for path in volumes) / 1e9, 3),
+        "disk_gb": round(sum(sizes.values()) / 1e9, 3),
         "volumes_of_no_study": len(others),
         "checksums": sums,
         "fingerprint": hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16],
     }
-    place, picture = destination / "summary.json", destination / "summary.png"
-    there = place.is_file() and picture.is_file() and json.loads(place.read_text(encoding="utf-8-sig")) == summary
-    if there and all((destination / name).is_file() and (destination / name).read_bytes() == text.encode() for name, text in texts.items()):
+    contents = {name: text.encode() for name, text in texts.items()}
+    before = volumes.read("summary.json") if volumes.there(["summary.png"]) else None
+    if before is not None and json.loads(before) == summary and all(volumes.read(name) == content for name, content in contents.items()):
         return summary
-    place.unlink(missing_ok=True)  # until the files below belong together
-    for name, text in texts.items():
-        write_text(destination / name, text)
+    volumes.remove("summary.json")  # until the files below belong together
+    for name, content in contents.items():
+        volumes.write(name, content)
     if index:
-        prepared_volumes(index, {study.id: study.split for study in kept}, processor.grid.values, picture)
-    for leftover in (destination / "volumes").rglob(f".*{PART}"):
-        with suppress(FileNotFoundError):  # another process has ended writing it
-            if time.time() - leftover.stat().st_mtime > ABANDONED:
-                leftover.unlink()
-    write_json(place, summary)
+        with TemporaryDirectory() as folder:
+            picture = Path(folder) / "summary.png"
+            prepared_volumes(index, {study.id: study.split for study in kept}, processor.grid.values, picture)
+            volumes.write("summary.png", picture.read_bytes())
+    volumes.sweep()
+    volumes.write("summary.json", json_text(summary).encode())
     return summary

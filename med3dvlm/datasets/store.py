@@ -46,7 +46,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,7 +61,7 @@ from med3dvlm.preprocessing import SETTINGS, VolumeProcessor
 from med3dvlm.records import Question, Study, read_questions, read_studies
 from med3dvlm.remote.address import is_address
 from med3dvlm.remote.cache import Cache
-from med3dvlm.remote.store import RemoteStore, Sums
+from med3dvlm.remote.store import RemoteStore, Sums, volume_name
 from med3dvlm.reports.findings import named_labels
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ READS = 5  # of a volume in a cache: it may have made room for another before it
 
 
 def volume_path(root: Path, study: Study) -> Path:
-    return root / "volumes" / f"{study.id}.safetensors"
+    return root / volume_name(study.id)
 
 
 def read_voxels(path: Path, expected: str) -> Tensor:
@@ -112,6 +112,24 @@ def _tensors(path: Path, expected: Mapping[str, str]) -> list[Tensor]:
     return tensors
 
 
+@dataclass(frozen=True)
+class Opening:
+    """What opened prepared data, so that a process elsewhere can: `PreparedData`'s arguments, and folder and size of its cache."""
+
+    root: str
+    exclude_failures: bool
+    split_file: str | None
+    cache: tuple[str, str] | None = None
+
+    def open(self) -> "PreparedData":
+        return PreparedData(self.root, self.exclude_failures, self.split_file, Cache(*self.cache) if self.cache else None)
+
+
+def _everywhere(place: str | Path) -> str:
+    """A place in words that do not depend on the folder that a process works in."""
+    return str(place) if is_address(place) else os.path.abspath(place)
+
+
 class PreparedData:
     """A prepared folder, opened: one of this machine, or one at an address (s3://, gs://, https://, see docs/cluster.md).
 
@@ -137,11 +155,13 @@ class PreparedData:
         split_file: str | Path | None = None,
         cache: Cache | None = None,
     ) -> None:
+        self.opening = Opening(_everywhere(root), exclude_failures, None if split_file is None else _everywhere(split_file))
         self.remote: RemoteStore | None = None
         self.root: str | Path = Path(root)
         self.folder = Path(root)
         if isinstance(root, str) and is_address(root):
             self.remote = RemoteStore(root, cache or Cache())
+            self.opening = replace(self.opening, cache=(str(self.remote.cache.folder), self.remote.cache.size_text))
             self.root, self.folder = self.remote.address.address, self.remote.folder
             self.remote.read_records(CHECKED)
         if not (self.folder / "summary.json").is_file():

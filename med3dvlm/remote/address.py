@@ -13,10 +13,11 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 TRIES = 8  # of a file while the work goes on: a minute
 FIRST_TRIES = 4  # of the first file: seconds
@@ -26,7 +27,7 @@ LONGEST_PAUSE = 20.0  # seconds between two tries
 LATER = (408, 425, 429)  # HTTP's words for: try again. So are all from 500
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")  # of boto and Google
 LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # faults of the disk that is written to
-DEFECTS = (AttributeError, AssertionError, ImportError, LookupError, NameError, TypeError)
+DEFECTS = (AttributeError, AssertionError, ImportError, LookupError, NameError, NotImplementedError, TypeError)
 
 
 def is_address(place: object) -> bool:
@@ -82,32 +83,45 @@ class Address:
         Raises:
             FileNotFoundError, PermissionError, OSError: one sentence.
         """
+
+        def get() -> None:
+            self.ask("get_file", self.place(name), str(path), expected=expected)
+            check(path)
+
+        self.patiently(name, get, tries)
+
+    def patiently(self, name: str, action: Callable[[], T], tries: int = TRIES) -> T:
+        """Return what the action on a file gives, after some tries; raises as `fetch`."""
         pause = 0.5
         for left in range(tries - 1, -1, -1):
             try:
-                self._get(name, path, self.patience + expected / SLOWEST)
-                return check(path)
+                return action()
             except DEFECTS:
                 raise
             except Exception as error:  # each file system has errors of its own
-                if isinstance(error, OSError) and error.errno in LOCAL:
+                if isinstance(error, FileExistsError) or (isinstance(error, OSError) and error.errno in LOCAL):
                     raise
                 reason, passes = self._explained(error)
                 if not passes or not left:
                     raise self._final(name, error, reason, passes) from error
-                logger.warning("%s/%s: %s; it is fetched again", self.address, name, reason)
+                logger.warning("%s: %s; it is tried again", f"{self.address}/{name}".rstrip("/"), reason)
             time.sleep(pause * random.SystemRandom().uniform(0.5, 1))  # many processes that failed together come back one by one
             pause = min(2 * pause, LONGEST_PAUSE)
+        raise AssertionError("the last try returns or raises")
 
-    def _get(self, name: str, path: Path, patience: float) -> None:
+    def place(self, name: str) -> str:
+        """The path in its file system of a file of this name, of the folder itself without one."""
+        root = self._file_system()[1]
+        return f"{root}/{quote(name) if self.http else name}" if name else root
+
+    def ask(self, operation: str, *arguments: Any, expected: int = 0, **options: Any) -> Any:
+        """What the file system gives, once, within the time that so many bytes may take."""
         from fsspec.asyn import sync
 
-        fs, root = self._file_system()
-        place = f"{root}/{quote(name) if self.http else name}"
-        if fs.async_impl:
-            sync(fs.loop, fs._get_file, place, str(path), timeout=patience)
-        else:
-            fs.get_file(place, str(path))
+        fs, _ = self._file_system()
+        if not fs.async_impl:
+            return getattr(fs, operation)(*arguments, **options)
+        return sync(fs.loop, getattr(fs, f"_{operation}"), *arguments, timeout=self.patience + expected / SLOWEST, **options)
 
     def _explained(self, error: Exception) -> tuple[str, bool]:
         """What happened, in words without a secret, and whether it may pass."""
@@ -126,7 +140,7 @@ class Address:
         return f"the connection fails ({what})", True
 
     def _final(self, name: str, error: Exception, reason: str, passes: bool) -> Exception:
-        place = f"{self.address}/{name}"
+        place = f"{self.address}/{name}".rstrip("/")
         if isinstance(error, FileNotFoundError):
             return FileNotFoundError(f"{place} is not there; check the address")
         if not passes and reason == "access is refused":

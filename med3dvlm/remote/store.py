@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
@@ -68,7 +68,7 @@ class RemoteStore:
 
     def volume(self, study: str, sums: Sums) -> Path:
         """The file of a study's volume, fetched and compared with its checksums where it is not there."""
-        name = str(PurePosixPath("volumes") / f"{study}.safetensors")
+        name = volume_name(study)
 
         def fetch(path: Path) -> None:
             self.address.fetch(name, path, lambda path: check_volume(path, sums), self.volume_size)
@@ -77,12 +77,17 @@ class RemoteStore:
 
     def drop(self, study: str) -> None:
         """Delete what is here of a volume, since it is damaged."""
-        self.cache.drop(f"{self.address.key}/volumes/{study}.safetensors")
+        self.cache.drop(f"{self.address.key}/{volume_name(study)}")
 
     def fetch(self, wanted: Mapping[str, Sums]) -> None:
         """Have the volumes of studies here, several fetched at a time."""
         with ThreadPoolExecutor(min(AT_ONCE, max(1, len(wanted)))) as pool:
             list(pool.map(self.volume, wanted, wanted.values()))
+
+
+def volume_name(study: str) -> str:
+    """Where the volume of a study lies below its store."""
+    return f"volumes/{study}.safetensors"
 
 
 def check_volume(path: Path, sums: Sums) -> None:

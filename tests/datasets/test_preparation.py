@@ -230,7 +230,7 @@ def test_a_killed_renewal_leaves_no_summary(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("med3dvlm.datasets.preparation.write_text", killed)
+        patch.setattr("med3dvlm.datasets.outputs.LocalVolumes.sweep", killed)
         prepared_from()
     with pytest.raises(FileNotFoundError, match="no finished preparation"):
         PreparedData(root)

@@ -26,6 +26,7 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, list[object]] = {}
         self.asked: Counter[str] = Counter()
         self.order: list[str] = []
+        self.lists = False  # whether a folder is answered with a list of its files
 
     @property
     def address(self) -> str:
@@ -49,6 +50,8 @@ class Handler(SimpleHTTPRequestHandler):
         if isinstance(fault, int):
             return self.send_error(fault)
         path = Path(self.translate_path(self.path))
+        if path.is_dir() and self.server.lists:
+            return super().do_GET()  # a page of links
         if not path.is_file():
             return self.send_error(404)
         content = bytearray(path.read_bytes())

@@ -11,10 +11,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from med3dvlm import VolumeProcessor
+from med3dvlm.cli import main
+from med3dvlm.datasets.claims import Bucket
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import PairDataset
 from med3dvlm.remote.cache import Cache
+from med3dvlm.remote.files import Files
 from tests.datasets.five import SIZE, questions, studies, write_scans
 
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed here: make s3")
@@ -71,3 +74,31 @@ def test_without_credentials_it_is_one_sentence(tmp_path: Path, monkeypatch: pyt
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(PermissionError, match="s3://hospital/data/summary.json: access is refused; check the rights, and the credentials"):
         PreparedData("s3://hospital/data", cache=Cache(tmp_path / "cache"))
+
+
+def test_prepared_from_a_bucket_into_a_bucket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By jobs that claim their work; the store refuses a claim that is there."""
+    scans = write_scans(tmp_path / "scans")
+    lines = [f"{study.image},{study.report},train" for study in studies()]
+    (scans / "table.csv").write_text("\n".join(["image,report,split", *lines]) + "\n")
+    bucket = s3fs.S3FileSystem()
+    bucket.mkdir("clinic")
+    bucket.put(str(scans), "clinic/scans", recursive=True)
+    words = ["--size", ",".join(map(str, SIZE)), "--workers", "1", "--data-cache", str(tmp_path / "cache"), "--shard", "auto"]
+    assert main(["prepare", "table", "s3://clinic/scans", "s3://clinic/data", *words]) == 0
+    assert main(["prepare", "table", str(scans), str(tmp_path / "data"), *words]) == 0
+    found, local = PreparedData("s3://clinic/data", cache=Cache(tmp_path / "read")), PreparedData(tmp_path / "data")
+    assert found.summary["fingerprint"] == local.summary["fingerprint"] and not list((tmp_path / "cache" / "scans").iterdir())
+    assert (local.folder / "summary.png").read_bytes() == bucket.cat_file("clinic/data/summary.png")
+    assert not [name for name in bucket.find("clinic") if name.endswith(".part")]
+    place = Bucket(Files("s3://clinic/data"), ".claims/x")
+    assert place.create("0", b"me") and not place.create("0", b"other") and place.names() == ["0"]
+    before = bucket.info("clinic/data/volumes/case/0/Axial.safetensors", refresh=True)["LastModified"]
+    bucket.rm("clinic/data/summary.json")
+    assert main(["prepare", "table", "s3://clinic/scans", "s3://clinic/data", *words[:-2]]) == 0  # from the volumes' own headers
+    assert bucket.info("clinic/data/volumes/case/0/Axial.safetensors", refresh=True)["LastModified"] == before
+    capsys.readouterr()
+    assert main(["prepare", "table", "s3://clinic/scans", "s3://nobody/data", *words]) == 2
+    assert "s3://nobody/data cannot be written, as there is no such bucket" in capsys.readouterr().err
+    assert main(["prepare", "table", "s3://nobody/scans", "s3://clinic/other", *words]) == 2
+    assert "s3://nobody/scans holds no files; check the address" in capsys.readouterr().err

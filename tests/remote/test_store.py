@@ -129,7 +129,7 @@ def test_what_passes_is_tried_again(five: Path, server: Server, tmp_path: Path, 
     study = data.studies("train")[0]
     server.faults[f"{study.id}.safetensors"] = [fault, fault]
     assert torch.equal(data.volume(study), PreparedData(five).volume(study))
-    assert server.asked[f"/volumes/{study.id}.safetensors"] == 3 and caplog.text.count("it is fetched again") == 2
+    assert server.asked[f"/volumes/{study.id}.safetensors"] == 3 and caplog.text.count("it is tried again") == 2
     assert not list(tmp_path.rglob("*.part"))
 
 
