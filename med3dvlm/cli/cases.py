@@ -26,6 +26,10 @@ def add_commands(commands: Commands) -> None:
     )
     index.add_argument("--exclude-failures", action="store_true", help="go on without studies that could not be prepared")
     index.add_argument("--batch-size", type=int, default=16, metavar="N", help="scans at a time: speed, not results (default: %(default)s)")
+    index.add_argument(
+        "--engine", choices=("local", "ray"), default="local",
+        help="local: this process; ray: the Ray cluster of RAY_ADDRESS or of this machine, a GPU a batch where it has any (default: %(default)s)",
+    )  # fmt: skip
     index.set_defaults(run=_index)
 
     search = commands.add_parser("search", help="the cases of an index that are the nearest to a text or a scan, with their reports")
@@ -52,7 +56,7 @@ def _index(arguments: argparse.Namespace) -> None:
     quiet_transformers()
     data = PreparedData(arguments.data, arguments.exclude_failures, arguments.split_file, cache_of(arguments))
     data.require_room(arguments.batch_size)
-    index = CaseIndex.build(arguments.model, data, arguments.out, arguments.split, arguments.batch_size)
+    index = CaseIndex.build(arguments.model, data, arguments.out, arguments.split, arguments.batch_size, engine=arguments.engine)
     print(f"{arguments.out} holds {len(index)} cases")
     print(RESEARCH_NOTICE, file=sys.stderr)
 

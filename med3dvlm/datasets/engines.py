@@ -1,4 +1,5 @@
-"""Where the work of a preparation is done: processes of this machine, or a Ray cluster. The work on one study is the same function.
+"""Where work on studies is done: this process or processes of this machine, or a Ray cluster. The work on one study, or on a batch of them,
+is the same function.
 
 An engine is opened as a context and is then a `map`: engine(function, *items, lost=...) yields the results in the order of the items. Where a
 process was killed while it worked on an item, Ray's engine gives it to another process; `lost` (reason) makes the result of an item that has
@@ -10,11 +11,13 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 from med3dvlm.workers import worker_processes
 
+ENGINES = ("local", "ray")
 TRIES = 4  # of an item, before its processes have been killed so often that it is at fault
 WINDOW = 10_000  # items that are given to Ray at a time: enough for its autoscaler to see how many machines are wanted
 
@@ -27,11 +30,20 @@ class Engine(Protocol):
     def __call__(self, function: Callable[..., Any], *items: Iterable[Any], lost: Lost) -> Iterator[Any]: ...
 
 
-def open_engine(name: str, workers: int) -> AbstractContextManager[Engine]:
-    """Return the engine of this name, "local" or "ray"; `workers` are processes of the local one."""
-    if name not in ("local", "ray"):
-        raise ValueError(f"engine {name!r} is unknown; known: local, ray")
-    return ray_cluster() if name == "ray" else local_processes(workers)
+def open_engine(name: str, workers: int, gpus: bool = False) -> AbstractContextManager[Engine]:
+    """Return the engine of this name, one of ENGINES.
+
+    Args:
+        workers: processes of the local one; 0: this process does the work.
+        gpus: each item takes a GPU, in a Ray cluster that has any.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine {name!r} is unknown; known: {', '.join(ENGINES)}")
+    return ray_cluster(gpus) if name == "ray" else local_processes(workers) if workers else nullcontext(_run_here)
+
+
+def _run_here(function: Callable[..., Any], *items: Iterable[Any], lost: Lost) -> Iterator[Any]:
+    return map(function, *items)
 
 
 @contextmanager
@@ -46,10 +58,11 @@ def local_processes(count: int) -> Iterator[Engine]:
 
 
 @contextmanager
-def ray_cluster() -> Iterator[Engine]:
+def ray_cluster(gpus: bool = False) -> Iterator[Engine]:
     """Open an engine of the Ray cluster that RAY_ADDRESS names or that runs on this machine, or else of a cluster of this machine alone.
 
-    Every item takes one core. All machines need this version of the package, and see the same files at the same paths.
+    Every item takes one core, and with `gpus` a GPU where there is one. All machines need this version of the package, and see the same
+    files at the same paths.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     import ray
@@ -58,17 +71,17 @@ def ray_cluster() -> Iterator[Engine]:
     if ours:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        yield _run_on_ray
+        yield partial(_run_on_ray, int(gpus and ray.cluster_resources().get("GPU", 0) >= 1))
     finally:
         if ours:
             ray.shutdown()
 
 
-def _run_on_ray(function: Callable[..., Any], *items: Iterable[Any], lost: Lost) -> Iterator[Any]:
+def _run_on_ray(gpus: int, function: Callable[..., Any], *items: Iterable[Any], lost: Lost) -> Iterator[Any]:
     import ray
 
     work = ray.put(function)
-    task = ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")(_call)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, scheduling_strategy="SPREAD")(_call)
     pending: deque[tuple[Any, tuple[Any, ...]]] = deque()
     for arguments in zip(*items, strict=True):
         if len(pending) == WINDOW:

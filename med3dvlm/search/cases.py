@@ -18,9 +18,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from med3dvlm.datasets.engines import open_engine
 from med3dvlm.datasets.features import fingerprint
-from med3dvlm.datasets.store import PreparedData, read_voxels, same_preprocessing
+from med3dvlm.datasets.store import Opening, PreparedData, read_voxels, same_preprocessing
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.files import PART, atomic_file, atomic_folder, json_lines, require_free, write_json
 from med3dvlm.plots.slices import grey
@@ -97,8 +99,12 @@ class CaseIndex:
         split: str | None = None,
         batch_size: int = 16,
         device: str | None = None,
+        engine: str = "local",
     ) -> "CaseIndex":
         """Embed the scans of a split, or of all, and write the index. A run that was killed is continued by the same call.
+
+        Args:
+            engine: "local", this process, or "ray" (see `datasets.engines`): machines that see model and data at the same places.
 
         Raises:
             FileExistsError: the folder exists and is not empty.
@@ -122,7 +128,10 @@ class CaseIndex:
             "width": embedder.model.config.projection_dim,
         }
         part = folder.with_name(f".{folder.name}{PART}")
-        scans = _embed(embedder, data, studies, batch_size, part, facts)
+        with open_engine(engine, 0, gpus=True) as run:
+            fingerprints = (facts["model_fingerprint"], facts["data_fingerprint"])
+            here, there = partial(_embed_batch, embedder, data), partial(_embed_there, facts["model"], data.opening, fingerprints)
+            scans = _embed(partial(run, here if engine == "local" else there, lost=_lost), studies, batch_size, part, facts)
         with atomic_folder(folder) as aside:
             lines = [0]
             with (aside / "cases.jsonl").open("wb") as file:
@@ -226,8 +235,45 @@ def _fingerprint(embedder: Embedder) -> str:
     return fingerprint(embedder.model, json.dumps({name: getattr(embedder.processor.image_processor, name) for name in SETTINGS}))
 
 
-def _embed(embedder: Embedder, data: PreparedData, studies: Sequence[Study], batch_size: int, part: Path, facts: dict[str, Any]) -> Vectors:
-    """Return embeddings (N, P) of the studies' scans. The folder `part` keeps them as they are made, with `facts` about them."""
+def _embed_batch(embedder: Embedder, data: PreparedData, batch: Sequence[Study]) -> Vectors:
+    """Return embeddings (B, P) of a batch of studies' scans."""
+    made: Vectors = embedder.volumes(load_volumes(data, batch, embedder.model.device)).numpy()
+    if not np.isfinite(made).all():
+        raise ValueError(f"the model gives no finite numbers for one of {', '.join(study.id for study in batch)}; train it anew")
+    return made
+
+
+def _embed_there(model: str, opening: Opening, made_by: tuple[str, str], batch: Sequence[Study]) -> Vectors:
+    """As `_embed_batch`, in a process that opens model and data itself, once."""
+    embedder, data, found = _opened(model, opening)
+    if found != made_by:
+        raise ValueError(
+            f"machine {socket.gethostname()} has another model under {model}, or other data under {opening.root}; copy both anew"
+        )
+    return _embed_batch(embedder, data, batch)
+
+
+@lru_cache(maxsize=1)
+def _opened(model: str, opening: Opening) -> tuple[Embedder, PreparedData, tuple[str, str]]:
+    embedder, data = Embedder(model), opening.open()
+    return embedder, data, (_fingerprint(embedder), data.summary["fingerprint"])
+
+
+def _lost(reason: str) -> Vectors:
+    raise ValueError(f"a batch of scans could not be embedded: {reason}; run the command again")
+
+
+def _embed(
+    make: Callable[[Iterable[Sequence[Study]]], Iterator[Vectors]],
+    studies: Sequence[Study],
+    batch_size: int,
+    part: Path,
+    facts: dict[str, Any],
+) -> Vectors:
+    """Return embeddings (N, P) of the studies' scans, which `make` gives for batches of them.
+
+    The folder `part` keeps them as they are made, with `facts` about them.
+    """
     about, grown = part / "index.json", part / "scans.float32"
     if about.is_file() and json.loads(about.read_text(encoding="utf-8-sig")) != facts:
         logger.warning("%s was begun with another model or other data; the index is made from the start", part)
@@ -240,16 +286,10 @@ def _embed(embedder: Embedder, data: PreparedData, studies: Sequence[Study], bat
         done = file.tell() // (width * 4 * batch_size) * batch_size
         file.truncate(done * width * 4)
         with tqdm(total=len(studies), initial=done, desc="scans", unit="scan") as progress:
-            for first in range(done, len(studies), batch_size):
-                batch = studies[first : first + batch_size]
-                made = embedder.volumes(load_volumes(data, batch, embedder.model.device)).numpy()
-                if not np.isfinite(made).all():
-                    raise ValueError(
-                        f"the model gives no finite numbers for one of {', '.join(study.id for study in batch)}; train it anew"
-                    )
+            for made in make(studies[first : first + batch_size] for first in range(done, len(studies), batch_size)):
                 file.write(made.tobytes())
                 file.flush()
-                progress.update(len(batch))
+                progress.update(len(made))
     if grown.stat().st_size != len(studies) * width * 4:
         raise ValueError(
             f"{grown} is not as long as {len(studies)} scans make it; does another run write there? Delete {part} and run again"

@@ -16,6 +16,7 @@ from med3dvlm.datasets.claims import Claims, prepare_claimed
 from med3dvlm.datasets.engines import open_engine
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.search import CaseIndex
 
 SIZE = (8, 16, 16)
 FORKS = multiprocessing.get_context("fork")
@@ -147,3 +148,19 @@ def test_a_ray_cluster_prepares_the_same_bytes_although_a_node_dies(
     assert on_ray(always_killed, range(3)) == [0, "the process that worked on it was killed, 2 times on several machines", 2]
     with pytest.raises(RuntimeError, match="a defect"):
         on_ray(defect, range(2))
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_works_at_addresses_and_embeds(
+    cluster: Any, phantoms: Path, alone: dict[str, bytes], prepared: Path, tiny_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scans and volumes at file://, which only the scans' names of this disk tell apart from folders; and an index of two machines."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _, studies, questions, processor, root = arguments(phantoms, tmp_path / "store")
+    summary = prepare(f"file://{phantoms}", studies, questions, processor, f"file://{root}", engine="ray")
+    assert summary["failures"] == 0 and tree(root).keys() == alone.keys() and tree(root)["studies.jsonl"] == alone["studies.jsonl"]
+    assert f'"fingerprint": "{summary["fingerprint"]}"'.encode() in alone["summary.json"]
+    assert not list((tmp_path / "cache").rglob("*.part"))
+    for engine in ("local", "ray"):
+        CaseIndex.build(tiny_models.clip, PreparedData(prepared), tmp_path / engine, "test", 2, "cpu", engine)
+    assert tree(tmp_path / "local") == tree(tmp_path / "ray")

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from med3dvlm import cli
 from med3dvlm.checkpoints import load_clip
+from med3dvlm.datasets.engines import open_engine
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.prompts import RESEARCH_NOTICE
-from med3dvlm.search import CaseIndex, Embedder, vectors
+from med3dvlm.search import CaseIndex, Embedder, cases, vectors
 from tests.launching import context
 
 Run = Callable[..., tuple[int, str, str]]
@@ -285,3 +286,17 @@ def test_numbers_that_are_not_finite(
     with pytest.raises(ValueError, match="no finite numbers for one of ct_"):
         CaseIndex.build(model, PreparedData(prepared), tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_open_model_and_data_themselves_make_the_same_index(
+    prepared: Path, model: Path, index: CaseIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As machines of a cluster do; another model there is refused."""
+    monkeypatch.setattr(cases, "open_engine", lambda name, workers, gpus: open_engine("local", workers, gpus))
+    CaseIndex.build(model, PreparedData(prepared), tmp_path / "there", batch_size=5, device="cpu", engine="ray")
+    for name in ("embeddings.safetensors", "cases.jsonl", "index.json"):
+        assert (tmp_path / "there" / name).read_bytes() == (index.folder / name).read_bytes()
+    opening = PreparedData(prepared).opening
+    with pytest.raises(ValueError, match="has another model under .*, or other data under .*; copy both anew"):
+        cases._embed_there(str(model), opening, ("another", "one"), [])
+    assert opening.open().summary == PreparedData(prepared).summary
