@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, Dis
 from med3dvlm.checkpoints.convert.architecture import TEXT_ENCODERS
 from med3dvlm.checkpoints.convert.names import LAYOUTS, reshaped, to_published
 from med3dvlm.checkpoints.convert.weights import Checkpoint, Stored, digest, write_safetensors
-from med3dvlm.datasets.conversations import ConversationDataset
+from med3dvlm.datasets.conversations import ConversationDataset, ConversationOptions
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.files import atomic_folder, write_json
 from med3dvlm.programs import Parser, run
@@ -113,7 +113,7 @@ def write_language_model(data: PreparedData, folder: Path, layers: int, tiny: bo
 
 def qwen_tokenizer(data: PreparedData) -> Qwen2Tokenizer:
     """Byte-level BPE of the training texts with as many tokens as Qwen2.5's, its special ones at their places and its chat template."""
-    texts, end = ConversationDataset(data, "train", yes_no=True, image=False), QWEN_SPECIAL[151643]
+    texts, end = ConversationDataset(data, "train", ConversationOptions(), image=False), QWEN_SPECIAL[151643]
     contents = (message["content"] for row in range(len(texts)) for turns in texts.conversations(row) for message in turns)
     untrained = Qwen2Tokenizer(unk_token=end, eos_token=end, pad_token=end)
     trained = json.loads(untrained.train_new_from_iterator(contents, 4000).backend_tokenizer.to_str())["model"]

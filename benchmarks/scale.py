@@ -28,8 +28,9 @@ from benchmarks.scale_simulation import fetch_seconds, simulate
 from med3dvlm.files import write_text
 from med3dvlm.programs import Parser, run
 from med3dvlm.tables import markdown_table
-from med3dvlm.training.arguments import CONFIGS, parse_arguments
+from med3dvlm.training.arguments import CONFIGS
 from med3dvlm.training.memory import peak_of_step
+from med3dvlm.training.parsing import parse_arguments
 from med3dvlm.training.planned import STAGES, batch_of, build
 
 INPUTS = Path(__file__).with_suffix(".json")

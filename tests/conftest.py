@@ -143,7 +143,7 @@ def tiny_models(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Sim
     from transformers import DistilBertConfig, DistilBertModel, Qwen2Config, Qwen2ForCausalLM
 
     from med3dvlm import Med3DCLIP, Med3DCLIPConfig, Med3DVLM, Med3DVLMProcessor
-    from med3dvlm.datasets.conversations import ConversationDataset
+    from med3dvlm.datasets.conversations import ConversationDataset, ConversationOptions
     from med3dvlm.datasets.store import PreparedData
     from med3dvlm.models.segmentation import Med3DSegmenter
     from med3dvlm.training.stage0_language_model import train_tokenizer
@@ -151,7 +151,7 @@ def tiny_models(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Sim
     root = tmp_path_factory.mktemp("models")
     paths = SimpleNamespace(**{name: root / name for name in ("text_encoder", "language_model", "clip", "vlm", "segmenter")})
     data = PreparedData(prepared)
-    tokenizer = train_tokenizer(ConversationDataset(data, "train", yes_no=True, image=False), vocabulary=400)
+    tokenizer = train_tokenizer(ConversationDataset(data, "train", ConversationOptions(), image=False), vocabulary=400)
     torch.manual_seed(1)
     text_encoder = DistilBertModel(
         DistilBertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, dim=16, hidden_dim=24, n_layers=2, n_heads=2)

@@ -156,7 +156,8 @@ def test_command_runs(
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("med3dvlm train")])
 def test_training_command_parses(line: str, repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from med3dvlm.training.arguments import StageArguments, parse_arguments
+    from med3dvlm.training.arguments import StageArguments
+    from med3dvlm.training.parsing import parse_arguments
 
     _, _, name, *arguments = shlex.split(line)
     stage = import_module(f"med3dvlm.{cli.PROGRAMS['train'][name][0]}")

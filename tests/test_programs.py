@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from med3dvlm import programs
 from med3dvlm.programs import EXTRAS, Parser, add_flag, command_line, run
-from med3dvlm.training.arguments import SettingsParser
+from med3dvlm.training.parsing import SettingsParser
 from med3dvlm.training.run import train_only
 
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,32 @@ ROWS = ("study", "conversation")
 LOSS_WEIGHTINGS = ("token", "conversation")
 
 
+@dataclass(frozen=True)
+class ConversationOptions:
+    """Which conversations are held about a study, and how they are distributed over rows.
+
+    Args:
+        yes_no: ask the yes/no questions too (stage 3).
+        reports, closed, follow_ups: probabilities of a report, of a question with its choices, and of two questions in one conversation.
+        rows: "study" or "conversation", see `ConversationDataset`.
+
+    Raises:
+        ValueError: an unknown kind of row, or follow-ups in rows of one conversation.
+    """
+
+    yes_no: bool = True
+    reports: float = 1.0
+    closed: float = 0.5
+    follow_ups: float = 0.25
+    rows: str = "study"
+
+    def __post_init__(self) -> None:
+        if self.rows not in ROWS:
+            raise ValueError(f"rows is {self.rows!r} but must be {' or '.join(ROWS)}")
+        if self.rows == "conversation" and self.follow_ups:
+            raise ValueError(f"follow_ups is {self.follow_ups} but must be 0 where a row is one conversation; pass --follow-ups 0")
+
+
 class ConversationDataset(StudyDataset):
     """Volumes and conversations about them, each as if it were the first (see Med3DVLMProcessor.branch).
 
@@ -36,47 +63,41 @@ class ConversationDataset(StudyDataset):
       in a share `closed` of the epochs, and one for the report of a share `reports` of the studies, drawn once by the seed.
 
     Args:
-        yes_no: ask the yes/no questions too (stage 3).
-        reports, closed, follow_ups: probabilities.
+        options: which conversations there are.
+        seed: of everything that is drawn.
+        augmentation: of volumes; image features stay as they are. Every row draws its own.
+        image: False puts the report's text in the volume's place, which teaches a new language model its words.
         features: (study) -> image features computed before, instead of the volume.
         answers: makes the answers point at what they name; rows then have "masks" and "points" (see `PointingAnswers.row`).
-        image: False puts the report's text in the volume's place, which teaches a new language model its words.
-        augmentation: of volumes; image features stay as they are. Every row draws its own.
 
     Raises:
-        ValueError: an unknown kind of row, follow-ups in rows of one conversation, or no row at all.
+        ValueError: there is no row at all.
     """
 
     def __init__(
         self,
         data: PreparedData,
         split: str,
-        yes_no: bool,
-        reports: float = 1.0,
-        closed: float = 0.5,
-        follow_ups: float = 0.25,
+        options: ConversationOptions,
         seed: int = 0,
-        features: Callable[[Study], tuple[Tensor, ...]] | None = None,
-        image: bool = True,
         augmentation: Augmentation | None = None,
-        rows: str = "study",
+        image: bool = True,
+        features: Callable[[Study], tuple[Tensor, ...]] | None = None,
         answers: "PointingAnswers | None" = None,
     ) -> None:
-        if rows not in ROWS:
-            raise ValueError(f"rows {rows!r} is unknown; known: {', '.join(ROWS)}")
         super().__init__(data, split, seed, augmentation)
-        if reports:
+        if options.reports:
             self.require_reports()
-        self.yes_no, self.reports, self.closed, self.follow_ups = yes_no, reports, closed, follow_ups
-        self.features, self.with_image, self.packed, self.answers = features, image, rows == "study", answers
+        self.options, self.packed = options, options.rows == "study"
+        self.features, self.with_image, self.answers = features, image, answers
         self.asked: dict[str, list[Question]] = defaultdict(list)
         for question in data.questions(split):
-            if yes_no or not question.yes_no:
+            if options.yes_no or not question.yes_no:
                 self.asked[question.study].append(question)
         self.rows = [Row(study) for study in range(len(self.studies))] if self.packed else self._rows_of_one()
         if not self.rows:
             raise ValueError(
-                f"split {split!r} has no conversation to learn from: there is no question and reports is {reports}; raise reports"
+                f"split {split!r} has no conversation to learn from: there is no question and reports is {options.reports}; raise reports"
             )
 
     def needed(self, indices: Iterable[int]) -> list[Study]:
@@ -86,9 +107,7 @@ class ConversationDataset(StudyDataset):
         return [self.studies[self.rows[index].study] for index in indices]
 
     def _rows_of_one(self) -> list[Row]:
-        if self.follow_ups:
-            raise ValueError(f"follow_ups is {self.follow_ups} but must be 0 where a row is one conversation; pass --follow-ups 0")
-        reported = stream(self.seed, Purpose.REPORT_ROWS).random(len(self.studies)) < self.reports
+        reported = stream(self.seed, Purpose.REPORT_ROWS).random(len(self.studies)) < self.options.reports
         rows = []
         for place, study in enumerate(self.studies):
             rows += [Row(place, slice(0), ("report",))] if reported[place] else []
@@ -122,7 +141,7 @@ class ConversationDataset(StudyDataset):
 
         one = _turn(".", ".")
         shared, first = count(one, None if self.with_image else "")
-        further = count(one + one, None if self.with_image else "")[1] - first if self.follow_ups else 0
+        further = count(one + one, None if self.with_image else "")[1] - first if self.options.follow_ups else 0
         rows: list[Row] = []
 
         def most(messages: Sequence[Message]) -> int:
@@ -153,7 +172,11 @@ class ConversationDataset(StudyDataset):
         lengths: dict[str, list[int]] = {"reports": [], "answers": []}
         for study in self.studies:
             context = None if self.with_image else study.report
-            turns = [("reports", _turn(prompt, study.report))] if self.reports or not self.with_image or not self.asked[study.id] else []
+            turns = (
+                [("reports", _turn(prompt, study.report))]
+                if self.options.reports or not self.with_image or not self.asked[study.id]
+                else []
+            )
             for question in self.asked[study.id]:
                 forms = [_turn(question.text, question.answer), *([_closed_turn(question)] if _has_closed_form(question) else [])]
                 turns.append(("answers", max(forms, key=_byte_count)))
@@ -178,11 +201,11 @@ class ConversationDataset(StudyDataset):
             return cost(self._shown(study, messages))
 
         questions, drawn = list(map(shown, turns)), {}
-        if self.reports or not asked:
+        if self.options.reports or not asked:
             drawn["report"] = max(shown(_turn(prompt, study.report)) for prompt in REPORT_PROMPTS)
-        if self.closed and (spelled := [shown(_closed_turn(question)) for question in asked if _has_closed_form(question)]):
+        if self.options.closed and (spelled := [shown(_closed_turn(question)) for question in asked if _has_closed_form(question)]):
             drawn["closed"] = max(spelled)
-        if self.follow_ups and len(turns) > 1:
+        if self.options.follow_ups and len(turns) > 1:
             first, second = sorted(range(len(turns)), key=questions.__getitem__)[-2:]
             drawn["follow_up"] = max(shown(turns[first] + turns[second]), shown(turns[second] + turns[first]))
         return questions, drawn
@@ -211,17 +234,17 @@ class ConversationDataset(StudyDataset):
         random = stream((self.seed, self.epoch, row.study if self.packed else index))
         if not self.packed and asked[row.questions]:
             question = asked[row.questions][0]
-            spelled = _has_closed_form(question) and random.random() < self.closed
+            spelled = _has_closed_form(question) and random.random() < self.options.closed
             return [_closed_turn(question) if spelled else _turn(question.text, question.answer)]
         turns = [_turn(question.text, question.answer) for question in asked]
         kept = turns[row.questions]
         always, drawn = () if kept else row.drawn, {}
-        if random.random() < self.reports or "report" in always:
+        if random.random() < self.options.reports or "report" in always:
             drawn["report"] = _turn(str(random.choice(REPORT_PROMPTS)), study.report)
         lettered = [question for question in asked if _has_closed_form(question)]
-        if lettered and (random.random() < self.closed or "closed" in always):
+        if lettered and (random.random() < self.options.closed or "closed" in always):
             drawn["closed"] = _closed_turn(lettered[random.integers(len(lettered))])
-        if len(turns) > 1 and (random.random() < self.follow_ups or "follow_up" in always):
+        if len(turns) > 1 and (random.random() < self.options.follow_ups or "follow_up" in always):
             first, second = random.choice(len(turns), size=2, replace=False)
             drawn["follow_up"] = turns[first] + turns[second]
         return kept + [conversation for name, conversation in drawn.items() if name in row.drawn]

@@ -44,14 +44,13 @@ MAX_FILES = 20_000
 
 @dataclass(frozen=True)
 class Service:
-    """Everything that the routes use. `seconds` is the time limit of one answer."""
+    """Everything that the routes use."""
 
     name: str
     chat: Any
     answers: Answers
     scans: Scans
     metrics: Metrics
-    seconds: float
     embedder: Embedder | None = None
 
     def check_model(self, name: str | None) -> None:
@@ -69,7 +68,7 @@ class Service:
         """Return the report, and the places that it points to where they are wanted."""
         pointer = Pointer(self.scans, scan, bool(body.places))
         asked = [{"role": "user", "content": REPORT_PROMPTS[0]}]
-        request = engines.Request(scan.features, asked, **body.chosen(REPORT_TOKENS), seconds=self.seconds)
+        request = engines.Request(scan.features, asked, **body.chosen(REPORT_TOKENS), seconds=self.scans.limits.answer_seconds)
         answer = await self.answers.whole(http, request)
         return answer, await pointer.places(request, answer)
 
@@ -119,7 +118,7 @@ def _add_chat(router: APIRouter, service: Service) -> None:
         (scan,) = set(scans)
         if body.top_logprobs and not body.logprobs:
             raise Refused(400, "top_logprobs is given without logprobs; set logprobs to true, too.", "top_logprobs")
-        more: dict[str, Any] = {"stop": body.stops, "alternatives": body.top_logprobs or 0, "seconds": service.seconds}
+        more: dict[str, Any] = {"stop": body.stops, "alternatives": body.top_logprobs or 0, "seconds": service.scans.limits.answer_seconds}
         asked = engines.Request(scan.features, messages, **body.chosen(ANSWER_TOKENS), **more)
         pointer = Pointer(service.scans, scan, bool(body.places))
         completion = Completion(service.answers, service.name, service.chat.processor.tokenizer, service.chat.ends, pointer)
@@ -130,7 +129,7 @@ def _add_chat(router: APIRouter, service: Service) -> None:
 
 
 def _add_scans(router: APIRouter, service: Service) -> None:
-    scans, kept = service.scans, service.scans.limits.seconds
+    scans, kept = service.scans, service.scans.limits.scan_seconds
 
     @router.post("/v1/scans")
     async def add(http: Request) -> dict[str, Any]:

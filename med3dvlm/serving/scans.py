@@ -28,12 +28,22 @@ BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes of an upload, scans of one owner, scans in all, and seconds that a scan is kept after its last use."""
+    """What a server accepts.
+
+    Args:
+        upload_bytes: of one upload.
+        scans, all_scans: of one owner, and in all.
+        scan_seconds: for which a scan is kept after its last use.
+        answer_seconds: after which an answer ends as it is.
+        waiting: requests that wait for the engine; more are refused.
+    """
 
     upload_bytes: int = 2**30
     scans: int = 64
     all_scans: int = 1024
-    seconds: float = 3600.0
+    scan_seconds: float = 3600.0
+    answer_seconds: float = 600.0
+    waiting: int = 256
 
 
 @dataclass(eq=False)
@@ -127,7 +137,7 @@ class Scans:
 
     def _forget(self) -> None:
         now = time.monotonic()
-        for id in [id for id, scan in self._known.items() if now - scan.used > self.limits.seconds]:
+        for id in [id for id, scan in self._known.items() if now - scan.used > self.limits.scan_seconds]:
             del self._known[id]
 
     def _add(self, owner: str, files: Sequence[tuple[str, BinaryIO]], series: int | None, digest: str | None = None) -> KnownScan:

@@ -54,8 +54,6 @@ def build(
     limits: Limits | None = None,
     keys: Keys | None = None,
     embedder: Embedder | None = None,
-    seconds: float = 600.0,
-    max_waiting: int = 256,
 ) -> ASGIApp:
     """Build the server as an ASGI application; uploads lie in `folder` while they are read."""
     limits = limits or Limits()
@@ -66,7 +64,7 @@ def build(
     async def sweeping(_: FastAPI) -> AsyncIterator[None]:
         async def sweep() -> None:
             while True:
-                await asyncio.sleep(min(60.0, limits.seconds / 10))
+                await asyncio.sleep(min(60.0, limits.scan_seconds / 10))
                 scans.forget()
 
         task = asyncio.create_task(sweep())
@@ -76,7 +74,7 @@ def build(
     app = FastAPI(
         title="Med3DVLM", description=RESEARCH_NOTICE, docs_url=None, redoc_url=None, lifespan=sweeping
     )  # those pages load scripts from elsewhere
-    app.include_router(routes(Service(name, chat, Answers(engine, metrics, max_waiting), scans, metrics, seconds, embedder)))
+    app.include_router(routes(Service(name, chat, Answers(engine, metrics, limits.waiting), scans, metrics, embedder)))
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
@@ -144,12 +142,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     chat = load(arguments.model, arguments.quantize)
     embedder = None if arguments.contrastive is None else Embedder(arguments.contrastive)
     engine = start_engine(chat, arguments.engine, arguments.vllm_url, arguments.parallel)
-    limits = Limits(arguments.limit * 2**20, arguments.scans, max(arguments.scans, 1024), 60.0 * arguments.minutes)
+    limits = Limits(
+        arguments.limit * 2**20, arguments.scans, max(arguments.scans, 1024), 60.0 * arguments.minutes, float(arguments.seconds)
+    )
     name = arguments.name or "/".join(arguments.model.resolve().parts[-2:])
     for ending in (signal.SIGTERM, signal.SIGHUP):  # uvicorn passes them on at its end, and the private folder is to go then, too
         signal.signal(ending, signal.default_int_handler)
     with private(PRIVATE) as folder:
-        app = build(chat, engine, folder, name, limits, keys, embedder, arguments.seconds)
+        app = build(chat, engine, folder, name, limits, keys, embedder)
         config = uvicorn.Config(
             app, arguments.host, arguments.port, log_level="warning", access_log=False, timeout_graceful_shutdown=SECONDS_TO_END,
             server_header=False,

@@ -1,23 +1,15 @@
-"""The settings of a training: defaults, a YAML, the command line, and which of them make a training this one."""
+"""The settings of a training, and which of them identify it. `parsing` reads them from a YAML and the command line."""
 
-import argparse
 import json
 import logging
 import os
-import re
-import socket
-import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
-import yaml
-from transformers import HfArgumentParser, SchedulerType, TrainingArguments, get_scheduler
-from transformers.hf_argparser import string_to_bool
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.training_args import OptimizerNames
@@ -28,7 +20,6 @@ from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.processes import together
-from med3dvlm.programs import Parser
 from med3dvlm.remote.cache import SIZE as CACHE_SIZE
 from med3dvlm.remote.cache import Cache
 from med3dvlm.training.limits import check_settings
@@ -202,87 +193,6 @@ def recipes() -> list[str]:
     return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.yaml"))
 
 
-class SettingsParser(Parser, HfArgumentParser):
-    """A parser with a flag for each field of a dataclass."""
-
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """Add an argument as `Parser` does; a boolean field, for which transformers adds one option or two, gets one flag."""
-        if options.get("action") == "store_false":  # --no-NAME comes with the flag
-            return self._option_string_actions[names[-1]]
-        if options.get("type") is not string_to_bool:
-            return super().add_argument(*names, **options)
-        kept = {name: options[name] for name in ("default", "help") if name in options}
-        flag = super().add_argument(*names, action=argparse.BooleanOptionalAction, **kept)
-        flag.type = string_to_bool  # of a text in a YAML
-        return flag
-
-
-Arguments = TypeVar("Arguments", bound=StageArguments)
-
-
-def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
-    """Parse the arguments of a stage: defaults, then the YAML named by --config, then the command line.
-
-    Ends the program with one sentence when a key is unknown or a value does not fit.
-    """
-    parser = SettingsParser(kind, usage="%(prog)s --config FILE [--name value ...]", allow_abbrev=False)
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="settings as YAML: a file, or a recipe of the package, as demo/stage1_siglip; the command line goes before it",
-    )
-    _ours_first(parser, kind)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    config = parser.parse_known_args(argv)[0].config
-    known = {name.name for name in fields(kind) if name.init}
-    if config is not None:
-        path = find_config(config, ".yaml")
-        if not path.is_file():
-            parser.error(f"{config} is neither a file nor a recipe of the package; those are {', '.join(recipes())}")
-        try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            parser.error(f"{path} is not valid YAML: {' '.join(str(error).split())}")
-        if not isinstance(settings, dict):
-            parser.error(f"{path} must hold lines of `name: value`, not a {type(settings).__name__}")
-        unknown = sorted(map(str, set(settings) - known))
-        if unknown:
-            parser.error(f"{path} has the unknown keys {', '.join(unknown)}; {_nearest(unknown[0], known)}")
-        for name, hint in get_type_hints(kind).items():
-            if name in settings and not _fits(settings[name], hint):
-                wanted = hint.__name__ if isinstance(hint, type) else re.sub(r"\w+\.", "", str(hint))
-                parser.error(f"{path}: {name} is {settings[name]!r} but must be {wanted}")
-        parser.set_defaults(**settings)
-        for action in parser._actions:  # a value from the file counts as given
-            if action.dest in settings:
-                action.required = False
-    namespace, rest = parser.parse_known_args(argv)
-    flags = [flag.split("=")[0].lstrip("-") for flag in rest if flag.startswith("--")]
-    if rest:
-        parser.error(f"unknown: {' '.join(rest)}; {_nearest(flags[0], known) if flags else 'every setting is --name value'}")
-    values = {key: value for key, value in vars(namespace).items() if key in known}
-    if not values["data"]:
-        parser.error("--data is missing; make it with `med3dvlm prepare`")
-    if values.get("deepspeed") and "RANK" not in os.environ:
-        _alone()
-    try:
-        return kind(**values)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-def _ours_first(parser: argparse.ArgumentParser, kind: type) -> None:
-    """List the stage's own settings in --help before transformers', which are five times as many."""
-    theirs = {one.name for one in fields(TrainingArguments)} - {"output_dir", "help"}
-    own = parser.add_argument_group("settings of this stage")
-    all_options = parser._optionals
-    all_options.title = "settings of transformers' Trainer"
-    own._group_actions = [action for action in all_options._group_actions if action.dest not in theirs]
-    own._group_actions.sort(key=lambda action: action.dest not in ("help", "config"))
-    all_options._group_actions = [action for action in all_options._group_actions if action.dest in theirs]
-    parser._action_groups.sort(key=lambda group: group is not own)
-
-
 def _gpu_has_bfloat16() -> bool:
     """Return whether there is a GPU, or another accelerator, that computes in bfloat16 itself."""
     if torch.cuda.is_available():
@@ -326,33 +236,6 @@ def _check_engine(config: Any, path: str) -> None:
     for part in ("offload_optimizer", "offload_param"):
         if config.get_value(f"zero_optimization.{part}.device") == "nvme":
             raise ValueError(f"{path}: zero_optimization.{part}.device is 'nvme' but must be 'cpu': checkpoints are made in memory")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a YAML value is of a field's type. Texts pass: the parser converts them like a flag's, or reports an error."""
-    kind = get_origin(hint) or hint
-    if kind in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if kind is Literal:
-        return value in get_args(hint)
-    if isinstance(value, bool):
-        return kind is bool
-    return kind is float if isinstance(value, int) and kind is not int else isinstance(value, (str, kind))
-
-
-def _alone() -> None:
-    """Declare this the only process: without a launcher DeepSpeed would ask MPI."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def _nearest(name: str, known: set[str]) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else "see --help for the known ones"
 
 
 def identity_of(arguments: StageArguments, data_fingerprint: str, started_from: dict[str, str]) -> dict[str, Any]:

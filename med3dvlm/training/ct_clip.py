@@ -11,8 +11,8 @@ last whole checkpoint.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from med3dvlm.training.arguments import parse_arguments
 from med3dvlm.training.contrastive import ContrastiveArguments, train_contrastive
+from med3dvlm.training.parsing import parse_arguments
 
 
 @dataclass

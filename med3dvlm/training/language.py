@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from med3dvlm.datasets.augmentation import Augmentation
-from med3dvlm.datasets.conversations import LOSS_WEIGHTINGS, ROWS, ConversationCollator, ConversationDataset
+from med3dvlm.datasets.conversations import LOSS_WEIGHTINGS, ConversationCollator, ConversationDataset, ConversationOptions
 from med3dvlm.datasets.features import SharedFeatures, fingerprint
 from med3dvlm.datasets.mask_prompts import require_masks
 from med3dvlm.datasets.pointing import PointingAnswers
@@ -74,13 +74,15 @@ class ConversationArguments(ImageArguments):
         require_quantization(self.quantize, TRAINED)
         if self.quantize and self.deepspeed and self.hf_deepspeed_config.is_zero3():
             raise ValueError("quantize does not go with ZeRO-3, which would cut 4-bit weights into parts; pass --deepspeed deepspeed/zero2")
-        for name, known in (("rows", ROWS), ("loss_weighting", LOSS_WEIGHTINGS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r} but must be {' or '.join(known)}")
-        if self.rows == "conversation" and self.follow_ups:
-            raise ValueError(f"follow_ups is {self.follow_ups} but must be 0 where a row is one conversation; pass --follow-ups 0")
+        self.conversation_options(yes_no=True)
+        if self.loss_weighting not in LOSS_WEIGHTINGS:
+            raise ValueError(f"loss_weighting is {self.loss_weighting!r} but must be {' or '.join(LOSS_WEIGHTINGS)}")
         if self.max_row_length < self.max_length:
             raise ValueError(f"max_row_length is {self.max_row_length} but must be at least max_length, {self.max_length}; raise it")
+
+    def conversation_options(self, yes_no: bool) -> ConversationOptions:
+        """Return which conversations the data sets hold; raises ValueError where these settings contradict each other."""
+        return ConversationOptions(yes_no, self.reports, self.closed, self.follow_ups, self.rows)
 
 
 class ConversationTrainer(StageTrainer):
@@ -171,10 +173,7 @@ def conversations(
         raise ValueError("with cache_features every volume is seen once, unchanged; pass --cache-features false or --augmentation none")
 
     def dataset(split: str, augmentation: Augmentation | None) -> ConversationDataset:
-        rows = ConversationDataset(
-            data, split, yes_no, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups,
-            seed=arguments.seed, augmentation=augmentation, rows=arguments.rows, answers=answers,
-        )  # fmt: skip
+        rows = ConversationDataset(data, split, arguments.conversation_options(yes_no), arguments.seed, augmentation, answers=answers)
         limit_lengths(rows, split, processor, arguments)
         if arguments.cache_features:
             rows.features = _cached_features(arguments, data, model, split)

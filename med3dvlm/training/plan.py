@@ -22,10 +22,11 @@ from torch import nn
 
 from med3dvlm.models.quantized import BLOCK
 from med3dvlm.programs import Parser, positive
-from med3dvlm.training.arguments import find_config, parse_arguments
+from med3dvlm.training.arguments import find_config
 from med3dvlm.training.ct_clip import CTCLIPArguments
 from med3dvlm.training.language import ConversationArguments
 from med3dvlm.training.memory import ACTIVATIONS, LOGITS, peak_of_step
+from med3dvlm.training.parsing import parse_arguments
 from med3dvlm.training.planned import STAGES, batch_of, build, draws_masks
 
 GB = 1e9

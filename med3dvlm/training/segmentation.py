@@ -24,7 +24,8 @@ from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.models.segmentation import Med3DSegmenter, Med3DSegmenterConfig, Med3DSegmenterOutput
 from med3dvlm.processes import together
 from med3dvlm.records import Study
-from med3dvlm.training.arguments import ImageArguments, parse_arguments
+from med3dvlm.training.arguments import ImageArguments
+from med3dvlm.training.parsing import parse_arguments
 from med3dvlm.training.run import finish, run_training, save_final, train_only
 from med3dvlm.training.trainer import StageTrainer
 

@@ -14,10 +14,11 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from med3dvlm import Med3DVLMProcessor
-from med3dvlm.datasets.conversations import ConversationCollator, ConversationDataset
+from med3dvlm.datasets.conversations import ConversationCollator, ConversationDataset, ConversationOptions
 from med3dvlm.models.vlm_processor import branch_mask
-from med3dvlm.training.arguments import StageArguments, parse_arguments
+from med3dvlm.training.arguments import StageArguments
 from med3dvlm.training.language import ConversationTrainer, limit_lengths
+from med3dvlm.training.parsing import parse_arguments
 from med3dvlm.training.run import finish, run_training, save_final
 
 CHAT_TEMPLATE = (
@@ -82,12 +83,10 @@ def train_tokenizer(dataset: ConversationDataset, vocabulary: int) -> Qwen2Token
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(Stage0Arguments, argv)
     data = arguments.open_data()
+    options = ConversationOptions(reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups)
 
     def dataset(split: str) -> ConversationDataset:
-        return ConversationDataset(
-            data, split, yes_no=True, reports=arguments.reports, closed=arguments.closed, follow_ups=arguments.follow_ups,
-            seed=arguments.seed, image=False,
-        )  # fmt: skip
+        return ConversationDataset(data, split, options, arguments.seed, image=False)
 
     texts = dataset("train")
     validation = dataset(arguments.validation_split) if arguments.validates else None

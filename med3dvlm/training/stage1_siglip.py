@@ -8,8 +8,8 @@ Writes a Med3DCLIP with its tokenizer and VolumeProcessor. Started again, it con
 
 from collections.abc import Sequence
 
-from med3dvlm.training.arguments import parse_arguments
 from med3dvlm.training.contrastive import ContrastiveArguments, train_contrastive
+from med3dvlm.training.parsing import parse_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,8 +17,8 @@ from med3dvlm.checkpoints import load_clip, load_language_model
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.processes import together
-from med3dvlm.training.arguments import parse_arguments
 from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations, hold_quantized
+from med3dvlm.training.parsing import parse_arguments
 from med3dvlm.training.run import finish, run_training, save_final, train_only
 
 

@@ -27,8 +27,8 @@ from med3dvlm.inference.out_of_distribution import fit_detector, pool_features
 from med3dvlm.models.pointing import POINTING_TOKEN, pointing_settings
 from med3dvlm.models.quantized import QUANTIZATION_FILE
 from med3dvlm.processes import together
-from med3dvlm.training.arguments import parse_arguments
 from med3dvlm.training.language import ConversationArguments, ConversationTrainer, conversations, hold_quantized
+from med3dvlm.training.parsing import parse_arguments
 from med3dvlm.training.run import finish, lora_targets, release, run_training, save_final
 
 logger = logging.getLogger(__name__)

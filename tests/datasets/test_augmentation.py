@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 
 from med3dvlm.datasets.augmentation import Augmentation, resample
-from med3dvlm.datasets.conversations import ConversationDataset
+from med3dvlm.datasets.conversations import ConversationDataset, ConversationOptions
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import PairDataset
 
@@ -104,7 +104,10 @@ def test_flips_are_made_where_they_are_asked_for() -> None:
 
 def test_flips_are_refused_where_texts_speak_of_sides(prepared: Path) -> None:
     data, mirrored = PreparedData(prepared), Augmentation(flips=("width",))
-    for kind in (lambda: PairDataset(data, "train", 0, mirrored), lambda: ConversationDataset(data, "train", True, augmentation=mirrored)):
+    for kind in (
+        lambda: PairDataset(data, "train", 0, mirrored),
+        lambda: ConversationDataset(data, "train", ConversationOptions(), augmentation=mirrored),
+    ):
         with pytest.raises(ValueError, match=r"flips along width would make \d+ texts .* untrue, which speak of sides .*leave flips out"):
             kind()
     mirrored.check(["A normal scan.", "Brightly copyrighted."])  # whole words only

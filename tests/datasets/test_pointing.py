@@ -8,7 +8,7 @@ import torch
 
 from med3dvlm import Med3DVLMProcessor
 from med3dvlm.checkpoints import load_vlm
-from med3dvlm.datasets.conversations import ConversationCollator, ConversationDataset
+from med3dvlm.datasets.conversations import ConversationCollator, ConversationDataset, ConversationOptions
 from med3dvlm.datasets.pointing import PointingAnswers, named_masks, places
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.models.pointing import POINTING_TOKEN
@@ -56,7 +56,7 @@ def processor(tiny_models: SimpleNamespace) -> Med3DVLMProcessor:
 
 def rows_of(prepared: Path, **settings: object) -> ConversationDataset:
     data = PreparedData(prepared)
-    return ConversationDataset(data, "train", yes_no=True, answers=PointingAnswers(data), **settings)  # type: ignore[arg-type]
+    return ConversationDataset(data, "train", ConversationOptions(**settings), answers=PointingAnswers(data))  # type: ignore[arg-type]
 
 
 def test_masks_come_in_the_order_of_the_tokens_whatever_is_cut(prepared: Path, processor: Med3DVLMProcessor) -> None:

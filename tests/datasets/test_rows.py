@@ -12,7 +12,7 @@ import torch
 
 from med3dvlm.checkpoints import load_vlm
 from med3dvlm.datasets.augmentation import Augmentation
-from med3dvlm.datasets.conversations import ConversationDataset
+from med3dvlm.datasets.conversations import ConversationDataset, ConversationOptions
 from med3dvlm.datasets.rows import pack
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import PairDataset
@@ -31,8 +31,8 @@ def processor(tiny_models: SimpleNamespace) -> Med3DVLMProcessor:
     return load_vlm(tiny_models.vlm)[1]
 
 
-def one_each(data: PreparedData, **options: Any) -> ConversationDataset:
-    return ConversationDataset(data, "train", True, follow_ups=0, rows="conversation", **options)
+def one_each(data: PreparedData, seed: int = 0, augmentation: Augmentation | None = None, **options: Any) -> ConversationDataset:
+    return ConversationDataset(data, "train", ConversationOptions(follow_ups=0, rows="conversation", **options), seed, augmentation)
 
 
 def test_every_question_and_report_is_a_row_of_its_own(data: PreparedData) -> None:
@@ -77,12 +77,12 @@ def test_the_reports_of_a_share_of_the_studies_are_rows(data: PreparedData) -> N
 
 
 def test_wrong_rows_are_named(data: PreparedData, processor: Med3DVLMProcessor) -> None:
-    with pytest.raises(ValueError, match="rows 'volume' is unknown; known: study, conversation"):
-        ConversationDataset(data, "train", True, rows="volume")
+    with pytest.raises(ValueError, match="rows is 'volume' but must be study or conversation"):
+        ConversationDataset(data, "train", ConversationOptions(rows="volume"))
     with pytest.raises(ValueError, match="follow_ups is 0.25 but must be 0 where a row is one conversation; pass --follow-ups 0"):
-        ConversationDataset(data, "train", True, rows="conversation")
+        ConversationDataset(data, "train", ConversationOptions(rows="conversation"))
     with pytest.raises(ValueError, match="max_row_length is 99 but must be at least max_length, 100"):
-        ConversationDataset(data, "train", True).limit_rows(processor, 100, 99)
+        ConversationDataset(data, "train", ConversationOptions()).limit_rows(processor, 100, 99)
 
 
 def many_questions(talks: ConversationDataset, place: int, count: int) -> None:
@@ -98,7 +98,7 @@ def many_questions(talks: ConversationDataset, place: int, count: int) -> None:
 def test_five_hundred_questions_become_rows_of_bounded_length(
     data: PreparedData, processor: Med3DVLMProcessor, image: bool, max_row_length: int
 ) -> None:
-    talks = ConversationDataset(data, "train", True, reports=0.5, image=image, seed=4)
+    talks = ConversationDataset(data, "train", ConversationOptions(reports=0.5), 4, image=image)
     many_questions(talks, 2, 500)
     talks.limit_rows(processor, 400, max_row_length)
     places = [index for index, row in enumerate(talks.rows) if row.study == 2]
@@ -123,7 +123,7 @@ def test_five_hundred_questions_become_rows_of_bounded_length(
 
 
 def test_short_studies_stay_one_row_and_say_what_they_said(data: PreparedData, processor: Med3DVLMProcessor) -> None:
-    talks, limited = (ConversationDataset(data, "train", True, seed=6) for _ in range(2))
+    talks, limited = (ConversationDataset(data, "train", ConversationOptions(), 6) for _ in range(2))
     limited.limit_rows(processor, 400, 4096)
     assert len(limited) == len(talks.studies)
     for index in range(len(talks)):
@@ -134,7 +134,7 @@ def test_short_studies_stay_one_row_and_say_what_they_said(data: PreparedData, p
 
 def test_a_row_of_what_is_drawn_alone_is_never_empty(data: PreparedData, processor: Med3DVLMProcessor) -> None:
     """Where a row has room for one conversation only, the report has one for itself."""
-    talks = ConversationDataset(data, "train", True, reports=0.1, closed=0.1, follow_ups=0.1)
+    talks = ConversationDataset(data, "train", ConversationOptions(reports=0.1, closed=0.1, follow_ups=0.1))
     longest = 110
     talks.limit_rows(processor, longest, longest)
     assert len(talks) > 2 * len(talks.studies)
@@ -165,7 +165,7 @@ def moved(keys: Sequence[torch.Tensor]) -> list[bool]:
 def test_what_is_said_and_what_is_moved_are_independent(data: PreparedData) -> None:
     """Over 1,100 rows a correlation of 0.12 is four standard errors; with one stream for both it was 0.9 and more."""
     augment = Augmentation(share=0.5)
-    talks = ConversationDataset(data, "train", True, reports=0.5, augmentation=augment)
+    talks = ConversationDataset(data, "train", ConversationOptions(reports=0.5), augmentation=augment)
     pairs = PairDataset(data, "train", 0, augment, sentences=3)
     reported, said, keys = [], [], []
     for epoch in range(50):
@@ -197,7 +197,7 @@ def test_rows_of_one_study_are_moved_independently(data: PreparedData) -> None:
 @pytest.mark.parametrize("image", [True, False])
 def test_what_is_cut_is_counted_and_ends_without_its_token(image: bool, data: PreparedData, processor: Med3DVLMProcessor) -> None:
     """Against rows that are written out with every report and question, whole and cut; without an image the report stands in its place."""
-    talks = ConversationDataset(data, "train", True, image=image)
+    talks = ConversationDataset(data, "train", ConversationOptions(), image=image)
     end = processor.tokenizer.eos_token_id
     inserted = processor.num_image_tokens if image else 0
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from med3dvlm.checkpoints import load_clip, load_vlm
 from med3dvlm.datasets.augmentation import Augmentation
-from med3dvlm.datasets.conversations import ConversationCollator, ConversationDataset
+from med3dvlm.datasets.conversations import ConversationCollator, ConversationDataset, ConversationOptions
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import PairCollator, PairDataset, load_volumes
 from med3dvlm.records import Question
@@ -48,7 +48,7 @@ def settings(folder: Path, kind: type = ImageArguments, **others: Any) -> Any:
 def test_volumes_leave_the_loader_as_they_are_stored(prepared: Path, pair_processor: Any, tiny_models: SimpleNamespace) -> None:
     data = PreparedData(prepared)
     pairs, (_, processor) = PairDataset(data, "train"), load_vlm(tiny_models.vlm)
-    talks = ConversationDataset(data, "train", yes_no=True)
+    talks = ConversationDataset(data, "train", ConversationOptions())
     stored = torch.stack([data.volume(study) for study in data.studies("train")[:3]])
     for dataset, collator in ((pairs, PairCollator(pair_processor)), (talks, ConversationCollator(processor, 400))):
         batch = collator([dataset[index] for index in range(3)])
@@ -64,7 +64,7 @@ def test_only_questions_with_a_letter_for_every_choice_are_asked_by_letters(prep
     study = data.studies("train")[0]
     nine = tuple(f"organ {number}" for number in range(9))
     asked = [Question(study.id, "other", "Open?", (), "Free."), Question(study.id, "other", "Nine?", nine, nine[8])]
-    talks = ConversationDataset(data, "train", yes_no=True, reports=0, closed=1, follow_ups=0)
+    talks = ConversationDataset(data, "train", ConversationOptions(reports=0, closed=1, follow_ups=0))
     talks.asked[study.id] = asked
     assert [row[0]["content"] for row in talks.conversations(0)] == ["Open?", "Nine?"]
     talks.asked[study.id] = [*asked, Question(study.id, "other", "Eight?", nine[:8], nine[7])]

@@ -1,4 +1,4 @@
-"""python tests/drivers/two_processes.py FOLDER PORT: the toy training of test_training.py on 2 processes, whole, stopped and continued."""
+"""python tests/drivers/two_processes.py FOLDER PORT: the toy training on 2 processes, uninterrupted, stopped and resumed."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.training.test_run import train
+from tests.training.toy import train
 
 
 def process(rank: int, folder: Path, port: str) -> None:

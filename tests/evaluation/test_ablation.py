@@ -17,7 +17,7 @@ from med3dvlm.encoders import build_encoder, count_parameters
 from med3dvlm.metrics.meteor import meteor_available
 from med3dvlm.records import QUESTION_KINDS
 from med3dvlm.training import stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
-from med3dvlm.training.arguments import parse_arguments
+from med3dvlm.training.parsing import parse_arguments
 from tests.stand_ins import run_script
 
 Run = Callable[..., None]

@@ -37,7 +37,7 @@ def test_scans_sent_within_messages_give_way_to_uploads(tmp_path: Path, scan) ->
 
 
 def test_a_scan_expires_so_long_after_its_last_use(tmp_path: Path, scan, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Scans(random_chat.build("qwen2"), tmp_path, Limits(seconds=3600))
+    kept = Scans(random_chat.build("qwen2"), tmp_path, Limits(scan_seconds=3600))
     with scan(1).open("rb") as file:
         added = kept.add("anna", [("a.nii.gz", file)])
     began, ticks, now = time.time(), time.monotonic, time.time
@@ -101,7 +101,7 @@ def test_what_was_read_of_a_scan_goes_with_it(server, upload) -> None:
 def test_an_expired_scan_goes_without_a_request(tmp_path: Path, scan, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Scans] = []
     monkeypatch.setattr("med3dvlm.serving.server.Scans", lambda *arguments: made.append(Scans(*arguments)) or made[-1])
-    with serving(tmp_path, limits=Limits(seconds=0.2)):
+    with serving(tmp_path, limits=Limits(scan_seconds=0.2)):
         with scan(1).open("rb") as file:
             gone = weakref.ref(made[0].add("", [("a.nii.gz", file)]))
         ends = time.monotonic() + 20

@@ -116,7 +116,7 @@ def test_other_web_pages_and_names_are_refused(server, http: httpx.Client) -> No
 
 def test_uploads_are_bounded_in_size_number_and_time(tmp_path: Path, scan) -> None:
     file = scan(0).read_bytes()
-    limits = Limits(upload_bytes=2 * len(file), scans=2, seconds=0.5)
+    limits = Limits(upload_bytes=2 * len(file), scans=2, scan_seconds=0.5)
     with serving(tmp_path, limits=limits) as server, httpx.Client(base_url=server.address, trust_env=False, timeout=60) as http:
 
         def send(content: bytes = file) -> httpx.Response:

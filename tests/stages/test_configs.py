@@ -15,8 +15,9 @@ from med3dvlm.cli import PROGRAMS
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.encoders import build_encoder, count_parameters
 from med3dvlm.training import ct_clip, segmentation, stage0_language_model, stage2_projector, stage3_lora
-from med3dvlm.training.arguments import StageArguments, find_config, parse_arguments
+from med3dvlm.training.arguments import StageArguments, find_config
 from med3dvlm.training.contrastive import ContrastiveArguments
+from med3dvlm.training.parsing import parse_arguments
 from med3dvlm.training.run import lora_targets, train_only
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm
-from med3dvlm.datasets.conversations import ConversationDataset
+from med3dvlm.datasets.conversations import ConversationDataset, ConversationOptions
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.training.trainer import COMPLETE
@@ -228,7 +228,7 @@ def test_the_validation_loss_is_that_of_plain_loops_however_it_is_computed(train
 
     model, processor = load_vlm(alone, dtype=torch.float64)
     data = PreparedData(train.data[1], split_file=train.data[3])  # type: ignore[arg-type]
-    rows = ConversationDataset(data, "validation", yes_no=False, reports=0, closed=0, follow_ups=0)
+    rows = ConversationDataset(data, "validation", ConversationOptions(False, reports=0, closed=0, follow_ups=0))
     expected = []
     for row in range(len(rows)):
         for messages in rows.conversations(row):

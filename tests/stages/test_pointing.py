@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from med3dvlm.checkpoints import load_adapted, load_segmenter, load_vlm
-from med3dvlm.datasets.conversations import ConversationCollator, ConversationDataset
+from med3dvlm.datasets.conversations import ConversationCollator, ConversationDataset, ConversationOptions
 from med3dvlm.datasets.pointing import PointingAnswers
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import load_volumes
@@ -78,7 +78,7 @@ def test_the_merged_model_points_as_the_adapted_one(plain: Path, prepared: Path)
     merged, again = load_vlm(plain / "merged")
     assert processor.pointing_token_id == again.pointing_token_id is not None
     data = PreparedData(prepared)
-    rows = ConversationDataset(data, "train", yes_no=True, answers=PointingAnswers(data), closed=0, follow_ups=0)
+    rows = ConversationDataset(data, "train", ConversationOptions(closed=0, follow_ups=0), answers=PointingAnswers(data))
     row, pixels = rows[0], load_volumes(data, rows.studies[:1])
     for turns in row["conversations"]:
         ids = torch.tensor([processor.encode(turns)["input_ids"]])
@@ -127,7 +127,7 @@ def test_the_validation_loss_is_that_of_single_rows(train: Train, prepared: Path
         found = json.loads((output / "validation_losses.jsonl").read_text())["eval_loss"]
         model, processor = load_vlm(output / "merged")
         data = PreparedData(prepared, split_file=output.parent / "few.json")
-        rows = ConversationDataset(data, "validation", yes_no=True, answers=PointingAnswers(data), closed=0, follow_ups=0, seed=42)
+        rows = ConversationDataset(data, "validation", ConversationOptions(closed=0, follow_ups=0), 42, answers=PointingAnswers(data))
         words, masks, items = 0.0, 0.0, 0
         for number in range(len(rows)):
             batch = ConversationCollator(processor, 256)([rows[number]])

@@ -12,7 +12,7 @@ import torch
 
 from med3dvlm.models.vlm_processor import branch_mask
 from med3dvlm.training.throughput import Throughput, count, figures
-from tests.training.test_run import train
+from tests.training.toy import train
 
 TRACKER = """
 import json
