@@ -1,4 +1,4 @@
-"""What every test shares: no network, no window, one seed, and the way to the repository and to real scans."""
+"""Fixtures of all tests: no network, no window, one seed, the repository, real scans, prepared phantoms and tiny models."""
 
 import ctypes
 import gc
@@ -28,14 +28,14 @@ allocator.keep_freed_memory = lambda: None  # type: ignore[assignment]
 
 
 def pytest_collection_finish() -> None:
-    """Let garbage collection skip the imported libraries: going through them takes half a second, and a training collects several times."""
+    """Exclude the imported libraries from garbage collection, which would take half a second several times in each training."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def trimmed() -> Iterator[None]:
-    """Give back the memory that the tests of a file have freed, where the C library is glibc: it keeps up to 2 GB of a large encoder's."""
+    """Return freed memory to the kernel after each file of tests; glibc would keep up to 2 GB of a large encoder."""
     yield
     pytest_collection_finish()  # what the file imported besides
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
@@ -44,7 +44,7 @@ def trimmed() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Start each test from the same random state, whatever ran before it."""
+    """Start each test from the same random state."""
     random.seed(0)
     if "numpy" in sys.modules:  # a test that uses neither does not pay for their import
         sys.modules["numpy"].random.seed(0)
@@ -54,7 +54,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def alone() -> None:
-    """Forget what a run under DeepSpeed said about its process, before the next test starts one."""
+    """Remove the environment variables of a run under DeepSpeed before the next test."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
 

@@ -1,4 +1,4 @@
-"""What the tests that drive a browser share: Chromium by Playwright, one for all of them, and what they do to a page."""
+"""Helpers of the browser tests: one Chromium by Playwright, and actions on a page."""
 
 import shutil
 import time
@@ -85,7 +85,7 @@ def count(page: Any, plane: str = "axial") -> str:
 
 
 def grey(page: Any, plane: str = "axial") -> int:
-    """A hundred times the mean red of the plane's canvas: it tells two pictures apart."""
+    """Returns a hundred times the mean red of the plane's canvas, which differs between two pictures."""
     return page.evaluate(
         """plane => { const canvas = document.querySelector(`[data-plane=${plane}] canvas`);
         const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;

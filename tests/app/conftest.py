@@ -1,4 +1,4 @@
-"""What the tests of the page share: a model that only repeats what it was given, the page served on localhost, and small scans."""
+"""Fixtures of the page's tests: a model that repeats its input, the page on localhost, and small scans."""
 
 import os
 import time
@@ -60,7 +60,7 @@ class Parrot:
 
 
 def spot(volume: Volume, *asked: object) -> tuple[np.ndarray, int]:
-    """SaliencyMap in one corner; a phrase that is "nothing" is found nowhere."""
+    """Returns a saliency map with one bright corner, or an empty one for the phrase "nothing"."""
     if asked == ("nothing",):
         raise ValueError("The phrase says nothing.")
     cells = np.zeros([-(-length // 2) for length in volume.shape], np.float32)

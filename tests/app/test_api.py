@@ -64,7 +64,7 @@ def test_a_scan_is_described_without_its_name_and_not_kept(server, client, scan)
         ("escape.zip", "outside"),
     ],
 )
-def test_a_wrong_file_gets_a_sentence_and_the_open_scan_stays(server, client, scan, tmp_path, name, words) -> None:
+def test_a_wrong_file_is_refused_and_the_open_scan_stays(server, client, scan, tmp_path, name, words) -> None:
     session, wrong = client(), tmp_path / name
     read(session, scan())
     wrong.write_bytes({"empty": b"", "cut.": scan().read_bytes()[:900]}.get(name[:4].strip("."), b"not a scan"))
@@ -99,7 +99,7 @@ def test_another_series_of_a_study_is_opened_by_its_number(server, client, tmp_p
     wait_for(lambda: gc.collect() and files_with_content(server.uploads) == [])
 
 
-def test_an_upload_over_the_limit_gets_a_sentence(server, client, tmp_path) -> None:
+def test_an_upload_over_the_limit_is_refused(server, client, tmp_path) -> None:
     files = [tmp_path / f"Doe{number}.dcm" for number in (1, 2)]
     for number, path in enumerate(files):
         path.write_bytes(np.random.default_rng(number).bytes(700_000))
@@ -125,7 +125,7 @@ def test_nothing_is_fetched_from_an_address(client) -> None:
         client().predict([far], api_name="/open")
 
 
-def test_nobody_passes_by_the_queue_or_goes_without_a_session(server) -> None:
+def test_queue_and_session_cannot_be_bypassed(server) -> None:
     for name, body in (("example", {"data": ["Chest phantom"]}), ("stop", {"data": []})):
         request = urllib.request.Request(
             f"{server.address}gradio_api/run/{name}", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -135,7 +135,7 @@ def test_nobody_passes_by_the_queue_or_goes_without_a_session(server) -> None:
     assert server.workstation.sessions.get("").scan is None
 
 
-def test_one_file_from_two_at_once_and_twice_in_one_request(server, client, scan) -> None:
+def test_one_file_uploaded_by_two_sessions_and_twice_in_one_request(server, client, scan) -> None:
     path = scan(11)
     jobs = [session.submit(handle_file(path), "Which?", api_name="/answer") for session in (client(), client(), client())]
     assert all("11 slices." in job.result(timeout=60)["answer"] for job in jobs)
@@ -174,7 +174,7 @@ def test_an_answer_streams_and_is_remembered(server, client, scan) -> None:
     assert server.parrot.histories[-1] == []  # a new scan starts a new conversation
 
 
-def test_what_is_missing_or_too_long_gets_a_sentence(client, scan) -> None:
+def test_missing_and_too_long_inputs_are_refused(client, scan) -> None:
     session = client()
     with pytest.raises(AppError, match=re.escape(NO_SCAN)):
         asked(session, "Anything?")
@@ -201,7 +201,7 @@ def test_stop_ends_an_answer_and_a_second_question_waits_its_turn(server, client
     assert asked(session, "Next?")["state"] == "done"
 
 
-def test_a_scan_out_of_distribution_is_said_to_be_so(client, scan) -> None:
+def test_a_scan_out_of_distribution_is_reported(client, scan) -> None:
     session = client()
     assert session.predict(api_name="/notice") == ""  # no scan
     read(session, scan(12))
@@ -232,7 +232,7 @@ def test_sessions_see_their_own_scan_also_when_two_upload_the_same_file(server, 
     assert all("14 slices." in asked(session, "Mine?")["answer"] for session in sessions)
 
 
-def test_a_closed_session_gives_its_memory_back_and_stops_its_answer(server, client, scan) -> None:
+def test_a_closed_session_frees_its_memory_and_stops_its_answer(server, client, scan) -> None:
     session = client()
     read(session, scan())
     workstation = server.workstation.sessions.get(session.session_hash)

@@ -73,8 +73,8 @@ def test_look_and_ask(visit, server, scan) -> None:
     expect(page.get_by_text("Ask about the scan", exact=True)).to_be_visible()
 
 
-def test_nothing_of_the_scan_before_stays(visit, server, scan) -> None:
-    """Not its conversation while a question is edited, not a question that waited behind its answer."""
+def test_nothing_of_the_previous_scan_stays(visit, server, scan) -> None:
+    """Neither the conversation, while a question is being edited, nor a waiting question is kept."""
     page = visit()
     opened(page, scan())
     ask(page, "First?")
@@ -93,7 +93,7 @@ def test_nothing_of_the_scan_before_stays(visit, server, scan) -> None:
     expect(page.locator(".turn")).to_have_count(1)
 
 
-def test_stop_sampling_and_a_page_that_is_closed_while_an_answer_streams(visit, server, scan) -> None:
+def test_stop_sampling_and_closing_the_page_during_an_answer(visit, server, scan) -> None:
     page = visit()
     opened(page, scan())
     ask(page, "slowly")
@@ -123,7 +123,7 @@ def test_stop_sampling_and_a_page_that_is_closed_while_an_answer_streams(visit, 
     assert files_with_content(server.uploads) == []
 
 
-def test_what_cannot_be_read_is_said_where_one_looks_and_the_open_scan_stays(visit, scan, tmp_path) -> None:
+def test_an_unreadable_file_is_reported_in_view_and_the_open_scan_stays(visit, scan, tmp_path) -> None:
     page = visit(820, 1180)
     opened(page, scan())
     wrong = tmp_path / "<b>notes.nii.gz"
@@ -197,7 +197,7 @@ def test_a_draft_that_was_stopped_says_so(visit, server, scan) -> None:
     assert b"Incomplete" in saved(page, "Text")
 
 
-def test_a_page_that_is_loaded_again_is_as_it_was(visit, server, scan) -> None:
+def test_reloading_restores_the_page(visit, server, scan) -> None:
     page = visit()
     page.on("dialog", lambda dialog: dialog.accept())
     page.locator("#loader input[type=file]").set_input_files(scan(13))
@@ -226,7 +226,7 @@ def test_a_page_that_is_loaded_again_is_as_it_was(visit, server, scan) -> None:
     assert session.scan is not None
 
 
-def test_where_it_looked_and_what_is_similar(visit, scan) -> None:
+def test_saliency_overlay_and_similar_cases(visit, scan) -> None:
     page = visit()
     opened(page, scan())
     ask(page, "Which organ?")

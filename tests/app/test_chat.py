@@ -1,4 +1,4 @@
-"""The program itself: what it refuses, what it serves, what it leaves behind."""
+"""The program `med3dvlm chat`: refused options, accounts, and the files that it leaves."""
 
 import asyncio
 import inspect
@@ -40,7 +40,7 @@ def test_no_model_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:
         assert words in error and str(model) in error and error.count("\n") == 1
 
 
-def test_others_are_let_in_with_a_password_only(tmp_path, capsys) -> None:
+def test_other_machines_need_a_password(tmp_path, capsys) -> None:
     assert run(app.main, ["--model", str(tmp_path), "--host", "0.0.0.0"]) == 2
     assert "give --auth-file" in capsys.readouterr().err
     for content, words in (
@@ -57,7 +57,7 @@ def test_others_are_let_in_with_a_password_only(tmp_path, capsys) -> None:
         assert words in error and error.count("\n") == 1
 
 
-def test_a_wrong_other_name_is_refused(tmp_path, capsys) -> None:
+def test_a_wrong_allowed_host_is_refused(tmp_path, capsys) -> None:
     for name in ("http://scans.example", "a b", "", "scans.example:", "scans.example/page"):
         assert run(app.main, ["--model", str(tmp_path), "--allow-host", name]) == 2
         assert "is not a name or an address" in capsys.readouterr().err
@@ -66,12 +66,12 @@ def test_a_wrong_other_name_is_refused(tmp_path, capsys) -> None:
         assert "no weights" in capsys.readouterr().err
 
 
-def test_programs_without_accounts_and_accounts_are_no_pair(tmp_path, capsys) -> None:
+def test_mcp_cannot_be_combined_with_accounts(tmp_path, capsys) -> None:
     assert run(app.main, ["--model", str(tmp_path), "--mcp", "--auth-file", str(tmp_path / "accounts.json")]) == 2
     assert "--mcp has no accounts" in capsys.readouterr().err
 
 
-def test_what_a_killed_chat_left_goes_and_what_another_has_stays(tmp_path, monkeypatch) -> None:
+def test_folders_of_killed_chats_are_deleted_and_those_of_running_ones_kept(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("GRADIO_TEMP_DIR", "elsewhere")  # as it was
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
@@ -86,7 +86,7 @@ def test_what_a_killed_chat_left_goes_and_what_another_has_stays(tmp_path, monke
     assert not private.exists()
 
 
-def test_a_wrong_guess_takes_its_time_and_nobody_elses(tmp_path, monkeypatch) -> None:
+def test_a_wrong_password_is_slow_but_delays_nobody_else(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("med3dvlm.app.accounts.SECONDS_AFTER_WRONG", 5.0)
     monkeypatch.setattr("med3dvlm.app.accounts.COST", {"n": 2**10, "r": 8, "p": 1})
     add(tmp_path / "accounts.json", "anna", "correct horse")
@@ -147,8 +147,8 @@ def test_a_password_is_kept_as_its_scrypt_hash(tmp_path, monkeypatch, capsys) ->
 
 
 @pytest.mark.slow
-def test_the_program_serves_who_has_an_account_and_removes_its_private_folder_at_the_end(tmp_path, free_port) -> None:
-    """The program itself in a process of its own, its model replaced by one that loads at once."""
+def test_the_program_serves_accounts_and_removes_its_private_folder(tmp_path, free_port) -> None:
+    """The program runs in its own process; its model is replaced by one that loads immediately."""
     model, temporary, accounts = tmp_path / "model", tmp_path / "temporary", tmp_path / "accounts.json"
     model.mkdir()
     temporary.mkdir()

@@ -1,4 +1,4 @@
-"""Requests that are none of the page's own: of other web pages, under other names, too many, malformed. Raw HTTP to the served page."""
+"""Requests from other web pages, under other host names, too many of them, or malformed, as raw HTTP to the served page."""
 
 import json
 import time
@@ -53,7 +53,7 @@ def test_other_web_pages_are_refused_everywhere(server, http) -> None:
     assert http.get("/", headers={"Origin": server.address.rstrip("/")}).status_code == 200
 
 
-def test_every_answer_says_what_the_page_may_do(server, http) -> None:
+def test_every_response_has_a_content_security_policy(server, http) -> None:
     for answer in (http.get("/"), http.get("/nowhere"), http.get("/", headers={"Host": "evil.example"}), http.get("/theme.css")):
         policy = answer.headers["Content-Security-Policy"]
         assert "frame-ancestors 'none'" in policy and "connect-src 'self'" in policy and "http" not in policy
@@ -61,7 +61,7 @@ def test_every_answer_says_what_the_page_may_do(server, http) -> None:
         assert answer.headers["Referrer-Policy"] == "no-referrer"
 
 
-def test_a_malformed_call_gets_a_sentence_and_the_log_nothing_of_it(http, capfd, caplog) -> None:
+def test_malformed_calls_are_refused_and_not_logged(http, capfd, caplog) -> None:
     def told(name: str, data: list[object]) -> object:
         event = http.post(f"/gradio_api/call/{name}", json={"data": data}).json()["event_id"]
         answer = http.get(f"/gradio_api/call/{name}/{event}", timeout=20).text
@@ -96,7 +96,7 @@ def test_a_malformed_call_gets_a_sentence_and_the_log_nothing_of_it(http, capfd,
     assert WORDS not in written and "Traceback" not in written
 
 
-def test_who_calls_too_often_waits_and_others_do_not() -> None:
+def test_rate_limits_apply_to_each_client() -> None:
     rate = Rate(3, 5.0)
     assert [rate.wait("one") for _ in range(3)] == [0, 0, 0]
     assert rate.wait("one") > 0 and rate.wait("two") == 0
@@ -104,7 +104,7 @@ def test_who_calls_too_often_waits_and_others_do_not() -> None:
     assert rate.wait("one") == 0
 
 
-def test_too_many_logins_are_told_when_to_come_back(server, http) -> None:
+def test_too_many_logins_get_a_retry_after_header(server, http) -> None:
     answers = [http.post("/login", data={"username": "anna", "password": "guess"}) for _ in range(70)]
     assert answers[0].status_code != 429 and answers[-1].status_code == 429
     assert int(answers[-1].headers["Retry-After"]) >= 1 and "try again in" in answers[-1].json()["detail"]

@@ -41,7 +41,7 @@ BOX = (slice(2, 5), slice(4, 10), slice(6, 16))  # of the stand-in's masks along
 
 
 def segment(volume: Volume, names: Sequence[str]) -> list[Segmentation]:
-    """A box with a hole for every name but those with "absent", which are not found."""
+    """Finds a box with a hole for every name, but nothing for names that contain "absent"."""
     found = []
     for name in names:
         mask = np.zeros(volume.shape, bool)
@@ -67,7 +67,7 @@ def workstation() -> Workstation:
 @pytest.mark.parametrize("letters", ["SAR", "IPL", "LAS", "PIR"])
 @pytest.mark.parametrize("max_voxels", [10**9, 1200])
 def test_the_browsers_voxels_are_the_masks(letters: str, max_voxels: int) -> None:
-    """Unpacked by plain loops, turned and coarser as the picture is."""
+    """The mask is unpacked, reoriented and coarsened by plain loops."""
     rng = np.random.default_rng(3)
     volume = Volume(rng.integers(-900, 900, (9, 21, 31)).astype(np.int16), (2.5, 1.0, 0.7), letters, None, "HU", source="scan")
     scan = replace(opened(volume, "NIfTI"), picture=picture(volume, max_voxels))
@@ -131,7 +131,7 @@ def test_findings_of_the_report_or_a_phrase_are_segmented(workstation: Workstati
     assert session.masks == {} and session.target is None
 
 
-def test_a_mask_of_the_scan_before_does_not_stay(workstation: Workstation, session: Session) -> None:
+def test_masks_of_the_previous_scan_are_removed(workstation: Workstation, session: Session) -> None:
     old = session.scan
 
     def slow(volume: Volume, names: Sequence[str]) -> list[Segmentation]:
@@ -143,7 +143,7 @@ def test_a_mask_of_the_scan_before_does_not_stay(workstation: Workstation, sessi
     assert session.scan is not old and session.masks == {} and session.target is None
 
 
-def test_words_of_an_answer_that_state_a_finding() -> None:
+def test_findings_stated_in_an_answer_can_be_segmented() -> None:
     answer = "🙂 There is a lung nodule. No pleural effusion, possible atelectasis."
     assert [[answer[start:end], name] for start, end, name in stated(answer)] == [
         ["nodule", "lung nodule"],
@@ -196,7 +196,7 @@ def test_the_segmenter_is_found_within_or_beside_the_model(tmp_path: Path) -> No
     assert find_segmenter(model) == model / "segmenter"
 
 
-def test_a_segmenter_from_its_folder_draws_in_the_place_of_overlays(tmp_path: Path, tiny_models: SimpleNamespace, session: Session) -> None:
+def test_a_segmenter_replaces_the_saliency_overlay(tmp_path: Path, tiny_models: SimpleNamespace, session: Session) -> None:
     clip, processor = load_clip(tiny_models.clip)
     model = Med3DSegmenter.from_clip(clip, decoder_widths=[8, 4, 8, 8], embedding_dim=5, attention_heads=2).eval()
     for part in (model, processor):
@@ -228,7 +228,7 @@ def place(page: Any) -> list[int]:
 
 
 def coloured(page: Any, plane: str) -> int:
-    """Pixels of a plane's canvas in the first mask's colour."""
+    """Counts the pixels of a plane's canvas that have the first mask's colour."""
     return page.evaluate(
         """plane => { const canvas = document.querySelector(`[data-plane=${plane}] canvas`);
         const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -240,7 +240,7 @@ def coloured(page: Any, plane: str) -> int:
     )
 
 
-def test_contours_are_drawn_toggled_and_gone_to(visit: Any, server: SimpleNamespace, scan: Any) -> None:
+def test_contours_are_drawn_and_toggled_and_the_viewer_moves_to_them(visit: Any, server: SimpleNamespace, scan: Any) -> None:
     page = visit()
     button = page.get_by_role("button", name="Find findings")
     expect(button).to_be_disabled()
@@ -283,7 +283,7 @@ def test_contours_are_drawn_toggled_and_gone_to(visit: Any, server: SimpleNamesp
     expect(page.locator(".findings")).to_be_hidden()
 
 
-def test_a_finding_in_report_or_answer_leads_to_its_place(visit: Any, server: SimpleNamespace, scan: Any) -> None:
+def test_clicking_a_finding_moves_the_viewer_to_it(visit: Any, server: SimpleNamespace, scan: Any) -> None:
     page = visit()
     shown_on(page, scan())
     ask(page, "Describe the findings.")
@@ -320,8 +320,8 @@ def test_masks_are_given_to_their_own_page_alone(server: SimpleNamespace) -> Non
     assert httpx.get(f"{server.address}workstation/{session.token}/mask/1").status_code == 404
 
 
-def test_what_an_answer_points_to_is_on_the_viewer(session: Session) -> None:
-    """Once for each answer; places of an answer about another scan are not drawn on this one."""
+def test_masks_of_a_pointing_answer_are_shown_in_the_viewer(session: Session) -> None:
+    """They are drawn once for each answer; those of an answer about another scan are not drawn."""
 
     class Pointing(Parrot):
         def stream(self, *given: Any, **sampling: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`--mcp`: the tools that another program's agent is offered, through the protocol's own client, as their descriptions say."""
+"""`--mcp`: the tools for agents, called by the protocol's own client as their descriptions say."""
 
 import asyncio
 import base64
@@ -40,7 +40,7 @@ def server(tmp_path, monkeypatch) -> Iterator[SimpleNamespace]:
 
 
 def called(server: SimpleNamespace, *calls: tuple[str, dict[str, str]]) -> tuple[list, list]:
-    """The tools, and what came of each call."""
+    """Returns the tools and the result of each call."""
     from mcp import ClientSession
     from mcp.client.streamable_http import streamablehttp_client
 
@@ -57,7 +57,7 @@ def sent(server: SimpleNamespace, path: Path) -> str:
     return answer.json()[0]
 
 
-def test_a_scan_is_given_as_the_description_says_and_the_answer_is_json(server, scan) -> None:
+def test_a_scan_is_passed_as_described_and_the_answer_is_json(server, scan) -> None:
     uploaded = sent(server, scan(11))
     packed = f"data:application/gzip;base64,{base64.b64encode(scan(12).read_bytes()).decode()}"
     places = (uploaded, f"{server.address}gradio_api/file={quote(uploaded)}", packed)
@@ -82,7 +82,7 @@ def test_a_scan_is_given_as_the_description_says_and_the_answer_is_json(server, 
     assert files_with_content(server.uploads) == []
 
 
-def test_what_is_no_scan_gets_a_sentence(server, scan, tmp_path) -> None:
+def test_a_file_that_is_no_scan_is_refused(server, scan, tmp_path) -> None:
     private = tmp_path / "private.nii.gz"
     private.write_bytes(scan().read_bytes())
     inside = server.uploads / "hash" / "scan-of-somebody" / "scan.dcm"
@@ -114,7 +114,7 @@ def test_what_is_no_scan_gets_a_sentence(server, scan, tmp_path) -> None:
     assert all(result.isError for result in results) and "type a question" in results[0].content[0].text
 
 
-def test_the_protocol_asks_for_origin_and_host(server) -> None:
+def test_requests_need_the_right_origin_and_host(server) -> None:
     def status(**headers: str) -> int:
         return httpx.post(server.url, json=START, headers=ACCEPT | headers).status_code
 

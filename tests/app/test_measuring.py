@@ -1,4 +1,4 @@
-"""What the viewer measures and shows, against numpy: distances, regions, slabs, the value under the mouse, and where it zooms."""
+"""The viewer's measurements against numpy: distances, regions, slabs, the value under the mouse, and zoom."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ PLANES = {"axial": (0, 1, 2), "coronal": (1, 0, 2), "sagittal": (2, 0, 1)}  # cu
 
 @pytest.fixture(scope="module")
 def shown() -> np.ndarray:
-    """(z, y, x) as the viewer shows it: superior, anterior and the patient's right first."""
+    """Returns the array (z, y, x) as the viewer shows it: superior, anterior and the patient's right come first."""
     return np.random.default_rng(11).integers(-1000, 2000, (13, 22, 34)).astype(np.int16)
 
 
@@ -38,7 +38,7 @@ def page(visit: Any, volume: Path) -> Any:
 
 
 def screen(page: Any, plane: str, column: float, row: float, size: tuple[int, ...]) -> tuple[float, float]:
-    """Where a place of a plane, in voxels from its upper left corner, lies on the screen at the first zoom: the picture fills its canvas."""
+    """Returns the screen position of a voxel of a plane, counted from the upper left corner, at the first zoom: the picture fills its canvas."""
     box = page.locator(f"[data-plane={plane}] canvas").bounding_box()
     _, rows, columns = PLANES[plane]
     height, width = size[rows] * SPACING[rows], size[columns] * SPACING[columns]
@@ -88,7 +88,7 @@ def test_distances_are_in_millimetres_of_each_plane(page, shown, plane) -> None:
 
 @pytest.mark.parametrize("plane", list(PLANES))
 @pytest.mark.parametrize("kind", ["Ellipse", "Rectangle"])
-def test_a_region_says_what_numpy_says(page, shown, plane, kind) -> None:
+def test_region_statistics_equal_numpy(page, shown, plane, kind) -> None:
     cut, rows, columns = PLANES[plane]
     section = np.take(shown, slices(page)[plane], axis=cut).astype(float)  # rows before columns, as the axes stand in PLANES
     page.get_by_role("button", name=kind, exact=True).click()
@@ -256,7 +256,7 @@ def test_of_a_study_in_doubt_a_series_is_chosen(visit, tmp_path) -> None:
     expect(choice.locator("option")).to_have_count(2)
 
 
-def test_measures_go_with_their_scan(page, scan) -> None:
+def test_measurements_are_removed_with_their_scan(page, scan) -> None:
     page.locator("[data-plane=axial]").press("d")
     page.locator("[data-plane=axial]").press("Shift+ArrowRight")
     page.locator("[data-plane=axial]").press("Enter")

@@ -1,4 +1,4 @@
-"""What once went wrong on the page: answers out of sight, reports lost, controls that do nothing, a server that went away, pale text."""
+"""Earlier defects of the page: answers out of sight, lost reports, controls without effect, a stopped server, low contrast."""
 
 import re
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def test_a_changed_report_is_not_lost_by_opening_or_leaving(visit, scan, tmp_pat
     expect(field).to_have_value("")
 
 
-def test_nobody_types_into_a_report_that_is_being_drafted(visit, server, scan) -> None:
+def test_a_report_cannot_be_edited_while_it_is_drafted(visit, server, scan) -> None:
     page = visit()
     opened(page, scan())
     page.get_by_role("tab", name="Report").click()
@@ -94,7 +94,7 @@ def test_nobody_types_into_a_report_that_is_being_drafted(visit, server, scan) -
     wait_for(lambda: "/ 10" not in count(page))
 
 
-def test_controls_that_can_do_nothing_are_disabled(visit, scan) -> None:
+def test_controls_without_effect_are_disabled(visit, scan) -> None:
     page = visit()
     named = {"Ask": "Open a scan first", "Show": "Open a scan first", "Clear conversation": "There is no conversation yet"}
     buttons = {name: page.get_by_role("button", name=name, exact=True) for name in named}
@@ -123,7 +123,7 @@ def test_controls_that_can_do_nothing_are_disabled(visit, scan) -> None:
     expect(page.locator("#search")).to_be_enabled()
 
 
-def test_a_server_that_went_away_is_said_and_the_words_can_be_saved(browser, scan, tmp_path, monkeypatch) -> None:
+def test_a_stopped_server_is_reported_and_the_report_can_be_saved(browser, scan, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     workstation = Workstation(Parrot(), "parrot", analysis=Analysis())
     blocks = build(workstation)
@@ -220,7 +220,7 @@ def bright(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_numbers_are_exact_and_an_emptied_field_changes_nothing(visit, bright) -> None:
+def test_number_fields_are_exact_and_ignore_empty_input(visit, bright) -> None:
     page = visit()
     opened(page, bright)
     expect(page.locator("[data-plane=axial] .value")).to_have_text(re.compile(r"^12345( HU)?$"))
@@ -247,7 +247,7 @@ def test_the_tool_stays_selected_after_a_click_in_the_picture(visit, scan) -> No
     assert page.locator(".tools [data-tool][aria-pressed=true]").count() == 1
 
 
-def test_the_crosshair_returns_when_the_overlay_goes(visit, scan) -> None:
+def test_the_crosshair_returns_when_the_overlay_is_removed(visit, scan) -> None:
     page = visit()
     opened(page, scan())
     where: Callable[[], str] = lambda: page.locator("#viewer [data-at]").get_attribute("data-at") or ""  # noqa: E731
@@ -268,7 +268,7 @@ def test_the_crosshair_returns_when_the_overlay_goes(visit, scan) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1024, 700), (390, 844)])
-def test_counters_stand_beside_the_picture_and_are_whole(visit, scan, width, height) -> None:
+def test_slice_counters_are_fully_visible_beside_the_picture(visit, scan, width, height) -> None:
     page = visit(width, height)
     opened(page, scan())
     for plane in ("axial", "coronal", "sagittal"):

@@ -1,4 +1,4 @@
-"""Uploads to open scans: every format, several files of a DICOM series, names that say who it is, examples, and what is left on the disk."""
+"""Uploaded scans: every format, DICOM series of several files, file names with a patient's name, examples, and the files left on the disk."""
 
 import gc
 import io
@@ -26,7 +26,7 @@ LIMIT = 2**30
 
 
 def dicom_series(folder: Path, slices: int = 6) -> list[Path]:
-    """CT slices 2 mm apart under names of a person."""
+    """Writes CT slices 2 mm apart, with a person's name in their file names."""
     folder.mkdir(parents=True, exist_ok=True)
     series, study, paths = generate_uid(), generate_uid(), []
     for number in range(slices):
@@ -57,7 +57,7 @@ def dicom_series(folder: Path, slices: int = 6) -> list[Path]:
 
 
 def two_series(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files of a study with a series of 8 slices and one of 5, and those of the latter alone."""
+    """Returns the files of a study with series of 8 and of 5 slices, and those of the second series."""
     long, short = dicom_series(folder / "long", 8), dicom_series(folder / "short", 5)
     study = pydicom.dcmread(long[0]).StudyInstanceUID
     for path in short:
@@ -124,7 +124,7 @@ def test_a_dicom_series_keeps_its_files_as_long_as_it_is_open(tmp_path, packed) 
     assert files_with_content(tmp_path / "uploads") == []
 
 
-def test_files_that_are_no_series_get_a_sentence_without_their_names(tmp_path, scan) -> None:
+def test_files_that_are_no_series_are_refused_without_naming_them(tmp_path, scan) -> None:
     for sources, words in (
         ([scan(), scan(12)], "not all are of one DICOM series"),
         ([*dicom_series(tmp_path / "series"), scan()], "not all are of one DICOM series"),
@@ -140,7 +140,7 @@ def test_files_that_are_no_series_get_a_sentence_without_their_names(tmp_path, s
     assert files_with_content(tmp_path / "uploads") == []
 
 
-def test_what_nobody_read_goes_and_an_open_scan_stays(tmp_path) -> None:
+def test_unread_uploads_are_deleted_and_open_scans_kept(tmp_path) -> None:
     for place in ("hash/Doe_Jane.nii.gz", "tmpcut", "hash/scan-1/00001.dcm", "new/Doe.nii"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_bytes(b"scan")
@@ -157,8 +157,8 @@ def test_examples_are_phantoms_that_stay_the_same() -> None:
         assert scan.volume.array.min() < -900 and scan.volume.array.max() > 300
 
 
-def test_a_scan_is_read_as_the_models_processor_wants_it(tmp_path: Path) -> None:
-    """Straightened, where the model was trained on straightened scans: an overlay then lies on what is shown."""
+def test_a_scan_is_straightened_where_the_models_processor_does(tmp_path: Path) -> None:
+    """An overlay then lies on the volume that is shown."""
     values = SimpleITK.GetImageFromArray(np.random.default_rng(0).integers(-1000, 1000, (6, 20, 30)).astype(np.int16))
     values.SetDirection([1, 0, 0, 0, 1, 0.5, 0, 0, 0.75**0.5])
     for straighten in (False, True):

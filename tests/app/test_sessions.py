@@ -1,4 +1,4 @@
-"""Sessions without a page: who may ask when, what is remembered, and what a new scan or a closed page does to an answer being written."""
+"""Sessions without a page: when questions are accepted, what is kept, and how a new scan or a closed page ends an answer."""
 
 import hashlib
 import io
@@ -56,7 +56,7 @@ def test_asking_again_replaces_the_last_question_and_its_answer(session) -> None
     assert parrot.encoded == [len(session.scan.volume.array)]  # once for all answers
 
 
-def test_one_answer_at_a_time_and_only_one_writer(session) -> None:
+def test_one_answer_is_written_at_a_time(session) -> None:
     session.ask("First?")
     with pytest.raises(ValueError, match=BUSY):
         session.ask("Second?")
@@ -90,7 +90,7 @@ def test_a_new_scan_ends_the_answer_about_the_old_one(session) -> None:
         session.ask("Anything?")
 
 
-def test_the_models_own_mistake_is_told_and_its_words_are_not_logged(session, caplog) -> None:
+def test_an_error_of_the_model_is_shown_but_not_logged(session, caplog) -> None:
     def fail(*_: object, **__: object) -> Iterator[str]:
         yield "The"
         raise RuntimeError("no place for Doe^Jane")
@@ -103,7 +103,7 @@ def test_the_models_own_mistake_is_told_and_its_words_are_not_logged(session, ca
     session.ask("Second?")
 
 
-def test_nothing_of_an_old_scan_is_taken_for_the_new_ones(session) -> None:
+def test_results_of_an_old_scan_are_not_used_for_the_new_one(session) -> None:
     old, draft = session.scan, Turn("Report.")
     session.draft = draft
     assert session.set_draft(draft, "About the old one.") and session.report == "About the old one."
@@ -119,8 +119,8 @@ def test_nothing_of_an_old_scan_is_taken_for_the_new_ones(session) -> None:
     assert session.overlay is None
 
 
-def test_a_report_counts_as_changed_by_a_person_alone(session) -> None:
-    """The page tells of every change, a draft's own words too, and some of them late."""
+def test_a_report_counts_as_changed_only_when_a_person_edits_it(session) -> None:
+    """The page reports every change of the text, including those by the draft itself, some of them late."""
     workstation = Workstation(Parrot())
     for _ in workstation.draft_report(session):
         if session.draft.open:
@@ -145,7 +145,7 @@ def test_a_report_counts_as_changed_by_a_person_alone(session) -> None:
     assert session.report == "By hand." and session.edited
 
 
-def test_a_saved_report_says_of_what_scan_and_who_wrote_it(session) -> None:
+def test_a_saved_report_names_its_scan_and_its_author(session) -> None:
     workstation = Workstation(Parrot(), "demo/parrot")
     saved = json.loads(workstation.save_report(session, "json", "Typed by hand."))
     assert saved["author"] == "hand" and "Draft" not in saved["notice"] and "model" not in saved["origin"]
@@ -209,7 +209,7 @@ def test_a_scan_without_room_beside_the_open_ones_is_refused(scan, tmp_path) -> 
     workstation.open_uploads(one, sent(11))
 
 
-def test_above_the_limit_the_session_that_rested_longest_closes() -> None:
+def test_above_the_limit_the_longest_idle_session_closes() -> None:
     sessions = Sessions(most=2)
     one, two = sessions.get("one"), sessions.get("two")
     one.open(example("Chest phantom"))
@@ -222,7 +222,7 @@ def test_above_the_limit_the_session_that_rested_longest_closes() -> None:
     assert one.scan is None and sessions.get("three") is three
 
 
-def test_programs_do_not_take_the_place_of_who_works() -> None:
+def test_programs_do_not_close_sessions_in_use() -> None:
     sessions = Sessions(most=3)
     page = sessions.connect("page")
     page.open(example("Chest phantom"))
@@ -250,7 +250,7 @@ def test_programs_do_not_take_the_place_of_who_works() -> None:
     assert page.scan is None
 
 
-def test_a_page_that_is_loaded_again_goes_on_where_it_was(monkeypatch) -> None:
+def test_a_reloaded_page_continues_its_session(monkeypatch) -> None:
     sessions, parrot = Sessions(), Parrot()
     page = sessions.connect("before", "", "anna")
     page.open(example("Chest phantom"))
@@ -274,7 +274,7 @@ def test_a_page_that_is_loaded_again_goes_on_where_it_was(monkeypatch) -> None:
     assert sessions.get("after") is page and page.left is None
 
 
-def test_a_page_that_stays_away_is_forgotten_later_with_an_unsaved_report(monkeypatch) -> None:
+def test_sessions_with_an_unsaved_report_are_kept_longer(monkeypatch) -> None:
     planned = []
     monkeypatch.setattr(
         "med3dvlm.app.sessions.threading.Timer", lambda seconds, act, given: planned.append((seconds, lambda: act(*given))) or Mock()
@@ -302,7 +302,7 @@ def test_a_page_that_stays_away_is_forgotten_later_with_an_unsaved_report(monkey
     assert sessions.close_gone() and not sessions.close_gone() and sessions.get("unsaved") is back  # memory is needed
 
 
-def test_words_typed_while_a_draft_is_written_stay(session) -> None:
+def test_text_typed_while_a_draft_is_written_stays(session) -> None:
     workstation = Workstation(Parrot())
     writing = workstation.draft_report(session, "")
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""What the browser is given, against nibabel's reorientation and hand-worked numbers."""
+"""The data sent to the browser, against nibabel's reorientation and numbers worked by hand."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ def volume_of(array: np.ndarray, orientation: str | None = "IPL", **more: object
 
 
 def unpacked(volume: Volume, **options: int) -> tuple[np.ndarray, dict]:
-    """(Z, Y, X) values as the browser has them, and the facts as it reads them."""
+    """Returns the values (Z, Y, X) and the facts as the browser decodes them."""
     given = picture(volume, **options)
     facts = json.loads(json.dumps(given.facts))
     stored = np.frombuffer(b"".join(given.planes()), "<i2").reshape(facts["shape"])
@@ -47,7 +47,7 @@ def test_every_orientation_is_shown_as_a_radiologist_looks_at_it(orientation: st
 
 @pytest.mark.parametrize("flipped", [1, -1])
 def test_edges_between_two_directions_are_named_by_both(flipped: int) -> None:
-    """Turned by 40 degrees within the axial plane, from left towards the front: the right edge is left and less to the front."""
+    """The scan is turned by 40 degrees within the axial plane; the right edge points to the left and, less, to the front."""
     cosine, sine = np.cos(np.radians(40)), np.sin(np.radians(40))
     direction = np.array([[0, sine, -cosine * flipped], [0, -cosine, sine * flipped], [1, 0, 0]])  # columns D, H, W
     array = np.arange(6000, dtype=np.int16).reshape(10, 20, 30)
@@ -64,7 +64,7 @@ def test_fractions_keep_their_value_to_one_step_of_65534() -> None:
     assert facts["presets"] == [] and facts["unit"] == ""
 
 
-def test_a_scan_too_large_for_a_browser_is_shown_in_blocks_and_said_to_be() -> None:
+def test_a_scan_too_large_for_a_browser_is_reduced_and_reported() -> None:
     array = np.random.default_rng(2).integers(-1000, 1000, (4, 21, 31)).astype(np.int16)
     values, facts = unpacked(volume_of(array, spacing=(5.0, 0.5, 1.0)), max_voxels=4 * 21 * 31 // 4 + 1)
     assert facts["shape"] == [4, 10, 15] and facts["spacing"] == [5.0, 1.0, 2.0]
@@ -100,7 +100,7 @@ def test_a_volume_without_geometry_is_shown_as_stored() -> None:
     assert describe(volume, "NumPy array")["Orientation"] == "unknown, shown as stored"
 
 
-def test_description_states_what_was_read_and_nothing_that_identifies() -> None:
+def test_description_states_the_scan_and_nothing_that_identifies() -> None:
     array = np.zeros((10, 20, 30), np.int16)
     array[0, 0, 0] = 700
     tilt = np.array([[0, 0, -1], [np.sin(0.2), -np.cos(0.2), 0], [np.cos(0.2), np.sin(0.2), 0]], dtype=float)
@@ -135,7 +135,7 @@ def test_an_overlay_lies_where_its_voxels_are_shown(orientation: str, step: int,
 @pytest.mark.parametrize("orientation", ["SPL", "LIP", "RAI"])
 @pytest.mark.parametrize("recipe", ["m3d", "ct_rate"])
 def test_the_crosshair_jumps_to_the_middle_of_the_hottest_cell_also_at_the_edge(orientation: str, recipe: str) -> None:
-    """`place` leaves heat flat beyond the outermost cells, and leaves out what was cropped away."""
+    """`place` extends the heat beyond the outermost cells and sets it to 0 where the scan was cropped."""
     size = (32, 64, 64)
     options = {"spacing": (3.0, 2.0, 2.0)} if recipe == "ct_rate" else {}
     processor = VolumeProcessor(recipe, size=size, **options)

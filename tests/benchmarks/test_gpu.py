@@ -1,4 +1,4 @@
-"""The acceptance on a GPU, without one: its refusal, its harness with parts that fail, and cheap parts at tiny sizes on the CPU."""
+"""The acceptance run for GPUs, tested on the CPU: refusal without a GPU, failing parts, and cheap parts at tiny sizes."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ def tiny(work: Path, device: str = "cpu") -> gpu.Settings:
 
 
 def table(monkeypatch: pytest.MonkeyPatch, *cases: Any) -> None:
-    """Make a part of these figures the only one; an exception in their place is raised."""
+    """Makes one part with these figures the only part; an exception given instead is raised."""
 
     def figures(one: Any) -> dict[str, Any]:
         if isinstance(one, Exception):
@@ -47,7 +47,7 @@ def test_without_a_gpu_it_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_cheap_parts_pass_at_tiny_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And a part that rests on another, which did not run, is left out."""
+    """A part that depends on one that did not run is left out."""
     assert run(monkeypatch, "--device", "cpu", "--tiny", "--output", tmp_path, "--parts", "training", "models") == 0
     report = json.loads((tmp_path / "results.json").read_text())
     training, models = report["parts"]["training"], report["parts"]["models"]
@@ -92,14 +92,14 @@ def test_a_missing_package_leaves_a_part_out_but_a_missing_module_of_ours_is_a_f
 
 
 def part_of(tmp_path: Path, name: str, seconds: float) -> dict[str, Any]:
-    """Run a part in its process, with so many seconds left."""
+    """Runs a part in its own process with this many seconds left."""
     for folder in ("logs", "work"):
         (tmp_path / folder).mkdir(exist_ok=True)
     arguments = argparse.Namespace(output=tmp_path, device="cpu", layers=1, batch=2, tiny=True)
     return gpu.run_part(name, arguments, time.monotonic() + seconds)
 
 
-def test_the_minutes_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_time_limit_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert part_of(tmp_path, "precision", 19)["reason"] == "the minutes were used up"
     monkeypatch.setattr(gpu, "MIN_SECONDS", 0)
     monkeypatch.setattr(gpu, "REPORT_SECONDS", 0)
@@ -117,7 +117,7 @@ def test_a_process_that_ends_early_is_a_failure_with_its_last_words(monkeypatch:
     assert "ended with 1: KeyError: 'one'" in (tmp_path / "results.md").read_text()
 
 
-def test_ours_is_compared_with_the_literal_form() -> None:
+def test_the_encoder_is_compared_with_its_literal_form() -> None:
     cases = [
         {"case": "literal, float32", "seconds": 3.0, "gb": 8.0},
         {"case": "literal, bfloat16", "seconds": 2.0, "gb": 4.0},
@@ -128,7 +128,7 @@ def test_ours_is_compared_with_the_literal_form() -> None:
     assert (cases[2]["times_as_fast_as_literal_float32"], cases[2]["memory_of_literal_float32"]) == (6.0, 0.25)
 
 
-def test_what_differs_from_float64_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_from_float64_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = gpu_encoders.against_float64("cpu", "dcformer", "training", "float32")
     assert "error" not in figures and 0 < figures["tokens"] < 1e-5 and 0 < figures["gradients"] < 1e-4
     monkeypatch.setattr(test_precision, "TOLERANCES", dict.fromkeys(test_precision.TOLERANCES, (1e-12, 1.0)))
@@ -137,7 +137,7 @@ def test_what_differs_from_float64_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     assert str(gpu_encoders.largest([1.0, float("nan"), 2.0])) == "nan"
 
 
-def test_attention_that_is_no_kernel_is_an_error(tmp_path: Path) -> None:
+def test_attention_without_a_fused_kernel_is_an_error(tmp_path: Path) -> None:
     q, bias = torch.rand(1, 2, 8, 8), torch.zeros(8, 8, requires_grad=True)
     sdpa = nn.functional.scaled_dot_product_attention
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.loading`, small: that it measures what it says, not how fast this machine is."""
+"""`python -m benchmarks.loading` at a small size: its figures measure what their names say."""
 
 import json
 from collections.abc import Callable
@@ -47,6 +47,6 @@ def test_without_a_scan_phantoms_are_drawn(tmp_path: Path, monkeypatch: pytest.M
     assert first != second and all(len(read_volume(path).array) > 1 for path in (first, second))
 
 
-def test_growth_is_that_after_the_beginning() -> None:
+def test_memory_growth_leaves_out_the_first_samples() -> None:
     samples = [(number, {"all": 10.0 if number < 500 else 100.0 + number / 100}) for number in range(100, 1600, 100)]
     assert growth(samples) == {"all": 8.0}  # of 600 to 1500: the first two and the last two

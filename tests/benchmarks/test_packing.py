@@ -7,7 +7,7 @@ import pytest
 from benchmarks import packing
 
 
-def test_it_counts_tokens_and_finds_equal_losses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokens_are_counted_and_losses_are_equal(capsys: pytest.CaptureFixture[str]) -> None:
     packing.main("--image-tokens 6 --questions 2 --report 9 --layers 1 --width 32 --repeats 1".split())
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     texts = (12 + 9) + 2 * (20 + 5) + (45 + 7)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quantized`, small: that its figures are of what it says."""
+"""`python -m benchmarks.quantized` at a small size: its figures measure what their names say."""
 
 import json
 from collections.abc import Callable

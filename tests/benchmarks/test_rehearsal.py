@@ -1,4 +1,4 @@
-"""The rehearsal: its script with programs that do nothing, its models at tiny widths, its report from files with known figures."""
+"""The rehearsal: its script with stand-in programs, its models at tiny widths, its report from files with known figures."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def test_a_plan_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_models_have_the_published_sizes() -> None:
-    """ClinicalBERT counted in tests/stages/test_configs.py; Qwen2.5-7B as its card has it."""
+    """ClinicalBERT's size is counted in tests/stages/test_configs.py; that of Qwen2.5-7B is on its model card."""
     with torch.device("meta"):
         text = DistilBertModel(DistilBertConfig(**rehearsal_models.CLINICAL_BERT))
         language = Qwen2ForCausalLM(Qwen2Config(**rehearsal_models.QWEN_7B, num_hidden_layers=28))
@@ -96,7 +96,7 @@ def test_the_models_are_written_as_a_hub_has_them(prepared: Path, tmp_path: Path
 
 
 def test_models_survive_the_published_names(tiny_models: SimpleNamespace, tmp_path: Path) -> None:
-    """With an activation in the stem, whose layers are then numbered with gaps; the released ones are not."""
+    """The stem has an activation, so its layers are numbered with gaps, unlike the released ones."""
     clip, processor = load_clip(tiny_models.clip)
     volumes, tokenizer = processor.image_processor, processor.tokenizer
     clip = Med3DCLIP(Med3DCLIPConfig("dcformer_nano", size=volumes.size, text_config=clip.config.text_config, projection_dim=16))
@@ -118,7 +118,7 @@ def test_models_survive_the_published_names(tiny_models: SimpleNamespace, tmp_pa
 
 
 def write_run(root: Path, codes: dict[str, int] | None = None, last_loss: float = 1.5) -> None:
-    """Three trainings of 4 steps; one was killed after two of them, and its clock began anew."""
+    """Writes three trainings of 4 steps; one was killed after 2 steps and its clock started again."""
     lines = [
         {"step": step, "seconds": 2.0, "peak_rss_gb": 1.0, "processes": [["one.py", 0.7], ["two.py", 0.3]], "code": 0}
         for step in rehearsal_report.STEPS
@@ -166,7 +166,7 @@ def test_figures_of_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "one.py 0.70, two.py 0.30" in text and "9.0 GFLOP/s" in text and "Asked for were more." in text
 
 
-def test_what_did_not_pass_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_checks_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, figures, text = report(tmp_path, monkeypatch)  # nothing has run
     assert code == 1 and figures["not_run"] == list(rehearsal_report.STEPS) and "NOT PASSED. Not run: phantoms, prepare" in text
     write_run(tmp_path, {"stage3": -9})

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report_evaluation`, small: that both ways say the same and the counters count, not how fast this machine is."""
+"""`python -m benchmarks.report_evaluation` at a small size: both implementations agree and the counters count."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def test_writing_and_scoring(demo: SimpleNamespace, shell: Callable[..., str], t
     assert retrieval == {"encoded": 4, "one a pool and study": 1 + 2 + 4, "volumes": 4}
 
 
-def test_ways_that_differ_do_not_compare() -> None:
+def test_implementations_that_differ_are_an_error() -> None:
     one = (["a", "b"], {"bleu1": 0.5}, {})
     check_equal(one, (["a", "b"], {"bleu1": 0.5 + 9e-6}, {}))
     with pytest.raises(ValueError, match="1 of 2 reports differ"):

@@ -1,4 +1,4 @@
-"""The page on scale: its tables are the program's, and the simulation is worked by hand where that can be done."""
+"""The page on scale: its tables equal the program's output, and the simulation equals a computation by hand."""
 
 import json
 import math
@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = INPUTS | {"scans": 1024, "nodes": 4, "gpus_per_node": 2,
 
 
 def test_the_page_has_the_programs_tables(repository: Path) -> None:
-    """All but those of stages 2 and 3 and of the simulation, which take a minute."""
+    """The tables of stages 2 and 3 and of the simulation take a minute and are left out."""
     page = (repository / "docs" / "scale.md").read_text(encoding="utf-8")
     for make in (scale.given, scale.preparation, scale.limits):
         assert scale.with_table(page, make.__name__, make(INPUTS)) == page
@@ -27,7 +27,7 @@ def test_the_page_has_the_programs_tables(repository: Path) -> None:
 
 
 def test_work_of_stage_1_is_that_of_its_encoders() -> None:
-    """Six operations a weight and token for the text encoder, as its matrices count; the rest is the image encoder's."""
+    """The text encoder takes six operations for each weight and token; the rest is the image encoder's."""
     long, short = (scale.work_of("stage1_siglip", tokens)[0] for tokens in (256, 128))
     weights = 6 * (4 * 768 * 768 + 2 * 768 * 3072)
     assert (long - short) / 128 == pytest.approx(6 * weights, rel=0.1)
@@ -48,7 +48,7 @@ def test_nodes_read_what_the_sampler_gives_their_processes() -> None:
 
 
 def test_simulated_times_by_hand() -> None:
-    """Without spread every fetch takes the same time, and sixteen connections of a node fetch the sixteen volumes of its step at once."""
+    """Every fetch takes the same time, and a node's sixteen connections fetch the sixteen volumes of its step together."""
     even = SMALL | {"assumed": SMALL["assumed"] | {"latency_spread": 0.0}}
     each, steps = fetch_seconds(even), 1024 / (8 * BATCH)
     found = simulate(even, gpu_seconds=0.01, cache_share=0.0, ahead=0)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.search`, small: that it measures what it says, not how fast this machine is."""
+"""`python -m benchmarks.search` at a small size: its figures measure what their names say."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from med3dvlm.search.vectors import Nearest, Vectors
 
 
 @pytest.mark.slow
-def test_every_way_is_measured(shell: Callable[..., str], tmp_path: Path) -> None:
+def test_every_method_is_measured(shell: Callable[..., str], tmp_path: Path) -> None:
     small = ("--count", 5001, "--width", 64, "--spread", 0.6, "--queries", 6, "--others", "--output", tmp_path)
     said = shell("python", "-m", "benchmarks.search", *small)
     results = json.loads((tmp_path / "search.json").read_text())
@@ -37,7 +37,7 @@ def test_recall_is_the_share_that_was_found() -> None:
     assert measure(half, {"scan": query}, {"scan": [truth, truth]})["recall_scan"] == 0.5
 
 
-def test_a_texts_space_is_apart() -> None:
+def test_text_embeddings_are_generated_apart_from_images() -> None:
     space = Space(64, 0.6)
     scans, others, texts = space.draw(300), space.draw(300), space.draw(300, text=True)
     np.testing.assert_allclose(np.linalg.norm(np.concatenate([scans, texts]), axis=1), 1, atol=1e-6)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.serving`, small: that it measures what it says, not how fast this machine is."""
+"""`python -m benchmarks.serving` at a small size: its figures measure what their names say."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.worklist`, small: that it measures what it says, not how fast this machine is."""
+"""`python -m benchmarks.worklist` at a small size: its figures measure what their names say."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_every_way_writes_the_same_reports(shell: Callable[..., str], tmp_path: Path) -> None:
+def test_every_method_writes_the_same_reports(shell: Callable[..., str], tmp_path: Path) -> None:
     said = shell("python", "-m", "benchmarks.worklist", "--scans", 10, "--loop", 1, "--report-tokens", 5, "--output", tmp_path)
     results = json.loads((tmp_path / "worklist.json").read_text(encoding="utf-8-sig"))
     assert (tmp_path / "worklist.md").read_text(encoding="utf-8-sig") in said

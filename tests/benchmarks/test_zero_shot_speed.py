@@ -1,4 +1,4 @@
-"""`python -m benchmarks.zero_shot`, small: that both ways agree and how often each encodes, not how fast this machine is."""
+"""`python -m benchmarks.zero_shot` at a small size: both implementations agree, and their encodings are counted."""
 
 import json
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def test_a_trained_model(run: Callable[..., None], chests: SimpleNamespace, tmp_
         run(Path(zero_shot.__file__), "--model", chests.clip)
 
 
-def test_ways_that_differ_do_not_compare() -> None:
+def test_implementations_that_differ_are_an_error() -> None:
     one = torch.tensor([[0.25, 0.5]])
     assert check_equal(one, one + 9e-6) == pytest.approx(9e-6, rel=0.01)
     with pytest.raises(ValueError, match="the two ways differ by 2.0e-05 in a probability"):

@@ -70,8 +70,8 @@ def test_weights_wrapped_for_several_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_m3d_clip_gives_what_monai_gives(whole: bool, tmp_path: Path) -> None:
-    """Two blocks on a small volume, alone and inside a CLIP, against MONAI's ViT with the same weights."""
+def test_m3d_clip_equals_monai(whole: bool, tmp_path: Path) -> None:
+    """An encoder of two blocks, alone and within a CLIP, equals MONAI's ViT with the same weights."""
     from monai.networks.nets.vit import ViT
 
     reference = ViT(1, (8, 32, 48), (4, 16, 16), 768, 3072, 2, 12, proj_type="perceptron", classification=True, post_activation=None)
@@ -125,7 +125,7 @@ def test_stored_type_is_kept(tmp_path: Path) -> None:
 
 
 def lora_files(folder: Path) -> tuple[Path, Path, dict[str, Tensor]]:
-    """model_with_lora.bin as training leaves it, the adapter alone, and the language model as PEFT merges it (r 4, alpha 12)."""
+    """Returns model_with_lora.bin as training writes it, the adapter, and the language model as PEFT merges it (r 4, alpha 12)."""
     from peft import LoraConfig, get_peft_model
 
     weights = released.vlm_weights()
@@ -201,7 +201,7 @@ def test_a_clip_needs_to_know_its_text_encoder(tmp_path: Path) -> None:
     released.refused(unknown, source, tmp_path / "ours", text_encoder=texts)  # whose code is not run
 
 
-def test_a_tokenizer_with_code_of_its_own_is_read_without_running_it(tmp_path: Path) -> None:
+def test_a_tokenizer_with_custom_code_is_read_without_running_it(tmp_path: Path) -> None:
     texts = tmp_path / "text"
     texts.mkdir()
     (texts / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "lung", "clear"]))
@@ -214,7 +214,7 @@ def test_a_tokenizer_with_code_of_its_own_is_read_without_running_it(tmp_path: P
 # The commands, and loading
 
 
-def test_the_command_converts_verifies_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_converts_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = released.nano(tmp_path / "released")
     assert main(["convert", str(source), str(tmp_path / "new" / "ours"), "--size", "32,64,64", "--verify"]) == 0
     said = capsys.readouterr().out
@@ -226,7 +226,7 @@ def test_the_command_converts_verifies_and_says_so(tmp_path: Path, capsys: pytes
     assert "nor the id of a model" in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+def test_nothing_is_left_when_the_disk_is_full(tmp_path: Path) -> None:
     source = released.nano(tmp_path / "released")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))

@@ -1,4 +1,4 @@
-"""What `convert_published` refuses: one sentence each, and nothing is left behind."""
+"""Inputs that `convert_published` refuses: each gets one sentence, and no file is left."""
 
 import os
 import pickle
@@ -33,7 +33,7 @@ def test_missing_unexpected_and_mis_shaped_tensors_are_listed_by_their_released_
     assert "encoder.s0.0.1.c2.0.weight [32, 32, 3, 1, 1], encoder.s2.0.scale [65] instead of [64]" in said
 
 
-def test_what_tells_the_size_must_be_there(tmp_path: Path) -> None:
+def test_the_tensor_that_determines_the_size_is_required(tmp_path: Path) -> None:
     released.refused(
         "lacks encoder.s0.0.0.c1.0.bias, which tells",
         released.nano(tmp_path / "released", **{"encoder.s0.0.0.c1.0.bias": None}),
@@ -64,7 +64,7 @@ def test_code_in_a_pickle_is_not_run(new: bool, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("keep", [0, 5, 0.3, 0.99])
 @pytest.mark.parametrize("ending", [".safetensors", ".bin"])
-def test_a_damaged_file_is_told(ending: str, keep: float, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused(ending: str, keep: float, tmp_path: Path) -> None:
     file = tmp_path / f"weights{ending}"
     weights = published_weights("projector_mlp")
     save_file(weights, file) if ending == ".safetensors" else torch.save(weights, file)
@@ -73,7 +73,7 @@ def test_a_damaged_file_is_told(ending: str, keep: float, tmp_path: Path) -> Non
     released.refused(f"weights{ending} is damaged", file, tmp_path / "ours")
 
 
-def test_half_a_set_of_shards_is_told(tmp_path: Path) -> None:
+def test_missing_shards_are_named(tmp_path: Path) -> None:
     source = released.vlm(tmp_path / "released", shards=4)
     (source / "model-00002-of-00004.safetensors").unlink()
     (source / "model-00003-of-00004.safetensors").unlink()
@@ -83,7 +83,7 @@ def test_half_a_set_of_shards_is_told(tmp_path: Path) -> None:
     released.refused(expected, source, tmp_path / "ours")
 
 
-def test_which_file_of_a_folder_is_taken(tmp_path: Path) -> None:
+def test_the_weights_file_is_found_in_a_folder(tmp_path: Path) -> None:
     for name in ("a.bin", "b.pt", "optimizer.pt", "training_args.bin", "rng_state_0.pth"):
         (tmp_path / name).touch()
     assert find_weights(tmp_path) == [tmp_path / "a.bin"]
@@ -97,13 +97,13 @@ def test_which_file_of_a_folder_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [[torch.ones(2)], {"epoch": 3}, torch.ones(3)])
-def test_a_pickle_without_named_tensors_is_told(content: Any, tmp_path: Path) -> None:
+def test_a_pickle_without_named_tensors_is_refused(content: Any, tmp_path: Path) -> None:
     released.refused(
         "holds a (list|Tensor), not a state_dict|holds no tensors", released.write_pickle(tmp_path / "a.bin", content), tmp_path / "ours"
     )
 
 
-def test_unknown_places_are_told(tmp_path: Path) -> None:
+def test_an_unknown_path_or_hub_id_is_refused(tmp_path: Path) -> None:
     released.refused("neither a file nor a folder nor the id", tmp_path / "nothing" / "here", tmp_path / "ours")
     released.refused("could not be fetched from the hub", "MagicXin/Med3DVLM-Qwen-2.5-7B", tmp_path / "ours")
     (tmp_path / "notes.txt").touch()
@@ -133,6 +133,6 @@ def test_verification_notices_one_changed_bit(tmp_path: Path, monkeypatch: pytes
     released.refused("differs from encoder", released.nano(tmp_path / "released"), tmp_path / "ours", size=released.SMALL, verify=True)
 
 
-def test_verification_notices_a_table_that_does_not_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verification_notices_a_conversion_that_is_not_reversible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(med3dvlm.checkpoints.convert.conversion, "to_published", lambda layout, name: None)
     released.refused("the tables are at fault", released.nano(tmp_path / "released"), tmp_path / "ours", size=released.SMALL, verify=True)

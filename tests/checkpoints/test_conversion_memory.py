@@ -1,4 +1,4 @@
-"""Converting and merging large checkpoints takes little memory: measured in processes of their own, on files of zeros."""
+"""Converting and merging large checkpoints takes little memory, measured in separate processes on files of zeros."""
 
 import json
 import os
@@ -29,7 +29,7 @@ print(before, peak())
 
 
 def peak_memory(action: str) -> tuple[int, int]:
-    """Largest resident memory in bytes of a process, before and after it did something."""
+    """Returns the largest resident memory of a process in bytes, before and after its work."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD.replace("{action}", action)],
         capture_output=True, text=True, timeout=900, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -41,7 +41,7 @@ def peak_memory(action: str) -> tuple[int, int]:
 
 
 def sparse_vlm(folder: Path, shards: int) -> int:
-    """A Med3DVLM of about 1.5 GB, all zeros in half precision, in files that take no room on the disk; gives its bytes."""
+    """Writes a Med3DVLM of about 1.5 GB of zeros in half precision as sparse files, and returns its size in bytes."""
     language = {
         "hidden_size": 1536,
         "intermediate_size": 8192,
@@ -76,7 +76,7 @@ def sparse_vlm(folder: Path, shards: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "pickle"])
 def test_a_large_checkpoint_takes_little_memory(kind: str, tmp_path: Path) -> None:
-    """Mapped pages that were not yet given back count as memory, too."""
+    """Mapped pages that the kernel has not yet freed count as memory."""
     size = sparse_vlm(tmp_path / "released", 4)
     source = tmp_path / "released"
     if kind == "pickle":
@@ -93,7 +93,7 @@ def test_a_large_checkpoint_takes_little_memory(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_merge_holds_its_base_once(tmp_path: Path) -> None:
+def test_a_merge_holds_its_base_model_in_memory_once(tmp_path: Path) -> None:
     size = sparse_vlm(tmp_path / "released", 2)
     convert_published(tmp_path / "released", tmp_path / "base")
     from peft import LoraConfig, get_peft_model

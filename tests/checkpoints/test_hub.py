@@ -1,4 +1,4 @@
-"""Model cards, and `med3dvlm push` against a stand-in for the hub: what it is given, and that nothing else leaves."""
+"""Model cards, and `med3dvlm push` to a stand-in for the hub, which receives the listed files and nothing else."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ RUN = {
 
 
 class Hub:
-    """Keeps what it is given."""
+    """Records the uploads."""
 
     def __init__(self, public: bool = False, error: Exception | None = None) -> None:
         self.public, self.error = public, error
@@ -59,7 +59,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 @pytest.fixture
 def folder(tiny_models: SimpleNamespace, tmp_path: Path) -> Path:
-    """A stage-1 model with the records of its training and the predictions and scores of an evaluation, as they lie on a disk."""
+    """A folder with a stage-1 model, the records of its training, and the predictions and scores of an evaluation."""
     place = tmp_path / "stage1"
     for part in load_clip(tiny_models.clip):
         part.save_pretrained(place)
@@ -77,7 +77,7 @@ def folder(tiny_models: SimpleNamespace, tmp_path: Path) -> Path:
     return place
 
 
-def test_what_is_listed_is_uploaded_and_nothing_else(folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_listed_files_are_uploaded(folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["push", str(folder), "somebody/clip", "--private"]) == 0
     assert hub.repo == {"id": "somebody/clip", "private": True}
     expected = {"README.md", "config.json", "model.safetensors", "modeling_med3dvlm.py", "processor_config.json"}
@@ -89,14 +89,14 @@ def test_what_is_listed_is_uploaded_and_nothing_else(folder: Path, hub: Hub, cap
     assert error.strip() == "not uploaded: losses.jsonl, notes.txt, run.json, segmenter"
 
 
-def test_where_a_converted_model_was_read_from_stays_here(folder: Path, hub: Hub) -> None:
+def test_local_paths_of_a_converted_model_are_not_uploaded(folder: Path, hub: Hub) -> None:
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | {"published": {"layout": "clip", "source": "/home/somebody/weights", "sha256": "00"}})
     assert cli.main(["push", str(folder), "somebody/clip"]) == 0
     assert json.loads(hub.files["config.json"]) == config | {"published": {"layout": "clip", "sha256": "00"}}
 
 
-def test_the_card_tells_what_the_records_say(folder: Path, hub: Hub) -> None:
+def test_the_card_states_the_recorded_figures(folder: Path, hub: Hub) -> None:
     assert cli.main(["push", str(folder), "somebody/clip"]) == 0
     card = hub.files["README.md"].decode()
     for words in (
@@ -108,7 +108,7 @@ def test_the_card_tells_what_the_records_say(folder: Path, hub: Hub) -> None:
     assert card.count("0.123") == 1 and "home/somebody" not in card
 
 
-def test_a_card_that_somebody_changed_stays(folder: Path, hub: Hub, tmp_path: Path) -> None:
+def test_an_edited_card_is_kept(folder: Path, hub: Hub, tmp_path: Path) -> None:
     write_card(folder, folder)
     written = (folder / "README.md").read_text()
     assert written == model_card(folder) and WRITTEN in written

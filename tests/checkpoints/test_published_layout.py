@@ -50,7 +50,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Encoder
 
 
 @pytest.mark.parametrize("name", LAYOUT_OF)
-def test_every_released_name_goes_over_and_back(name: str) -> None:
+def test_every_released_name_converts_and_converts_back(name: str) -> None:
     layout = LAYOUTS[recognise(manifest()[name])]
     assert layout is LAYOUTS[LAYOUT_OF[name]]
     for there, shape in manifest()[name].items():
@@ -96,7 +96,7 @@ def test_the_comparison_notices_swapped_axes_and_an_activation(encoder: Callable
 
 
 def test_older_dcformer_takes_one_of_its_doubled_norms_and_no_codebook(tmp_path: Path) -> None:
-    """As a training script stores it: weights under "model", its arguments beside them."""
+    """The file is as the training script stores it: weights under "model", beside its arguments."""
     weights = published_weights("dcformer_naive_ct_rate")
     file = released.write_pickle(tmp_path / "checkpoint-14.pth", {"model": weights, "epoch": 14, "args": argparse.Namespace(lr=1e-4)})
     done = convert_published(file, tmp_path / "ours", size=SMALL, verify=True)
@@ -143,7 +143,7 @@ def test_ctvit_has_the_released_size_by_default() -> None:
 @pytest.mark.parametrize("name", ["mixer", "mlp", "low_high_mlp"])
 @pytest.mark.parametrize("prefix", ["", "model.mm_projector."])
 def test_projector_gives_the_released_numbers(name: str, prefix: str, tmp_path: Path) -> None:
-    """Alone, and as mm_projector.bin holds it, beside the embeddings."""
+    """The projector is loaded alone and from mm_projector.bin, which also holds embeddings."""
     weights = {prefix + key: tensor for key, tensor in published_weights(f"projector_{name}").items()}
     beside = {"model.embed_tokens.weight": torch.ones(5, 3)} if prefix else {}
     done = convert_published(released.write_pickle(tmp_path / "mm_projector.bin", weights | beside), tmp_path / "ours", verify=True)
@@ -216,7 +216,7 @@ def test_vlm_gives_the_released_logits_and_words(published_vlm: Med3DVLM, image_
     assert words.tolist() == golden()["vlm/greedy12"].tolist()
 
 
-def test_published_splice_is_one_late_in_a_padded_batch_too(
+def test_published_splice_is_shifted_by_one_also_in_a_padded_batch(
     published_vlm: Med3DVLM, image_features: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     ids = torch.from_numpy(golden()["vlm/input_ids"])
@@ -230,12 +230,12 @@ def test_published_splice_is_one_late_in_a_padded_batch_too(
     assert torch.equal(alone[0, 257:], table[ids[0, 257:]])  # the word at 256 is lost, the others stand
 
 
-def test_published_splice_needs_text_behind_the_image(published_vlm: Med3DVLM, image_features: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_published_splice_needs_text_after_the_image(published_vlm: Med3DVLM, image_features: tuple[torch.Tensor, torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="needs text after the image"):
         published_vlm.embed(torch.full((1, 256), released.IMAGE_TOKEN_ID), image_features)
 
 
-def test_mask_splice_differs_from_the_published(published_vlm: Med3DVLM, image_features: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_mask_splice_differs_from_the_published_splice(published_vlm: Med3DVLM, image_features: tuple[torch.Tensor, torch.Tensor]) -> None:
     ids = torch.from_numpy(golden()["vlm/input_ids"])
     published_vlm.config.image_splice = "mask"
     try:
@@ -246,8 +246,8 @@ def test_mask_splice_differs_from_the_published(published_vlm: Med3DVLM, image_f
     assert difference(logits[0, -8:], golden()["vlm/logits_last8"]) > 0.01
 
 
-def test_every_tensor_of_the_released_7b_model_has_its_place() -> None:
-    """With its settings as they are published, numbers of the rotary embedding included."""
+def test_every_tensor_of_the_released_7b_model_is_converted() -> None:
+    """The settings are the published ones, including those of the rotary embedding."""
     layout, shapes = LAYOUTS["vlm_mixer"], {name: tuple(shape) for name, shape in manifest()["vlm_qwen2.5_7b"].items()}
     settings = {
         "model_type": "vlm_qwen", "vocab_size": 151666, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,

@@ -19,7 +19,7 @@ def questions(count: int = 5) -> list[Question]:
 
 
 def write_scans(root: Path) -> Path:
-    """Each with a body of its own in it, 10 slices of 20 rows and 30 columns, 3 x 1.2 x 1 mm."""
+    """Write five scans with different bodies, each of 10 slices of 20 rows and 30 columns, 3 x 1.2 x 1 mm."""
     for number, study in enumerate(studies()):
         array = np.full((30, 20, 10), -1000, np.int16)  # a NIfTI counts columns first
         array[3 : 20 + number, 2:18, 1:9] = np.random.default_rng(number).integers(-100, 400, (17 + number, 16, 8))

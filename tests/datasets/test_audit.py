@@ -1,4 +1,4 @@
-"""Planted duplicates, leaks and tell-tale questions are found, and nothing else is."""
+"""The audit finds the planted duplicates, leaks and questions that reveal their answer, and nothing else."""
 
 import json
 from collections.abc import Callable
@@ -63,7 +63,7 @@ PLANTED: dict[str, tuple[str, str, int, Callable[[np.ndarray], np.ndarray]]] = {
 
 
 def reworded(report: str) -> str:
-    """Its sentences in another order, a word replaced and one left out."""
+    """Returns the report with its sentences in another order, one word replaced and one left out."""
     first, *others = report.split(". ")
     words = ". ".join([*others, first]).split(" ")
     return " ".join(["seen" if place == 3 else word for place, word in enumerate(words) if place != 12])
@@ -119,7 +119,7 @@ def test_a_report_in_other_words_is_found(planted: SimpleNamespace) -> None:
     assert {planted.of["train"][2].id, planted.of["test"][1].id} in pairs
 
 
-def test_what_is_left_serves_evaluation(planted: SimpleNamespace) -> None:
+def test_the_cleaned_splits_can_be_evaluated(planted: SimpleNamespace) -> None:
     kept = json.loads((planted.data / "audit" / "deduplicated.json").read_text())
     assert len(kept["train"]) == 10 and "copies/within" in kept["train"]  # training stays whole
     left = {study for study in planted.studies if study not in sum(kept.values(), [])}
@@ -129,7 +129,9 @@ def test_what_is_left_serves_evaluation(planted: SimpleNamespace) -> None:
     assert [study.id for study in data.studies("test")] == kept["test"] and len(kept["test"]) == 2
 
 
-def test_reports_count_where_that_is_asked_for(planted: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_reports_count_as_duplicates_where_requested(
+    planted: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(duplicates, "similar_volumes", lambda *_: [])  # which takes seconds
     result = audit(planted.data, tmp_path, workers=1, by_reports=True)
     kept = json.loads((tmp_path / "deduplicated.json").read_text())
@@ -137,7 +139,9 @@ def test_reports_count_where_that_is_asked_for(planted: SimpleNamespace, tmp_pat
     assert result["deduplicated"]["test"]["left_out"] == {"patient": 0, "volume": 1, "report": 1}
 
 
-def test_it_is_the_same_again_and_reads_no_volume_twice(planted: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_audit_is_equal_and_reads_no_volume_again(
+    planted: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = planted.data / "audit"
     before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
     monkeypatch.setattr(duplicates, "_thumbnail", None)
@@ -162,7 +166,7 @@ def test_the_command(planted: SimpleNamespace, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_alignment_finds_a_known_stretch_and_shift() -> None:
-    """A smooth volume against itself, resampled by scipy: the moves that were made, and a correlation near 1."""
+    """A smooth volume is aligned with itself resampled by scipy; the transform is recovered with a correlation near 1."""
     shape, random = (16, 32, 32), np.random.default_rng(0)
     volume = ndimage.gaussian_filter(random.random(shape), 2) * 1000
     stretch, shift = np.array([0.94, 1.05, 1.03]), np.array([0.05, -0.06, 0.04])  # from -1 to 1
@@ -174,7 +178,7 @@ def test_alignment_finds_a_known_stretch_and_shift() -> None:
 
 
 def test_reports_by_plain_loops() -> None:
-    """The Jaccard index of word pairs, computed here without hashing."""
+    """The Jaccard index of word pairs is computed without hashing."""
     reports = ["The liver is normal in size and shape today", "the liver is normal in size, and shape.", "Fracture of the left rib", "", ""]
 
     def phrases(text: str) -> set[tuple[str, str]]:
@@ -191,7 +195,7 @@ def test_groups_by_hand() -> None:
     assert duplicates.equal_groups("abcab") == [[0, 3], [1, 4]]
 
 
-def test_splits_lose_what_an_earlier_one_holds() -> None:
+def test_duplicates_are_removed_from_later_splits() -> None:
     table = [("a", "train", "p1", 0, 0), ("b", "train", "p1", 0, 1), ("c", "test", "p1", 2, 2), ("d", "test", "p2", 0, 3)]
     table += [
         ("e", "test", "p3", 4, 1),
@@ -215,13 +219,13 @@ def question(text: str, answer: str, choices: tuple[str, ...] = (), kind: str = 
     return Question(study, kind, text, choices, answer)
 
 
-def test_the_split_in_the_place_of_training_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_split_used_instead_of_train_is_named(caplog: pytest.LogCaptureFixture) -> None:
     assert split_order(["test", "train_fixed"]) == ["train_fixed", "test"] and not caplog.messages
     assert split_order(["valid", "test"]) == ["test", "valid"]
     assert "no split begins with 'train'; 'test' counts as the training split" in caplog.text
 
 
-def test_questions_that_tell_their_answer() -> None:
+def test_questions_that_reveal_their_answer_are_found() -> None:
     assert tells_answer(question("Is this axial CT axial or not?", "Axial", CHOICES))
     assert not tells_answer(question("Axial or coronal?", "Axial", CHOICES))  # another choice stands there too
     assert not tells_answer(question("Is it biaxial?", "Axial", CHOICES))  # whole words

@@ -1,4 +1,4 @@
-"""Changes of training volumes: against scipy, within bounds, the same for the same key, never a mirror image, and told in words."""
+"""Augmentation: equal to scipy, within bounds, the same for the same key, without flips by default, and its errors."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def smooth(shape: tuple[int, ...] = (10, 20, 30), seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", [(10, 20, 30), (7, 5, 9), (4, 6, 4)])
 def test_the_affine_is_scipys(shape: tuple[int, int, int]) -> None:
-    """Linear interpolation, 0 beyond; scipy counts from the first voxel. The worst difference measured is 1e-6."""
+    """Interpolation is linear, with 0 outside; scipy's origin is the first voxel. The worst difference measured is 1e-6."""
     volume, random = smooth(shape), np.random.default_rng(1)
     middle = (np.array(shape) - 1) / 2
     for _ in range(5):
@@ -42,7 +42,7 @@ def test_the_affine_is_scipys(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("bounds", [GREY, HU])
 @pytest.mark.parametrize("setting", ["default", "intensity", {"noise": 0.5, "shift": 0.5, "scale": 0.9, "share": 1}])
-def test_values_stay_within_the_recipes(setting: str | dict, bounds: tuple[float, float]) -> None:
+def test_values_stay_within_the_range_of_the_recipe(setting: str | dict, bounds: tuple[float, float]) -> None:
     low, high = bounds
     volumes = torch.from_numpy(smooth())[None, None].repeat(6, 1, 1, 1, 1) * (high - low) + low
     before = volumes.clone()
@@ -52,8 +52,8 @@ def test_values_stay_within_the_recipes(setting: str | dict, bounds: tuple[float
     assert torch.equal(volumes, before)  # the batch itself is left alone
 
 
-def test_what_lies_beyond_the_scan_is_air() -> None:
-    """Of a scan that is bone to its edges, moved alone: bone, air, and in between nothing but their blend."""
+def test_outside_of_the_scan_is_air() -> None:
+    """A translated scan that is bone to its edges holds bone, air and blends of the two."""
     moved = Augmentation(share=1, scale=0, shift=0, gamma=0, noise=0, zoom=0, crop=0, rotation=0, translation=0.3)
     changed = moved(torch.full((8, 1, 9, 21, 30), 0.75), keys(8), HU)
     assert changed.min() == -1 and changed.max() == pytest.approx(0.75, abs=1e-6)
@@ -73,7 +73,7 @@ def test_changes_follow_from_the_key_alone() -> None:
     assert not torch.equal(same[0], same[1])
 
 
-def test_the_share_is_left_alone_bit_for_bit() -> None:
+def test_unaugmented_volumes_are_unchanged() -> None:
     volumes = torch.from_numpy(smooth())[None, None].repeat(400, 1, 1, 1, 1)[..., :6] * 2 - 1
     changed = Augmentation(share=0.3)(volumes, keys(400), HU)
     untouched = (changed == volumes).flatten(1).all(1).float().mean()
@@ -82,8 +82,8 @@ def test_the_share_is_left_alone_bit_for_bit() -> None:
     assert torch.equal(Augmentation(1, 0, 0, 0, 0, 0, 0, 0, 0)(volumes[:9], keys(9), GREY), volumes[:9].clamp(0, 1))
 
 
-def test_no_scan_is_mirrored_or_turned_over() -> None:
-    """A mark on one side, in one corner, stays in its octant over 200 draws of the whole default."""
+def test_default_augmentation_never_mirrors() -> None:
+    """A bright corner stays in its octant over 200 draws of the default."""
     volume = torch.zeros(1, 1, 12, 24, 24)
     volume[..., 2:4, 4:8, 3:8] = 1
     changed = Augmentation(share=1)(volume.repeat(200, 1, 1, 1, 1), keys(200), GREY)
@@ -93,7 +93,7 @@ def test_no_scan_is_mirrored_or_turned_over() -> None:
         assert centre.max() < (length - 1) / 2
 
 
-def test_flips_are_made_where_they_are_asked_for() -> None:
+def test_flips_are_made_where_requested() -> None:
     mirrored = Augmentation(share=0, flips=("width",))
     volumes = torch.from_numpy(smooth())[None, None].repeat(40, 1, 1, 1, 1)
     changed = mirrored(volumes, keys(40), GREY)
@@ -102,7 +102,7 @@ def test_flips_are_made_where_they_are_asked_for() -> None:
     assert flipped + kept == 40 and 10 < flipped < 30
 
 
-def test_flips_are_refused_where_texts_speak_of_sides(prepared: Path) -> None:
+def test_flips_are_refused_where_texts_name_sides(prepared: Path) -> None:
     data, mirrored = PreparedData(prepared), Augmentation(flips=("width",))
     for kind in (
         lambda: PairDataset(data, "train", 0, mirrored),
@@ -132,7 +132,7 @@ def test_a_wrong_setting_is_named(setting: str | dict, sentence: str) -> None:
         Augmentation.read(setting)
 
 
-def test_settings_come_back() -> None:
+def test_settings_round_trip_through_json() -> None:
     assert Augmentation.read("none") is None and Augmentation.read(None) is None
     assert Augmentation.read('{"rotation": 5, "flips": ["depth"]}') == Augmentation(rotation=5, flips=("depth",))
     assert Augmentation.read(Augmentation(zoom=0.2).to_dict()) == Augmentation(zoom=0.2)

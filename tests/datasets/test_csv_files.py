@@ -1,4 +1,4 @@
-"""Tables as files: what a CSV means to Python's csv module, what is certain beyond that, and quotes that would swallow rows."""
+"""CSV and JSONL tables: read as Python's csv module does, with stray quotes, missing names and other encodings."""
 
 import csv
 import io
@@ -56,8 +56,8 @@ def written(names: list[str], delimiter: str) -> str:
         ["1.2.3", "1.2.4", "2.3.4", "11.2.3", "1.22.3", "3.3.3"],
     ],
 )
-def test_no_quote_too_many_or_too_few_swallows_a_row(tmp_path: Path, names: list[str], delimiter: str) -> None:
-    """Wherever one is put in or left out, each study keeps its patient, or the table is refused."""
+def test_no_stray_quote_loses_a_row(tmp_path: Path, names: list[str], delimiter: str) -> None:
+    """Wherever a quote is inserted or removed, each study keeps its patient or the table is refused."""
     whole = written(names, delimiter)
     path, expected, refused = tmp_path / "table.csv", [(name, f"p{name}") for name in names], 0
     assert [(row["image"], row["patient"]) for row in rows(path, whole)] == expected
@@ -120,7 +120,7 @@ def test_unnamed_columns_and_other_encodings(tmp_path: Path) -> None:
         rows(path, "image|report\na.nii|x\n")
 
 
-def test_json_lines_hold_a_column_once(tmp_path: Path) -> None:
+def test_json_lines_may_not_repeat_a_column(tmp_path: Path) -> None:
     path = tmp_path / "table.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": "\u2028é"}).encode() + b"\n\n{}\n")
     assert list(json_rows(path)) == [(f"{path} line 1", {"a": "\u2028é"}), (f"{path} line 3", {})]
@@ -135,7 +135,7 @@ def test_json_lines_hold_a_column_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "value"), [("0", 0), (" 1.0 ", 1), ("", None), ("nan", None), ("NA", None), ("2", ...), ("-1", ...), ("yes", ...)]
 )
-def test_a_label_is_0_or_1_or_nothing(text: str, value: object) -> None:
+def test_labels_are_0_or_1_or_empty(text: str, value: object) -> None:
     if value is not ...:
         assert label_value("mass", text) == value
     else:

@@ -1,4 +1,4 @@
-"""The layout of CT-RATE: both versions come out as equal volumes, and whatever is missing is named."""
+"""The layout of CT-RATE: both versions give equal volumes, and missing files are named."""
 
 import csv
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ SUPINE, PRONE = "[1.0, 0.0, 0.0, 0.0, 1.0, 0.0]", "[-1.0, 0.0, 0.0, 0.0, -1.0, 0
 
 
 def hounsfield(seed: int) -> np.ndarray:
-    """A body in air within the padding that a scanner puts around its circle, (x, y, z) of odd lengths."""
+    """A body in air within a scanner's circular padding, (x, y, z) of odd lengths."""
     array = np.full((30, 20, 10), -1000, np.int16)
     array[4:26, 3:17, 1:9] = np.random.default_rng(seed).integers(-200, 300, (22, 14, 8))
     array[0] = -8192
@@ -44,7 +44,7 @@ def volume_file(root: Path, split: str, name: str) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three volumes in both versions; the last patient lies on the belly."""
+    """Three volumes in both versions; the last patient lies prone."""
     for seed, name in enumerate(NAMES):
         values = hounsfield(seed)
         for split in ("train", "train_fixed"):
@@ -99,8 +99,8 @@ def test_the_eighteen_columns_are_the_published_ones() -> None:
     assert list(ct_rate.LABEL_COLUMNS) == FINDINGS
 
 
-def test_both_versions_come_out_as_equal_volumes(root: Path) -> None:
-    """The values are HU and the geometry is that of DICOM, and so are the tensors of a recipe that looks at both."""
+def test_both_versions_give_equal_volumes(root: Path) -> None:
+    """Values are HU, the geometry is that of DICOM, and the tensors of recipe ct_rate are equal."""
     processor = VolumeProcessor("ct_rate", (8, 30, 24))
     for first, second, seed in zip(ct_rate.read(root, "train")[0], ct_rate.read(root, "train_fixed")[0], range(3), strict=True):
         raw, fixed = (read_volume(root / study.image, **study.reading) for study in (first, second))
@@ -120,7 +120,7 @@ def test_version_2_needs_no_metadata(root: Path) -> None:
 
 
 def test_version_2_under_the_name_of_version_1(root: Path) -> None:
-    """Some copies hold version 2 in a folder "train"; what is in HU stays so."""
+    """Some copies hold version 2 in a folder "train"; its HU values are not rescaled again."""
     for name in NAMES:
         volume_file(root, "train_fixed", name).replace(volume_file(root, "train", name))
     for seed, study in enumerate(ct_rate.read(root, "train")[0]):
@@ -158,7 +158,7 @@ def test_missing_volumes_and_reports_are_failures(root: Path) -> None:
         ct_rate.read(root, "train")
 
 
-def test_what_does_not_show_the_chest_is_left_out_and_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_scans_that_do_not_show_the_chest_are_left_out_and_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "dataset" / "metadata" / "no_chest_train.txt").write_text("train_1_a_2.nii.gz\ntrain_53_b\n")
     studies, _ = ct_rate.read(root, "train")
     assert [study.id for study in studies] == ["train/train_1/train_1_a/train_1_a_1"]

@@ -1,4 +1,4 @@
-"""Preparation by a Ray cluster and by jobs that claim their work: the bytes of one process, whoever dies."""
+"""Preparation by a Ray cluster and by jobs that claim their work gives the bytes of one process, also when one dies."""
 
 import multiprocessing
 import os
@@ -35,7 +35,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def alone(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one process writes."""
+    """The files that one process writes."""
     root = tmp_path_factory.mktemp("alone")
     prepare(*arguments(phantoms, root), workers=1)
     return tree(root)
@@ -56,8 +56,8 @@ def claim(phantoms: Path, root: Path, stale: float, die: bool = False) -> None:
             file.write(f"{finished['fingerprint']}\n")
 
 
-def test_jobs_share_the_work_without_being_counted(phantoms: Path, alone: dict[str, bytes], small_claims: None, tmp_path: Path) -> None:
-    """Two that live and one that dies with a claim, whose studies another takes over; a later one finds all done."""
+def test_any_number_of_jobs_share_the_work(phantoms: Path, alone: dict[str, bytes], small_claims: None, tmp_path: Path) -> None:
+    """Two jobs finish; one dies with a claim, whose studies another takes over; a later job finds nothing left to do."""
     root = tmp_path / "store"
     dead = FORKS.Process(target=claim, args=(phantoms, root, 60.0, True))
     dead.start()
@@ -77,7 +77,7 @@ def test_jobs_share_the_work_without_being_counted(phantoms: Path, alone: dict[s
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")} == before and tree(root) == alone
 
 
-def test_a_claim_is_one_processs_until_it_is_stale(tmp_path: Path) -> None:
+def test_a_claim_belongs_to_one_process_until_it_is_stale(tmp_path: Path) -> None:
     first, second = Claims(tmp_path / "claims", 0.2), Claims(tmp_path / "claims", 0.2)
     assert first.take("0") and not second.take("0") and second.take("1")
     with first.held(["0"]):
@@ -89,7 +89,7 @@ def test_a_claim_is_one_processs_until_it_is_stale(tmp_path: Path) -> None:
     assert not first.is_done("1") and second.take("1")
 
 
-def test_engines_have_names() -> None:
+def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(ValueError, match="engine 'spark' is unknown; known: local, ray"):
         open_engine("spark", 1)
 

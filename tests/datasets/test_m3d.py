@@ -1,4 +1,4 @@
-"""The layout of M3D-Cap and M3D-VQA: what is written is read back, published quirks are read too, and what is missing is named."""
+"""The layout of M3D-Cap and M3D-VQA: a round trip, quirks of the published files, and missing files."""
 
 import csv
 import dataclasses
@@ -23,7 +23,7 @@ def study(number: int, split: str = "train", **changes: object) -> Study:
     return Study(name, f"ct_case/{number:06d}", f"M3D_Cap/{name}.nii.gz", split=split, source="m3d", **values)
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_a_written_data_set_is_read_back(tmp_path: Path) -> None:
     plans = plan_phantoms(60, seed=1)
     m3d.write(tmp_path, [plan.study for plan in plans], [question for plan in plans for question in plan.questions])
     for split in m3d.SPLITS:
@@ -45,7 +45,7 @@ def test_commas_quotes_and_line_ends_survive(tmp_path: Path) -> None:
 
 
 def test_the_files_are_as_published(tmp_path: Path) -> None:
-    """Column names, split names, question types by number and answers by letter, looked up with nothing of ours."""
+    """Column names, split names, question types and answer letters are read without the package."""
     one, other = study(1), study(2, "validation")
     questions = [
         Question(one.id, "abnormality", "What?", ("Mass", "Stone", "Cyst", "Tear"), "Cyst"),
@@ -122,7 +122,7 @@ OWN = [
 
 
 def test_own_ids_patients_and_labels_come_back(tmp_path: Path) -> None:
-    """Images in any folder and format; what does not follow from their paths stands in the listing."""
+    """Images lie in any folder and format; the listing holds what does not follow from their paths."""
     questions = [Question(one.id, "plane", "Plane?", ("Axial", "Coronal", "Sagittal", "Oblique"), "Axial") for one in OWN]
     m3d.write(tmp_path, OWN, questions)
     assert m3d.read(tmp_path, "train") == (OWN, questions)
@@ -164,7 +164,7 @@ def test_a_path_that_leaves_the_data_is_refused(path: str, tmp_path: Path) -> No
         listing.write_text(content)
 
 
-def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_records_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two studies have the id './b'"):
         m3d.write(tmp_path, [OWN[1], dataclasses.replace(OWN[0], id="./b")], [])
     with pytest.raises(ValueError, match="split 'val' of study b is unknown; known: train, validation, test"):
@@ -268,7 +268,7 @@ PICTURES = "M3D_Cap/ct_case/000006/Axial_C__portal_venous_phase"
 
 
 def released(root: Path, image: str, split: str = "train") -> None:
-    """One case as released: a report beside a folder of numbered slices, while list and questions name a prepared file."""
+    """One case as released: a report and a folder of numbered slices, while listing and questions name a prepared file."""
     (root / PICTURES).mkdir(parents=True)
     (root / "M3D_Cap/ct_case/000006/text.txt").write_text("Title: x\nstudy_findings: A cyst.\n")
     for number, seed in enumerate((0, 10, 20, 30)):
@@ -283,7 +283,7 @@ def released(root: Path, image: str, split: str = "train") -> None:
 
 @pytest.mark.parametrize("top", ["M3D_Cap", "M3D_Cap_npy", "./M3D_Cap_nii"])
 @pytest.mark.parametrize("ending", [".npy", ".nii.gz", ""])
-def test_slices_as_released_stand_for_what_is_not_prepared_yet(tmp_path: Path, top: str, ending: str) -> None:
+def test_released_slices_are_read_where_the_prepared_file_is_missing(tmp_path: Path, top: str, ending: str) -> None:
     image = PICTURES.replace("M3D_Cap", top, 1) + ending
     released(tmp_path, image)
     with (tmp_path / "M3D_VQA/M3D_VQA_train.csv").open("w", newline="") as file:
@@ -301,7 +301,7 @@ def test_slices_as_released_stand_for_what_is_not_prepared_yet(tmp_path: Path, t
     assert volume.shape == (4, 20, 30) and volume.array[:, 0, 0].tolist() == [0, 10, 20, 30]
 
 
-def test_a_prepared_file_comes_before_the_slices(tmp_path: Path) -> None:
+def test_a_prepared_file_is_preferred_to_the_slices(tmp_path: Path) -> None:
     released(tmp_path, f"{PICTURES.replace('M3D_Cap', 'M3D_Cap_npy')}.npy")
     prepared = tmp_path / f"{PICTURES.replace('M3D_Cap', 'M3D_Cap_npy')}.nii.gz"
     prepared.parent.mkdir(parents=True)
@@ -311,7 +311,7 @@ def test_a_prepared_file_comes_before_the_slices(tmp_path: Path) -> None:
     assert m3d.read(tmp_path, "train")[0][0].image.endswith("_npy/ct_case/000006/Axial_C__portal_venous_phase.npy")
 
 
-def test_an_image_that_lies_nowhere_keeps_its_path(tmp_path: Path) -> None:
+def test_a_missing_image_keeps_its_path(tmp_path: Path) -> None:
     one = study(1)
     m3d.write(tmp_path, [one], [])
     assert m3d.read(tmp_path, "train")[0][0].image == one.image

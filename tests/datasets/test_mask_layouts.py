@@ -1,4 +1,4 @@
-"""Masks in each layout, read and prepared: where the phantoms drew them, as released data sets store them, and in one's own table."""
+"""Masks in each layout, read and prepared: of phantoms, of released data sets, and of a user's own table."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def scan(shape: tuple[int, int, int] = (14, 12, 10)) -> np.ndarray:
     return array
 
 
-def test_phantoms_say_where_they_drew_what(phantoms: Path) -> None:
+def test_masks_of_phantoms_are_where_the_findings_were_drawn(phantoms: Path) -> None:
     plans = {plan.study.id: plan for plan in read_plans(phantoms)}
     checked = 0
     for study in [study for split in m3d.SPLITS for study in m3d.read(phantoms, split)[0]][:12]:
@@ -75,7 +75,7 @@ def test_prepared_phantoms_have_masks(prepared: Path) -> None:
 
 
 def test_sentences_of_ct_rate_phantoms_have_masks(chests: Path, tmp_path: Path) -> None:
-    """As plain CT-RATE, in ReXGroundingCT's own splits, and through the command line."""
+    """Read as CT-RATE, with ReXGroundingCT's own splits, and by the command line."""
     plans = {plan.name: plan for plan in plan_ct_rate(12, seed=1, detail=0.5)}
     assert rex_grounding_ct.splits(chests) == ["train", "validation"]
     grounded = rex_grounding_ct.read(chests, "train")[0]
@@ -95,7 +95,7 @@ def test_sentences_of_ct_rate_phantoms_have_masks(chests: Path, tmp_path: Path) 
 
 
 def test_released_sentences(chests: Path, tmp_path: Path) -> None:
-    """Without what is ours: names are the sentences; a scan whose masks are missing, or that CT-RATE has not, is a failure."""
+    """Without our additions the names are the sentences; a scan without masks, or missing in CT-RATE, is a failure."""
     for name in ("radiology_text_reports", "metadata", "multi_abnormality_labels", "train_fixed", "valid_fixed"):
         (tmp_path / name).symlink_to(chests / name)
     listing = json.loads((chests / "dataset.json").read_text())
@@ -127,7 +127,7 @@ def test_released_sentences(chests: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("release", ["new", "old"])
 def test_m3d_seg_as_released(release: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Written as the published script does: x, y, z in both files, a row for each label, paths of another machine."""
+    """The files are written as the published script does: axes x, y, z, a row for each label, paths of another machine."""
     array = scan()
     liver, tumor = array > 250, array > 380
     rows = np.stack([liver, np.zeros_like(liver), tumor]).astype(np.int32)
@@ -192,7 +192,7 @@ def test_totalsegmentator_as_released(tmp_path: Path) -> None:
         totalsegmentator.splits(tmp_path / "s0000")
 
 
-def test_masks_of_ones_own(tmp_path: Path) -> None:
+def test_masks_of_a_users_table(tmp_path: Path) -> None:
     affine = np.diag([1.5, 1.5, 1.5, 1.0])
     array = scan()
     (tmp_path / "drawn").mkdir()
@@ -222,7 +222,7 @@ def test_masks_of_ones_own(tmp_path: Path) -> None:
             table.read(tmp_path, "train")
 
 
-def test_an_array_may_count_its_axes_as_nibabel_does(tmp_path: Path) -> None:
+def test_arrays_with_axes_x_y_z_are_transposed(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", scan())
     nib.save(nib.Nifti1Image(scan(), np.eye(4)), tmp_path / "a.nii.gz")
     assert np.array_equal(read_volume(tmp_path / "a.npy", transpose=True).array, scan().T)
@@ -231,7 +231,7 @@ def test_an_array_may_count_its_axes_as_nibabel_does(tmp_path: Path) -> None:
 
 
 def test_data_without_masks_are_prepared_as_before(tmp_path: Path) -> None:
-    """No line, record or file of theirs speaks of masks."""
+    """None of their lines, records and files mentions masks."""
     nib.save(nib.Nifti1Image(scan(), np.eye(4)), tmp_path / "a.nii.gz")
     (tmp_path / "table.csv").write_text("image,report\na.nii.gz,A mass.\n")
     assert main(["prepare", "table", str(tmp_path), str(tmp_path / "store"), "--size", "8,10,12", "--workers", "1"]) == 0

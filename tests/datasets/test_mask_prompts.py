@@ -1,4 +1,4 @@
-"""What is said about studies with masks: true of the voxels that it comes with, drawn by seed and epoch alone, and nothing where nobody looked."""
+"""Prompts about studies with masks: true of their voxels, drawn from seed and epoch alone, and none for unlabelled findings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -66,7 +66,7 @@ def prompts(**settings: Any) -> MaskPrompts:
     return MaskPrompts(Data(), STUDIES, **settings)  # type: ignore[arg-type]
 
 
-def test_each_prompt_comes_with_the_voxels_of_which_it_is_true() -> None:
+def test_each_prompt_has_the_mask_of_its_finding() -> None:
     true = {
         "lung nodule": "lung nodule", "left lung nodule": "lung nodule", NODULE: "lung nodule", "liver mass": "liver mass",
         "right liver mass": "liver mass", "left kidney": "left kidney",
@@ -88,15 +88,15 @@ def test_each_prompt_comes_with_the_voxels_of_which_it_is_true() -> None:
     assert seen <= set(prompts().texts(STUDIES))  # type: ignore[arg-type]
 
 
-def test_nothing_is_claimed_where_nobody_looked() -> None:
-    """A label of 1 without a mask, and no label, are neither there nor absent."""
+def test_unlabelled_findings_are_never_prompted() -> None:
+    """A finding with label 1 but no mask, or without a label, is prompted neither as present nor as absent."""
     drawn = prompts().draw(STUDIES[1], 0, 0)  # type: ignore[arg-type]
     assert {(prompt.text, prompt.mask) for prompt in drawn} == {("renal cyst", "renal cyst"), ("lung nodule", None)}
     assert prompts().draw(STUDIES[2], 0, 0) == []  # type: ignore[arg-type]
     assert [prompts().known(study) for study in STUDIES] == [True, True, False]  # type: ignore[arg-type]
 
 
-def test_shares_and_counts_are_as_asked_for() -> None:
+def test_shares_and_counts_follow_the_settings() -> None:
     study: Any = STUDIES[0]
     drawn = [prompts(sentences=0.5, sides=0.25).draw(study, epoch, 7) for epoch in range(800)]
     said = [prompt.text for each in drawn for prompt in each if prompt.mask == "lung nodule"]
@@ -122,7 +122,7 @@ def test_rows_of_different_lengths_become_one_batch() -> None:
 
 
 def test_masks_move_with_their_volumes() -> None:
-    """Of boxes that are as bright as they are masks."""
+    """The masks are boxes that are also bright in the volume."""
     augmentation = Augmentation(share=1.0, scale=0, shift=0, gamma=0, noise=0, flips=("width",))
     masks = torch.zeros(6, 2, 16, 20, 24, dtype=torch.bool)
     masks[:, 0, 4:9, 5:15, 3:9] = masks[:, 1, 8:12, 2:7, 14:20] = True
@@ -145,7 +145,7 @@ def test_data_without_masks_is_refused(prepared: Path) -> None:
         PromptedPairDataset(data, "train")
 
 
-def test_pairs_keep_what_they_are(prepared: Path) -> None:
+def test_image_report_pairs_are_unchanged(prepared: Path) -> None:
     data = PreparedData(prepared)
     plain, prompted = PairDataset(data, "train", sentences=2), PromptedPairDataset(data, "train", sentences=2)
     for number in range(3):

@@ -1,4 +1,4 @@
-"""Masks on the processor's grid: equal to thresholds of the intensity, to SimpleITK's resampling, and whatever cannot be used named."""
+"""Masks on the processor's grid, against thresholds of the intensity and SimpleITK's resampling, and unusable masks."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ LESION = 600  # HU and more
 
 
 def oblique(letters: str, turn: float, spacing: tuple[float, float, float]) -> np.ndarray:
-    """A NIfTI affine whose axes lead, but for a turn of so many degrees about z and x, where the letters say."""
+    """Returns a NIfTI affine with axes along these letters, turned by these degrees about z and x."""
     a, b = np.deg2rad(turn), np.deg2rad(turn / 2)
     about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
     about_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
@@ -37,7 +37,7 @@ def oblique(letters: str, turn: float, spacing: tuple[float, float, float]) -> n
 
 
 def body(shape: tuple[int, int, int] = (23, 17, 11), seed: int = 0) -> np.ndarray:
-    """Air around a box of tissue, with a ragged lesion in it."""
+    """A box of tissue in air, with a ragged lesion."""
     random = np.random.default_rng(seed)
     array = np.full(shape, -1000, np.int16)
     inside = tuple(slice(2, length - 3) for length in shape)
@@ -71,7 +71,7 @@ def prepared_from(tmp_path: Path) -> Any:
 @pytest.mark.parametrize("letters", ["LPS", "RAS", "PIR", "SLA"])
 @pytest.mark.parametrize("recipe", ["hu_window", "ct_rate"])
 def test_a_mask_is_where_the_intensities_are(letters: str, recipe: str, prepared_from: Any, tmp_path: Path) -> None:
-    """Oblique, flipped, anisotropic and cropped: each voxel of the prepared mask is one where the prepared scan is bright."""
+    """For oblique, flipped, anisotropic and cropped scans, the prepared mask is where the prepared scan is bright."""
     spacing = (1.0, 1.4, 2.5)
     array = body()
     save(tmp_path / "a.nii.gz", array, oblique(letters, 20, spacing))
@@ -104,7 +104,7 @@ def on_scan(root: Path, mask: Mask, name: str = "lesion") -> tuple[np.ndarray, l
 
 @pytest.mark.parametrize("letters", ["LPS", "RSA", "IAL"])
 def test_a_mask_of_another_orientation_is_turned_to_the_scan(letters: str, tmp_path: Path) -> None:
-    """The same voxels with other axes, turned by nibabel: exact."""
+    """The voxels are reoriented by nibabel; the result is exact."""
     array = body()
     affine = oblique("RAS", 15, (1.0, 1.4, 2.5))
     save(tmp_path / "a.nii.gz", array, affine)
@@ -131,7 +131,7 @@ def test_a_mask_of_another_spacing_is_resampled_as_simpleitk_does(tmp_path: Path
 
 
 def test_masks_of_several_labels_and_channels(tmp_path: Path) -> None:
-    """A file of labels, channels first and last as nibabel counts axes, and the sparse matrices of M3D-Seg are one mask."""
+    """A file of labels, channels first or last, and the sparse matrices of M3D-Seg give the same mask."""
     array = body()
     affine = oblique("LPS", 0, (1.0, 1.4, 2.5))
     save(tmp_path / "a.nii.gz", array, affine)
@@ -156,7 +156,7 @@ def test_masks_of_several_labels_and_channels(tmp_path: Path) -> None:
     assert not on_scan(tmp_path, Mask(sparse, channel=1))[0].any()
 
 
-def test_what_cannot_be_used_is_said_in_a_sentence(tmp_path: Path, prepared_from: Any) -> None:
+def test_unusable_masks_are_refused(tmp_path: Path, prepared_from: Any) -> None:
     array = body()
     affine = oblique("LPS", 0, (1.0, 1.4, 2.5))
     save(tmp_path / "a.nii.gz", array, affine)
@@ -191,8 +191,8 @@ def test_what_cannot_be_used_is_said_in_a_sentence(tmp_path: Path, prepared_from
     assert summary["failures"] == 1 and "do not overlap" in failure["reason"]
 
 
-def test_a_geometry_that_nobody_knew_is_doubted(tmp_path: Path) -> None:
-    """As where a program wrote the mask's voxels alone."""
+def test_a_mask_without_geometry_gives_a_warning(tmp_path: Path) -> None:
+    """Some programs write the voxels of a mask without its geometry."""
     array = body()
     save(tmp_path / "a.nii.gz", array, oblique("LPS", 20, (1.0, 1.4, 2.5)))
     save(tmp_path / "m.nii.gz", (array >= LESION).astype(np.uint8), np.eye(4))
@@ -200,8 +200,8 @@ def test_a_geometry_that_nobody_knew_is_doubted(tmp_path: Path) -> None:
     assert np.array_equal(voxels, (array >= LESION).T) and "1 mm identity" in doubts[0]
 
 
-def test_where_a_scan_is_halved_each_voxel_has_the_one_at_its_middle() -> None:
-    """As torch's nearest-exact: of the two that are as near, the one with the higher index. One axis is turned round."""
+def test_halving_takes_the_voxel_nearest_to_the_middle() -> None:
+    """Of two equally near voxels it takes the one with the higher index, as torch's nearest-exact. One axis is flipped."""
     mask = np.random.default_rng(0).random((12, 16, 24)) < 0.4
     processor = VolumeProcessor("m3d", size=(8, 6, 12))
     placement = np.array([[0, 2, 0, 0.5], [-2, 0, 0, 14.5], [0, 0, 2, 0.5], [0, 0, 0, 1]])  # rows lead against the scan's
@@ -210,7 +210,7 @@ def test_where_a_scan_is_halved_each_voxel_has_the_one_at_its_middle() -> None:
     assert torch.equal(processor.transform_mask(mask, placement).flip(0), expected)
 
 
-def test_what_is_padding_holds_no_mask() -> None:
+def test_padding_holds_no_mask() -> None:
     placement = np.eye(4)
     placement[0, 3] = -2
     placed = VolumeProcessor("m3d", size=(9, 4, 5)).transform_mask(np.ones((4, 4, 5), bool), placement)
@@ -218,7 +218,7 @@ def test_what_is_padding_holds_no_mask() -> None:
 
 
 def test_a_mask_follows_a_scan_that_is_straightened(prepared_from: Any, tmp_path: Path) -> None:
-    """A sheared stack of two values: between slices both are linear, so that the mask is where the scan is bright."""
+    """In a sheared stack of two values, scan and mask are interpolated alike, so the mask is where the scan is bright."""
     lesion = np.zeros((24, 20, 14), bool)
     lesion[6:17, 5:14, 4:10] = np.random.default_rng(5).random((11, 9, 6)) < 0.8
     affine = oblique("LPS", 0, (1.0, 1.0, 2.0))
@@ -248,7 +248,7 @@ def test_packing_is_exact() -> None:
         assert np.array_equal(result, mask) and packed.voxels == mask.sum()
 
 
-def test_masks_are_kept_small_checked_and_made_anew(tmp_path: Path, prepared_from: Any) -> None:
+def test_stored_masks_are_small_checked_and_updated(tmp_path: Path, prepared_from: Any) -> None:
     array = body((40, 30, 20))
     affine = np.diag([1.0, 1.0, 2.0, 1.0])
     save(tmp_path / "a.nii.gz", array, affine)
@@ -291,7 +291,7 @@ def test_masks_are_kept_small_checked_and_made_anew(tmp_path: Path, prepared_fro
     assert PreparedData(tmp_path / "store").masks(found).sum() > 50
 
 
-def test_records_with_masks_come_back_and_are_checked(tmp_path: Path) -> None:
+def test_records_with_masks_round_trip_and_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "studies.jsonl"
     known = [study({"a cyst": Mask("m.nii.gz", 3, None, "finding", "kidney", "left", "upper pole", "A cyst.")}), study({})]
     write_records(path, known)

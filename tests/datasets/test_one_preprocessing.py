@@ -1,4 +1,4 @@
-"""One scan file through every way to a model: the same bits, for every recipe."""
+"""Every path from a scan file to a model gives the same tensor, for every recipe."""
 
 from collections import OrderedDict
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The phantom data set: the same for the same seed, split by patient, no report twice, and nothing to be guessed without looking."""
+"""The phantom data set: fixed by its seed, split by patient, distinct reports, and answers that cannot be guessed from the text."""
 
 import multiprocessing
 import os
@@ -52,14 +52,14 @@ def test_splits_have_their_sizes_and_share_no_patient(plans: list[Plan]) -> None
     assert all(len(body) == 1 for body in bodies.values())
 
 
-def test_no_report_stands_twice_in_a_split(plans: list[Plan]) -> None:
+def test_no_report_occurs_twice_in_a_split(plans: list[Plan]) -> None:
     for split in m3d.SPLITS:
         reports = [plan.study.report for plan in of_split(plans, split)]
         assert len(set(reports)) == len(reports)
 
 
-def test_a_report_says_what_is_there_and_what_is_not(plans: list[Plan]) -> None:
-    """Every finding with its place, and of what is absent only things that are absent."""
+def test_a_report_states_what_is_present_and_what_is_absent(plans: list[Plan]) -> None:
+    """It states every finding with its location, and denies only absent ones."""
     for plan in plans[:400]:
         present = [finding.kind for finding in plan.body.findings]
         assert plan.study.labels == {kind: int(kind in present) for kind in KINDS}
@@ -102,12 +102,12 @@ def test_questions_fit_their_study(plans: list[Plan]) -> None:
 
 
 def within(share: float, expected: float, count: int, deviations: float = 4.0) -> bool:
-    """Whether a share of `count` draws lies within the binomial error of what is expected."""
+    """Returns whether a share of `count` draws lies within the binomial error of the expected share."""
     return abs(share - expected) < deviations * (expected * (1 - expected) / count) ** 0.5
 
 
 def test_answers_cannot_be_guessed_from_the_text(plans: list[Plan]) -> None:
-    """The guesser that the data set itself prints, trained on half of the training studies, asked about the other half: 900 studies."""
+    """The text-only baseline is fitted to half of 900 training studies and tested on the other half."""
     train = of_split(plans, "train")
     test = questions(train[900:])
     scores = text_only_baselines(questions(train[:900]), test)
@@ -134,7 +134,7 @@ def test_letters_answers_and_yes_and_no_are_balanced(split: str, plans: list[Pla
 
 
 def test_no_choice_is_right_more_often_than_another(plans: list[Plan]) -> None:
-    """Of each choice, the share of the times that it is offered in which it is right is near a quarter: it says nothing by itself."""
+    """Every choice is right in about a quarter of the questions that offer it."""
     asked = questions(of_split(plans, "train"))
     for kind in ("organ", "abnormality", "plane", "phase"):
         closed = [question for question in asked if question.kind == kind and not question.yes_no]
@@ -151,7 +151,7 @@ def test_a_small_data_set_has_three_splits() -> None:
 
 
 def test_another_plan_needs_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a later version may make of the same settings: its reports must not stand beside the volumes that are there."""
+    """A later version may plan other studies for the same settings; its reports must not be mixed with older volumes."""
     write_phantoms(tmp_path, studies=10, detail=0.2, workers=1)
     write_phantoms(tmp_path, studies=10, detail=0.2, workers=1)
     monkeypatch.setattr("med3dvlm.datasets.phantom.PLANE_SHARES", {"axial": 1.0})
@@ -160,7 +160,7 @@ def test_another_plan_needs_another_folder(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_written_volumes_are_what_was_drawn(phantoms: Path) -> None:
-    """In Hounsfield units, whole numbers, with the affine of the plan: the file's first axis is the last of (D, H, W)."""
+    """Values are whole HU, the affine is the planned one, and the file's first axis is the last of (D, H, W)."""
     plan = plan_phantoms(28, seed=0, detail=0.5)[0]
     image = nib.load(phantoms / plan.study.image)
     canvas = draw(plan.body, plan.acquisition)
@@ -176,7 +176,7 @@ def volumes(root: Path) -> dict[str, np.ndarray]:
 
 
 def test_a_killed_writing_continues(tmp_path: Path) -> None:
-    """Killed after the third volume; what was whole stays as it is, and the result is that of a run in peace."""
+    """It is killed after the third volume; complete files stay, and the result equals an uninterrupted run."""
 
     def write() -> None:
         os.setsid()

@@ -49,14 +49,14 @@ def test_only_reconstructions_of_one_scan_share_a_report(plans: list[Plan]) -> N
 
 
 def test_reports_state_what_the_labels_say(plans: list[Plan]) -> None:
-    """By the rules that read real reports: each finding that is drawn, and none that is not."""
+    """The rules for real reports read exactly the findings that are drawn."""
     for plan in plans:
         read = read_findings(f"{plan.findings} {plan.impressions}")
         assert {kind for kind in FINDINGS_CT_RATE if read[kind]} == {finding.kind for finding in plan.body.findings}, plan.findings
 
 
 @pytest.mark.parametrize("kind", FINDINGS_CT_RATE)
-def test_every_finding_changes_the_picture_inside_the_body(kind: str) -> None:
+def test_every_finding_changes_the_volume_within_the_body(kind: str) -> None:
     size = KINDS[kind].get("size_mm", (0, 0))[0]
     acquisition = Acquisition("axial", "non-contrast", 5, spacing=(6.0, 4.0, 4.0))
     with_it = draw(Body("chest", (Finding(kind, KINDS[kind]["places"][0], size, 1),), 7), acquisition)

@@ -1,4 +1,4 @@
-"""Masks of lesions against what the anatomy says: the place in the patient, the size, and what the whole scan shows there."""
+"""Masks of lesions against the anatomy: location in the patient, size, and the values of the scan there."""
 
 import json
 from dataclasses import replace
@@ -29,13 +29,13 @@ def scanned(kind: str, place: str, size_mm: int, plane: str = "axial", *others: 
 
 
 def middle(body: Body, acquisition: Acquisition, kind: str) -> np.ndarray:
-    """The centre of the mask in the patient, mm."""
+    """Returns the centre of the mask in mm."""
     canvas, masks = draw_with_masks(body, acquisition)
     return canvas.corner + canvas.directions @ np.argwhere(masks[kind]).mean(axis=0)
 
 
 @pytest.mark.parametrize("kind", PLACED)
-def test_the_nearest_of_the_known_places_is_the_stated_one(kind: str) -> None:
+def test_the_stated_place_is_the_nearest_known_one(kind: str) -> None:
     places = PLACED[kind]
     for number, place in enumerate(places):
         found = middle(*scanned(kind, place, 30, ("axial", "coronal", "sagittal", "oblique")[number]), kind)
@@ -65,7 +65,7 @@ def test_the_mask_of_a_ball_has_its_volume() -> None:
 
 
 def test_other_findings_do_not_move_a_mask() -> None:
-    """What draws random numbers before a lesion moves it, in the scan and in the mask alike; what comes after must not."""
+    """Random numbers drawn before a lesion move it in scan and mask alike; later ones must not."""
     others = (
         Finding("consolidation", "right lower lobe", 60, 1),
         Finding("lung_opacity", "right upper lobe", 70, 1),

@@ -1,4 +1,4 @@
-"""Answers that point: after which sentences, to which masks, and what is left of it where a conversation is cut."""
+"""Pointing answers: after which sentences, to which masks, and where a conversation is cut."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,11 +35,11 @@ MASKS = {
         ("Pleural effusion.", ()),
     ],
 )
-def test_a_sentence_is_about_the_masks_of_what_it_states(sentence: str, expected: tuple[str, ...]) -> None:
+def test_a_sentence_points_to_the_masks_of_its_findings(sentence: str, expected: tuple[str, ...]) -> None:
     assert named_masks(sentence, MASKS) == expected
 
 
-def test_places_are_the_ends_of_sentences() -> None:
+def test_pointing_tokens_follow_the_ends_of_sentences() -> None:
     text = "CT of the chest. Liver mass of 5.5 cm.  No effusion. Lung nodule on the right \n"
     assert [(text[:end][-9:], names) for end, names in places(text, MASKS)] == [
         ("f 5.5 cm.", ("liver mass",)),
@@ -60,7 +60,7 @@ def rows_of(prepared: Path, **settings: object) -> ConversationDataset:
 
 
 def test_masks_come_in_the_order_of_the_tokens_whatever_is_cut(prepared: Path, processor: Med3DVLMProcessor) -> None:
-    """Token by token: the words before it, back to the sentence before, are about the mask that it gets."""
+    """The sentence before each pointing token states the finding of its mask."""
     data, rows, cut, pointed = PreparedData(prepared), rows_of(prepared), 0, 0
     for max_length in (512, 90):
         collate = ConversationCollator(processor, max_length)
@@ -95,7 +95,7 @@ def test_rows_are_counted_with_their_tokens(prepared: Path, processor: Med3DVLMP
         assert max(collate([rows[number]])["input_ids"].shape[1] for number in range(len(rows))) <= 220
 
 
-def test_rows_of_a_batch_are_filled_up(prepared: Path, processor: Med3DVLMProcessor) -> None:
+def test_rows_of_a_batch_are_padded(prepared: Path, processor: Med3DVLMProcessor) -> None:
     rows = rows_of(prepared, closed=0, follow_ups=0)
     collate = ConversationCollator(processor, 512)
     batch = collate([rows[number] for number in range(6)])

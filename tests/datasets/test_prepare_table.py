@@ -1,4 +1,4 @@
-"""`med3dvlm prepare table`: what is told of a scan on the command line and in the table, and what is told of the studies afterwards."""
+"""`med3dvlm prepare table`: settings of scans on the command line and in the table, and the summary of the studies."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def direct(path: Path, **reading: object) -> np.ndarray:
     return VolumeProcessor("m3d", size=SIZE).transform(read_volume(path, **reading)).numpy()  # type: ignore[arg-type]
 
 
-def test_the_command_line_speaks_of_all_scans_and_the_table_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_sets_all_scans_and_the_table_single_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random = np.random.default_rng(0)
     for name in "abc":
         np.save(tmp_path / f"{name}.npy", random.integers(0, 2000, (10, 20, 30)).astype(np.int16))
@@ -52,7 +52,7 @@ def test_the_command_line_speaks_of_all_scans_and_the_table_of_one(tmp_path: Pat
     assert "state it in the table's column spacing; that of the result is --target-spacing" in capsys.readouterr().err
 
 
-def test_which_series_was_taken_is_told_of_each_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_chosen_series_is_listed_for_each_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in "ab":
         write_series(tmp_path / name / "one", scan())
         write_series(tmp_path / name / "two", scan()[::-1][:-1])
@@ -68,7 +68,7 @@ def test_which_series_was_taken_is_told_of_each_study(tmp_path: Path, capsys: py
     assert prepare(tmp_path, capsys=capsys)[0] == 0 and (tmp_path / "out" / "warnings.jsonl").stat().st_mtime_ns == before
 
 
-def test_a_study_left_out_is_told_and_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_left_out_is_listed_and_the_exit_code_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(-1000, 400, (10, 20, 30)).astype(np.int16))
     lines = [{"image": name, "report": report} for name, report in (("a.npy", "x"), ("b.npy", "x"), ("c.npy", float("nan")))]
     (tmp_path / "Table.JSONL").write_text("\n".join(map(json.dumps, lines)))
@@ -78,6 +78,6 @@ def test_a_study_left_out_is_told_and_ends_with_1(tmp_path: Path, capsys: pytest
     assert "Table.JSONL line 3: the report of c.npy is empty" in failures["c"] and "b.npy: there is no such file" in failures["b"]
 
 
-def test_ct_rate_says_itself_what_its_values_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hu_settings_are_refused_for_ct_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["prepare", "ct_rate", str(tmp_path), str(tmp_path / "out"), "--hu", "already_hu"]) == 2
     assert "--hu is for scans of which nobody has said it, but the metadata of CT-RATE do; leave it out" in capsys.readouterr().err

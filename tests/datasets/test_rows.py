@@ -1,4 +1,4 @@
-"""What a row of conversations is: of one kind or the other, bounded in length, the same everywhere, each purpose with its own random numbers."""
+"""Rows of conversations: both kinds, bounded in length, reproducible, with independent random numbers for each purpose."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def test_every_question_and_report_is_a_row_of_its_own(data: PreparedData) -> No
 
 
 def test_the_reports_of_a_share_of_the_studies_are_rows(data: PreparedData) -> None:
-    """The same studies in every epoch, others for another seed."""
+    """They are the same in every epoch and differ between seeds."""
     few, other = one_each(data, reports=0.5, seed=1), one_each(data, reports=0.5, seed=2)
     chosen = [[row.study for row in talks.rows if row.drawn] for talks in (few, other)]
     assert 5 < len(chosen[0]) < 17 and chosen[0] != chosen[1]
@@ -122,7 +122,7 @@ def test_five_hundred_questions_become_rows_of_bounded_length(
     assert 0 < reports < 6
 
 
-def test_short_studies_stay_one_row_and_say_what_they_said(data: PreparedData, processor: Med3DVLMProcessor) -> None:
+def test_short_studies_stay_one_row_with_the_same_conversations(data: PreparedData, processor: Med3DVLMProcessor) -> None:
     talks, limited = (ConversationDataset(data, "train", ConversationOptions(), 6) for _ in range(2))
     limited.limit_rows(processor, 400, 4096)
     assert len(limited) == len(talks.studies)
@@ -132,8 +132,8 @@ def test_short_studies_stay_one_row_and_say_what_they_said(data: PreparedData, p
         assert told == (np.random.default_rng((6, 0, index)).random() < 1.0)  # the stream of the words
 
 
-def test_a_row_of_what_is_drawn_alone_is_never_empty(data: PreparedData, processor: Med3DVLMProcessor) -> None:
-    """Where a row has room for one conversation only, the report has one for itself."""
+def test_a_row_without_fixed_questions_is_never_empty(data: PreparedData, processor: Med3DVLMProcessor) -> None:
+    """Where a row has room for a single conversation, the report gets its own row."""
     talks = ConversationDataset(data, "train", ConversationOptions(reports=0.1, closed=0.1, follow_ups=0.1))
     longest = 110
     talks.limit_rows(processor, longest, longest)
@@ -156,14 +156,14 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def moved(keys: Sequence[torch.Tensor]) -> list[bool]:
-    """Which rows are moved by an augmentation that does nothing else."""
+    """Returns which rows an augmentation by translation alone moves."""
     augment = Augmentation(share=0.5, scale=0, shift=0, gamma=0, noise=0, zoom=0, crop=0, rotation=0, translation=0.3)
     volumes = torch.rand(1, 1, 3, 4, 5).repeat(len(keys), 1, 1, 1, 1)
     return [not torch.equal(*pair) for pair in zip(augment(volumes, torch.stack(list(keys)), (0, 1)), volumes, strict=True)]
 
 
-def test_what_is_said_and_what_is_moved_are_independent(data: PreparedData) -> None:
-    """Over 1,100 rows a correlation of 0.12 is four standard errors; with one stream for both it was 0.9 and more."""
+def test_conversations_and_augmentation_are_independent(data: PreparedData) -> None:
+    """Over 1,100 rows a correlation of 0.12 is four standard errors; one stream for both gave 0.9 and more."""
     augment = Augmentation(share=0.5)
     talks = ConversationDataset(data, "train", ConversationOptions(reports=0.5), augmentation=augment)
     pairs = PairDataset(data, "train", 0, augment, sentences=3)
@@ -182,7 +182,7 @@ def test_what_is_said_and_what_is_moved_are_independent(data: PreparedData) -> N
     assert correlation(said[:440], found[:440]) < 0.19
 
 
-def test_rows_of_one_study_are_moved_independently(data: PreparedData) -> None:
+def test_rows_of_one_study_are_augmented_independently(data: PreparedData) -> None:
     talks = one_each(data, augmentation=Augmentation(share=0.5))
     rows = [index for index, row in enumerate(talks.rows) if row.study == 4]
     keys = []
@@ -195,8 +195,8 @@ def test_rows_of_one_study_are_moved_independently(data: PreparedData) -> None:
 
 
 @pytest.mark.parametrize("image", [True, False])
-def test_what_is_cut_is_counted_and_ends_without_its_token(image: bool, data: PreparedData, processor: Med3DVLMProcessor) -> None:
-    """Against rows that are written out with every report and question, whole and cut; without an image the report stands in its place."""
+def test_cut_conversations_are_counted_and_end_without_end_token(image: bool, data: PreparedData, processor: Med3DVLMProcessor) -> None:
+    """The counts equal those of rows written out with every report and question; without an image the report replaces it."""
     talks = ConversationDataset(data, "train", ConversationOptions(), image=image)
     end = processor.tokenizer.eos_token_id
     inserted = processor.num_image_tokens if image else 0

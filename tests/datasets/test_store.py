@@ -1,4 +1,4 @@
-"""A store, opened: the volumes of VolumeProcessor bit for bit, and whatever is lost or damaged named."""
+"""Prepared data: volumes equal to those of VolumeProcessor bit for bit, and lost or damaged files named."""
 
 import json
 import pickle
@@ -29,12 +29,12 @@ def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(whole_store: Path, tmp_path: Path) -> Path:
-    """Five prepared volumes, for a test to harm."""
+    """Five prepared volumes that a test may damage."""
     return Path(shutil.copytree(whole_store, tmp_path / "store"))
 
 
 def test_a_prepared_volume_is_the_processors(phantoms: Path, prepared: Path) -> None:
-    """Real phantoms of every plane, through the folder's own processor: equal bit for bit, for the trainer and for the file."""
+    """Phantoms of every plane are equal bit for bit, as stored and as given to the trainer."""
     data = PreparedData(prepared)
     assert data.processor.size == (32, 64, 64)
     for study in [*data.studies("train")[:4], *data.studies("test")]:
@@ -43,7 +43,7 @@ def test_a_prepared_volume_is_the_processors(phantoms: Path, prepared: Path) -> 
         assert torch.equal(data.processor.dequantize(volume), data.processor(phantoms / study.image)["pixel_values"][0])
 
 
-def test_records_come_back(phantoms: Path, prepared: Path) -> None:
+def test_records_round_trip(phantoms: Path, prepared: Path) -> None:
     data = PreparedData(prepared)
     for split in m3d.SPLITS:
         assert (data.studies(split), data.questions(split)) == m3d.read(phantoms, split)
@@ -73,7 +73,7 @@ def test_a_lost_volume_is_named(store: Path) -> None:
 
 # Length of the header, header, first, middle and last voxel; the file is eight bytes, the header and the voxels.
 @pytest.mark.parametrize("place", [1, 9, -8 * 16 * 24, -1000, -1])
-def test_a_flipped_bit_is_found_and_told(store: Path, place: int) -> None:
+def test_a_flipped_bit_is_found(store: Path, place: int) -> None:
     data = PreparedData(store)
     damaged, *others = data.studies("train")
     path = volume_path(store, damaged)
@@ -85,7 +85,7 @@ def test_a_flipped_bit_is_found_and_told(store: Path, place: int) -> None:
     assert all(data.volume(study).shape == (1, *SIZE) for study in others)
 
 
-def test_a_volume_cut_short_or_exchanged_is_told(store: Path) -> None:
+def test_truncated_and_exchanged_volumes_are_named(store: Path) -> None:
     data = PreparedData(store)
     first, second, *_ = data.studies("train")
     volume_path(store, first).write_bytes(volume_path(store, first).read_bytes()[:-1])
@@ -97,7 +97,7 @@ def test_a_volume_cut_short_or_exchanged_is_told(store: Path) -> None:
 
 
 def test_workers_share_a_store_without_open_files(store: Path) -> None:
-    """By fork through a DataLoader, and pickled as to a spawned worker; each volume is read often and no file stays open."""
+    """Workers are forked by a DataLoader or receive the pickled store; volumes are read repeatedly and no file stays open."""
     data = PreparedData(store)
     studies = data.studies("train")
     expected = torch.stack([data.volume(study) for study in studies])
@@ -149,7 +149,7 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, change: dict[str
         read_questions(tmp_path / "questions.jsonl")
 
 
-def test_frozen_features_are_computed_once_and_whole(tmp_path: Path) -> None:
+def test_frozen_features_are_computed_once_and_completely(tmp_path: Path) -> None:
     path, calls = tmp_path / "features" / "x.safetensors", []
 
     def compute(rows: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,8 +168,8 @@ def test_frozen_features_are_computed_once_and_whole(tmp_path: Path) -> None:
     assert torch.equal(frozen_features(path, 7, compute)[0], first) and len(calls) == 5
 
 
-def test_shared_features_are_those_of_one_process_in_their_own_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes compute a half of the files each, and a worker reads what both wrote; a file that is lost is computed again."""
+def test_shared_features_equal_those_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes compute half of the files each, and a worker reads both; a lost file is computed again. Types are kept."""
     table = torch.randn(150, 3, 2).bfloat16()
     calls: list[int] = []
 

@@ -1,4 +1,4 @@
-"""A folder of one's own: the example of the module's text runs, columns are checked, and nobody's scan changes its split."""
+"""A user's own table: the example of the docstring, checked columns, and splits by patient."""
 
 import json
 import re
@@ -73,8 +73,8 @@ def test_json_lines_say_the_same_as_csv(tmp_path: Path) -> None:
     assert (study.patient, study.labels, question.kind, question.letter) == ("7", {"mass": 1}, "plane", "A")
 
 
-def test_patients_are_dealt_out_by_their_names(tmp_path: Path) -> None:
-    """The shares are right, all scans of a patient stay together, and nobody moves when others come."""
+def test_patients_are_split_by_their_names(tmp_path: Path) -> None:
+    """Shares are right, a patient's scans stay together, and new patients do not move others."""
     lines = [f"{patient}_{scan}.nii.gz,Report.,p{patient}\n" for patient in range(400) for scan in range(2)]
     small, large = (write(tmp_path / name, "image,report,patient\n" + "".join(part)) for name, part in (("s", lines[:200]), ("l", lines)))
     where = {}
@@ -165,7 +165,7 @@ def test_a_long_report_is_read_whole(tmp_path: Path) -> None:
     assert table.read(root, "train")[0][0].id == str(10**400)
 
 
-def test_which_table_is_read(tmp_path: Path) -> None:
+def test_the_table_is_found_in_the_folder(tmp_path: Path) -> None:
     root = write(tmp_path / "mine", "image,report,split\na.nii,x,train\n", "scans.csv")
     assert table.splits(root) == ["train"]
     with pytest.raises(ValueError, match="scans.csv has no split 'test'; it has: train"):
@@ -184,14 +184,14 @@ def test_which_table_is_read(tmp_path: Path) -> None:
         table.splits(root)
 
 
-def test_a_question_of_another_kind_is_no_question_of_m3d(tmp_path: Path) -> None:
+def test_m3d_refuses_questions_of_other_kinds(tmp_path: Path) -> None:
     study = Study("a", "a", "a.nii", "x", {}, "train", "table")
     with pytest.raises(ValueError, match="is of kind 'other'; M3D-VQA knows plane, phase"):
         m3d.write(tmp_path, [study], [Question("a", "other", "Why?", ("Yes", "No"), "Yes")])
 
 
 @pytest.mark.parametrize("word", ["nan", "NaN", "None", "NULL", "null", "NA", "N/A", "<NA>", "#N/A"])
-def test_what_a_program_writes_for_no_value_is_no_value(word: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_na_values_are_missing_values(word: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = "image,report,id,patient,question,answer,label:mass,series\n" + f"a.nii,x,{word},{word},{word},{word},{word},{word}\n"
     missing = f"b.nii,{word},,p1,,,,\n"
     root = write(tmp_path / "mine", text + missing)
@@ -207,8 +207,8 @@ def test_none_may_be_an_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert [question.answer for question in table.read(root, "train")[1]] == ["None"] and not caplog.text
 
 
-def test_a_missing_value_in_json_is_no_name(tmp_path: Path) -> None:
-    """As pandas writes them: NaN, and whole numbers of a column with a gap as floats. 7 and 7.0 are one patient, in one split."""
+def test_nan_and_floats_in_json_are_no_names(tmp_path: Path) -> None:
+    """pandas writes NaN, and whole numbers of a column with gaps as floats; 7 and 7.0 are one patient in one split."""
     nan = float("nan")
     lines = [{"image": f"{n}.nii", "report": "x", "patient": nan, "id": None, "split": nan} for n in range(20)]
     lines += [{"image": "a.nii", "report": "x", "patient": 7, "id": "s7"}, {"image": "b.nii", "report": "x", "patient": 7.0, "id": 88.0}]
@@ -260,7 +260,7 @@ def test_a_value_of_another_kind_is_refused(cells: dict[str, object], message: s
         table.read(root, "train")
 
 
-def test_what_is_told_of_a_scan_reaches_its_reader(tmp_path: Path) -> None:
+def test_settings_of_a_scan_reach_its_reader(tmp_path: Path) -> None:
     head = "image,report,split,Series,HU,rescale,slope,intercept,spacing,unit\n"
     body = "a,x,train,2.0,Auto,,1,-1024,,\nb.npy,x,train,,csv,[1; -8192.5],,,2.5 x 0.8 x 0.8,\nc.nii,x,train,,,,,,,hu\n"
     expected = [
@@ -301,7 +301,7 @@ def test_a_split_has_one_name(tmp_path: Path) -> None:
         table.splits(root)
 
 
-def test_the_text_of_a_special_token_is_told_with_its_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_special_tokens_in_a_text_are_refused_with_file_and_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokens = ["<image>", "<|im_end|>", "<|endoftext|>", "</s>", "<s>", "[SEP]", "[INST]", "<|vision_start|>", "<start_of_turn>", "<<SYS>>"]
     body = "".join(f"{n}.nii,x,train,{token} Mass?,Yes\n" for n, token in enumerate(tokens))
     root = write(tmp_path / "mine", "image,report,split,question,answer\n" + body + "a.nii,x </s>,train,Is it <3 cm or >2?,[left]\n")

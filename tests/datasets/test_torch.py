@@ -1,4 +1,4 @@
-"""What the loader hands over: whole numbers, which become the model's input, augmented or not, on the device."""
+"""Batches of the loader: integers that become the model's input on the device, augmented or not."""
 
 import json
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from med3dvlm.training.trainer import StageTrainer
 
 
 class Eye(nn.Module):
-    """Keeps what it is shown."""
+    """Records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ def test_volumes_leave_the_loader_as_they_are_stored(prepared: Path, pair_proces
     assert torch.equal(load_volumes(data, data.studies("train")[:3]), expected)
 
 
-def test_only_questions_with_a_letter_for_every_choice_are_asked_by_letters(prepared: Path) -> None:
-    """Open questions and those of nine choices are asked as they are."""
+def test_only_questions_with_enough_letters_are_asked_as_closed(prepared: Path) -> None:
+    """Open questions and those with nine choices keep their open form."""
     data = PreparedData(prepared)
     study = data.studies("train")[0]
     nine = tuple(f"organ {number}" for number in range(9))
@@ -73,8 +73,8 @@ def test_only_questions_with_a_letter_for_every_choice_are_asked_by_letters(prep
     assert answer["content"] == "H. organ 7"
 
 
-def test_the_trainer_hands_the_model_what_the_processor_makes(prepared: Path, pair_processor: Any, tmp_path: Path) -> None:
-    """The same bits as one scan at a time, in float32; keys are no argument of the model."""
+def test_the_model_gets_the_tensors_of_the_processor(prepared: Path, pair_processor: Any, tmp_path: Path) -> None:
+    """They equal single scans in float32 bit for bit; augmentation keys are not passed to the model."""
     data = PreparedData(prepared)
     pairs, eye = PairDataset(data, "train"), Eye()
     arguments = settings(tmp_path, max_steps=2, per_device_train_batch_size=11, train_sampling_strategy="sequential")
@@ -86,7 +86,7 @@ def test_the_trainer_hands_the_model_what_the_processor_makes(prepared: Path, pa
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_follows_from_seed_epoch_and_study(workers: int, prepared: Path, pair_processor: Any, tmp_path: Path) -> None:
-    """Two epochs through the trainer, shuffled, with and without workers: each volume as it is computed here alone."""
+    """In two shuffled epochs, with and without workers, each volume equals one computed alone."""
     data, augment = PreparedData(prepared), Augmentation(share=1)
     pairs, eye = PairDataset(data, "train", 5, augment), Eye()
     arguments = settings(tmp_path, num_train_epochs=2, per_device_train_batch_size=11, dataloader_num_workers=workers, seed=workers)
@@ -125,7 +125,7 @@ class Talk(ConversationArguments):
     pass
 
 
-def test_features_that_are_kept_cannot_be_augmented(prepared: Path, tiny_models: SimpleNamespace, tmp_path: Path) -> None:
+def test_cached_features_cannot_be_augmented(prepared: Path, tiny_models: SimpleNamespace, tmp_path: Path) -> None:
     model, processor = load_vlm(tiny_models.vlm)
     model.vision_encoder.requires_grad_(False)
     data = PreparedData(prepared)
@@ -137,12 +137,12 @@ def test_features_that_are_kept_cannot_be_augmented(prepared: Path, tiny_models:
     assert dataset.augmentation == Augmentation(zoom=0) and dataset[2]["key"].tolist() == [42, 0, 2]
 
 
-def test_workers_that_stay_are_refused(tmp_path: Path) -> None:
+def test_persistent_workers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dataloader_persistent_workers is True but must be false"):
         settings(tmp_path, dataloader_persistent_workers=True, dataloader_num_workers=1)
 
 
-def test_a_split_file_takes_the_place_of_the_splits(prepared: Path, tmp_path: Path) -> None:
+def test_a_split_file_replaces_the_splits(prepared: Path, tmp_path: Path) -> None:
     whole = PreparedData(prepared)
     train, test = ([study.id for study in whole.studies(split)] for split in ("train", "test"))
     path = tmp_path / "splits.json"
@@ -168,7 +168,7 @@ def test_a_split_file_takes_the_place_of_the_splits(prepared: Path, tmp_path: Pa
         ('{"train": ["nobody"]}', "names 1 studies that .* does not hold, as nobody"),
     ],
 )
-def test_a_wrong_split_file_is_told(text: str, sentence: str, prepared: Path, tmp_path: Path) -> None:
+def test_a_wrong_split_file_is_refused(text: str, sentence: str, prepared: Path, tmp_path: Path) -> None:
     path = tmp_path / "splits.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=sentence):

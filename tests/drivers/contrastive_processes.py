@@ -1,6 +1,6 @@
 """python tests/drivers/contrastive_processes.py FOLDER: the models of FOLDER, the batch spread over 4 processes; loss and gradients.
 
-A program of its own, so that the processes can be forked before anything has started a thread.
+It is a separate program, so that the processes are forked before any thread is started.
 """
 
 import sys

@@ -1,7 +1,6 @@
-"""python tests/drivers/killed_training.py STAGE FOLDER FLAGS...: trains in peace into FOLDER/whole, killed six times into FOLDER/killed.
+"""python tests/drivers/killed_training.py STAGE FOLDER FLAGS...: trains uninterrupted into FOLDER/whole, and killed six times into FOLDER/killed.
 
-Every attempt is a process of its own that ends itself by SIGKILL, as the kernel does to one that takes too much memory. They are forked
-from a program that has imported everything and computed nothing, which saves the import. Writes their exit codes to FOLDER/codes.json.
+Every attempt is a separate process that ends by SIGKILL, as the kernel ends one that takes too much memory. They are forked from a program that has imported everything, which saves the imports. Writes their exit codes to FOLDER/codes.json.
 """
 
 import importlib
@@ -28,7 +27,7 @@ def die() -> None:
 
 
 def after_step(step: int) -> Kill:
-    """The loss of the step is on disk already, its checkpoint is not."""
+    """Kill the process when the loss of the step is on disk but its checkpoint is not."""
 
     def install() -> None:
         log = LossRecorder.on_log
@@ -44,7 +43,7 @@ def after_step(step: int) -> Kill:
 
 
 def while_writing(step: int, method: str, before: bool) -> Kill:
-    """Before or after the trainer writes this part of the checkpoint of this step."""
+    """Kill the process before or after the trainer writes this part of the checkpoint of this step."""
 
     def install() -> None:
         write = getattr(StageTrainer.__mro__[1], method)
@@ -84,7 +83,7 @@ KILLS: tuple[Kill, ...] = (
 
 
 def attempt(stage: ModuleType, output: Path, flags: list[str], kill: Kill | None) -> int:
-    """Exit code of a training in a process of its own, negative for a signal."""
+    """Return the exit code of a training in a separate process, negative for a signal."""
     process = os.fork()
     if process == 0:
         torch.set_num_threads(1)

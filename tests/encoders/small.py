@@ -27,13 +27,13 @@ SMALL: dict[str, tuple[str, Size, dict[str, Any]]] = {
 
 
 def small_encoder(family: str) -> tuple[Encoder, Size]:
-    """The encoder, its weights away from their neutral values, and the size of a volume."""
+    """Return an encoder with weights away from their neutral values, and the size of a volume."""
     name, size, overrides = SMALL[family]
     return randomised(build_encoder(name, size=size, **overrides)), size
 
 
 def randomised(model: nn.Module) -> Any:
-    """Every vector of parameters and every running statistic away from its initial value, so that a forgotten one shows."""
+    """Move every vector of parameters and every running statistic away from its initial value, so that a forgotten one is noticed."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name.endswith("running_var"):
@@ -44,5 +44,5 @@ def randomised(model: nn.Module) -> Any:
 
 
 def killed(*_: object) -> None:
-    """What the system does to a process that takes too much memory."""
+    """Kill this process as the kernel kills one that takes too much memory."""
     os._exit(9)

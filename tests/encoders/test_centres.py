@@ -1,4 +1,4 @@
-"""Where the cells of every encoder look: the middle of the voxels that change them, found by gradients."""
+"""Receptive fields: the centre of the voxels that change a cell of an encoder, found by gradients."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from tests.encoders.small import SMALL, small_encoder
 
 
 @pytest.mark.parametrize("family", [family for family in SMALL if not family.startswith(("vit", "ctvit", "transunet"))])
-def test_a_cell_sees_as_far_to_one_side_as_to_the_other(family: str) -> None:
-    """Of a stem's cell whose voxels lie within the volume, since max pooling picks and a border cuts off."""
+def test_receptive_fields_are_symmetric(family: str) -> None:
+    """Tested on stem cells within the volume, since max pooling selects voxels and the border cuts fields off."""
     torch.manual_seed(0)
     encoder, _ = small_encoder(family)
     assert isinstance(encoder, HierarchicalEncoder)
@@ -26,7 +26,7 @@ def test_a_cell_sees_as_far_to_one_side_as_to_the_other(family: str) -> None:
 
 
 def test_the_later_grids_of_a_hierarchy_keep_the_first_voxel() -> None:
-    """Pooling of 3 at stride 2 with 1 of padding looks at cells 2i - 1, 2i, 2i + 1."""
+    """Pooling with kernel 3, stride 2 and padding 1 reads cells 2i - 1, 2i, 2i + 1."""
     encoder, _ = small_encoder("dcformer")
     pool = encoder.stages[0][0].pool
     assert (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1)
@@ -38,7 +38,7 @@ def test_the_later_grids_of_a_hierarchy_keep_the_first_voxel() -> None:
 
 
 @pytest.mark.parametrize("family", ["vit3d", "vit3d_m3d", "ctvit"])
-def test_a_patch_looks_at_its_own_middle(family: str) -> None:
+def test_the_receptive_field_of_a_patch_is_centred_on_it(family: str) -> None:
     encoder, size = small_encoder(family)
     patch = encoder.patch
     for first, step in encoder.centres(size):

@@ -1,4 +1,4 @@
-"""What every encoder promises, whatever its family."""
+"""The common interface of all encoders."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def two_sizes(name: str) -> tuple[Size, Size]:
     return next(sizes for start, sizes in SIZES.items() if name.startswith(start))
 
 
-def test_the_names() -> None:
+def test_list_encoders() -> None:
     assert set(list_encoders()) == {
         *(f"dcformer_{size}" for size in ("nano", "naive", "tiny", "small", "base", "large")),
         *(f"convnext3d_{size}" for size in ("nano", "naive", "tiny")),
@@ -35,7 +35,7 @@ def test_the_names() -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("name", list_encoders())
-def test_outputs_have_the_grids_and_widths_that_were_said(name: str, number: int) -> None:
+def test_outputs_have_the_declared_grids_and_widths(name: str, number: int) -> None:
     size = two_sizes(name)[number]
     with torch.device("meta"):
         encoder = build_encoder(name, size=size).eval()
@@ -46,7 +46,7 @@ def test_outputs_have_the_grids_and_widths_that_were_said(name: str, number: int
 
 
 @pytest.mark.parametrize("name", list_encoders())
-def test_multiples_of_the_stride_fit(name: str) -> None:
+def test_multiples_of_the_stride_are_accepted(name: str) -> None:
     with torch.device("meta"):
         stride = build_encoder(name).stride
         size = (stride, 3 * stride, 2 * stride)
@@ -96,12 +96,12 @@ def test_a_size_other_than_the_one_built_for_is_refused() -> None:
 
 @pytest.mark.parametrize("size", [(10, 20), (10, 20, 30, 40), (0, 20, 30), (-4, 20, 30)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_no_size_is_refused(family: str, size: Size) -> None:
+def test_invalid_sizes_are_refused(family: str, size: Size) -> None:
     with pytest.raises(ValueError, match="three positive numbers"):
         small_encoder(family)[0].grids(size)
 
 
-def test_wrong_arguments_are_told_in_words() -> None:
+def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="'resnet' is unknown; known: dcformer_nano, .*ctvit"):
         build_encoder("resnet")
     for name, overrides, message in (
@@ -122,7 +122,7 @@ def test_a_vlm_takes_an_encoder_with_learned_positions() -> None:
 
 
 def saved_bytes(encoder: Encoder, volume: Tensor) -> tuple[list[Tensor], int]:
-    """The outputs, and what autograd keeps for the backward pass."""
+    """Return the outputs, and the bytes that autograd keeps for the backward pass."""
     kept = 0
 
     def keep(tensor: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def saved_bytes(encoder: Encoder, volume: Tensor) -> tuple[list[Tensor], int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_memory_alone(family: str) -> None:
-    """Outputs, gradients and running statistics after two backward passes; batch norms would follow a batch twice."""
+    """Outputs, gradients and running statistics are equal after two backward passes; without care, batch norm would count a batch twice."""
     plain, size = small_encoder(family)
     again, _ = small_encoder(family)
     again.load_state_dict(plain.state_dict())
@@ -185,7 +185,7 @@ def test_for_inference_is_a_copy_with_the_same_outputs(family: str, dtype: torch
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiles_without_graph_breaks(family: str) -> None:
-    """Forward and backward pass; `fullgraph` raises at a break. Traced but not made into machine code, which takes minutes."""
+    """Forward and backward pass are traced, without generating code, which takes minutes; `fullgraph` raises at a break."""
     encoder, size = small_encoder(family)
     encoder.eval()
     volume = torch.rand(2, 1, *size)

@@ -48,12 +48,12 @@ def test_operations_are_within_a_twentieth_of_the_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "billions"), [("dcformer_nano", 32.9), ("dcformer_naive", 48.1), ("dcformer_tiny", 165.4)])
-def test_operations_counted_by_others(name: str, billions: float) -> None:
+def test_operations_equal_other_counters(name: str, billions: float) -> None:
     assert count(name).operations / 1e9 == pytest.approx(billions, abs=0.06)
 
 
 class Toy(Encoder):
-    """One layer of every kind that is counted."""
+    """A model with one layer of every counted kind."""
 
     widths = (6, 6)
 
@@ -85,7 +85,7 @@ def test_operations_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_attention_of_a_vit_by_hand() -> None:
-    """Patches, then q k v and output, two MLP layers and two products of all pairs of tokens a block."""
+    """Counted are the patch embedding and, for each block, q, k, v and output, two MLP layers and two products of all pairs of tokens."""
     with torch.device("meta"):
         encoder = ViT3D((64, 64, 96), (32, 32, 32), 192, 10, 3)
     tokens, width = 2 * 2 * 3, 192
@@ -111,7 +111,7 @@ def test_the_table_has_the_papers_figures_beside(run: Run) -> None:
     assert "at 256x512x512" in " ".join(lines) and "multiply-accumulates" in " ".join(lines)
 
 
-def test_the_papers_operations_stand_at_their_size_alone(run: Run) -> None:
+def test_the_papers_operations_are_shown_at_their_size_only(run: Run) -> None:
     _, output, _ = run("encoders", "dcformer_naive", "--size", "128,256,256")
     assert cells(output.splitlines()[1]) == ["dcformer_naive", "128x256x256", "5.852", "5.85", "+0.0", f"{48.07 / 8:.2f}"]
 
@@ -126,7 +126,7 @@ def test_an_encoder_that_does_not_take_the_size(run: Run, caplog: pytest.LogCapt
     assert (code, output) == (2, "") and "'resnet' is unknown; known: dcformer_nano" in error
 
 
-def test_measuring_happens_in_a_process_of_its_own() -> None:
+def test_measurements_run_in_a_separate_process() -> None:
     result = measure("dcformer_nano", (32, 48, 80), runs=2)
     assert isinstance(result, Measurement) and 0 < result.seconds < 60
     stem = 8 * 12 * 20 * 32 * 4  # bytes of one output of the stem
@@ -142,7 +142,7 @@ def test_the_table_with_measurements(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert "float32" in notes[-1] and "threads" in notes[-1]
 
 
-def test_a_killed_measurement_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_measurement_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "_measure_here", killed)
     with pytest.raises(ValueError, match="measuring dcformer_nano with 32x48x80 voxels was killed, perhaps for want of memory"):
         measure("dcformer_nano", (32, 48, 80))

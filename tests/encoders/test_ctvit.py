@@ -17,7 +17,7 @@ OPTIONS = {"dim": 12, "codebook_size": 7, "patch": PATCH, "spatial_depth": 2, "t
 
 
 def small(**others: object) -> CTViT:
-    """With weights of ordinary size in every parameter, so that no part is silent."""
+    """A small CT-ViT with weights of ordinary size in every parameter, so that every part matters."""
     encoder = CTViT(**OPTIONS | others)
     for parameter in encoder.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -33,7 +33,7 @@ def test_outputs_grids_and_registry() -> None:
 
 
 @pytest.mark.parametrize("size", [(7, 12, 10), (6, 10, 10), (6, 12, 3), (0, 12, 10)])
-def test_a_size_that_does_not_divide_is_told_before_and_at_the_call(size: tuple[int, int, int]) -> None:
+def test_a_size_that_does_not_divide_is_refused_before_and_at_the_call(size: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"patches of 2x3x5|positive"):
         build_encoder("ctvit", size, **OPTIONS)
     if all(size):
@@ -102,7 +102,7 @@ def test_mlp_is_gated() -> None:
     torch.testing.assert_close(mlp(x), mlp.reduce(hidden[:, :16] * nn.functional.gelu(hidden[:, 16:])))
 
 
-def test_temporal_blocks_see_one_column_except_for_the_released_order_of_positions() -> None:
+def test_temporal_blocks_attend_within_columns_except_for_the_released_positions() -> None:
     block = CTViTBlock(4, heads=1, head_width=4)
     x = torch.randn(1 * 2 * 3, 5, 4)  # six columns of five layers
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_temporal_blocks_see_one_column_except_for_the_released_order_of_positio
         torch.testing.assert_close(block(x, (1, 5, 2, 3)), after + block.mlp(after))
 
 
-def test_codes_are_the_nearest_in_angle() -> None:
+def test_codes_are_nearest_by_cosine() -> None:
     encoder = small()
     nn.init.normal_(encoder.codebook)
     tokens = torch.randn(2, 9, 12)
@@ -151,7 +151,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_half_precision_stays_near() -> None:
+def test_half_precision_is_close_to_float32() -> None:
     encoder, volume = small(), torch.rand(2, 1, *SIZE)
     with torch.no_grad():
         full, half = encoder(volume)[0], encoder.for_inference(torch.bfloat16)(volume)[0]
@@ -166,7 +166,7 @@ def clip(**settings: object) -> Med3DCLIP:
     return Med3DCLIP(Med3DCLIPConfig("ctvit", dict(OPTIONS), SIZE, text_config=text.config, projection_dim=9, **settings), text).eval()
 
 
-def test_frames_are_averaged_and_the_rest_laid_end_to_end() -> None:
+def test_frames_are_averaged_and_the_rest_flattened() -> None:
     model = clip(image_pooling="frames", projection_bias=False, loss="clip")
     assert model.image_projection.weight.shape == (9, 4 * 2 * 12)
     assert model.image_projection.bias is None and model.text_projection.bias is None
@@ -179,14 +179,14 @@ def test_frames_are_averaged_and_the_rest_laid_end_to_end() -> None:
     assert model.encode_image(deeper).shape == (1, 9)
 
 
-def test_wrong_poolings_are_told() -> None:
+def test_unknown_poolings_are_refused() -> None:
     with pytest.raises(ValueError, match="'max' is unknown; known: mean, frames"):
         Med3DCLIPConfig(image_pooling="max")
     with pytest.raises(ValueError, match="takes the last stage alone"):
         Med3DCLIPConfig(image_pooling="frames", image_stages=2)
 
 
-def test_configurations_saved_before_mean_what_they_meant() -> None:
+def test_older_configurations_keep_their_meaning() -> None:
     older = Med3DCLIPConfig("dcformer_nano", size=SIZE).to_dict()
     for added in ("image_pooling", "projection_bias"):
         del older[added]

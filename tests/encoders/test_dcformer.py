@@ -63,7 +63,7 @@ def test_axis_conv_equals_conv3d_in_value_and_gradient(
 
 
 def test_the_stems_third_branch_with_a_batch() -> None:
-    """As a channels-last Conv3d, torch 2.14 on CPUs corrupts memory here."""
+    """torch 2.14 corrupts memory on CPUs in a channels-last Conv3d of this shape."""
     conv = AxisConv(1, 8, 7, axis=2, stride=4)
     literal = nn.Conv3d(1, 8, (1, 1, 7), 4, (0, 0, 3)).double()
     copy_literal(conv, literal)
@@ -73,7 +73,7 @@ def test_the_stems_third_branch_with_a_batch() -> None:
 
 @pytest.mark.parametrize("axis", range(3))
 def test_gradients_in_bfloat16_where_the_kernel_is_longer_than_the_axis(axis: int) -> None:
-    """As a depthwise channels-last Conv3d, torch 2.14 on CPUs gives garbage here, at the real sizes of stages 3 and 4."""
+    """torch 2.14 gives wrong results on CPUs in a depthwise channels-last Conv3d of these sizes, those of stages 3 and 4."""
     conv = AxisConv(32, 32, 9, axis, groups=32)
     x = torch.randn(2, 8, 8, 4, 32)
     exact = copy.deepcopy(conv).double()
@@ -152,7 +152,7 @@ def test_swapped_axes_give_other_tokens(axes: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("size", [ODD, (33, 47, 65), (9, 8, 200), (32, 80, 80)])
 @pytest.mark.parametrize("stem_stride", [4, 2])
-def test_grids_are_the_sizes_that_come_out(size: tuple[int, int, int], stem_stride: int) -> None:
+def test_grids_equal_the_shapes_of_the_outputs(size: tuple[int, int, int], stem_stride: int) -> None:
     encoder = build_encoder("dcformer_nano", stem_stride=stem_stride).eval()
     x = torch.rand(1, *size, 1)
     sizes = []
@@ -203,7 +203,7 @@ def test_parameter_counts(name: str, millions: float) -> None:
     assert count_parameters(encoder)["trainable"] / 1e6 == pytest.approx(millions, abs=0.0005)
 
 
-def test_parameters_are_counted_once_and_by_what_trains() -> None:
+def test_parameters_are_counted_once_in_total_and_trainable() -> None:
     encoder = build_encoder("dcformer_nano")
     total = count_parameters(encoder)["trainable"]
     encoder.stem.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The decomposed convolution in training against Conv3d, BatchNorm3d and autograd: values, gradients, statistics, and what it keeps in memory."""
+"""The decomposed convolution in training against Conv3d, BatchNorm3d and autograd: values, gradients, statistics and saved tensors."""
 
 import pytest
 import torch
@@ -46,8 +46,8 @@ def test_training_equals_autograd_through_the_literal_form(
         torch.testing.assert_close(statistics[name].reshape(tensor.shape), tensor, rtol=1e-6, atol=1e-9)
 
 
-def test_of_a_large_volume_it_keeps_the_input_alone_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autograd through the literal form keeps the three outputs of the convolutions besides."""
+def test_only_the_input_of_a_large_volume_is_saved_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd through the literal form also saves the three outputs of the convolutions."""
 
     def kept(module: nn.Module, x: Tensor) -> int:
         seen: dict[int, int] = {}
@@ -70,7 +70,7 @@ def test_of_a_large_volume_it_keeps_the_input_alone_for_the_backward_pass(monkey
 
 
 @pytest.mark.parametrize("layout", ["channels first", "spread"])
-def test_a_gradient_with_gaps_in_memory(layout: str) -> None:
+def test_a_gradient_that_is_not_contiguous(layout: str) -> None:
     ours, reference = pair(4, 5, 3)
     x = torch.randn(1, 6, 7, 8, 4, dtype=torch.float64)
     shape = (1, 6, 7, 8, 5)
@@ -90,10 +90,9 @@ def test_a_single_cell_is_refused_as_torch_does() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "batch"), [((128, 256, 256), 1), ((64, 128, 128), 2), ((32, 64, 64), 5), ((40, 72, 88), 2)], ids=str)
 def test_gradients_at_the_sizes_where_torchs_own_kernels_fail(size: tuple[int, int, int], batch: int) -> None:
-    """Of ours in float32 against the literal form in float64. Channels-last Conv3d in torch 2.14 crashes in the stem at some of these sizes.
+    """Our gradients in float32 are compared with the literal form in float64. Channels-last Conv3d in torch 2.14 crashes in the stem at some of these sizes.
 
-    Where rounding makes max pooling pick the other of two nearly equal cells, all gradients before it move by up to 2 %, in either form;
-    where a kernel fails they are off by 70 % and more.
+    Where rounding makes max pooling select the other of two nearly equal cells, earlier gradients change by up to 2 %, in either form; where a kernel fails they are off by 70 % and more.
     """
     encoder = build_encoder("dcformer_small", layer_scale=0.1).train()
     reference = literal(encoder).double()

@@ -1,4 +1,4 @@
-"""What `for_inference` makes against the encoder that it was made from."""
+"""The copy that `for_inference` makes, against its encoder."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the convolutional families' blocks compute, against plain loops over cells and hand formulas; odd grids, so that swapped axes fail."""
+"""Blocks of the convolutional families against plain loops over cells and formulas; odd grids, so that swapped axes fail."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ GRID = (3, 4, 5)
 
 
 def neighbours(grid: tuple[int, ...], cell: tuple[int, ...], reach: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Pairs of an offset, counted from 0, and the cell of the grid that it leads to."""
+    """Yield pairs of an offset in the kernel, counted from 0, and the cell of the grid at that offset."""
     found = []
     for offset in product(range(2 * reach + 1), repeat=3):
         there = tuple(at + step - reach for at, step in zip(cell, offset, strict=True))
@@ -136,7 +136,7 @@ def test_stem_is_a_strided_convolution(stride: int) -> None:
 
 @pytest.mark.parametrize("grid", [(8, 16, 16), (4, 8, 8), (2, 4, 4)])
 def test_depthwise_gradients_in_bfloat16_where_the_kernel_is_longer_than_an_axis(grid: tuple[int, int, int]) -> None:
-    """As a channels-last Conv3d, torch 2.14 on CPUs gives garbage at such sizes, those of the last stages."""
+    """torch 2.14 gives wrong results on CPUs in a channels-last Conv3d of such sizes, those of the last stages."""
     conv = DepthwiseConv(16, 7)
     x = torch.randn(2, *grid, 16)
     exact = copy.deepcopy(conv).double()
@@ -145,7 +145,7 @@ def test_depthwise_gradients_in_bfloat16_where_the_kernel_is_longer_than_an_axis
     assert (conv.weight.grad - exact.weight.grad).norm() < 0.02 * exact.weight.grad.norm()
 
 
-def test_layer_scale_may_be_left_out() -> None:
+def test_layer_scale_is_optional() -> None:
     block = MetaFormerBlock(4, nn.Identity(), nn.LayerNorm)
     assert not [name for name, _ in block.named_parameters() if "scale" in name]
     x = torch.randn(2, 3, 4)

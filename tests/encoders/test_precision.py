@@ -1,4 +1,4 @@
-"""Every encoder in every layout of types, mode and way of keeping activations, against itself in float64 with the same weights."""
+"""Every encoder in every combination of types, mode and checkpointing, against itself in float64 with the same weights."""
 
 from functools import cache
 from typing import Any
@@ -34,7 +34,7 @@ SMALLEST = 1e-3  # of the largest gradient: below that, a gradient is measured a
 
 
 def build(family: str, rounded: bool) -> tuple[Encoder, Tensor]:
-    """An encoder in float32, the weights rounded to bfloat16 where they will be stored so, and volumes, which bfloat16 holds exactly."""
+    """Return an encoder in float32, its weights rounded to bfloat16 where `rounded`, and volumes that bfloat16 holds exactly."""
     torch.manual_seed(0)
     name, size, overrides = SMALL[family]
     if family in SHALLOW:
@@ -91,7 +91,7 @@ def difference(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
 def test_values_and_gradients_are_those_of_float64(
     family: str, layout: str, fast: bool, mode: str, recomputed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`fast` is whether the processor counts as fast in bfloat16: so the one way and the other are taken everywhere."""
+    """`fast` sets whether the processor counts as fast in bfloat16, so that both code paths are tested on any machine."""
     monkeypatch.setattr(base, "bfloat16_is_fast", lambda: fast)
     stored = layout in ("deepspeed", "bfloat16")
     encoder, volumes = build(family, stored)
@@ -122,7 +122,7 @@ def test_values_and_gradients_are_those_of_float64(
 def test_frozen_inside_a_model_that_trains_it_gives_the_tokens_of_evaluation(
     family: str, layout: str, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in stages 2 and 3: the projector learns from them, and statistics stay."""
+    """As in stages 2 and 3: the projector learns from the tokens, and running statistics stay."""
     monkeypatch.setattr(base, "bfloat16_is_fast", lambda: fast)
     stored = layout != "autocast"
     encoder, volumes = build(family, stored)
@@ -144,7 +144,7 @@ def test_frozen_inside_a_model_that_trains_it_gives_the_tokens_of_evaluation(
     assert all(torch.equal(buffer, before[name]) for name, buffer in encoder.named_buffers())
 
 
-def test_a_single_cell_is_refused_in_a_sentence_by_every_batch_norm() -> None:
+def test_every_batch_norm_refuses_a_single_cell() -> None:
     with pytest.raises(ValueError, match="single cell left here, from which batch norm learns nothing"):
         BatchNorm(4).train()(torch.rand(1, 1, 1, 1, 4))
 
@@ -161,7 +161,7 @@ def test_running_statistics_and_codes_are_never_rounded(cast: Any) -> None:
 
 
 def test_statistics_are_float32_in_a_model_built_in_bfloat16() -> None:
-    """As transformers builds one that was saved in bfloat16."""
+    """transformers builds a model that was saved in bfloat16 in this type."""
     torch.set_default_dtype(BFLOAT16)
     try:
         built = {family: build_encoder(SMALL[family][0], size=SMALL[family][1], **SMALL[family][2]) for family in ("dcformer", "ctvit")}
@@ -173,7 +173,7 @@ def test_statistics_are_float32_in_a_model_built_in_bfloat16() -> None:
 
 
 def test_batch_norm_in_training_keeps_what_bfloat16_would_lose() -> None:
-    """A mean of 100 with a deviation of 1, which the sums of 4,000 numbers in bfloat16 do not tell."""
+    """Sums of 4,000 numbers in bfloat16 cannot resolve a mean of 100 with a deviation of 1."""
     norm = BatchNorm(2).bfloat16()
     x = (100 + torch.randn(4000, 2)).bfloat16()
     norm(x)
@@ -182,7 +182,7 @@ def test_batch_norm_in_training_keeps_what_bfloat16_would_lose() -> None:
 
 
 @pytest.mark.parametrize("family", SMALL)
-def test_float16_is_refused_in_a_sentence(family: str) -> None:
+def test_float16_is_refused(family: str) -> None:
     encoder, volumes = build(family, rounded=False)
     with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="do not compute in float16.*use float32 or bfloat16"):
         encoder(volumes)
@@ -195,7 +195,7 @@ def test_float16_is_refused_in_a_sentence(family: str) -> None:
         encoder.for_inference()
 
 
-def test_the_processor_is_measured_once_and_leaves_the_threads_as_they_were() -> None:
+def test_the_processor_is_measured_once_without_changing_threads() -> None:
     threads = torch.get_num_threads()
     base._bfloat16_speedup.cache_clear()
     speedup = base._bfloat16_speedup()

@@ -57,7 +57,7 @@ def test_m3d_equals_monais_vit(depth: int, ends: tuple[int, ...]) -> None:
         assert (output - reference[:, 1:]).abs().max() < 1e-5 * reference.std()
 
 
-def test_the_released_encoder_of_m3d_has_its_place() -> None:
+def test_the_default_is_the_released_encoder_of_m3d() -> None:
     with torch.device("meta"):
         theirs = ViT(1, (32, 256, 256), (4, 16, 16), proj_type="perceptron", classification=True)
         ours = build_encoder("vit3d_m3d")
@@ -90,7 +90,7 @@ def test_block_equals_pytorchs_transformer_layer_in_value_and_gradient() -> None
         torch.testing.assert_close(parameter.grad, gradients[names[name]].grad)
 
 
-def test_a_token_is_its_patch_projected_and_its_position() -> None:
+def test_a_token_is_its_projected_patch_plus_its_position() -> None:
     size, patch = (4, 9, 10), (2, 3, 5)
     encoder = ViT3D(size, patch, width=6, depth=4, heads=2)
     for block in encoder.blocks:  # leaves what enters it

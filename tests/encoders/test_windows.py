@@ -1,4 +1,4 @@
-"""Windows of intensity: what an encoder's stem sees besides the volume."""
+"""Intensity windows: further input channels of an encoder's stem."""
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ def test_a_window_goes_from_0_at_its_low_end_to_1_at_its_high_one() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_lies_outside_of_all_windows_is_seen_in_the_volume_alone(family: str) -> None:
-    """Without the volume's own channel, values beyond the windows do not matter; within, they do."""
+def test_values_outside_of_all_windows_are_visible_in_the_volume_only(family: str) -> None:
+    """Without the volume's own channel, values outside of the windows change nothing; values within do."""
     name, size, overrides = SMALL[family]
     torch.manual_seed(0)
     encoder = randomised(build_encoder(name, size=size, windows=WINDOWS, **overrides)).double().eval()

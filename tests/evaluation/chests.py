@@ -1,4 +1,4 @@
-"""Something like chests in the layout of CT-RATE: each finding is a bright cube at a place of its own in grey noise."""
+"""Synthetic chests in the layout of CT-RATE: each finding is a bright cube at its own place in grey noise."""
 
 import csv
 from pathlib import Path
@@ -14,9 +14,9 @@ EVERYWHERE, NOWHERE = 0, 1  # findings that all of the validation split have, an
 
 
 def write_chests(root: Path) -> None:
-    """Version 2 of both splits: volumes in HU, reports, and labels whose columns stand in another order than the published one.
+    """Write version 2 of both splits: volumes in HU, reports, and labels with columns in another order than the published one.
 
-    In the labels of the validation split some cells are empty: nobody looked.
+    Some labels of the validation split are empty, that is unknown.
     """
     random = np.random.default_rng(0)
     for split, patients in PATIENTS.items():

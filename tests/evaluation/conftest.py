@@ -71,7 +71,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def settle(clip: Med3DCLIP, data: PreparedData) -> None:
-    """Let batch norm see the data once, so that a fresh encoder tells scans apart."""
+    """Update batch norm's statistics on the data, so that a random encoder distinguishes scans."""
     clip.vision_encoder.train()
     with torch.no_grad():
         clip.encode_image(torch.stack([data.volume(study) for study in data.studies("train")]) / 255)
@@ -101,13 +101,13 @@ def run(repository: Path) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def run_whole(repository: Path) -> Callable[..., None]:
-    """The same for fixtures that outlive a test."""
+    """As `run`, for fixtures of a wider scope."""
     return partial(call, repository)
 
 
 @pytest.fixture(scope="session")
 def evaluated(demo: SimpleNamespace, run_whole: Callable[..., None]) -> Path:
-    """The root with eval/retrieval (the training split: more studies), eval/vqa and eval/report in it, from runs that nothing disturbed."""
+    """The root with eval/retrieval (the training split: more studies), eval/vqa and eval/report in it, from uninterrupted runs."""
     data, root = ("--data", demo.root / "prepared"), demo.root / "eval"
     run_whole("retrieval", "--model", demo.clip, *data, "--output", root / "retrieval", "--batch-size", 4, "--split", "train")
     run_whole("vqa", "--model", demo.model, *data, "--output", root / "vqa", "--batch-size", 2, "--max-new-tokens", 8)
@@ -149,5 +149,5 @@ def chests(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Detections are scored and not drawn: three pictures take longer than all the rest."""
+    """Score detections without drawing them: three pictures take longer than everything else."""
     monkeypatch.setattr("med3dvlm.evaluation.detection.draw", lambda *_: None)

@@ -1,4 +1,4 @@
-"""The ablations: what the runner starts for every row, the tables from hand-made scores, and one row of each kind for real."""
+"""The ablations: the commands of every row, tables from hand-made scores, and one real row of each kind."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ def ablation(repository: Path) -> ModuleType:
 
 @pytest.fixture
 def dry(repository: Path, tmp_path: Path) -> Callable[..., list[list[str]]]:
-    """dry("stages/demo/ablation.sh", "demo"): the commands that the script would run."""
+    """dry("stages/demo/ablation.sh", "demo") returns the commands that the script would run."""
 
     def run(*arguments: str, **environment: str) -> list[list[str]]:
         done, commands = run_script(repository, tmp_path, *arguments, **environment)
@@ -51,7 +51,7 @@ def dry(repository: Path, tmp_path: Path) -> Callable[..., list[list[str]]]:
 
 
 def trainings(commands: list[list[str]]) -> dict[str, Any]:
-    """Output folder -> arguments of each stage among the commands, as the stage itself reads them."""
+    """Return {output folder: arguments} of each stage among the commands, as the stage parses them."""
     parsed = {}
     for launcher, script, *flags in commands:
         if Path(script).parent.name == "stages":
@@ -97,7 +97,7 @@ def test_the_runner_starts_every_row(dry: Callable[..., list[list[str]]], reposi
     assert commands[-1][1] == "stages/demo/ablation.py"
 
 
-def test_what_was_finished_is_not_run_again(dry: Callable[..., list[list[str]]], tmp_path: Path) -> None:
+def test_finished_rows_are_not_run_again(dry: Callable[..., list[list[str]]], tmp_path: Path) -> None:
     first = dry("stages/demo/ablation.sh", "demo", ROWS="vit3d_clip mixer_1")
     assert [command[1] for command in first[3:]] == [
         *("stages/stage1_siglip.py", "eval/retrieval.py"),
@@ -117,7 +117,7 @@ def test_what_was_finished_is_not_run_again(dry: Callable[..., list[list[str]]],
     ("arguments", "rows", "sentence"),
     [(["tiny"], "", "the choices are demo or smoke, not 'tiny'"), (["demo"], "mlp vit", "row 'vit' is unknown; known: vit3d_clip")],
 )
-def test_a_wrong_choice_is_told_at_once(arguments: list[str], rows: str, sentence: str, repository: Path, tmp_path: Path) -> None:
+def test_an_unknown_row_is_refused_at_once(arguments: list[str], rows: str, sentence: str, repository: Path, tmp_path: Path) -> None:
     variables = {"OUTPUTS": str(tmp_path / "outputs"), "ROWS": rows}
     command = ["bash", "stages/demo/ablation.sh", *arguments]
     done = subprocess.run(command, cwd=repository, env=os.environ | variables, capture_output=True, text=True, check=False)
@@ -126,7 +126,7 @@ def test_a_wrong_choice_is_told_at_once(arguments: list[str], rows: str, sentenc
 
 
 def test_the_recipes_are_the_demos(repository: Path) -> None:
-    """But for the rows' keys, where things lie, and the masks and windows of the demo's stage 1: the paper has none."""
+    """They differ in the rows' own keys, in paths, and in masks and windows of the demo's stage 1, which the paper does not have."""
     configs = repository / "stages" / "configs"
     own = {"output_dir", "clip", "model", "merged", "loss", "projector", "projector_depth"}
     places = {"dense_weight", "dense_studies", "token_levels", "decoder_widths", "attention_level", "embedding_dim", "presence_weight"}
@@ -139,8 +139,8 @@ def test_the_recipes_are_the_demos(repository: Path) -> None:
         )
 
 
-def test_the_published_figures_agree_with_themselves(ablation: ModuleType) -> None:
-    """A mean is that of its kinds; recall grows with k and shrinks with the number of samples. Both find a slip of the pen."""
+def test_the_published_figures_are_consistent(ablation: ModuleType) -> None:
+    """A mean equals that of its kinds; recall grows with k and shrinks with the number of samples. Both find typing errors."""
     lines = [line for table in ablation.TABLE_7.values() for line in table] + list(ablation.TABLE_8.values())
     assert len(lines) == 5 * 4 + 5
     for *kinds, mean in lines:
@@ -171,7 +171,7 @@ ANSWERS = (
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two finished rows of nine, and one that was broken off before its scores."""
+    """Two finished rows of nine, and one interrupted before its scores."""
     tallied = {"accuracy": 0.5, "accuracy_interval": None, "plane": 0.75, "organ": 0.25}
     ranks = {"r1": 0.125, "r5": 0.25, "r10": 0.5, "median_rank": 9.0, "mrr": 0.2}
     better = {"r1": 0.375, "r5": 0.625, "r10": 0.875, "median_rank": 2.0, "mrr": 0.5}
@@ -239,7 +239,7 @@ def test_summary_holds_every_figure(root: Path, run: Run) -> None:
     assert "rabbits, 400 steps" in (root / "report.md").read_text() and "phantoms" not in (root / "report.md").read_text()
 
 
-def test_without_a_finished_row_it_says_what_to_run(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_finished_row_is_refused(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run("ablation", "--root", tmp_path, checked=True)
     assert stopped.value.code == 2
@@ -247,10 +247,10 @@ def test_without_a_finished_row_it_says_what_to_run(tmp_path: Path, run: Run, ca
 
 
 @pytest.mark.slow
-def test_one_row_of_each_kind_for_real(
+def test_one_real_row_of_each_kind(
     shell: Callable[..., str], phantoms: Path, prepared: Path, tiny_models: SimpleNamespace, tmp_path: Path
 ) -> None:
-    """Two steps each, on data, language model and first encoder that are there already."""
+    """Each trains for two steps, on existing data, language model and first encoder."""
     smoke, rows = tmp_path / "smoke", tmp_path / "ablation-smoke"
     for link, place in (
         (smoke / "phantoms", phantoms),
@@ -271,7 +271,7 @@ def test_one_row_of_each_kind_for_real(
     assert [line[2] for line in eighth if line[:2] == ["spatial pooling", "phantoms, 2 + 2 steps"]] == ["letter", "likeliest", "blind"]
 
 
-def test_recipes_for_places_differ_from_the_demos_in_one_thing(
+def test_recipes_of_location_ablations_differ_from_the_demos_in_one_setting(
     dry: Callable[..., list[list[str]]], repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(repository)

@@ -1,4 +1,4 @@
-"""A Med3DCLIP that was saved in bfloat16: everything that embeds with it agrees with the same weights in float64."""
+"""A Med3DCLIP saved in bfloat16: all evaluations that embed with it agree with the same weights in float64."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ SPLIT, STUDIES = "valid_fixed", 8
 
 @pytest.fixture(scope="module")
 def half(chests: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of the chests, its weights rounded to bfloat16 and stored so."""
+    """The model of the chests with weights rounded to, and stored in, bfloat16."""
     folder = tmp_path_factory.mktemp("half") / "clip"
     model, processor = load_clip(chests.clip)
     for part in (model.bfloat16(), processor):
@@ -37,7 +37,7 @@ def half(chests: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def exact(chests: SimpleNamespace, half: Path) -> SimpleNamespace:
-    """In float64: `model`, `embed(texts)`, and of the first studies of the split `volumes`, `images` (N, P), `texts` (N, P)."""
+    """In float64: `model`, `embed(texts)`, and for the first studies of the split `volumes`, `images` (N, P) and `texts` (N, P)."""
     model, processor = load_clip(half, dtype=torch.float64)
     studies = chests.data.studies(SPLIT)[:STUDIES]
 
@@ -65,7 +65,7 @@ def test_retrieval(chests: SimpleNamespace, half: Path, exact: SimpleNamespace, 
 
 
 def test_zero_shot(chests: SimpleNamespace, half: Path, exact: SimpleNamespace, run: Run, tmp_path: Path) -> None:
-    """Log-odds within 0.03 measured; they are temperature, 14, times differences of embeddings."""
+    """Log-odds differ by up to 0.03, measured; they are the temperature, 14, times differences of embeddings."""
     run("zero_shot", "--model", half, "--data", chests.root / "prepared", "--split", SPLIT, "--output", tmp_path)
     rows = read_lines(tmp_path / "predictions.jsonl")[:STUDIES]
     said = torch.tensor([[row["log_odds"][name] for name in FINDINGS_CT_RATE] for row in rows], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Two runs beside each other, against plain loops over all swaps of patients; what may not be compared; the effect of duplicates."""
+"""Comparisons of two runs against plain loops over all swaps of patients, refused comparisons, and the effect of duplicates."""
 
 import itertools
 import json
@@ -53,7 +53,7 @@ def reports(studies: Sequence[Study], predictions: Sequence[str]) -> list[Row]:
 
 
 def p_value(studies: Sequence[Study], figure: Callable[[list[Any]], float], first: list[Any], second: list[Any]) -> float:
-    """The share of all swaps of whole patients after which the runs differ at least as much."""
+    """Return the share of all swaps of whole patients after which the runs differ at least as much."""
     patients = sorted({study.patient for study in studies})
     observed = abs(figure(first) - figure(second))
     extreme = []
@@ -93,7 +93,7 @@ def test_reports(data: PreparedData, studies: list[Study], tmp_path: Path, run: 
 
 
 def test_detections(chests: SimpleNamespace, tmp_path: Path, run: Run) -> None:
-    """Two runs on different scales, of which only the order counts; a patient's studies change places together; some labels are unknown."""
+    """The runs have different scales, and only the order counts; a patient's studies are swapped together; some labels are unknown."""
     asked = chests.data.studies("valid_fixed")[:10]
     assert len({study.patient for study in asked}) < 10
     names = names_of(asked)
@@ -109,7 +109,7 @@ def test_detections(chests: SimpleNamespace, tmp_path: Path, run: Run) -> None:
     result = json.loads((tmp_path / "out/comparison.json").read_text())["figures"]
 
     def macro_area(ranks: list[Any]) -> float:
-        """Of each finding the share of pairs, one with and one without it, in which the first is above."""
+        """Return the mean over findings of the share of pairs, one with and one without it, in which the first scores higher."""
         areas = []
         for truth, column in zip(labels.T, np.array(ranks).T, strict=True):
             pairs = [(a > b) + (a == b) / 2 for a in column[truth == 1] for b in column[truth == 0]]
@@ -132,7 +132,7 @@ def test_a_run_does_not_differ_from_itself(data: PreparedData, studies: list[Stu
 
 
 def answers(studies: Sequence[Study], right: Sequence[bool]) -> list[Row]:
-    """Two closed questions, a yes/no and an open one about each study; `right` says which of the first two are."""
+    """Write two closed questions, a yes/no and an open one about each study; `right` says which of the first two are right."""
     rows = []
     for study, good in zip(studies, right, strict=True):
         likely = [-0.1, -2.0] if good else [-2.0, -0.1]
@@ -165,7 +165,7 @@ def test_answers_are_means_of_the_kinds(data: PreparedData, studies: list[Study]
 
 
 def test_figures_are_those_of_the_evaluations(demo: SimpleNamespace, evaluated: Path, run: Run, tmp_path: Path) -> None:
-    """The same names, the same means: each first value is one of scores.json."""
+    """Names and means are equal: each first value is found in scores.json."""
     for task, named in (
         ("vqa", {"closed, likeliest": "closed.accuracy", "closed, letter": "letter.accuracy", "closed, strict": "strict.accuracy",
                  "yes/no, accuracy": "yes_no.of_questions", "yes/no, balanced accuracy": "yes_no.balanced_accuracy",
@@ -184,7 +184,7 @@ def test_figures_are_those_of_the_evaluations(demo: SimpleNamespace, evaluated: 
 
 
 def test_studies_without_a_report_are_left_out(repository: Path) -> None:
-    """As eval/report_gen.py leaves them out: of words always, of findings where the reports are read for want of labels."""
+    """As in eval/report_gen.py: always from text scores, and from findings where reports are read because labels are missing."""
     compare = vars(import_module("med3dvlm.evaluation.compare"))
     listed = [Study(f"s{i}", f"p{i}", "x", report, {}, "test", "hand") for i, report in enumerate(("Ascites.", " ", "A gallstone."))]
     texts = ["Ascites.", "A lung nodule and a renal cyst.", "Nothing."]
@@ -202,8 +202,8 @@ def test_studies_without_a_report_are_left_out(repository: Path) -> None:
         compare["compare_runs"](*runs, {study.id: study for study in nothing})
 
 
-def test_a_run_on_an_audit_s_splits(data: PreparedData, studies: list[Study], tmp_path: Path, run: Run) -> None:
-    """Its fingerprint is that of the choice of studies, which run.json names."""
+def test_a_run_on_the_splits_of_an_audit(data: PreparedData, studies: list[Study], tmp_path: Path, run: Run) -> None:
+    """Its fingerprint is that of the selected studies, which run.json names."""
     path = tmp_path / "split.json"
     path.write_text(json.dumps({"test": [study.id for study in studies[:-1]]}))
     chosen = PreparedData(data.root, split_file=path)
@@ -224,10 +224,10 @@ def write_retrieval(folder: Path, data: PreparedData, studies: Sequence[Study], 
     return folder
 
 
-def test_without_duplicates_the_pool_is_smaller(
+def test_duplicates_are_removed_from_the_pool(
     data: PreparedData, studies: list[Study], tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second scan is the first once more, so that each finds the other's report; without the second the first finds its own."""
+    """The second scan is a copy of the first, so each retrieves the other's report; without the copy the first retrieves its own."""
     images = np.eye(len(studies), dtype=np.float32)
     texts = images.copy()
     images[1] = images[0]
@@ -263,7 +263,7 @@ def test_without_duplicates_the_pool_is_smaller(
         ({"split_file": True}, "keeps no study of"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_in_a_sentence(
+def test_incomparable_runs_are_refused(
     change: dict[str, Any],
     sentence: str,
     data: PreparedData,

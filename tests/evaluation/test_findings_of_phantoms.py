@@ -1,4 +1,4 @@
-"""The reader of findings and the writer of phantom reports must agree: what the one says, the other reads."""
+"""The finding rules read from phantom reports what their writer stated."""
 
 import numpy as np
 
@@ -18,8 +18,8 @@ def test_reports_are_read_as_their_labels() -> None:
     assert scores["macro"]["f1"] >= 0.99, wrong[:5]
 
 
-def test_nothing_is_read_that_a_phantom_cannot_have() -> None:
-    """Findings outside the phantoms' own, such as a fracture's or a calcification's, must not be heard in their wording."""
+def test_no_other_finding_is_read() -> None:
+    """Findings that phantoms do not have, such as fracture or calcification, must not be read from their wording."""
     studies = [plan.study for plan in plan_phantoms(200, seed=4)]
     others = [name for name in FINDINGS if name not in studies[0].labels]
     assert findings_table([study.report for study in studies], others).sum() == 0

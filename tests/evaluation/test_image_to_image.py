@@ -1,4 +1,4 @@
-"""Retrieval's k and its volumes by a volume, where studies have labels."""
+"""Values of k in retrieval, and volume-to-volume retrieval where studies have labels."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def whole(chests: SimpleNamespace, run_whole: Run, tmp_path_factory: pytest.Temp
     return out
 
 
-def test_ks_are_those_asked_for(whole: Path) -> None:
+def test_recalls_are_for_the_given_k(whole: Path) -> None:
     scores = json.loads((whole / "scores.json").read_text())
     ranks = [json.loads(line)["image_to_text"] for line in (whole / "predictions.jsonl").read_text().splitlines()]
     found = scores["pool_32"]["image_to_text"]
@@ -36,7 +36,7 @@ def test_ks_are_those_asked_for(whole: Path) -> None:
     assert "R@100" in (whole / "scores.md").read_text()
 
 
-def test_volumes_by_a_volume_are_scored_among_studies_with_all_labels(whole: Path, chests: SimpleNamespace) -> None:
+def test_volume_to_volume_retrieval_uses_studies_with_all_labels(whole: Path, chests: SimpleNamespace) -> None:
     scores = json.loads((whole / "scores.json").read_text())
     images = load_file(whole / "embeddings.safetensors")["image"]
     for pool in (20, 32):
@@ -54,7 +54,7 @@ def test_volumes_by_a_volume_are_scored_among_studies_with_all_labels(whole: Pat
     assert "findings of either that both have" in text and f"{found['chance_overlap']:.3f}" in text
 
 
-def test_without_labels_or_company_there_is_none(chests: SimpleNamespace) -> None:
+def test_without_labels_or_other_studies_there_is_no_score(chests: SimpleNamespace) -> None:
     studies = chests.data.studies("valid_fixed")[:4]
     images = np.eye(4)
     assert image_to_image_scores(images, [replace(study, labels={}) for study in studies], (1,)) is None

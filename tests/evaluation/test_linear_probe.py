@@ -1,4 +1,4 @@
-"""The linear probe: its optimum is scikit-learn's, it learns what is there to learn, and is stored whole."""
+"""The linear probe: its optimum equals scikit-learn's, it learns from true labels only, and it is saved completely."""
 
 import json
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def whole(arguments: list[object], run_whole: Run, tmp_path_factory: pytest.Temp
 
 
 def made_up(seed: int, studies: int = 80) -> tuple[torch.Tensor, np.ndarray]:
-    """Features of unlike spreads, one without any, and four findings with unknown labels; the third is everywhere, the last nowhere known."""
+    """Return features of unequal spread, one constant, and four findings with unknown labels; the third is always present, the last never labelled."""
     random = np.random.default_rng(seed)
     features = random.normal(size=(studies, 6)) * (1, 10, 0.1, 3, 1, 0) + 5
     logits = np.stack([features[:, 0] - 5, 0.2 * (features[:, 1] - 5) - 1, np.full(studies, 99), np.zeros(studies)], axis=1)
@@ -49,7 +49,7 @@ def made_up(seed: int, studies: int = 80) -> tuple[torch.Tensor, np.ndarray]:
 
 @pytest.mark.parametrize("balanced", [True, False])
 def test_the_optimum_is_that_of_scikit_learn(balanced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Early stopping off: each finding by itself over the studies that have its label."""
+    """Without early stopping, each finding is fitted to the studies that have its label."""
     monkeypatch.setattr("med3dvlm.evaluation.probe.PATIENCE", 10**6)
     train, validation = made_up(0), made_up(0)  # the same, so that the last round is the best one
     probe, found = fit("abcd", (train[0], validation[0]), (train[1], validation[1]), [0.003], balanced)
@@ -63,7 +63,7 @@ def test_the_optimum_is_that_of_scikit_learn(balanced: bool, monkeypatch: pytest
 
 
 def test_training_ends_where_the_validation_loss_is_lowest() -> None:
-    """With much noise and hardly any decay the best round is not the last, and among decays the best is taken."""
+    """With much noise and little decay the best round is not the last; the best of several decays is taken."""
     random = np.random.default_rng(0)
     features = [torch.from_numpy(random.normal(size=(40, 60))) for _ in range(2)]
     labels = [((part[:, :1] + torch.from_numpy(random.normal(size=(40, 1)))) > 0).double().numpy() for part in features]
@@ -115,7 +115,7 @@ def test_predictions_are_the_layer_on_the_mean_of_the_last_stage(chests: SimpleN
         assert len(line["control"]) == 3
 
 
-def test_it_does_not_learn_from_those_who_choose_or_are_scored(chests: SimpleNamespace, whole: Path) -> None:
+def test_validation_and_test_studies_do_not_train_the_probe(chests: SimpleNamespace, whole: Path) -> None:
     record = json.loads((whole / "run.json").read_text())
     chosen = [json.loads(line)["id"] for line in (whole / "predictions_thresholds.jsonl").read_text().splitlines()]
     train = chests.data.studies("train_fixed")
@@ -124,7 +124,7 @@ def test_it_does_not_learn_from_those_who_choose_or_are_scored(chests: SimpleNam
     assert record["seconds"] > 0
 
 
-def test_same_bytes_each_time_and_features_once(whole: Path, run: Run, arguments: list[object], tmp_path: Path) -> None:
+def test_results_are_reproducible_and_features_computed_once(whole: Path, run: Run, arguments: list[object], tmp_path: Path) -> None:
     before = {name: (whole / name).read_bytes() for name in FILES}
     run("linear_probe", *arguments[2:], "--output", whole, "--score-only")
     assert {name: (whole / name).read_bytes() for name in FILES} == before
@@ -145,7 +145,7 @@ def test_same_bytes_each_time_and_features_once(whole: Path, run: Run, arguments
         assert {name: (tmp_path / folder / name).read_bytes() for name in FILES} == before
 
 
-def test_a_stored_probe_is_taken_to_other_data(
+def test_a_saved_probe_is_applied_to_other_data(
     whole: Path, run: Run, arguments: list[object], demo: SimpleNamespace, tmp_path: Path
 ) -> None:
     run("linear_probe", *arguments, "--output", tmp_path / "out", "--probe", whole)

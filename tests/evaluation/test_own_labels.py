@@ -1,4 +1,4 @@
-"""Labels under names of one's own: detection, probe, retrieval by shared findings, scores of reports, and a page of runs that lie anywhere."""
+"""Labels with a user's own names: detection, probe, retrieval by shared findings, report scores, and a page of runs in any folder."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ NAMES = ["lung_nodule", "pleural_effusion", "COVID-19", "haemorrhage"]  # those 
 
 @pytest.fixture(scope="module")
 def own(chests: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The chests with four of their findings under other names."""
+    """The chests with four findings renamed."""
     root = tmp_path_factory.mktemp("own") / "mine_128"
     studies = [study for split in ct_rate.splits(chests.root / "CT-RATE") for study in ct_rate.read(chests.root / "CT-RATE", split)[0]]
     studies = [replace(one, labels={name: one.labels[key] for name, key in TAKEN.items() if key in one.labels}) for one in studies]
@@ -77,7 +77,7 @@ def study(number: int, report: str, **labels: int) -> Study:
 
 
 def test_reports_are_scored_by_the_names_of_the_data() -> None:
-    """A finding that the rules do not know is read by its own words, denied or not, where reports name it so."""
+    """A finding that the rules do not know is read by its name, denied or not, where reports contain it."""
     studies = [study(0, "Haemorrhage in the left lobe.", haemorrhage=1), study(1, "No haemorrhage.", haemorrhage=0)]
     found = report_scores(["Haemorrhages.", "No hemorrhage."], studies)["findings"]
     assert found["macro"]["f1"] == 1 and list(found["per_class"]) == ["haemorrhage"] and found["against"] == "labels"
@@ -92,7 +92,7 @@ def test_reports_are_scored_by_the_names_of_the_data() -> None:
         ({}, "Normal chest.", "Findings: not scored, because neither the reference reports nor the written reports have one"),
     ],
 )
-def test_what_cannot_be_scored_has_no_figure_but_a_reason(labels: dict[str, int], report: str, said: str) -> None:
+def test_unscorable_findings_have_a_reason_instead_of_a_figure(labels: dict[str, int], report: str, said: str) -> None:
     scores = report_scores(["Normal."] * 3, [study(number, report, **labels) for number in range(3)])
     table = report_table({"model": scores})
     assert said in table

@@ -1,4 +1,4 @@
-"""report.html: parsed, searched for what must not be in it, and opened in a real browser where there is one."""
+"""report.html: parsed, searched for forbidden content, and opened in a real browser where there is one."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ HOSTILE = 'No nodule. <script>alert("1")</script> & a lung nodule of 5 mm; </p><
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, the text of what is open, and that what opens also closes."""
+    """Collects tags, attributes and texts, and checks that every tag is closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Page(HTMLParser):
 
 
 def write_scores(folder: Path, scores: dict[str, Any]) -> None:
-    """Beside a run of `write_run`, whose record becomes one of a real run."""
+    """Write scores beside a run of `write_run`, and complete its record."""
     (folder / "scores.json").write_text(json.dumps(scores))
     record = json.loads((folder / "run.json").read_text())
     record["identity"]["model"] = "abc"
@@ -85,7 +85,7 @@ def write_scores(folder: Path, scores: dict[str, Any]) -> None:
 
 
 def asked(studies: Sequence[Study]) -> list[Row]:
-    """As `answers`: all right but one plane and one yes/no question, whose kind differs from study to study; blind all are wrong."""
+    """As `answers`: all are right but one plane and one yes/no question, whose kind differs between studies; blind answers are all wrong."""
     rows = answers(studies, [False, *[True] * (len(studies) - 1)])
     for place, row in enumerate(row for row in rows if row["choices"] == ["Yes", "No"]):
         row |= {"kind": "organ" if place else "phase", "blind": [-0.1, -2.0]}
@@ -95,7 +95,7 @@ def asked(studies: Sequence[Study]) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def root(prepared: Path, tmp_path_factory: pytest.TempPathFactory, run_whole: Run, repository: Path) -> Path:
-    """A run of all three tasks by hand, with a hostile report, and its page."""
+    """A hand-made run of all three tasks, with a hostile report, and its page."""
     root = tmp_path_factory.mktemp("page")
     (root / "prepared").symlink_to(prepared)
     data = PreparedData(prepared)
@@ -127,7 +127,7 @@ def page(text: str) -> Page:
     return Page(text)
 
 
-def test_it_needs_nothing_from_elsewhere(text: str, page: Page) -> None:
+def test_the_page_loads_nothing_from_elsewhere(text: str, page: Page) -> None:
     assert "Research software, not a medical device" in page.words
     for tag, attributes in page.tags:
         for name in ("src", "href", "xlink:href", "srcset", "action"):
@@ -138,7 +138,7 @@ def test_it_needs_nothing_from_elsewhere(text: str, page: Page) -> None:
     assert policy and policy.startswith("default-src 'none'")
 
 
-def test_what_a_report_holds_is_text(page: Page) -> None:
+def test_reports_are_escaped(page: Page) -> None:
     assert len(page.all("script")) == 1 and not page.all("b") == [] and not page.all("i")
     assert HOSTILE.split("5 mm")[0].split("a lung")[0] in page.words and "onerror=alert(2)" in page.words
     assert not any("onerror" in attributes for _, attributes in page.tags)
@@ -186,7 +186,7 @@ def test_each_case_has_its_slices(page: Page, prepared: Path) -> None:
 
 
 def cells(page: Page, label: str) -> dict[str, list[str]]:
-    """The lines of the table in the region of that label, by their first cells."""
+    """Return the rows of the table in the region with this label, by their first cells."""
     return {line[0]: line for line in page.tables[label]}
 
 
@@ -204,8 +204,8 @@ def test_figures_and_honesty_rows(page: Page, root: Path) -> None:
     assert pool[1:3] == [["image to text", "", "1.00"], ["image to text", "shuffled", "0.00"]] and pool[-1][1:] == ["chance", "0.20"]
 
 
-def test_a_value_and_its_interval_are_of_one_mean(page: Page, root: Path) -> None:
-    """Of yes/no questions that of all questions: four of five, although the mean of their kinds is (1 + 3/4) / 2."""
+def test_a_value_and_its_interval_are_of_the_same_mean(page: Page, root: Path) -> None:
+    """For yes/no questions it is the mean of all questions, four of five, although the mean of their kinds is (1 + 3/4) / 2."""
     scores, lines = json.loads((root / "eval/vqa/scores.json").read_text()), cells(page, "Accuracy by kind of question")
     assert scores["yes_no"]["accuracy"] == 0.875 and scores["yes_no"]["of_questions"] == 0.8
     for name, entry, key in (
@@ -235,7 +235,7 @@ def test_the_page_may_not_grow_too_large(root: Path, run: Run, tmp_path: Path, t
 
 
 @pytest.mark.parametrize("kept", ["open", "closed", "yes_no"])
-def test_questions_of_one_sort_are_enough(kept: str, prepared: Path, run: Run, tmp_path: Path) -> None:
+def test_a_run_with_one_kind_of_question(kept: str, prepared: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "prepared").symlink_to(prepared)
     data = PreparedData(prepared)
     studies = data.studies("test")
@@ -261,7 +261,7 @@ def test_questions_of_one_sort_are_enough(kept: str, prepared: Path, run: Run, t
     assert sum(attributes.get("class") == "matrix" for attributes in page.all("table")) == {"open": 0, "closed": 2, "yes_no": 1}[kept]
 
 
-def test_what_has_no_report_is_compared_with_nothing() -> None:
+def test_studies_without_a_report_have_no_comparison() -> None:
     told, untold = (Study(name, name, "x", report, {}, "test", "hand") for name, report in (("a", "Ascites."), ("b", " ")))
     rows = reports([told, untold], ["Ascites.", "A lung nodule."])
     first, second = gallery({"report": SimpleNamespace(rows=rows)}, {"a": told, "b": untold})
@@ -270,7 +270,7 @@ def test_what_has_no_report_is_compared_with_nothing() -> None:
 
 
 @pytest.mark.parametrize("task", ["retrieval", "vqa", "report"])
-def test_one_evaluation_is_enough(task: str, root: Path, run: Run, tmp_path: Path) -> None:
+def test_a_page_of_a_single_evaluation(task: str, root: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "prepared").symlink_to(root / "prepared")
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / task).symlink_to(root / "eval" / task)
@@ -279,7 +279,7 @@ def test_one_evaluation_is_enough(task: str, root: Path, run: Run, tmp_path: Pat
     assert len(page.all("img")) == 15 and len(page.all("section")) == 2
 
 
-def test_without_evaluations_it_says_so(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_evaluations_is_refused(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run("page", tmp_path, checked=True)
     assert stopped.value.code == 2 and "holds neither a scores.json" in capsys.readouterr().err

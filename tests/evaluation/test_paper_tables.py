@@ -1,4 +1,4 @@
-"""The papers' tables as data: their form, what they say twice, and a run set beside them."""
+"""The papers' tables as data: their form, their consistency, and a comparison with a run."""
 
 import importlib
 import json
@@ -22,11 +22,11 @@ def published(repository: Path) -> dict[str, Any]:
 
 
 def rows(table: dict[str, Any], *names: Any) -> list[list[float]]:
-    """The figures of the rows that begin with these names."""
+    """Return the figures of the rows that begin with these names."""
     return [row[-len(table["columns"]) :] for row in table["rows"] if tuple(row[: len(names)]) == names]
 
 
-def test_every_table_is_whole(published: dict[str, Any]) -> None:
+def test_every_table_is_complete(published: dict[str, Any]) -> None:
     tables, measures = published["tables"], published["measures"]
     assert sorted(tables) == [f"dcformer_{n}" for n in range(1, 6)] + [f"med3dvlm_{n}" for n in range(1, 9)]
     for name, table in tables.items():
@@ -43,7 +43,7 @@ def test_every_table_is_whole(published: dict[str, Any]) -> None:
     assert all(paper["arxiv"] and paper["title"] for paper in published["papers"].values())
 
 
-def test_figures_are_of_their_unit(published: dict[str, Any]) -> None:
+def test_figures_are_in_their_unit(published: dict[str, Any]) -> None:
     for name, table in published["tables"].items():
         for row in rows(table):
             for column, value in zip(table["columns"], row, strict=True):
@@ -53,7 +53,7 @@ def test_figures_are_of_their_unit(published: dict[str, Any]) -> None:
                     assert 0 < value < 1, (name, row)
 
 
-def test_means_are_those_of_their_kinds(published: dict[str, Any]) -> None:
+def test_means_equal_those_of_their_kinds(published: dict[str, Any]) -> None:
     lines = [row for number in (3, 4, 7, 8) for row in rows(published["tables"][f"med3dvlm_{number}"])]
     assert len(lines) == 12 + 3 + 16 + 4
     for *kinds, mean in lines:
@@ -73,7 +73,7 @@ def test_recall_grows_with_k_and_shrinks_with_the_pool(published: dict[str, Any]
         assert figures[:3] == sorted(figures[:3]) and figures[3:] == sorted(figures[3:])
 
 
-def test_what_a_paper_prints_twice_is_the_same(published: dict[str, Any]) -> None:
+def test_figures_printed_twice_are_equal(published: dict[str, Any]) -> None:
     tables = published["tables"]
     ours = "DCFormer-S SigLIP (Ours)"
     assert rows(tables["med3dvlm_1"], ours) == rows(tables["med3dvlm_5"], ours)
@@ -86,7 +86,7 @@ def test_what_a_paper_prints_twice_is_the_same(published: dict[str, Any]) -> Non
 
 
 def test_the_pool_of_ct_rate_is_what_its_counts_allow(published: dict[str, Any]) -> None:
-    """Each count over its ratio, rounded to three digits, bounds the size of the split; all together leave one number."""
+    """Each count divided by its ratio, rounded to three digits, bounds the size of the split; together they leave one number."""
     table = published["tables"]["dcformer_5"]
     assert len(table["rows"]) == 18
     assert {row[0].lower().replace(" ", "_") for row in table["rows"]} == set(FINDINGS_CT_RATE)
@@ -95,7 +95,7 @@ def test_the_pool_of_ct_rate_is_what_its_counts_allow(published: dict[str, Any])
     assert any(all(abs(count / n - ratio) <= 0.0005 for count, _, ratio, _ in rows(table)) for n in range(47_000, 47_400))
 
 
-def test_dcformers_f1_is_not_of_the_precision_and_recall_beside_it(published: dict[str, Any]) -> None:
+def test_dcformers_f1_is_not_that_of_its_precision_and_recall(published: dict[str, Any]) -> None:
     for number in (1, 2):
         for _, _, _, f1, precision, recall in rows(published["tables"][f"dcformer_{number}"]):
             assert f1 - 2 * precision * recall / (precision + recall) > 2
@@ -131,7 +131,7 @@ def table_of(text: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
 
 
-def test_a_run_stands_below_the_papers_rows(root: Path, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_listed_below_the_papers_rows(root: Path, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("compare", "--published", root, "--output", tmp_path / "out")
     text = capsys.readouterr().out
     assert text.strip() == (tmp_path / "out/published.md").read_text().strip() and "not a medical device" in text
@@ -162,19 +162,19 @@ def test_a_run_stands_below_the_papers_rows(root: Path, run: Run, tmp_path: Path
     assert json.loads((tmp_path / "out/published.json").read_text())["rows"]["med3dvlm_4"][0][1] == 80
 
 
-def test_only_the_same_data_may_compare(root: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_runs_on_the_same_data_are_compared(root: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run("compare", "--published", root / "eval/report", "--data-name", "M3D-Cap")
     text = capsys.readouterr().out
     assert "All rows are about M3D-Cap by name" in text and "no figure of the ones" not in text and "Table 1" not in text
 
 
-def test_without_scores_it_says_so(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_scores_is_refused(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run("compare", "--published", tmp_path, checked=True)
     assert stopped.value.code == 2 and "holds neither a scores.json" in capsys.readouterr().err
 
 
-def test_only_the_papers_bertscore_stands_beside_theirs(repository: Path) -> None:
+def test_bertscore_is_compared_only_with_the_papers_model(repository: Path) -> None:
     from bert_score.utils import model2layers
 
     written = vars(importlib.import_module("med3dvlm.evaluation.paper_tables"))["comparable_text_scores"]

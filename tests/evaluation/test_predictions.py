@@ -1,4 +1,4 @@
-"""Predictions on disk: several processes, one after the other and for real; whatever was cut short."""
+"""Predictions on disk by several simulated and real processes, continued after interruptions."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ class Killed(BaseException):
 
 
 class Worker:
-    """Answers with the case and the batch that it was in, and counts; from the call `dies_at` on it raises Killed."""
+    """Answers with the case and its batch, and counts its calls; from call `dies_at` on it raises Killed."""
 
     def __init__(self, dies_at: int | None = None) -> None:
         self.calls: list[list[int]] = []
@@ -38,7 +38,7 @@ def about(case: int) -> dict[str, Any]:
 
 
 def run(folder: Path, worker: Worker, size: int = 2, process: tuple[int, int] = (0, 1)) -> bool:
-    """One process, beside others that do not run at this time."""
+    """Run one of several processes by itself."""
     folder.mkdir(exist_ok=True)
     if not (folder / "run.json").exists():
         (folder / "run.json").write_text('{"seconds": 1.0}')
@@ -72,8 +72,8 @@ def test_three_processes_share_the_batches(tmp_path: Path, whole: bytes) -> None
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_other_processes_continue_what_several_left(tmp_path: Path, whole: bytes, count: int) -> None:
-    """The first of two was killed in its second batch, half a line of the other's last was written."""
+def test_several_killed_processes_are_continued_by_another_number(tmp_path: Path, whole: bytes, count: int) -> None:
+    """The first of two was killed in its second batch; the other left half a line."""
     out = tmp_path / "out"
     with pytest.raises(Killed):
         run(out, Worker(dies_at=1), process=(0, 2))
@@ -88,7 +88,7 @@ def test_other_processes_continue_what_several_left(tmp_path: Path, whole: bytes
     assert sum(len(worker.calls) for worker in workers) == len(in_batches(CASES, 2)) - kept
 
 
-def test_several_processes_continue_what_one_left(tmp_path: Path, whole: bytes) -> None:
+def test_one_killed_process_is_continued_by_several(tmp_path: Path, whole: bytes) -> None:
     with pytest.raises(Killed):
         run(tmp_path / "out", Worker(dies_at=2))
     path = tmp_path / "out" / "predictions.jsonl"
@@ -113,7 +113,7 @@ def test_lines_of_other_cases_are_refused(tmp_path: Path, whole: bytes) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["vqa", "report_gen", "retrieval"])
-def test_two_real_processes_write_what_one_writes(
+def test_two_real_processes_write_the_same_as_one(
     demo: SimpleNamespace, run_whole: Callable[..., None], tmp_path: Path, script: str
 ) -> None:
     model, length = (demo.clip, ()) if script == "retrieval" else (demo.model, ("--max-new-tokens", 6))

@@ -27,7 +27,7 @@ Run = Callable[..., None]
 
 
 def prepared(chests: SimpleNamespace, model: Path, folder: Path) -> PreparedData:
-    """The volumes of every second patient as the model takes them."""
+    """The volumes of every second patient, prepared for the model."""
     root = chests.root / "CT-RATE"
     studies = [
         study for split in ct_rate.splits(root) for study in ct_rate.read(root, split)[0] if int(study.patient.split("_")[1]) % 2 == 0
@@ -52,7 +52,7 @@ def arguments(one: SimpleNamespace) -> list[object]:
 def test_zero_shot_gives_the_released_latents_softmax(
     ct_clip: SimpleNamespace, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The released volume in every study's place, the released token ids in the prompts': the softmax of the released latents."""
+    """With the released volume for every study and the released token ids for the prompts, the result is the softmax of the released latents."""
     ids, mask = (torch.from_numpy(golden()[f"ct_clip_small/{name}"]) for name in ("input_ids", "attention_mask"))
 
     def tokenize(self: Med3DCLIPProcessor, text: Sequence[str]) -> BatchFeature:
@@ -90,8 +90,8 @@ def test_ct_clip_goes_through_all_three(ct_clip: SimpleNamespace, run: Run, tmp_
     assert json.loads((tmp_path / "probe" / "scores.json").read_text())["encoder"]["name"] == "ctvit"
 
 
-def test_dcformer_of_ct_rate_has_an_image_side_alone(chests: SimpleNamespace, run: Run, tmp_path: Path) -> None:
-    """Its release holds an encoder: it is probed, as in the paper's Table 2, and the scripts that need texts say that they cannot."""
+def test_dcformer_of_ct_rate_has_no_text_encoder(chests: SimpleNamespace, run: Run, tmp_path: Path) -> None:
+    """Its release holds only an encoder, which is probed as in the paper's Table 2; scripts that need texts refuse it."""
     file = released.write_pickle(tmp_path / "checkpoint.pt", {"model": published_weights("dcformer_naive_ct_rate")})
     convert_published(file, tmp_path / "model", size=SMALL)
     one = SimpleNamespace(model=tmp_path / "model", data=prepared(chests, tmp_path / "model", tmp_path / "prepared"))

@@ -1,4 +1,4 @@
-"""Reports: one by one as in batches, continuing, and scores and baselines by hand."""
+"""Report generation: independence of the batch size, continuation, and scores and baselines by hand."""
 
 import json
 import shutil
@@ -33,8 +33,8 @@ def whole(evaluated: Path) -> Path:
     return evaluated / "eval" / "report"
 
 
-def test_predictions_are_what_the_model_says_of_the_scan_file(demo: SimpleNamespace, whole: Path) -> None:
-    """Preparation and evaluation must say what the app says: the same words from the scan file itself."""
+def test_predictions_equal_the_reports_of_the_scan_files(demo: SimpleNamespace, whole: Path) -> None:
+    """Evaluation on prepared data gives the same words as the app gives for the scan file."""
     chat = Med3DChat.from_pretrained(demo.model)
     studies = demo.data.studies("test")
     for study, row in zip(studies, rows_of(whole), strict=True):
@@ -73,7 +73,7 @@ def study(number: int, report: str, **labels: int) -> Study:
 
 
 def test_scores_by_hand() -> None:
-    """Ascites: one hit, one miss. Gallstone: one hit. Splenomegaly: stated once in vain. Cardiomegaly: in neither, so it does not count."""
+    """Ascites: one hit, one miss. Gallstone: one hit. Splenomegaly: one false alarm. Cardiomegaly: in neither, so it does not count."""
     names = {"ascites": 0, "gallstone": 0, "splenomegaly": 0, "cardiomegaly": 0}
     studies = [
         study(0, "Ascites.", **names | {"ascites": 1}),
@@ -91,7 +91,7 @@ def test_scores_by_hand() -> None:
     assert scores["collapse"] == {"distinct": 1.0, "commonest": pytest.approx(1 / 3), "similarity": pytest.approx((2 / 4 + 0 + 0) / 3)}
 
 
-def test_without_labels_the_reference_is_read() -> None:
+def test_without_labels_findings_are_read_from_the_reference() -> None:
     studies = [study(0, "Ascites."), study(1, "No ascites. A gallstone.")]
     scores = report_scores(["Free fluid in the abdomen.", "Normal."], studies)
     assert scores["findings"]["against"] == "reference reports"
@@ -99,8 +99,8 @@ def test_without_labels_the_reference_is_read() -> None:
     assert scores["findings_f1"] == pytest.approx((1 + 0) / 2)
 
 
-def test_what_has_no_label_counts_for_nothing() -> None:
-    """A study without labels, and one whose ascites nobody looked for: stating it there is neither right nor wrong."""
+def test_unknown_labels_do_not_count() -> None:
+    """In a study without labels, or without a label of ascites, stating it is neither right nor wrong."""
     studies = [
         study(0, "Ascites.", ascites=1, gallstone=0),
         study(1, "Normal.", gallstone=1),
@@ -194,13 +194,13 @@ def test_intervals_are_those_of_the_plain_bootstrap() -> None:
             assert found[f"findings.{mean}.{name}"] == pytest.approx(expected), (mean, name)
 
 
-def test_where_a_label_is_unknown_there_is_no_crg() -> None:
+def test_crg_needs_all_labels() -> None:
     studies = [study(0, "Ascites.", ascites=1, gallstone=0), study(1, "Normal.", gallstone=1)]
     assert report_scores(["Ascites.", "Normal."], studies)["findings"]["crg"] is None
     assert report_scores(["Ascites."], studies[:1])["findings"]["crg"] == 1
 
 
-def test_studies_without_a_report_count_in_no_lexical_score() -> None:
+def test_studies_without_a_report_have_no_lexical_score() -> None:
     studies = [study(0, "Ascites.", ascites=1), study(1, " ", ascites=0), study(2, "A gallstone.", ascites=0)]
     with_gap = report_scores(["Ascites.", "Something.", "A gallstone."], studies)
     assert with_gap["text"]["samples"] == 2 and with_gap["text"]["rouge1"] == 1 and with_gap["findings"]["studies"] == 3
@@ -210,8 +210,8 @@ def test_studies_without_a_report_count_in_no_lexical_score() -> None:
         report_scores(["Ascites."], [study(0, "", ascites=1)])
 
 
-def test_what_can_be_had_without_the_scan(demo: SimpleNamespace, whole: Path) -> None:
-    """Each row is `report_scores` of those texts."""
+def test_baselines_without_the_scan(demo: SimpleNamespace, whole: Path) -> None:
+    """Each row equals `report_scores` of the baseline's texts."""
     rows, studies = rows_of(whole), demo.data.studies("test")
     scores = json.loads((whole / "scores.json").read_text())
     assert len({row["blind"] for row in rows}) == 1 and scores["blind"]["report"] == rows[0]["blind"]

@@ -1,4 +1,4 @@
-"""Retrieval: embeddings one by one as in batches, ranks in plain loops, pools, continuing."""
+"""Retrieval: independence of the batch size, ranks in plain loops, pools, and continuation."""
 
 import base64
 import importlib
@@ -130,7 +130,7 @@ def test_other_studies_are_refused(demo: SimpleNamespace, whole: Path, run: Run,
 
 
 def test_pools(whole: Path, run: Run, arguments: list[object]) -> None:
-    """Any sizes, from the same embeddings; a pool of 3 by hand; more studies than there are is refused."""
+    """Pools of any size use the same embeddings; a pool of 3 is worked by hand; too large a pool is refused."""
     run("retrieval", *arguments[2:], "--output", whole, "--score-only", "--pools", "10,3")
     scores = json.loads((whole / "scores.json").read_text())
     assert {name: entry["pool"] for name, entry in scores.items()} == {"pool_3": 3, "pool_10": 10}
@@ -147,8 +147,8 @@ def test_pools(whole: Path, run: Run, arguments: list[object]) -> None:
     run("retrieval", *arguments[2:], "--output", whole, "--score-only")
 
 
-def test_equal_studies(repository: Path, demo: SimpleNamespace) -> None:
-    """The same words, or the same voxels, or both through a third."""
+def test_equal_studies_are_grouped(repository: Path, demo: SimpleNamespace) -> None:
+    """Studies are equal by words, by voxels, or through a third study."""
     functions = vars(importlib.import_module("med3dvlm.evaluation.retrieval"))
     first, second, third, *_ = demo.data.studies("train")
     copy = replace(first, id="copy", report="Other words altogether.")  # the same volume
@@ -187,7 +187,7 @@ def test_volumes_are_encoded_once_for_all_pools(demo: SimpleNamespace, run: Run,
     assert sum(seen) == 15
 
 
-def test_what_has_no_report_cannot_be_found(demo: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path) -> None:
+def test_studies_without_a_report_are_refused(demo: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path) -> None:
     from med3dvlm.datasets.store import PreparedData
 
     studies = PreparedData.studies

@@ -1,4 +1,4 @@
-"""What stands in for a scan, and where baselines learn from."""
+"""Replacements of a scan in control evaluations, and the split that baselines learn from."""
 
 import itertools
 from collections import Counter
@@ -42,8 +42,8 @@ def strangers_of(patients: str) -> list[int] | None:
     return other_patients([Study(f"s{place}", patient, "x", "", {}, "test", "hand") for place, patient in enumerate(patients)])
 
 
-def test_strangers_are_a_permutation_wherever_there_is_one() -> None:
-    """All ways to give up to six studies to three patients, against all permutations of them."""
+def test_other_patients_scans_are_a_permutation_where_one_exists() -> None:
+    """All assignments of up to six studies to three patients are checked against all permutations."""
     for count in range(1, 7):
         for patients in itertools.product("abc", repeat=count):
             found = strangers_of("".join(patients))
@@ -58,7 +58,7 @@ def test_strangers_are_a_permutation_wherever_there_is_one() -> None:
             assert (sorted(found) == list(range(count))) == possible == (2 * max(Counter(patients).values()) <= count), patients
 
 
-def test_strangers_by_hand() -> None:
+def test_other_patients_scans_by_hand() -> None:
     assert strangers_of("abcd") == [1, 2, 3, 0]
     assert strangers_of("aabcbc") == [2, 4, 3, 0, 5, 1]  # two on in the ring a a b b c c
     # Too few others: both are taken in turn, and they take the first of the one patient.

@@ -1,4 +1,4 @@
-"""Where a model looks: the judgement of a peak in plain loops, chance by drawing cells, continuing, wrong input."""
+"""Saliency evaluation: peaks judged by plain loops, chance by drawing cells, continuation, wrong input."""
 
 import importlib
 import itertools
@@ -36,8 +36,8 @@ def whole(arguments: list[object], run_whole: Run, tmp_path_factory: pytest.Temp
     return folder
 
 
-def test_a_peak_is_judged_as_plain_loops_judge_it(script: dict[str, Any]) -> None:
-    """A flipped and scaled placement, odd sizes: every scan voxel of the lesion to its cell, every cell's middle to the scan."""
+def test_peaks_are_judged_as_by_plain_loops(script: dict[str, Any]) -> None:
+    """With a flipped and scaled placement and odd sizes, lesion voxels are mapped to cells and cell centres to the scan."""
     generator = np.random.default_rng(0)
     shape, spacing, grid = (11, 14, 17), (3.0, 1.5, 1.0), (3, 4, 5)
     placement = np.array([[1.2, 0, 0, 0.1], [0, 0, -0.9, 13.2], [0, 1.1, 0, -0.3], [0, 0, 0, 1]])  # of model voxels 9 x 16 x 15
@@ -95,7 +95,7 @@ def test_every_finding_is_a_case_and_its_figures_are_means(demo: SimpleNamespace
     assert "looked by" in (whole / "scores.md").read_text()
 
 
-def test_what_was_cut_short_continues_and_is_scored_again(whole: Path, run: Run, arguments: list[object], tmp_path: Path) -> None:
+def test_an_interrupted_run_continues_and_is_scored_again(whole: Path, run: Run, arguments: list[object], tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes((whole / "run.json").read_bytes())
     content = (whole / "predictions.jsonl").read_bytes()
     (tmp_path / "predictions.jsonl").write_bytes(content[: content.index(b"\n") + 30])

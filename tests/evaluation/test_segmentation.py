@@ -1,4 +1,4 @@
-"""Masks against masks: the figures from the records by plain means, a segmenter that knows the truth, continuing, wrong input."""
+"""Segmentation evaluation: figures by plain means, a perfect segmenter, controls, continuation, wrong input."""
 
 import json
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def whole(arguments: list[object], run_whole: Run, tmp_path_factory: pytest.Temp
     return folder
 
 
-def test_every_known_finding_is_asked_for_and_figures_are_means(demo: SimpleNamespace, whole: Path) -> None:
+def test_every_labelled_finding_is_segmented_and_figures_are_means(demo: SimpleNamespace, whole: Path) -> None:
     rows = read_lines(whole / "predictions.jsonl")
     studies = demo.data.studies("test")[:4]
     names = {name for study in studies for name in demo.data.mask_names(study) if study.masks[name].kind == "finding"}
@@ -88,7 +88,7 @@ def test_every_known_finding_is_asked_for_and_figures_are_means(demo: SimpleName
 
 
 class Knowing:
-    """A segmenter that draws the true masks, and one too many where asked."""
+    """A segmenter that draws the true masks, and one too many on request."""
 
     def __init__(self, data: PreparedData, task: Any, wrongly: bool = False) -> None:
         self.data, self.task, self.wrongly = data, task, wrongly
@@ -102,8 +102,8 @@ class Knowing:
         return torch.stack(masks), torch.tensor([1.0 if mask.any() else 0.0 for mask in masks])
 
 
-def test_a_segmenter_that_knows_the_truth(demo: SimpleNamespace) -> None:
-    """Dice, surface distance and pointing of 1, no component too many; the controls are worse."""
+def test_a_perfect_segmenter(demo: SimpleNamespace) -> None:
+    """Dice, surface distance and pointing are perfect, there is no extra component, and the controls are worse."""
     data, tasks = demo.data, tasks_of(demo.data, demo.data.studies("test"))
     judge = Judge(data, tasks, "train", 0.5, 2.0)
     scores = scores_of([predicted(task, data, Knowing(data, task), judge) for task in tasks], tasks)
@@ -121,7 +121,7 @@ def test_a_segmenter_that_knows_the_truth(demo: SimpleNamespace) -> None:
 
 
 def test_controls_by_hand(demo: SimpleNamespace) -> None:
-    """The mask of another patient is that of the next one with the finding; the mean mask is of training studies alone."""
+    """The other patient's mask is that of the next patient with the finding; the mean mask is that of the training studies."""
     data, tasks = demo.data, tasks_of(demo.data, demo.data.studies("test"))
     judge = Judge(data, tasks, "train", 0.5, 2.0)
     checked = 0
@@ -141,7 +141,7 @@ def test_controls_by_hand(demo: SimpleNamespace) -> None:
     assert checked
 
 
-def test_what_was_cut_short_continues_and_is_scored_again(whole: Path, run: Run, arguments: list[object], tmp_path: Path) -> None:
+def test_an_interrupted_run_continues_and_is_scored_again(whole: Path, run: Run, arguments: list[object], tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes((whole / "run.json").read_bytes())
     content = (whole / "predictions.jsonl").read_bytes()
     (tmp_path / "predictions.jsonl").write_bytes(content[: content.index(b"\n") + 30])
@@ -177,7 +177,7 @@ def test_the_page_shows_figures_controls_and_cases(demo: SimpleNamespace, whole:
     assert "is not compared" in capsys.readouterr().err
 
 
-def test_outlines_are_of_the_edge_voxels() -> None:
+def test_outlines_are_the_edge_voxels() -> None:
     plane, mask = np.zeros((64, 96), np.float32), np.zeros((64, 96), bool)
     mask[10:20, 30:50] = True
     np.testing.assert_array_equal(unpacked(packed(mask), mask.shape), mask)

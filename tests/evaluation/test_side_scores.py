@@ -14,7 +14,7 @@ def row(number: int, answer: str, closed: list[float], choices: list[str] = CHOI
 
 
 def test_the_side_of_the_likeliest_choice() -> None:
-    """Right twice, once by another lobe of the side; wrong once; of two other questions the choices or the answer name no side."""
+    """The side is right twice, once by another lobe of it, and wrong once; two other questions name no side in choices or answer."""
     rows = [
         row(0, CHOICES[0], [-1.0, -2, -3, -4]),
         row(1, CHOICES[0], [-2.0, -1, -3, -4]),

@@ -56,7 +56,7 @@ def test_every_key_is_there(root: Path) -> None:
 
 
 def test_the_commit_is_that_of_what_was_run(root: Path) -> None:
-    """Not of the checkout at the time of writing. The stages here were made by one commit and the evaluations by another, or by none."""
+    """It is not that of the checkout when the summary is written: stages and evaluations here were made by different commits, or none."""
     summary = json.loads((root / "summary.json").read_text())
     made = json.loads((root / "eval/vqa/run.json").read_text())["commit"]
     stages, evaluations = ("stage0", "stage1", "stage3"), ("retrieval", "vqa", "report")
@@ -91,7 +91,7 @@ def test_report_shows_its_pictures(root: Path) -> None:
 
 
 def test_without_stages_and_scans(root: Path, run: Run, tmp_path: Path) -> None:
-    """Evaluations of a model from elsewhere: no losses, no seconds, cases from the prepared volumes."""
+    """Evaluations of a model trained elsewhere have no losses and times, and cases from the prepared volumes."""
     for name in ("prepared", "eval"):
         (tmp_path / name).symlink_to(root / name)
     run("summary", "--root", tmp_path)
@@ -102,8 +102,8 @@ def test_without_stages_and_scans(root: Path, run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "pictures/losses.png").exists() and (tmp_path / "pictures/cases.png").exists()
 
 
-def test_rows_that_were_not_asked_for(root: Path, run: Run, tmp_path: Path) -> None:
-    """No blind answers, no training split, open questions alone: figures that are missing are null, and the rest stands."""
+def test_missing_controls_are_null(root: Path, run: Run, tmp_path: Path) -> None:
+    """Without blind answers, training split or closed questions the missing figures are null and the others present."""
     (tmp_path / "prepared").symlink_to(root / "prepared")
     shutil.copytree(root / "eval", tmp_path / "eval")
     report = json.loads((root / "eval/report/scores.json").read_text())

@@ -1,4 +1,4 @@
-"""Ranking against one conversation at a time with all logits; independence of batch size; continuing; scores by hand."""
+"""Question answering: ranking of choices one conversation at a time, independence of batch size, continuation, scores by hand."""
 
 import json
 import math
@@ -37,15 +37,15 @@ def whole(evaluated: Path) -> Path:
     return evaluated / "eval" / "vqa"
 
 
-def test_every_question_is_there(demo: SimpleNamespace, whole: Path) -> None:
+def test_every_question_has_a_prediction(demo: SimpleNamespace, whole: Path) -> None:
     asked = [question for study in demo.data.studies("test") for question in demo.data.questions("test") if question.study == study.id]
     assert len(asked) == len(demo.data.questions("test"))
     assert [(row["id"], row["question"], tuple(row["choices"])) for row in rows_of(whole)] == [(q.study, q.text, q.choices) for q in asked]
     assert {row["kind"] for row in rows_of(whole)} == {"plane", "phase", "organ", "abnormality", "location"}
 
 
-def test_ranking_is_the_plain_way(demo: SimpleNamespace, whole: Path) -> None:
-    """Each choice by itself, no branches, no padding, logits everywhere, a loop over the answer's tokens."""
+def test_ranking_equals_plain_likelihoods(demo: SimpleNamespace, whole: Path) -> None:
+    """Each choice is scored by itself, without branches and padding, from all logits in a loop over the answer's tokens."""
     model, processor = load_vlm(demo.model)
     listed = demo.data.studies("test")
     studies = {study.id: study for study in listed}
@@ -67,8 +67,8 @@ def test_ranking_is_the_plain_way(demo: SimpleNamespace, whole: Path) -> None:
     assert any(row["closed"] != row["blind"] for row in rows) and any(row["closed"] != row["shuffled"] for row in rows)
 
 
-def test_texts_are_the_plain_way(demo: SimpleNamespace, whole: Path) -> None:
-    """Token by token from the full logits, without a cache and without padding."""
+def test_texts_equal_plain_greedy_decoding(demo: SimpleNamespace, whole: Path) -> None:
+    """The reference decodes token by token from the full logits, without cache and padding."""
     model, processor = load_vlm(demo.model)
     studies = {study.id: study for study in demo.data.studies("test")}
     row = next(row for row in rows_of(whole) if row["letter"] is not None)
@@ -93,7 +93,7 @@ def test_batch_size_does_not_matter(whole: Path, run: Run, arguments: list[objec
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.77])
-def test_what_was_cut_short_continues_to_the_same_bytes(
+def test_an_interrupted_run_continues_to_the_same_bytes(
     whole: Path, run: Run, arguments: list[object], tmp_path: Path, kept: float
 ) -> None:
     (tmp_path / "run.json").write_bytes((whole / "run.json").read_bytes())
@@ -164,8 +164,8 @@ def test_scores_by_hand() -> None:
     assert question_scores(rows[:4], {"a": "p", "b": "q", "c": "q"})["yes_no"]["accuracy"] is None
 
 
-def test_questions_of_one_s_own_kind_are_scored_beside_the_others() -> None:
-    """The mean is over the kinds that occur, the sixth included."""
+def test_questions_of_a_users_own_kind_are_scored() -> None:
+    """The mean is over all kinds that occur, including the user's."""
     row = {
         "id": "a",
         "question": "?",
@@ -212,14 +212,14 @@ def test_choices_listed_twice_and_ties(
     assert (scores["closed"]["confusion"]["organ"]["chosen"] == [answer]) == bool(right[0])
 
 
-def test_the_usual_choice_listed_twice() -> None:
+def test_the_most_frequent_choice_listed_twice() -> None:
     train = [Question("t", "organ", "?", ("left.", "Right"), "left.")]
     row = closed_row(["Right", "Left", "left."], "Left", [-1, -2, -3], "A")
     assert question_scores([row], {"a": "p"}, train)["closed"]["modal"]["accuracy"] == 1
 
 
 def test_more_choices_than_letters() -> None:
-    """Nine: ranked as others are, but no letter stands for the ninth, so they are in no score by letter, and the table says so."""
+    """Questions with nine choices are ranked, but have no letter for the ninth, so they are left out of scores by letter, as the table says."""
     nine = [f"organ {number}" for number in range(9)]
     rows = [
         closed_row(nine, "organ 8", [-2.0] * 8 + [-1.0]),
@@ -254,14 +254,14 @@ def test_a_question_of_nine_choices_is_asked_without_letters(
 
 
 def test_balanced_accuracy_by_hand() -> None:
-    """Always "Yes": right in three of four, and in one answer of two."""
+    """Answering always "Yes" is right in three of four questions, and for one of two answers."""
     row = {"id": "a", "kind": "abnormality", "question": "?", "choices": ["Yes", "No"], "closed": [0.0, -1.0], "letter": None, "open": None}
     scores = question_scores([{**row, "answer": answer} for answer in ("Yes", "Yes", "Yes", "No")], {"a": "p"})["yes_no"]
     assert (scores["of_questions"], scores["balanced_accuracy"], scores["sensitivity"], scores["specificity"]) == (0.75, 0.5, 1.0, 0.0)
 
 
-def test_the_usual_answer_is_the_audit_s(demo: SimpleNamespace, whole: Path) -> None:
-    """The accuracy of the audit, which counts it by itself."""
+def test_the_most_frequent_answer_equals_the_audits(demo: SimpleNamespace, whole: Path) -> None:
+    """Its accuracy equals that of the audit, which counts independently."""
     scores = json.loads((whole / "scores.json").read_text())
     expected = text_only_baselines(demo.data.questions("train"), demo.data.questions("test"))
     for kind in ("plane", "phase", "organ", "abnormality", "location"):
@@ -284,7 +284,7 @@ def test_an_answer_that_is_no_text_is_refused(demo: SimpleNamespace, whole: Path
 
 
 def test_each_volume_is_encoded_once(demo: SimpleNamespace, run: Run, arguments: list[object], tmp_path: Path) -> None:
-    """However many questions there are about it, and although it stands in for another one; and the empty one."""
+    """This holds for volumes with several questions, for those that replace another one, and for the empty volume."""
     seen: list[int] = []
     forward = Encoder.forward
 

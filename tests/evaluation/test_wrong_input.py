@@ -18,7 +18,7 @@ SCRIPTS = ("retrieval", "report_gen", "vqa")
 
 @pytest.fixture
 def fails(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Fails:
-    """The one line that a script ends with."""
+    """Return the one line on stderr with which a script fails."""
 
     def call(script: str, *arguments: object) -> str:
         with pytest.raises(SystemExit) as stopped:
@@ -79,8 +79,8 @@ def test_predictions_of_another_run_are_not_continued(
     assert "holds predictions.jsonl without a run.json" in fails("report_gen", *arguments, "--limit", 2)
 
 
-def test_scores_are_those_of_the_data_that_was_predicted(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
-    """The same ids and questions, but another report or volume since; another split; nothing that says what was predicted."""
+def test_scoring_needs_the_data_that_was_predicted(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
+    """Refused are: equal ids and questions but another report or volume, another split, and a missing record of the run."""
     for name, script in (("vqa", "vqa"), ("report", "report_gen"), ("retrieval", "retrieval")):
         out, data = tmp_path / name, tmp_path / f"{name}_data"
         shutil.copytree(evaluated / "eval" / name, out)
@@ -100,7 +100,7 @@ def test_scores_are_those_of_the_data_that_was_predicted(fails: Fails, evaluated
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
 def test_a_text_may_hold_any_character(character: str, evaluated: Path, run: Callable[..., None], tmp_path: Path) -> None:
-    """Characters at which Python's splitlines cuts, in what a model wrote: the lines of the file are still one a case."""
+    """A prediction with the characters at which Python's splitlines cuts still takes one line of the file."""
     shutil.copytree(evaluated / "eval" / "report", tmp_path / "out")
     path = tmp_path / "out" / "predictions.jsonl"
     first, *others = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
@@ -125,7 +125,7 @@ def test_other_preprocessing(demo: SimpleNamespace) -> None:
 
 
 def rewritten(evaluated: Path, out: Path, *texts: str | None) -> Path:
-    """A copy of the evaluation of reports in which the first predictions are others."""
+    """Return a copy of the report evaluation with other first predictions."""
     shutil.copytree(evaluated / "eval" / "report", out)
     path = out / "predictions.jsonl"
     rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
@@ -136,7 +136,7 @@ def rewritten(evaluated: Path, out: Path, *texts: str | None) -> Path:
 
 
 def test_empty_and_foreign_predictions_are_scored(evaluated: Path, run: Callable[..., None], tmp_path: Path) -> None:
-    """An empty one scores 0 and states nothing; letters of any script are words."""
+    """An empty prediction scores 0 and states nothing; letters of any script form words."""
     out = rewritten(evaluated, tmp_path / "out", "", "Sağ akciğerde nodül. 右肺結節 ☤", "", "")
     run("report_gen", "--data", evaluated / "prepared", "--output", out, "--score-only")
     scores = json.loads((out / "scores.json").read_text())
@@ -153,8 +153,8 @@ def test_a_prediction_that_is_no_text(fails: Fails, evaluated: Path, tmp_path: P
     assert (out / "scores.json").read_bytes() == before
 
 
-def test_another_reference_than_the_data_s(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
-    """The same ids of another data set, or of this one before its reports were corrected."""
+def test_a_reference_that_differs_from_the_data(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
+    """The ids may be those of another data set, or of this one before its reports were corrected."""
     out = rewritten(evaluated, tmp_path / "out")
     text = (out / "predictions.jsonl").read_text(encoding="utf-8")
     reference = json.loads(text.split("\n")[0])["reference"]
@@ -169,7 +169,7 @@ def test_predictions_of_another_task(fails: Fails, evaluated: Path, tmp_path: Pa
     assert "than the data" in fails("report_gen", *data) or "is expected there" in fails("report_gen", *data)
 
 
-def test_half_a_line_is_no_case(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
+def test_an_incomplete_line_is_ignored(fails: Fails, evaluated: Path, tmp_path: Path) -> None:
     out = rewritten(evaluated, tmp_path / "out")
     content = (out / "predictions.jsonl").read_bytes()
     (out / "predictions.jsonl").write_bytes(content[:-9])

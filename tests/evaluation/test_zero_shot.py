@@ -1,4 +1,4 @@
-"""Zero-shot detection: the literal protocol gives the same probabilities; labels, thresholds and figures by another hand."""
+"""Zero-shot detection: probabilities of the literal protocol; labels, thresholds and figures computed independently."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def label_file(chests: SimpleNamespace) -> dict[str, dict[str, str]]:
 
 
 def test_probabilities_are_those_of_the_literal_protocol(chests: SimpleNamespace, stated: list[dict[str, str]]) -> None:
-    """A volume encoded anew beside each of the 18 pairs, softmax over temperature times the two similarities."""
+    """The protocol encodes the volume again with each of the 18 pairs; the softmax is over temperature times the two similarities."""
     model, processor = load_clip(chests.clip)
     tokenizer = processor.tokenizer
     studies = chests.data.studies("valid_fixed")
@@ -70,7 +70,7 @@ def test_probabilities_are_those_of_the_literal_protocol(chests: SimpleNamespace
 
 
 def test_the_areas_are_scikit_learns_from_the_published_files(chests: SimpleNamespace, whole: Path, stated: list[dict[str, str]]) -> None:
-    """Labels read from the CSV by name; where a cell is empty, the study counts for the other findings alone."""
+    """Labels are read from the CSV by name; a study with an empty cell counts only for the other findings."""
     truth, scores = label_file(chests), json.loads((whole / "scores.json").read_text())
     areas = []
     for place, (name, column) in enumerate(zip(FINDINGS_CT_RATE, ct_rate.LABEL_COLUMNS, strict=True)):
@@ -119,7 +119,7 @@ def test_thresholds_are_of_other_patients_of_the_training_split(chests: SimpleNa
     assert scores["per_class"][name]["threshold"] == pytest.approx(1 / (1 + np.exp(-best)), abs=1e-6)
 
 
-def test_what_can_be_had_without_looking(whole: Path, chests: SimpleNamespace) -> None:
+def test_controls_without_the_scan_and_with_permuted_labels(whole: Path, chests: SimpleNamespace) -> None:
     scores = json.loads((whole / "scores.json").read_text())
     assert scores["blind"]["macro"]["auroc"] == scores["everything"]["macro"]["auroc"] == 0.5
     assert scores["everything"]["published"]["dcformer"]["recall"] == 1
@@ -137,7 +137,7 @@ def test_what_can_be_had_without_looking(whole: Path, chests: SimpleNamespace) -
     assert air["emphysema"] == pytest.approx(float(model.logit_scale.detach().exp() * (similar[0] - similar[1])), abs=2e-5)
 
 
-def test_same_bytes_whatever_the_batch_and_after_scoring_again(
+def test_results_do_not_depend_on_the_batch_size_or_on_scoring_again(
     whole: Path, run: Run, arguments: list[object], chests: SimpleNamespace, tmp_path: Path
 ) -> None:
     before = {name: (whole / name).read_bytes() for name in FILES}
@@ -213,7 +213,7 @@ def test_prompts() -> None:
     assert len(pairs) == len(FINDING_PROMPTS) == len(set(pairs)) and all("ung nodule" in text for pair in pairs for text in pair)
 
 
-def test_it_stands_beside_the_paper(whole: Path) -> None:
+def test_the_table_shows_the_papers_figures(whole: Path) -> None:
     text = (whole / "published.md").read_text()
     assert "DCFormer, Table 1" in text and "Table 2" not in text and "not a medical device" in text
     last = [line for line in text.splitlines() if line.startswith("| this run, this data")]
@@ -301,7 +301,7 @@ def test_wrong_input(
 
 
 def test_a_label_of_minus_one_is_refused_by_name(chests: SimpleNamespace, tmp_path: Path) -> None:
-    """As in label files that tell uncertain from absent: nobody decides for the reader which of both it counts as."""
+    """Some label files mark uncertain findings so; the user has to decide whether they count as present."""
     root = tmp_path / "CT-RATE"
     for source in (chests.root / "CT-RATE").iterdir():
         (root / source.name).parent.mkdir(exist_ok=True)

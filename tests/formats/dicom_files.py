@@ -59,7 +59,7 @@ SHAPE = (10, 20, 30)  # D, H, W: all different, so that swapped axes fail
 
 
 def scan() -> np.ndarray:
-    """A body in air whose every voxel differs from its neighbours, in whole HU."""
+    """Return a body in air, in whole HU, whose voxels all differ from their neighbours."""
     array = np.full(SHAPE, -1000, dtype=np.int16)
     array[1:9, 4:16, 5:25] = np.random.default_rng(0).integers(-100, 300, (8, 12, 20))
     array[2, 5, 9] = 1900
@@ -82,7 +82,7 @@ def write_series(
     """`values` (D, H, W), one file a slice, stored so that `rescale` (one for all, or one a slice) leads to them.
 
     `names`: "shuffled", or "nested" for shuffled ones in subfolders without an ending. `edit(dataset, slice)` changes a slice before it
-    is compressed by `syntax`. `only` writes some of the slices. Files of several calls with other prefixes may share a folder.
+    is compressed by `syntax`. `only` writes some of the slices. Files of several calls with different prefixes may share a folder.
     """
     series, study = generate_uid(), generate_uid()
     order = np.random.default_rng(len(prefix)).permutation(len(values))
@@ -138,14 +138,14 @@ def write_enhanced(
 
 
 def write_plain_multiframe(path: Path, stored: np.ndarray) -> Path:
-    """`stored` (D, H, W) as the frames of one secondary capture, which knows no geometry."""
+    """Write `stored` (D, H, W) as the frames of one secondary capture, which has no geometry."""
     item = _image(path, MultiFrameGrayscaleWordSecondaryCaptureImageStorage, stored, False)
     item.Modality, item.InstanceNumber = "OT", 1
     return save(item, ExplicitVRLittleEndian)
 
 
 def one(**values: object) -> Items:
-    """A sequence of one item with these values."""
+    """Return a sequence of one item with these values."""
     item = Dataset()
     item.update(values)
     return Items([item])
@@ -170,7 +170,7 @@ def _image(path: Path, storage: UID, stored: np.ndarray, signed: bool) -> FileDa
 
 
 def save(item: FileDataset, syntax: UID = ExplicitVRLittleEndian) -> Path:
-    """Compress and write the file that an image was made for."""
+    """Compress and write an image."""
     path = Path(item.filename)
     path.parent.mkdir(parents=True, exist_ok=True)
     if syntax == RLELossless:
@@ -186,7 +186,7 @@ def save(item: FileDataset, syntax: UID = ExplicitVRLittleEndian) -> Path:
 
 
 def rewrite(path: Path, change: Callable[[Dataset], None]) -> Path:
-    """The same file with other elements, its pixels as they are."""
+    """Write the file again with other elements and the same pixels."""
     item = dcmread(path)
     change(item)
     item.save_as(path)
@@ -194,7 +194,7 @@ def rewrite(path: Path, change: Callable[[Dataset], None]) -> Path:
 
 
 def _by_itk(compressor: str) -> Callable[[np.ndarray], bytes]:
-    """A picture as JPEG (process 14, first-order prediction) or JPEG2000, packed by GDCM."""
+    """Compress a picture as JPEG (process 14, first-order prediction) or JPEG2000 by GDCM."""
 
     def compress(picture: np.ndarray) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +209,7 @@ def _by_itk(compressor: str) -> Callable[[np.ndarray], bytes]:
 
 
 def _unsigned(encode: Callable[[np.ndarray], bytes]) -> Callable[[np.ndarray], bytes]:
-    """For codes that know no sign, as DICOM has it: the bits as they are."""
+    """Return the bits as unsigned numbers, as DICOM stores them in codes without a sign."""
     return lambda picture: encode(picture.view(f"u{picture.itemsize}"))
 
 
@@ -236,12 +236,12 @@ def _position(affine: np.ndarray, index: int) -> list[float]:
 
 
 def _text(number: float) -> float:
-    """As precise as the 16 characters of a decimal string allow."""
+    """Return a decimal string, as precise as its 16 characters allow."""
     return float(f"{number:.9g}")
 
 
 def move(*places: float | tuple[float, float, float]) -> Callable[[Dataset, int], None]:
-    """Slices at these heights, or positions, in mm."""
+    """Return an edit that moves slices to these heights, or positions, in mm."""
 
     def edit(item: Dataset, index: int) -> None:
         place = places[index]
@@ -254,7 +254,7 @@ def move(*places: float | tuple[float, float, float]) -> Callable[[Dataset, int]
 
 
 def turned(degrees: float) -> np.ndarray:
-    """AFFINE, the patient rolled about the long axis and nodded."""
+    """Return AFFINE turned about the patient's long axis and about the left-right axis."""
     a, b = np.deg2rad([degrees, 0.6 * degrees])
     roll = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
     nod = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
@@ -270,7 +270,7 @@ def read(path: Path, **options: int) -> Parts:
 
 
 def same_as_nifti(parts: Parts, values: np.ndarray, affine: np.ndarray, tmp_path: Path) -> None:
-    """The same voxels at the same places as in a NIfTI file with `values` (D, H, W) and `affine`, up to the order of the slices."""
+    """Assert that voxels and positions equal those of a NIfTI file with `values` (D, H, W) and `affine`, up to the order of slices."""
     nibabel.save(nibabel.Nifti1Image(values.transpose(), affine), tmp_path / "same.nii")
     nifti = nibabel.load(tmp_path / "same.nii")
     wanted, meant, start = np.asarray(nifti.dataobj).transpose(), nifti.affine[:3, :3], nifti.affine[:3, 3]

@@ -13,7 +13,7 @@ MARKER = (2, 5, 9)
 
 
 def scan(dtype: type = np.int16) -> np.ndarray:
-    """Soft tissue in air with a marker voxel, in HU."""
+    """Return soft tissue in air with a marker voxel, in HU."""
     array = np.full(SHAPE, -1000, dtype=dtype)
     array[2:8, 4:16, 5:25] = 40
     array[MARKER] = 900
@@ -21,14 +21,14 @@ def scan(dtype: type = np.int16) -> np.ndarray:
 
 
 def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
-    """array (D, H, W) as NIfTI, whose axes are x, y, z = W, H, D."""
+    """Write an array (D, H, W) as NIfTI, whose axes are x, y, z = W, H, D."""
     affine = np.diag([0.7, 0.8, 2.5, 1.0]) if affine is None else affine
     nibabel.save(nibabel.Nifti1Image(array.transpose(), affine), path)
     return path
 
 
 def refused(path: Path, match: str, **options: object) -> None:
-    """read_volume raises VolumeError with one sentence that begins with the path."""
+    """Assert that read_volume raises VolumeError with one sentence that begins with the path."""
     with pytest.raises(VolumeError, match=match) as caught:
         read_volume(path, **options)
     message = str(caught.value)
@@ -36,7 +36,7 @@ def refused(path: Path, match: str, **options: object) -> None:
 
 
 def outcome(path: str) -> tuple[str, np.ndarray | None]:
-    """For a process of its own: ("volume", its array), ("refused", None), or else what went wrong."""
+    """Return ("volume", array), ("refused", None), or a description of the error; runs in a separate process."""
     try:
         return "volume", read_volume(path).array
     except VolumeError as error:

@@ -1,4 +1,4 @@
-"""A .zip: what reads like the folder in it, and what is refused without touching anything."""
+"""Zip archives: read like the folder in them, or refused without writing anything."""
 
 import os
 import stat
@@ -20,7 +20,7 @@ from tests.formats.dicom_files import AFFINE, scan, write_series
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a test does, no temporary folder is left behind and nothing is written beside it."""
+    """Assert after each test that no temporary folder is left and nothing is written beside it."""
     place = tmp_path / "temporary"
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
@@ -84,7 +84,7 @@ def test_a_zip_of_pictures(tmp_path: Path) -> None:
     np.testing.assert_array_equal(archive.read(packed(tmp_path / "scan.zip", tmp_path / "in", "a/b/"), "scan.zip").array, pictures)
 
 
-def test_what_a_mac_adds_and_archives_inside_are_ignored(tmp_path: Path) -> None:
+def test_files_added_by_macos_and_nested_archives_are_ignored(tmp_path: Path) -> None:
     path = packed(tmp_path / "scan.zip", write_series(tmp_path / "in", scan()), "scan/")
     with zipfile.ZipFile(path, "a") as file:
         for name in ("__MACOSX/scan/._IM0001.dcm", "scan/._scan.nii.gz", "scan/.DS_Store", "Thumbs.db", "scan/more.zip"):
@@ -96,7 +96,7 @@ def test_what_a_mac_adds_and_archives_inside_are_ignored(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "name", ["../evil", "a/../../evil", "/evil", "C:\\evil", "c:evil", "..\\evil", "a\\..\\..\\evil", "\\\\host\\evil"]
 )
-def test_names_that_lead_outside(tmp_path: Path, name: str) -> None:
+def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     entry = zipfile.ZipInfo("x")
     entry.filename = name  # the constructor would tidy it
     refused(archive_of(tmp_path / "scan.zip", ("0001.png", b"x"), (entry, b"evil")), "written outside")
@@ -109,7 +109,7 @@ def test_links_and_devices(tmp_path: Path, kind: int) -> None:
     refused(archive_of(tmp_path / "scan.zip", (entry, b"/etc/passwd")), "links or devices")
 
 
-def test_encrypted_and_rarely_packed(tmp_path: Path) -> None:
+def test_encrypted_and_rare_compressions_are_refused(tmp_path: Path) -> None:
     path = archive_of(tmp_path / "scan.zip", ("a.dcm", b"content"))
     content = bytearray(path.read_bytes())
     for signature, place in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
@@ -125,7 +125,7 @@ def test_too_many_entries(tmp_path: Path) -> None:
     refused(path, "more than 20000 entries")
 
 
-def test_a_million_entries_are_not_even_listed(tmp_path: Path) -> None:
+def test_a_million_entries_are_refused_before_listing(tmp_path: Path) -> None:
     one = struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0) + b"%06d"
     listing = b"".join(one % number for number in range(1_000_000))
     record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1_000_000, 1_000_000, len(listing), 0)
@@ -147,7 +147,7 @@ def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_bomb_that_states_a_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limits hold for what comes out, whatever the list of entries says."""
+    """The limits apply to the unpacked bytes, whatever the list of entries states."""
     monkeypatch.setattr(archive, "SMALL", 2**20)
     path = archive_of(tmp_path / "scan.zip", ("a.dcm", bytes(5 * 2**20)))
     content = bytearray(path.read_bytes())

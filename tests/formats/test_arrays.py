@@ -58,7 +58,7 @@ def test_npz_of_too_many_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     refused(tmp_path / "many.npz", "more than 20000 entries")
 
 
-def test_nothing_is_unpickled(tmp_path: Path) -> None:
+def test_pickles_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     refused(tmp_path / "objects.npy", "cannot be read as a NumPy array: it holds Python objects, which are not loaded")
     np.savez(tmp_path / "objects.npz", np.array([{"a": 1}], dtype=object))
@@ -79,13 +79,13 @@ def test_headers_that_announce_more_than_there_is(tmp_path: Path) -> None:
     refused(tmp_path / "huge.npz", "cannot be read as NumPy arrays")
 
 
-def test_a_series_is_picked_from_dicom_alone(tmp_path: Path) -> None:
+def test_series_is_for_dicom_only(tmp_path: Path) -> None:
     np.save(tmp_path / "scan.npy", scan())
     refused(tmp_path / "scan.npy", "not DICOM, so there are no series to pick from", series=2)
 
 
 @pytest.mark.parametrize("ending", [".npy", ".npz"])
-def test_an_array_of_no_voxels(tmp_path: Path, ending: str) -> None:
+def test_an_empty_array_is_refused(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"none{ending}"
     (np.save if ending == ".npy" else np.savez)(path, np.zeros((0, *SHAPE[1:])))
     refused(path, "2D image")

@@ -1,4 +1,4 @@
-"""DICOM: every shape in which one and the same scan comes, against the array and the affine that were written."""
+"""DICOM: one scan in every form of file, against the array and the affine that were written."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def test_slices_are_ordered_by_position_and_rescaled_once(tmp_path: Path, affine
     assert (parts.warnings, parts.series) == ((), ("1: 10 slices of 20 x 30, CT",))
 
 
-def test_slices_run_along_the_normal_whatever_order_they_were_taken_in(tmp_path: Path) -> None:
+def test_slices_are_ordered_along_the_normal_whatever_the_order_of_acquisition(tmp_path: Path) -> None:
     parts = read(write_series(tmp_path / "scan", scan(), AFFINE @ np.diag([1, 1, -1, 1])))
     row, column = parts.axes[:, 0] * (-1, -1, 1), parts.axes[:, 1] * (-1, -1, 1)  # LPS
     assert np.dot(np.cross(row, column), parts.axes[:, 2] * (-1, -1, 1)) > 0
@@ -58,7 +58,7 @@ def test_every_lossless_transfer_syntax(tmp_path: Path, syntax: uid.UID, signed:
 
 
 @pytest.mark.parametrize(("syntax", "bits"), [(uid.JPEGBaseline8Bit, 8), (uid.JPEGExtended12Bit, 12)], ids=["8 bits", "12 bits"])
-def test_lossy_jpeg_is_near(tmp_path: Path, syntax: uid.UID, bits: int) -> None:
+def test_lossy_jpeg_is_close(tmp_path: Path, syntax: uid.UID, bits: int) -> None:
     ramp = np.add.outer(np.add.outer(np.arange(3), np.arange(40)), np.arange(60)) * (2 if bits == 8 else 38)
 
     def narrow(item: Dataset, index: int) -> None:
@@ -71,7 +71,7 @@ def test_lossy_jpeg_is_near(tmp_path: Path, syntax: uid.UID, bits: int) -> None:
 
 
 def test_signed_values_of_twelve_bits(tmp_path: Path) -> None:
-    """Bits 12 to 15 hold nothing that counts; a scanner may leave an overlay there."""
+    """Bits 12 to 15 are unused; a scanner may store an overlay there."""
 
     def dirty(item: Dataset, index: int) -> None:
         item.BitsStored, item.HighBit = 12, 11
@@ -82,7 +82,7 @@ def test_signed_values_of_twelve_bits(tmp_path: Path) -> None:
 
 
 def test_signed_values_of_twelve_bits_in_jpeg_ls(tmp_path: Path) -> None:
-    """Whose own numbers have no sign, so that -1000 is 3096 in it."""
+    """JPEG-LS stores unsigned numbers, so -1000 is stored as 3096."""
     folder = write_series(tmp_path / "scan", scan(), rescale=(1, 0), signed=True, syntax=uid.JPEGLSLossless)
     for path in folder.iterdir():
         item = pydicom.dcmread(path)
@@ -167,7 +167,7 @@ def test_values_beyond_int16_become_float32(tmp_path: Path) -> None:
     np.testing.assert_array_equal(parts.array, values + 30000)
 
 
-def test_monochrome1_changes_no_values(tmp_path: Path) -> None:
+def test_monochrome1_does_not_change_values(tmp_path: Path) -> None:
     parts = read(write_series(tmp_path / "scan", scan(), edit=lambda item, _: setattr(item, "PhotometricInterpretation", "MONOCHROME1")))
     np.testing.assert_array_equal(parts.array, scan())
     assert len(parts.warnings) == 1 and "MONOCHROME1" in parts.warnings[0] and parts.hu
@@ -189,7 +189,7 @@ def test_padding_beyond_the_image_becomes_its_lowest_value(tmp_path: Path, signe
     assert len(parts.warnings) == 1 and parts.warnings[0].startswith(f"120 voxels are padding ({stored - 1024})")
 
 
-def test_padding_within_the_image_is_left_alone(tmp_path: Path) -> None:
+def test_padding_within_the_image_is_kept(tmp_path: Path) -> None:
     parts = read(write_series(tmp_path / "scan", scan(), edit=lambda item, _: item.add_new("PixelPaddingValue", "US", 1024)))
     np.testing.assert_array_equal(parts.array, scan())
     assert parts.warnings == ()
@@ -211,7 +211,7 @@ def test_only_a_ct_header_makes_it_hu(tmp_path: Path, change: dict[str, object],
     "name",
     ["MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm", "MR_small_implicit.dcm"],
 )
-def test_the_same_picture_in_other_packings(tmp_path: Path, name: str) -> None:
+def test_compressions_give_equal_voxels(tmp_path: Path, name: str) -> None:
     expected = pydicom.dcmread(PYDICOM_FILES / "MR_small.dcm").pixel_array
     parts = read(stack_of(tmp_path, PYDICOM_FILES / name))
     np.testing.assert_array_equal(parts.array, [expected, expected])
@@ -221,7 +221,7 @@ def test_the_same_picture_in_other_packings(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["JPEG-lossy.dcm", "JPEG2000.dcm", "JPEGLSNearLossless_16.dcm", "693_J2KI.dcm", "J2K_pixelrep_mismatch.dcm"]
 )
-def test_packings_that_gdcm_reads_as_well(tmp_path: Path, name: str) -> None:
+def test_compressions_that_gdcm_reads_too(tmp_path: Path, name: str) -> None:
     item = pydicom.dcmread(PYDICOM_FILES / name, stop_before_pixels=True)
     with_itk = sitk.GetArrayFromImage(sitk.ReadImage(str(PYDICOM_FILES / name)))[0].astype(int)
     parts = read(stack_of(tmp_path, PYDICOM_FILES / name))
@@ -230,7 +230,7 @@ def test_packings_that_gdcm_reads_as_well(tmp_path: Path, name: str) -> None:
 
 
 def stack_of(folder: Path, path: Path) -> Path:
-    """A file twice, 3 mm apart."""
+    """Write a file twice, 3 mm apart."""
     for index in range(2):
         item = pydicom.dcmread(path)
         item.SOPInstanceUID, item.ImagePositionPatient, item.ImageOrientationPatient = (

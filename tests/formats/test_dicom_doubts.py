@@ -1,4 +1,4 @@
-"""DICOM that is doubtful, no scan or damaged: one warning or one sentence each."""
+"""Doubtful or damaged DICOM, and DICOM that is no scan: one warning or error each."""
 
 import os
 import time
@@ -47,7 +47,7 @@ def test_the_largest_series_is_read_and_the_others_can_be_picked(tmp_path: Path)
 
 
 def test_scans_of_two_patients_never_mix(tmp_path: Path) -> None:
-    """As anonymisers leave them that write the same UID everywhere."""
+    """Some anonymisers write the same UID everywhere."""
     write_series(tmp_path, scan(), prefix="A", edit=lambda item, _: item.update({"SeriesInstanceUID": "1.2.3", "PatientID": "1"}))
     write_series(tmp_path, scan()[:3] + 5, prefix="BB", edit=lambda item, _: item.update({"SeriesInstanceUID": "1.2.3", "PatientID": "2"}))
     parts = read(tmp_path)
@@ -55,7 +55,7 @@ def test_scans_of_two_patients_never_mix(tmp_path: Path) -> None:
     assert "the scans found are of 2 patients." in parts.warnings
 
 
-def test_what_is_no_scan_is_left_out_and_told(tmp_path: Path) -> None:
+def test_other_images_are_left_out_with_a_warning(tmp_path: Path) -> None:
     write_series(tmp_path, scan())
     scout = np.ones((2, 40, 50), np.int16)
     write_series(
@@ -103,7 +103,7 @@ def test_a_scan_of_secondary_captures_alone_is_read(tmp_path: Path) -> None:
         ("JPGExtended.dcm", "1 x secondary capture"),
     ],
 )
-def test_files_that_are_no_scan(name: str, match: str) -> None:
+def test_files_that_are_no_scan_are_refused(name: str, match: str) -> None:
     refused(PYDICOM_FILES / name, match)
 
 
@@ -207,8 +207,8 @@ def test_a_deflated_file_is_not_unpacked_without_bound(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("syntax", list(COMPRESSORS), ids=lambda syntax: syntax.keyword)
-def test_a_packed_picture_that_was_cut_short(tmp_path: Path, syntax: uid.UID) -> None:
-    """In a file that is whole: libraries for JPEG fill up the rest with grey."""
+def test_a_truncated_compressed_picture(tmp_path: Path, syntax: uid.UID) -> None:
+    """The file itself is complete; JPEG libraries would fill up the rest with grey."""
     values = np.random.default_rng(0).integers(0, 250, (4, 70, 50)).astype(np.int16)
 
     def narrow(item: Dataset, index: int) -> None:
@@ -226,7 +226,7 @@ def test_a_packed_picture_that_was_cut_short(tmp_path: Path, syntax: uid.UID) ->
         refused(tmp_path, "1 of the DICOM slices are damaged")
 
 
-def test_a_multiframe_file_that_was_cut_short(tmp_path: Path) -> None:
+def test_a_truncated_multiframe_file(tmp_path: Path) -> None:
     for syntax in (uid.ExplicitVRLittleEndian, uid.JPEGLSLossless):
         path = write_enhanced(tmp_path / "scan.dcm", scan(), syntax=syntax)
         path.write_bytes(path.read_bytes()[:-300])
@@ -246,20 +246,20 @@ def test_a_multiframe_file_that_was_cut_short(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_headers_that_lie(tmp_path: Path, change: dict[str, object]) -> None:
+def test_headers_that_contradict_the_pixels(tmp_path: Path, change: dict[str, object]) -> None:
     folder = write_series(tmp_path, scan()[:2], edit=lambda item, _: item.update(change))
     start = time.process_time()
     refused(folder, "of the DICOM slices (are damaged|state .* frames of|have 7 bits)|voxels that are read")
     assert time.process_time() - start < 3
 
 
-def test_an_orientation_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_orientation(tmp_path: Path) -> None:
     folder = write_series(tmp_path, scan(), edit=lambda item, _: item.update({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}))
     parts = read(folder)
     assert parts.axes is None and "no slice positions" in parts.warnings[0]
 
 
-def test_a_packed_picture_of_another_size_than_the_header(tmp_path: Path) -> None:
+def test_a_compressed_picture_of_another_size_than_the_header(tmp_path: Path) -> None:
     def shrink(item: Dataset, index: int) -> None:
         if index == 1:
             item.Rows, item.PixelData = 10, item.PixelData[:600]
@@ -283,7 +283,7 @@ def test_a_packed_picture_of_another_size_than_the_header(tmp_path: Path) -> Non
         (40, None, None),
     ],
 )
-def test_the_headers_window_is_that_of_its_rescaled_values(tmp_path: Path, centre: object, width: object, window: object) -> None:
+def test_the_window_applies_to_rescaled_values(tmp_path: Path, centre: object, width: object, window: object) -> None:
     def edit(item: Dataset, _: int) -> None:
         item.WindowCenter, item.WindowWidth = centre, width
 

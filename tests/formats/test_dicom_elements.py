@@ -1,4 +1,4 @@
-"""Odd elements of DICOM headers, as vendors and anonymisers write them: read where it is certain what they mean, else named."""
+"""Unusual elements of DICOM headers, as vendors and anonymisers write them: read where their meaning is certain, else named."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ def without(*keywords: str) -> Edit:
 
 
 def patched(folder: Path, tag: bytes, old: bytes, new: bytes) -> Path:
-    """Bytes of an element of explicit type and short length exchanged, which pydicom would not write."""
+    """Replace the bytes of an element (explicit VR, short length) by bytes that pydicom would not write."""
     assert len(old) == len(new)
     for path in folder.iterdir():
         content = path.read_bytes()
@@ -65,7 +65,7 @@ def patched(folder: Path, tag: bytes, old: bytes, new: bytes) -> Path:
         without("SamplesPerPixel", "ImageType"),
     ],
 )
-def test_what_is_certain_is_read_without_a_doubt(tmp_path: Path, edit: Edit) -> None:
+def test_elements_of_certain_meaning_are_read_without_a_warning(tmp_path: Path, edit: Edit) -> None:
     parts = read(write_series(tmp_path / "scan", scan(), edit=edit))
     same_as_nifti(parts, scan(), AFFINE, tmp_path)
     assert parts.hu and not [text for text in parts.warnings if "left out" not in text]
@@ -89,13 +89,13 @@ def test_decimal_commas_and_odd_padding(tmp_path: Path, old: bytes, new: bytes) 
         (["BitsStored", "HighBit"], "states no BitsStored; all 16 bits of a pixel are taken"),
     ],
 )
-def test_what_is_assumed_for_a_missing_element_is_told(tmp_path: Path, missing: list[str], told: str) -> None:
+def test_assumptions_about_missing_elements_give_a_warning(tmp_path: Path, missing: list[str], told: str) -> None:
     parts = read(write_series(tmp_path / "scan", scan(), edit=without(*missing)))
     np.testing.assert_array_equal(parts.array, scan())
     assert len(parts.warnings) == 1 and told in parts.warnings[0]
 
 
-def test_a_slope_of_zero_is_one_and_told(tmp_path: Path) -> None:
+def test_a_slope_of_zero_counts_as_one_with_a_warning(tmp_path: Path) -> None:
     parts = read(write_series(tmp_path / "scan", scan(), edit=setting("RescaleSlope", "DS", "0")))
     np.testing.assert_array_equal(parts.array, scan())
     assert not parts.hu and len(parts.warnings) == 1 and "RescaleSlope of 0" in parts.warnings[0]
@@ -118,7 +118,7 @@ def test_a_slope_of_zero_is_one_and_told(tmp_path: Path) -> None:
         (setting("BitsStored", "US", 17), "say that 17 of 16 bits of a pixel count"),
     ],
 )
-def test_what_is_not_certain_is_refused_by_its_name(tmp_path: Path, edit: Edit, sentence: str) -> None:
+def test_ambiguous_elements_are_refused_by_name(tmp_path: Path, edit: Edit, sentence: str) -> None:
     refused(write_series(tmp_path, scan(), edit=edit), f"10 of the DICOM slices {sentence}")
 
 
@@ -137,7 +137,7 @@ def test_an_odd_series_beside_a_sound_one_is_left_out(tmp_path: Path) -> None:
     assert warning.startswith("4 DICOM slices of other series have 12 bits for a pixel") and warning.endswith("; they are left out.")
 
 
-def test_an_odd_slice_of_a_sound_series_is_not(tmp_path: Path) -> None:
+def test_an_odd_slice_of_a_sound_series_is_not_left_out(tmp_path: Path) -> None:
     def one(item: Dataset, index: int) -> None:
         if index == 3:
             item.BitsAllocated = 12
@@ -146,7 +146,7 @@ def test_an_odd_slice_of_a_sound_series_is_not(tmp_path: Path) -> None:
 
 
 def test_images_without_pixels(tmp_path: Path) -> None:
-    """As programs leave them that export headers alone."""
+    """Some programs export headers alone."""
     folder = write_series(tmp_path, scan())
     for path in folder.iterdir():
         item = dcmread(path)
@@ -183,14 +183,14 @@ def test_objects_without_pixels_are_no_images(tmp_path: Path, name: str) -> None
         (b"\x02\x10", "US", "IS", 0x1002),
     ],
 )
-def test_values(content: bytes, stated: str, kind: str, value: object) -> None:
+def test_values_of_each_type(content: bytes, stated: str, kind: str, value: object) -> None:
     assert value_of(content, stated, kind) == value
 
 
 @pytest.mark.parametrize(
     ("content", "kind"), [(b"1_0", "DS"), (b"1.5", "IS"), (b"ten", "DS"), (b"inf", "DS"), (b"1,2,3", "DS"), (b"\1", "US")]
 )
-def test_what_is_no_number(content: bytes, kind: str) -> None:
+def test_texts_that_are_no_numbers(content: bytes, kind: str) -> None:
     with pytest.raises(ValueError):
         value_of(content, kind, kind)
 

@@ -1,4 +1,4 @@
-"""Where DICOM slices lie: order, distances, tilt, and what is done where a header says less."""
+"""Positions of DICOM slices: order, distances, tilt, and incomplete headers."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_even_distances_need_no_positions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("degrees", [-18.5, 0.4, 18.5, 30])
 def test_the_axis_of_the_slices_is_the_true_one_with_a_tilted_gantry(tmp_path: Path, degrees: float) -> None:
-    """The table moves along z, the slices are turned about x."""
+    """The table moves along z and the slices are turned about x."""
     angle = np.deg2rad(degrees)
 
     def tilt(item: Dataset, index: int) -> None:
@@ -63,7 +63,7 @@ def test_one_shifted_slice_leaves_the_axis_as_it_is(tmp_path: Path) -> None:
         np.testing.assert_allclose(parts.axes[:, 2], (0, -0.5, 2), atol=1e-6)
 
 
-def test_orientations_that_jitter_are_one_stack(tmp_path: Path) -> None:
+def test_slices_with_nearly_equal_orientations_are_one_stack(tmp_path: Path) -> None:
     random = np.random.default_rng(4)
 
     def jitter(item: Dataset, index: int) -> None:
@@ -76,7 +76,7 @@ def test_orientations_that_jitter_are_one_stack(tmp_path: Path) -> None:
     assert "the orientations of the slices differ from their mean by up to 0.1 degrees" in parts.warnings[0]
 
 
-def test_slice_locations_stand_for_positions(tmp_path: Path) -> None:
+def test_slice_locations_replace_missing_positions(tmp_path: Path) -> None:
     def locate(item: Dataset, index: int) -> None:
         del item.ImagePositionPatient
         item.SliceLocation = 100 + 2.5 * index
@@ -114,7 +114,7 @@ def test_frames_without_functional_groups_follow_the_first(tmp_path: Path, state
     assert len(parts.warnings) == 1 and "the position of its first frame alone" in parts.warnings[0]
 
 
-def test_without_positions_the_instance_numbers_order(tmp_path: Path) -> None:
+def test_without_positions_instance_numbers_give_the_order(tmp_path: Path) -> None:
     def blind(item: Dataset, index: int) -> None:
         del item.ImagePositionPatient
         item.InstanceNumber, item.SpacingBetweenSlices = 100 - 3 * index, 2.5
@@ -139,7 +139,7 @@ def test_without_pixel_spacing(tmp_path: Path) -> None:
     assert len(parts.warnings) == 1 and "no PixelSpacing (ImagerPixelSpacing would be that of the detector" in parts.warnings[0]
 
 
-def test_the_orientation_counts_without_pixel_spacing(tmp_path: Path) -> None:
+def test_the_orientation_is_read_without_pixel_spacing(tmp_path: Path) -> None:
     def forget(item: Dataset, index: int) -> None:
         del item.PixelSpacing
 

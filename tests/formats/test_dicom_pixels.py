@@ -1,4 +1,4 @@
-"""Pixels that are not what the header says: read right where the bytes leave no doubt, else refused in a true sentence."""
+"""Pixels that contradict the header: read correctly where the bytes leave no doubt, else refused."""
 
 import struct
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def encode(syntax: uid.UID, picture: np.ndarray) -> bytes:
 
 
 def pixels(change: Callable[[np.ndarray], np.ndarray], syntax: uid.UID, **elements: int) -> Callable[[Dataset, int], None]:
-    """Changes the stored numbers, unsigned, packs them, and sets elements; for `write_series` without a syntax."""
+    """Return an edit for `write_series` that changes the stored numbers as unsigned, compresses them, and sets elements."""
 
     def edit(item: Dataset, index: int) -> None:
         picture = change(np.frombuffer(item.PixelData, "<u2").reshape(item.Rows, item.Columns).copy())
@@ -50,7 +50,7 @@ def pixels(change: Callable[[np.ndarray], np.ndarray], syntax: uid.UID, **elemen
 
 
 def retagged(folder: Path, syntax: str) -> Path:
-    """The same files with another transfer syntax in their meta information."""
+    """Write the files again with another transfer syntax in their meta information."""
     for path in folder.iterdir():
         content = path.read_bytes()
         start = content.index(b"\x02\0\x10\0UI")
@@ -84,7 +84,7 @@ def test_an_overlay_in_unused_bits_is_no_part_of_the_pixels(tmp_path: Path, synt
 
 @pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, *PACKED], ids=lambda syntax: syntax.keyword)
 def test_negative_numbers_of_twelve_bits(tmp_path: Path, syntax: uid.UID) -> None:
-    """Their sign in bit 11 alone, or repeated above it."""
+    """The sign is in bit 11 only, or repeated in the bits above."""
     for number, change in enumerate((lambda picture: picture & 0x0FFF, lambda picture: picture)):
         edit = pixels(change, syntax, BitsStored=12, HighBit=11)
         folder = write_series(tmp_path / str(number), scan(), rescale=(1, 0), signed=True, edit=edit)
@@ -126,8 +126,8 @@ def test_numbers_of_other_sizes(tmp_path: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("padding", [b"", b"\0" * 8])
 @pytest.mark.parametrize(("said", "written"), [(1, 0), (0, 1), (1, 2), (2, 1)])
-def test_the_header_is_written_in_another_way_than_said(tmp_path: Path, said: int, written: int, padding: bytes) -> None:
-    """Implicit, explicit, big-endian: it shows from the first element on."""
+def test_a_header_in_another_encoding_than_stated(tmp_path: Path, said: int, written: int, padding: bytes) -> None:
+    """Implicit, explicit or big-endian: the first element shows it."""
     syntaxes = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
 
     def pad(item: Dataset, index: int) -> None:
@@ -151,7 +151,7 @@ def test_an_odd_number_of_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("syntax", PACKED, ids=lambda syntax: syntax.keyword)
-def test_plain_pixels_under_the_name_of_a_compression(tmp_path: Path, syntax: uid.UID) -> None:
+def test_plain_pixels_under_a_compressed_transfer_syntax(tmp_path: Path, syntax: uid.UID) -> None:
     parts = read(retagged(series(tmp_path / "scan"), syntax))
     np.testing.assert_array_equal(parts.array, scan())
     assert parts.warnings == (f"the header says {syntax.name} and the pixels are in no code, as which they are read.",)
@@ -159,7 +159,7 @@ def test_plain_pixels_under_the_name_of_a_compression(tmp_path: Path, syntax: ui
 
 @pytest.mark.parametrize("syntax", PACKED, ids=lambda syntax: syntax.keyword)
 @pytest.mark.parametrize("said", [uid.ExplicitVRLittleEndian, uid.RLELossless, uid.JPEG2000, uid.JPEGLSLossless, uid.JPEGExtended12Bit])
-def test_packed_pixels_under_another_name(tmp_path: Path, syntax: uid.UID, said: uid.UID) -> None:
+def test_compressed_pixels_under_another_transfer_syntax(tmp_path: Path, syntax: uid.UID, said: uid.UID) -> None:
     parts = read(retagged(series(tmp_path / "scan", syntax), said))
     np.testing.assert_array_equal(parts.array, scan())
     related = [("JPEG 2000", "High-Throughput JPEG 2000"), ("JPEG Extended", "JPEG Lossless")]
@@ -168,7 +168,7 @@ def test_packed_pixels_under_another_name(tmp_path: Path, syntax: uid.UID, said:
 
 
 @pytest.mark.parametrize("syntax", [f"1.2.840.10008.1.2.4.{number}" for number in (52, 53, 55, 57, 58, 65, 66, 70)])
-def test_retired_names_of_jpeg(tmp_path: Path, syntax: str) -> None:
+def test_retired_transfer_syntaxes_of_jpeg(tmp_path: Path, syntax: str) -> None:
     parts = read(retagged(series(tmp_path / "scan", uid.JPEGLosslessSV1), syntax))
     np.testing.assert_array_equal(parts.array, scan())
     assert parts.warnings == ()
@@ -193,7 +193,7 @@ def test_every_predictor_of_lossless_jpeg(tmp_path: Path, predictor: int) -> Non
         ("1.2.840.10008.1.2.4.110", "1.2.840.10008.1.2.4.110"),
     ],
 )
-def test_a_transfer_syntax_that_is_not_read_is_named(tmp_path: Path, syntax: str, name: str) -> None:
+def test_an_unsupported_transfer_syntax_is_named(tmp_path: Path, syntax: str, name: str) -> None:
     def other(item: Dataset, index: int) -> None:
         item.PixelData = encapsulate([b"something that no code here knows"])
         item["PixelData"].VR, item["PixelData"].is_undefined_length = "OB", True
@@ -201,14 +201,14 @@ def test_a_transfer_syntax_that_is_not_read_is_named(tmp_path: Path, syntax: str
     refused(retagged(series(tmp_path, edit=other), syntax), f"10 of the DICOM slices are packed as {name}, which is not read; export")
 
 
-def test_plain_pixels_in_a_syntax_that_nobody_knows(tmp_path: Path) -> None:
-    """The order of their bytes would be a guess."""
+def test_plain_pixels_in_an_unknown_transfer_syntax(tmp_path: Path) -> None:
+    """Their byte order is unknown."""
     refused(retagged(series(tmp_path), "1.2.840.113619.5.2"), "a transfer syntax that is not known .1.2.840.113619.5.2.; export them")
 
 
 @pytest.mark.parametrize("syntax", PACKED, ids=lambda syntax: syntax.keyword)
-def test_what_may_follow_or_lack_around_a_packed_picture(tmp_path: Path, syntax: uid.UID) -> None:
-    """Zeros behind it, many parts, no table of offsets, an offset that leads nowhere, no items at all, a length for an end."""
+def test_unusual_fragments_of_a_compressed_picture(tmp_path: Path, syntax: uid.UID) -> None:
+    """Trailing zeros, many fragments, no offset table, a wrong offset, no items at all, a defined length."""
     shapes: dict[str, Callable[[bytes], bytes]] = {
         "zeros": lambda packed: encapsulate([packed + b"\0" * 200]),
         "parts": lambda packed: encapsulate([packed], fragments_per_frame=4),
@@ -238,7 +238,7 @@ def test_fewer_pixels_than_the_header_says(tmp_path: Path) -> None:
     refused(series(tmp_path, edit=shorten), "10 of the DICOM slices hold 1100 bytes of pixels, where Rows, .* make it 1200; export")
 
 
-def test_only_what_is_damaged_is_called_so(tmp_path: Path) -> None:
+def test_only_damaged_files_are_called_damaged(tmp_path: Path) -> None:
     folder = series(tmp_path, uid.JPEGLosslessSV1)
     first, second, *_ = sorted(folder.iterdir())
     first.write_bytes(first.read_bytes()[:-200])
@@ -263,7 +263,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(tmp_path: Path, mon
         assert parts.warnings == ()
 
 
-def test_few_inputs_are_taken_before_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_are_read_ahead_by_a_few_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dicom_values, "threads", lambda: 3)
     taken = []
 
@@ -278,7 +278,7 @@ def test_few_inputs_are_taken_before_they_are_needed(monkeypatch: pytest.MonkeyP
 
 
 def test_a_file_is_opened_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for its header, once for its pixels."""
+    """It is opened once for the header and once for the pixels."""
     folder = series(tmp_path / "scan", uid.JPEGLSLossless)
     opened: list[str] = []
     import io

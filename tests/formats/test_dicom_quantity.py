@@ -1,4 +1,4 @@
-"""What the numbers of a DICOM scan are: HU, another quantity, through slope and intercept or a table, stated by all slices or by some."""
+"""The quantity of a DICOM scan: HU or another one, by slope and intercept or a table, stated by all slices or some."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +40,8 @@ def setting(**elements: object) -> Edit:
         ({"ImageType": ["DERIVED", "SECONDARY", "AXIAL", "MTT"]}, "MTT (perfusion)"),
     ],
 )
-def test_a_header_that_names_another_quantity_is_believed(tmp_path: Path, elements: dict[str, object], quantity: str) -> None:
-    """The values look like HU in every respect."""
+def test_a_quantity_named_by_the_header_is_used(tmp_path: Path, elements: dict[str, object], quantity: str) -> None:
+    """The values look like HU."""
     if unit := elements.get("RealWorldValueMappingSequence"):
         elements["RealWorldValueMappingSequence"] = one(MeasurementUnitsCodeSequence=one(CodeValue=unit, CodeMeaning="Secret"))
     folder = write_series(tmp_path / "scan", truth(), edit=setting(**elements))
@@ -72,7 +72,7 @@ def test_headers_that_name_hu_or_nothing(tmp_path: Path, elements: dict[str, obj
     assert volume.unit == "HU" and volume.warnings == ()
 
 
-def test_modified_hu_are_told(tmp_path: Path) -> None:
+def test_modified_hu_give_a_warning(tmp_path: Path) -> None:
     volume = read_volume(write_series(tmp_path / "scan", truth(), edit=setting(RescaleType="HU_MOD")))
     assert volume.unit == "HU" and len(volume.warnings) == 1 and "HU_MOD" in volume.warnings[0]
 
@@ -109,7 +109,7 @@ def test_a_modality_lut_is_applied_as_pydicom_does(tmp_path: Path, first: int, k
     assert parts.rescale is None and parts.warnings == ("the header's table of values (Modality LUT) is applied.",)
 
 
-def test_a_table_of_another_size_than_it_says(tmp_path: Path) -> None:
+def test_a_table_of_another_size_than_stated(tmp_path: Path) -> None:
     def edit(item: Dataset, _: int) -> None:
         item.ModalityLUTSequence = one(LUTDescriptor=[2000, 0, 16], ModalityLUTType="HU")
         item.ModalityLUTSequence[0].add_new("LUTData", "OW", b"\0" * 100)
@@ -148,7 +148,7 @@ def test_some_slices_without_slope_and_intercept_are_hu_already(tmp_path: Path) 
     assert volume.unit == "HU" and "their values are left as they are stored" in volume.warnings[0]
 
 
-def test_some_slices_without_slope_and_intercept_that_nobody_can_tell(tmp_path: Path) -> None:
+def test_some_slices_without_slope_and_intercept_are_refused_where_ambiguous(tmp_path: Path) -> None:
     flat = np.random.default_rng(0).integers(-2000, 3000, (10, 20, 30))  # no slice is like its neighbour
     refused(write_series(tmp_path, flat, edit=forget(0, 4, 5), rescale=(1, -2000)), "3 of 10 slices state no RescaleSlope and .*; export")
 
@@ -163,7 +163,7 @@ def test_some_slices_without_a_slope_and_intercept_that_change_nothing(tmp_path:
 
 
 def test_padding_in_eight_and_sixteen_bits(tmp_path: Path) -> None:
-    """Slope 1 is applied in 16 bits, which is exact for every kind of stored number."""
+    """Slope 1 is applied in 16 bits, which is exact for every type of stored number."""
     values = np.random.default_rng(0).integers(0, 256, (6, 20, 30))
 
     def narrow(item: Dataset, index: int) -> None:

@@ -1,4 +1,4 @@
-"""Stacks of DICOM slices drawn at random, without files."""
+"""Stacks of random DICOM slices, without files."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def found(slices: list[Slice], random: np.random.Generator) -> list[list[Slice]]
 
 @pytest.mark.parametrize("seed", range(100))
 def test_sound_stacks_stay_whole(seed: int) -> None:
-    """Even ones, slabs, some with missing slices; with attributes that differ by block, in some slices, in each, or at random."""
+    """Even stacks, slabs, and stacks with missing slices have attributes that differ by block, in some slices, in each, or at random."""
     random = np.random.default_rng(seed)
     count, step = random.integers(5, 60), random.choice([0.6, 1, 2.5, 5])
     places = np.cumsum(np.where((np.arange(count) > count // 2) & (seed % 3 == 0), 1.75 * step, step))
@@ -43,8 +43,8 @@ def test_sound_stacks_stay_whole(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_stacks_that_lie_among_each_other_are_parted(seed: int) -> None:
-    """Two to four, equally long or not, shifted against each other or not, which differ in an attribute or in their order alone."""
+def test_interleaved_stacks_are_separated(seed: int) -> None:
+    """Two to four stacks, equally long or not, shifted or not, differ in an attribute or only in their order."""
     random = np.random.default_rng(seed)
     count, step, stacks = int(random.integers(5, 60)), random.choice([0.6, 1, 2.5, 5]), int(random.integers(2, 5))
     offset, name = (

@@ -1,7 +1,6 @@
-"""Damaged and hostile files of every format: an error in words or a right volume, never another exception, a hang or a crash.
+"""Damaged and hostile files of every format give an error in words or a correct volume, never another exception, a hang or a crash.
 
-Files are read in a process of its own with bounded memory, since ITK and the decoders are C and C++. Examples are the same in
-every run.
+Files are read in a separate process with bounded memory, since ITK and the decoders are C and C++. Examples are the same in every run.
 """
 
 import gzip
@@ -79,7 +78,7 @@ def bounded() -> None:
 
 @pytest.fixture(scope="module")
 def read() -> Iterator[Callable[[Path], tuple[str, np.ndarray | None]]]:
-    """outcome(path) in the other process; a crash is BrokenProcessPool, a hang TimeoutError."""
+    """Return outcome(path) of the other process; a crash raises BrokenProcessPool, a hang TimeoutError."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), bounded) as other:
         assert other.submit(outcome, "nothing").result(timeout=300) == ("refused", None)  # the imports take their time
         yield lambda path: other.submit(outcome, str(path)).result(timeout=SECONDS)
@@ -159,8 +158,8 @@ def test_damaged_pictures(tmp_path: Path, read: Callable, name: str) -> None:
 
 
 @pytest.mark.parametrize("dimension", ["-1", "0", "1e9", ""])
-def test_a_meta_image_of_no_dimension(tmp_path: Path, read: Callable, dimension: str) -> None:
-    """ITK never comes back from the first."""
+def test_a_meta_image_without_dimensions(tmp_path: Path, read: Callable, dimension: str) -> None:
+    """ITK hangs on the first."""
     header = f"NDims = {dimension}\nDimSize = 7 6 5\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
     (tmp_path / "scan.mha").write_bytes(header.encode() + SMALL.tobytes())
     assert read(tmp_path / "scan.mha")[0] == "refused"
@@ -185,7 +184,7 @@ NUMBERS = st.sampled_from([-1, 0, 1, 2, 5, 6, 7, 32767, 2**31 - 1, 2**31, 2**63,
 @hostile
 @given(sizes=st.lists(NUMBERS, min_size=0, max_size=5), spacing=st.lists(NUMBERS, min_size=0, max_size=5), data=st.data())
 def test_headers_of_nonsense(tmp_path: Path, read: Callable, sizes: list[float], spacing: list[float], data: st.DataObject) -> None:
-    """Text headers in the right form with numbers that are not."""
+    """Text headers have the right form but invalid numbers."""
     kind = data.draw(st.sampled_from(["short", "uchar", "float", "double", "block", "unsigned long long", "MET_SHORT", "MET_OTHER"]))
     dimension = data.draw(NUMBERS | st.just(len(sizes)))
     text = {name: " ".join(f"{number:g}" for number in numbers) for name, numbers in (("sizes", sizes), ("spacing", spacing))}

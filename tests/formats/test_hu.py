@@ -1,4 +1,4 @@
-"""Hounsfield units: whose slope and intercept count, what is decided and why, and what cannot be HU.
+"""Hounsfield units: the choice of slope and intercept, its reasons, and values that cannot be HU.
 
 The independent answer is `truth`, a chest-like scan in HU, and its stored form truth + 1024.
 """
@@ -16,7 +16,7 @@ CT_RATE = (1.0, -1024.0)  # RescaleSlope, RescaleIntercept of its metadata
 
 
 def truth(padding: int | None = None) -> np.ndarray:
-    """Noisy air, lung, soft tissue and bone in HU; `padding` beyond the scanner's field of view."""
+    """Return noisy air, lung, soft tissue and bone in HU, with `padding` outside of the field of view."""
     random = np.random.default_rng(0)
     array = random.normal(-990, 10, SHAPE)
     array[1:9, 3:17, 4:26] = random.normal(40, 15, (8, 14, 22))
@@ -29,7 +29,7 @@ def truth(padding: int | None = None) -> np.ndarray:
 
 
 def nifti(path: Path, array: np.ndarray, slope: float, intercept: float) -> Path:
-    """As nibabel writes it, then with slope and intercept in the header as given, NaN included."""
+    """Write a NIfTI file by nibabel, then set slope and intercept in its header, NaN included."""
     write_nifti(path, array)
     content = bytearray(path.read_bytes())
     content[112:120] = np.array([slope, intercept], "<f4").tobytes()
@@ -42,8 +42,8 @@ def nifti(path: Path, array: np.ndarray, slope: float, intercept: float) -> Path
 
 @pytest.mark.parametrize("header", [(1.0, 0.0), (np.nan, np.nan), (0.0, 0.0)])
 @pytest.mark.parametrize("padding", [None, -2000, -8192])
-def test_ct_rate_comes_out_right_in_both_versions(tmp_path: Path, header: tuple[float, float], padding: int | None) -> None:
-    """Version 1 holds stored values and a header that knows nothing of it, version 2 holds HU; the table is the same."""
+def test_both_versions_of_ct_rate_become_hu(tmp_path: Path, header: tuple[float, float], padding: int | None) -> None:
+    """Version 1 holds stored values and a header without slope and intercept, version 2 holds HU; the table is the same."""
     hu = truth(padding)
     stored = truth(None if padding is None else padding + 1024) + np.int16(1024)
     if padding is not None:
@@ -59,7 +59,7 @@ def test_ct_rate_comes_out_right_in_both_versions(tmp_path: Path, header: tuple[
     assert "HU already" in second.notes[0] and "intercept -1024 are not applied" in second.notes[0]
 
 
-def test_raw_padding_of_minus_2000_is_no_air(tmp_path: Path) -> None:
+def test_raw_padding_of_minus_2000_is_not_air(tmp_path: Path) -> None:
     """GE scanners store padding as -2000 among unsigned values; the lowest value alone would say HU."""
     stored = truth() + np.int16(1024)
     stored[:, :2] = -2000
@@ -72,7 +72,7 @@ def test_raw_padding_of_minus_2000_is_no_air(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("padding", [-2000, -976])  # -976 is -2000 in HU, and as stored looks like air
 def test_a_small_body_before_rescaling(tmp_path: Path, padding: int) -> None:
-    """A limb: air around it lies near 24, tissue near 1064 is less than a tenth."""
+    """In a limb, air has about 24, and tissue, about 1064, is less than a tenth of the voxels."""
     stored = np.random.default_rng(0).normal(24, 8, (20, 40, 60)).astype(np.int16)
     stored[:, 18:24, 20:32] = np.random.default_rng(1).normal(1064, 20, (20, 6, 12)).astype(np.int16)
     stored[:, :, :8] = padding
@@ -116,7 +116,7 @@ def test_each_policy_takes_the_slope_and_intercept_that_it_names(tmp_path: Path)
     assert "no slope and intercept are applied" in read_volume(stale, hu="already_hu").notes[0]
 
 
-def test_twice_is_an_error(tmp_path: Path) -> None:
+def test_rescaling_twice_is_an_error(tmp_path: Path) -> None:
     stored = (truth() + 1024).astype(np.int16)
     refused(write_nifti(tmp_path / "hu.nii", truth()), "HU already and hu='csv' would rescale twice", hu="csv", rescale=CT_RATE)
     refused(nifti(tmp_path / "header.nii", stored, 1, -1024), "would rescale twice", hu="csv", rescale=CT_RATE)
@@ -128,21 +128,21 @@ def test_twice_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("body", [np.clip(truth(), -150, 250), np.where((truth() > 0) & (truth() < 90), truth(), 0)])
-def test_soft_tissue_is_not_made_air(tmp_path: Path, body: np.ndarray) -> None:
-    """HU windowed, or a brain alone on 0: they do not reach down to air, and rescaled again look like air and lung."""
+def test_soft_tissue_is_not_rescaled_to_air(tmp_path: Path, body: np.ndarray) -> None:
+    """Windowed HU, or a brain on a background of 0, do not reach air; rescaled again they would look like air and lung."""
     path = write_nifti(tmp_path / "body.nii", body.astype(np.int16))
     refused(path, "would make air of it", hu="csv", rescale=CT_RATE)
     refused(path, "neither as stored .* nor after the stated", rescale=CT_RATE)
     np.testing.assert_array_equal(read_volume(path, hu="already_hu", rescale=CT_RATE).array, body)
 
 
-def test_nobody_knows(tmp_path: Path) -> None:
+def test_ambiguous_values_are_refused(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(5000, 30000, SHAPE).astype(np.int16)
     refused(write_nifti(tmp_path / "noise.nii", noise), "neither as stored .* nor after the stated", rescale=CT_RATE)
     refused(nifti(tmp_path / "both.nii", noise, 0.5, 10), "say which are right with hu=", rescale=CT_RATE)
 
 
-def test_wishes_that_contradict_or_do_not_exist(tmp_path: Path) -> None:
+def test_contradicting_and_unknown_arguments(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "scan.nii", truth())
     refused(path, "hu is 'yes' but must be one of auto, header, csv, already_hu", hu="yes")
     refused(path, "hu='csv' needs the slope and intercept", hu="csv")
@@ -164,7 +164,7 @@ def test_wishes_that_contradict_or_do_not_exist(tmp_path: Path) -> None:
         (np.abs(truth().astype(np.int32)) + 1, "the lowest is"),
     ],
 )
-def test_what_cannot_be_hu(tmp_path: Path, values: np.ndarray, reason: str | None) -> None:
+def test_values_that_cannot_be_hu(tmp_path: Path, values: np.ndarray, reason: str | None) -> None:
     path = write_nifti(tmp_path / "scan.nii", values)
     for wish in ({"hu": "header"}, {"hu": "already_hu"}, {"unit": "HU"}):
         if reason is None:
@@ -203,7 +203,7 @@ def test_unit_rule(tmp_path: Path, low: int, high: int, unit: str, warning: str 
     assert len(volume.notes) == 1
 
 
-def test_windowed_hu_are_taken_for_hu_with_a_doubt(tmp_path: Path) -> None:
+def test_windowed_hu_count_as_hu_with_a_warning(tmp_path: Path) -> None:
     volume = read_volume(write_nifti(tmp_path / "scan.nii", np.clip(truth(), -500, 300)))
     assert volume.unit == "HU" and any("no values lie near -1000" in text for text in volume.warnings)
     assert read_volume(write_nifti(tmp_path / "air.nii", truth())).warnings == ()
@@ -220,8 +220,8 @@ def test_large_scans_are_judged_by_a_sample(tmp_path: Path) -> None:
     np.testing.assert_array_equal(volume.array, array)
 
 
-def test_segmentations_are_doubted_but_read(tmp_path: Path) -> None:
-    """A scan in coarse grey levels looks the same, so refusing would be wrong too often."""
+def test_segmentations_are_read_with_a_warning(tmp_path: Path) -> None:
+    """A scan in coarse grey levels looks the same, so segmentations cannot be refused."""
     organs = (truth() > -500).astype(np.uint8) + (truth() > 300)
     many = (np.arange(10 * 40 * 60).reshape(10, 40, 60) // 200).astype(np.uint8)  # 120 labels, 200 voxels each
     noise = np.random.default_rng(0).integers(0, 256, SHAPE).astype(np.uint8)
@@ -233,7 +233,7 @@ def test_segmentations_are_doubted_but_read(tmp_path: Path) -> None:
 
 
 def test_the_real_scan(shared_data: Path, tmp_path: Path) -> None:
-    """A head CT in HU, stored as CT-RATE's first version would: the same voxels come out."""
+    """A head CT in HU, stored as in CT-RATE's first version, gives the same voxels."""
     path = shared_data / "head_ct.nii.gz"
     volume = read_volume(path)
     assert volume.unit == "HU" and "of them within -1100..4000" in volume.notes[0]

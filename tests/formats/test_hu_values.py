@@ -1,4 +1,4 @@
-"""Values that are no HU although they look like it, or that would be HU on another scale, in formats of every kind."""
+"""Values that look like HU but are not, or that are HU on another scale, in several formats."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def warned(volume: Volume, words: str) -> None:
 
 
 def masked(array: np.ndarray, kind: str) -> np.ndarray:
-    """A scan whose air was masked, in HU."""
+    """Return a scan in HU with masked air."""
     air = array < -200
     return {
         "to -1000": np.where(air, -1000, array),
@@ -54,7 +54,7 @@ KINDS = ["to -1000", "to -1024", "to 0", "soft tissue alone", "soft tissue on 0"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_masked_scan_rescaled_twice_is_doubted(shared_data: Path, tmp_path: Path, kind: str) -> None:
+def test_a_masked_scan_rescaled_twice_gives_a_warning(shared_data: Path, tmp_path: Path, kind: str) -> None:
     for hu in (truth(), head(shared_data)):
         twice = masked(hu, kind) - np.int16(1024)
         for name in FORMATS:
@@ -75,21 +75,21 @@ def test_a_masked_scan_rescaled_twice_is_doubted(shared_data: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
-def test_what_was_rescaled_once_is_not_doubted(shared_data: Path, kind: str | None) -> None:
+def test_a_scan_rescaled_once_gives_no_warning(shared_data: Path, kind: str | None) -> None:
     for hu in (truth(), truth(-2000), truth(-3024), head(shared_data)):
         array = hu if kind is None else masked(hu, kind)
         meaning = interpret(Parts(array, modality="CT", rescale=(1.0, -1024.0), hu=True), "scan")
         assert meaning.unit == "HU" and not any("twice" in text for text in meaning.warnings)
 
 
-def test_a_crop_of_soft_tissue_rescaled_twice_is_doubted() -> None:
+def test_a_crop_of_soft_tissue_rescaled_twice_gives_a_warning() -> None:
     tissue = np.random.default_rng(0).normal(40, 15, (6, 8, 10)).astype(np.int16) - np.int16(1024)
     assert interpret(Parts(tissue, modality="CT", rescale=(1.0, -1024.0), hu=True), "scan").unit == "arbitrary"
     assert interpret(Parts(tissue), "scan").unit == "arbitrary"
 
 
-def test_one_value_decides_nothing() -> None:
-    """The lowest and the highest value are what a filling or a single voxel makes them."""
+def test_single_extreme_values_decide_nothing() -> None:
+    """A metal filling or a single voxel may determine the lowest and the highest value."""
     for low, high in ((-1000, 3000), (-1024, 3071), (-2000, 30000), (-32768, 32767)):
         raw = truth() + np.int16(1024)
         raw[0, 0, 0], raw[0, 0, 1] = low, high
@@ -125,7 +125,7 @@ def test_hu_on_another_scale_are_named_with_the_remedy(tmp_path: Path, name: str
     assert again.unit == "HU" and np.abs(again.array - truth()).max() <= (5 if "percent" in scale else 0.26)
 
 
-def test_what_is_no_ct_has_no_scale() -> None:
+def test_values_that_are_no_ct_have_no_scale() -> None:
     random = np.random.default_rng(0)
     for array in (random.normal(500, 150, (9, 9, 9)), random.integers(0, 256, (9, 9, 9)), random.random((9, 9, 9)), np.zeros((9, 9, 9))):
         assert Spread(array).scale is None
@@ -142,7 +142,7 @@ def test_negative_numbers_read_as_unsigned(tmp_path: Path, name: str) -> None:
         warned(volume, "negative numbers that were written as unsigned ones")
 
 
-def test_only_negative_numbers_are_made_so() -> None:
+def test_only_wrapped_numbers_become_negative() -> None:
     metal = (truth().astype(np.int32) + 1024) * 16  # reaches 65520, all the way
     noise = np.random.default_rng(0).integers(0, 65536, truth().shape)
     for array in (metal, noise, truth(), truth() + 1024):
@@ -156,7 +156,7 @@ def test_only_negative_numbers_are_made_so() -> None:
 
 
 @pytest.mark.parametrize("hu", [True, False])
-def test_a_quantity_of_the_header_wins_over_values_that_look_like_hu(hu: bool) -> None:
+def test_the_headers_quantity_counts_more_than_the_values(hu: bool) -> None:
     parts = Parts(truth(), modality="CT", hu=hu, quantity="ml/100ml/s")
     meaning = interpret(parts, "scan")
     assert meaning.unit == "arbitrary" and "the header says that the values are ml/100ml/s" in meaning.notes[-1]
@@ -169,6 +169,6 @@ def test_a_quantity_of_the_header_wins_over_values_that_look_like_hu(hu: bool) -
     np.testing.assert_array_equal(interpret(raw, "scan", "csv", (1, -1024)).array, truth())
 
 
-def test_a_stated_unit_is_not_looked_into(tmp_path: Path) -> None:
+def test_a_stated_unit_is_not_questioned(tmp_path: Path) -> None:
     assert read_volume(write(tmp_path / "scan.nii", truth() - 1024), unit="arbitrary").warnings == ()
     refused(write(tmp_path / "scan.nii", truth() - 1024), "rescaled twice or not at all", unit="HU")

@@ -1,4 +1,4 @@
-"""NRRD and MetaImage, as ITK reads them, and headers that crash ITK or lead it to other files."""
+"""NRRD and MetaImage: read as ITK reads them, and headers that crash ITK or name other files."""
 
 import bz2
 import gzip
@@ -65,7 +65,7 @@ DIRECTIONS = "space directions: (0.7,0,0) (0,0.8,0) (0,0,2.5)\n"
         ("space dimension: 3", None),
     ],
 )
-def test_a_nrrd_space_that_is_no_patients_leaves_the_orientation_unknown(tmp_path: Path, space: str, orientation: str | None) -> None:
+def test_a_nrrd_space_other_than_the_patients_leaves_the_orientation_unknown(tmp_path: Path, space: str, orientation: str | None) -> None:
     (tmp_path / "scan.nrrd").write_bytes(f"{NRRD_HEADER}{space}\n{DIRECTIONS}\n".encode() + scan().tobytes())
     volume = read_volume(tmp_path / "scan.nrrd")
     assert volume.orientation == orientation and volume.spacing == pytest.approx((2.5, 0.8, 0.7))
@@ -78,7 +78,7 @@ WHERE = {"space": "(0.7,0,0.1) (0,0.8,0) (0,0,2.5)"}
 
 
 def with_fields(header: str, **fields: str) -> str:
-    """The NRRD header with other values in its lines, or with further lines; "_" in a name stands for a space."""
+    """Return the NRRD header with changed or additional fields; "_" in a name stands for a space."""
     for name, value in fields.items():
         line = f"{name.replace('_', ' ')}: {value}"
         header = re.sub(rf"(?m)^{name}: .*$", line, header) if f"\n{name}: " in header else f"{header}{line}\n"
@@ -126,7 +126,7 @@ def test_nrrd_headers_are_read_as_itk_reads_them(tmp_path: Path, fields: dict[st
 
 
 def test_bzip2_and_the_spaces_with_time(tmp_path: Path) -> None:
-    """ITK's copy of teem reads no bzip2."""
+    """ITK's copy of teem does not read bzip2."""
     header = with_fields(NRRD_HEADER, encoding="bzip2", dimension="4", sizes="30 20 10 1", space="left-posterior-superior-time")
     header = with_fields(header, space_directions="(0.7,0,0,0) (0,0.8,0,0) (0,0,2.5,0) (0,0,0,1)", space_units='"cm" "cm" "cm" "s"')
     (tmp_path / "scan.nrrd").write_bytes(f"{header}\n".encode() + bz2.compress(BODY))
@@ -218,8 +218,8 @@ def test_meta_images_are_read_as_itk_reads_them(tmp_path: Path, lines: str, body
     assert volume.spacing == pytest.approx((2.5, 0.8, 0.7)) and volume.oblique == pytest.approx(20)
 
 
-def test_other_keys_of_a_meta_image_count_for_nothing(tmp_path: Path) -> None:
-    """As ITK copies them from NIfTI and DICOM; but of two sizes nobody knows which counts."""
+def test_other_keys_of_a_meta_image_are_ignored(tmp_path: Path) -> None:
+    """ITK copies such keys from NIfTI and DICOM. Two contradicting sizes are refused."""
     others = "ITK_FileNotes = a: b = c\ndim[0] = 3\n0010|0010 = A\nComment = NDims = 5\n\nComment = twice\n"
     (tmp_path / "scan.mha").write_bytes((others + META_HEADER + "ElementDataFile = LOCAL\n").encode() + BODY)
     np.testing.assert_array_equal(read_volume(tmp_path / "scan.mha").array, scan())
@@ -228,7 +228,7 @@ def test_other_keys_of_a_meta_image_count_for_nothing(tmp_path: Path) -> None:
 
 
 def test_meta_images_that_itk_does_not_read(tmp_path: Path) -> None:
-    """A wrong CompressedDataSize, numbers as text, another unit; and what is no geometry or of no known type."""
+    """Such as a wrong CompressedDataSize, numbers as text, another unit, invalid geometry or an unknown type."""
     for number, (lines, body) in enumerate(
         [
             ("CompressedData = True\nCompressedDataSize = 99999\n", zlib.compress(BODY)),
@@ -316,7 +316,7 @@ def test_a_header_that_announces_more_than_the_file_can_hold(tmp_path: Path, nam
     ids=lambda text: text if len(text) < 20 else "header",
 )
 def test_a_header_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: str, header: str) -> None:
-    """ITK would read it and we would show it: any file of the machine, in the chat by an upload."""
+    """ITK would read it, so that an upload to the chat could show any file of the machine."""
     place = tmp_path / "private.raw"
     place.write_bytes(scan().tobytes())
     (tmp_path / "in").mkdir()
@@ -325,7 +325,7 @@ def test_a_header_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: s
     refused(path, "the header names another place for the voxels, which is not opened; save .* as one")
 
 
-def test_a_name_beside_the_header_is_none_elsewhere(tmp_path: Path) -> None:
+def test_spellings_of_a_data_file_beside_the_header(tmp_path: Path) -> None:
     (tmp_path / "the voxels.raw").write_bytes(scan().tobytes())
     for end in ("", "\n", "\r\n"):
         (tmp_path / "scan.mhd").write_bytes((META_HEADER + "ElementDataFile = the voxels.raw" + end).encode())

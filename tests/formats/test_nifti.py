@@ -91,7 +91,7 @@ def test_nifti2_big_endian_one_time_point_and_metres(tmp_path: Path) -> None:
     assert volume.spacing == pytest.approx((2.5, 0.8, 0.7))
 
 
-def test_nifti_without_geometry_says_so(tmp_path: Path) -> None:
+def test_nifti_without_geometry_gives_a_warning(tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(scan().transpose(), None)
     image.header.set_zooms((0.7, 0.8, 2.5))
     nibabel.save(image, tmp_path / "scan.nii")
@@ -130,8 +130,8 @@ def test_complex_values_are_refused_unread(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
-def test_a_long_extension_is_passed_over(tmp_path: Path, name: str) -> None:
-    """As programs keep whole DICOM headers in: 3 MB before the voxels."""
+def test_a_long_extension_is_skipped(tmp_path: Path, name: str) -> None:
+    """Some programs store whole DICOM headers there: 3 MB before the voxels."""
     image = nibabel.Nifti1Image(scan().transpose(), np.diag([0.7, 0.8, 2.5, 1]))
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", np.random.default_rng(0).bytes(3 * 2**20)))
     nibabel.save(image, tmp_path / name)
@@ -141,7 +141,7 @@ def test_a_long_extension_is_passed_over(tmp_path: Path, name: str) -> None:
 
 
 def edited(path: Path, **fields: object) -> Path:
-    """A NIfTI file with other values in its header, as they stand there; saved without a look at them."""
+    """Write a NIfTI file with changed values in its header, unchecked."""
     content = bytearray(path.read_bytes())
     header = np.frombuffer(content, nibabel.Nifti1Header.template_dtype, 1)[0]  # shares the memory
     for name, value in fields.items():
@@ -151,7 +151,7 @@ def edited(path: Path, **fields: object) -> Path:
 
 
 def turned(tmp_path: Path) -> Path:
-    """A scan with the same sform and qform, turned by 10 degrees and mirrored (qfac -1)."""
+    """Return a scan with equal sform and qform, turned by 10 degrees and mirrored (qfac -1)."""
     sine, cosine = np.sin(np.radians(10)), np.cos(np.radians(10))
     affine = np.eye(4)
     affine[:3, :3] = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]]) @ np.diag([-0.7, 0.8, 2.5])
@@ -166,7 +166,7 @@ ROWS = ("srow_x", "srow_y", "srow_z")
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf, 1.0])
-def test_a_sform_that_is_none_gives_way_to_the_qform(tmp_path: Path, value: float) -> None:
+def test_an_invalid_sform_is_replaced_by_the_qform(tmp_path: Path, value: float) -> None:
     whole = read_volume(turned(tmp_path))
     assert whole.warnings == ()
     volume = read_volume(edited(tmp_path / "scan.nii", **dict.fromkeys(ROWS, value)))
@@ -175,7 +175,7 @@ def test_a_sform_that_is_none_gives_way_to_the_qform(tmp_path: Path, value: floa
     assert volume.orientation == "SAL" and volume.warnings == ("the sform is singular or not finite and is ignored.",)
 
 
-def test_a_sform_of_unit_vectors_gives_way_to_a_qform_that_knows_sizes(tmp_path: Path) -> None:
+def test_a_sform_without_voxel_sizes_is_replaced_by_the_qform(tmp_path: Path) -> None:
     rows = dict(zip(ROWS, np.hstack([np.diag([-1, 1, 1]), np.zeros((3, 1))]), strict=True))
     volume = read_volume(edited(turned(tmp_path), **rows))
     assert volume.spacing == pytest.approx((2.5, 0.8, 0.7))
@@ -183,7 +183,7 @@ def test_a_sform_of_unit_vectors_gives_way_to_a_qform_that_knows_sizes(tmp_path:
 
 
 @pytest.mark.parametrize("quaternion", [3.0, np.nan])
-def test_a_qform_that_is_none_leaves_the_sform_or_the_spacing(tmp_path: Path, quaternion: float) -> None:
+def test_an_invalid_qform_is_replaced_by_the_sform_or_the_spacing(tmp_path: Path, quaternion: float) -> None:
     whole = read_volume(turned(tmp_path))
     volume = read_volume(edited(tmp_path / "scan.nii", quatern_b=quaternion))
     np.testing.assert_array_equal(volume.direction, whole.direction)
@@ -214,9 +214,7 @@ def test_a_qfac_of_zero_counts_as_one(tmp_path: Path, qfac: float) -> None:
         (1, -24, (1, -24), ""),
     ],
 )
-def test_slopes_and_intercepts_that_are_none(
-    tmp_path: Path, slope: float, intercept: float, expected: tuple[float, float], words: str
-) -> None:
+def test_invalid_slopes_and_intercepts(tmp_path: Path, slope: float, intercept: float, expected: tuple[float, float], words: str) -> None:
     values = np.arange(6000, dtype=np.int16).reshape(SHAPE)
     path = edited(write_nifti(tmp_path / "scan.nii", values), scl_slope=slope, scl_inter=intercept)
     volume = read_volume(path, unit="arbitrary")
@@ -225,7 +223,7 @@ def test_slopes_and_intercepts_that_are_none(
     assert words in " ".join(told) and bool(told) == bool(words)
 
 
-def test_what_follows_the_voxels_is_told_and_ignored(tmp_path: Path) -> None:
+def test_bytes_after_the_voxels_are_ignored_with_a_warning(tmp_path: Path) -> None:
     content = write_nifti(tmp_path / "scan.nii", scan()).read_bytes()
     packed = gzip.compress(content)
     for name, written, number in (
@@ -243,7 +241,7 @@ def test_what_follows_the_voxels_is_told_and_ignored(tmp_path: Path) -> None:
     refused(tmp_path / "short.nii.gz", "cannot be read as NIfTI; it is damaged, cut short")
 
 
-def test_one_of_two_files_is_no_scan(tmp_path: Path) -> None:
+def test_one_of_two_files_is_refused(tmp_path: Path) -> None:
     edited(write_nifti(tmp_path / "scan.nii", scan()), magic=b"ni1")
     refused(tmp_path / "scan.nii", "one of the two files of a .hdr and .img pair; save the scan as one .nii")
 

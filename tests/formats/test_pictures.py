@@ -1,4 +1,4 @@
-"""Folders of numbered pictures: order, grey levels, and what is left out, warned of or refused."""
+"""Folders of numbered pictures: order, grey levels, warnings and refused files."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_real_colour_is_refused(tmp_path: Path) -> None:
     refused(write(tmp_path / "slices", colour), "picture 5 of 10, .*is in colour")
 
 
-def test_other_sizes_and_gaps_are_told(tmp_path: Path) -> None:
+def test_other_sizes_are_left_out_and_gaps_give_a_warning(tmp_path: Path) -> None:
     folder = write(tmp_path / "slices", grey())
     for number, size in ((11, (21, 30)), (12, (20, 31))):
         Image.fromarray(np.zeros(size, np.uint8)).save(folder / f"{number}.png")
@@ -75,7 +75,7 @@ def test_other_sizes_and_gaps_are_told(tmp_path: Path) -> None:
     assert not any("gap" in warning for warning in read_volume(even).warnings)
 
 
-def test_names_that_give_no_order(tmp_path: Path) -> None:
+def test_names_without_an_order_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "words", grey())
     Image.fromarray(grey()[0]).save(folder / "overview.png")
     refused(folder, "1 of 11 pictures have no number in their name")
@@ -88,7 +88,7 @@ def test_names_that_give_no_order(tmp_path: Path) -> None:
     assert "may be several series" in volume.warnings[0]
 
 
-def test_pictures_that_are_no_scan(tmp_path: Path) -> None:
+def test_pictures_that_are_no_scan_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "Secret Name", grey())
     (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:200])
     refused(folder, "picture 7 of 10, in the order of their numbers, cannot be read; it is damaged")

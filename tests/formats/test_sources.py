@@ -1,4 +1,4 @@
-"""Which files a scan is read from, and that any change of them is seen."""
+"""The files of a scan, and the detection of any change in them."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from med3dvlm.formats import scan_files, state_of
 
 @pytest.fixture(params=["header", "folder"])
 def scan(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """An .mhd file whose voxels have another name, and a DICOM export of folders within folders; other files lie beside both."""
+    """An .mhd file with voxels in a file of another name, and a nested DICOM export; other files lie beside both."""
     if request.param == "header":
         array = np.random.default_rng(0).integers(-1000, 1000, (10, 20, 30), np.int16)
         sitk.WriteImage(sitk.GetImageFromArray(array), tmp_path / "a[1].mhd")
@@ -31,7 +31,7 @@ def scan(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, place: int) -> None:
-    """One byte becomes another one; size and date stay."""
+    """Change one byte of a file and keep its size and date."""
     content, state = bytearray(path.read_bytes()), path.stat()
     content[place] ^= 1
     path.write_bytes(content)
@@ -44,7 +44,7 @@ def test_the_files_of_a_scan(scan: Path) -> None:
 
 
 @pytest.mark.parametrize("contents", [False, True])
-def test_every_file_counts_and_no_other(scan: Path, contents: bool) -> None:
+def test_the_state_depends_on_the_files_of_the_scan_only(scan: Path, contents: bool) -> None:
     last = scan_files(scan)[-1]
     states = [state_of(scan, contents)]
     (scan.parent / "beside").write_text("changed")
@@ -63,8 +63,8 @@ def test_every_file_counts_and_no_other(scan: Path, contents: bool) -> None:
     assert len(set(states)) == len(states)
 
 
-def test_a_file_of_the_same_size_and_date_is_seen_wherever_it_differs(scan: Path) -> None:
-    """As `cp -p` or a restored backup leaves it: by the time of change, which nobody can set."""
+def test_changes_that_keep_size_and_date_are_detected(scan: Path) -> None:
+    """`cp -p` or a restored backup keep both; the time of the last status change, which cannot be set, shows the change."""
     for place in (20_000 if scan.is_dir() else 2000, 7):
         before = state_of(scan)
         rewrite(scan_files(scan)[-1], place)
@@ -78,6 +78,6 @@ def test_a_copy_has_the_same_contents(scan: Path, tmp_path: Path) -> None:
     assert state_of(copy) != state_of(scan)
 
 
-def test_a_scan_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_scan(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         state_of(tmp_path / "none.nii")

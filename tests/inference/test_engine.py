@@ -135,7 +135,7 @@ def test_draws_have_the_probabilities_of_the_model() -> None:
 
 
 def test_models_that_cannot_share_a_batch_answer_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("med3dvlm.inference.transformers_engine.packing_obstacle", lambda model: "it goes by the order of tokens")
+    monkeypatch.setattr("med3dvlm.inference.running_batch.packing_obstacle", lambda model: "it goes by the order of tokens")
     chat = build("gpt_neox")
     known, engine = scans(chat, 2), TransformersEngine(chat)
     streams = engine.generate([Request(scan, asked(question), 15) for scan in known for question in QUESTIONS])

@@ -57,12 +57,12 @@ def test_who_goes_away_leaves_the_batch(server, client: openai.OpenAI, upload, s
 PROGRAM = """
 import sys, time, torch
 from med3dvlm import programs
-from med3dvlm.inference import transformers_engine
-choose = transformers_engine.choose
+from med3dvlm.inference import running_batch
+choose = running_batch.choose
 def slow(*arguments):
     time.sleep(0.02)
     return choose(*arguments)
-transformers_engine.choose = slow
+running_batch.choose = slow
 sys.exit(programs.run("med3dvlm.serving.server", sys.argv[1:], "med3dvlm serve"))
 """
 

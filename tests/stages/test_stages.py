@@ -1,10 +1,7 @@
-"""The stage scripts on tiny models: what each trains and writes; killed, spread over processes and started by every launcher."""
+"""The stages on tiny models: which parameters each trains, what it writes, and what it logs."""
 
-import json
 import math
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,25 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from med3dvlm import Med3DChat, Med3DVLMProcessor, VolumeProcessor
-from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm, merge_lora, verify_equal
-from med3dvlm.datasets import m3d
+from med3dvlm import Med3DChat, VolumeProcessor
+from med3dvlm.checkpoints import load_clip, load_language_model, load_vlm
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.files import DETECTOR_FILE
 from med3dvlm.training import ct_clip, stage0_language_model, stage1_siglip, stage2_projector, stage3_lora
 from med3dvlm.training.trainer import COMPLETE
-from tests.launching import launch
 from tests.stages.running import Run, name_of
 
 STAGES = (stage0_language_model, stage1_siglip, ct_clip, stage2_projector, stage3_lora)
-PLAIN = ("--optim", "sgd", "--learning-rate", "0.1", "--lr-scheduler-type", "constant", "--max-grad-norm", "0")  # no step hides a gradient
-
-
 TWO_STEPS = ("--max-steps", 2, "--learning-rate", 0.01, "--cache-features", "false")
+PLAIN = ("--optim", "sgd", "--learning-rate", "0.1", "--lr-scheduler-type", "constant", "--max-grad-norm", "0")  # no step hides a gradient
 
 
 @pytest.mark.parametrize("train_text", [True, False])
@@ -171,46 +163,6 @@ def test_what_a_stage_writes(stage: ModuleType, run: Callable[..., Run], prepare
         assert torch.equal(value, result.after[name]), name
 
 
-def test_stage3_ends_in_an_adapter_and_a_merged_model_that_answer_alike(
-    run: Callable[..., Run], tiny_models: SimpleNamespace, tmp_path: Path, prepared: Path, phantoms: Path
-) -> None:
-    result = run(stage3_lora, "--learning-rate", 0.01, "--merged", tmp_path / "merged")
-    base, processor = load_vlm(tiny_models.vlm)
-    merged, _ = load_vlm(tmp_path / "merged")
-    data = PreparedData(prepared)
-    volumes = [data.volume(study) for study in data.studies("test")]
-    question = [{"role": "user", "content": "Which plane is this scan?"}]
-    batch = dict(processor([question] * len(volumes), volumes))
-    with pytest.raises(ValueError, match="the models differ"):
-        verify_equal(base, merged, batch)
-    adapted = PeftModel.from_pretrained(base, result.output).eval()
-    assert verify_equal(adapted, merged, batch) < 1e-4
-    studies, _ = m3d.read(phantoms, "test")
-    assert Med3DChat.from_pretrained(tmp_path / "merged").ask(phantoms / studies[0].image, "Which plane?", max_new_tokens=3).tokens > 0
-
-
-def test_a_merge_replaces_a_model_whole_or_not_at_all(
-    run: Callable[..., Run], tiny_models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    adapter, merged = run(stage3_lora, *TWO_STEPS).output, tmp_path / "merged"
-    shutil.copytree(tiny_models.vlm, merged)
-    (merged / DETECTOR_FILE).write_text("of other weights")
-    before = {path.name: path.read_bytes() for path in merged.iterdir()}
-
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Med3DVLMProcessor, "save_pretrained", interrupted)
-        merge_lora(adapter, merged)
-    assert {path.name: path.read_bytes() for path in merged.iterdir()} == before
-    model = merge_lora(adapter, merged)
-    assert (merged / DETECTOR_FILE).read_bytes() == (adapter / DETECTOR_FILE).read_bytes() and not list(tmp_path.glob(".merged*"))
-    for name, value in load_vlm(merged)[0].state_dict().items():
-        assert torch.equal(value, model.state_dict()[name]), name
-    assert (merged / "model.safetensors").read_bytes() != before["model.safetensors"]
-
-
 @pytest.mark.parametrize(("count", "expected"), [(999, 500), (501, 500), (20, 20)])
 def test_the_detector_rests_on_500_scans_evenly_spread(count: int, expected: int, tmp_path: Path) -> None:
     seen: list[int] = []
@@ -289,117 +241,3 @@ def test_what_is_cut_is_told_before_the_first_step(
     assert len(said) == 1 and f"{flag} {limit}" in said[0]
     if stage is stage1_siglip:
         assert said[0].startswith(f"{sum(len(words(report)['input_ids']) > limit for report in reports)} of the")
-
-
-def test_an_adapter_finds_its_base_from_anywhere_or_is_told_where_it_is(
-    run: Callable[..., Run], tiny_models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_models.vlm, base)
-    adapter = run(stage3_lora, "--max-steps", 1, "--model", os.path.relpath(base)).output
-    monkeypatch.chdir(tmp_path)
-    one = merge_lora(adapter, tmp_path / "one").state_dict()
-    base.rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match="base, which is not there; say where it is now: med3dvlm merge --base"):
-        merge_lora(adapter, tmp_path / "two")
-    two = merge_lora(adapter, tmp_path / "two", tmp_path / "moved").state_dict()
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def test_a_merged_model_of_another_run_stays(run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only the run that made it replaces it, as when it is started again."""
-    merged = tmp_path / "merged"
-    first = run(stage3_lora, "--max-steps", 1, "--merged", merged)
-    before = {path.name: path.read_bytes() for path in merged.iterdir()}
-    with pytest.raises(SystemExit):
-        run(stage3_lora, "--max-steps", 1, "--learning-rate", 0.1, "--merged", merged)
-    assert f"holds the model merged from {first.output}, which the one of" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in merged.iterdir()} == before
-    with pytest.raises(SystemExit):
-        run(stage3_lora, "--max-steps", 1, "--merged", first.output, output=first.output)
-    assert "would replace the adapter" in capsys.readouterr().err
-    assert run(stage3_lora, "--max-steps", 1, "--merged", merged, output=first.output).record == first.record
-
-
-def test_what_a_stage_writes_has_the_rights_of_new_files(run: Callable[..., Run], tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        output = run(stage3_lora, "--max-steps", 2, "--merged", tmp_path / "merged").output
-    finally:
-        os.umask(before)
-    modes = {path: path.stat().st_mode & 0o777 for folder in (output, tmp_path / "merged") for path in folder.rglob("*")}
-    assert len(modes) > 15 and {path: mode for path, mode in modes.items() if mode != (0o750 if path.is_dir() else 0o640)} == {}
-
-
-# The same through real programs.
-
-
-def smoke(stage: ModuleType, prepared: Path, output: Path, models: SimpleNamespace) -> tuple[object, ...]:
-    name = name_of(stage)
-    parts = {
-        stage0_language_model: (),
-        stage1_siglip: ("--text-encoder", models.text_encoder),
-        stage2_projector: ("--clip", models.clip, "--language-model", models.language_model),
-        stage3_lora: ("--model", models.vlm, "--merged", output.parent / "merged"),
-    }[stage]
-    return (f"stages/{name}.py", "--config", f"stages/configs/smoke/{name}.yaml", "--data", prepared, "--output-dir", output, *parts)
-
-
-@pytest.mark.slow
-def test_a_training_killed_again_and_again_ends_as_one_that_was_not(
-    tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str]
-) -> None:
-    """Stage 3, whose dropout and conversations depend on step and epoch; weights and losses are equal bit for bit."""
-    flags = smoke(stage3_lora, prepared, tmp_path / "unused", tiny_models)[1:]
-    shell("python", "tests/drivers/killed_training.py", "stage3_lora", tmp_path, *flags, "--max-steps", 8, "--save-steps", 3)
-    assert json.loads((tmp_path / "codes.json").read_text()) == [0, *[-signal.SIGKILL] * 6, 0]
-    whole, killed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
-    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
-    curves = [
-        [(row["step"], row["loss"]) for row in map(json.loads, (tmp_path / name / "losses.jsonl").read_text().splitlines())]
-        for name in ("whole", "killed")
-    ]
-    assert curves[0] == curves[1] and [step for step, _ in curves[0]] == list(range(1, 9))
-    assert not (tmp_path / "killed" / "saving").exists() and load_vlm(tmp_path / "killed" / "merged")
-
-
-@pytest.mark.slow
-def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
-    tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, run: Callable[..., Run], shell: Callable[..., str], free_port: str
-) -> None:
-    """Stage 2, where no batch norm follows the part of the batch that a process has. Started twice: the second continues the first.
-
-    Worst difference measured: 2e-7 of the losses, 2e-3 of the way that the weights went.
-    """
-    rate = ("--learning-rate", 0.01, "--lr-scheduler-type", "constant")
-    one = run(stage2_projector, *rate, "--per-device-train-batch-size", 4)
-    command = (*smoke(stage2_projector, prepared, tmp_path / "two", tiny_models), *rate, "--per-device-train-batch-size", 2)
-    engine, log = ("--deepspeed", "ds_configs/zero2.json", "--use-cpu", "true"), tmp_path / "log"
-    assert launch("deepspeed", 2, *command, "--max-steps", 2, *engine, log=log) == [0, 0], log.read_text()
-    shell("deepspeed", "--num_accelerators", 2, "--master_port", free_port, *command, "--max-steps", 4, *engine)
-    two = Run(tmp_path / "two", {}, {}, set(), set())
-    assert two.record["processes"] == 2 and two.record["settings"]["deepspeed"] == "ds_configs/zero2.json"
-    assert two.losses == pytest.approx(one.losses, rel=1e-5) and len(two.losses) == 4
-    assert abs(one.losses[0] - one.losses[-1]) > 0.01  # it learns: equal losses mean equal weights
-    assert list(two.output.glob("checkpoint-4/training_state-*.safetensors"))
-    trained = load_vlm(two.output)[0].state_dict()
-    moved, apart = (
-        torch.cat([(values[name] - one.after[name]).flatten() for name in sorted(one.trainable)]).norm() for values in (one.before, trained)
-    )
-    assert apart < 0.02 * moved  # all parameters together: Adam makes much of rounding where one's gradient is nearly nothing
-
-
-@pytest.mark.slow
-def test_torchrun(tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str], free_port: str) -> None:
-    """Stage 1 on two processes, whose texts are gathered."""
-    command = smoke(stage1_siglip, prepared, tmp_path / "out", tiny_models)
-    shell("torchrun", "--nproc_per_node", 2, "--master_port", free_port, *command, "--train-text", "true", "--max-steps", 2)
-    assert Run(tmp_path / "out", {}, {}, set(), set()).record["processes"] == 2
-    assert load_clip(tmp_path / "out")
-
-
-@pytest.mark.slow
-def test_accelerate_launch(tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str]) -> None:
-    command = smoke(stage3_lora, prepared, tmp_path / "out", tiny_models)
-    shell("accelerate", "launch", "--cpu", *command, "--max-steps", 2, "--bf16", "true")
-    assert load_vlm(tmp_path / "merged")
