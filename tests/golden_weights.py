@@ -1,4 +1,4 @@
-"""The reference models of tests/golden, whose weights follow from their names (tests/golden/README.md)."""
+"""The reference models of tests/golden, whose weights are computed from their names (tests/golden/README.md)."""
 
 import json
 import zlib
@@ -66,7 +66,7 @@ def golden() -> dict[str, np.ndarray]:
 
 
 def difference(ours: Tensor, reference: np.ndarray, every: int = 1) -> float:
-    """The largest difference between every so manieth value of ours and the reference, relative to the reference's spread."""
+    """Return the largest difference between the sampled values of ours and the reference, relative to the reference's spread."""
     values = ours.detach().flatten()[::every].double().numpy()
     reference = reference.astype(np.float64).ravel()
     assert values.shape == reference.shape

@@ -1,6 +1,6 @@
 """Two hosts on one machine: each a network namespace with its own address and name, and a mount namespace with its own disk.
 
-Both see `disk`, each another folder, and everything else, which so is a disk that they share. They reach each other, and nothing outside.
+Each sees another folder as `disk`; all else is a disk that they share. They reach each other but nothing outside.
 """
 
 import os
@@ -27,7 +27,7 @@ exec sleep infinity
 
 
 class Host:
-    """A host of this name, which is there until `keeper` ends.
+    """A host with this name, which exists until `keeper` ends.
 
     Attributes:
         folder: what the host sees as `disk`.
@@ -45,11 +45,11 @@ class Host:
             raise OSError(self.keeper.stderr.read())
 
     def enter(self) -> list[str]:
-        """The words before a command that runs in the host."""
+        """Return the prefix of a command that runs on the host."""
         return ["nsenter", "--target", str(self.keeper.pid), "--net", "--mount", "--uts", "--"]
 
     def start(self, *words: object, **variables: object) -> subprocess.Popen[bytes]:
-        """A program on the host, in the repository; what it prints is added to the log. `python` and launchers are forks."""
+        """Start a program on the host, in the repository; its output is added to the log. `python` and launchers are forks."""
         environment = os.environ | {name: str(value) for name, value in variables.items()}
         environment["PATH"] = os.pathsep.join(map(str, (programs(), Path(sys.executable).parent, environment["PATH"])))
         with self.log.open("ab") as log:
@@ -57,7 +57,7 @@ class Host:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def processes(self) -> list[int]:
-        """Numbers of the processes that run on the host."""
+        """Return the ids of the processes that run on the host."""
         own = os.readlink(f"/proc/{self.keeper.pid}/ns/net")
         found = []
         for path in Path("/proc").glob("[0-9]*"):
@@ -69,17 +69,17 @@ class Host:
         return found
 
     def kill(self) -> None:
-        """End everything that runs on the host, at once."""
+        """Kill all processes of the host."""
         for number in self.processes():
             os.kill(number, signal.SIGKILL)
 
 
 @contextmanager
 def two_hosts(root: Path) -> Iterator[list[Host]]:
-    """Hosts by the names of NAMES.
+    """Yield the hosts of NAMES.
 
     Raises:
-        OSError, CalledProcessError: it cannot be done here; it takes root and the programs of util-linux and iproute2.
+        OSError, CalledProcessError: this machine does not allow it; root and the programs of util-linux and iproute2 are needed.
     """
     (root / "disk").mkdir()
     addresses = {name: f"10.77.0.{number}" for number, name in enumerate(NAMES, 1)}
@@ -103,7 +103,7 @@ def two_hosts(root: Path) -> Iterator[list[Host]]:
 
 
 def wait_for(path: Path, *started: subprocess.Popen[bytes]) -> None:
-    """Return when the file is there, or a process has ended without it."""
+    """Return when the file exists, or a process has ended without writing it."""
     deadline = time.monotonic() + TIMEOUT
     while not path.exists() and time.monotonic() < deadline and all(one.poll() is None for one in started):
         time.sleep(0.01)

@@ -1,8 +1,8 @@
 """Start stage scripts and commands as `deepspeed`, `torchrun`, `python` and a shell do, from a process that has imported everything already.
 
-A launcher gives each process its rank and the address of the first by environment variables, and runs the script as __main__. So does this,
-in forks of one server process: a start takes a fraction of a second, where a launcher and its imports take ten. For shell scripts there are
-programs by the names `python` and `med3dvlm` whose work such a fork does.
+A launcher gives each process its rank and the address of the first by environment variables, and runs the script as __main__. This
+module does the same in forks of one server process: a start takes a fraction of a second instead of ten. For shell scripts there are programs
+named `python` and `med3dvlm` that run in such forks.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ with socket.socket(socket.AF_UNIX) as server:
 
 
 def context() -> ForkServerContext:
-    """The server, started at first use, whose processes have one thread, see no GPU and reach no network."""
+    """Return the server, started at first use, whose processes have one thread, no GPU and no network."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["tests.preloaded"])
     before = dict(os.environ)
@@ -52,11 +52,11 @@ def context() -> ForkServerContext:
 
 
 def launch(launcher: str, processes: int, script: str, *flags: object, log: Path, kill_at: Path | None = None) -> list[int]:
-    """The exit codes of the script's processes; what they print is added to the log.
+    """Return the exit codes of the script's processes; their output is added to the log.
 
     Args:
-        launcher: deepspeed, torchrun or python (one process that is told nothing).
-        kill_at: a file; when it is there, the first process is killed.
+        launcher: deepspeed, torchrun or python (one process without rank).
+        kill_at: a file; when it exists, the first process is killed.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -93,7 +93,7 @@ def start(*words: object, log: Path, **variables: str) -> BaseProcess:
 
 @cache
 def programs() -> Path:
-    """A folder with programs, which run in forks of the server, as long as this process lives."""
+    """Return a folder with programs that run in forks of the server while this process lives."""
     folder = Path(tempfile.mkdtemp(prefix="programs-"))
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "server"))
@@ -114,7 +114,7 @@ def programs() -> Path:
 
 
 def _answer(connection: socket.socket) -> None:
-    """Be the program that was called: its host, descriptors, words, folder and variables; then tell it the exit code. It ends when that does."""
+    """Run as the program that was called, with its host, descriptors, arguments, folder and variables; report the exit code to it."""
     with connection:
         _, descriptors, *_ = socket.recv_fds(connection, 1, 3)
         (program, *words), folder, variables = json.loads(connection.makefile().readline())
@@ -145,7 +145,7 @@ def _answer(connection: socket.socket) -> None:
 
 
 def _enter(process: int) -> bool:
-    """Go to the network, the name and the disks of another process; whether they are others."""
+    """Enter the namespaces of another process (network, name, disks); return whether they differ."""
     others = False
     for kind in ("net", "uts", "mnt"):
         if os.readlink(f"/proc/{process}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"):
@@ -157,7 +157,7 @@ def _enter(process: int) -> bool:
 
 
 def _be(words: Sequence[str]) -> None:
-    """Do what `python` does with these words."""
+    """Run as `python` does with these arguments."""
     how, *rest = words if words[0] != "-u" else words[1:]
     if how == "-m":
         module, *rest = rest

@@ -1,6 +1,6 @@
-"""What the server of tests/launching.py imports before it forks: what each process would pay for again.
+"""Imports of the server of tests/launching.py before it forks, which each process would otherwise repeat.
 
-All that is there then counts as lasting for the garbage collector, which so neither looks through it nor, by that, makes copies of its memory.
+The garbage collector then ignores these objects, so that forks do not copy their memory.
 """
 
 import gc

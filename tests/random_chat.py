@@ -1,4 +1,4 @@
-"""A Med3DChat with random weights, made in a moment."""
+"""A small Med3DChat with random weights."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ SIZE = (32, 64, 64)
 
 
 def build(family: str, **settings: Any) -> Med3DChat:
-    """Random weights: answers that differ with scan, question and history, and run to their limit or end by chance."""
+    """Build a chat with random weights; its answers depend on scan, question and history, and end by chance or at their limit."""
     torch.manual_seed(0)
     words = tiny_parts.tokenizer()
     language_model = tiny_parts.language_model(family, vocab_size=len(words) + 1, **settings)

@@ -1,4 +1,4 @@
-"""Reference models on disk, as their publishers stored them: state dict in safetensors or a pickle, with the config.json and tokenizer beside it."""
+"""Reference models on disk as their publishers store them: a state dict in safetensors or a pickle, config.json and tokenizer."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ SMALL = (32, 64, 64)
 
 
 def write_shards(folder: Path, weights: dict[str, Tensor], number: int = 1) -> Path:
-    """model.safetensors, or as many shards with their index."""
+    """Write model.safetensors, or as many shards with their index."""
     folder.mkdir(parents=True, exist_ok=True)
     names = list(weights)
     if number == 1:
@@ -43,7 +43,7 @@ def write_pickle(file: Path, content: Any) -> Path:
 
 
 def clip(folder: Path) -> Path:
-    """DCFormer_SigLIP with a small DistilBERT: a folder whose config.json does not describe the text encoder."""
+    """Write DCFormer_SigLIP with a small DistilBERT; its config.json does not describe the text encoder."""
     write_shards(folder, published_weights("clip_siglip_tiny_text"))
     settings = {
         "model_type": "dec_clip", "architectures": ["DEC_CLIP"], "language_model_name_or_path": "medicalai/ClinicalBERT", "input_size": [64, 64, 32],
@@ -54,7 +54,7 @@ def clip(folder: Path) -> Path:
 
 
 def text_encoder(folder: Path, golden_config: str) -> Path:
-    """config.json and tokenizer of a text encoder, as its publisher has them."""
+    """Write config.json and tokenizer of a text encoder as its publisher does."""
     ((kind, settings),) = json.loads((GOLDEN / golden_config).read_text(encoding="utf-8")).items()
     AutoConfig.for_model(**settings | {"model_type": kind}).save_pretrained(folder)
     tiny_parts.tokenizer().save_pretrained(folder)
@@ -66,7 +66,7 @@ def vlm_weights() -> dict[str, Tensor]:
 
 
 def vlm_settings(folder: Path, **others: Any) -> Path:
-    """config.json and tokenizer of Med3DVLM-Qwen-2.5-7B, with a small Qwen2 inside."""
+    """Write config.json and tokenizer of Med3DVLM-Qwen-2.5-7B, with a small Qwen2."""
     folder.mkdir(parents=True, exist_ok=True)
     language = json.loads((GOLDEN / "vlm_tiny_config.json").read_text(encoding="utf-8"))
     settings = {
@@ -84,7 +84,7 @@ def vlm(folder: Path, shards: int = 3, **others: Any) -> Path:
 
 
 def vlm_tokenizer() -> PreTrainedTokenizerFast:
-    """512 tokens, the last of them the image's."""
+    """Return a tokenizer of 512 tokens, the last for the image."""
     tokenizer = tiny_parts.tokenizer()
     tokenizer.add_tokens([f"<unused {number}>" for number in range(len(tokenizer), IMAGE_TOKEN_ID)])
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
@@ -93,13 +93,13 @@ def vlm_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def nano(folder: Path, **changes: Tensor | None) -> Path:
-    """pretrained_ViT.bin of a DCFormer nano, with tensors replaced or taken away."""
+    """Write pretrained_ViT.bin of a DCFormer nano, with tensors replaced or removed."""
     weights = published_weights("dcformer_nano") | changes
     return write_pickle(folder / "pretrained_ViT.bin", {name: tensor for name, tensor in weights.items() if tensor is not None})
 
 
 def refused(expected: str, source: Path | str, destination: Path, **options: Any) -> str:
-    """Assert that the conversion fails with one sentence and leaves nothing."""
+    """Assert that the conversion fails with one sentence and leaves no files."""
     beside = set(destination.parent.iterdir())
     with pytest.raises((ValueError, OSError), match=expected) as failure:
         convert_published(source, destination, **options)

@@ -1,4 +1,4 @@
-"""Programs that say how they were called and, as a step, leave an empty product: a shell script runs in a second."""
+"""Stand-in programs that record how they were called and write empty outputs, so that a shell script runs in a second."""
 
 import json
 import os
@@ -32,7 +32,7 @@ for flag, folder in zip(command, command[1:]):
 def run_script(
     repository: Path, folder: Path, script: str, *arguments: str, **environment: str
 ) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-    """Run a script of stages/ whose outputs go below `folder`. Gives how it ended and the commands, without `python stages/demo/timed.py`.
+    """Run a script of stages/ with outputs below `folder`. Returns its result and the commands, without `python stages/demo/timed.py`.
 
     Args:
         environment: variables; FAILS names a step whose command fails.

@@ -1,4 +1,4 @@
-"""Memory that is freed is used again."""
+"""Freed memory is reused."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="for glibc alone")
-def test_the_kernel_is_asked_for_pages_once() -> None:
+def test_pages_are_requested_from_the_kernel_once() -> None:
     faults = {}
     for way in ("kept", "given back", "with a GPU"):
         run = subprocess.run([sys.executable, "-c", PROGRAM, way], check=True, capture_output=True, text=True, env={"PATH": ""})

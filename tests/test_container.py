@@ -1,4 +1,4 @@
-"""What the container promises. `.ci/container` lints its files, and runs its lines in an empty environment."""
+"""The container's files. `.ci/container` lints them and runs their commands in an empty environment."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import yaml
 from med3dvlm.serving.server import options
 
 
-def test_the_image_runs_unprivileged_on_what_is_let_in(repository: Path) -> None:
+def test_the_image_runs_unprivileged_with_the_listed_files_only(repository: Path) -> None:
     text = (repository / "Dockerfile").read_text(encoding="utf-8")
     lines = [line.partition(" ") for line in text.splitlines() if re.match(r"[A-Z]+ ", line)]
     said = {name: value for name, _, value in lines}  # the last of each
@@ -23,7 +23,7 @@ def test_the_image_runs_unprivileged_on_what_is_let_in(repository: Path) -> None
     assert copied == let_in and all((repository / name).exists() for name in copied)
 
 
-def test_the_service_reaches_no_further_than_it_must(repository: Path) -> None:
+def test_the_service_has_minimal_permissions(repository: Path) -> None:
     service = yaml.safe_load((repository / "compose.yaml").read_text(encoding="utf-8"))["services"]["med3dvlm"]
     assert service["read_only"] and service["cap_drop"] == ["ALL"] and "no-new-privileges:true" in service["security_opt"]
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])

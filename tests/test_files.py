@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and lines that end at a newline alone."""
+"""Atomic files and folders, and JSON lines."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from med3dvlm.files import install_model, read_lines, write_json, write_lines
 LINE_ENDS = ["one\u2028two\u2029three\u0085four", "\x0b\x0c\x1c\r\n"]  # as str.splitlines sees it
 
 
-def test_lines_come_back(tmp_path: Path) -> None:
+def test_lines_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "new" / "lines.jsonl"
     records = [{"text": text, "number": 1e-7} for text in LINE_ENDS]
     write_lines(path, iter(records))
@@ -21,7 +21,7 @@ def test_lines_come_back(tmp_path: Path) -> None:
     assert read_lines(path) == []
 
 
-def test_half_a_line_is_left_out_and_cut_off_where_asked(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_ignored_and_cut_off_by_repair(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     whole = '{"a": "\u2028é"}\n'.encode()
     path.write_bytes(whole + whole[:-4])  # inside a character
@@ -32,7 +32,7 @@ def test_half_a_line_is_left_out_and_cut_off_where_asked(tmp_path: Path) -> None
         read_lines(path)
 
 
-def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
     write_json(path, {"rate": 1e-8, "name": "é"})
     assert json.loads(path.read_text(encoding="utf-8")) == {"rate": 1e-8, "name": "é"}
@@ -44,8 +44,8 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["value.json"]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_text(repository: Path, tmp_path: Path) -> None:
-    """Editors of Windows begin a file with one; so every text is read as utf-8-sig, and JSON lines from bytes."""
+def test_byte_order_marks_are_ignored(repository: Path, tmp_path: Path) -> None:
+    """Editors of Windows write one at the beginning, so texts are read as utf-8-sig and JSON lines from bytes."""
     sources = [path for folder in ("med3dvlm", "stages", "eval", "app") for path in (repository / folder).rglob("*.py")]
     assert len(sources) > 100
     reading = re.compile(r"\.read_text\((?!encoding=\"utf-8-sig\")|\.open\((?:newline=\"\", )?(?:encoding=\"utf-8\")?\)|\bjson\.load\(")
@@ -61,8 +61,8 @@ def model(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_a_model_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped anywhere on the way, the folder holds no model: it has no configuration."""
+def test_a_model_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted at any point, the folder has no configuration, so it holds no model."""
     old = (
         "config.json",
         "model-00001-of-00002.safetensors",
@@ -92,7 +92,7 @@ def test_a_model_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_model_goes_to_an_empty_folder_at_once(there: bool, tmp_path: Path) -> None:
+def test_a_model_is_moved_to_an_empty_folder_at_once(there: bool, tmp_path: Path) -> None:
     if there:
         (tmp_path / "folder").mkdir()
     install_model(model(tmp_path / "aside", "config.json"), tmp_path / "folder")

@@ -1,4 +1,4 @@
-"""Angles and letters by hand, and straightening: a body drawn at points of the patient, sampled on a tilted or uneven stack and brought back."""
+"""Angles and orientation letters by hand, and straightening of a known body that was sampled on a tilted or uneven stack."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ UNEVEN = np.cumsum([0, 2, 2, 2, 2, 3.5, 3.5, 3.5, 3.5, 3.5])
 
 
 def frame(degrees_: float = 0.0, axis: int = 2) -> np.ndarray:
-    """Columns D, H, W of an axial scan (to S, P, L), turned about an axis of the patient."""
+    """Return columns D, H, W of an axial scan (to S, P, L), turned about an axis of the patient."""
     a, b = [other for other in range(3) if other != axis]
     turned = np.eye(3)
     turned[a, a] = turned[b, b] = math.cos(math.radians(degrees_))
@@ -30,7 +30,7 @@ def frame(degrees_: float = 0.0, axis: int = 2) -> np.ndarray:
 
 
 def tilted(degrees_: float, aside: float = 0.0, skew: float = 0.0) -> np.ndarray:
-    """A frame turned a little, whose D axis leans towards rows and columns, and whose rows are not at a right angle to its columns."""
+    """Return a slightly turned frame with a D axis that leans towards rows and columns, which are not at right angles."""
     columns = frame(8, 0)
     d, h, w = columns.T
     leaning = d + math.tan(math.radians(degrees_)) * h + math.tan(math.radians(aside)) * w
@@ -39,7 +39,7 @@ def tilted(degrees_: float, aside: float = 0.0, skew: float = 0.0) -> np.ndarray
 
 
 def body(x: float, y: float, z: float) -> float:
-    """HU at a point in mm; waves of 60 mm and more."""
+    """Return HU at points in mm, made of waves of 60 mm and more."""
     return 300 * math.sin(x / 10) * math.cos(y / 12) + 200 * math.sin(z / 10 + y / 20) - 100
 
 
@@ -49,7 +49,7 @@ def straightened(array: np.ndarray, spacing: tuple, direction: np.ndarray, heigh
 
 
 def sampled(direction: np.ndarray, heights: np.ndarray | None) -> np.ndarray:
-    """The body at every voxel of a stack that begins at the patient's origin."""
+    """Return the body at every voxel of a stack that begins at the patient's origin."""
     d, h, w = direction.T
     normal = np.cross(h, w) / np.linalg.norm(np.cross(h, w))
     normal *= np.sign(normal @ d)
@@ -109,7 +109,7 @@ def test_a_straightened_stack_is_the_body_on_a_regular_grid(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tilt", "tilt backwards", "tilt and skew"])
 def test_itk_gives_the_same(name: str) -> None:
-    """Its resampling, linear too, of the sheared image onto the grid that was found."""
+    """ITK resamples the sheared image linearly onto the same grid."""
     direction, _ = CASES[name]
     values = sampled(direction, None)
     array, spacing, found = straightened(values, SPACING, direction)
@@ -131,7 +131,7 @@ def test_itk_gives_the_same(name: str) -> None:
 
 
 def test_uneven_slices_keep_their_values_where_they_lie_on_the_grid() -> None:
-    """Slabs of 2 and 3.5 mm; the extent is theirs and not ten times the usual distance."""
+    """Slabs of 2 and 3.5 mm; the extent is their sum and not ten times the usual distance."""
     values = np.rint(sampled(tilted(0), UNEVEN)).astype(np.int16)
     array, spacing, _ = straightened(values, SPACING, tilted(0), UNEVEN)
     assert array.dtype == np.int16 and spacing == (2.0, 1.1, 0.9) and array.shape == (14, 20, 30)  # 25.5 mm in steps of 2
@@ -160,7 +160,7 @@ def test_a_volume_straightens_itself() -> None:
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nrrd", ".mha"])
-def test_every_format_tells_of_a_shear(tmp_path: Path, ending: str) -> None:
+def test_every_format_warns_of_a_shear(tmp_path: Path, ending: str) -> None:
     direction = tilted(18.52)
     path = tmp_path / f"scan{ending}"
     if ending == ".nii":
@@ -190,7 +190,7 @@ def test_angles_against_the_patients_axes(direction: np.ndarray, tilt: float, la
     assert nearest_letters(direction) == "SPL"
 
 
-def test_a_shear_is_the_angle_off_the_normal() -> None:
+def test_shear_is_the_angle_to_the_normal() -> None:
     assert shear(tilted(18.5)) == pytest.approx(18.5) and shear(tilted(0, 0, 6)) == pytest.approx(6)
     both = math.degrees(math.atan(math.hypot(math.tan(math.radians(10)), math.tan(math.radians(5)))))
     assert shear(tilted(10, 5)) == pytest.approx(both)
@@ -214,7 +214,7 @@ def test_letters_of_a_direction(vector: tuple[float, float, float], letters: str
         (10, 2, ""),
     ],
 )
-def test_a_turned_scan_is_doubted(tmp_path: Path, angle: float, axis: int, words: str) -> None:
+def test_a_turned_scan_gives_a_warning(tmp_path: Path, angle: float, axis: int, words: str) -> None:
     affine = np.eye(4)
     affine[:3, :3] = (frame(angle, axis) * SPACING)[:, ::-1]
     nibabel.save(nibabel.Nifti1Image(scan().transpose(), affine), tmp_path / "scan.nii")
@@ -223,8 +223,8 @@ def test_a_turned_scan_is_doubted(tmp_path: Path, angle: float, axis: int, words
     assert words in " ".join(volume.warnings) and bool(volume.warnings) == bool(words)
 
 
-def test_a_straightened_volume_lies_where_its_stack_lay() -> None:
-    """A bright voxel keeps its place in mm, by the affine of either; the first voxel of the stack is off the patient's origin."""
+def test_a_straightened_volume_keeps_its_position() -> None:
+    """A bright voxel has the same position in mm by both affines; the stack does not begin at the patient's origin."""
     direction = tilted(10, -5)
     array = np.zeros(SIZE, np.int16)
     array[6, 11, 13] = 1000

@@ -1,4 +1,4 @@
-"""Volume, longest diameter, box and side of masks, by plain loops and by bodies whose size is known."""
+"""Volume, longest diameter, bounding box and side of masks, by plain loops and on shapes of known size."""
 
 import itertools
 import math
@@ -88,7 +88,7 @@ def test_by_plain_loops(positions: VoxelPositions, share: float, seed: int) -> N
 
 
 def test_a_ball_a_row_and_a_voxel() -> None:
-    """Radius 20 mm: 33.5 ml and 40 mm, to a voxel; a row of n voxels is n edges long; a single one its longest edge."""
+    """A radius of 20 mm gives 33.5 ml and 40 mm, to a voxel; a row of n voxels has n edges; a single voxel its longest edge."""
     positions = VoxelPositions(np.zeros(3), np.diag([1.5, 1.0, 0.8]), np.arange(34.0))
     index = np.indices((34, 50, 62))
     distance = np.sqrt(sum(((index[axis] - middle) * positions.steps[axis, axis]) ** 2 for axis, middle in enumerate((16, 25, 31))))
@@ -104,8 +104,8 @@ def test_a_ball_a_row_and_a_voxel() -> None:
 
 
 @pytest.mark.parametrize("letters", ["SPL", "SPR", "LIP", "AIR"])
-def test_sides_are_the_patients(letters: str) -> None:
-    """A body that lies off the middle of the picture, in any orientation: left is the patient's left, by its own mid-plane."""
+def test_sides_are_those_of_the_patient(letters: str) -> None:
+    """For an off-centre body in any orientation, left is the patient's left of the body's mid-plane."""
     shown = np.full((20, 30, 40), -1000, np.int16)  # S, P, L
     shown[:, 4:26, 12:38] = 0  # the mid-plane lies at 24.5, right of it 12 to 24, left 25 to 37
     boxes = {

@@ -1,4 +1,4 @@
-"""Axes on a screen, for every orientation, against nibabel; slices as pictures."""
+"""Display axes of every orientation against nibabel, and pictures of slices."""
 
 from itertools import permutations, product
 
@@ -14,7 +14,7 @@ VOXELS = np.arange(2 * 3 * 4).reshape(2, 3, 4)
 
 
 @pytest.mark.parametrize("letters", ORIENTATIONS)
-def test_a_scan_is_turned_for_the_screen(letters: str) -> None:
+def test_scans_are_reoriented_for_display(letters: str) -> None:
     assert is_orientation(letters) and nearest_letters(direction_of(letters)) == letters
     order, flips = for_screen(letters)
     shown = VOXELS.transpose(order)[flips]
@@ -30,13 +30,13 @@ def test_a_scan_is_turned_for_the_screen(letters: str) -> None:
         np.testing.assert_array_equal(np.take(shown, -1 if flips[place].step == -1 else 0, place), picture)
 
 
-def test_a_scan_of_unknown_orientation_stays() -> None:
+def test_a_scan_of_unknown_orientation_is_unchanged() -> None:
     assert for_screen(None) == for_screen("IPL") == ((0, 1, 2), (slice(None, None, 1),) * 3)
     assert slice_axes(1, None) == (0, 2, False, False)
     assert not any(map(is_orientation, ("SP", "SSL", "spl", "SPX", "")))
 
 
-def test_a_slice_is_drawn_in_true_proportions() -> None:
+def test_pictures_of_slices_have_true_proportions() -> None:
     values = np.array([[-200.0, -100.0, 0.0], [100.0, 101.0, 300.0]])
     assert grey(values, (-100, 100)).tolist() == [[0, 0, 128], [255, 255, 255]]  # 127.5 to the even number
     assert draw_slice(values, (-100, 100), (2.0, 1.0), 100).size == (3, 4)

@@ -1,4 +1,4 @@
-"""What is installed: the base without its extras, and the wheel outside of the repository."""
+"""The installed package: without extras, and as a wheel outside of the repository."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ assert not sys.modules.keys() & set(MISSING)
 
 @pytest.mark.slow
 def test_the_base_reads_embeds_and_asks(phantoms: Path, tiny_models: SimpleNamespace, tmp_path: Path) -> None:
-    """Where no extra is installed; what needs one says which."""
+    """No extra is installed; programs that need one name it."""
     scan = next(phantoms.rglob("*.nii.gz"))
     command = ["train", "stage1", "--config", "smoke/stage1_siglip", "--data", tmp_path, "--output-dir", tmp_path]
     words = [sys.executable, "-c", BASE, scan, tiny_models.clip, tiny_models.vlm, *command]
@@ -58,7 +58,7 @@ def test_the_base_reads_embeds_and_asks(phantoms: Path, tiny_models: SimpleNames
 
 @pytest.fixture(scope="module")
 def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, where no earlier build left anything."""
+    """A wheel built from a fresh copy of the repository."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(repository / name, source)
@@ -69,7 +69,7 @@ def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_everything(wheel: Path, repository: Path) -> None:
+def test_the_wheel_has_all_files(wheel: Path, repository: Path) -> None:
     files = {path for path in (repository / "med3dvlm").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert {path.relative_to(repository).as_posix() for path in files} <= set(zipfile.ZipFile(wheel).namelist())
 
@@ -101,7 +101,7 @@ for line, expected in (
 
 @pytest.mark.slow
 def test_the_wheel_works_outside_of_the_repository(wheel: Path, tmp_path: Path) -> None:
-    """Installed by pip into a folder of its own, beside the libraries and without the repository."""
+    """It is installed by pip into a new folder, beside the libraries and without the repository."""
     own = tmp_path / "own"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(own), str(wheel)]
     subprocess.run(install, check=True)

@@ -1,4 +1,4 @@
-"""Pictures: readable PNGs, written whole, turned the right way, and no trace left in matplotlib."""
+"""Plots: readable PNGs, written atomically, correctly oriented, without changes to matplotlib's state."""
 
 import subprocess
 import sys
@@ -55,8 +55,8 @@ def test_text_stays_inside_the_picture(tmp_path: Path) -> None:
     assert picture(path)[:, -4:].min() > 200
 
 
-def test_montage_turns_slices_as_a_radiologist_expects(tmp_path: Path) -> None:
-    """A bright corner at the patient's right front, whatever the storage order, is drawn top left."""
+def test_montage_orients_slices_as_radiologists_do(tmp_path: Path) -> None:
+    """A bright corner at the patient's right front is drawn top left, whatever the storage order."""
     right_front = np.zeros((1, 21, 31), dtype=np.float32)
     right_front[0, :8, :8] = 1  # of "SPL": rows grow backwards, columns to the patient's left
     stored = {
@@ -80,7 +80,7 @@ def test_montage_turns_slices_as_a_radiologist_expects(tmp_path: Path) -> None:
 
 
 def test_edges_between_two_directions_are_named_by_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scan turned by 40 degrees within its slices has no edge that is left alone."""
+    """In a scan turned by 40 degrees within its slices, every edge lies between two directions."""
     from matplotlib.axes import Axes
 
     said, cosine, sine = list[str](), np.cos(np.radians(40)), np.sin(np.radians(40))
@@ -108,7 +108,7 @@ def test_montage_keeps_true_proportions(tmp_path: Path) -> None:
     assert tall == pytest.approx(wide, rel=0.1)
 
 
-def test_an_interrupted_picture_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_plot_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
     path = plots.retrieval_curve(CURVES, tmp_path / "curve.png")
@@ -124,7 +124,7 @@ def test_an_interrupted_picture_leaves_the_old_one(tmp_path: Path, monkeypatch: 
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_no_global_state(tmp_path: Path) -> None:
+def test_pyplot_is_not_imported(tmp_path: Path) -> None:
     code = (
         "import sys, med3dvlm.plots as plots; assert 'matplotlib' not in sys.modules;"
         f"plots.vqa_bars({{'plane': 1.0}}, {{}}, {str(tmp_path / 'bars.png')!r});"

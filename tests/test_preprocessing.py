@@ -1,4 +1,4 @@
-"""VolumeProcessor: orientation by marker voxels, recipes against plain numpy, the same tensor on every way."""
+"""VolumeProcessor: orientation by marker voxels, recipes against plain numpy, and equal tensors from every kind of input."""
 
 import itertools
 import os
@@ -20,7 +20,7 @@ AXIS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": 
 
 
 def phantom(seed: int = 0) -> np.ndarray:
-    """A noisy block of tissue in air, HU."""
+    """Return a noisy block of tissue in air, in HU."""
     array = np.full(SHAPE, -1000, dtype=np.int16)
     array[1:9, 3:17, 4:28] = np.random.default_rng(seed).integers(-200, 300, (8, 14, 24))
     array[2, 5, 9] = 900
@@ -28,12 +28,12 @@ def phantom(seed: int = 0) -> np.ndarray:
 
 
 def patient() -> np.ndarray:
-    """A physical phantom on a grid (x towards Right, y Anterior, z Superior), every voxel different."""
+    """Return an array (x towards Right, y Anterior, z Superior) whose voxels all differ."""
     return np.random.default_rng(1).permutation(12 * 16 * 20).reshape(12, 16, 20).astype(np.int16)
 
 
 def stored(letters: str) -> np.ndarray:
-    """The patient as an array whose axes grow towards `letters`, by plain index arithmetic."""
+    """Return the patient as an array with axes towards `letters`, by plain index arithmetic."""
     source = patient()
     axes, signs = zip(*(AXIS[letter] for letter in letters), strict=True)
     shape = tuple(source.shape[axis] for axis in axes)
@@ -47,7 +47,7 @@ def stored(letters: str) -> np.ndarray:
 
 
 def write(path: Path, letters: str, tilt: float = 0.0) -> Path:
-    """The patient in a NIfTI whose D, H, W axes grow towards `letters`, turned by `tilt` degrees about each axis."""
+    """Write the patient as NIfTI with axes D, H, W towards `letters`, turned by `tilt` degrees about each axis."""
     directions = np.zeros((3, 3))
     for column, letter in enumerate(reversed(letters)):  # NIfTI's axes are W, H, D
         axis, sign = AXIS[letter]
@@ -80,7 +80,7 @@ def test_every_stored_orientation_of_a_plane_gives_the_same_tensor(tmp_path: Pat
         assert torch.equal(processor.transform(volume), reference)
 
 
-def test_a_lesion_in_the_right_upper_front_is_where_a_screen_shows_it(tmp_path: Path) -> None:
+def test_a_lesion_in_the_right_upper_front_is_at_its_display_position(tmp_path: Path) -> None:
     body = np.zeros((12, 16, 20), np.int16)
     body[10, 14, 17] = 100  # right, anterior, superior
     affine = np.diag([1.5, 1.5, 1.5, 1.0])
@@ -101,7 +101,7 @@ def test_a_lesion_in_the_right_upper_front_is_where_a_screen_shows_it(tmp_path: 
 
 
 def area_resize(array: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Each new voxel is the mean of the old ones it touches, in plain loops."""
+    """Return the mean of the old voxels that each new one touches, in plain loops."""
     result = np.empty(size)
     for index in np.ndindex(*size):
         box = tuple(slice(i * old // new, -((i + 1) * old // -new)) for i, old, new in zip(index, array.shape, size, strict=True))
@@ -160,7 +160,7 @@ def test_same_bits_whatever_the_number_of_threads(recipe: str) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_transform_leaves_the_volume_alone() -> None:
+def test_transform_does_not_change_the_volume() -> None:
     volume = Volume(phantom().astype(np.float32), orientation="SPL")
     VolumeProcessor(size=SIZE).transform(volume)
     np.testing.assert_array_equal(volume.array, phantom())
@@ -170,7 +170,7 @@ def test_transform_leaves_the_volume_alone() -> None:
 
 
 def trilinear(array: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Each new voxel's centre, looked up between its eight neighbours, in plain loops; the border is continued."""
+    """Interpolate at the centre of each new voxel between eight neighbours, in plain loops; the border is extended."""
     result = np.empty(size)
     for index in np.ndindex(*size):
         value = 0.0
@@ -186,7 +186,7 @@ def trilinear(array: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def crop_or_pad(array: np.ndarray, size: tuple[int, ...], value: float) -> np.ndarray:
-    """About the middle: where the size is even, as the public code of CT-CLIP places it."""
+    """Crop or pad about the centre; for even sizes as CT-CLIP's public code does."""
     for axis, (old, new) in enumerate(zip(array.shape, size, strict=True)):
         start, before = max(old // 2 - new // 2, 0), max((new - old) // 2, 0)
         array = np.take(array, range(start, start + min(old, new)), axis)
@@ -197,7 +197,7 @@ def crop_or_pad(array: np.ndarray, size: tuple[int, ...], value: float) -> np.nd
 
 
 def by_hand(array: np.ndarray, spacing: tuple[float, ...], size: tuple[int, ...], low: float = -1000, high: float = 1000) -> np.ndarray:
-    """Recipe ct_rate of a scan stored "SPL", in plain loops: (D, W, H), since rows of the result run to the patient's left."""
+    """Return recipe ct_rate of a scan stored "SPL", in plain loops: (D, W, H), since rows of the result run to the patient's left."""
     clipped = np.clip(array.astype(np.float64), -1000, 1000).transpose(0, 2, 1)
     along = (spacing[0] / 1.5, spacing[2] / 0.75, spacing[1] / 0.75)
     grid = tuple(int(round(length * factor, 6)) for length, factor in zip(clipped.shape, along, strict=True))
@@ -208,7 +208,7 @@ def by_hand(array: np.ndarray, spacing: tuple[float, ...], size: tuple[int, ...]
 @pytest.mark.parametrize("recipe", ["ct_rate", "ct_clip"])
 @pytest.mark.parametrize("size", [(8, 24, 20), (16, 30, 31), (15, 25, 24), (4, 64, 6)])
 def test_ct_recipes_against_plain_loops(recipe: str, size: tuple[int, int, int]) -> None:
-    """Cropped along some axes and padded along others, by even and by odd numbers."""
+    """Volumes are cropped along some axes and padded along others, by even and odd numbers."""
     array = phantom()
     array[0] = -3024  # padding and metal beside the patient
     array[5, 9, 9] = 3071
@@ -225,8 +225,8 @@ def test_ct_rate_with_the_window_of_the_released_code() -> None:
     assert torch.equal(processor.dequantize(torch.tensor([-1000, -400, 200], dtype=torch.int16)), torch.tensor([-1.0, 0.0, 1.0]))
 
 
-def test_what_needs_no_resampling_stays_as_it_is() -> None:
-    """Also where the affine's arithmetic left 0.7499999."""
+def test_volumes_of_the_target_spacing_are_not_resampled() -> None:
+    """This includes a spacing of 0.7499999, from rounding in the affine."""
     size = (10, 30, 20)
     for spacing in ((1.5, 0.75, 0.75), (1.4999999, 0.7499999, 0.7500001)):
         result = VolumeProcessor("ct_rate", size).transform(Volume(phantom(), spacing=spacing, unit="HU"))
@@ -234,7 +234,7 @@ def test_what_needs_no_resampling_stays_as_it_is() -> None:
 
 
 def test_ct_recipes_bring_every_orientation_to_one(tmp_path: Path) -> None:
-    """All 48 ways of storing one patient, with a spacing of its own along each anatomical axis: equal bit for bit."""
+    """All 48 orientations of one patient, with different spacings, give equal tensors bit for bit."""
     mm = {"x": 0.7, "y": 0.9, "z": 2.0}
     names = "xyz"
     results = {}
@@ -257,7 +257,7 @@ def test_in_a_ct_recipe_rows_run_to_the_left_and_columns_to_the_back() -> None:
     assert place.tolist() == [[8, 27, 2]]
 
 
-def test_a_scan_that_a_ct_recipe_cannot_place_is_refused() -> None:
+def test_ct_recipes_refuse_unusable_units_and_spacings() -> None:
     processor = VolumeProcessor("ct_clip", SIZE)
     with pytest.raises(VolumeError, match="a.nii: recipe 'ct_clip' needs Hounsfield units but the unit is 'arbitrary'"):
         processor.transform(Volume(phantom(), spacing=SPACING, source="a.nii"))
@@ -299,7 +299,7 @@ def test_quantize_and_dequantize_are_inverse(recipe: str, dtype: torch.dtype, lo
         processor.quantize(torch.tensor([-1000.0, 40.0]))
 
 
-def test_values_go_to_the_nearest_grey() -> None:
+def test_values_are_rounded_to_the_nearest_grey_level() -> None:
     values = torch.tensor([0.0, 0.0019, 0.0020, 0.5, 0.999, 1.0])
     assert VolumeProcessor("m3d").quantize(values).tolist() == [0, 0, 1, 128, 255, 255]
     assert values.tolist()[3] == 0.5  # and are not changed themselves
@@ -354,7 +354,7 @@ def test_prepared_tensors_of_another_kind_are_refused() -> None:
         processor(torch.zeros(SIZE), return_tensors="tf")
 
 
-def test_volumes_that_a_recipe_cannot_use() -> None:
+def test_unusable_volumes_are_refused() -> None:
     processor = VolumeProcessor(size=SIZE)
     with pytest.raises(VolumeError, match="tiny.nii: the volume has only 3x20x30 voxels but at least 4"):
         processor(Volume(phantom()[:3], source="tiny.nii"))

@@ -1,4 +1,4 @@
-"""What processes tell each other, seen from the first of three; tests/stages/test_nodes.py has real ones on two hosts."""
+"""Communication between processes, seen from the first of three; tests/stages/test_nodes.py has real ones on two hosts."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from med3dvlm.training import nodes
 
 @pytest.fixture
 def others(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the two others tell, each time that they are asked."""
+    """Set the messages of the two other processes, one for each exchange."""
     told: list[Any] = []
     monkeypatch.setattr(processes, "rank_and_count", lambda: (0, 3))
     for module in (processes, nodes):
@@ -21,14 +21,14 @@ def others(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return told
 
 
-def test_the_first_complaint_is_told_with_its_node(others: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_error_is_raised_with_its_node(others: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     others.append((None, ("the disk is full", "node2")))
     with pytest.raises(SystemExit, match="2"):
         together(int, "3")
     assert capsys.readouterr().err.endswith(": error: node node2 (process 2 of 3): the disk is full\n")
 
 
-def test_what_fails_everywhere_is_told_once_without_a_node(others: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_all_processes_is_raised_without_a_node(others: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     others.append((("no such folder", "node1"), ("no such folder", "node2")))
     with pytest.raises(SystemExit, match="2"):
         require_all("no such folder")
@@ -56,7 +56,7 @@ def test_the_first_difference_is_named(theirs: Any, sentence: str, others: list[
     assert said == [sentence]
 
 
-def test_a_lost_connection_is_told_from_other_failures(others: list[Any]) -> None:
+def test_a_lost_connection_is_distinguished_from_other_errors(others: list[Any]) -> None:
     with pytest.raises(ConnectionError, match=r"process 0 on node node1 lost the connection to another one, .* says why; go on \(\[gloo"):
         with connected("go on"):
             raise RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection closed by peer [10.0.0.2]:5")
@@ -65,7 +65,7 @@ def test_a_lost_connection_is_told_from_other_failures(others: list[Any]) -> Non
             raise RuntimeError("shapes cannot be multiplied")
 
 
-def test_one_process_shares_with_itself_and_fails_as_ever(tmp_path: Path) -> None:
+def test_a_single_process(tmp_path: Path) -> None:
     assert sharing(tmp_path) == [0] and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="invalid literal"):
         together(int, "x")

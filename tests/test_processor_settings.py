@@ -1,4 +1,4 @@
-"""Settings of a VolumeProcessor: what is refused, saved, loaded and replaced."""
+"""Settings of a VolumeProcessor: checked, saved, loaded and replaced."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "again" / "preprocessor_config.json").read_text()) == saved
 
 
-def test_a_ct_recipe_comes_back_with_its_spacing(tmp_path: Path) -> None:
+def test_a_ct_recipe_loads_with_its_spacing(tmp_path: Path) -> None:
     processor = VolumeProcessor("ct_clip", SIZE, spacing=(3, 1.5, 1.5), hu_range=(-1000, 200))
     processor.save_pretrained(tmp_path)
     loaded = VolumeProcessor.from_pretrained(tmp_path)
@@ -80,8 +80,8 @@ def test_settings_can_be_replaced_when_loading_and_are_checked(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("recipe", ["m3d", "ct_rate"])
-def test_straightening_is_a_setting_that_is_off(tmp_path: Path, recipe: str) -> None:
-    """Off, a tilted or uneven scan goes as it is stored; on, as `Volume.straighten` returns it, after saving and loading, too."""
+def test_straightening_is_off_by_default(tmp_path: Path, recipe: str) -> None:
+    """When off, tilted and uneven scans are used as stored; when on, as `Volume.straighten` returns them, also after save and load."""
     lean = np.array([[0, 0, -1], [math.sin(0.3), -1, 0], [math.cos(0.3), 0, 0]])
     tilted = Volume(phantom(), (3, 1.5, 1.5), "SPL", lean, "HU")
     uneven = Volume(phantom(), (3, 1.5, 1.5), "SPL", unit="HU", slice_positions=tuple(np.cumsum(3 + 2 * (np.arange(len(phantom())) > 5))))

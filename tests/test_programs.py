@@ -1,4 +1,4 @@
-"""How programs run: exit codes, sentences, and one dialect of flags."""
+"""Programs: exit codes, error messages, and the spelling of flags."""
 
 import argparse
 import json
@@ -34,7 +34,7 @@ def failing(error: BaseException) -> Callable[[Sequence[str] | None], None]:
         (ImportError("Using the `Trainer` requires `accelerate>=1.1.0`"), "accelerate is not installed, which this needs; install it by:"),
     ],
 )
-def test_what_the_user_can_mend_is_one_sentence(error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_input_are_one_sentence(error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(failing(error), [], "program") == 2
     said = capsys.readouterr().err
     assert said.startswith("program: error: ") and sentence in said and said.count("\n") == 1
@@ -42,7 +42,7 @@ def test_what_the_user_can_mend_is_one_sentence(error: Exception, sentence: str,
         run(failing(error), ["--traceback"])
 
 
-def test_our_value_errors_are_sentences_and_defects_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_value_errors_of_ours_are_sentences_and_others_have_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(lambda _: train_only(nn.Linear(1, 1), lambda name: False) and None, []) == 2
     assert "no parameter is left to train" in capsys.readouterr().err
     with pytest.raises(ValueError, match="Expecting value"):  # a library's: whoever looks into it needs the traceback
@@ -58,7 +58,7 @@ def test_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "program: interrupted; started again, the same command continues\n"
 
 
-def test_a_program_knows_its_name_and_words() -> None:
+def test_programs_get_their_name_and_arguments() -> None:
     told = []
 
     def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def test_a_program_knows_its_name_and_words() -> None:
     assert told == [("med3dvlm train stage1 --name 'two words' --traceback", "med3dvlm train stage1", ["--name", "two words"])]
 
 
-def test_one_dialect() -> None:
+def test_spellings_of_flags() -> None:
     parser = Parser()
     parser.add_argument("--max_new_tokens", type=int)
     parser.add_argument("--text")
@@ -93,7 +93,7 @@ def test_one_dialect() -> None:
     assert "--max-new-tokens" in said and "--use-blind, --no-use-blind" in said and "max_new_tokens" not in said
 
 
-def test_sub_commands_speak_it_too() -> None:
+def test_spellings_of_flags_of_sub_commands() -> None:
     parser = Parser()
     below = parser.add_subparsers(dest="command").add_parser("index")
     add_flag(below, "exclude_failures", False, "leave out")
@@ -102,7 +102,7 @@ def test_sub_commands_speak_it_too() -> None:
     assert not parser.parse_args(["index", "--exclude-failures=no", "here"]).exclude_failures
 
 
-def test_settings_of_transformers_speak_it_too() -> None:
+def test_spellings_of_settings_of_transformers() -> None:
     parser = SettingsParser(TrainingArguments)
     assert parser.parse_args(["--max_steps", "3", "--bf16", "1"]).max_steps == parser.parse_args(["--max-steps=3"]).max_steps == 3
     assert parser.parse_args(["--bf16"]).bf16 and not parser.parse_args(["--no-bf16"]).bf16

@@ -56,7 +56,7 @@ def test_mixer_at_the_papers_size() -> None:
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [(128, 256, 256), (32, 80, 80), (40, 56, 72), (10, 20, 30), (8, 8, 8)])
 @pytest.mark.parametrize("name", PROJECTORS)
-def test_token_counts_follow_from_the_grids(name: str, size: tuple[int, int, int], depth: int) -> None:
+def test_token_counts_are_computed_from_the_grids(name: str, size: tuple[int, int, int], depth: int) -> None:
     encoder = build_encoder("dcformer_nano")
     grids = encoder.grids(size)[-2:]
     low, high = map(prod, grids)
@@ -85,11 +85,11 @@ def test_the_perceiver_averages_neighbours_then_projects(grid: tuple[int, int, i
 
 
 def test_the_perceiver_at_its_papers_size() -> None:
-    """32x256x256 voxels in patches of 4x16x16 become 2048 tokens, and 256 for the language model."""
+    """32x256x256 voxels in patches of 4x16x16 are 2048 tokens, which become 256 for the language model."""
     assert build_projector("spatial_pooling", ((8, 16, 16), (8, 16, 16)), (768, 768), 64).num_tokens == 256
 
 
-def test_streams_do_not_mix_and_stand_low_first() -> None:
+def test_streams_do_not_mix_and_low_comes_first() -> None:
     low, high = torch.randn(1, 16, 6, requires_grad=True), torch.randn(1, 4, 8, requires_grad=True)
     for name, low_tokens in (("mixer", 8), ("low_high_mlp", 16)):
         tokens = build_projector(name, GRIDS, (6, 8), 10)(low, high)
@@ -101,20 +101,20 @@ def test_streams_do_not_mix_and_stand_low_first() -> None:
         assert from_low.abs().sum() == 0 and from_high.abs().sum() > 0
 
 
-def test_a_stack_makes_one_layer_a_step() -> None:
+def test_a_mixer_stack_has_one_layer_for_each_step() -> None:
     stack = MixerStack(tokens=(8, 6, 4), widths=(3, 5, 7))
     assert stack(torch.randn(2, 8, 3)).shape == (2, 4, 7)
     with pytest.raises(ValueError):
         MixerStack(tokens=(8, 6, 4), widths=(3, 5))
 
 
-def test_an_unknown_projector_lists_the_known() -> None:
+def test_an_unknown_projector_is_refused() -> None:
     with pytest.raises(ValueError, match="'qformer' is unknown; known: mlp, low_high_mlp, mixer, spatial_pooling"):
         build_projector("qformer", GRIDS, (6, 8), 10)
 
 
 @pytest.mark.parametrize("depth", [0, -1, 5])
-def test_a_mixer_has_as_many_layers_as_its_width_can_double(depth: int) -> None:
+def test_the_depth_of_a_mixer_is_limited_by_its_widths(depth: int) -> None:
     assert build_projector("mixer", GRIDS, (6, 8), 10, depth=4).num_tokens == 16
     with pytest.raises(ValueError, match=f"10 wide cannot have {depth} layers; it takes 1 to 4"):
         build_projector("mixer", GRIDS, (6, 8), 10, depth)
@@ -126,7 +126,7 @@ def uneven_features() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["mlp", "low_high_mlp", "spatial_pooling"])
-def test_standardise_gives_what_standardised_features_gave(name: str) -> None:
+def test_standardise_equals_standardised_features(name: str) -> None:
     low, high = uneven_features()
     before = build_projector(name, GRIDS, (6, 8), 10)
     after = copy.deepcopy(before)
@@ -148,7 +148,7 @@ def test_standardise_evens_out_the_channels_of_both_streams() -> None:
         assert torch.allclose(normed.std(dim=0), torch.ones(()), atol=0.02)  # 1e-3 is added to deviations, the smallest here 0.06
 
 
-def test_positions_are_added_to_the_tokens_and_count_as_much_as_they_do() -> None:
+def test_positions_are_added_with_the_scale_of_the_tokens() -> None:
     torch.manual_seed(0)
     grids, widths = ((2, 3, 5), (1, 2, 2)), (7, 12)
     projector = build_projector("low_high_mlp", grids, widths, 8, position_embedding=True)

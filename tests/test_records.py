@@ -1,4 +1,4 @@
-"""Records on disk: what is written is read back, and a wrong field is named by file and line."""
+"""Records on disk: round trips, and wrong fields named by file and line."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from med3dvlm.records import ALL_KINDS, QUESTION_KINDS, Question, Study, read_qu
 READING = {"hu": "auto", "rescale": [1.0, -8192.0], "spacing": [1.5, 0.8, 0.8], "orientation": "SPL"}
 
 
-def test_what_the_data_set_knows_of_a_scan_comes_back(tmp_path: Path) -> None:
+def test_reading_settings_round_trip(tmp_path: Path) -> None:
     studies = [
         Study("a", "p", "a.nii", "A mass.", {"mass": 1}, "train", "ct_rate", READING),
         Study("b", "p", "b.nii", "", {}, "test", "m3d"),
@@ -26,7 +26,7 @@ def test_what_the_data_set_knows_of_a_scan_comes_back(tmp_path: Path) -> None:
             read_studies(tmp_path / "studies.jsonl")
 
 
-def test_a_question_may_be_of_no_kind_of_m3d(tmp_path: Path) -> None:
+def test_questions_of_other_kinds_round_trip(tmp_path: Path) -> None:
     questions = [Question("a", kind, "What?", (), "That") for kind in ALL_KINDS]
     write_records(tmp_path / "questions.jsonl", questions)
     assert read_questions(tmp_path / "questions.jsonl") == questions

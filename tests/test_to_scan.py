@@ -1,4 +1,4 @@
-"""From a model's grid back to the scan: a ball is drawn at a place of the patient in mm, goes through the preprocessing, and comes back there."""
+"""From a model's grid back to the scan: a ball at a position in mm returns there after preprocessing."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ PROCESSORS = {
 
 
 def turned(degrees: float) -> np.ndarray:
-    """About x and then about z."""
+    """Return a rotation about x and then about z."""
     a, b = math.radians(degrees), math.radians(degrees / 2)
     about_x = np.array([[1, 0, 0], [0, math.cos(a), -math.sin(a)], [0, math.sin(a), math.cos(a)]])
     about_z = np.array([[math.cos(b), -math.sin(b), 0], [math.sin(b), math.cos(b), 0], [0, 0, 1]])
@@ -37,13 +37,13 @@ def turned(degrees: float) -> np.ndarray:
 
 
 def directions(letters: str, degrees: float = 0.0) -> np.ndarray:
-    """3x3, columns D, H, W: axes towards the letters, then turned."""
+    """Return 3x3 columns D, H, W: axes towards the letters, then turned."""
     ends = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
     return turned(degrees) @ np.array([ends[letter] for letter in letters], float).T
 
 
 def drawn(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels at places (D, H, W, 3) in mm: HU of a body with a bright ball, and the ball's mask. The body ends inside of the picture."""
+    """Return HU of a body with a bright ball at positions (D, H, W, 3) in mm, and the ball's mask. The body ends within the volume."""
     ball = np.linalg.norm(places - CENTRE, axis=-1) <= RADIUS
     body = np.zeros(ball.shape, bool)
     body[2:-1, 3:-4, 2:-5] = True
@@ -51,7 +51,7 @@ def drawn(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def affine_of(columns: np.ndarray) -> np.ndarray:
-    """An affine of (D, H, W) whose picture has the ball near its middle."""
+    """Return an affine of (D, H, W) that puts the ball near the centre of the volume."""
     affine = np.eye(4)
     affine[:3, :3] = columns * SPACING
     affine[:3, 3] = CENTRE - affine[:3, :3] @ (np.array(SHAPE) * (0.45, 0.52, 0.55))
@@ -63,7 +63,7 @@ def places_of(affine: np.ndarray) -> np.ndarray:
 
 
 def check(found: np.ndarray, places: np.ndarray, processor: VolumeProcessor, steps: np.ndarray) -> None:
-    """Every voxel at least a step of the coarser grid away from the ball's surface is right, and the middle is to half a voxel.
+    """Assert that voxels at least a step of the coarser grid away from the ball's surface are right, and the centre to half a voxel.
 
     Args:
         steps: mm of a voxel of the model along each axis of the scan.
@@ -78,8 +78,8 @@ def check(found: np.ndarray, places: np.ndarray, processor: VolumeProcessor, ste
 
 @pytest.mark.parametrize("settings", PROCESSORS.values(), ids=PROCESSORS)
 @pytest.mark.parametrize(("letters", "degrees"), [("SPL", 0), ("IAR", 0), ("PSR", 0), ("LIP", 0), ("SAL", 22), ("AIL", 17)])
-def test_a_ball_comes_back(settings: dict[str, Any], letters: str, degrees: float, tmp_path: Path) -> None:
-    """Flipped, swapped, oblique and anisotropic scans on disk: where the ball is in mm is by the file's affine as nibabel reads it."""
+def test_a_ball_returns_to_its_position(settings: dict[str, Any], letters: str, degrees: float, tmp_path: Path) -> None:
+    """Scans on disk are flipped, swapped, oblique and anisotropic; positions in mm are by the file's affine as nibabel reads it."""
     affine = affine_of(directions(letters, degrees))
     array, _ = drawn(places_of(affine))
     stored = affine[:, [2, 1, 0, 3]]  # NIfTI has (x, y, z)
@@ -101,7 +101,7 @@ def test_a_ball_comes_back(settings: dict[str, Any], letters: str, degrees: floa
 
 @pytest.mark.parametrize("settings", list(PROCESSORS.values())[1:4], ids=list(PROCESSORS)[1:4])
 @pytest.mark.parametrize("case", ["tilted", "tilted the other way", "uneven", "tilted and uneven"])
-def test_straightened_scans_come_back_as_they_lie(settings: dict[str, Any], case: str) -> None:
+def test_masks_of_straightened_scans_lie_on_the_stored_slices(settings: dict[str, Any], case: str) -> None:
     columns = directions("SPL", 5)
     if "tilted" in case:
         lean = columns[:, 0] + (-0.25 if "other" in case else 0.35) * columns[:, 1] + 0.1 * columns[:, 2]
@@ -129,7 +129,7 @@ def test_straightened_scans_come_back_as_they_lie(settings: dict[str, Any], case
 
 @pytest.mark.parametrize("settings", PROCESSORS.values(), ids=PROCESSORS)
 def test_by_plain_loops(settings: dict[str, Any]) -> None:
-    """Linear between eight voxels for real numbers, the nearest for whole ones, 0 outside; at voxels drawn at random."""
+    """Random voxels: linear between eight voxels for real numbers, nearest for whole ones, 0 outside."""
     array, _ = drawn(places_of(affine_of(directions("AIL"))))
     volume = Volume(array, SPACING, "AIL", unit="HU")
     processor = VolumeProcessor(**settings)
@@ -158,7 +158,7 @@ def test_by_plain_loops(settings: dict[str, Any]) -> None:
     assert inside > 20
 
 
-def test_what_is_empty_and_what_does_not_fit() -> None:
+def test_empty_masks_and_wrong_shapes() -> None:
     array, _ = drawn(places_of(affine_of(directions("SPL"))))
     volume = Volume(array, SPACING, "SPL", unit="HU")
     processor = VolumeProcessor("m3d", size=(12, 10, 14))

@@ -1,4 +1,4 @@
-"""read_volume: what holds for every format, a folder's content, and one sentence for everything that is wrong."""
+"""read_volume: common behaviour of all formats, folders, and one sentence for each wrong input."""
 
 import zipfile
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_stated_spacing_replaces_the_files_with_a_warning(tmp_path: Path) -> Non
         (10, "mm", ""),
     ],
 )
-def test_a_spacing_that_no_scan_has_is_doubted(tmp_path: Path, factor: float, unit: str, words: str) -> None:
+def test_an_implausible_spacing_gives_a_warning(tmp_path: Path, factor: float, unit: str, words: str) -> None:
     image = nibabel.Nifti1Image(scan().transpose(), np.diag([0.7 * factor, 0.8 * factor, 2.5 * factor, 1]))
     image.header.set_xyzt_units(unit)
     nibabel.save(image, tmp_path / "scan.nii")
@@ -55,8 +55,8 @@ def test_a_dicom_series_is_hu_by_its_header(tmp_path: Path) -> None:
     assert "secret" not in repr(volume).lower()
 
 
-def test_dicom_of_1_mm_is_not_doubted_and_its_tilt_and_slabs_are_straightened(tmp_path: Path) -> None:
-    """No program writes DICOM of 1 mm for want of knowledge. Slabs of 2 and 3 mm, leaning by half a mm a mm towards the back."""
+def test_dicom_of_1_mm_gives_no_warning_and_is_straightened(tmp_path: Path) -> None:
+    """A spacing of 1 mm is no placeholder in DICOM. Slabs have 2 and 3 mm and lean backwards by 0.5 mm for each mm."""
     one = read_volume(write_series(tmp_path / "one", scan(), np.diag([-1.0, -1.0, 1.0, 1.0])))
     assert one.spacing == (1, 1, 1) and one.warnings == ()
     heights = np.cumsum([0, *[2.0] * 4, *[3.0] * 5])
@@ -98,7 +98,7 @@ def test_several_series_are_listed_and_one_is_picked(tmp_path: Path) -> None:
         assert any(listed.format(series or 1) in warning for warning in volume.warnings)
 
 
-def test_a_file_without_an_ending_goes_by_its_content(tmp_path: Path) -> None:
+def test_a_file_without_an_ending_is_recognised_by_its_content(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_volume(write_enhanced(tmp_path / "IM0001", scan())).array, scan())
     refused(write_nifti(tmp_path / "scan.nii", scan()).rename(tmp_path / "IM0002"), "'' is not a known scan format")
 
@@ -106,7 +106,7 @@ def test_a_file_without_an_ending_goes_by_its_content(tmp_path: Path) -> None:
 # Folders
 
 
-def test_a_folder_goes_by_its_content(tmp_path: Path) -> None:
+def test_a_folder_is_recognised_by_its_content(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "series", scan())
     Image.fromarray(np.zeros((20, 30), np.uint8)).save(folder / "preview1.png")
     np.testing.assert_array_equal(read_volume(folder).array, scan())
@@ -201,7 +201,7 @@ def test_bad_values(tmp_path: Path) -> None:
     refused(tmp_path / "none.npy", "2D image")
 
 
-def test_a_scan_too_large_for_the_memory_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scan_too_large_for_memory_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("med3dvlm.formats.arrays._without_channel", lambda array: np.empty(1 << 50))
     np.save(tmp_path / "scan.npy", scan())
     refused(tmp_path / "scan.npy", "memory does not suffice for this scan")

@@ -1,6 +1,6 @@
-"""A server that speaks as a vLLM server does (0.32: /v1/models, and /v1/completions with prompt_embeds, streamed), on transformers.
+"""A stand-in for a vLLM server (0.32: /v1/models, and streamed /v1/completions with prompt_embeds), on transformers.
 
-It loads an exported folder with plain transformers, knows nothing of med3dvlm, and answers one request after the other.
+It loads an exported folder with plain transformers, without med3dvlm, and answers one request after the other.
 """
 
 import base64
@@ -84,7 +84,7 @@ def serving(folder: Path, prompt_embeds: bool = True, context: int = 512, key: s
             self.send("")
 
         def send(self, text: str) -> bool:
-            """A chunk; whether there is still somebody who reads it."""
+            """Send a chunk; return whether the client still reads."""
             try:
                 self.wfile.write(f"{len(text.encode()):x}\r\n{text}\r\n".encode())
             except OSError:

@@ -1,4 +1,4 @@
-"""The commands in this process, a tiny model that knows two scans, one such scan, and phantoms."""
+"""Fixtures: commands in this process, a tiny model that knows two scans, one such scan, and phantoms."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.inference.learned_chat import train_tiny_model
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     def call(*arguments: object) -> tuple[int, str, str]:
-        """Exit code, stdout, stderr."""
+        """Return exit code, stdout and stderr."""
         capsys.readouterr()
         code = cli.main([str(argument) for argument in arguments])
         return code, *capsys.readouterr()
@@ -24,7 +24,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, and which scans it knows."""
+    """The tiny model with its out-of-distribution detector."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     trained, processor = train_tiny_model()
     trained.save_pretrained(folder)

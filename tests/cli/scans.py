@@ -1,4 +1,4 @@
-"""Scans of the command line's tests, and what a command that fails must print."""
+"""Helpers of the command line's tests: scans, an adapter, and the check of an error message."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,20 +13,20 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def write(path: Path, array: np.ndarray, spacing: tuple[float, float, float] = (1.0, 1.0, 3.0)) -> Path:
-    """An array with NIfTI's axes (W, H, D), stored LPS."""
+    """Write an array with NIfTI's axes (W, H, D), stored LPS."""
     affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
     nibabel.save(nibabel.Nifti1Image(array, affine), path)
     return path
 
 
 def noisy(seed: int) -> np.ndarray:
-    """One of the two scans that the tiny model knows, taken once more."""
+    """Return one of the two scans that the tiny model knows, with noise."""
     noise = np.random.default_rng(100 + seed).normal(0, 20, (10, 20, 30))
     return (volume(seed % 2).array + noise).astype(np.float32)
 
 
 def sentence(error: str) -> str:
-    """The one line that a command leaves on stderr when it fails."""
+    """Return the one line on stderr with which a command fails."""
     lines = [line for line in error.splitlines() if line.startswith("med3dvlm:")]
     assert len(lines) == 1, error
     assert "Traceback" not in error and "Error:" not in error and "errno" not in error.lower()

@@ -1,4 +1,4 @@
-"""`phantom` and `prepare`: bad samples, splits within others, shards."""
+"""`phantom` and `prepare`: bad samples, nested splits, shards."""
 
 import json
 import re
@@ -19,7 +19,7 @@ def test_phantoms_and_their_baselines(run: Run, phantoms: Path) -> None:
     assert len(list(phantoms.rglob("*.nii.gz"))) == 12
 
 
-def test_prepare_goes_on_after_bad_samples_and_names_them(run: Run, phantoms: Path, tmp_path: Path) -> None:
+def test_prepare_continues_after_bad_samples_and_names_them(run: Run, phantoms: Path, tmp_path: Path) -> None:
     source, prepared = tmp_path / "source", tmp_path / "prepared"
     subprocess.run(["cp", "-r", phantoms, source], check=True)
     bad = sorted(source.rglob("*.nii.gz"))[:2]
@@ -45,7 +45,7 @@ def test_prepare_goes_on_after_bad_samples_and_names_them(run: Run, phantoms: Pa
 
 
 def test_a_split_within_another_is_prepared_once(run: Run, phantoms: Path, tmp_path: Path) -> None:
-    """As M3D's test1k; one of its scans is lost."""
+    """M3D's test1k is such a split; one of its scans is missing here."""
     source, prepared = tmp_path / "source", tmp_path / "prepared"
     subprocess.run(["cp", "-r", phantoms, source], check=True)
     path = source / "M3D_Cap" / "M3D_Cap.json"
@@ -61,7 +61,7 @@ def test_a_split_within_another_is_prepared_once(run: Run, phantoms: Path, tmp_p
     assert {q.study for q in part.questions("part")} == {study.id for study in part.studies("part")}
 
 
-def test_shards_are_finished_by_a_run_without(run: Run, phantoms: Path, tmp_path: Path) -> None:
+def test_shards_are_finished_by_a_run_without_shard(run: Run, phantoms: Path, tmp_path: Path) -> None:
     arguments = ("prepare", "m3d", phantoms, tmp_path / "prepared", "--size", "16,32,24", "--workers", 1)
     for part in (1, 2):
         code, output, error = run(*arguments, "--shard", f"{part}/2")
@@ -72,7 +72,7 @@ def test_shards_are_finished_by_a_run_without(run: Run, phantoms: Path, tmp_path
     assert "no shard 3/2" in sentence(run(*arguments, "--shard", "3/2")[2])
 
 
-def test_prepare_goes_on_after_missing_reports(run: Run, phantoms: Path, tmp_path: Path) -> None:
+def test_prepare_continues_after_missing_reports(run: Run, phantoms: Path, tmp_path: Path) -> None:
     source, prepared = tmp_path / "source", tmp_path / "prepared"
     subprocess.run(["cp", "-r", phantoms, source], check=True)
     lost, empty = sorted((source / "M3D_Cap" / "ct_case").rglob("*.txt"))[:2]

@@ -14,7 +14,7 @@ from tests.inference.learned_chat import REPORTS
 
 
 def test_ask_and_report_from_a_shell(model: Path, scan: Path, tmp_path: Path) -> None:
-    """stdout has the model's words and nothing else."""
+    """stdout holds the answer and nothing else."""
     environment = {**os.environ, "PYTHONWARNINGS": "default"}
     command = [sys.executable, "-m", "med3dvlm.cli", "report", str(model), str(scan)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -25,7 +25,7 @@ def test_ask_and_report_from_a_shell(model: Path, scan: Path, tmp_path: Path) ->
     assert "Loading" not in done.stderr and "outside" not in done.stderr
 
 
-def test_a_scan_out_of_distribution_is_named_so(run: Run, model: Path, scan: Path, tmp_path: Path) -> None:
+def test_a_scan_out_of_distribution_gives_a_warning(run: Run, model: Path, scan: Path, tmp_path: Path) -> None:
     code, output, error = run("ask", model, scan, "Which organ has a lesion?")
     assert (code, output) == (0, "Liver\n")
     assert "outside the data" not in error and RESEARCH_NOTICE in error
@@ -37,7 +37,7 @@ def test_a_scan_out_of_distribution_is_named_so(run: Run, model: Path, scan: Pat
     )
 
 
-def test_a_model_without_a_detector_says_so(run: Run, model: Path, scan: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_detector_gives_a_warning(run: Run, model: Path, scan: Path, tmp_path: Path) -> None:
     for file in model.iterdir():
         if "out_of_distribution" not in file.name:
             (tmp_path / file.name).symlink_to(file)
@@ -53,7 +53,7 @@ def test_a_merge_overwrites_nothing(run: Run, model: Path, tmp_path: Path) -> No
     assert before == {file.name: file.stat().st_mtime_ns for file in model.iterdir()}
 
 
-def test_merge_writes_a_model_that_answers(run: Run, model: Path, scan: Path, tmp_path: Path) -> None:
+def test_a_merged_model_answers(run: Run, model: Path, scan: Path, tmp_path: Path) -> None:
     adapter = adapter_of(model, tmp_path / "adapter")
     code, output, error = run("merge", adapter, tmp_path / "new" / "merged")
     assert (code, output) == (0, f"{tmp_path / 'new' / 'merged'} holds the merged model\n"), error
@@ -62,8 +62,8 @@ def test_merge_writes_a_model_that_answers(run: Run, model: Path, scan: Path, tm
     assert run("ask", tmp_path / "new" / "merged", scan, "Plane?")[0] == 0
 
 
-def test_a_public_name_registers_its_kind(model: Path) -> None:
-    """Each in a process of its own, where nothing else has imported the models."""
+def test_public_names_register_their_auto_classes(model: Path) -> None:
+    """Each name is imported in a separate process, where nothing else has imported the models."""
     code = """
 import os, sys
 import torch
@@ -82,7 +82,7 @@ for name in sys.argv[2:]:
     assert done.stdout.splitlines() == ["Med3DVLM Med3DVLMProcessor"] * 3, done.stderr
 
 
-def test_chat_is_the_repositorys_page(run: Run, tmp_path: Path) -> None:
-    """What it says of a folder without a model is the page's own sentence, with its exit code."""
+def test_chat_without_a_model(run: Run, tmp_path: Path) -> None:
+    """The error of the page is shown, with its exit code."""
     code, _, error = run("chat", tmp_path / "none", "--port", 7999)
     assert code == 2 and "none" in error and len(error.strip().splitlines()) == 1, error

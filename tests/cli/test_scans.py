@@ -1,4 +1,4 @@
-"""`inspect`: what it prints, the picture it draws, what it is given beside the file."""
+"""`inspect`: its output, its picture, and its settings of a scan."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 from tests.cli.scans import Run, sentence, write
 
 
-def test_inspect_prints_the_geometry_and_draws_a_picture_where_asked(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_prints_the_geometry_and_draws_a_picture_on_request(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     array = np.random.default_rng(0).integers(-900, 1200, (30, 20, 10)).astype(np.int16)
     array[0, 0, 0] = -3024
@@ -41,7 +41,7 @@ def test_inspect_prints_the_geometry_and_draws_a_picture_where_asked(run: Run, t
     assert output.count("Warning") == 3 and re.search(r"Spacing +unknown\nOrientation +unknown", output)
 
 
-def test_inspect_is_told_what_the_file_does_not_say(run: Run, tmp_path: Path) -> None:
+def test_inspect_takes_settings_of_the_scan(run: Run, tmp_path: Path) -> None:
     stored = np.random.default_rng(0).integers(24, 1100, (10, 20, 30)).astype(np.int16)
     np.save(tmp_path / "bare.npy", stored)
     code, output, _ = run("inspect", tmp_path / "bare.npy", "--spacing", "2.5,0.8,0.7", "--hu", "csv", "--rescale", "1,-1024")
@@ -56,7 +56,7 @@ def test_inspect_is_told_what_the_file_does_not_say(run: Run, tmp_path: Path) ->
     assert (code, output) == (2, "") and "not DICOM" in sentence(error)
 
 
-def test_inspect_straightens_where_asked(run: Run, tmp_path: Path) -> None:
+def test_inspect_straightens_on_request(run: Run, tmp_path: Path) -> None:
     affine = np.array([[-0.7, 0, 0, 0], [0, -0.8, 0.9, 0], [0, 0, 2.4, 0], [0, 0, 0, 1]])
     array = np.random.default_rng(0).integers(-900, 1200, (30, 20, 10)).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(array, affine), tmp_path / "tilted.nii")

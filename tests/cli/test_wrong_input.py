@@ -47,7 +47,7 @@ BAD_SCANS = ("missing", "empty", "text", "zipped text", "truncated", "format", "
 
 
 @pytest.mark.parametrize("kind", BAD_SCANS)
-def test_a_scan_that_cannot_be_used(run: Run, model: Path, tmp_path: Path, kind: str) -> None:
+def test_unusable_scans(run: Run, model: Path, tmp_path: Path, kind: str) -> None:
     path, reason = bad_scans(tmp_path)[kind]
     picture = tmp_path / "out" / "picture.png"
     for command in (["inspect", path, "--out", picture], ["ask", model, path, "Plane?"], ["report", model, path]):
@@ -64,7 +64,7 @@ def test_a_scan_too_small_for_the_model(run: Run, model: Path, tmp_path: Path) -
     assert "only 30x20x3 voxels but at least 4 are needed" in sentence(error)
 
 
-def test_a_model_that_cannot_be_used(run: Run, scan: Path, model: Path, tmp_path: Path) -> None:
+def test_unusable_models(run: Run, scan: Path, model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in model.iterdir():
@@ -104,7 +104,7 @@ def test_an_empty_question(run: Run, model: Path, scan: Path) -> None:
         ([], "required"),
     ],
 )
-def test_a_command_line_that_does_not_fit(run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_wrong_command_lines(run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as end:
         run(*arguments)
     assert end.value.code == 2
@@ -125,7 +125,7 @@ def test_a_command_line_that_does_not_fit(run: Run, capsys: pytest.CaptureFixtur
         (["encoders", "dcformer_nano", "resnet"], "'resnet' is unknown; known: dcformer_nano, "),
     ],
 )
-def test_settings_that_do_not_fit(run: Run, phantoms: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_wrong_settings(run: Run, phantoms: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     places = {"SRC": phantoms, "DST": tmp_path / "result", "EMPTY": tmp_path}
     code, _, error = run(*(places.get(argument, argument) for argument in arguments))
     assert code == 2
@@ -134,7 +134,7 @@ def test_settings_that_do_not_fit(run: Run, phantoms: Path, tmp_path: Path, argu
 
 
 @pytest.mark.parametrize("command", ["inspect", "phantom", "prepare", "merge"])
-def test_an_output_place_that_cannot_be_written(run: Run, phantoms: Path, scan: Path, tmp_path: Path, command: str) -> None:
+def test_unwritable_outputs(run: Run, phantoms: Path, scan: Path, tmp_path: Path, command: str) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -152,8 +152,8 @@ def test_an_output_place_that_cannot_be_written(run: Run, phantoms: Path, scan: 
 
 
 @pytest.mark.parametrize("command", ["inspect", "phantom", "prepare", "merge"])
-def test_a_full_disk_leaves_nothing_half_written(run: Run, command: str, phantoms: Path, scan: Path, model: Path, tmp_path: Path) -> None:
-    """No file may grow beyond 2000 bytes: the same failure in the middle of writing, without filling a disk."""
+def test_a_full_disk_leaves_no_incomplete_file(run: Run, command: str, phantoms: Path, scan: Path, model: Path, tmp_path: Path) -> None:
+    """A limit of 2000 bytes for each file causes the same failure while writing, without filling a disk."""
     adapter = adapter_of(model, tmp_path / "adapter") if command == "merge" else None
     out = tmp_path / "out"
     arguments, final = {
@@ -181,7 +181,7 @@ def test_ctrl_c(run: Run, scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("inspect", scan) == (130, "", "med3dvlm: interrupted; started again, the same command continues\n")
 
 
-def test_the_place_of_an_error_can_be_shown(tmp_path: Path) -> None:
+def test_tracebacks_can_be_shown(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         cli.main(["--traceback", "inspect", str(tmp_path / "missing.nii")])
 

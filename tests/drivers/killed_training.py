@@ -1,6 +1,7 @@
 """python tests/drivers/killed_training.py STAGE FOLDER FLAGS...: trains uninterrupted into FOLDER/whole, and killed six times into FOLDER/killed.
 
-Every attempt is a separate process that ends by SIGKILL, as the kernel ends one that takes too much memory. They are forked from a program that has imported everything, which saves the imports. Writes their exit codes to FOLDER/codes.json.
+Every attempt is a separate process that ends by SIGKILL, as the kernel ends one that takes too much memory. They are
+forked from a program that has imported everything, which saves the imports. Writes their exit codes to FOLDER/codes.json.
 """
 
 import importlib

@@ -90,9 +90,11 @@ def test_a_single_cell_is_refused_as_torch_does() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "batch"), [((128, 256, 256), 1), ((64, 128, 128), 2), ((32, 64, 64), 5), ((40, 72, 88), 2)], ids=str)
 def test_gradients_at_the_sizes_where_torchs_own_kernels_fail(size: tuple[int, int, int], batch: int) -> None:
-    """Our gradients in float32 are compared with the literal form in float64. Channels-last Conv3d in torch 2.14 crashes in the stem at some of these sizes.
+    """Our gradients in float32 are compared with the literal form in float64. Channels-last Conv3d
+    in torch 2.14 crashes in the stem at some of these sizes.
 
-    Where rounding makes max pooling select the other of two nearly equal cells, earlier gradients change by up to 2 %, in either form; where a kernel fails they are off by 70 % and more.
+    Where rounding makes max pooling select the other of two nearly equal cells, earlier gradients change by up to 2 %, in
+    either form; where a kernel fails they are off by 70 % and more.
     """
     encoder = build_encoder("dcformer_small", layer_scale=0.1).train()
     reference = literal(encoder).double()

@@ -37,7 +37,7 @@ def whole(arguments: list[object], run_whole: Run, tmp_path_factory: pytest.Temp
 
 
 def made_up(seed: int, studies: int = 80) -> tuple[torch.Tensor, np.ndarray]:
-    """Return features of unequal spread, one constant, and four findings with unknown labels; the third is always present, the last never labelled."""
+    """Return features of unequal spread, one constant, and four findings with unknown labels; the third is always present, the last unlabelled."""
     random = np.random.default_rng(seed)
     features = random.normal(size=(studies, 6)) * (1, 10, 0.1, 3, 1, 0) + 5
     logits = np.stack([features[:, 0] - 5, 0.2 * (features[:, 1] - 5) - 1, np.full(studies, 99), np.zeros(studies)], axis=1)

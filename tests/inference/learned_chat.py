@@ -37,7 +37,7 @@ SIZES = {"Which organ has a lesion?": "30 mm", "Plane?": "A plane has no size"}
 
 
 def volume(number: int) -> Volume:
-    """Two scans that differ: a bright block near the start or near the end."""
+    """Return one of two scans, with a bright block near the start or near the end."""
     array = np.random.default_rng(number).normal(0, 20, (10, 20, 30)).astype(np.float32)
     array[2:5, 4:9, 3:12] += 900 * (number == 0)
     array[6:9, 11:17, 17:28] += 900 * (number == 1)
@@ -54,7 +54,7 @@ def conversations(number: int) -> list[list[dict[str, str]]]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 400 tokens; "<|end|>" ends a turn and is not the end of text, as in Phi and Llama 3."""
+    """Return a byte-level BPE of 400 tokens; "<|end|>" ends a turn and is not the end of text, as in Phi and Llama 3."""
     bare = Tokenizer(models.BPE())
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bare.decoder = decoders.ByteLevel()
@@ -69,7 +69,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train_tiny_model() -> tuple[Med3DVLM, Med3DVLMProcessor]:
-    """Learns `conversations` by heart."""
+    """Train a tiny model until it knows `conversations` by heart."""
     torch.manual_seed(0)
     words = tokenizer()
     text_config = Qwen2Config(

@@ -1,4 +1,4 @@
-"""Med3DChat on a tiny model that learned a few answers by heart, so that wrong padding, history or images change its words."""
+"""Med3DChat on a tiny model that knows a few answers by heart, so that wrong padding, history or images change its answers."""
 
 import gc
 import math
@@ -45,7 +45,7 @@ def directory(chat: Med3DChat, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread is about to do."""
+    """Wait until a condition holds that another thread establishes."""
     ends = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < ends
@@ -54,7 +54,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def counted(module: torch.nn.Module, act: Callable[[int], Any] = lambda count: None) -> Iterator[list[int]]:
-    """Counts the calls of a module and does `act` at each."""
+    """Count the calls of a module, and call `act` at each."""
     calls: list[int] = []
 
     def hook(*_: Any) -> None:
@@ -68,7 +68,7 @@ def counted(module: torch.nn.Module, act: Callable[[int], Any] = lambda count: N
         handle.remove()
 
 
-def test_it_says_what_it_learned(chat: Med3DChat) -> None:
+def test_learned_answers(chat: Med3DChat) -> None:
     for number in (0, 1):
         for question, answers in QUESTIONS.items():
             assert chat.ask(volume(number), question).text == answers[number]
@@ -80,7 +80,7 @@ def test_an_answer_takes_earlier_turns_into_account(chat: Med3DChat) -> None:
         assert chat.ask(volume(0), FOLLOW_UP, history=said(question, QUESTIONS[question][0])).text == size
 
 
-def test_a_batch_says_what_each_would_say_alone(chat: Med3DChat) -> None:
+def test_batched_answers_equal_single_ones(chat: Med3DChat) -> None:
     scans = [volume(0), volume(1)]
     asked = [(scans[number], question) for question in (*QUESTIONS, REPORT_PROMPTS[0]) for number in (0, 1)]
     alone = [chat.ask(scan, question) for scan, question in asked]
@@ -97,8 +97,8 @@ def test_a_batch_says_what_each_would_say_alone(chat: Med3DChat) -> None:
         assert [one.text for one in chat.answers(given, [question for _, question in asked])] == [one.text for one in alone]
 
 
-def test_a_long_question_beside_it_cuts_no_answer_short(chat: Med3DChat) -> None:
-    """The long one leaves room for a few tokens in the model's context; the report next to it needs more, whatever stands in the batch."""
+def test_a_long_question_in_the_batch_does_not_cut_other_answers(chat: Med3DChat) -> None:
+    """The long question leaves room for few tokens in the model's context; the report beside it needs more."""
     long = "why"
     while chat.prompt(long, None, 128)[1] > 7:
         long += " why"
@@ -127,7 +127,7 @@ def test_pieces_join_to_the_answer(chat: Med3DChat) -> None:
     assert "".join(chat.stream(volume(0), FOLLOW_UP, history)) == SIZES["Plane?"]
 
 
-def test_confidence_is_the_geometric_mean_over_the_plain_loop(chat: Med3DChat) -> None:
+def test_confidence_equals_the_geometric_mean_of_a_plain_loop(chat: Med3DChat) -> None:
     for question, history in (("Plane?", None), (FOLLOW_UP, said("Plane?", "Axial")), ("Something never asked?", None)):
         answer = chat.ask(volume(1), question, history, max_new_tokens=12)
         ids = chat.processor.encode([*(history or []), {"role": "user", "content": question}], generate=True)["input_ids"]
@@ -144,8 +144,8 @@ def test_confidence_is_the_geometric_mean_over_the_plain_loop(chat: Med3DChat) -
         assert answer.text == chat.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-def test_drawn_words_vary_and_their_confidence_is_the_models_own(chat: Med3DChat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At any temperature the confidence is what the plain loop finds for the tokens that were drawn."""
+def test_sampled_answers_vary_and_have_the_confidence_of_a_plain_loop(chat: Med3DChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any temperature the confidence equals that of a plain loop over the sampled tokens."""
     drawn, generate = [], chat.engine.generate
 
     def record(requests: Any) -> Any:
@@ -181,7 +181,7 @@ def test_drawn_words_vary_and_their_confidence_is_the_models_own(chat: Med3DChat
             finish(**options)
 
 
-def test_a_scan_that_is_encoded_does_not_hold_up_one_that_is_known(chat: Med3DChat) -> None:
+def test_encoding_a_scan_does_not_block_questions_about_a_known_one(chat: Med3DChat) -> None:
     known, new, go_on, arrived = volume(0), volume(1), threading.Event(), threading.Event()
     chat.encode(known)
 
@@ -225,7 +225,7 @@ def test_an_error_within_the_model_reaches_the_caller_of_a_stream(chat: Med3DCha
     until(lambda: not [thread for thread in threading.enumerate() if "med3dvlm" in thread.name])
 
 
-def test_settings_of_the_language_model_do_not_make_answers_random(chat: Med3DChat, recwarn: pytest.WarningsRecorder) -> None:
+def test_sampling_settings_of_the_language_model_are_ignored(chat: Med3DChat, recwarn: pytest.WarningsRecorder) -> None:
     model, processor = chat.model, chat.processor
     kept = model.language_model.generation_config
     published = {"do_sample": True, "temperature": 5.0, "top_k": 3, "repetition_penalty": 9.0, "num_beams": 3}
@@ -237,7 +237,7 @@ def test_settings_of_the_language_model_do_not_make_answers_random(chat: Med3DCh
     assert not [warning for warning in recwarn if "temperature" in str(warning.message)]
 
 
-def test_the_oldest_turns_go_when_the_context_is_full(chat: Med3DChat) -> None:
+def test_the_oldest_turns_are_dropped_when_the_context_is_full(chat: Med3DChat) -> None:
     last = said("Plane?", "Axial")
     old = [message for _ in range(8) for message in said("Which organ has a lesion?", "Liver " * 5)]
     history = [*old, *last]
@@ -260,7 +260,7 @@ def test_the_oldest_turns_go_when_the_context_is_full(chat: Med3DChat) -> None:
         ("Plane?", 0, "at least 1"),
     ],
 )
-def test_questions_that_cannot_be_asked(chat: Med3DChat, question: str, limit: int, message: str) -> None:
+def test_invalid_questions_are_refused(chat: Med3DChat, question: str, limit: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         chat.ask(volume(0), question, max_new_tokens=limit)
     with pytest.raises(ValueError, match=message):
@@ -307,8 +307,8 @@ def test_a_scan_is_encoded_once(chat: Med3DChat, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "header"])
-def test_a_scan_replaced_in_place_is_read_anew(chat: Med3DChat, tmp_path: Path, kind: str) -> None:
-    """A DICOM export, in folders within folders, and voxels beside an .mhd file, of the same size and date."""
+def test_a_changed_scan_file_is_read_again(chat: Med3DChat, tmp_path: Path, kind: str) -> None:
+    """Changed are a nested DICOM export and the voxels of an .mhd file, keeping size and date."""
     root = tmp_path / "export" if kind == "folder" else tmp_path / "scan.mhd"
     texts = []
     for number in range(2):
@@ -342,7 +342,7 @@ def test_a_saved_model_gives_the_same_answers(chat: Med3DChat, directory: Path, 
     assert half.ask(path, "Plane?").text == "Axial"
 
 
-def test_a_directory_without_an_answering_model(tmp_path: Path) -> None:
+def test_a_directory_without_a_vision_language_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a directory"):
         Med3DChat.from_pretrained(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="holds no model"):

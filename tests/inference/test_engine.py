@@ -1,4 +1,4 @@
-"""The engine answers many as transformers' own `generate` answers each alone: whatever joins or leaves the batch, or was read before."""
+"""The engine gives the answers of transformers' `generate`, whatever joins or leaves the batch and whatever is reused."""
 
 import random
 import threading
@@ -34,7 +34,7 @@ def wait_for_end(engine: TransformersEngine) -> None:
 
 
 def alone(chat: Med3DChat, scan: Any, question: str, length: int) -> tuple[str, list[int], list[float]]:
-    """Text, tokens and their log probabilities, of a batch of one in transformers' own loop."""
+    """Return text, tokens and log probabilities of transformers' `generate` with a batch of one."""
     ids, room = chat.prompt(question, None, length)
     said = chat.model.generate(
         torch.tensor([ids]), image_features=scan, max_new_tokens=room, return_dict_in_generate=True, output_logits=True
@@ -45,7 +45,7 @@ def alone(chat: Med3DChat, scan: Any, question: str, length: int) -> tuple[str, 
 
 
 @pytest.mark.parametrize("family", tiny_parts.FAMILIES)
-def test_words_are_those_of_generate_alone_in_any_order(family: str) -> None:
+def test_answers_equal_generate_in_any_order(family: str) -> None:
     chat, order = build(family), random.Random(1)
     known = scans(chat, 3)
     cases = [(number, question, length) for number in range(3) for question in QUESTIONS for length in (1, 7, 40)]
@@ -78,7 +78,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one() -> None:
     assert short.result().seconds < 0.3 * long.result().seconds
 
 
-def test_who_is_cancelled_or_late_leaves_and_the_others_go_on() -> None:
+def test_cancelled_and_late_answers_end_and_others_continue() -> None:
     chat = build("qwen2")
     chat.ends.clear()
     (scan,), engine = scans(chat, 1), TransformersEngine(chat, slots=2)
@@ -99,7 +99,7 @@ def test_who_is_cancelled_or_late_leaves_and_the_others_go_on() -> None:
         engine.generate([Request(scan, asked(QUESTIONS[0]))])
 
 
-def test_draws_depend_on_the_seed_and_not_on_who_else_asks() -> None:
+def test_samples_depend_on_the_seed_and_not_on_other_requests() -> None:
     chat = build("qwen2")
     (scan, other), engine = scans(chat, 2), TransformersEngine(chat)
 
@@ -118,8 +118,8 @@ def test_draws_depend_on_the_seed_and_not_on_who_else_asks() -> None:
     assert len(drawn) == 1
 
 
-def test_draws_have_the_probabilities_of_the_model() -> None:
-    """The first token of 2000 seeds against the softmax of the plain forward pass, at a temperature and a top_p."""
+def test_samples_follow_the_probabilities_of_the_model() -> None:
+    """The first tokens of 2000 seeds are compared with the softmax of a forward pass, with temperature and top_p."""
     chat = build("qwen2")
     (scan,), engine = scans(chat, 1), TransformersEngine(chat, slots=64)
     ids, _ = chat.prompt(QUESTIONS[2], None, 1)
@@ -145,7 +145,7 @@ def test_models_that_cannot_share_a_batch_answer_one_after_the_other(monkeypatch
     assert late.result(60).finish in ("deadline", "stop")
 
 
-def test_the_released_splice_and_sliding_windows_are_kept() -> None:
+def test_published_splice_and_sliding_windows() -> None:
     for settings in ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24, "use_sliding_window": True}, {}):
         chat = build("qwen2", **settings)
         if not settings:
@@ -157,7 +157,7 @@ def test_the_released_splice_and_sliding_windows_are_kept() -> None:
                 assert [token.id for token in stream.result(60).tokens] == alone(chat, scan, question, 25)[1]
 
 
-def test_a_conversation_reads_its_own_past_no_more_than_once() -> None:
+def test_a_conversation_reuses_its_earlier_turns() -> None:
     chat = build("llama")
     (scan,), engine = scans(chat, 1), TransformersEngine(chat)
     (first,) = engine.generate([Request(scan, asked(QUESTIONS[0]), 10)])
@@ -169,7 +169,7 @@ def test_a_conversation_reads_its_own_past_no_more_than_once() -> None:
     assert chat.processor.num_image_tokens < other.result(60).reused_tokens < said.prompt_tokens
 
 
-def test_what_is_kept_is_bounded() -> None:
+def test_the_memory_of_reused_prefixes_is_bounded() -> None:
     kept, scan = Prefixes(3000), torch.zeros(4)
     for number in range(50):
         kept.add(scan, np.arange(number, number + 8), [[torch.zeros(2, 8, 4), torch.zeros(2, 8, 4)]])
@@ -210,12 +210,12 @@ def test_what_was_read_of_a_scan_is_kept_no_longer_than_the_scan() -> None:
         ({"stop": ("",)}, "at least one character"),
     ],
 )
-def test_requests_that_cannot_be_answered(change: dict[str, Any], words: str) -> None:
+def test_invalid_requests(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Request(**{"scan": "scan.nii", "messages": asked("?")} | change)
 
 
-def test_what_is_wrong_with_one_request_is_raised_by_its_stream_alone() -> None:
+def test_an_invalid_request_raises_in_its_own_stream_only() -> None:
     chat = build("qwen2")
     (scan,), engine = scans(chat, 1), TransformersEngine(chat)
     good, empty, missing = engine.generate([Request(scan, asked("?"), 3), Request(scan, asked(" ")), Request("nowhere.nii", asked("?"))])
@@ -225,7 +225,7 @@ def test_what_is_wrong_with_one_request_is_raised_by_its_stream_alone() -> None:
             list(stream)
 
 
-def test_what_waits_for_the_encoder_ends_when_the_engine_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_waiting_for_the_encoder_end_when_the_engine_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     chat, reading, go_on = build("qwen2"), threading.Event(), threading.Event()
     encode = chat.encode
 
@@ -248,7 +248,7 @@ def test_what_waits_for_the_encoder_ends_when_the_engine_is_closed(monkeypatch: 
         engine.generate([Request(torch.rand(1, *SIZE), asked("Where?"))])
 
 
-def test_an_answer_that_transformers_writes_alone_ends_when_the_engine_is_closed() -> None:
+def test_an_unbatched_answer_ends_when_the_engine_is_closed() -> None:
     chat = build("qwen2")
     engine = TransformersEngine(chat)
     engine._batch.alone = True
@@ -259,7 +259,7 @@ def test_an_answer_that_transformers_writes_alone_ends_when_the_engine_is_closed
     assert len(stream.result().tokens) < 60
 
 
-def test_an_error_while_an_answer_is_ended_ends_those_beside_it_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_at_the_end_of_an_answer_ends_the_batch_but_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     chat = build("qwen2")
     engine, scan = TransformersEngine(chat), scans(chat, 1)[0]
     with monkeypatch.context() as broken:
@@ -271,15 +271,15 @@ def test_an_error_while_an_answer_is_ended_ends_those_beside_it_and_not_the_engi
     assert stream.result(20).text == chat.ask(scan, "Where?", max_new_tokens=3).text
 
 
-def test_a_tiny_temperature_draws_the_likeliest_token() -> None:
+def test_a_tiny_temperature_gives_the_likeliest_token() -> None:
     chat = build("qwen2")
     engine, scan = TransformersEngine(chat), scans(chat, 1)[0]
     (stream,) = engine.generate([Request(scan, asked("Where?"), 8, temperature=1e-300, seed=1)])
     assert stream.result(20).text == chat.ask(scan, "Where?", max_new_tokens=8).text
 
 
-def test_an_error_of_one_row_ends_this_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tokenizer that fails at the third token of one answer, and a scan whose features do not fit."""
+def test_an_error_of_one_row_ends_only_this_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer fails at the third token of one answer, and the features of one scan have a wrong shape."""
     chat = build("qwen2")
     chat.ends.clear()
     (scan, other), engine = scans(chat, 2), TransformersEngine(chat)

@@ -11,7 +11,7 @@ from med3dvlm.inference.out_of_distribution import fit_detector
 
 
 def correlated(count: int, seed: int) -> torch.Tensor:
-    """(count, 30): a few hidden causes, noise, unequal scales and offsets."""
+    """Return (count, 30) features with a few latent factors, noise, unequal scales and offsets."""
     mixing = np.random.default_rng(9).normal(size=(5, 30))
     random = np.random.default_rng(seed)
     values = random.normal(size=(count, 5)) @ mixing + 0.3 * random.normal(size=(count, 30))
@@ -34,7 +34,7 @@ def test_distances_against_their_formula() -> None:
     assert 0.8 < fitted.distance(torch.tensor(train)).mean() < 1.2
 
 
-def test_the_detector_tells_other_scans_from_its_own() -> None:
+def test_the_detector_separates_other_scans() -> None:
     fitted = fit_detector(correlated(400, 0), correlated(100, 1))
     assert len(fitted.components) == 29  # not 64: as many as there are channels, less one for the residual
     own = fitted.distance(correlated(1000, 2))

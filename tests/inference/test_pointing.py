@@ -1,4 +1,4 @@
-"""Answers that bring masks: words as they are shown, masks as the segmenter draws them for the same queries, and `ask --masks`."""
+"""Answers with masks: their text, masks equal to the segmenter's for the same queries, and `ask --masks`."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ QUESTION = "What is there?"
 
 @pytest.fixture(scope="module")
 def chat() -> Med3DChat:
-    """Gives ANSWER to whatever it is asked: it learned it by heart."""
+    """A chat that gives ANSWER to every question."""
     model, processor, _ = parts()
     model.requires_grad_(False)
     trained = [*model.language_model.parameters(), model.pointing.token]
@@ -45,7 +45,7 @@ def chat() -> Med3DChat:
 
 @pytest.fixture(scope="module")
 def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Oblique, flipped and with voxels that are no cubes."""
+    """An oblique, flipped scan with anisotropic voxels."""
     path = tmp_path_factory.mktemp("scan") / "scan.nii.gz"
     affine = np.array([[-1.1, 0.2, 0, 30], [-0.1, -1.3, 0.3, 40], [0, 0.2, 2.4, -50], [0, 0, 0, 1]])
     u, _, v = np.linalg.svd(affine[:3, :3])
@@ -55,7 +55,7 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_masks_are_those_that_the_segmenter_draws_for_the_same_queries(chat: Med3DChat, scan: Path) -> None:
+def test_masks_equal_the_segmenters_for_the_same_queries(chat: Med3DChat, scan: Path) -> None:
     answer = chat.ask(scan, QUESTION)
     assert answer.text == SHOWN and [place.sentence for place in answer.places] == [
         "The liver holds a round mass.",
@@ -87,7 +87,7 @@ def test_masks_are_those_that_the_segmenter_draws_for_the_same_queries(chat: Med
         assert found.volume_ml == pytest.approx(wanted.volume_ml, rel=0.01) and found.side == wanted.side
 
 
-def test_pieces_of_a_stream_and_a_batch_show_no_token(chat: Med3DChat, scan: Path) -> None:
+def test_pointing_tokens_are_not_shown_in_streams_and_batches(chat: Med3DChat, scan: Path) -> None:
     pieces, stream = [], chat.stream(scan, QUESTION)
     try:
         while True:
@@ -133,7 +133,7 @@ def test_a_run_writes_masks_beside_its_tables(chat: Med3DChat, scan: Path, tmp_p
         assert entry["volume_ml"] == pytest.approx(found.volume_ml, abs=1e-4)
 
 
-def test_the_command_writes_what_the_answer_points_to(
+def test_the_command_writes_the_masks_of_the_answer(
     chat: Med3DChat, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Med3DChat, "from_pretrained", classmethod(lambda cls, path, **options: Med3DChat(chat.model, chat.processor)))

@@ -1,4 +1,4 @@
-"""A chat whose language model is in 8 or 4 bits: what it answers, and what is said when it is loaded."""
+"""A chat with a language model in 8 or 4 bits: its answers, and the message when it is loaded."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests import random_chat
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with random weights, 64 wide, as NF4 needs it on a processor."""
+    """A folder with a random model of width 64, which NF4 needs on the CPU."""
     folder, chat = tmp_path_factory.mktemp("models") / "random", random_chat.build("llama", hidden_size=64, intermediate_size=128)
     chat.model.save_pretrained(folder)
     chat.processor.save_pretrained(folder)
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def agreement(one: Med3DChat, other: Med3DChat) -> float:
-    """How often both give the same next token, place by place, each from the words before it alone."""
+    """Return how often both models predict the same next token, given the same preceding tokens."""
     volume = torch.zeros(1, *one.processor.image_processor.size)
     same = []
     for report in REPORTS:
@@ -44,7 +44,7 @@ def ours(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("med3dvlm")]
 
 
-def test_eight_bits_say_nearly_the_same(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_eight_bits_give_nearly_the_same_answers(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     stored, quantized = Med3DChat.from_pretrained(folder), Med3DChat.from_pretrained(folder, quantize="int8")
     for name, layer in quantized.model.language_model.named_modules():
         if isinstance(layer, Int8Linear):
@@ -54,7 +54,7 @@ def test_eight_bits_say_nearly_the_same(folder: Path, caplog: pytest.LogCaptureF
     assert agreement(stored, quantized) == 1 and not ours(caplog)
 
 
-def test_little_agreement_is_said_in_a_sentence(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_low_agreement_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     stored, quantized = Med3DChat.from_pretrained(folder), Med3DChat.from_pretrained(folder, quantize="nf4")
     expected = agreement(stored, quantized)
@@ -66,7 +66,7 @@ def test_little_agreement_is_said_in_a_sentence(folder: Path, caplog: pytest.Log
     assert quantized.ask(scan, "Which organ?", max_new_tokens=20).text == stored.ask(scan, "Which organ?", max_new_tokens=20).text
 
 
-def test_commands_take_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_accept_quantize(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scan = tmp_path / "scan.npy"
     np.save(scan, np.random.default_rng(0).integers(-1000, 1000, (10, 20, 30)).astype(np.int16))
     assert cli.main(["report", str(folder), str(scan), "--quantize", "int8", "--max-new-tokens", "5"]) == 0

@@ -1,4 +1,4 @@
-"""SaliencyMap of phrases and answers against their formulas, and its way back into the scan: a bright blob is put in and found again."""
+"""Saliency maps of phrases and answers against their formulas, and their placement in the scan: a bright blob is found again."""
 
 import itertools
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ SHAPE, SPACING = (18, 27, 33), (2.2, 1.1, 0.9)
 
 
 def scan(orientation: str | None, blob: tuple[int, int, int] | None) -> Volume:
-    """Air around a body that is off the middle, with a bright corner and a blob of 3 voxels' edge in it."""
+    """Return an off-centre body in air, with a bright corner and a blob of 3 voxels' edge."""
     array = np.full(SHAPE, -1000, np.int16)
     array[3:17, 4:20, 8:32] = 0
     array[3:5, 4:6, 8:10] = 1000
@@ -39,7 +39,7 @@ def scan(orientation: str | None, blob: tuple[int, int, int] | None) -> Volume:
 @pytest.mark.parametrize(("recipe", "settings"), PROCESSORS)
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_a_blob_is_found_again(recipe: str, settings: dict[str, object], orientation: str | None) -> None:
-    """Its middle in what the model sees, brought back, is its middle in the scan: to half of what a shift by half a voxel would make."""
+    """Its centre in the model's volume, mapped back, is its centre in the scan, to half of the error that a shift by half a voxel causes."""
     processor = VolumeProcessor(recipe, **settings)
     for blob in ((6, 11, 17), (12, 14, 22)):
         volume = scan(orientation, blob)
@@ -54,7 +54,7 @@ def test_a_blob_is_found_again(recipe: str, settings: dict[str, object], orienta
 @pytest.mark.parametrize(("recipe", "settings"), PROCESSORS)
 @pytest.mark.parametrize("orientation", ["SPL", "ILA", "RSP"])
 def test_heat_is_placed_on_the_blob(recipe: str, settings: dict[str, object], orientation: str) -> None:
-    """A grid of patches that holds the mean of what they see, as an encoder might: its overlay is highest within a patch of the blob."""
+    """The heat is the mean of each patch, as of an encoder; the overlay is highest within a patch of the blob."""
     processor, blob = VolumeProcessor(recipe, **settings), (7, 12, 18)
     volume = scan(orientation, blob)
     made = (processor.transform(volume) - processor.transform(scan(orientation, None)))[0].numpy()
@@ -76,7 +76,7 @@ def test_heat_is_placed_on_the_blob(recipe: str, settings: dict[str, object], or
 
 
 def test_placing_by_plain_loops() -> None:
-    """Trilinear between the cells' middles, the ends go on, what was cropped away is 0: voxel by voxel."""
+    """Voxel by voxel: trilinear between cell centres, extended at the border, 0 where the scan was cropped."""
     processor = VolumeProcessor("m3d", size=(12, 10, 14))
     volume = scan("ILA", (6, 11, 17))
     generator = np.random.default_rng(0)
@@ -110,7 +110,7 @@ def test_even_heat_shows_nothing() -> None:
 
 
 def clip_with(family: str, **settings: object) -> tuple[Med3DCLIP, torch.Tensor]:
-    """A contrastive model in float64 over a small encoder, and a volume."""
+    """Return a contrastive model in float64 with a small encoder, and a volume."""
     torch.manual_seed(0)
     name, size, options = SMALL[family]
     text_config = DistilBertConfig(vocab_size=30, max_position_embeddings=16, dim=8, hidden_dim=12, n_layers=1, n_heads=2)
@@ -132,8 +132,8 @@ def clip_with(family: str, **settings: object) -> tuple[Med3DCLIP, torch.Tensor]
         ("ctvit", -1, {"image_pooling": "frames", "projection_bias": False}),
     ],
 )
-def test_heat_is_how_the_score_rises_with_a_cell(family: str, level: int, settings: dict[str, object]) -> None:
-    """By central differences: a channel of a cell a little further from its mean, everything after it computed again; what falls is left out."""
+def test_heat_is_the_increase_of_the_score_with_a_cell(family: str, level: int, settings: dict[str, object]) -> None:
+    """Central differences move one channel of a cell from its mean and compute everything after it again; decreases are left out."""
     model, volume = clip_with(family, **settings)
     encoder, direction = model.vision_encoder, torch.randn(6).double()
     heat = weighted_features(encoder, volume, level, lambda: (model.encode_image(volume) @ direction).sum())
@@ -189,7 +189,7 @@ def test_a_failed_score_leaves_no_hook() -> None:
 
 
 def test_phrases(tiny_models: SimpleNamespace, prepared: object) -> None:
-    """From the model's directory: heat of a prepared tensor as of the same as a batch, other words other heat, nothing trained."""
+    """Loaded from a directory, a tensor and a batch give equal heat, another phrase other heat, and no parameter gets a gradient."""
     finder = PhraseSaliency.from_pretrained(tiny_models.clip)
     data = PreparedData(prepared)
     pixels = data.processor.dequantize(data.volume(data.studies("test")[0]))
@@ -206,7 +206,7 @@ def test_phrases(tiny_models: SimpleNamespace, prepared: object) -> None:
 
 
 def test_answers(tiny_models: SimpleNamespace, prepared: object) -> None:
-    """The heat of an answer is how the summed log probabilities of its tokens rise, and of a part those of the part's tokens."""
+    """The heat of an answer is the increase of the summed log probabilities of its tokens; that of a part uses the part's tokens."""
     chat = Med3DChat.from_pretrained(tiny_models.vlm, device="cpu", dtype=torch.float32)
     chat.model.double()
     data = PreparedData(prepared)

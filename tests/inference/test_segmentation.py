@@ -1,4 +1,4 @@
-"""Masks from words, on the scan as it lies on the disk, by a stand-in that draws what it is asked for; `med3dvlm segment`."""
+"""Masks from words on the grid of the stored scan, drawn by a stand-in for the model; `med3dvlm segment`."""
 
 import gzip
 from collections.abc import Callable
@@ -27,7 +27,7 @@ WORDS = ("bright spot", "dark spot", "nothing at all")
 
 
 class Drawer(torch.nn.Module):
-    """Draws the bright box for the first of WORDS, dark voxels for the second, both surely, and nothing for the third."""
+    """Draws the bright box for the first of WORDS and the dark voxels for the second, with certainty, and nothing for the third."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -44,7 +44,7 @@ class Drawer(torch.nn.Module):
 
 
 class Processor:
-    """A VolumeProcessor, and a number for each of WORDS."""
+    """A VolumeProcessor with a tokenizer that gives each of WORDS a number."""
 
     image_processor = VolumeProcessor("hu_window", size=(36, 48, 64), resize="trilinear")
 
@@ -56,7 +56,7 @@ class Processor:
 
 
 def scan() -> np.ndarray:
-    """A body with a bright box of 4 x 6 x 8 voxels on the patient's left and a dark one of 3 x 4 x 4; axes S, P, L."""
+    """Return a body with a bright box of 4 x 6 x 8 voxels on the patient's left and a dark one of 3 x 4 x 4; axes S, P, L."""
     array = np.full(SHAPE, -1000, np.int16)
     array[1:-1, 3:-3, 4:-4] = 40
     array[8:12, 12:18, 24:32] = 900
@@ -108,7 +108,7 @@ def test_a_mask_is_on_the_scan_and_measured(segmenter: Segmenter, nifti: Path) -
 
 
 def test_several_texts_and_what_is_absent(segmenter: Segmenter, nifti: Path) -> None:
-    """Texts asked for together give what each gives alone; a finding that is not likely has an empty mask."""
+    """Several texts give the masks of single ones; an unlikely finding has an empty mask."""
     together = segmenter.segment_all(nifti, WORDS)
     for text, one in zip(WORDS, together, strict=True):
         alone = segmenter.segment(nifti, text)
@@ -154,7 +154,7 @@ def test_a_saved_mask_overlays_its_scan_for_nibabel_and_itk(segmenter: Segmenter
         found.save_nifti(tmp_path / "mask.png")
 
 
-def test_wrong_input_gets_a_sentence(segmenter: Segmenter, nifti: Path) -> None:
+def test_wrong_input(segmenter: Segmenter, nifti: Path) -> None:
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: segmenter.segment(nifti, " "), "The text is empty"),
         (lambda: segmenter.segment_all(nifti, []), "The text is empty"),
@@ -200,7 +200,7 @@ def test_the_command_writes_dicom(segmenter: Segmenter, tmp_path: Path, capsys: 
     assert code == 0 and "Nothing was found" in error and not (tmp_path / "none.dcm").exists()
 
 
-def test_what_the_command_refuses(segmenter: Segmenter, nifti: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_of_the_command(segmenter: Segmenter, nifti: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
         (["bright spot", "--out", tmp_path / "mask.png"], "must end in .nii"),
         (["bright spot", "Bright-spot", "--out", tmp_path / "mask.nii"], "into one file"),
@@ -212,8 +212,10 @@ def test_what_the_command_refuses(segmenter: Segmenter, nifti: Path, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scan.nii.gz"]
 
 
-def test_tilted_scans_come_back_as_they_lie(segmenter: Segmenter, nifti: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--straighten` straightens what the model sees; the mask stays on the stored slices."""
+def test_masks_of_tilted_scans_lie_on_the_stored_slices(
+    segmenter: Segmenter, nifti: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--straighten` straightens the model's input only."""
     affine = nibabel.load(nifti).affine.copy()
     affine[:3, 2] += 0.3 * affine[:3, 1]
     image = nibabel.Nifti1Image(scan().transpose(), affine)
@@ -235,7 +237,7 @@ def test_another_model_is_refused(tmp_path: Path, tiny_models: SimpleNamespace, 
 
 
 def test_with_a_real_segmenter(tmp_path: Path, tiny_models: SimpleNamespace, nifti: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From its folder: the mask is where the model's own logits, brought to the scan, are above 0; the command and the chat say the same."""
+    """Loaded from its folder, the mask is where the model's logits, mapped to the scan, are above 0; command and chat give the same."""
     clip, processor = load_clip(tiny_models.clip)
     torch.manual_seed(3)
     model = Med3DSegmenter.from_clip(clip, decoder_widths=[8, 4, 8, 8], embedding_dim=5, attention_heads=2).eval()

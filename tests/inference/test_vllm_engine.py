@@ -1,4 +1,4 @@
-"""The engine on a vLLM server, played by a stand-in: its words are those of the engine on transformers, and what fails is said in a sentence.
+"""The engine on a stand-in for a vLLM server: its answers equal those of the engine on transformers; errors get one sentence.
 
 The last test asks vLLM itself, where MED3DVLM_VLLM_PYTHON names the interpreter of an environment that has it.
 """
@@ -59,7 +59,7 @@ def engine(chat: Med3DChat, server: SimpleNamespace) -> Iterator[VllmEngine]:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])
-def test_the_exported_model_is_a_plain_one_with_our_logits(family: str, tmp_path: Path) -> None:
+def test_the_exported_language_model_has_equal_logits(family: str, tmp_path: Path) -> None:
     chat = random_chat.build(family)
     for part in (chat.model, chat.processor):
         part.save_pretrained(tmp_path / "model")
@@ -77,7 +77,7 @@ def test_the_exported_model_is_a_plain_one_with_our_logits(family: str, tmp_path
     assert words == chat.processor.encode(asked("Where?"), generate=True, image=False)["input_ids"]
 
 
-def test_what_is_no_row_of_the_model_is_no_token_of_the_exported_tokenizer(tmp_path: Path) -> None:
+def test_the_exported_tokenizer_has_no_tokens_beyond_the_model(tmp_path: Path) -> None:
     chat = random_chat.build("llama")
     chat.model.language_model.resize_token_embeddings(chat.processor.image_token_id)  # the placeholder lies beyond
     save_language_model(chat.model, chat.processor, tmp_path)
@@ -86,7 +86,9 @@ def test_what_is_no_row_of_the_model_is_no_token_of_the_exported_tokenizer(tmp_p
     assert chat.processor.tokenizer("a <|im_start|>b")["input_ids"] == tokenizer("a <|im_start|>b")["input_ids"]
 
 
-def test_words_are_those_of_the_engine_on_transformers(chat: Med3DChat, server: SimpleNamespace, engine: VllmEngine, monkeypatch) -> None:
+def test_answers_equal_those_of_the_engine_on_transformers(
+    chat: Med3DChat, server: SimpleNamespace, engine: VllmEngine, monkeypatch
+) -> None:
     encoded, encoder = [], chat.encoder
     monkeypatch.setattr(chat, "encoder", lambda pixels: encoded.append(1) or encoder(pixels))
     known = [chat.encode(scan(number)) for number in range(3)]
@@ -102,7 +104,7 @@ def test_words_are_those_of_the_engine_on_transformers(chat: Med3DChat, server: 
     assert {body["temperature"] for body in server.bodies} == {0.0} and server.bodies[-1]["stop_token_ids"] == chat.ends
 
 
-def test_a_stop_text_ends_the_answer_here_and_there(chat: Med3DChat, server: SimpleNamespace, engine: VllmEngine) -> None:
+def test_a_stop_text_ends_the_answer_and_the_request(chat: Med3DChat, server: SimpleNamespace, engine: VllmEngine) -> None:
     known = chat.encode(scan(1))
     whole = engine.generate([Request(known, asked(QUESTIONS[3]), 60)])[0].result(60).text
     stop = whole[len(whole) // 3 : len(whole) // 3 + 3]
@@ -110,7 +112,7 @@ def test_a_stop_text_ends_the_answer_here_and_there(chat: Med3DChat, server: Sim
     assert "".join(stream) == whole[: whole.index(stop)].rstrip() and stream.result().finish == "stop"
 
 
-def test_draws_repeat_with_their_seed(chat: Med3DChat, engine: VllmEngine) -> None:
+def test_samples_repeat_with_their_seed(chat: Med3DChat, engine: VllmEngine) -> None:
     known = chat.encode(scan(1))
     texts = [
         engine.generate([Request(known, asked(QUESTIONS[0]), 10, temperature=1.5, seed=seed)])[0].result(60).text for seed in (1, 2, 3, 1)
@@ -118,7 +120,7 @@ def test_draws_repeat_with_their_seed(chat: Med3DChat, engine: VllmEngine) -> No
     assert texts[0] == texts[3] and len(set(texts)) > 1
 
 
-def test_who_is_cancelled_or_late_leaves_and_the_server_is_told(chat: Med3DChat, server: SimpleNamespace, monkeypatch) -> None:
+def test_cancelled_and_late_requests_are_ended_on_the_server(chat: Med3DChat, server: SimpleNamespace, monkeypatch) -> None:
     monkeypatch.setattr(chat, "ends", [])
     engine, known = VllmEngine(chat, Server(server.url)), chat.encode(scan(1))
     goes, late = engine.generate([Request(known, asked(QUESTIONS[0]), 400), Request(known, asked(QUESTIONS[1]), 400, seconds=0.3)])
@@ -138,7 +140,7 @@ def test_who_is_cancelled_or_late_leaves_and_the_server_is_told(chat: Med3DChat,
         engine.generate([Request(known, asked(QUESTIONS[0]))])
 
 
-def test_a_server_that_goes_away_in_the_middle(chat: Med3DChat, server: SimpleNamespace, engine: VllmEngine) -> None:
+def test_a_server_that_ends_during_an_answer(chat: Med3DChat, server: SimpleNamespace, engine: VllmEngine) -> None:
     known = chat.encode(scan(1))
     server.die_after = server.written + 4
     (stream,) = engine.generate([Request(known, asked(QUESTIONS[0]), 60)])
@@ -148,7 +150,7 @@ def test_a_server_that_goes_away_in_the_middle(chat: Med3DChat, server: SimpleNa
     assert engine.generate([Request(known, asked(QUESTIONS[0]), 5)])[0].result(60).tokens
 
 
-def test_what_is_wrong_with_one_request_is_raised_by_its_stream_alone(chat: Med3DChat, exported: Path) -> None:
+def test_an_invalid_request_raises_in_its_own_stream_only(chat: Med3DChat, exported: Path) -> None:
     with vllm_stand_in.serving(exported, context=60) as server:
         engine = VllmEngine(chat, Server(server.url))
         good, empty, long = engine.generate([Request(chat.encode(scan(1)), asked(text), 500) for text in ("Where?", " ", "why " * 30)])
@@ -199,7 +201,7 @@ def test_a_key_is_sent(chat: Med3DChat, exported: Path, monkeypatch: pytest.Monk
         VllmEngine(chat, Server(server.url)).close()
 
 
-def test_which_engine_answers(chat: Med3DChat, server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_of_the_engine(chat: Med3DChat, server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "engine", chat.engine)
     assert start_engine(chat, None, None) is chat.engine
     with pytest.raises(ValueError, match="leave out one of the two"):

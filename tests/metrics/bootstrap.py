@@ -10,7 +10,7 @@ def bootstrap_interval(
     values: Any, groups: Sequence[Any] | None = None, samples: int = 1000, level: float = 0.95, seed: int = 0,
     statistic: Callable[[Any], float] = np.mean,
 ) -> tuple[float, float]:  # fmt: skip
-    """Of any statistic of rows (N, ...), N patient identifiers in `groups`; for several arrays pass `np.arange(N)` and index them."""
+    """Return the interval of a statistic of rows (N, ...) with N patient identifiers in `groups`; for several arrays pass indices."""
     rows = np.asarray(values)
     keys = np.arange(len(rows)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     patients = int(keys.max()) + 1

@@ -21,7 +21,7 @@ from med3dvlm.metrics.classification import (
 
 @pytest.fixture
 def decisions() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """31 studies, 5 findings; finding 3 is never present but sometimes stated, finding 4 neither."""
+    """Return labels and predictions of 31 studies and 5 findings; finding 3 is never present but sometimes predicted, finding 4 neither."""
     generator = np.random.default_rng(1)
     labels = (generator.random((31, 5)) < (0.5, 0.3, 0.1, 0, 0)).astype(int)
     predictions = np.where(generator.random((31, 5)) < 0.2, 1 - labels, labels)
@@ -71,7 +71,7 @@ def test_accuracy() -> None:
         accuracy([], [])
 
 
-def test_auroc_is_the_chance_of_the_right_order() -> None:
+def test_auroc_is_the_probability_of_the_right_order() -> None:
     generator = np.random.default_rng(2)
     labels = (generator.random((23, 3)) < 0.4).astype(int)
     labels[:, 2] = 1
@@ -88,7 +88,7 @@ def test_auroc_is_the_chance_of_the_right_order() -> None:
 
 @pytest.fixture
 def believed() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """53 studies, 6 findings, probabilities of one decimal, so that many tie; the last finding is rare."""
+    """Return labels and scores of 53 studies and 6 findings; scores have one decimal, so that many tie; the last finding is rare."""
     generator = np.random.default_rng(3)
     labels = (generator.random((53, 6)) < (0.5, 0.4, 0.3, 0.2, 0.1, 0.04)).astype(int)
     labels[0, 5] = 1
@@ -172,7 +172,7 @@ def test_published_definitions_equal_loops(believed: tuple[NDArray[np.int64], ND
     assert len({round(figures["f1"], 6) for figures in (expected, ct_clip, vlm3d)}) == 3  # hence the names
 
 
-def test_vlm3d_counts_what_is_nowhere_as_zero() -> None:
+def test_vlm3d_counts_absent_findings_as_zero() -> None:
     labels, stated = np.array([[1, 0], [0, 0]]), np.array([[1, 0], [0, 0]])
     assert vlm3d_scores(labels, stated)["f1"] == 0.5
     assert precision_recall_f1(labels, stated)["macro"]["f1"] == 1

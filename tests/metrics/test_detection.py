@@ -16,7 +16,7 @@ PATIENTS = [f"p{study // 2}" for study in range(STUDIES)]
 
 
 def tables(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Labels with holes, and log-odds that know something of them; "d" is present everywhere, of "e" nothing is known."""
+    """Return labels with missing values and correlated log-odds; "d" is always present, "e" is never labelled."""
     random = np.random.default_rng(seed)
     labels = (random.random((STUDIES, 5)) < (0.5, 0.2, 0.4, 1.0, 0.5)).astype(float)
     log_odds = random.normal(size=labels.shape) + labels
@@ -25,7 +25,7 @@ def tables(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return labels, log_odds
 
 
-def test_each_finding_as_scikit_learn_scores_the_studies_that_know_it() -> None:
+def test_each_finding_equals_scikit_learn_on_its_labelled_studies() -> None:
     labels, log_odds = tables()
     cuts = choose_known_thresholds(*tables(1), "youden")
     assert np.isnan(cuts[3:]).all() and not np.isnan(cuts[:3]).any()
@@ -51,7 +51,7 @@ def test_each_finding_as_scikit_learn_scores_the_studies_that_know_it() -> None:
     assert scores["per_class"]["d"]["auroc"] is None and scores["per_class"]["d"]["f1"] is None
 
 
-def test_thresholds_are_those_of_the_studies_that_know_the_finding() -> None:
+def test_thresholds_are_chosen_on_labelled_studies() -> None:
     labels, log_odds = tables(1)
     for rule in ("youden", "nearest", "f1"):
         cuts = choose_known_thresholds(labels, log_odds, rule)
@@ -60,7 +60,7 @@ def test_thresholds_are_those_of_the_studies_that_know_the_finding() -> None:
             assert cuts[finding] == choose_thresholds(labels[rows][:, [finding]], log_odds[rows][:, [finding]], rule)[0]
 
 
-def test_published_figures_are_of_whole_rows() -> None:
+def test_published_figures_use_fully_labelled_studies() -> None:
     labels, log_odds = tables()
     labels[:20, :4] = np.random.default_rng(3).random((20, 4)) < 0.4
     cuts = np.array([0.1, 0.4, -0.2, 0.3, np.nan])
@@ -80,7 +80,7 @@ def test_published_figures_are_of_whole_rows() -> None:
     assert published["vlm3d"] == vlm3d_scores(truth, belief >= cuts[:4], belief)
 
 
-def test_intervals_are_those_of_a_resample_at_a_time() -> None:
+def test_intervals_equal_a_loop_over_resamples() -> None:
     labels, log_odds = tables()
     labels[:20, :4] = np.random.default_rng(3).random((20, 4)) < 0.4
     cuts = np.zeros(5)
@@ -117,7 +117,7 @@ def test_without_any_threshold_there_are_areas_and_no_decisions() -> None:
         detection_scores(labels, log_odds, np.zeros(4), NAMES, PATIENTS)
 
 
-def test_labels_change_places_by_patient() -> None:
+def test_labels_are_permuted_between_patients() -> None:
     patients = ["p", "q", "p", "r", "r", "q", "p"]
     members = {name: [place for place, patient in enumerate(patients) if patient == name] for name in "pqr"}
     seen = set()
@@ -132,7 +132,7 @@ def test_labels_change_places_by_patient() -> None:
     assert len(seen) == 6
 
 
-def test_dealt_out_labels_are_at_chance_and_true_ones_are_not() -> None:
+def test_permuted_labels_are_at_chance_and_true_ones_above() -> None:
     labels, log_odds = tables()
     control = label_control(labels, log_odds + np.nan_to_num(labels), PATIENTS)
     assert control["macro_auroc"] == pytest.approx(0.5, abs=0.02)

@@ -15,7 +15,7 @@ REFERENCES = ["There is a nodule in the right lung.", "no effusion", "Liver cyst
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`evaluate` keeps predictions, and a copy of the module, in files."""
+    """Give `evaluate` a folder for its files of predictions and its copy of the module."""
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path)
     monkeypatch.setattr(evaluate.loading, "init_dynamic_modules", lambda *_: _modules(tmp_path, monkeypatch))
 

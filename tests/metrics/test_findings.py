@@ -1,4 +1,4 @@
-"""The reader of findings on sentences as they occur in reports, present, negated, listed, past and doubtful."""
+"""The finding rules on typical sentences of reports: present, negated, listed, past and uncertain findings."""
 
 import re
 import time
@@ -141,7 +141,7 @@ def test_sentence(sentence: str, expected: str) -> None:
 
 
 def test_a_report_is_the_union_of_its_sentences() -> None:
-    """Every sentence above in one report: a negation must not reach the next sentence."""
+    """All sentences above form one report; a negation must not reach the next sentence."""
     report = " ".join(sentence.rstrip(".") + "." for sentence, _ in SENTENCES)
     stated = {name for _, names in SENTENCES for name in names.split()}
     assert {name for name, present in read_findings(report).items() if present} == stated
@@ -162,19 +162,19 @@ def test_one_present_mention_is_enough() -> None:
         ("A finding of note: emphysema.", "emphysema"),
     ],
 )
-def test_sections_that_tell_what_was_asked_are_not_read(report: str, expected: str) -> None:
+def test_sections_with_the_clinical_question_are_not_read(report: str, expected: str) -> None:
     assert {name for name, stated in read_findings(report).items() if stated} == set(expected.split())
 
 
-def test_same_reading_alone_and_among_others() -> None:
-    """Sentences are remembered between reports; neither that nor the choice of names may change a reading."""
+def test_reading_does_not_depend_on_other_reports() -> None:
+    """Neither the cache of sentences nor the choice of names may change a result."""
     for sentence, expected in SENTENCES:
         for name in FINDINGS:
             assert read_findings(sentence, [name]) == {name: name in expected.split()}
 
 
-def test_long_and_odd_texts_take_no_time_worth_naming() -> None:
-    """4,000 words without a period, headings without end, other scripts: read or passed over, in seconds."""
+def test_long_and_odd_texts_are_read_quickly() -> None:
+    """4,000 words without a period, many headings and other scripts take seconds."""
     words = "heart lung pleural pericardial effusion enlarged no thickening of the bronchial wall nodule " * 300
     started = time.perf_counter()
     assert read_findings(f"{words}. Emphysema.")["emphysema"]
@@ -185,7 +185,7 @@ def test_long_and_odd_texts_take_no_time_worth_naming() -> None:
     assert time.perf_counter() - started < 20  # measured 0.7 s on one busy core
 
 
-def test_mentions_tell_why() -> None:
+def test_mentions_have_a_state_and_a_cue() -> None:
     present, negated = find_mentions("5.5 mm nodule in the right lung. No pleural effusion.")
     assert (present.finding, present.phrase, present.present, present.cue) == ("lung_nodule", "nodule", True, None)
     assert (negated.finding, negated.present, negated.cue) == ("pleural_effusion", False, "No")
@@ -193,8 +193,8 @@ def test_mentions_tell_why() -> None:
     assert (present.state, negated.state) == ("present", "absent")
 
 
-def test_mentions_tell_where() -> None:
-    """In tables, below headings, among unusual signs: `start` is the place of the phrase in the report as it was given."""
+def test_mentions_have_their_position() -> None:
+    """In tables, below headings and among unusual characters, `start` is the position of the phrase in the given report."""
     report = "INDICATION: emphysema?\r\nFINDINGS:\r\n\u2022 No pleural\u00a0effusion\r\n| Ascites | none |\r\nAtelectasis \u2013 small"
     mentions = find_mentions(report)
     assert [mention.finding for mention in mentions] == ["pleural_effusion", "ascites", "atelectasis"]

@@ -1,4 +1,4 @@
-"""What a reader takes from structured lines, tables, lists, negations, comparisons, doubts: two lists of texts, and forms with every finding."""
+"""Findings in structured lines, tables, lists, negations, comparisons and uncertain statements: two lists of texts, and forms with every finding."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def test_form(sign: str, name: str) -> None:
     assert not wrong
 
 
-def test_a_label_of_what_is_uncertain_is_absent_only_where_it_is_asked_for_or_unlikely() -> None:
+def test_uncertain_findings_count_as_absent_only_on_request_or_where_unlikely() -> None:
     for text in ("Possible emphysema.", "Emphysema: possible", "Emphysema?", "Emphysema cannot be excluded."):
         assert read_findings(text)["emphysema"], text
     for text in ("Rule out emphysema.", "Emphysema is unlikely.", "Evaluate for emphysema.", "Emphysema is questionable."):

@@ -1,4 +1,4 @@
-"""Present, uncertain, absent: sentences whose state a reader knows."""
+"""States of findings, present, uncertain or absent, in sentences with a clear meaning."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_states(text: str, state: str) -> None:
     assert finding_states(text) == {"emphysema": state}
 
 
-def test_only_what_is_named_has_a_state_and_in_the_order_of_the_text() -> None:
+def test_states_of_named_findings_in_the_order_of_the_text() -> None:
     states = finding_states("No pleural effusion. Cardiomegaly. Hiatal hernia may be present.")
     assert list(states.items()) == [("pleural_effusion", "absent"), ("cardiomegaly", "present"), ("hiatal_hernia", "uncertain")]
     assert finding_states("The spine is straight.") == {}
@@ -37,7 +37,7 @@ def test_only_what_is_named_has_a_state_and_in_the_order_of_the_text() -> None:
         finding_states("Cardiomegaly.", ["headache"])
 
 
-def test_present_is_never_more_than_what_the_labels_rules_read() -> None:
+def test_findings_with_state_present_are_also_labels() -> None:
     for text in ("Emphysema. No nodule. Possible effusion in the pleural space.", "No ascites, gallstone or renal cyst. Splenomegaly?"):
         stated, states = read_findings(text), finding_states(text)
         assert {mention.finding for mention in find_mentions(text)} == set(states)

@@ -28,7 +28,7 @@ from med3dvlm.metrics.intervals import (
 from tests.metrics.bootstrap import bootstrap_interval
 
 
-def test_mean_agrees_with_the_normal_interval() -> None:
+def test_interval_of_a_mean_agrees_with_the_normal_one() -> None:
     values = np.random.default_rng(0).normal(10, 3, size=401)
     low, high = intervals({"mean": mean_of(values)}, range(401), samples=4000)["mean"]
     half = 1.96 * values.std() / np.sqrt(len(values))
@@ -39,7 +39,7 @@ def test_mean_agrees_with_the_normal_interval() -> None:
 
 
 def test_groups_widen_the_interval() -> None:
-    """Ten copies of each patient carry no more information than one: the interval is that of the patients' means."""
+    """Ten copies of each patient carry no more information than one, so the interval is that of the patients' means."""
     patients = np.random.default_rng(1).normal(size=101)
     values, groups = np.repeat(patients, 10), np.repeat([f"patient_{i}" for i in range(101)], 10)
     order = np.random.default_rng(2).permutation(len(values))
@@ -65,7 +65,7 @@ def test_unequal_groups_keep_all_their_rows() -> None:
 
 @pytest.fixture
 def table() -> dict[str, Any]:
-    """61 studies of 23 patients, 4 findings, scores of one decimal, some values missing."""
+    """Return 61 studies of 23 patients and 4 findings, with scores of one decimal and missing values."""
     generator = np.random.default_rng(5)
     labels = (generator.random((61, 4)) < (0.5, 0.3, 0.2, 0.05)).astype(int)
     labels[0, 3] = 1
@@ -81,7 +81,7 @@ def undefined_as_nan(value: float | None) -> float:
 
 
 def by_rows(table: dict[str, Any]) -> dict[str, tuple[Statistic, Callable[[NDArray[np.int64]], float]]]:
-    """Each figure as a function of weights, and by what computes it from the drawn rows."""
+    """Return each figure as a function of weights, and as computed from the resampled rows."""
     labels, scores, stated, values = (table[name] for name in ("labels", "scores", "stated", "values"))
     ranks = np.arange(61) % 10 + 1
     return {
@@ -106,7 +106,7 @@ def by_rows(table: dict[str, Any]) -> dict[str, tuple[Statistic, Callable[[NDArr
     }
 
 
-def test_weights_give_the_figures_of_the_drawn_rows(table: dict[str, Any]) -> None:
+def test_weights_give_the_figures_of_the_resampled_rows(table: dict[str, Any]) -> None:
     generator = np.random.default_rng(6)
     drawn = generator.integers(61, size=(20, 61))
     weights = np.stack([np.bincount(rows, minlength=61) for rows in drawn]).astype(float)

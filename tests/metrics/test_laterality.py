@@ -1,4 +1,4 @@
-"""Sides of findings by sentences made by hand, and their scores by counting."""
+"""Sides of findings in hand-made sentences, and their scores by counting."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_sides_of_findings(text: str, wanted: dict[str, str | None]) -> None:
     assert set(found) - {"pleural_effusion"} == set(wanted) - {"pleural_effusion"}
 
 
-def test_one_finding_asked_for_does_not_take_the_side_of_another() -> None:
+def test_a_finding_does_not_take_the_side_of_another() -> None:
     text = "Left pleural effusion, consolidation on the right."
     assert finding_sides(text, ["consolidation"]) == {"consolidation": "right"}
     assert finding_sides(text, ["pleural_effusion"]) == {"pleural_effusion": "left"}
@@ -58,7 +58,7 @@ def test_side_of_an_answer() -> None:
 
 
 def test_scores_by_counting() -> None:
-    """Effusion right, consolidation opposite, nodule without a side; what only one report states and what has no side there does not count."""
+    """The effusion's side is right, the consolidation's opposite, the nodule has none; findings in one report only do not count."""
     references = [
         "Left pleural effusion. Right lower lobe consolidation.",
         "Lung nodule in the left upper lobe. Cardiomegaly.",

@@ -27,7 +27,7 @@ def looped_ranks(queries: NDArray[np.float64], candidates: NDArray[np.float64]) 
 
 @pytest.fixture
 def pairs() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """37 noisy pairs, 7 wide; texts 3, 4 and 30 are one text at three lengths, so they tie."""
+    """Return 37 noisy pairs of width 7; texts 3, 4 and 30 differ only in length, so they tie."""
     generator = np.random.default_rng(0)
     images = generator.normal(size=(37, 7))
     texts = images + generator.normal(size=(37, 7))
@@ -55,14 +55,14 @@ def test_pool_takes_the_first_pairs(pairs: tuple[NDArray[np.float64], NDArray[np
     assert retrieval_scores(images, texts, pool=11) == retrieval_scores(images[:11], texts[:11])
 
 
-def test_ties_count_against_us() -> None:
+def test_ties_have_the_worst_rank() -> None:
     same = np.full((5, 3), 0.1)
     assert retrieval_ranks(same, same)["image_to_text"].tolist() == [5] * 5
     assert retrieval_scores(same, same)["image_to_text"] == {"r1": 0, "r5": 1, "r10": 1, "median_rank": 5, "mrr": 0.2}
     assert retrieval_ranks(np.zeros((4, 2)), np.eye(4, 2))["image_to_text"].tolist() == [4] * 4  # an all-zero embedding finds nothing
 
 
-def test_blocks_change_nothing(pairs: tuple[NDArray[np.float64], NDArray[np.float64]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_block_size_does_not_matter(pairs: tuple[NDArray[np.float64], NDArray[np.float64]], monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [index // 2 for index in range(37)]
     whole = retrieval_scores(*pairs, groups=groups)
     for cells in (1, 37 * 5, 37 * 36):  # one row, five rows, all but one at a time
@@ -96,7 +96,7 @@ def test_equal_studies_outside_the_pool_do_not_help(pairs: tuple[NDArray[np.floa
     assert scores["any_of_equal"]["image_to_text"] == scores["image_to_text"]
 
 
-def test_one_group_is_always_found() -> None:
+def test_a_single_group_is_always_found() -> None:
     same = np.full((5, 3), 0.1)
     assert retrieval_scores(same, same, groups=[0] * 5)["any_of_equal"]["image_to_text"]["r1"] == 1
     assert retrieval_scores(same, same, groups=range(5))["any_of_equal"]["image_to_text"]["r1"] == 0

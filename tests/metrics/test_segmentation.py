@@ -1,4 +1,4 @@
-"""Overlap, distances between surfaces and components, by plain loops and by bodies whose distances are known."""
+"""Overlap, surface distances and components, by plain loops and on shapes of known distance."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_surfaces_by_plain_loops(spacing: tuple[float, float, float]) -> None:
 
 
 def test_the_edge_of_the_volume_is_a_surface() -> None:
-    """Two boxes at the edge, one a voxel longer: nothing is lost by what lies beyond it."""
+    """Two boxes at the edge differ by one voxel in length; the surface at the edge of the volume counts."""
     near, far = surface_scores(box(slice(0, 3), slice(0, 4), slice(0, 5)), box(slice(0, 3), slice(0, 4), slice(0, 6)), (1, 1, 1), 0.5)
     assert 0 < near < 1 and far == 1
 

@@ -1,4 +1,4 @@
-"""Volumes found by a volume: a case by hand, plain loops, ties, and what a random order gives."""
+"""Volume-to-volume retrieval: a case by hand, plain loops, ties, and the expectation of a random order."""
 
 from itertools import permutations
 
@@ -9,7 +9,7 @@ from med3dvlm.metrics.shared_findings import shared_findings
 
 
 def loops(embeddings: np.ndarray, labels: np.ndarray, patients: list[str], k: int) -> dict[str, list[float]]:
-    """The definitions word by word; embeddings without ties."""
+    """The definitions in plain loops, for embeddings without ties."""
     result: dict[str, list[float]] = {"map": [], "overlap": []}
     unit = [row / np.linalg.norm(row) for row in embeddings]
     for query in range(len(labels)):
@@ -44,7 +44,7 @@ def test_against_plain_loops() -> None:
 
 
 def test_a_case_by_hand() -> None:
-    """The first asks; from near to far the others show: nothing in common, the same, half of it."""
+    """The first is the query; the others, from near to far, share no finding, all findings, and half of them."""
     labels = np.array([[1, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 0]])
     embeddings = np.array([[1, 0], [1, 0.1], [1, 0.2], [1, 0.3]])
     values = shared_findings(embeddings, labels, list("abcd"), (1, 2, 3))
@@ -54,7 +54,7 @@ def test_a_case_by_hand() -> None:
 
 
 def test_the_expectation_is_that_of_all_orders() -> None:
-    """Average precision of every order of five candidates, two of which share a finding, by themselves."""
+    """Average precision over all orders of five candidates, two of which share a finding."""
     labels = np.array([[1], [1], [1], [0], [0], [0]])
     expected = {k: [] for k in (1, 2, 4, 5)}
     for order in permutations((1, 1, 0, 0, 0)):
@@ -65,14 +65,14 @@ def test_the_expectation_is_that_of_all_orders() -> None:
         assert values[f"chance_map{k}"][0] == pytest.approx(np.mean(found))
 
 
-def test_what_is_equally_near_stands_in_the_worst_order() -> None:
+def test_ties_are_ranked_in_the_worst_order() -> None:
     labels = np.array([[1, 0], [1, 0], [0, 1], [0, 1]])
     values = shared_findings(np.ones((4, 3)), labels, list("abcd"), (1, 3))
     assert values["map1"].tolist() == [0] * 4 and values["overlap1"].tolist() == [0] * 4
     assert values["map3"] == pytest.approx([1 / 3] * 4)
 
 
-def test_another_scan_of_the_patient_is_no_find() -> None:
+def test_other_scans_of_the_patient_are_left_out() -> None:
     labels = np.array([[1], [1], [0]])
     values = shared_findings(np.eye(3), labels, ["p", "p", "q"], (1,))
     assert np.isnan(values["map1"]).all()  # nobody else shows it

@@ -20,7 +20,7 @@ ODD_TEXTS = ["", " ", "...", "a", "A a, a!", "Ödem und Erguß", "結節 5 mm", 
 
 
 def shuffled_pairs() -> tuple[list[str], list[str]]:
-    """Predictions that share some of the references' words, in part in order."""
+    """Return predictions that share some words with their references, partly in order."""
     generator = random.Random(0)
     predictions, references = [], []
     for _ in range(30):
@@ -37,7 +37,7 @@ def bleu(predictions: list[str], references: list[str], order: int = 1) -> float
 
 
 def tokens_13a(report: str) -> list[str]:
-    """Words and punctuation as mteval-v13a splits them; case is kept."""
+    """Split words and punctuation as mteval-v13a does; case is kept."""
     report = report.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         report = report.replace(entity, character)
@@ -104,7 +104,7 @@ def test_bleu_of_each_pair_equals_nltk() -> None:
 
 
 def test_bleu_of_empty_texts() -> None:
-    """The published code divides by a length of 0 where all predictions, or all references, are empty; elsewhere it counts them."""
+    """The published code divides by 0 where all predictions, or all references, are empty; otherwise it counts empty texts."""
     for pair in (("", "a b"), ("a b", ""), ("", ""), (" \n", "a")):
         assert all(text.bleu_values([pair[0]], [pair[1]])[f"bleu{order}"] == 0 for order in (1, 2, 3, 4))
     # "a b" / "a b" and nothing / "c d e": both words written match, 2 written where 5 are expected.
@@ -116,7 +116,7 @@ def test_bleu_of_empty_texts() -> None:
     assert text.corpus_bleu(["a b c", "d e f g"], ["a b c", "d e f g"])["corpus_bleu4"] == 1
 
 
-def test_counts_add_up_to_the_corpus() -> None:
+def test_counts_of_pairs_add_up_to_the_corpus() -> None:
     predictions, references = shuffled_pairs()
     counts = text.bleu_counts(predictions, references)
     twice = text.bleu_of_counts(counts[:3].sum(axis=0) + counts[0])
@@ -203,7 +203,7 @@ def test_meteor_with_this_machines_wordnet() -> None:
 
 
 def test_meteor_as_published() -> None:
-    """The example in the documentation of nltk's METEOR and of the `meteor` module of `evaluate`."""
+    """The example is that of nltk's documentation and of the `meteor` module of `evaluate`."""
     if reason := meteor.meteor_available():
         pytest.skip(reason)
     prediction = "It is a guide to action which ensures that the military always obeys the commands of the party"
@@ -214,7 +214,7 @@ def test_meteor_as_published() -> None:
 
 
 def test_meteor_equals_plain_nltk() -> None:
-    """What is kept between pairs changes nothing."""
+    """The cache between pairs changes nothing."""
     if reason := meteor.meteor_available():
         pytest.skip(reason)
     from nltk.tokenize import NLTKWordTokenizer
@@ -244,7 +244,7 @@ def test_trained_punkt_keeps_abbreviations() -> None:
 
 
 def test_meteor_reads_plain_wordnet_files_without_lexnames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Debian's wordnet-base has no `lexnames`; a WordNet of one synset stands for it here."""
+    """Debian's wordnet-base has no `lexnames`; the test uses a WordNet of one synset."""
     empty = ["cntlist.rev", *(f"{part}.exc" for part in ("adj", "adv", "noun", "verb"))]
     parts = ["noun", "verb", "adv"]
     for name in empty + [f"{kind}.{part}" for kind in ("data", "index") for part in parts]:

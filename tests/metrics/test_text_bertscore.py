@@ -36,7 +36,7 @@ def test_values_equal_bert_score(scorer: bertscore.BertScorer) -> None:
 
 
 def test_by_hand(scorer: bertscore.BertScorer) -> None:
-    """Equations 1 to 3: each word goes to the nearest of the other text; words between [CLS] and [SEP] count, these do not."""
+    """Equations 1 to 3: each word is matched with the nearest of the other text; [CLS] and [SEP] do not count."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -62,7 +62,7 @@ def test_empty_and_very_long_texts(scorer: bertscore.BertScorer) -> None:
     assert values["bertscore_f1"][4] == pytest.approx(1, abs=1e-5)  # cut at 512 word pieces, both are the same
 
 
-def test_neighbours_do_not_matter(scorer: bertscore.BertScorer) -> None:
+def test_scores_do_not_depend_on_the_batch(scorer: bertscore.BertScorer) -> None:
     predictions, references = map(list, zip(*PAIRS, strict=True))
     together = scorer.values(predictions, references)["bertscore_f1"]
     alone = [scorer.values([p], [r])["bertscore_f1"][0] for p, r in PAIRS]
@@ -107,8 +107,8 @@ def test_missing_model_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_
         bertscore.bert_scorer(str(tmp_path / "absent"))
 
 
-def test_roberta_reads_the_first_word_as_the_others(tmp_path: Path) -> None:
-    """bert-score encodes " word"; transformers 5 ignores that it asks for the space at each call."""
+def test_the_first_word_is_tokenized_with_a_space_in_roberta(tmp_path: Path) -> None:
+    """bert-score encodes " word", but transformers 5 ignores the option by which it requests the space."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
 

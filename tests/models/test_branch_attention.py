@@ -1,4 +1,4 @@
-"""Attention in pieces is that by a mask of all tokens by all tokens: values, gradients, and what is kept for them."""
+"""Attention in pieces against attention with a full mask: values, gradients, and saved tensors."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def test_pieces_are_whole_branches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_values_and_gradients_equal_a_loop_over_tokens(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float64, with four heads of queries for two of keys."""
+    """In float64, with four query heads for two key heads."""
     query, key, value = (torch.randn(3, heads, 13, 5, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     weights = torch.randn(3, 13, 4, 5, dtype=torch.float64)
     seen, real = branch_mask(ROWS)[:, 0], ROWS >= 0
@@ -48,8 +48,10 @@ def test_values_and_gradients_equal_a_loop_over_tokens(size: int, monkeypatch: p
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt_neox", "granite", "cohere"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_has_the_loss_and_gradients_of_a_mask(family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the layers are computed again in the backward pass."""
+def test_loss_and_gradients_of_a_model_equal_those_with_a_full_mask(
+    family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This holds also with gradient checkpointing."""
     model, processor = build(family, **{"use_sliding_window": False} if family == "qwen2" else {})
     batch = processor.pad([processor.branch(CONVERSATIONS), processor.branch(CONVERSATIONS[1:])], left=False)
     both = tuple(level.repeat(2, 1, 1) for level in features_of(model, 1)[0])
@@ -74,7 +76,7 @@ def test_a_model_has_the_loss_and_gradients_of_a_mask(family: str, checkpointing
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_layers_with_a_window_go_on_by_a_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_with_a_sliding_window_use_a_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vlm, "DENSE", 0)
     model, processor = build(family)
     batch = processor.pad([processor.branch(CONVERSATIONS)], left=False)
@@ -82,8 +84,8 @@ def test_layers_with_a_window_go_on_by_a_mask(family: str, monkeypatch: pytest.M
     assert model.language_model.config._attn_implementation == "sdpa"
 
 
-def test_nothing_of_all_tokens_by_all_tokens_is_kept() -> None:
-    """Of 40 branches of 50 tokens behind 48 shared ones, tensors saved for the backward pass are of tokens, not of their pairs."""
+def test_no_tensor_of_token_pairs_is_saved() -> None:
+    """For 40 branches of 50 tokens after 48 shared ones, the size of saved tensors grows with tokens, not with pairs of tokens."""
     numbers = torch.cat([torch.zeros(48), torch.arange(1, 41).repeat_interleave(50)]).long()[None]
     states = [torch.randn(1, 2, numbers.shape[1], 4, requires_grad=True) for _ in range(3)]
     largest = 0

@@ -1,4 +1,4 @@
-"""Conversations that share a row: what each sees, what it counts in the loss, and which models take one a row."""
+"""Conversations that share a row: attention between them, their weights in the loss, and models that cannot share rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +61,7 @@ def features_of(model: Med3DVLM, volumes: int) -> list[tuple[torch.Tensor, torch
 
 
 def alone(model: Med3DVLM, processor: Med3DVLMProcessor, messages: Sequence[Message], features: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (L, V) and labels (L) of one conversation in a row of its own."""
+    """Return logits (L, V) and labels (L) of one conversation in its own row."""
     coded = processor.encode(messages)
     ids = torch.tensor([coded["input_ids"]])
     return model(ids, torch.ones_like(ids), image_features=features).logits[0], torch.tensor(coded["labels"])
@@ -72,7 +72,7 @@ def alone(model: Med3DVLM, processor: Med3DVLMProcessor, messages: Sequence[Mess
     [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager") if (family, attention) != ("gemma2", "sdpa")],
 )
 def test_a_branch_has_the_logits_of_its_conversation_alone(family: str, attention: str) -> None:
-    """Also where the language model sees a window: the mask of a conversation alone is its own, of branches it is ours."""
+    """This includes language models with a sliding window, whose own mask is used for a single conversation and ours for branches."""
     model, processor = build(family)
     model.set_attn_implementation(attention)
     assert model.language_model.config._attn_implementation == attention
@@ -98,8 +98,8 @@ def test_a_branch_has_the_logits_of_its_conversation_alone(family: str, attentio
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_the_window_counts(family: str) -> None:
-    """Or the test above would see nothing."""
+def test_the_sliding_window_matters(family: str) -> None:
+    """Otherwise the test above would prove nothing."""
     model, processor = build(family)
     (features,) = features_of(model, 1)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_the_window_counts(family: str) -> None:
     assert (windowed[-1] - whole[-1]).abs().max() > 0.05
 
 
-def test_a_model_that_cannot_keep_conversations_apart_refuses_a_row_of_several() -> None:
+def test_unsupported_models_refuse_rows_of_several_conversations() -> None:
     branches = torch.tensor([[0, 1, 2]])
     ids, positions = torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1, 1]])
     plain, _ = build("llama")
@@ -138,7 +138,7 @@ def test_a_model_that_cannot_keep_conversations_apart_refuses_a_row_of_several()
 
 @pytest.mark.parametrize("splice", ["mask", "published"])
 def test_likelihoods_do_not_depend_on_the_order_of_the_choices(splice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are those of one conversation at a time, whatever shares a row with it."""
+    """They equal those of one conversation at a time, whatever shares the row."""
     model, processor = build(splice=splice)
     choices = [turn("Where?", answer) for answer in ("Left", "Right lobe", "In both lungs, 12 mm", "The heart")]
     asked = [choices, choices[::-1] + CONVERSATIONS[:1]]
@@ -159,7 +159,7 @@ def test_likelihoods_do_not_depend_on_the_order_of_the_choices(splice: str, monk
 
 @pytest.mark.parametrize("weighting", ["token", "conversation"])
 def test_packed_rows_and_rows_of_one_give_the_same_loss_and_gradients(weighting: str) -> None:
-    """In float64, in one batch or several, against a loop over the conversations."""
+    """In float64, in one batch or several, they equal a loop over the conversations."""
     model, processor = build("gpt_neox")  # whose norms compute in float64, too
     model.double()
     asked = [CONVERSATIONS, CONVERSATIONS[2:]]
@@ -207,6 +207,6 @@ def test_answer_lengths_equal_a_loop() -> None:
     assert count_items({"labels": labels, "answer_lengths": lengths}) == 4 and count_items({"labels": labels}) == 6
 
 
-def test_an_unknown_weighting_lists_the_known() -> None:
+def test_an_unknown_weighting_is_refused() -> None:
     with pytest.raises(ValueError, match="loss_weighting 'answer' is unknown; known: token, conversation"):
         ConversationCollator(build()[1], 100, "answer")

@@ -73,7 +73,7 @@ def batch_of_pairs() -> dict[str, Tensor]:
 @pytest.mark.parametrize("start", [None, 0.3])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_and_gradient_are_the_formula(loss: str, start: float | None) -> None:
-    """`start`: the papers' own temperature and bias, and others. Worst difference measured: 3e-15 of 7."""
+    """`start` holds temperature and bias, those of the papers and others. Worst difference measured: 3e-15 of 7."""
     model = tiny_clip(loss=loss, logit_scale=start, logit_bias=start).double()
     sides = [torch.nn.functional.normalize(torch.randn(PAIRS, 6, dtype=torch.float64), dim=1).requires_grad_() for _ in range(2)]
     parameters = [*sides, model.logit_scale, *([model.logit_bias] if loss == "siglip" else [])]
@@ -86,8 +86,8 @@ def test_loss_and_gradient_are_the_formula(loss: str, start: float | None) -> No
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["weights in bfloat16", "autocast"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_what_follows_the_projections_is_not_in_bfloat16(loss: str, autocast: bool) -> None:
-    """Nothing is rounded but what goes in and the gradients that come out, to 8 bits. Largest differences measured: 0.3 % of a gradient."""
+def test_embeddings_and_loss_are_not_computed_in_bfloat16(loss: str, autocast: bool) -> None:
+    """Only inputs and resulting gradients are rounded to bfloat16. Largest difference measured: 0.3 % of a gradient."""
     model = tiny_clip(loss=loss, logit_scale=4.4, logit_bias=-10.1)
     with torch.no_grad():  # the projection copies, so that the gradients are those of what follows it
         model.text_projection.weight.copy_(torch.eye(6, 8))
@@ -112,7 +112,7 @@ def test_what_follows_the_projections_is_not_in_bfloat16(loss: str, autocast: bo
 @pytest.mark.parametrize("start", [-0.5, 0.0, 2.0, math.log(100), 5.0])
 @pytest.mark.parametrize("wish", [1.0, -1.0], ids=["wants less", "wants more"])
 def test_the_temperature_is_100_at_most(start: float, wish: float) -> None:
-    """A gradient passes, from above the bound too, unless following it leads further up. Released weights may be below 1."""
+    """The gradient passes, also above the bound, unless a step along it would increase the temperature. Released weights may be below 1."""
     model = tiny_clip(logit_scale=start)
     temperature = model.temperature
     (gradient,) = torch.autograd.grad(wish * temperature.sum(), model.logit_scale)
@@ -137,16 +137,16 @@ def test_starts_from_the_papers_temperature_and_bias() -> None:
     assert "logit_bias" in dict(siglip.named_parameters()) and "logit_bias" not in dict(clip.named_parameters())
 
 
-def test_a_diagonal_of_twos_is_told_from_noise() -> None:
-    """A hand-worked case: orthogonal pairs, t = e, b = 0; each row has one log sigmoid(e) and one log sigmoid(0)."""
+def test_siglip_loss_by_hand() -> None:
+    """Pairs are orthogonal, t = e and b = 0, so each row has one log sigmoid(e) and one log sigmoid(0)."""
     model = tiny_clip(logit_scale=1.0, logit_bias=0.0)
     pairs = torch.eye(6)[:2]
     expected = math.log(1 + math.exp(-math.e)) + math.log(2)
     assert model.contrast(pairs, pairs).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_four_processes_are_one_with_the_whole_batch(tmp_path: Path, shell: Callable[..., str]) -> None:
-    """Loss and every gradient, of the encoders too. Worst difference measured: 2e-14 of 46."""
+def test_four_processes_equal_one_with_the_whole_batch(tmp_path: Path, shell: Callable[..., str]) -> None:
+    """Loss and all gradients are equal, also those of the encoders. Worst difference measured: 2e-14 of 46."""
     batch, expected = batch_of_pairs(), {}
     torch.save(batch, tmp_path / "batch.pt")
     for loss in LOSSES:
@@ -212,8 +212,8 @@ def test_a_model_saved_in_bfloat16_loads_in_one_type_and_embeds(text: Callable[[
         assert output.loss.item() == pytest.approx(exact.loss.item(), rel=0.01)
 
 
-def test_the_text_encoder_is_told_how_to_attend(tmp_path: Path) -> None:
-    """Nor does a configuration that is made around a text encoder take from it what it has."""
+def test_the_text_encoder_gets_the_attention_implementation(tmp_path: Path) -> None:
+    """A configuration made around a text encoder does not change the encoder's own."""
     model = tiny_clip()
     assert model.text_encoder.config._attn_implementation == "sdpa"
     model.save_pretrained(tmp_path)
@@ -230,7 +230,7 @@ def test_the_text_encoder_is_told_how_to_attend(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("pooling", "stages"), [("mean", 1), ("mean", 2), ("frames", 1)])
 @pytest.mark.parametrize("family", sorted(SMALL))
 def test_every_parameter_that_trains_gets_a_gradient(family: str, pooling: str, stages: int) -> None:
-    """Several processes wait for those that do not."""
+    """With several processes, a parameter without a gradient would block training."""
     name, size, options = SMALL[family]
     text = tiny_text_with_a_pooler()
     settings = {"image_pooling": pooling, "image_stages": stages, "text_config": text.config, "projection_dim": 6}
@@ -244,7 +244,7 @@ def test_every_parameter_that_trains_gets_a_gradient(family: str, pooling: str, 
 @pytest.mark.parametrize("train_text", [True, False])
 @pytest.mark.parametrize("text", [tiny_text, tiny_text_with_a_pooler])
 def test_no_process_waits_for_a_parameter_without_a_gradient(text: Callable[[], PreTrainedModel], train_text: bool, tmp_path: Path) -> None:
-    """Two steps with checkpointing, where DistributedDataParallel may not look for unused parameters."""
+    """Two steps with checkpointing, with which DistributedDataParallel may not search for unused parameters."""
     model, batch = tiny_clip(text).double().train(), batch_of_pairs()
     if not train_text:
         model.text_encoder.requires_grad_(False)
@@ -272,7 +272,7 @@ def test_accumulated_gradients_are_refused(tmp_path: Path) -> None:
         (("pixel_values", "text_features"), "there are 9 texts for 8 volumes; pass equally many for each volume"),
     ],
 )
-def test_wrong_arguments_get_a_sentence(given: tuple[str, ...], sentence: str) -> None:
+def test_wrong_arguments(given: tuple[str, ...], sentence: str) -> None:
     batch = batch_of_pairs() | {"text_features": torch.rand(9, 8).double()}
     with pytest.raises(ValueError, match=sentence):
         tiny_clip().double()(**{name: batch[name] for name in given})

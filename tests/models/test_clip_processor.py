@@ -1,4 +1,4 @@
-"""Med3DCLIPProcessor: what it makes of scans and texts, and folders of models, those of earlier versions too."""
+"""Med3DCLIPProcessor: tensors of scans and texts, and model folders, including those of earlier versions."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ TEXTS = ["There is a liver mass. " * 9, "No mass <|end|>."]
 
 @pytest.fixture
 def written_earlier(tiny_models: SimpleNamespace) -> Path:
-    """A folder with the tokenizer's and the VolumeProcessor's own files, as stage 1 wrote them before there was a processor."""
+    """A folder with the files of tokenizer and VolumeProcessor, as stage 1 wrote them before this processor existed."""
     names = {path.name for path in Path(tiny_models.clip).iterdir()}
     assert "preprocessor_config.json" in names and "processor_config.json" not in names
     return Path(tiny_models.clip)
@@ -26,7 +26,7 @@ def written_earlier(tiny_models: SimpleNamespace) -> Path:
 
 @pytest.fixture
 def folder(written_earlier: Path, tmp_path: Path) -> Path:
-    """What is written today."""
+    """A folder as it is written today."""
     model, processor = load_clip(written_earlier)
     for part in (model, processor):
         part.save_pretrained(tmp_path / "clip")
@@ -35,8 +35,8 @@ def folder(written_earlier: Path, tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-def test_embeddings_are_those_of_the_parts(written_earlier: Path, folder: Path, prepared: Path) -> None:
-    """Of folders of both kinds, and bit for bit of model, tokenizer and VolumeProcessor by hand."""
+def test_embeddings_equal_those_of_separate_parts(written_earlier: Path, folder: Path, prepared: Path) -> None:
+    """Embeddings from both kinds of folder equal bit for bit those of model, tokenizer and VolumeProcessor."""
     data = PreparedData(prepared)
     volume = data.volume(data.studies("train")[0])
     model, tokenizer = Med3DCLIP.from_pretrained(written_earlier), AutoTokenizer.from_pretrained(written_earlier)
@@ -59,7 +59,7 @@ def test_embeddings_are_those_of_the_parts(written_earlier: Path, folder: Path, 
 
 
 def test_it_is_saved_and_loaded(folder: Path, tmp_path: Path) -> None:
-    """By its class and by AutoProcessor, with the model's config.json or alone."""
+    """It loads by its class and by AutoProcessor, with or without the model's config.json."""
     alone = tmp_path / "alone"
     Med3DCLIPProcessor.from_pretrained(folder).save_pretrained(alone)
     for place in (folder, alone):
@@ -77,7 +77,7 @@ def test_a_folder_written_earlier_has_a_processor(written_earlier: Path, tmp_pat
     assert load_clip(tmp_path / "shorter")[1].max_text_length == 11
 
 
-def test_what_it_refuses(folder: Path) -> None:
+def test_wrong_arguments(folder: Path) -> None:
     processor = Med3DCLIPProcessor.from_pretrained(folder)
     with pytest.raises(ValueError, match="pass volumes, text, or both"):
         processor()

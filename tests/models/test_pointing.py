@@ -1,4 +1,4 @@
-"""A language model that points: the mask is the segmenter's for the same query, gradients and losses are those of plain computations."""
+"""A pointing language model: masks equal the segmenter's for the same query; gradients and losses equal plain computations."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from tests.tiny_parts import FAMILIES, language_model, tokenizer, turn
 
 
 def parts(family: str = "qwen2") -> tuple[Med3DVLM, Med3DVLMProcessor, Med3DSegmenter]:
-    """A model that points with the decoder of a segmenter on the same encoder."""
+    """A pointing model with the decoder of a segmenter on the same encoder."""
     torch.manual_seed(0)
     clip = tiny_clip()
     segmenter = Med3DSegmenter.from_clip(clip, decoder_widths=[8, 4, 8, 8], embedding_dim=5, attention_heads=2).eval()
@@ -37,7 +37,7 @@ SAID = f"A mass in the liver.{POINT} No effusion. A stone.{POINT}"
 
 
 def batch_of(words: Med3DVLMProcessor, *answers: str) -> dict[str, Any]:
-    """A row for each answer; as many places as there are pointing tokens, each another box."""
+    """Return a row for each answer, with one mask for each pointing token, each a different box."""
     rows = [words.encode(turn("What is there?", answer)) for answer in answers]
     batch: dict[str, Any] = words.pad(rows, left=False)
     counts = [answer.count(POINT) for answer in answers]
@@ -51,7 +51,7 @@ def batch_of(words: Med3DVLMProcessor, *answers: str) -> dict[str, Any]:
     return batch | {"pixel_values": torch.rand(len(rows), 1, *SIZE), "masks": masks, "points": points}
 
 
-def test_the_token_stands_where_the_answer_points_and_what_users_write_stays_words() -> None:
+def test_the_pointing_token_comes_from_answers_only() -> None:
     model, words, _ = parts()
     typed = turn(f"What does {POINTING_TOKEN} mean?{POINT}", f"{POINTING_TOKEN} means a place.{POINT} No mass.")
     row = words.encode(typed)
@@ -67,8 +67,8 @@ def test_the_token_stands_where_the_answer_points_and_what_users_write_stays_wor
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_mask_is_the_segmenters_for_the_same_query(family: str) -> None:
-    """The query is computed here step by step from the states of the language model itself, its tables written."""
+def test_a_mask_equals_the_segmenters_for_the_same_query(family: str) -> None:
+    """The query is computed step by step from the states of the language model with the token written into its tables."""
     model, words, segmenter = parts(family)
     row = words.encode(turn("What is there?", SAID))["input_ids"]
     ids, pixels = torch.tensor([row]), torch.rand(1, 1, *SIZE)
@@ -92,7 +92,7 @@ def test_a_mask_is_the_segmenters_for_the_same_query(family: str) -> None:
     torch.testing.assert_close(logits, states.logits, rtol=1e-4, atol=1e-4)  # its own row in the head is what the table gets
 
 
-def test_the_loss_of_masks_is_the_segmenters_and_batches_do_not_matter() -> None:
+def test_the_loss_of_masks_equals_the_segmenters_in_any_batch() -> None:
     model, words, segmenter = parts()
     batch = batch_of(words, SAID, "No effusion.", f"A stone.{POINT}")
     model.mask_weight = 0.7
@@ -123,7 +123,7 @@ def test_the_loss_of_masks_is_the_segmenters_and_batches_do_not_matter() -> None
     assert float(parts_of) == pytest.approx(float(whole.loss), rel=1e-5)
 
 
-def test_gradients_are_those_of_finite_differences_in_float64_and_the_decoder_stays() -> None:
+def test_gradients_equal_finite_differences_and_the_decoder_is_frozen() -> None:
     model, words, _ = parts()
     model = model.double()
     batch = batch_of(words, SAID)
@@ -145,7 +145,7 @@ def test_gradients_are_those_of_finite_differences_in_float64_and_the_decoder_st
             assert float(gradient[place]) == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=2e-3, abs=1e-7)
 
 
-def test_all_that_trains_has_a_gradient_where_nothing_points() -> None:
+def test_all_trainable_parameters_have_a_gradient_without_pointing_tokens() -> None:
     model, words, _ = parts()
     batch = batch_of(words, SAID, "No effusion.")
     batch = {key: value[1:] for key, value in batch.items()}
@@ -159,7 +159,7 @@ def test_all_that_trains_has_a_gradient_where_nothing_points() -> None:
         assert not any(float(parameter.grad.abs().max()) for parameter in model.pointing.projection.parameters())
 
 
-def test_points_that_do_not_fit_to_the_tokens_are_refused() -> None:
+def test_points_that_do_not_match_the_tokens_are_refused() -> None:
     model, words, _ = parts()
     batch = batch_of(words, SAID)
     with pytest.raises(ValueError, match=r"the rows have \[2\] pointing tokens, but \[1\] masks are pointed to"):
@@ -171,7 +171,7 @@ def generated(model: Med3DVLM, words: Med3DVLMProcessor, pixels: Tensor) -> Tens
     return model.generate(ids, pixel_values=pixels, max_new_tokens=6, do_sample=False)
 
 
-def test_it_comes_back_from_disk_and_a_model_without_is_saved_as_before(tmp_path: Path) -> None:
+def test_save_and_load_with_and_without_pointing(tmp_path: Path) -> None:
     model, words, _ = parts()
     for part in (model, words):
         part.save_pretrained(tmp_path / "points")
@@ -194,7 +194,7 @@ def test_it_comes_back_from_disk_and_a_model_without_is_saved_as_before(tmp_path
 
 
 def test_a_token_that_the_language_model_prefers_is_generated() -> None:
-    """The token has a row of its own in the head: by it, not by the table that the language model was loaded with, is it chosen."""
+    """The token has its own row in the head, which is used instead of the row of the loaded language model."""
     model, words, _ = parts("llama")  # whose tables are not tied
     pixels = torch.rand(1, 1, *SIZE)
     ids = torch.tensor([words.encode(turn("What?", "")[:1], generate=True)["input_ids"]])

@@ -1,4 +1,4 @@
-"""A model's folder loads by the Auto classes in a process that has no med3dvlm, and gives the same numbers."""
+"""A model's folder loads by the Auto classes in a process without med3dvlm, and gives the same results."""
 
 import re
 import subprocess
@@ -113,7 +113,7 @@ def test_the_loaders_of_the_package_run_no_code_of_a_folder(tiny_models: SimpleN
     assert type(AutoProcessor.from_pretrained(tmp_path)) is type(load_clip(tmp_path)[1])
 
 
-def test_the_copy_is_of_models_and_what_reads_scans() -> None:
+def test_the_copied_code_holds_models_and_readers_of_scans_only() -> None:
     modules = re.findall(r"^SOURCES\[NAME \+ '(.*)'\] = ", code(), re.M)
     parts = {"encoders", "files", "formats", "geometry", "models", "preprocessing", "projectors", "recipes", "special_tokens", "volume"}
     assert {module.split(".")[1] for module in modules if module} == parts

@@ -1,4 +1,4 @@
-"""A language model in NF4 on this processor, beside the published table of its sixteen numbers; and a whole model saved without one."""
+"""Language models in NF4 and 8 bits on the CPU, against the published table of NF4 and plain rounding."""
 
 import copy
 
@@ -27,8 +27,8 @@ def language_model(width: int = 64) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def test_each_weight_takes_the_nearest_of_sixteen_numbers_of_its_block() -> None:
-    """The scales of the blocks are rounded too, by double quantisation: by 0.003 of the largest of them, measured."""
+def test_each_weight_is_rounded_to_the_nearest_nf4_value_of_its_block() -> None:
+    """Double quantisation also rounds the scales of the blocks, by 0.003 of the largest, measured."""
     model = language_model()
     exact = copy.deepcopy(model)
     error = round_to_quantized(model)
@@ -50,8 +50,8 @@ def test_each_weight_takes_the_nearest_of_sixteen_numbers_of_its_block() -> None
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_quantized_model_computes_what_its_rounded_weights_do(training: bool) -> None:
-    """Logits, and the gradient at its input, in which the projector's comes."""
+def test_a_quantized_model_equals_one_with_rounded_weights(training: bool) -> None:
+    """Logits and the gradient at its input, from which the projector learns, are equal."""
     rounded = language_model()
     quantized = copy.deepcopy(rounded)
     round_to_quantized(rounded)
@@ -69,7 +69,7 @@ def test_a_quantized_model_computes_what_its_rounded_weights_do(training: bool) 
     assert held < before / 6  # biases and norms stay
 
 
-def test_layers_of_other_widths_stay_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_of_unsuitable_widths_are_not_quantized(caplog: pytest.LogCaptureFixture) -> None:
     model = language_model(96)
     before = copy.deepcopy(model)
     quantize(model, "cpu")
@@ -83,7 +83,7 @@ def test_layers_of_other_widths_stay_as_they_are(caplog: pytest.LogCaptureFixtur
         round_to_quantized(model)
 
 
-def test_a_method_is_named_and_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_missing_methods_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     require_quantization(None)
     with pytest.raises(ValueError, match="quantize is 'int3' but must be int8 or nf4"):
         require_quantization("int3")

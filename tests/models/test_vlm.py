@@ -1,4 +1,4 @@
-"""Med3DVLM: where the image goes in, what comes out, saving, LoRA, and language models of several families."""
+"""Med3DVLM: insertion of the image, outputs, gradients, LoRA layers, and language models of several families."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ def build(
 
 
 def batch_of(model: Med3DVLM, lengths: tuple[int, ...] = (9, 4), before: int = 3, answer: int = 3) -> dict[str, torch.Tensor]:
-    """Rows of random words, image tokens after the first few, padded on the right; the last words are labelled."""
+    """Return rows of random tokens with image tokens after the first few, padded on the right; the last tokens are labelled."""
     tokens = model.config.num_image_tokens
     total = before + tokens + max(lengths)
     ids = torch.zeros(len(lengths), total, dtype=torch.long)
@@ -72,7 +72,7 @@ def test_any_size_works_and_gives_its_number_of_image_tokens(size: tuple[int, in
         assert torch.isfinite(model(**batch_of(model)).loss)
 
 
-def test_the_image_stands_where_the_placeholders_stand(model: Med3DVLM) -> None:
+def test_image_features_replace_the_placeholders(model: Med3DVLM) -> None:
     batch = batch_of(model)
     ids = torch.cat([batch["input_ids"], torch.randint(3, 400, (1, batch["input_ids"].shape[1]))])  # a last row without an image
     scattered = ids[1, torch.randperm(ids.shape[1])]
@@ -194,7 +194,7 @@ def test_a_padded_batch_generates_what_each_prompt_does_alone(family: str) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_any_family_gives_a_loss_in_train_mode_and_names_its_linear_layers(family: str) -> None:
+def test_every_family_gives_a_loss_and_names_of_its_linear_layers(family: str) -> None:
     model = build(family).train()
     model(**batch_of(model)).loss.backward()
     lora = get_peft_model(model, LoraConfig(target_modules=lora_targets(model)))
@@ -207,14 +207,14 @@ def test_any_family_gives_a_loss_in_train_mode_and_names_its_linear_layers(famil
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_language_model_that_goes_in_keeps_its_attention(attention: str) -> None:
+def test_a_given_language_model_keeps_its_attention(attention: str) -> None:
     text_model = language_model("llama")
     text_model.set_attn_implementation(attention)
     config = Med3DVLMConfig("dcformer_nano", ENCODER, (24, 40, 32), text_config=text_model.config, image_token_id=IMAGE_TOKEN)
     assert Med3DVLM(config, language_model=text_model).language_model.config._attn_implementation == attention
 
 
-def test_the_parts_of_stage_one_go_in_unchanged() -> None:
+def test_the_parts_of_stage_1_are_unchanged() -> None:
     text_config = DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
     clip = Med3DCLIP(Med3DCLIPConfig("dcformer_nano", ENCODER, (24, 40, 32), text_config=text_config, projection_dim=8))
     text_model = language_model("llama")
@@ -224,7 +224,7 @@ def test_the_parts_of_stage_one_go_in_unchanged() -> None:
     assert model.config.text_config.model_type == "llama"
 
 
-def test_a_frozen_encoders_batch_norm_stays_as_it_is() -> None:
+def test_batch_norm_of_a_frozen_encoder_does_not_change() -> None:
     model = build()
     train_only(model, lambda name: name.startswith("projector."))
     before = {name: value.clone() for name, value in model.vision_encoder.state_dict().items()}
@@ -240,7 +240,7 @@ def test_a_frozen_encoders_batch_norm_stays_as_it_is() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.vision_encoder.state_dict().items())
 
 
-def test_an_encoder_that_trains_follows_its_batches() -> None:
+def test_batch_norm_of_a_training_encoder_follows_its_batches() -> None:
     model = build().train()
     before = model.vision_encoder.state_dict()["stem.0.depth.1.running_mean"].clone()
     model(**batch_of(model)).loss.backward()
@@ -279,6 +279,6 @@ def test_any_two_levels_of_the_encoder_become_tokens(levels: tuple[int, int], tm
 
 
 @pytest.mark.parametrize("levels", [(-1, -2), (-1,), (0, 1), (-9, -1)])
-def test_levels_that_the_encoder_has_not_are_refused(levels: tuple[int, ...]) -> None:
+def test_missing_levels_of_the_encoder_are_refused(levels: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="image_levels is"):
         build(levels=levels)

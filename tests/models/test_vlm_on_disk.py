@@ -21,7 +21,7 @@ from tests.tiny_parts import FAMILIES, language_model, tokenizer, turn
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Med3DVLM, Med3DVLMProcessor]:
-    """A model directory as stage 2 leaves it."""
+    """A model directory as stage 2 writes it."""
     words = tokenizer()
     text_model = language_model()
     config = Med3DVLMConfig("dcformer_nano", ENCODER, (24, 40, 32), text_config=text_model.config, image_token_id=len(words))
@@ -64,8 +64,8 @@ def test_weights_in_half_precision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", ["saved now", "float32 beside bfloat16", "nothing"])
-def test_a_model_saved_in_bfloat16_is_loaded_in_it_asked_and_merged(kept: str, saved: Any, tmp_path: Path) -> None:
-    """Whatever an older config.json says of the language model's type."""
+def test_a_model_saved_in_bfloat16_loads_answers_and_merges_in_it(kept: str, saved: Any, tmp_path: Path) -> None:
+    """This holds whatever an older config.json states as the language model's type."""
     path, model, processor = saved
     model.to(torch.bfloat16).save_pretrained(path)
     config = json.loads((path / "config.json").read_text())
@@ -99,7 +99,7 @@ def test_a_model_saved_in_bfloat16_is_loaded_in_it_asked_and_merged(kept: str, s
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_attention_that_is_asked_for_arrives(attention: str, tmp_path: Path) -> None:
+def test_the_requested_attention_implementation_is_used(attention: str, tmp_path: Path) -> None:
     model = build()
     model.save_pretrained(tmp_path)
     loaded = Med3DVLM.from_pretrained(tmp_path, attn_implementation=attention)

@@ -1,4 +1,4 @@
-"""Med3DVLMProcessor: what is labelled, what is cut, where the image stands, and several conversations in one row."""
+"""Med3DVLMProcessor: labels, truncation, image tokens, and several conversations in one row."""
 
 import re
 import string
@@ -37,7 +37,7 @@ def decode(words: PreTrainedTokenizerFast, ids: list[int]) -> str:
 
 
 def labelled_runs(row: dict[str, list[int]], words: PreTrainedTokenizerFast) -> list[str]:
-    """The labelled stretches as text; a label is its own token."""
+    """Return the labelled spans as text; a label equals its token."""
     runs = [
         list(run)
         for labelled, run in groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != IGNORED)
@@ -104,14 +104,14 @@ def test_generation_is_never_cut() -> None:
 
 
 def qwen2() -> Qwen2Tokenizer:
-    """As stage 0 makes it."""
+    """The tokenizer of stage 0."""
     words = Qwen2Tokenizer(eos_token=END, pad_token=END).train_new_from_iterator(TEXTS, 400, new_special_tokens=[END, "<|im_start|>"])
     words.chat_template = CHATML
     return words
 
 
 def llama() -> LlamaTokenizer:
-    """As Llama 2's: a space before the text, and merges by which the model itself makes "</s>" of characters."""
+    """A tokenizer as Llama 2's: with a space before the text, and merges that turn the characters of "</s>" into the token."""
     letters = ["▁", *string.ascii_letters, *string.digits, *"<>/[]|_?.,\n:-", "</", "s>"]
     vocab = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters])}
     return LlamaTokenizer(vocab=vocab, merges=[("<", "/"), ("s", ">"), ("</", "s>")], chat_template=INSTRUCT.replace(END, "</s>"))
@@ -120,8 +120,8 @@ def llama() -> LlamaTokenizer:
 @pytest.mark.parametrize(
     "made", [tokenizer, lambda: tokenizer(trim_offsets=True), qwen2, llama], ids=["plain", "trimmed", "qwen2", "llama"]
 )
-def test_what_a_message_says_is_words_and_never_a_special_token(made: Callable[[], Any]) -> None:
-    """Ids are those that the template alone has, and the model reads, and learns, the very characters of the message."""
+def test_messages_never_become_special_tokens(made: Callable[[], Any]) -> None:
+    """Special ids come from the template alone; the message is encoded, and learned, as the characters that it holds."""
     words = made()
     subject = Med3DVLMProcessor(VolumeProcessor(size=SIZE), words, IMAGE_TOKENS)
     texts = [*words.all_special_tokens, "<image>"]
@@ -167,7 +167,7 @@ UNIGRAM = [
     ],
     ids=["plain", "qwen2", "llama", "bert", "t5", "byt5"],
 )
-def test_a_report_is_words_for_a_text_encoder(made: Callable[[], Any]) -> None:
+def test_reports_never_become_special_tokens(made: Callable[[], Any]) -> None:
     words = made()
     words.pad_token = words.pad_token or words.eos_token
     pairs = Med3DCLIPProcessor(VolumeProcessor(size=SIZE), words, 200)
@@ -228,7 +228,7 @@ def test_a_batch_to_train_on_is_padded_on_the_right() -> None:
         assert batch["attention_mask"][number].sum() == used
 
 
-def test_processor_comes_back_from_disk(tmp_path: Path) -> None:
+def test_save_and_load(tmp_path: Path) -> None:
     subject = processor(TEMPLATES["with_system"])
     subject.save_pretrained(tmp_path)
     loaded = Med3DVLMProcessor.from_pretrained(tmp_path)
@@ -328,7 +328,7 @@ def test_every_branch_has_the_logits_of_its_conversation_alone(
     model.language_model.set_attn_implementation("sdpa")
 
 
-def test_a_context_is_learned_too_but_only_once(tiny: tuple[Med3DVLM, Med3DVLMProcessor]) -> None:
+def test_a_context_is_labelled_once(tiny: tuple[Med3DVLM, Med3DVLMProcessor]) -> None:
     _, subject = tiny
     context = "The liver holds a round mass of 12 mm."
     row = subject.branch(BRANCHES, context=context)
@@ -339,7 +339,7 @@ def test_a_context_is_learned_too_but_only_once(tiny: tuple[Med3DVLM, Med3DVLMPr
     assert row["labels"][shared:] == subject.branch(BRANCHES)["labels"][subject.branch(BRANCHES)["branches"].count(0) :]
 
 
-def test_branches_are_cut_each_to_its_length(tiny: tuple[Med3DVLM, Med3DVLMProcessor]) -> None:
+def test_each_branch_is_truncated(tiny: tuple[Med3DVLM, Med3DVLMProcessor]) -> None:
     _, subject = tiny
     longest = len(subject.encode(BRANCHES[0])["input_ids"])
     row = subject.branch(BRANCHES, max_length=longest)

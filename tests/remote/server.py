@@ -1,4 +1,4 @@
-"""A server of files on this machine's loopback whose answers can be spoilt."""
+"""A file server on localhost with faulty responses on request."""
 
 import threading
 import time

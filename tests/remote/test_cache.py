@@ -1,4 +1,4 @@
-"""The cache on a node: each file is fetched once for all, the folder stays within its size, and who is killed leaves nothing in the way."""
+"""The cache of a node: each file is fetched once, the folder keeps its limit, and killed processes do not block others."""
 
 import errno
 import multiprocessing
@@ -28,7 +28,7 @@ def test_sizes(text: str, size: float) -> None:
             parse_bytes(wrong)
 
 
-def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_files_are_deleted_first(tmp_path: Path) -> None:
     cache = Cache(tmp_path, "1000")
     for number in range(10):
         cache.get(f"s/volumes/{number}", lambda path: write(100, path), 100)
@@ -91,7 +91,7 @@ def test_a_killed_process_frees_its_lock_and_its_room(tmp_path: Path) -> None:
     assert names(cache) == ["2"]
 
 
-def test_a_disk_full_of_others_is_one_sentence_and_of_ours_is_cleared(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_unless_the_cache_can_be_cleared(tmp_path: Path) -> None:
     cache, tries = Cache(tmp_path, "1000"), 0
     for number in range(5):
         cache.get(f"s/volumes/{number}", lambda path: write(100, path), 100)
@@ -116,7 +116,7 @@ def test_a_disk_full_of_others_is_one_sentence_and_of_ours_is_cleared(tmp_path: 
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_what_is_too_small_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_too_small_cache_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="--data-cache-size is 1MB, but the volumes that are read at a time take 2 MB; pass a larger one"):
         Cache(tmp_path, "1MB").require(10**9, 2 * 10**6)
     with pytest.raises(ValueError, match="has .* GB of disk, but --data-cache-size is 5000TB; pass a smaller one"):

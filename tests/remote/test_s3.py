@@ -1,4 +1,4 @@
-"""S3, as moto's server speaks it. s3fs and moto need an environment of their own: `make s3` makes it."""
+"""S3 by moto's server. s3fs and moto need their own environment, which `make s3` makes."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ pytest.importorskip("moto", reason="moto is not installed here: make s3")
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """moto's server in a process of its own."""
+    """moto's server in a separate process."""
     code = (
         "import sys; from moto.server import ThreadedMotoServer as Server\n"
         "server = Server('127.0.0.1', 0, verbose=False); server.start(); print(*server.get_host_and_port(), flush=True); sys.stdin.read()"
@@ -52,8 +52,8 @@ def credentials(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_a_bucket_is_the_folder(tmp_path: Path) -> None:
-    """Records, volumes by two forked workers, and each refusal."""
+def test_a_bucket_equals_the_folder(tmp_path: Path) -> None:
+    """Compared are records, volumes by two forked workers, and error messages."""
     prepare(write_scans(tmp_path / "scans"), studies(), questions(), VolumeProcessor("m3d", size=SIZE), tmp_path / "data", workers=1)
     bucket = s3fs.S3FileSystem()
     bucket.mkdir("hospital")
@@ -69,7 +69,7 @@ def test_a_bucket_is_the_folder(tmp_path: Path) -> None:
         PreparedData("s3://hospital/else", cache=Cache(tmp_path / "other"))
 
 
-def test_without_credentials_it_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(PermissionError, match="s3://hospital/data/summary.json: access is refused; check the rights, and the credentials"):

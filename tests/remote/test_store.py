@@ -1,4 +1,4 @@
-"""Prepared data on a server: the same tensors in the same order as from the disk, whatever the server does; or one sentence."""
+"""Prepared data on a server: the same tensors in the same order as from the disk, whatever the server does, or one error."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ from tests.remote.server import Server, serving
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits between tries."""
+    """Retry without waiting."""
     monkeypatch.setattr(address, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 
@@ -67,7 +67,7 @@ def test_records_and_volumes_are_read_once(five: Path, server: Server, opened: P
 
 
 def test_every_file_system_of_fsspec(five: Path, tmp_path: Path) -> None:
-    """One that is not asynchronous."""
+    """Including one that is not asynchronous."""
     memory = fsspec.filesystem("memory")
     memory.put(str(five), "/bucket/data", recursive=True)
     same(PreparedData("memory://bucket/data", cache=Cache(tmp_path)), PreparedData(five))
@@ -84,8 +84,8 @@ def test_masks_and_volumes_of_a_prepared_data_set(prepared: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_order_and_rows_are_those_of_the_disk(five: Path, opened: PreparedData, server: Server, workers: int) -> None:
-    """Two epochs by forked workers, from a process that has used the file system; each of two ranks reads its own batches."""
+def test_order_and_rows_equal_those_of_the_disk(five: Path, opened: PreparedData, server: Server, workers: int) -> None:
+    """Forked workers of a process that has used the file system read two epochs; each of two ranks reads its own batches."""
 
     def epochs(data: PreparedData) -> list[dict[str, torch.Tensor]]:
         rows = PairDataset(data, "train", seed=3)
@@ -106,8 +106,8 @@ def test_order_and_rows_are_those_of_the_disk(five: Path, opened: PreparedData, 
     assert all(times == 1 for path, times in server.asked.items() if "volumes" in path)
 
 
-def test_volumes_come_before_they_are_needed(five: Path, opened: PreparedData, server: Server) -> None:
-    """Of the second of two ranks, in its order: the first five of the epoch's rows are asked of the server before any is read."""
+def test_volumes_are_fetched_ahead(five: Path, opened: PreparedData, server: Server) -> None:
+    """The second of two ranks requests its first five rows of the epoch, in order, before any is read."""
     rows = PairDataset(opened, "train")
     sampler = AheadSampler(WholeBatches(5, 5, seed=2), rows, OwnRows(1, 2, 1), ahead=2)
     order = list(WholeBatches(5, 5, seed=2))
@@ -122,7 +122,7 @@ def test_volumes_come_before_they_are_needed(five: Path, opened: PreparedData, s
 
 
 @pytest.mark.parametrize("fault", [503, 500, 429, "cut", "short", "flipped", "slow"])
-def test_what_passes_is_tried_again(five: Path, server: Server, tmp_path: Path, fault: object, caplog: pytest.LogCaptureFixture) -> None:
+def test_temporary_errors_are_retried(five: Path, server: Server, tmp_path: Path, fault: object, caplog: pytest.LogCaptureFixture) -> None:
     data = PreparedData(server.address, cache=Cache(tmp_path))
     assert data.remote is not None
     data.remote.address.patience = 0.1
@@ -133,7 +133,7 @@ def test_what_passes_is_tried_again(five: Path, server: Server, tmp_path: Path, 
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_what_does_not_pass_is_one_sentence(server: Server, tmp_path: Path, opened: PreparedData, five: Path) -> None:
+def test_permanent_errors(server: Server, tmp_path: Path, opened: PreparedData, five: Path) -> None:
     first, second, third, fourth, *_ = opened.studies("train")
     for study, faults in ((first, [503] * 8), (second, ["short"] * 8), (third, [404]), (fourth, [403])):
         server.faults[f"{study.id}.safetensors"] = list(faults)
@@ -152,7 +152,7 @@ def open_at(place: str, folder: Path) -> PreparedData:
     return PreparedData(place, cache=Cache(folder))
 
 
-def test_a_wrong_address_is_said_at_the_start(server: Server, tmp_path: Path) -> None:
+def test_a_wrong_address_is_refused_at_the_start(server: Server, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere holds no finished preparation \(no summary.json\); check the address"):
         open_at(f"{server.address}/nowhere", tmp_path)
     server.faults["summary.json"] = [401]
@@ -173,7 +173,7 @@ def test_a_wrong_address_is_said_at_the_start(server: Server, tmp_path: Path) ->
         assert "word=" not in str(caught.value) and ":word" not in str(caught.value)
 
 
-def test_records_that_do_not_belong_together_are_told(five: Path, tmp_path: Path) -> None:
+def test_inconsistent_records_are_refused(five: Path, tmp_path: Path) -> None:
     shutil.copytree(five, tmp_path / "data")
     with (tmp_path / "data" / "studies.jsonl").open("a") as file:
         file.write("\n")
@@ -181,8 +181,8 @@ def test_records_that_do_not_belong_together_are_told(five: Path, tmp_path: Path
         open_at(server.address, tmp_path / "cache")
 
 
-def test_what_was_prepared_anew_is_fetched_anew(five: Path, tmp_path: Path) -> None:
-    """Records and volumes of the same names at the same address."""
+def test_data_prepared_again_are_fetched_again(five: Path, tmp_path: Path) -> None:
+    """Records and volumes keep their names and address."""
     shutil.copytree(five, tmp_path / "data")
     with serving(tmp_path / "data") as server:
         same(open_at(server.address, tmp_path / "cache"), PreparedData(five))
@@ -207,7 +207,7 @@ def test_a_damaged_or_deleted_copy_is_fetched_again(five: Path, opened: Prepared
     assert [server.asked[f"/volumes/{study.id}.safetensors"] for study in local.studies("train")] == [2, 2, 1, 1, 1]
 
 
-def test_a_small_cache_holds_what_is_used(five: Path, server: Server, tmp_path: Path) -> None:
+def test_a_small_cache_keeps_files_in_use(five: Path, server: Server, tmp_path: Path) -> None:
     file_size = volume_path(five, studies()[0]).stat().st_size
     data = PreparedData(server.address, cache=Cache(tmp_path, str(3 * file_size)))
     for _ in range(3):
@@ -220,7 +220,7 @@ def test_a_small_cache_holds_what_is_used(five: Path, server: Server, tmp_path: 
         PreparedData(server.address, cache=Cache(tmp_path, "2KB"))
 
 
-def test_an_error_of_a_loaders_worker_is_one_sentence(opened: PreparedData, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_in_a_worker_of_the_loader(opened: PreparedData, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     server.faults[".safetensors"] = [403] * 5
     loader = DataLoader(PairDataset(opened, "train"), 2, num_workers=1, multiprocessing_context="fork")
     assert run(lambda _: list(loader) and None, [], "program") == 2

@@ -1,4 +1,4 @@
-"""A training on data at an address is the one on the same data on the disk: same losses, same weights, and nothing fetched twice."""
+"""Training on data at an address equals training on the disk: same losses and weights, and no file is fetched twice."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ SETTINGS = (
 
 @pytest.mark.slow
 def test_two_processes_learn_the_same_from_an_address(prepared: Path, tmp_path: Path) -> None:
-    """Across an epoch's end, with augmentation and workers."""
+    """The steps cross the end of an epoch, with augmentation and workers."""
 
     def train(data: object, output: Path, *flags: object) -> dict[int, float]:
         log = tmp_path / "log"

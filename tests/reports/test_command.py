@@ -63,7 +63,7 @@ def test_a_missing_patient_or_text_has_no_name(tmp_path: Path) -> None:
     assert (found.patients, found.texts) == (["a_1", "a_1", "p"], ["A nodule.", "Clear.", "Clear."])
 
 
-def test_halves_part_patients(tmp_path: Path) -> None:
+def test_halves_are_split_by_patient(tmp_path: Path) -> None:
     rows = [[f"valid_{number // 2}_a_{number % 2}", "Emphysema.", number % 2] for number in range(100)]
     found = read_labelled_reports(write(tmp_path / "many.csv", ["VolumeName", "report_text", "Emphysema"], rows))
     tuning, held_out = found.half("tuning"), found.half("held-out")
@@ -95,7 +95,7 @@ def test_train_and_score_a_classifier(tmp_path: Path) -> None:
         (["id", "report", "Emphysema"], [["1", "a"]], "line 2"),
     ],
 )
-def test_wrong_tables_are_refused_in_words(tmp_path: Path, header: list[str], rows: list[list[object]], message: str) -> None:
+def test_wrong_tables_are_refused(tmp_path: Path, header: list[str], rows: list[list[object]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         do("score", write(tmp_path / "wrong.csv", header, rows))
 

@@ -1,4 +1,4 @@
-"""A DICOM Segmentation as pydicom and highdicom read it: voxel by voxel in the patient's coordinates, its references, codes and words."""
+"""A DICOM Segmentation read by pydicom and highdicom: voxels in the patient's coordinates, references, codes and texts."""
 
 import io
 from pathlib import Path
@@ -25,7 +25,7 @@ def masks() -> list[tuple[str, np.ndarray]]:
 
 
 def places(segmentation: pydicom.Dataset, number: int) -> set[tuple[float, ...]]:
-    """The voxels of a segment in mm, LPS, by the frames' own positions and by pydicom alone."""
+    """Return the voxels of a segment in mm, LPS, from the positions of the frames by pydicom."""
     pixels = segmentation.pixel_array
     shared = segmentation.SharedFunctionalGroupsSequence[0]
     found = set()
@@ -42,7 +42,7 @@ def places(segmentation: pydicom.Dataset, number: int) -> set[tuple[float, ...]]
 
 
 def expected(path: Path, mask: np.ndarray) -> set[tuple[float, ...]]:
-    """The same by the affine of the scan that was read."""
+    """Return the same from the affine of the scan."""
     voxels = np.argwhere(mask)
     ras = (np.c_[voxels, np.ones(len(voxels))] @ read_volume(path).affine.T)[:, :3]
     return {tuple((np.round(place * (-1, -1, 1), 2) + 0.0).tolist()) for place in ras}
@@ -54,7 +54,7 @@ def same(found: set[tuple[float, ...]], wanted: set[tuple[float, ...]]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["series", "oblique series", "enhanced"])
-def test_segments_lie_where_the_masks_lie(tmp_path: Path, kind: str) -> None:
+def test_segments_lie_at_the_positions_of_the_masks(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "scan"
     path.mkdir()
     if kind == "enhanced":
@@ -92,7 +92,7 @@ def test_segments_lie_where_the_masks_lie(tmp_path: Path, kind: str) -> None:
         same({tuple(np.round(place, 2).tolist()) for place in lps}, expected(path, mask))
 
 
-def test_what_cannot_be_written_gets_a_sentence(tmp_path: Path) -> None:
+def test_wrong_input(tmp_path: Path) -> None:
     write_series(tmp_path / "series", scan())
     np.save(tmp_path / "scan.npy", scan())
     cases = [
@@ -114,7 +114,7 @@ def test_what_cannot_be_written_gets_a_sentence(tmp_path: Path) -> None:
 
 
 def test_names_and_codes() -> None:
-    """Every finding has a type; no code is longer than DICOM allows; spelling does not matter."""
+    """Every finding has a type, no code exceeds DICOM's limit, and spelling does not matter."""
     known = [name for name in FINDINGS if segment_codes(name)[1].CodingSchemeDesignator != "99MED3D"]
     assert len(known) >= 22
     for name in (*FINDINGS, "x" * 200, "(?)"):

@@ -1,4 +1,4 @@
-"""Reports as DICOM, read back by pydicom and highdicom: what they say, whom they are about, and what never leaves the user's files."""
+"""Reports as DICOM SR, read by pydicom and highdicom: content, patient, references, and identifiers that stay in the user's files."""
 
 import io
 import logging
@@ -45,7 +45,7 @@ def read_back(content: bytes) -> EnhancedSR:
 
 
 def texts(report: Dataset) -> dict[str, list[str]]:
-    """The words of every section, by its meaning; those that stand in none by their own."""
+    """Return the text of each section by its concept, and texts outside of sections by their own concept."""
     found: dict[str, list[str]] = {}
     for item in report.ContentSequence:
         meaning = item.ConceptNameCodeSequence[0].CodeMeaning
@@ -56,7 +56,7 @@ def texts(report: Dataset) -> dict[str, list[str]]:
     return found
 
 
-def test_it_says_what_the_report_says_and_that_nobody_verified_it(series: Path) -> None:
+def test_content_and_unverified_status(series: Path) -> None:
     report = read_back(report_dicom(REPORT, series))
     assert texts(report) == WORDS
     assert (report.CompletionFlag, report.VerificationFlag, report.PreliminaryFlag) == ("PARTIAL", "UNVERIFIED", "PRELIMINARY")
@@ -66,7 +66,7 @@ def test_it_says_what_the_report_says_and_that_nobody_verified_it(series: Path) 
     assert observers["121005"].ConceptCodeSequence[0].CodeValue == "121007"  # DCM: observer type is device
 
 
-def test_it_refers_to_the_slices_and_is_filed_with_their_study(series: Path) -> None:
+def test_references_to_slices_and_study(series: Path) -> None:
     slices = [pydicom.dcmread(file) for file in series.glob("*.dcm")]
     report = read_back(report_dicom(REPORT, series))
     expected = {(item.StudyInstanceUID, item.SeriesInstanceUID, item.SOPInstanceUID, item.SOPClassUID) for item in slices}
@@ -78,12 +78,12 @@ def test_it_refers_to_the_slices_and_is_filed_with_their_study(series: Path) -> 
     assert report.SeriesInstanceUID != slices[0].SeriesInstanceUID and report.Modality == "SR"
 
 
-def test_every_report_is_an_instance_of_its_own(series: Path) -> None:
+def test_every_report_has_its_own_instance_uid(series: Path) -> None:
     one, other = (read_back(report_dicom(REPORT, series)) for _ in range(2))
     assert one.SOPInstanceUID != other.SOPInstanceUID and one.SeriesInstanceUID != other.SeriesInstanceUID
 
 
-def test_of_several_series_it_refers_to_the_one_that_was_read(series: Path, tmp_path: Path) -> None:
+def test_references_are_to_the_series_that_was_read(series: Path, tmp_path: Path) -> None:
     shutil.copytree(series, tmp_path / "both")
     write_series(tmp_path / "both", scan(), only=range(6), prefix="OTHER", edit=lambda item, _: item.update({"PatientID": "ID-SECRET"}))
     for number, slices in ((None, 10), (1, 10), (2, 6)):
@@ -123,7 +123,7 @@ def test_archives_and_multi_frame_files(series: Path, tmp_path: Path) -> None:
     assert [uids[2] for uids in read_back(report_dicom(REPORT, whole)).get_evidence()] == [pydicom.dcmread(whole).SOPInstanceUID]
 
 
-def test_what_a_file_leaves_out_stays_empty(tmp_path: Path) -> None:
+def test_missing_elements_stay_empty(tmp_path: Path) -> None:
     def anonymous(item: Dataset, _: int) -> None:
         del item.PatientName, item.PatientID, item.StudyDate
         item.PatientIdentityRemoved = "YES"
@@ -134,9 +134,7 @@ def test_what_a_file_leaves_out_stays_empty(tmp_path: Path) -> None:
     assert report.PatientIdentityRemoved == "YES"
 
 
-def test_odd_values_are_carried_as_they_are_and_nothing_is_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_odd_values_are_copied_and_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder) -> None:
     def odd(item: Dataset, _: int) -> None:
         item.PatientName, item.PatientID = "Secret Name without carets", "ID-SECRET"  # highdicom would log this name
         with pydicom.config.disable_value_validation():
@@ -162,7 +160,7 @@ def wrong(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     yield lacking, "no StudyInstanceUID"
 
 
-def test_wrong_input_gets_one_sentence(tmp_path: Path) -> None:
+def test_wrong_input(tmp_path: Path) -> None:
     for path, sentence in wrong(tmp_path):
         with pytest.raises(VolumeError, match=sentence) as caught:
             report_dicom(REPORT, path)

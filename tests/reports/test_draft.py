@@ -1,4 +1,4 @@
-"""Drafted reports: sections by their headings, findings with their state, and the files."""
+"""Drafted reports: sections by their headings, findings with their state, and saved files."""
 
 import hashlib
 import io
@@ -71,14 +71,14 @@ def test_every_known_heading_opens_its_section() -> None:
             assert sections(f"{form}: Words.") == sections(f"{form.upper()}\nWords.") == [(heading, "Words.")], form
 
 
-def test_words_that_are_no_headings() -> None:
+def test_words_that_are_not_headings() -> None:
     for text in ("The findings of last year are unchanged.", "Results: none.".replace(":", " are"), "In conclusion, normal findings."):
         assert sections(text) == [("Findings", text)]
     assert sections("Technique: CT. The impression: is no heading within a sentence.")[0][0] == "Technique"
     assert len(sections("Technique: CT. The impression: is no heading within a sentence.")) == 1
 
 
-def test_a_heading_that_comes_again_goes_on_and_an_empty_one_is_left_out() -> None:
+def test_repeated_headings_are_merged_and_empty_ones_left_out() -> None:
     assert sections("Findings: One.\nImpression:\nFindings: Two.") == [("Findings", "One.\nTwo.")]
 
 
@@ -117,7 +117,7 @@ def test_the_files_hold_notice_sections_and_findings() -> None:
     assert json.loads(report_json(noted))["notes"] == ["Model: a_b.", "Incomplete."]
 
 
-def test_a_file_says_of_what_scan_when_and_by_whom() -> None:
+def test_a_file_states_scan_time_and_author() -> None:
     array = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)
     volume = Volume(array, (2.5, 0.7, 0.71234567), "SPL", unit="HU", source="Doe_Jane.nii")
     before = datetime.now(timezone.utc) - timedelta(seconds=1)
@@ -152,14 +152,14 @@ def test_a_zip_holds_the_report_and_its_key_images() -> None:
     assert json.loads(report_json(report))["key_images"][0] == {"label": "axial, slice 1 of 2", "slice": 1}
 
 
-def test_what_was_saved_as_text_is_read_again() -> None:
+def test_a_report_saved_as_text_is_read_again() -> None:
     report = read_report("Technique: CT.\nFindings: A nodule.\nRecommendation: None.")
     body = report_text(report).split("\n\n", 1)[1].split("\n\nRECOGNISED")[0]
     assert read_report(body) == report
 
 
-def test_signs_in_a_report_stay_signs_in_markdown() -> None:
-    """Undone by CommonMark's rule, a backslash before punctuation, nothing is left that is markup."""
+def test_markdown_characters_are_escaped() -> None:
+    """Removing the backslashes by CommonMark's rule gives the report back."""
     text = "A <script>alert(1)</script> of *5* [mm](http://x) `code` & # \\ | {x}"
     written = report_markdown(read_report(text)).split("## Findings\n\n")[1].strip()
     assert not re.search(r"(?<!\\)(\\\\)*[<>*`\[#|]", written.replace("\\\\", ""))

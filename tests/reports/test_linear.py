@@ -1,4 +1,4 @@
-"""The linear classifier: learns what words decide, is stored without code, and comes back the same."""
+"""The linear classifier: learns deciding words, and is saved without code and loaded again."""
 
 import json
 import shutil
@@ -48,17 +48,17 @@ def test_probabilities_are_the_formula_in_plain_loops(classifier: LinearClassifi
     np.testing.assert_allclose(classifier.probabilities([text])[0], expected, rtol=1e-12)
 
 
-def test_saved_and_loaded_it_reads_the_same(classifier: LinearClassifier, tmp_path: Path) -> None:
+def test_save_and_load_give_equal_predictions(classifier: LinearClassifier, tmp_path: Path) -> None:
     classifier.save(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"classifier.json", "classifier.safetensors"}
     np.testing.assert_array_equal(LinearClassifier.load(tmp_path).probabilities(TEXTS), classifier.probabilities(TEXTS))
 
 
-def test_training_twice_gives_the_same(classifier: LinearClassifier) -> None:
+def test_training_is_reproducible(classifier: LinearClassifier) -> None:
     np.testing.assert_array_equal(LinearClassifier.train(TEXTS, LABELS, NAMES, rules=["lung_nodule"]).weights, classifier.weights)
 
 
-def test_what_cannot_be_learned_is_refused() -> None:
+def test_labels_that_cannot_be_learned_are_refused() -> None:
     with pytest.raises(ValueError, match="fracture: present in every report or in none"):
         LinearClassifier.train(TEXTS, np.stack([LABELS[:, 0], np.ones(len(TEXTS))], axis=1), NAMES)
     with pytest.raises(ValueError, match=r"\(35, 2\), but there are 36 reports"):

@@ -1,4 +1,4 @@
-"""The reader of the published text classifier, on a tiny random stand-in of the same layout."""
+"""The published text classifier, on a tiny random stand-in of the same layout."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class AsPublished(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[AsPublished, Path, Path]:
-    """The model, its file, and the folder of the encoder's settings and tokenizer."""
+    """Return the model, its file, and the folder with the encoder's config and tokenizer."""
     from tokenizers import ByteLevelBPETokenizer
 
     folder = tmp_path_factory.mktemp("radbert")
@@ -48,8 +48,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[AsPublished, Pa
     return model, folder / "RadBertClassifier.pth", folder
 
 
-def test_reads_as_the_published_code(published: tuple[AsPublished, Path, Path]) -> None:
-    """There every report is padded to 512 tokens and read alone; here batches are padded to their longest."""
+def test_predictions_equal_the_published_code(published: tuple[AsPublished, Path, Path]) -> None:
+    """The published code pads every report to 512 tokens and reads it alone; here batches are padded to their longest."""
     model, file, folder = published
     classifier = RadBertClassifier(file, folder)
     tokenizer = RobertaTokenizerFast.from_pretrained(folder)
@@ -66,7 +66,7 @@ def test_reads_as_the_published_code(published: tuple[AsPublished, Path, Path]) 
     assert len(classifier.names) == 18 and classifier.names[0] == "medical_material"
 
 
-def test_wrong_files_are_refused_in_words(published: tuple[AsPublished, Path, Path], tmp_path: Path) -> None:
+def test_wrong_files_are_refused(published: tuple[AsPublished, Path, Path], tmp_path: Path) -> None:
     model, _, folder = published
     with pytest.raises(FileNotFoundError, match="ibrahimhamamci/CT-RATE"):
         RadBertClassifier(tmp_path / "none.pth", folder)

@@ -1,4 +1,4 @@
-"""An index of cases: what it finds, that a killed build continues, and one sentence for everything that can be wrong."""
+"""An index of cases: search results, continuation of a killed build, and one sentence for each wrong input."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def model(prepared: Path, tiny_models: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Med3DCLIP, its text projection solved so that the report of a test study lies where the scan does."""
+    """The tiny Med3DCLIP with a text projection solved so that the report of a test study has the embedding of its scan."""
     folder = tmp_path_factory.mktemp("search") / "clip"
     data = PreparedData(prepared)
     studies = data.studies("test")
@@ -66,12 +66,12 @@ def coded(tokenizer, text: str) -> dict[str, Tensor]:  # type: ignore[no-untyped
 
 @pytest.fixture(scope="module")
 def index(prepared: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> CaseIndex:
-    """Of all 28 studies."""
+    """An index of all 28 studies."""
     return CaseIndex.build(model, PreparedData(prepared), tmp_path_factory.mktemp("indexes") / "all", batch_size=5, device="cpu")
 
 
 def sentence(error: str) -> str:
-    """The one line that a command leaves on stderr when it fails."""
+    """Return the one line on stderr with which a command fails."""
     lines = [line for line in error.splitlines() if line.startswith("med3dvlm")]
     assert len(lines) == 1 and "Traceback" not in error, error
     assert error.splitlines()[-1] == lines[0]
@@ -101,7 +101,7 @@ def test_scans_are_ordered_by_the_models_cosines(index: CaseIndex, model: Path, 
         assert [hit.similarity for hit in hits] == pytest.approx([cosines[hit.id] for hit in hits], abs=1e-6)
 
 
-def test_the_folder_names_no_patient_and_says_what_it_is_of(index: CaseIndex, prepared: Path, model: Path) -> None:
+def test_the_index_names_its_data_but_no_patient(index: CaseIndex, prepared: Path, model: Path) -> None:
     assert {path.name for path in index.folder.iterdir()} == {"index.json", "embeddings.safetensors", "cases.jsonl"}
     assert {path.name for path in index.folder.parent.iterdir()} == {"all"}
     cases = [json.loads(line) for line in (index.folder / "cases.jsonl").read_text().splitlines()]
@@ -139,7 +139,7 @@ def test_a_picture_is_the_middle_slice(prepared: Path, model: Path, tmp_path: Pa
 
 
 def build_and_be_killed(model: Path, prepared: Path, out: Path) -> None:
-    """In the fourth batch."""
+    """Build an index in a process that is killed in the fourth batch."""
     made, calls = Embedder.volumes, []
 
     def volumes(self: Embedder, pixel_values: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def build_and_be_killed(model: Path, prepared: Path, out: Path) -> None:
 
 
 def test_a_killed_build_continues(index: CaseIndex, prepared: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the fourth of six batches, with half a vector in the file: three are not made again, and the bytes are those of a run in peace."""
+    """After a kill in the fourth of six batches, with half a vector in the file, three batches are kept and the bytes equal an uninterrupted run."""
     out, part = tmp_path / "out", tmp_path / ".out.part"
     process = context().Process(target=build_and_be_killed, args=(model, prepared, out))
     process.start()
@@ -206,7 +206,7 @@ def test_index_and_search_at_the_command_line(run: Run, model: Path, prepared: P
     assert run("search", tmp_path / "index", "--text", "cyst", "--exact")[1].count("similarity") == 5
 
 
-def test_a_model_that_moved_and_another_one(run: Run, index: CaseIndex, model: Path, tiny_models: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_moved_model_and_another_model(run: Run, index: CaseIndex, model: Path, tiny_models: SimpleNamespace, tmp_path: Path) -> None:
     shutil.copytree(index.folder, tmp_path / "index")
     moved = shutil.copytree(model, tmp_path / "moved")
     facts = index.facts | {"model": str(tmp_path / "gone")}

@@ -1,4 +1,4 @@
-"""The nearest vectors, against plain loops, with ties and odd sizes; and what the vector index finds of them."""
+"""Nearest vectors against plain loops, with ties and odd sizes, and the recall of the vector index."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def unit(values: np.ndarray) -> Vectors:
 
 
 def by_loops(stored: Vectors, query: Vectors, top: int) -> tuple[list[int], list[float]]:
-    """The formula, one number at a time."""
+    """Compute similarities one number at a time."""
     pairs = []
     for row, vector in enumerate(stored.tolist()):
         cosine = 0.0
@@ -34,8 +34,8 @@ def check(found: list[Nearest], stored: Vectors, queries: Vectors, top: int) -> 
 
 
 @pytest.mark.parametrize(("count", "width", "top"), [(1, 5, 1), (7, 3, 7), (48, 33, 5), (131, 17, 20)])
-def test_exact_search_is_that_of_loops(count: int, width: int, top: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16, so that the last is a part of one."""
+def test_exact_search_equals_plain_loops(count: int, width: int, top: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks have 16 rows, the last one fewer."""
     monkeypatch.setattr(vectors, "BLOCK", 16)
     random = np.random.default_rng(count)
     stored, queries = unit(random.normal(size=(count, width))), unit(random.normal(size=(3, width)))
@@ -54,7 +54,7 @@ def test_equal_vectors_tie_and_the_first_comes_first(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("seed", range(8))
 def test_vectors_that_float32_cannot_tell_apart(seed: int) -> None:
-    """Products in float32 alone would choose other neighbours for half of these seeds."""
+    """Products in float32 would select other neighbours for half of these seeds."""
     random = np.random.default_rng(seed)
     stored = unit(random.normal(size=(1, 257)) + 1e-6 * random.normal(size=(90, 257)))
     queries = unit(stored[:1] + 0.3 * random.normal(size=(1, 257)))

@@ -25,7 +25,7 @@ from tests import random_chat
 
 @contextmanager
 def serving(folder: Path, chat: Any = None, vllm_url: str | None = None, **settings: Any) -> Iterator[SimpleNamespace]:
-    """What `build` takes; gives its parts and its address."""
+    """Run a server with these settings of `build`; yield its parts and its address."""
     chat = chat or random_chat.build("qwen2")
     engine: Engine = TransformersEngine(chat, 8) if vllm_url is None else VllmEngine(chat, vllm_sources.Server(vllm_url))
     app = build(chat, engine, folder, "tiny", **settings)
@@ -58,7 +58,7 @@ def client(server: SimpleNamespace) -> openai.OpenAI:
 
 @pytest.fixture(scope="session")
 def scan(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """scan(number): a NIfTI in Hounsfield units, another one for each number, whose name says a patient's."""
+    """scan(number) writes a NIfTI in Hounsfield units, different for each number, with a patient's name in its file name."""
 
     def write(number: int) -> Path:
         array = np.random.default_rng(number).integers(-1000, 1000, (30, 20, 10 + number % 7)).astype(np.int16)
@@ -71,7 +71,7 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 
 @pytest.fixture
 def upload(server: SimpleNamespace, scan: Callable[[int], Path]) -> Callable[[int], str]:
-    """upload(number): the id of a scan that was sent to the server."""
+    """upload(number) sends a scan to the server and returns its id."""
     import httpx
 
     def send(number: int = 0) -> str:
@@ -88,5 +88,5 @@ def data_url(path: Path) -> str:
 
 
 def about(id: str, question: str) -> list[dict[str, Any]]:
-    """The messages of a question about a scan."""
+    """Return the messages of a question about a scan."""
     return [{"role": "user", "content": [{"type": "scan", "scan": {"id": id}}, {"type": "text", "text": question}]}]

@@ -1,4 +1,4 @@
-"""Clients that go away, servers that are stopped or killed: nothing goes on, nothing is left."""
+"""Clients that disconnect, and servers that are stopped or killed: no answer continues and no file is left."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_goes_away_leaves_the_batch(server, client: openai.OpenAI, upload, stream: bool) -> None:
+def test_a_disconnected_client_leaves_the_batch(server, client: openai.OpenAI, upload, stream: bool) -> None:
     id, steps = upload(0), []
 
     def slow(*_: object) -> None:
@@ -69,7 +69,7 @@ sys.exit(programs.run("med3dvlm.serving.server", sys.argv[1:], "med3dvlm serve")
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_server_that_is_stopped_while_answering(tmp_path: Path, scan, free_port: str, how: signal.Signals) -> None:
-    """It ends the answer with an error, and deletes its folder; what one that was killed left is deleted by the next."""
+    """It ends the answer with an error and deletes its folder; the folder of a killed server is deleted by the next."""
     chat = random_chat.build("qwen2")
     chat.ends = []
     for part in (chat.model, chat.processor):
@@ -120,8 +120,8 @@ def test_a_server_that_is_stopped_while_answering(tmp_path: Path, scan, free_por
     assert not list(temporary.glob(f"{PRIVATE}*")) and tempfile.gettempdir() != str(temporary)
 
 
-def test_a_language_model_that_is_elsewhere_and_goes_away(tmp_path: Path, scan) -> None:
-    """The server answers by a vLLM server's words, says when that has gone, and goes on when it is back."""
+def test_a_vllm_server_that_ends_and_returns(tmp_path: Path, scan) -> None:
+    """The server answers by a vLLM server, returns an error when that has ended, and continues when it is back."""
     chat = random_chat.build("qwen2")
     save_language_model(chat.model, chat.processor, tmp_path / "exported")
     with vllm_stand_in.serving(tmp_path / "exported") as elsewhere, serving(tmp_path, chat=chat, vllm_url=elsewhere.url) as served:

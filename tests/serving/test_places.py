@@ -1,4 +1,4 @@
-"""What the answers of a model that points bring with them, where they are asked for it."""
+"""Masks with the answers of a pointing model, on request."""
 
 import base64
 import gzip
@@ -16,7 +16,7 @@ from .conftest import about, serving
 
 
 @pytest.mark.slow  # the model learns its answer first
-def test_answers_bring_the_masks_of_ask(chat, scan: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_answers_have_the_masks_of_ask(chat, scan: Path, tmp_path: Path) -> None:  # noqa: F811
     wanted = chat.ask(scan, QUESTION).masks
     with serving(tmp_path, chat=chat) as served, httpx.Client(base_url=served.address, trust_env=False, timeout=60) as http:
         with scan.open("rb") as file:

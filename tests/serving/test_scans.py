@@ -1,4 +1,4 @@
-"""The scans that a server keeps: which gives way, and until when one is kept."""
+"""Scans kept by a server: which are deleted first, and how long they are kept."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ from tests import random_chat
 from .conftest import serving
 
 
-def test_scans_sent_within_messages_give_way_to_uploads(tmp_path: Path, scan) -> None:
+def test_scans_within_messages_are_deleted_before_uploads(tmp_path: Path, scan) -> None:
     kept = Scans(random_chat.build("qwen2"), tmp_path, Limits(scans=2))
     sent = [kept.from_bytes("anna", scan(number).read_bytes(), "a.nii.gz") for number in (1, 2)]
     with scan(3).open("rb") as file:
@@ -36,7 +36,7 @@ def test_scans_sent_within_messages_give_way_to_uploads(tmp_path: Path, scan) ->
         kept.add("anna", [("a.nii.gz", file)])
 
 
-def test_a_scan_expires_so_long_after_its_last_use(tmp_path: Path, scan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scan_expires_after_its_last_use(tmp_path: Path, scan, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Scans(random_chat.build("qwen2"), tmp_path, Limits(scan_seconds=3600))
     with scan(1).open("rb") as file:
         added = kept.add("anna", [("a.nii.gz", file)])
@@ -48,7 +48,7 @@ def test_a_scan_expires_so_long_after_its_last_use(tmp_path: Path, scan, monkeyp
 
 
 @pytest.mark.parametrize("head", ["", "data:;base64,", "data:application/octet-stream;base64,"])
-def test_the_name_of_a_file_says_its_format(head: str) -> None:
+def test_the_format_follows_from_the_file_name(head: str) -> None:
     part = FilePart(type="file", file=FileContent(file_data=head + base64.b64encode(b"voxels").decode(), filename="Doe_Jane.nii.gz"))
     assert content_of(url_of(part), "messages") == (None, b"voxels", "scan.nii.gz")
 
@@ -81,7 +81,7 @@ def test_scans_that_are_read_at_the_same_time_share_the_limit(tmp_path: Path, sc
     assert add(0) and not add(1)  # a place that was held in vain is free again
 
 
-def test_what_was_read_of_a_scan_goes_with_it(server, upload) -> None:
+def test_reused_prefixes_are_deleted_with_their_scan(server, upload) -> None:
     kept = server.engine.stats()["prefix_bytes"]
     with httpx.Client(base_url=server.address, trust_env=False, timeout=60) as client:
         ids, messages = [upload(40), upload(41)], [{"role": "user", "content": [{"type": "text", "text": "Where?"}]}]
@@ -98,7 +98,7 @@ def test_what_was_read_of_a_scan_goes_with_it(server, upload) -> None:
         time.sleep(0.01)
 
 
-def test_an_expired_scan_goes_without_a_request(tmp_path: Path, scan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expired_scan_is_deleted_without_a_request(tmp_path: Path, scan, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Scans] = []
     monkeypatch.setattr("med3dvlm.serving.server.Scans", lambda *arguments: made.append(Scans(*arguments)) or made[-1])
     with serving(tmp_path, limits=Limits(scan_seconds=0.2)):

@@ -1,4 +1,4 @@
-"""What OpenAI's client gets from the server: the words of `ask`, whole and piece by piece, alone and beside others."""
+"""The server by OpenAI's client: answers equal to `ask`, whole and streamed, alone and concurrently."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ from .conftest import about, data_url, serving
 QUESTIONS = ("Which organ has a lesion?", "Is there an effusion?", "Where is it, and how large?")
 
 
-def test_whole_and_streamed_answers_are_the_words_of_ask(server, client: openai.OpenAI, upload: Callable[[int], str], scan) -> None:
+def test_whole_and_streamed_answers_equal_ask(server, client: openai.OpenAI, upload: Callable[[int], str], scan) -> None:
     id, chat = upload(1), server.chat
     history = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Left."}]
     wanted = chat.ask(read_volume(scan(1)), QUESTIONS[0], max_new_tokens=20)
@@ -42,7 +42,7 @@ def test_whole_and_streamed_answers_are_the_words_of_ask(server, client: openai.
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens > chat.processor.num_image_tokens
 
 
-def test_a_scan_in_any_part_that_clients_send(client: openai.OpenAI, upload, scan) -> None:
+def test_scans_in_every_kind_of_message_part(client: openai.OpenAI, upload, scan) -> None:
     id, data = upload(2), data_url(scan(2))
     parts = [
         {"type": "scan", "scan": {"id": id}},
@@ -59,7 +59,7 @@ def test_a_scan_in_any_part_that_clients_send(client: openai.OpenAI, upload, sca
     assert len(texts) == 1
 
 
-def test_logprobs_are_those_of_the_plain_loop(server, client: openai.OpenAI, upload, scan) -> None:
+def test_logprobs_equal_a_plain_loop(server, client: openai.OpenAI, upload, scan) -> None:
     id, chat = upload(3), server.chat
     answer = client.chat.completions.create(
         model="tiny", messages=about(id, QUESTIONS[0]), max_tokens=6, logprobs=True, top_logprobs=3
@@ -75,7 +75,7 @@ def test_logprobs_are_those_of_the_plain_loop(server, client: openai.OpenAI, upl
         ids = [*ids, int(likeliest[0])]
 
 
-def test_many_clients_at_once_are_told_what_each_is_told_alone(server, client: openai.OpenAI, upload) -> None:
+def test_concurrent_clients_get_the_answers_of_single_ones(server, client: openai.OpenAI, upload) -> None:
     ids = [upload(number) for number in range(4)]
     cases = [(id, question, length) for id in ids for question in QUESTIONS for length in (5, 30)]
 
@@ -89,7 +89,7 @@ def test_many_clients_at_once_are_told_what_each_is_told_alone(server, client: o
     assert len(set(alone)) > 8
 
 
-def test_draws_depend_on_the_seed_alone(client: openai.OpenAI, upload) -> None:
+def test_samples_depend_on_the_seed_alone(client: openai.OpenAI, upload) -> None:
     id = upload(1)
 
     def draw(seed: int) -> str:

@@ -1,4 +1,4 @@
-"""What cannot be done is said in one sentence in OpenAI's form, and the server goes on."""
+"""Wrong requests get one sentence in OpenAI's form of errors, and the server continues."""
 
 import asyncio
 import json
@@ -70,7 +70,7 @@ def http(server: SimpleNamespace) -> httpx.Client:
         ({"messages": about("ID", "a") + about("OTHER", "a")}, 400, "2 scans are given"),
     ],
 )  # fmt: skip
-def test_a_request_that_cannot_be_answered(http: httpx.Client, upload, change: dict[str, Any], status: int, words: str, caplog) -> None:
+def test_wrong_chat_requests(http: httpx.Client, upload, change: dict[str, Any], status: int, words: str, caplog) -> None:
     ids = {"ID": upload(0), "OTHER": upload(1)} if "ID" in json.dumps(change) else {"ID": "none"}
     body = {"model": "tiny", "messages": about(ids["ID"], SECRET), "max_tokens": 3} | change
     written = json.dumps(body)
@@ -85,7 +85,7 @@ def test_a_request_that_cannot_be_answered(http: httpx.Client, upload, change: d
     assert SECRET not in caplog.text
 
 
-def test_other_requests_that_cannot_be_done(server, http: httpx.Client, tmp_path: Path) -> None:
+def test_other_wrong_requests(server, http: httpx.Client, tmp_path: Path) -> None:
     for method, path, sent, status, words in (
         ("POST", "/v1/chat/completions", {"content": "{"}, 400, "not a JSON object"),
         ("GET", "/v1/nothing", {}, 404, "Not Found"),
@@ -150,7 +150,7 @@ def test_uploads_are_bounded_in_size_number_and_time(tmp_path: Path, scan) -> No
             assert http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 2}).status_code == 200
 
 
-def test_scans_are_their_keys_own(tmp_path: Path, scan) -> None:
+def test_scans_are_private_to_their_key(tmp_path: Path, scan) -> None:
     path = tmp_path / "keys.txt"
     path.write_text("# who\nanna anna-s-long-secret-key\n\nanother-long-secret-key\n")
     folder = tmp_path / "uploads"
@@ -176,7 +176,7 @@ def test_scans_are_their_keys_own(tmp_path: Path, scan) -> None:
     [("", "holds no key"), ("short", "at least 16"), ("a b c", "NAME KEY"), ("k" * 20 + "\n" + "k" * 20, "twice"),
      (f"a {'k' * 20}\na {'l' * 20}", "same name")],
 )  # fmt: skip
-def test_files_that_hold_no_keys(tmp_path: Path, content: str, words: str) -> None:
+def test_wrong_key_files(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "keys.txt"
     path.write_text(content)
     with pytest.raises(ValueError, match=words) as raised:
@@ -215,7 +215,7 @@ def test_nothing_of_a_question_or_a_name_is_logged(server, http: httpx.Client, u
     assert http.post("/v1/chat/completions", json={"messages": about(id, SECRET), "max_tokens": 2}).status_code == 200
 
 
-def test_an_error_of_the_server_is_one_sentence(server, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog, scan) -> None:
+def test_internal_errors(server, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog, scan) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError(SECRET)
 
@@ -226,8 +226,10 @@ def test_an_error_of_the_server_is_one_sentence(server, http: httpx.Client, monk
     assert not list(server.folder.iterdir())
 
 
-def test_a_librarys_words_are_not_passed_on(server: SimpleNamespace, http: httpx.Client, upload, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a ValueError of ours says what is wrong with what was sent."""
+def test_messages_of_libraries_are_not_passed_on(
+    server: SimpleNamespace, http: httpx.Client, upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only our own ValueErrors describe what is wrong with the request."""
     id = upload(0)
     for place in ("chat.prompt", "scans"):
         with monkeypatch.context() as broken:
@@ -240,8 +242,8 @@ def test_a_librarys_words_are_not_passed_on(server: SimpleNamespace, http: httpx
         assert answer.status_code == 500 and "Something went wrong here" in one_sentence(answer) and "Expecting" not in answer.text
 
 
-def test_large_bodies_are_held_one_after_the_other() -> None:
-    """A gate of 100 bytes, 150 together: the second waits for the first, forms go to files, and a body that ends makes room."""
+def test_large_bodies_are_read_one_at_a_time() -> None:
+    """With a limit of 100 bytes each and 150 in all, the second body waits for the first; forms are written to files."""
     inside, statuses = asyncio.Event(), []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

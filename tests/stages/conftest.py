@@ -16,7 +16,7 @@ from tests.stages.running import Run, name_of
 def run(
     monkeypatch: pytest.MonkeyPatch, repository: Path, prepared: Path, tiny_models: SimpleNamespace, tmp_path: Path
 ) -> Callable[..., Run]:
-    """run(stage, "--flag", value, ...): the smoke recipe on the tiny models, in this process; the output folder is fresh unless named."""
+    """run(stage, "--flag", value, ...) runs the smoke recipe on the tiny models in this process, with a new output folder unless given."""
     inputs = {
         stage0_language_model: (),
         stage1_siglip: ("--text-encoder", tiny_models.text_encoder),

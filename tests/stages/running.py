@@ -1,4 +1,4 @@
-"""A stage that was run in this process, for the tests beside this file."""
+"""The result of a stage that was run in this process."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass
 class Run:
-    """A stage that was run: its model's parameters and buffers before and after, the names that should train, and what it wrote."""
+    """The model's parameters and buffers before and after, names of trainable parameters, and the output of a stage."""
 
     output: Path
     before: dict[str, Tensor]

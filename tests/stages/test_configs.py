@@ -1,4 +1,4 @@
-"""Every recipe in stages/configs: it parses, and configs/paper holds the paper's numbers, down to the parameters that train."""
+"""Every recipe in stages/configs parses, and configs/paper holds the paper's numbers, including the count of trainable parameters."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ CLINICAL_BERT = {"vocab_size": 119547, "max_position_embeddings": 512, "dim": 76
 
 
 def parse(path: Path, *flags: str) -> Any:
-    """The stage's arguments; without DeepSpeed, which would start here, and on the CPU."""
+    """Return the stage's arguments for the CPU, without DeepSpeed, which would start here."""
     return parse_arguments(ARGUMENTS[path.stem], ["--config", str(path), "--deepspeed", "", "--use-cpu", "true", *flags])
 
 
@@ -74,7 +74,7 @@ def test_the_command_in_a_recipe_names_the_recipe(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_flags_win_and_unknown_ones_are_named(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_override_the_recipe_and_unknown_ones_are_named(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = parse(path, "--data", "y", "--learning-rate", "0.5", "--max-steps", "3", "--output-dir", "there")
     assert (arguments.data, arguments.learning_rate, arguments.max_steps, arguments.output_dir) == ("y", 0.5, 3, "there")
     with pytest.raises(SystemExit, match="2"):
@@ -98,7 +98,7 @@ def test_a_stage_reads_what_the_one_before_it_writes(name: str) -> None:
     [("stage1_siglip", 64, 1e-4, 0.1, 100), ("stage2_projector", 16, 1e-4, 0.0, 3), ("stage3_lora", 8, 5e-5, 0.0, 5)],
 )
 def test_the_papers_numbers(stage: str, batch: int, rate: float, decay: float, epochs: int) -> None:
-    """Med3DVLM paper, section 3.4; the batch is the whole job's, on 8 GPUs."""
+    """The numbers are those of the Med3DVLM paper, section 3.4; the batch is that of all 8 GPUs."""
     arguments = paper(stage)
     assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * GPUS == batch
     assert (arguments.learning_rate, arguments.weight_decay, arguments.num_train_epochs) == (rate, decay, epochs)
@@ -127,12 +127,12 @@ def linear(inputs: int, outputs: int) -> int:
 
 
 def mixer_layer(tokens: tuple[int, int], widths: tuple[int, int]) -> int:
-    """Two layer norms, a token MLP, a channel MLP (paper, equations 6 and 7)."""
+    """Return the parameters of two layer norms, a token MLP and a channel MLP (paper, equations 6 and 7)."""
     return 4 * widths[0] + linear(*tokens) + linear(tokens[1], tokens[1]) + linear(*widths) + linear(widths[1], widths[1])
 
 
 def test_dcformer_small_has_18_million_parameters() -> None:
-    """Counted from the published definition: 18.245 M."""
+    """The published definition has 18.245 M."""
     with torch.device("meta"):
         encoder = build_encoder("dcformer_small")
     assert round(count_parameters(encoder)["trainable"] / 1e6, 3) == 18.245

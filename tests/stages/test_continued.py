@@ -1,4 +1,4 @@
-"""A training that goes on, after every step, under another launcher, engine or number of processes has the losses of one that was not stopped."""
+"""Training resumed after every step under another launcher, engine or number of processes has the losses of an uninterrupted one."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ Stage = Callable[..., tuple[list[int], str]]
 
 @pytest.fixture
 def stage(prepared: Path, tiny_models: SimpleNamespace, tmp_path: Path) -> Stage:
-    """stage(name, output, (launcher, processes, engine), "--flag", value, ...): exit codes and what was said; four rows a step."""
+    """stage(name, output, (launcher, processes, engine), "--flag", value, ...) returns exit codes and output; a step has four rows."""
     for number in (1, 2, 3):  # small tensors are shared out, too
         engine = json.loads((REPOSITORY / "ds_configs" / f"zero{max(number, 2)}.json").read_text())
         engine["zero_optimization"] |= {"stage": number} | ({"stage3_param_persistence_threshold": 0} if number == 3 else {})
@@ -76,8 +76,8 @@ def test_any_engine_and_number_of_processes_continues(name: str, bf16: bool, sta
     assert way > 0.01 and found == pytest.approx(expected, abs=TOLERANCE[bf16] * way)
 
 
-def test_what_would_be_another_training_is_refused(stage: Stage, tmp_path: Path) -> None:
-    """Batch norm sees the volumes of one process; another number of rows a step is another training, whoever takes it."""
+def test_resuming_with_a_different_batch_is_refused(stage: Stage, tmp_path: Path) -> None:
+    """Batch norm depends on the volumes of one process; another number of rows in a step is a different training."""
     one, two = ("python", 1, ""), ("torchrun", 2, "")
     codes, said = stage("stage1_siglip", tmp_path / "pairs", one, "--max-steps", 1)
     assert codes == [0], said[-3000:]

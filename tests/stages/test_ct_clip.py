@@ -1,4 +1,4 @@
-"""The CT-CLIP path's own settings: text encoders without pretraining and in CXR-BERT's layout, sentences of reports, kept activations."""
+"""Settings of the CT-CLIP path: new text encoders and CXR-BERT's layout, sentences of reports, gradient checkpointing."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ from med3dvlm.training.contrastive import common_words
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch, repository: Path, prepared: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
-    """train("--flag", value, ...): two steps of the smoke recipe; gives the output folder."""
+    """train("--flag", value, ...) trains two steps of the smoke recipe and returns the output folder."""
 
     def run(*flags: object) -> Path:
         config = repository / "stages" / "configs" / "smoke" / "ct_clip.yaml"
@@ -43,7 +43,7 @@ def train(monkeypatch: pytest.MonkeyPatch, repository: Path, prepared: Path, tmp
     return run
 
 
-def test_cxr_bert_is_a_bert_and_its_own_code_stays_unread(train, prepared: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_cxr_bert_loads_as_a_bert_without_its_own_code(train, prepared: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The published repository names a model type and code of its own; CT-CLIP reads it as a BERT."""
     folder = tmp_path / "cxr"
     words = sorted({word for study in PreparedData(prepared).studies("train") for word in study.report.lower().replace(".", " ").split()})
@@ -78,7 +78,7 @@ def test_a_new_text_encoder_has_the_words_of_the_training_reports(train, prepare
     assert tokenizer.unk_token_id not in tokenizer(report)["input_ids"]
 
 
-def test_the_vocabulary_is_special_tokens_characters_and_the_commonest_words() -> None:
+def test_the_vocabulary_has_special_tokens_characters_and_the_most_frequent_words() -> None:
     texts = ["Mass, no mass.", "A mass is no cyst.", "Cyst: 12 mm"]
     vocabulary = common_words(texts, 1000)
     assert vocabulary == common_words(reversed(texts), 1000)
@@ -89,7 +89,7 @@ def test_the_vocabulary_is_special_tokens_characters_and_the_commonest_words() -
     assert list(common_words(texts, len(vocabulary) - 2)) == list(vocabulary)[:-2]
 
 
-def test_sentences_are_drawn_anew_in_every_epoch_and_from_the_report_alone(prepared: Path) -> None:
+def test_sentences_are_sampled_from_the_report_in_every_epoch(prepared: Path) -> None:
     data = PreparedData(prepared)
     drawn, again = PairDataset(data, "train", sentences=2), PairDataset(data, "train", sentences=2)
     again.set_epoch(1)
@@ -125,7 +125,7 @@ def test_the_loss_of_two_texts_is_the_mean_of_each(loss: str) -> None:
 
 
 def test_recomputed_activations_change_no_gradient() -> None:
-    """As `gradient_checkpointing: true` of a recipe switches it on, in both towers."""
+    """It is switched on in both towers, as by `gradient_checkpointing: true` in a recipe."""
     config = Med3DCLIPConfig(
         "dcformer_nano", {"widths": (4, 4, 8, 8, 8), "layer_scale": 0.1}, (32, 64, 48), projection_dim=8, loss="clip",
         text_config=BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,

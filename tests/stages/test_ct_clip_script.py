@@ -1,4 +1,4 @@
-"""stages/demo/ct_clip.sh: with programs that do nothing, which steps it runs; and everything for real in a few steps."""
+"""stages/demo/ct_clip.sh: its steps with stand-in programs, and a real run of a few training steps."""
 
 import json
 from collections.abc import Callable

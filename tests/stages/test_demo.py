@@ -1,4 +1,4 @@
-"""stages/demo/demo.sh with programs that do nothing: which steps it runs when it is started again."""
+"""stages/demo/demo.sh with stand-in programs: the steps that it runs when it is started again."""
 
 import shutil
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Demo = Callable[..., list[str]]
 
 @pytest.fixture
 def demo(repository: Path, tmp_path: Path) -> Demo:
-    """demo(): the steps that ran, by a word of their command; `FAILS` names one that fails."""
+    """demo() returns the steps that ran, by a word of their command; `FAILS` names one that fails."""
 
     def run(**environment: str) -> list[str]:
         done, commands = run_script(repository, tmp_path, "stages/demo/demo.sh", "demo", **environment)
@@ -34,7 +34,7 @@ def test_every_step_once(demo: Demo) -> None:
     ("step", "product"),
     [("phantom", "phantoms"), ("prepare", "prepared"), ("stage1", "stage1"), ("stage3", "model"), ("vqa", "eval/vqa/scores.json")],
 )
-def test_a_step_whose_product_is_gone_runs_with_all_after_it(step: str, product: str, demo: Demo, tmp_path: Path) -> None:
+def test_a_step_without_its_output_runs_again_with_all_later_ones(step: str, product: str, demo: Demo, tmp_path: Path) -> None:
     demo()
     path = tmp_path / "outputs" / "demo" / product
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -42,8 +42,8 @@ def test_a_step_whose_product_is_gone_runs_with_all_after_it(step: str, product:
     assert demo() == []
 
 
-def test_a_step_that_failed_is_not_taken_for_finished_later(demo: Demo, tmp_path: Path) -> None:
-    """Nor are those after it, though they were finished once."""
+def test_a_failed_step_and_all_later_ones_run_again(demo: Demo, tmp_path: Path) -> None:
+    """This includes later steps that were finished before."""
     demo()
     (tmp_path / "outputs" / "demo" / "done" / "stage1").unlink()
     assert demo(FAILS="stage2") == ["stage1", "stage2"]

@@ -1,6 +1,6 @@
-"""Every stage under every launcher, in bfloat16 as the recipes say: it learns four studies by heart as in float32, and goes on when killed.
+"""Every stage under every launcher in bfloat16: it learns four studies by heart, as in float32, and resumes when killed.
 
-Each stage takes what the one before wrote in bfloat16. Tiny models, the real scripts and DeepSpeed's engine.
+Each stage starts from the bfloat16 output of the previous one, with tiny models, the real scripts and DeepSpeed's engine.
 """
 
 import json
@@ -63,7 +63,7 @@ LAUNCHERS: dict[str, tuple[str, int, tuple[object, ...]]] = {
 
 @dataclass
 class Trainer:
-    """Runs a stage on four studies; `parents` holds the models that stages start from, by the name of the stage that wrote them."""
+    """Runs a stage on four studies; `parents` holds the models that stages start from, by the stage that wrote them."""
 
     data: tuple[object, ...]
     root: Path
@@ -91,7 +91,7 @@ class Trainer:
 
 @pytest.fixture(scope="module")
 def train(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    """With the models that all stages wrote under DeepSpeed on one process."""
+    """A trainer whose parents are the models written under DeepSpeed on one process."""
     root = tmp_path_factory.mktemp("bfloat16")
     ids = [study.id for study in PreparedData(prepared).studies("train")]
     (root / "four.json").write_text(json.dumps({"train": ids[:4], "validation": ids[4:7]}))
@@ -114,7 +114,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def learned(checkpoint: Path) -> dict[str, Tensor]:
-    """The weights and running statistics of a checkpoint as they would be saved in bfloat16."""
+    """Return the weights and running statistics of a checkpoint as they would be saved in bfloat16."""
     found = {}
     for key, tensor in weights(checkpoint).items():
         kind, _, name = key.partition("/")
@@ -129,8 +129,8 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_zero3_on_two_processes_learns_what_zero2_does(stage: str, train: Trainer) -> None:
-    """The engine shares all weights out; what was saved has them whole."""
+def test_zero3_on_two_processes_equals_zero2(stage: str, train: Trainer) -> None:
+    """The engine partitions all weights; the saved model has them whole."""
     output = train(stage, "ZeRO-3 on two", "zero3", "--max-steps", EARLY)
     expected = losses(train(stage, "deepspeed on two", "zero2", "--max-steps", EARLY))
     assert losses(output) == pytest.approx(expected, abs=0.05 * expected[0])
@@ -146,7 +146,7 @@ def test_zero3_on_two_processes_learns_what_zero2_does(stage: str, train: Traine
 @pytest.mark.parametrize("launcher", [name for name in LAUNCHERS if not name.startswith("ZeRO-3")])
 @pytest.mark.parametrize("stage", STAGES)
 def test_four_studies_are_learnt_by_heart(stage: str, launcher: str, train: Trainer) -> None:
-    """Losses fall to less than a tenth. The first steps' are those of float32 within 5 % of the first loss."""
+    """Losses fall to less than a tenth; those of the first steps differ from float32 by less than 5 % of the first loss."""
     output = train.parents / stage if launcher == "deepspeed" else train(stage, launcher, launcher.replace(" ", "_"))
     curve = losses(output)
     assert len(curve) == STEPS[stage] and min(curve[-3:]) < curve[0] / 10
@@ -159,8 +159,8 @@ def test_four_studies_are_learnt_by_heart(stage: str, launcher: str, train: Trai
     assert curve[:EARLY] == pytest.approx(expected, abs=0.05 * expected[0]), expected
 
 
-def test_what_trains_changes_and_the_rest_does_not(train: Trainer) -> None:
-    """Of the weights that DeepSpeed's engine had half-way, as float32, and at the end, all bfloat16."""
+def test_only_trainable_weights_change(train: Trainer) -> None:
+    """Compared are DeepSpeed's float32 weights half-way and the saved bfloat16 weights at the end."""
     found = {
         stage: (learned(train.parents / stage / f"checkpoint-{STEPS[stage] // 2}"), weights(train.parents / stage)) for stage in STAGES
     }
@@ -191,7 +191,7 @@ def test_what_trains_changes_and_the_rest_does_not(train: Trainer) -> None:
     assert changed(before, after) == set(after) and all("lora_" in name or "projector" in name for name in after)
 
 
-def test_what_was_saved_in_bfloat16_loads_in_one_type_and_answers(train: Trainer) -> None:
+def test_models_saved_in_bfloat16_load_in_one_type_and_answer(train: Trainer) -> None:
     clip, *_ = load_clip(train.parents / "stage1_siglip")
     language_model, _ = load_language_model(str(train.parents / "stage0_language_model"))
     model, processor = load_vlm(train.parents / "stage3_lora" / "merged")
@@ -207,8 +207,8 @@ def test_what_was_saved_in_bfloat16_loads_in_one_type_and_answers(train: Trainer
 @pytest.mark.parametrize(
     ("stage", "launcher"), [("stage1_siglip", "deepspeed"), ("stage3_lora", "deepspeed"), ("stage2_projector", "python")]
 )
-def test_a_killed_training_goes_on_where_it_was(stage: str, launcher: str, train: Trainer) -> None:
-    """The losses after the kill are those of a run that was not killed; the kill comes when a checkpoint is whole."""
+def test_a_killed_training_resumes(stage: str, launcher: str, train: Trainer) -> None:
+    """Losses after the kill equal those of an uninterrupted run; the kill follows a complete checkpoint."""
     flags = ("--max-steps", 9, "--save-steps", 3)
     name = f"{launcher.split()[0]}_{stage}"
     whole = train(stage, launcher, f"whole_{name}", *flags)
@@ -219,8 +219,8 @@ def test_a_killed_training_goes_on_where_it_was(stage: str, launcher: str, train
     assert losses(killed) == pytest.approx(losses(whole), rel=1e-3)
 
 
-def test_the_validation_loss_is_that_of_plain_loops_however_it_is_computed(train: Trainer) -> None:
-    """Three validation rows in batches of 2, and of 1 on two processes that share out all weights."""
+def test_the_validation_loss_equals_plain_loops(train: Trainer) -> None:
+    """It is computed for three rows in batches of 2, and of 1 on two processes with ZeRO-3."""
     flags = ("--max-steps", 1, "--learning-rate", 0, "--eval-strategy", "steps", "--eval-steps", 1, "--loss-weighting", "conversation")
     alone = train("stage2_projector", "python", "validated", *flags, "--per-device-eval-batch-size", 2, bf16=False)
     shared = train("stage2_projector", "ZeRO-3 on two", "validated3", *flags, "--per-device-eval-batch-size", 1, bf16=False)
@@ -242,8 +242,8 @@ def test_the_validation_loss_is_that_of_plain_loops_however_it_is_computed(train
     assert len(rows) == 3 and found == pytest.approx([sum(expected) / len(expected)] * 2, rel=1e-5)
 
 
-def test_the_validation_loss_of_pairs_is_that_of_plain_loops_however_it_is_computed(train: Trainer) -> None:
-    """Three pairs, a batch of the training's size, contrasted with each other by SigLIP's formula."""
+def test_the_validation_loss_of_pairs_equals_plain_loops(train: Trainer) -> None:
+    """Three pairs form one batch, whose loss is computed by SigLIP's formula."""
     flags = ("--max-steps", 1, "--learning-rate", 0, "--eval-strategy", "steps", "--eval-steps", 1)
     found = []
     for launcher, size in (("python", 2), ("ZeRO-3 on two", 1)):

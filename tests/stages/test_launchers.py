@@ -28,10 +28,10 @@ def smoke(stage: ModuleType, prepared: Path, output: Path, models: SimpleNamespa
 
 
 @pytest.mark.slow
-def test_a_training_killed_again_and_again_ends_as_one_that_was_not(
+def test_a_repeatedly_killed_training_equals_an_uninterrupted_one(
     tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str]
 ) -> None:
-    """Stage 3, whose dropout and conversations depend on step and epoch; weights and losses are equal bit for bit."""
+    """In stage 3 dropout and conversations depend on step and epoch; weights and losses are equal bit for bit."""
     flags = smoke(stage3_lora, prepared, tmp_path / "unused", tiny_models)[1:]
     shell("python", "tests/drivers/killed_training.py", "stage3_lora", tmp_path, *flags, "--max-steps", 8, "--save-steps", 3)
     assert json.loads((tmp_path / "codes.json").read_text()) == [0, *[-signal.SIGKILL] * 6, 0]
@@ -49,9 +49,9 @@ def test_a_training_killed_again_and_again_ends_as_one_that_was_not(
 def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
     tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, run: Callable[..., Run], shell: Callable[..., str], free_port: str
 ) -> None:
-    """Stage 2, where no batch norm follows the part of the batch that a process has. Started twice: the second continues the first.
+    """In stage 2 no batch norm depends on a process's part of the batch. The training is started twice; the second continues the first.
 
-    Worst difference measured: 2e-7 of the losses, 2e-3 of the way that the weights went.
+    Worst difference measured: 2e-7 of the losses, 2e-3 of the distance that the weights moved.
     """
     rate = ("--learning-rate", 0.01, "--lr-scheduler-type", "constant")
     one = run(stage2_projector, *rate, "--per-device-train-batch-size", 4)
@@ -72,8 +72,10 @@ def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
 
 
 @pytest.mark.slow
-def test_torchrun(tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str], free_port: str) -> None:
-    """Stage 1 on two processes, whose texts are gathered."""
+def test_torchrun_on_two_processes(
+    tmp_path: Path, prepared: Path, tiny_models: SimpleNamespace, shell: Callable[..., str], free_port: str
+) -> None:
+    """Stage 1 on two processes gathers their texts."""
     command = smoke(stage1_siglip, prepared, tmp_path / "out", tiny_models)
     shell("torchrun", "--nproc_per_node", 2, "--master_port", free_port, *command, "--train-text", "true", "--max-steps", 2)
     assert Run(tmp_path / "out", {}, {}, set(), set()).record["processes"] == 2

@@ -21,7 +21,7 @@ from tests.stages.running import Run
 TWO_STEPS = ("--max-steps", 2, "--learning-rate", 0.01, "--cache-features", "false")
 
 
-def test_stage3_ends_in_an_adapter_and_a_merged_model_that_answer_alike(
+def test_adapter_and_merged_model_give_equal_answers(
     run: Callable[..., Run], tiny_models: SimpleNamespace, tmp_path: Path, prepared: Path, phantoms: Path
 ) -> None:
     result = run(stage3_lora, "--learning-rate", 0.01, "--merged", tmp_path / "merged")
@@ -39,7 +39,7 @@ def test_stage3_ends_in_an_adapter_and_a_merged_model_that_answer_alike(
     assert Med3DChat.from_pretrained(tmp_path / "merged").ask(phantoms / studies[0].image, "Which plane?", max_new_tokens=3).tokens > 0
 
 
-def test_a_merge_replaces_a_model_whole_or_not_at_all(
+def test_a_merge_replaces_a_model_completely_or_not_at_all(
     run: Callable[..., Run], tiny_models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, merged = run(stage3_lora, *TWO_STEPS).output, tmp_path / "merged"
@@ -61,7 +61,7 @@ def test_a_merge_replaces_a_model_whole_or_not_at_all(
     assert (merged / "model.safetensors").read_bytes() != before["model.safetensors"]
 
 
-def test_an_adapter_finds_its_base_from_anywhere_or_is_told_where_it_is(
+def test_an_adapter_finds_its_base_model_or_needs_its_path(
     run: Callable[..., Run], tiny_models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tmp_path / "base"
@@ -76,8 +76,8 @@ def test_an_adapter_finds_its_base_from_anywhere_or_is_told_where_it_is(
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_merged_model_of_another_run_stays(run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only the run that made it replaces it, as when it is started again."""
+def test_a_merged_model_of_another_run_is_kept(run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the run that made it replaces it when it is started again."""
     merged = tmp_path / "merged"
     first = run(stage3_lora, "--max-steps", 1, "--merged", merged)
     before = {path.name: path.read_bytes() for path in merged.iterdir()}
@@ -91,7 +91,7 @@ def test_a_merged_model_of_another_run_stays(run: Callable[..., Run], tmp_path: 
     assert run(stage3_lora, "--max-steps", 1, "--merged", merged, output=first.output).record == first.record
 
 
-def test_what_a_stage_writes_has_the_rights_of_new_files(run: Callable[..., Run], tmp_path: Path) -> None:
+def test_output_has_the_permissions_of_new_files(run: Callable[..., Run], tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         output = run(stage3_lora, "--max-steps", 2, "--merged", tmp_path / "merged").output

@@ -1,4 +1,4 @@
-"""A training on two hosts, each with an address, a name and a disk of its own: launchers, losses, a lost host, and nodes that differ."""
+"""Training on two hosts with their own addresses, names and disks: launchers, losses, a lost host, and nodes that differ."""
 
 import json
 import os
@@ -26,7 +26,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def hosts(prepared: Path, tiny_models: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
-    """Two hosts, on whose own disks lie the prepared data and the output of stage 2."""
+    """Two hosts, each with the prepared data and the output of stage 2 on its own disk."""
     root = tmp_path_factory.mktemp("hosts")
     try:
         with two_hosts(root) as hosts:
@@ -40,7 +40,7 @@ def hosts(prepared: Path, tiny_models: SimpleNamespace, tmp_path_factory: pytest
 
 @pytest.fixture(scope="module")
 def expected(hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of four processes on one host."""
+    """The losses of the same training by four processes on one host."""
     root = tmp_path_factory.mktemp("whole")
     codes = launch(
         "torchrun", 4, "stages/stage3_lora.py", "--config", "stages/configs/smoke/stage3_lora.yaml", "--data", hosts[0].folder / "data",
@@ -55,7 +55,7 @@ Start = Callable[..., list["subprocess.Popen[bytes]"]]
 
 @pytest.fixture
 def start(hosts: list[Host]) -> Iterator[Start]:
-    """start(script, output, "--flag", ..., VARIABLE=value): the script on both hosts, two processes each, which write to own disks.
+    """start(script, output, "--flag", ..., VARIABLE=value) runs the script on both hosts, with two processes each, which write to their own disks.
 
     `second` are flags of the second host alone.
     """
@@ -93,7 +93,7 @@ def said(hosts: list[Host]) -> str:
 
 
 def test_two_hosts_train_as_one(hosts: list[Host], expected: list[float], start: Start) -> None:
-    """Without a shared disk; only the first process speaks, and writes."""
+    """There is no shared disk; only the first process logs and writes."""
     assert ended(*start("torchrun", "whole")) == [0, 0], said(hosts)
     first, second = hosts
     assert losses(first.folder / "whole") == pytest.approx(expected, abs=1e-5)
@@ -103,7 +103,7 @@ def test_two_hosts_train_as_one(hosts: list[Host], expected: list[float], start:
 
 
 def test_a_lost_host_ends_the_other_and_both_continue(hosts: list[Host], expected: list[float], start: Start) -> None:
-    """The second host is killed after two steps, and comes again for three; a single process takes the last."""
+    """The second host is killed after two steps and returns for three; a single process takes the last."""
     first, second = hosts
     started = start("torchrun", "lost")
     wait_for(first.folder / "lost" / "checkpoint-2" / "complete", *started)
@@ -140,7 +140,7 @@ def test_torchrun_starts_a_killed_process_again(hosts: list[Host], expected: lis
 
 @pytest.mark.parametrize("ssh", [False, True], ids=["no_ssh", "hostfile"])
 def test_deepspeed_on_two_hosts(ssh: bool, hosts: list[Host], expected: list[float], start: Start, tmp_path: Path) -> None:
-    """On a disk that both share; a program that enters the hosts is in the place of ssh."""
+    """The hosts share a disk; a program that enters them replaces ssh."""
     if ssh and shutil.which("pdsh") is None:
         pytest.skip("pdsh is not installed, by which DeepSpeed starts processes on other hosts")
     (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
@@ -153,7 +153,7 @@ def test_deepspeed_on_two_hosts(ssh: bool, hosts: list[Host], expected: list[flo
 
 
 def test_slurm_starts_the_script_on_every_host(hosts: list[Host], expected: list[float], start: Start, tmp_path: Path) -> None:
-    """Programs in the place of Slurm's set the variables that the script reads, and enter the hosts."""
+    """Stand-ins for Slurm's programs set the variables that the script reads, and enter the hosts."""
     program(
         tmp_path / "srun",
         'shift; for host in node1 node2; do SLURM_NODEID=$((i++)) enter "$host" "$@" & done; wait -n; wait -n; exit',
@@ -167,7 +167,7 @@ def test_slurm_starts_the_script_on_every_host(hosts: list[Host], expected: list
 
 
 def program(path: Path, before: str, hosts: list[Host]) -> None:
-    """A program that runs the rest of its words on the host of the name $host."""
+    """Write a program that runs its remaining arguments on the host named $host."""
     cases = "".join(f'{host.name}) exec {shlex.join(host.enter())} env "--chdir={REPOSITORY}" "${{@:2}}" ;; ' for host in hosts)
     path.write_text(f'#!/usr/bin/env bash\nset -e\nenter() {{ case $1 in {cases}esac; }}\n{before}\nenter "$host" sh -c "$*"\n')
     path.chmod(0o755)
@@ -184,7 +184,7 @@ def program(path: Path, before: str, hosts: list[Host]) -> None:
         ("settings", "max_grad_norm is 0.5 on node node2 (process 1), but 1.0 on node node1; pass the same settings on every node"),
     ],
 )
-def test_what_differs_between_nodes_is_named_before_the_first_step(wrong: str, sentence: str, hosts: list[Host], start: Start) -> None:
+def test_differences_between_nodes_are_named_before_the_first_step(wrong: str, sentence: str, hosts: list[Host], start: Start) -> None:
     first, second = hosts
     summary = json.loads((first.folder / "data" / "summary.json").read_text())
     path = next((second.folder / "data" / "volumes").rglob("*.safetensors"))

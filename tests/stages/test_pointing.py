@@ -1,4 +1,4 @@
-"""Stage 3 with a segmenter: what trains, under DeepSpeed and without, killed and continued, and that the merged model points alike."""
+"""Stage 3 with a segmenter: trainable parameters, with and without DeepSpeed, resuming, and the merged model's masks."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def train(prepared: Path, tiny_models: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """train(name, flags...): the folder that stage 3 wrote, of four studies to learn from and three to validate."""
+    """train(name, flags...) trains stage 3 on four studies, with three for validation, and returns its output folder."""
     root = tmp_path_factory.mktemp("pointing")
     ids = [study.id for study in PreparedData(prepared).studies("train")]
     (root / "few.json").write_text(json.dumps({"train": ids[:4], "validation": ids[4:7]}))
@@ -58,7 +58,7 @@ def losses(output: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (output / "losses.jsonl").read_text().splitlines()]
 
 
-def test_what_trains_changes_and_the_decoder_stays_the_segmenters(plain: Path, tiny_models: SimpleNamespace) -> None:
+def test_trainable_parameters_change_and_the_decoder_does_not(plain: Path, tiny_models: SimpleNamespace) -> None:
     curve = losses(plain)
     assert len(curve) == STEPS and curve[-1] < curve[0] - 0.1
     merged, _ = load_vlm(plain / "merged")
@@ -73,7 +73,7 @@ def test_what_trains_changes_and_the_decoder_stays_the_segmenters(plain: Path, t
     assert torch.equal(table[row], merged.pointing.token[0])
 
 
-def test_the_merged_model_points_as_the_adapted_one(plain: Path, prepared: Path) -> None:
+def test_the_merged_model_has_the_masks_of_the_adapted_one(plain: Path, prepared: Path) -> None:
     adapted, processor = load_adapted(plain)
     merged, again = load_vlm(plain / "merged")
     assert processor.pointing_token_id == again.pointing_token_id is not None
@@ -91,7 +91,7 @@ def test_the_merged_model_points_as_the_adapted_one(plain: Path, prepared: Path)
         torch.testing.assert_close(*masks, rtol=1e-4, atol=1e-4)
 
 
-def test_it_learns_alike_under_deepspeed_in_either_type(plain: Path, train: Train) -> None:
+def test_losses_under_deepspeed_in_both_types(plain: Path, train: Train) -> None:
     for bf16 in (False, True):
         output = train(f"zero2_{bf16}", *ZERO2, bf16=bf16)
         assert losses(output)[:6] == pytest.approx(losses(plain)[:6], rel=0.05 if bf16 else 1e-3)
@@ -100,7 +100,7 @@ def test_it_learns_alike_under_deepspeed_in_either_type(plain: Path, train: Trai
 
 
 @pytest.mark.parametrize("decoder", [False, True])
-def test_the_loss_does_not_depend_on_how_a_batch_is_shared_out(decoder: bool, train: Train) -> None:
+def test_the_loss_does_not_depend_on_the_distribution_of_a_batch(decoder: bool, train: Train) -> None:
     flags = ("--max-steps", 3, "--merged", "", "--train-decoder", decoder)
     whole = losses(train(f"whole_{decoder}", *flags))
     assert losses(train(f"two_{decoder}", *flags, processes=2)) == pytest.approx(whole, rel=1e-3)
@@ -108,7 +108,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_shared_out(decoder: bool, tr
     assert losses(train(f"accumulated_{decoder}", *flags, *parts)) == pytest.approx(whole, rel=1e-3)
 
 
-def test_a_killed_training_goes_on_where_it_was(train: Train) -> None:
+def test_a_killed_training_resumes(train: Train) -> None:
     flags = ("--max-steps", 6, "--save-steps", 2, "--merged", "", *ZERO2)
     whole = train("to_the_end", *flags)
     killed = train("killed", *flags, kill_at=f"checkpoint-2/{COMPLETE}")
@@ -120,7 +120,7 @@ def test_a_killed_training_goes_on_where_it_was(train: Train) -> None:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
 
 
-def test_the_validation_loss_is_that_of_single_rows(train: Train, prepared: Path) -> None:
+def test_the_validation_loss_equals_that_of_single_rows(train: Train, prepared: Path) -> None:
     flags = ("--max-steps", 1, "--learning-rate", 0, "--eval-strategy", "steps", "--eval-steps", 1, "--mask-weight", 0.5)
     for size, processes in ((2, 1), (1, 2)):
         output = train(f"validated_{size}", *flags, "--per-device-eval-batch-size", size, processes=processes)
@@ -140,7 +140,7 @@ def test_the_validation_loss_is_that_of_single_rows(train: Train, prepared: Path
         assert found == pytest.approx(words / items + masks / len(rows), rel=1e-4)
 
 
-def test_what_does_not_fit_is_refused_in_a_sentence(train: Train, tiny_models: SimpleNamespace, plain: Path, tmp_path: Path) -> None:
+def test_wrong_settings(train: Train, tiny_models: SimpleNamespace, plain: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for path in tiny_models.segmenter.iterdir():
@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(train: Train, tiny_models: S
         assert sentence in (plain.parent / f"{name}.log").read_text()
 
 
-def test_a_model_that_points_goes_on_learning_without_the_segmenter(train: Train, plain: Path) -> None:
+def test_a_pointing_model_can_be_trained_further_without_the_segmenter(train: Train, plain: Path) -> None:
     again = train("again", "--model", plain / "merged", "--segmenter", "", "--max-steps", 2)
     merged, _ = load_vlm(again / "merged")
     assert merged.pointing is not None

@@ -1,4 +1,4 @@
-"""Stages 2 and 3 on a language model in 4 bits: what they leave, and that the merged model computes what was trained."""
+"""Stages 2 and 3 on a language model in 4 bits: their output, and a merged model equal to the trained one."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ NAMES = {stage2_projector: "stage2_projector", stage3_lora: "stage3_lora"}
 
 @pytest.fixture
 def language_model(tiny_models: SimpleNamespace, tmp_path: Path) -> Path:
-    """A folder with a language model whose layers have as many inputs as blocks need."""
+    """A folder with a language model whose layers have enough inputs for a block."""
     config = AutoConfig.from_pretrained(tiny_models.language_model, hidden_size=64, intermediate_size=128)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
     AutoTokenizer.from_pretrained(tiny_models.language_model).save_pretrained(tmp_path / "wide")
@@ -37,7 +37,7 @@ def language_model(tiny_models: SimpleNamespace, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(prepared: Path, tiny_models: SimpleNamespace, language_model: Path, tmp_path: Path) -> Run:
-    """run(stage, name, "--flag", value, ...): a smoke recipe on the tiny models; gives its output folder."""
+    """run(stage, name, "--flag", value, ...) runs a smoke recipe on the tiny models and returns its output folder."""
     inputs = {
         stage2_projector: ("--clip", tiny_models.clip, "--language-model", language_model),
         stage3_lora: ("--merged", "", "--lora-dropout", 0),
@@ -63,7 +63,7 @@ def inputs_of(model: Med3DVLM, length: int = 12) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": volume}
 
 
-def test_stage2_can_name_its_language_model_by_place(run: Run, language_model: Path, tmp_path: Path) -> None:
+def test_stage2_can_refer_to_its_language_model_by_path(run: Run, language_model: Path, tmp_path: Path) -> None:
     whole = run(stage2_projector, "whole")
     named = run(stage2_projector, "named", "--save-language-model", "false")
     with safe_open(named / "model.safetensors", "pt") as file:
@@ -91,7 +91,7 @@ def test_stage2_can_name_its_language_model_by_place(run: Run, language_model: P
 
 
 def test_qlora_from_stage2_to_a_merged_model(run: Run, tmp_path: Path) -> None:
-    """The projector learns under a quantised language model, LoRA on one, in float32; merging keeps what was trained."""
+    """Projector and LoRA train in float32 on a quantised language model; merging keeps their effect."""
     base = run(stage2_projector, "base", *NF4, "--save-language-model", "false", "--gradient-checkpointing", "true")
     with safe_open(base / "checkpoint-4" / "training_state-00000.safetensors", "pt") as file:
         kinds = {tuple(key.split("/")[1].split(".")[:1]) + (key.split("/")[0] == "buffers",) for key in file.keys()}  # noqa: SIM118
@@ -117,7 +117,7 @@ def test_qlora_from_stage2_to_a_merged_model(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("stage", "flags"), [(stage2_projector, ("--save-language-model", "false")), (stage3_lora, ())])
-def test_a_quantized_training_goes_on_where_it_was_stopped(stage: Any, flags: tuple[object, ...], run: Run) -> None:
+def test_a_quantized_training_resumes(stage: Any, flags: tuple[object, ...], run: Run) -> None:
     if stage is stage3_lora:
         flags = ("--model", run(stage2_projector, "base"), "--optim", "paged_adamw_32bit")
     flags += (*NF4, "--lr-scheduler-type", "constant")
@@ -128,7 +128,7 @@ def test_a_quantized_training_goes_on_where_it_was_stopped(stage: Any, flags: tu
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "processes", "engine"), [("deepspeed", 2, "deepspeed/zero2"), ("torchrun", 2, "")])
-def test_it_trains_under_launchers(launcher: str, processes: int, engine: str, run: Run, prepared: Path, tmp_path: Path) -> None:
+def test_training_under_launchers(launcher: str, processes: int, engine: str, run: Run, prepared: Path, tmp_path: Path) -> None:
     base = run(stage2_projector, "base")
     alone = run(stage3_lora, "alone", "--model", base, *NF4, "--max-steps", 2)
     codes = launch(
@@ -149,7 +149,7 @@ def test_it_trains_under_launchers(launcher: str, processes: int, engine: str, r
         (stage3_lora, ("--optim", "paged_adamw_32bit", "--deepspeed", "deepspeed/zero2"), "which DeepSpeed does not take"),
     ],
 )
-def test_what_does_not_go_together_is_said(
+def test_incompatible_settings_are_refused(
     stage: Any, flags: tuple[str, ...], sentence: str, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--config", f"smoke/{NAMES[stage]}", "--data", str(prepared), "--output-dir", str(tmp_path), *flags]

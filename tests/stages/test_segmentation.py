@@ -1,4 +1,4 @@
-"""Segmentation and stage 1 with a dense loss, under DeepSpeed and without, in float32 and bfloat16, killed and continued."""
+"""Segmentation and stage 1 with a dense loss, with and without DeepSpeed, in float32 and bfloat16, and resuming."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ DECODER = ("--decoder-widths", "8,8,8,8", "--embedding-dim", 8, "--embedding-str
 
 @pytest.fixture(scope="module")
 def train(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """train(stage, name, flags...): the folder that the stage wrote, of four studies to learn from and three to validate."""
+    """train(stage, name, flags...) trains a stage on four studies, with three for validation, and returns its output folder."""
     root = tmp_path_factory.mktemp("segmentation")
     ids = [study.id for study in PreparedData(prepared).studies("train")]
     (root / "few.json").write_text(json.dumps({"train": ids[:4], "validation": ids[4:7]}))
@@ -64,7 +64,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("attention", [True, False])
-def test_a_decoder_learns_alike_under_deepspeed_in_either_type(attention: bool, train: Train, clip: Path) -> None:
+def test_losses_of_a_decoder_under_deepspeed_in_both_types(attention: bool, train: Train, clip: Path) -> None:
     flags = ("--clip", clip, "--dual-cross-attention", attention)
     exact = train("segmentation", f"plain_{attention}", *flags)
     expected = losses(exact)
@@ -87,8 +87,8 @@ def test_a_decoder_learns_alike_under_deepspeed_in_either_type(attention: bool, 
     assert output.logits.isfinite().all()
 
 
-def test_the_loss_does_not_depend_on_how_a_batch_is_shared_out(train: Train, clip: Path) -> None:
-    """Without a vision encoder that trains: its batch norm sees the volumes of one process."""
+def test_the_loss_does_not_depend_on_the_distribution_of_a_batch(train: Train, clip: Path) -> None:
+    """The vision encoder is frozen, because its batch norm would depend on the volumes of one process."""
     flags = ("--clip", clip, "--train-encoder", False, "--cache-features", False, "--max-steps", 4)
     whole = losses(train("segmentation", "whole_batch", *flags))
     assert losses(train("segmentation", "two_processes", *flags, processes=2)) == pytest.approx(whole, rel=1e-3)
@@ -97,7 +97,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_shared_out(train: Train, cli
 
 
 @pytest.mark.parametrize("stage", ["segmentation", "stage1_siglip"])
-def test_a_killed_training_goes_on_where_it_was(stage: str, train: Train, clip: Path) -> None:
+def test_a_killed_training_resumes(stage: str, train: Train, clip: Path) -> None:
     flags = ("--max-steps", 6, "--save-steps", 2, *ZERO2)
     flags += ("--clip", clip) if stage == "segmentation" else ("--dense-weight", 0.5)
     whole = train(stage, f"whole_{stage}", *flags)
@@ -107,8 +107,8 @@ def test_a_killed_training_goes_on_where_it_was(stage: str, train: Train, clip: 
     assert losses(killed) == pytest.approx(losses(whole), rel=1e-3)
 
 
-def test_a_dense_loss_leaves_a_clip_and_a_segmenter(train: Train) -> None:
-    """The CLIP is the segmenter's own; with a dense loss its encoder learns otherwise; started again for more steps, both are replaced."""
+def test_a_dense_loss_writes_a_clip_and_a_segmenter(train: Train) -> None:
+    """The CLIP equals the segmenter's; the dense loss changes its encoder; further steps replace both."""
     curves = {}
     for bf16 in (False, True):
         flags = ("--dense-weight", 1.0, "--learning-rate", 0.003, *ZERO2)  # with larger steps rounding grows into another training
@@ -127,7 +127,7 @@ def test_a_dense_loss_leaves_a_clip_and_a_segmenter(train: Train) -> None:
     assert curves[False][0] > plain[0]
 
 
-def test_the_validation_loss_is_that_of_single_studies(train: Train, clip: Path, prepared: Path) -> None:
+def test_the_validation_loss_equals_that_of_single_studies(train: Train, clip: Path, prepared: Path) -> None:
     flags = ("--clip", clip, "--max-steps", 1, "--learning-rate", 0, "--eval-strategy", "steps", "--eval-steps", 1)
     for size, processes in ((2, 1), (1, 2)):  # each its own model: the statistics of batch norm follow the batches of a process
         output = train("segmentation", f"validated_{size}", *flags, "--per-device-eval-batch-size", size, processes=processes)
@@ -144,7 +144,7 @@ def test_the_validation_loss_is_that_of_single_studies(train: Train, clip: Path,
         assert found == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
-def test_wrong_settings_get_a_sentence(train: Train, clip: Path, tmp_path: Path, prepared: Path) -> None:
+def test_wrong_settings(train: Train, clip: Path, tmp_path: Path, prepared: Path) -> None:
     for flags, sentence in (
         ((), "--clip is missing"),
         (("--clip", clip, "--decoder-widths", "8,x"), "must be whole numbers, as 32,32,64,128"),

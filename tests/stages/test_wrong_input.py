@@ -1,4 +1,4 @@
-"""Wrong input of the stage programs ends with one sentence and leaves nothing behind."""
+"""Wrong input of the stage programs gives one sentence and leaves no files."""
 
 import json
 import shutil
@@ -95,7 +95,7 @@ WRONG_MODELS: dict[str, Callable[[Path], Any]] = {
         (stage0_language_model, ("--heads", 5), "heads must be 1, 3 or even"),
     ],
 )
-def test_wrong_input_ends_with_a_sentence(
+def test_wrong_input(
     stage: ModuleType,
     flags: tuple[object, ...],
     sentence: str,
@@ -126,7 +126,7 @@ def test_wrong_input_ends_with_a_sentence(
     assert not list(tmp_path.glob("run*/*.safetensors"))
 
 
-def test_a_template_that_rewrites_earlier_turns_does_for_one_question(
+def test_a_template_that_rewrites_earlier_turns_is_usable_without_follow_ups(
     run: Callable[..., Run], tiny_models: SimpleNamespace, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(tiny_models.language_model, tmp_path / "thinking"))
@@ -134,5 +134,5 @@ def test_a_template_that_rewrites_earlier_turns_does_for_one_question(
     assert run(stage2_projector, "--language-model", model, "--follow-ups", 0, "--max-steps", 1).losses
 
 
-def test_failed_studies_may_be_left_out(run: Callable[..., Run], prepared: Path, tmp_path: Path) -> None:
+def test_failed_studies_can_be_excluded(run: Callable[..., Run], prepared: Path, tmp_path: Path) -> None:
     assert run(stage1_siglip, *TWO_STEPS, "--data", spoilt(prepared, tmp_path / "spoilt"), "--exclude-failures", True).losses

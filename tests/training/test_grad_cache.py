@@ -1,4 +1,4 @@
-"""A batch in parts has the loss and the gradients of the whole batch, in float64."""
+"""GradCache: a batch in chunks has the loss and the gradients of the whole batch, in float64."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ def in_parts(model: Med3DCLIP, batch: dict[str, Tensor], size: int) -> Tensor:
 @pytest.mark.parametrize("size", [1, 3, 7])
 @pytest.mark.parametrize("texts", [1, 2])
 @pytest.mark.parametrize("loss", ["siglip", "clip"])
-def test_gradients_are_those_of_the_whole_batch(loss: str, texts: int, size: int) -> None:
+def test_gradients_equal_those_of_the_whole_batch(loss: str, texts: int, size: int) -> None:
     """Measured: 3e-15 of the largest gradient of each weight."""
     whole = clip(loss)
     parts, batch = copy.deepcopy(whole), pairs(texts)
@@ -56,7 +56,7 @@ def test_gradients_are_those_of_the_whole_batch(loss: str, texts: int, size: int
 
 
 def test_dropout_draws_the_same_in_both_passes() -> None:
-    """Where the passes differed, the numbers would not be those of one pass with the same seed, part by part."""
+    """The results equal a single pass with the same seed, chunk by chunk."""
     whole = clip("siglip")
     whole.text_encoder.config.dropout = 0.5
     for module in whole.modules():
@@ -73,7 +73,7 @@ def test_dropout_draws_the_same_in_both_passes() -> None:
         assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-14)
 
 
-def test_running_statistics_follow_each_part_once() -> None:
+def test_running_statistics_count_each_chunk_once() -> None:
     once = clip("siglip", "dcformer_nano", widths=[4, 4, 8, 8, 8], stem_layers=1)
     parts, batch = copy.deepcopy(once), pairs(1)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_running_statistics_follow_each_part_once() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_training_in_parts_is_that_with_whole_batches(
+def test_training_in_chunks_equals_training_with_whole_batches(
     processes: int, prepared: Path, tiny_models: SimpleNamespace, tmp_path: Path
 ) -> None:
     still = json.dumps({"dropout": 0, "attention_dropout": 0})
@@ -114,7 +114,7 @@ def test_a_training_in_parts_is_that_with_whole_batches(
         (("--dense-weight", "1"), "chunk_size does not go with dense_weight"),
     ],
 )
-def test_what_does_not_go_together_is_said(
+def test_incompatible_settings_are_refused(
     flags: tuple[str, ...], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--config", "smoke/stage1_siglip", "--data", str(tmp_path), "--output-dir", str(tmp_path), "--chunk-size", "2", *flags]

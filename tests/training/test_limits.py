@@ -1,4 +1,4 @@
-"""What the settings of a training may be: the table names real settings, leaves out none of ours, and holds to what its intervals say."""
+"""Limits of training settings: the table covers all of ours, names existing ones, and its intervals are enforced."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ KINDS = (
 NEUTRAL = {name: allowed for name, (allowed, _) in REFUSED.items()} | {name: known[0] for name, known, _ in CHOICES}
 
 
-def test_the_table_names_settings_and_leaves_out_no_number_of_ours() -> None:
+def test_the_table_covers_all_numeric_settings() -> None:
     known: set[str] = set()
     for kind in KINDS:
         hints = get_type_hints(kind)
@@ -47,7 +47,7 @@ def test_the_table_names_settings_and_leaves_out_no_number_of_ours() -> None:
         ("save_only_model", [False], [True], "must be false: a training would not continue"),
     ],
 )
-def test_values_within_and_beyond(name: str, allowed: list[Any], refused: list[Any], sentence: str) -> None:
+def test_values_inside_and_outside(name: str, allowed: list[Any], refused: list[Any], sentence: str) -> None:
     for value in allowed:
         check_settings(NEUTRAL | {name: value})
     for value in refused:

@@ -1,4 +1,4 @@
-"""What a step takes, counted without numbers, beside what torch's allocator gave out while the same step ran with numbers, on this processor."""
+"""The planned memory of a step, against the peak of torch's allocator while the same step runs on the CPU."""
 
 from typing import Any
 
@@ -64,7 +64,7 @@ def batch_for(model: nn.Module, rows: int, device: str) -> dict[str, Any]:
 
 
 def measured(model: nn.Module, batch: dict[str, Any]) -> int:
-    """The most bytes that the allocator had given out at once."""
+    """Return the peak of allocated bytes."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -82,8 +82,8 @@ def measured(model: nn.Module, batch: dict[str, Any]) -> int:
 @pytest.mark.parametrize("rows", [2, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("make", [vlm, clip, segmenter])
-def test_the_peak_is_what_the_allocator_gave_out(make: Any, checkpointing: bool, rows: int) -> None:
-    """Measured: between 0.999 and 1.03 of it."""
+def test_the_planned_peak_equals_the_allocators(make: Any, checkpointing: bool, rows: int) -> None:
+    """Measured ratios lie between 0.999 and 1.03."""
     model = make().train()
     with torch.device("meta"):
         shapes = make().train()

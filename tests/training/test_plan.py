@@ -1,4 +1,4 @@
-"""`med3dvlm plan`: parts worked by hand on a small model, and what it says of one that does not fit."""
+"""`med3dvlm plan`: parts worked by hand for a small model, and the message for one that does not fit."""
 
 import json
 import re
@@ -18,7 +18,7 @@ SMALL = ("--gpu-memory", "8", "--encoder", "dcformer_nano", "--size", "32,64,64"
 
 
 class Small(nn.Module):
-    """128 frozen weights that can be quantised, and 64 that train."""
+    """A model with 128 frozen weights that can be quantised and 64 that train."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ def test_a_plan_is_printed_and_one_that_does_not_fit_fails(
     assert f"{'head':28}" in capsys.readouterr().out
 
 
-def test_what_would_fit_is_named() -> None:
-    """Of a batch of 4 with 60 bytes for it beside what is fixed."""
+def test_settings_that_would_fit_are_named() -> None:
+    """A batch of 4 has 60 bytes beside the fixed parts."""
     arguments = SimpleNamespace()
     ways = [("", Memory({"weights": 40.0}, {"activations": 20.0})), ("--a", Memory({"weights": 40.0}, {"activations": 17.0}))]
     more = ("--a --b", Memory({"weights": 30.0}, {"activations": 15.0}))
@@ -88,7 +88,7 @@ def test_unknown_shapes_and_configurations_are_named(capsys: pytest.CaptureFixtu
 
 
 def test_the_package_knows_the_papers_models() -> None:
-    """As tests/stages/test_configs.py has them from the published files."""
+    """tests/stages/test_configs.py has them from the published files."""
     from med3dvlm.training.arguments import CONFIGS
     from tests.stages.test_configs import CLINICAL_BERT, QWEN_7B
 

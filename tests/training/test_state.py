@@ -1,4 +1,4 @@
-"""What a training has learned, written and read: an optimiser that continues takes the steps of one that was not stopped."""
+"""Saved state of a training: a resumed optimiser takes the same steps as an uninterrupted one."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ OPTIMISERS: dict[str, Any] = {
 
 
 def model(seed: int) -> nn.Module:
-    """Batch norm for its running statistics, a frozen layer, and a weight that never gets a gradient."""
+    """Return a model with batch norm, a frozen layer, and a weight that never gets a gradient."""
     torch.manual_seed(seed)
     made = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
     made[2].requires_grad_(False)
@@ -37,7 +37,7 @@ def steps(made: nn.Module, optimizer: Any, batches: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_the_next_steps_are_those_of_a_training_that_was_not_stopped(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_steps_equal_those_of_an_uninterrupted_training(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_state, "FILE_BYTES", 64)
     batches = list(torch.randn(6, 8, 3))
     whole = model(1)
@@ -66,7 +66,7 @@ def test_the_next_steps_are_those_of_a_training_that_was_not_stopped(name: str, 
 
 
 def test_a_paged_optimiser_takes_over_from_adam_and_back(tmp_path: Path) -> None:
-    """bitsandbytes names what Adam knows otherwise, and divides in another order: weights apart by 2e-7, measured."""
+    """bitsandbytes uses other names than Adam and divides in another order: weights differ by 2e-7, measured."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     batches = list(torch.randn(6, 8, 3))
 

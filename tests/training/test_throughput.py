@@ -1,4 +1,4 @@
-"""Figures of the log: volumes, tokens and waiting, counted by hand; and what a tracker gets of them."""
+"""Figures of the log: volumes, tokens and waiting time, counted by hand and as passed to a tracker."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ def test_counts_of_batches() -> None:
     assert [int(number) for number in count(packed)] == [2, 7]
 
 
-def test_waiting_is_told_from_working_and_from_pauses() -> None:
+def test_waiting_is_separated_from_computing_and_pauses() -> None:
     def slow() -> Iterator[dict[str, Any]]:
         for _ in range(3):
             time.sleep(0.1)
@@ -64,7 +64,7 @@ def test_waiting_is_told_from_working_and_from_pauses() -> None:
 
 
 def test_a_tracker_gets_every_figure_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' callback for TensorBoard, with a writer in its place where that is not installed."""
+    """It uses transformers' callback for TensorBoard, with a stand-in for the writer where that is not installed."""
     written = tmp_path / "written.jsonl"
     (tmp_path / "tensorboardX.py").write_text(TRACKER.format(path=str(written)))
     monkeypatch.syspath_prepend(tmp_path)

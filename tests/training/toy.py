@@ -29,7 +29,7 @@ def toy_arguments(folder: Path, **settings: Any) -> ToyArguments:
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    """13 rows, each of which says its number and the epoch that it was drawn for."""
+    """13 rows, each with its number and the epoch that it was drawn for."""
 
     epoch = 0
 
@@ -57,7 +57,7 @@ class Toy(nn.Module):
 
 
 class StopAfter(TrainerCallback):
-    """Stops after the step as a signal would: without a checkpoint."""
+    """Stops after the step without a checkpoint, as a signal would."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -68,7 +68,7 @@ class StopAfter(TrainerCallback):
 
 
 def train(folder: Path, stop_after: int | None = None, data: str = "f1", weights: str = "w1", **settings: Any) -> Toy:
-    """Ten steps of four rows in epochs of four steps, a checkpoint every second, a constant rate of learning."""
+    """Train ten steps of four rows in epochs of four steps, with a checkpoint every second step and a constant learning rate."""
     values = {"max_steps": 10, "save_steps": 2, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant", "learning_rate": 0.1}
     values |= settings
     arguments = toy_arguments(folder, **values)

@@ -1,4 +1,4 @@
-"""`med3dvlm run`: the words of `ask` for every scan, the same bytes however it is run, and a line for what cannot be read."""
+"""`med3dvlm run`: answers equal to `ask`, equal bytes however it is run, and a line for each unreadable scan."""
 
 import csv
 import json
@@ -63,7 +63,7 @@ def run(capsys: pytest.CaptureFixture[str], model: Path) -> Run:
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """All that a run promises to write alike, by path."""
+    """Return the files that must be equal between runs, by path."""
     found = {name: (out / name).read_bytes() for name in OUTPUTS if (out / name).is_file()}
     return found | {str(file.relative_to(out)): file.read_bytes() for file in sorted((out / "cases").rglob("*.json"))}
 
@@ -72,7 +72,7 @@ def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines()]
 
 
-def test_every_scan_is_answered_as_by_ask_whatever_workers_and_batch(run: Run, model: Path, scans: Path, tmp_path: Path) -> None:
+def test_answers_equal_ask_for_any_number_of_workers_and_batch(run: Run, model: Path, scans: Path, tmp_path: Path) -> None:
     options = ("--question", QUESTION, "--embed")
     code, said, error = run(scans, "--out", tmp_path / "one", "--workers", 1, *options)
     assert f"Links to folders are not followed: {scans}/linked" in error
@@ -106,7 +106,7 @@ def test_every_scan_is_answered_as_by_ask_whatever_workers_and_batch(run: Run, m
         np.testing.assert_allclose(vector, [*low[0].mean(0).tolist(), *high[0].mean(0).tolist()], rtol=1e-5, atol=1e-6)
 
 
-def test_killed_mended_and_continued_with_the_same_bytes(run: Run, model: Path, scans: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_with_the_same_bytes(run: Run, model: Path, scans: Path, tmp_path: Path) -> None:
     mine, out = tmp_path / "scans", tmp_path / "out"
     shutil.copytree(scans, mine, symlinks=True)
     words = ("run", model, mine, "--out", out, "--batch-size", 2, "--workers", 1, "--max-new-tokens", 7)
@@ -163,13 +163,13 @@ def test_a_table_gives_ids_and_questions(run: Run, model: Path, scans: Path, tmp
 
 
 @pytest.mark.parametrize("text", [None, "", "\x01\x02", "Findings:"])
-def test_a_report_without_words_states_nothing(text: str | None) -> None:
+def test_an_empty_report_states_nothing(text: str | None) -> None:
     assert findings_of(text, {}) == {}
     assert findings_of(text, {"pleural_effusion": 0.25}) == {"pleural_effusion": {"stated": None, "probability": 0.25}}
     assert findings_of("No pleural effusion.", {"pleural_effusion": 0.25})["pleural_effusion"]["stated"] == "absent"
 
 
-def test_wrong_input_is_one_sentence(run: Run, model: Path, scans: Path, tmp_path: Path) -> None:
+def test_wrong_input(run: Run, model: Path, scans: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "twice.csv").write_text(f"image,id\n{scans}/five.nii.gz,x\n{scans}/a/two.nii,x\n")
     (tmp_path / "out").mkdir()

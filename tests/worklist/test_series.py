@@ -1,4 +1,4 @@
-"""Scans of a folder as cases: which series of a DICOM study are read, and what becomes of their names and UIDs."""
+"""Scans of a folder as cases: the chosen series of a DICOM study, without names and UIDs."""
 
 from pathlib import Path
 
