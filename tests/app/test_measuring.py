@@ -244,7 +244,7 @@ def test_a_series_of_the_study_is_chosen(visit, tmp_path) -> None:
     expect(choice).to_be_hidden()
 
 
-def test_of_a_study_in_doubt_a_series_is_chosen(visit, tmp_path) -> None:
+def test_a_series_of_an_ambiguous_study_is_chosen(visit, tmp_path) -> None:
     page = visit()
     upload(page, *mixed_series(tmp_path / "mixed"))
     choice = page.get_by_label("Series of the study")

@@ -69,7 +69,7 @@ def two_series(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def mixed_series(folder: Path) -> list[Path]:
-    """A series of 4 axial and 4 coronal slices, none of which is the scan beyond doubt."""
+    """Return a series of 4 axial and 4 coronal slices, of which neither is clearly the scan."""
     files = dicom_series(folder, 8)
     for number, path in enumerate(files[4:]):
         file = pydicom.dcmread(path)
@@ -170,7 +170,7 @@ def test_a_scan_is_straightened_where_the_models_processor_does(tmp_path: Path) 
         assert scan.volume.regular == straighten and scan.picture.stored.shape == scan.volume.shape
 
 
-def test_a_study_whose_scan_is_in_doubt_is_opened_by_choice(tmp_path) -> None:
+def test_a_study_with_an_ambiguous_scan_is_opened_by_choosing_a_series(tmp_path) -> None:
     workstation, session = Workstation(SimpleNamespace(), "none"), Session()
     files = [str(path) for path in uploaded(tmp_path, *mixed_series(tmp_path / "mixed"))]
     with pytest.raises(VolumeError, match="mixes 2 orientations .* choose one above the picture, or open its files alone, of 1: 4 slices"):

@@ -28,7 +28,7 @@ def asked(question: str) -> list[dict[str, str]]:
 
 
 def wait_for_end(engine: TransformersEngine) -> None:
-    """Until the engine has nothing to do."""
+    """Wait until the engine has nothing to do."""
     while engine._thread is not None and engine._thread.is_alive():
         engine._thread.join(20)
 
@@ -184,7 +184,7 @@ def test_the_memory_of_reused_prefixes_is_bounded() -> None:
     assert engine.stats()["prefix_bytes"] <= 20_000
 
 
-def test_what_was_read_of_a_scan_is_kept_no_longer_than_the_scan() -> None:
+def test_prefixes_are_kept_as_long_as_their_scan() -> None:
     chat = build("qwen2")
     engine, volume = TransformersEngine(chat), Volume(np.random.default_rng(0).normal(0, 300, SIZE).astype(np.int16), unit="HU")
     (other,), kept = scans(chat, 1), []
