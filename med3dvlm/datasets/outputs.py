@@ -169,9 +169,12 @@ class RemoteVolumes:
         self.address.remove(name)
 
     def sweep(self) -> None:
-        for name, known in self.address.listing("volumes").items() if self.sizes() else ():
-            if name.endswith(PART) and known.changed and time.time() - known.changed / 1e9 > ABANDONED:
-                self.address.remove(name)
+        if self.address.whole_objects:  # there is nothing half-written
+            return
+        with suppress(FileNotFoundError):
+            for name, known in self.address.listing("volumes").items():
+                if name.endswith(PART) and known.changed and time.time() - known.changed / 1e9 > ABANDONED:
+                    self.address.remove(name)
 
 
 def open_volumes(destination: str | Path | Volumes, cache: Cache | None = None) -> Volumes:

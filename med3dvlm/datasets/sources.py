@@ -9,6 +9,7 @@ import errno
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -151,8 +152,7 @@ def open_scans(source: str | Path | Scans, cache: Cache | None = None, at_a_time
     if not known:
         more = "; its server must give a list of files, as a page of links, for each folder" if address.http else ""
         raise FileNotFoundError(f"{address.address} holds no files{more}; check the address")
-    largest = max((entry.size or 0 for entry in known.values()), default=0)
-    cache.require(at_a_time * largest, at_a_time * largest)
+    cache.require(at_a_time * _largest(known), at_a_time * _largest(known))
     scratch = cache.folder / "scans"
     _sweep_scratch(scratch)
     with scratch_folder(scratch) as folder:
@@ -170,6 +170,15 @@ def open_scans(source: str | Path | Scans, cache: Cache | None = None, at_a_time
                 raise
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError if isinstance(error, OSError) else ValueError
             raise kind(str(error).replace(str(folder), address.address)) from error
+
+
+def _largest(known: Mapping[str, Listed]) -> int:
+    """Bytes of the largest scan: a file, or the slices of a folder."""
+    sizes: Counter[str] = Counter()
+    for name, entry in known.items():
+        path = PurePosixPath(name)
+        sizes[str(path.parent) if path.suffix.lower() in ("", *SLICES) else name] += entry.size or 0
+    return max(sizes.values(), default=0)
 
 
 def _sweep_scratch(scratch: Path) -> None:

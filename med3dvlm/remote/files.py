@@ -43,6 +43,11 @@ class Listed(NamedTuple):
 class Files(Address):
     """Such files."""
 
+    @property
+    def whole_objects(self) -> bool:
+        """Whether a file is seen only when all of it has arrived."""
+        return self.address.split("://")[0] in OBJECTS
+
     def listing(self, below: str = "") -> dict[str, Listed]:
         """All files below a folder of it, by their names.
 
@@ -109,11 +114,11 @@ class Files(Address):
 
     def put(self, path: Path, name: str) -> None:
         """Write a file whole; raises PermissionError, OSError: one sentence."""
-        size, scheme = path.stat().st_size, self.address.split("://")[0]
+        size = path.stat().st_size
 
         def write() -> None:
             place = self.place(name)
-            if scheme in OBJECTS:
+            if self.whole_objects:
                 self.ask("put_file", str(path), place, expected=size)
                 return
             folder = place.rpartition("/")[0]
@@ -144,7 +149,7 @@ class Files(Address):
         self.patiently(name, lambda: self.ask("pipe_file", self.place(name), content), tries)
 
     def _make_folder(self, name: str) -> None:
-        if self.address.split("://")[0] not in OBJECTS:
+        if not self.whole_objects:
             self.ask("makedirs", self.place(name).rpartition("/")[0], exist_ok=True)
 
     def remove(self, name: str) -> None:
