@@ -12,7 +12,7 @@ against the reference reports (of a vision-language model). Writes <output>/quan
 """
 
 import argparse
-import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.rehearsal_report import machine
 from med3dvlm import Med3DChat
 from med3dvlm.checkpoints import load_language_model
 from med3dvlm.datasets.phantom import write_phantoms
@@ -40,6 +41,7 @@ from med3dvlm.reports.findings import FINDINGS, findings_table
 from med3dvlm.tables import markdown_table
 
 TOGETHER = 8  # reports
+REPEATS = 3  # of which the median is taken
 
 
 class Reader:
@@ -136,11 +138,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         reader = stored if method is None else Reader(arguments.model, method)
         reader.speed(1, 4, features)  # warms up
         row: dict[str, Any] = {"mib": reader.mib}
-        row |= {f"tokens_per_second_{count}": reader.speed(count, arguments.report_tokens, features) for count in (1, TOGETHER)}
+        row |= {
+            f"tokens_per_second_{count}": statistics.median(reader.speed(count, arguments.report_tokens, features) for _ in range(REPEATS))
+            for count in (1, TOGETHER)
+        }
         row |= compare(stored, reader, reports, features)
         rows[method or "stored"] = row | {"findings_f1": findings_f1(reader, features, reports, arguments.report_tokens)}
     results: dict[str, Any] = {key: str(value) for key, value in vars(arguments).items() if key != "output"}
-    results |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "processor": platform.processor() or platform.machine()}
+    results |= {"threads": torch.get_num_threads(), "torch": torch.__version__, **machine()}
     results |= {"dtype": str(stored.language_model.dtype), "reports": len(reports), "methods": rows}
     write_json(arguments.output / "quantized.json", results)
     write_text(arguments.output / "quantized.md", table(results))
@@ -157,7 +162,10 @@ def table(results: dict[str, Any]) -> str:
         for name, row in results["methods"].items()
     ]  # fmt: skip
     places = int(results["methods"]["stored"]["places"])
-    about = f"Stored in {results['dtype']}; {results['reports']} reports, {places} tokens; {results['threads']} threads, torch {results['torch']}. "
+    about = (
+        f"Stored in {results['dtype']}; {results['reports']} reports, {places} tokens; {results['threads']} of {results['cores']} cores "
+    )
+    about += f"({results['processor']}), torch {results['torch']}. "
     about += f"Below {LEAST_AGREEMENT:g} of same next tokens a model says so when it is loaded."
     return f"{about}\n\n{markdown_table(header, rows)}\n"
 

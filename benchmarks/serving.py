@@ -13,7 +13,6 @@ Writes <output>/serving.json and .md.
 """
 
 import argparse
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import vllm_server
+from benchmarks.rehearsal_report import machine
 from med3dvlm import Med3DChat, Med3DVLM, Med3DVLMConfig, Med3DVLMProcessor, VolumeProcessor
 from med3dvlm.checkpoints.export import save_language_model
 from med3dvlm.files import write_json, write_text
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     scans = [chat.encode(draw()) for _ in range(max(arguments.sessions, arguments.reports))]
     results: dict[str, Any] = {key: str(value) for key, value in vars(arguments).items() if key != "output"}
-    results |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "processor": platform.processor() or platform.machine()}
+    results |= {"threads": torch.get_num_threads(), "torch": torch.__version__, **machine()}
     results["language_parameters"] = sum(parameter.numel() for parameter in chat.model.language_model.parameters())
     results["image_tokens"] = chat.processor.num_image_tokens
     reports(TransformersEngine(chat), scans[:2], 4)  # warms up
@@ -203,8 +203,8 @@ def table(results: dict[str, Any]) -> str:
         row(f"memory after a quarter of {results['requests']} requests, after all, MiB", grown["quarter"], grown["all"]),
     ]
     about = (
-        f"{results['language_parameters'] / 1e6:.1f} M parameters, {results['image_tokens']} image tokens, {results['threads']} threads, "
-        f"torch {results['torch']}."
+        f"{results['language_parameters'] / 1e6:.1f} M parameters, {results['image_tokens']} image tokens, {results['threads']} of "
+        f"{results['cores']} cores ({results['processor']}), torch {results['torch']}."
     )
     text = f"{about}\n\n{markdown_table(('what', 'one by one', 'together', 'ratio'), rows)}\n"
     if "beside_vllm" in results:

@@ -29,8 +29,8 @@ class SlotCache(Cache):
         super().__init__(layers=[])
         self.slots = self.places = 0
         self._kept: list[list[Tensor]] = []  # of each layer the keys and the values (slots, H, places + 1, d)
-        self._first, self._width = 0, 0
-        self._positions = torch.empty(0, 0, dtype=torch.long)
+        self._rows, self._width = slice(0, 0), 0
+        self._numbers = self._positions = torch.empty(0, 0, dtype=torch.long)  # (B, 1) slots, (B, Q) places of the new tokens
 
     def reserve(self, slots: int, places: int) -> None:
         """Make room for at least so many slots and places."""
@@ -48,7 +48,8 @@ class SlotCache(Cache):
         """Set the rows to slots first, first + 1, ..., and their new tokens to `positions` (B, Q) where `real` (B, Q). Returns how many
         places the rows have.
         """
-        self._first, self._width = first, int(positions.max()) + 1
+        self._rows, self._width = slice(first, first + len(positions)), int(positions.max()) + 1
+        self._numbers = torch.arange(self._rows.start, self._rows.stop, device=positions.device)[:, None]
         self._positions = positions.masked_fill(~real, self.places)  # the last place, which nobody reads
         return self._width
 
@@ -56,11 +57,9 @@ class SlotCache(Cache):
         """Store keys and values (B, H, Q, d) and return them with the earlier ones (B, H, width, d)."""
         if layer_idx == len(self._kept):
             self._kept.append([_like(new, self.slots, self.places) for new in (key_states, value_states)])
-        rows = slice(self._first, self._first + len(key_states))
-        numbers = torch.arange(rows.start, rows.stop, device=key_states.device)[:, None]
         for kept, new in zip(self._kept[layer_idx], (key_states, value_states), strict=True):
-            kept[numbers, :, self._positions] = new.transpose(1, 2).to(kept.dtype)
-        keys, values = (kept[rows, :, : self._width] for kept in self._kept[layer_idx])
+            kept[self._numbers, :, self._positions] = new.transpose(1, 2).to(kept.dtype)
+        keys, values = (kept[self._rows, :, : self._width] for kept in self._kept[layer_idx])
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
