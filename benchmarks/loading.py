@@ -41,7 +41,7 @@ from med3dvlm.plots.canvas import new_page, plain, save
 from med3dvlm.plots.preparation import COLOURS
 from med3dvlm.programs import Parser, positive, run
 from med3dvlm.recipes import RECIPES
-from med3dvlm.records import Study
+from med3dvlm.records import Records, Study
 
 BASELINE = "prepared .nii.gz float32, SimpleITK"
 FLOAT, BYTES = "store, float32 on the CPU", "store, bytes only"
@@ -142,7 +142,7 @@ def store(root: Path, scans: list[Path], processor: VolumeProcessor) -> list[Stu
     studies = [replace(study, image=scan.name) for study, scan in zip(studies_of(len(scans)), scans, strict=True)]
     for study, scan in zip(studies, scans, strict=True):
         (root / study.image).symlink_to(scan)
-    prepare(root, studies, [], processor, root / "store", workers=1)
+    prepare(root, Records(studies), processor, root / "store", workers=1)
     return studies
 
 

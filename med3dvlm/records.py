@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from med3dvlm.files import read_lines, write_lines
+from med3dvlm.files import read_lines
 
 QUESTION_KINDS = ("plane", "phase", "organ", "abnormality", "location")  # M3D-VQA's types 1 to 5
 ALL_KINDS = (*QUESTION_KINDS, "other")  # a question of one's own may be none of those
@@ -112,6 +112,18 @@ class Question:
         return LETTERS[self.choices.index(self.answer)]
 
 
+Failure = dict[str, str]  # "study", "file" and "reason" of a study that could not be read
+
+
+@dataclass(frozen=True)
+class Records:
+    """What the reader of a data set gives: studies, the questions about them, and the studies that could not be read."""
+
+    studies: Sequence[Study]
+    questions: Sequence[Question] = ()
+    failures: Sequence[Failure] = ()
+
+
 def has_letters(choices: Sequence[str]) -> bool:
     """Return whether there are choices and a letter for each of them."""
     return 0 < len(choices) <= len(LETTERS)
@@ -136,11 +148,6 @@ def fields_of(record: Study | Question) -> dict[str, Any]:
     if not fields.get("masks", True):
         del fields["masks"]
     return fields
-
-
-def write_records(path: str | Path, records: Iterable[Study] | Iterable[Question]) -> None:
-    """Write one JSON object a line."""
-    write_lines(Path(path), map(fields_of, records))
 
 
 def read_studies(path: str | Path) -> list[Study]:

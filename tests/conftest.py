@@ -127,11 +127,12 @@ def prepared(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from med3dvlm import VolumeProcessor
     from med3dvlm.datasets import m3d
     from med3dvlm.datasets.preparation import prepare
+    from med3dvlm.records import Records
 
     splits = [m3d.read(phantoms, split) for split in m3d.SPLITS]
     studies, questions = ([record for split in splits for record in split[part]] for part in (0, 1))
     root = tmp_path_factory.mktemp("prepared")
-    prepare(phantoms, studies, questions, VolumeProcessor("m3d", size=(32, 64, 64)), root, workers=2)
+    prepare(phantoms, Records(studies, questions), VolumeProcessor("m3d", size=(32, 64, 64)), root, workers=2)
     return root
 
 

@@ -165,7 +165,7 @@ def _prepare_scans(arguments: argparse.Namespace, dataset: Any, scans: "Scans", 
     from med3dvlm.datasets.preparation import prepare, prepare_shard
     from med3dvlm.files import json_text, read_lines
     from med3dvlm.preprocessing import VolumeProcessor
-    from med3dvlm.records import nested_splits
+    from med3dvlm.records import Records, nested_splits
 
     processor = VolumeProcessor(arguments.recipe, size=arguments.size, spacing=arguments.target_spacing, straighten=arguments.straighten)
     missed: dict[str, list[dict[str, str]]] = {split: [] for split in dataset.splits(scans.folder)}
@@ -175,10 +175,11 @@ def _prepare_scans(arguments: argparse.Namespace, dataset: Any, scans: "Scans", 
     studies, questions = ([record for split in wholes for record in splits[split][kind]] for kind in (0, 1))
     studies = [replace(study, reading=with_defaults(told, study.reading)) for study in studies] if told else studies
     unread = [failure | {"reason": scans.said(failure["reason"])} for split in wholes for failure in missed[split]]
+    records = Records(studies, questions, unread)
     volumes.require_writable()
     shard, workers, verify = arguments.shard, arguments.workers, arguments.verify
     if shard == AUTO:
-        shard, finished = None, prepare_claimed(scans, studies, questions, processor, volumes, workers, unread, verify)
+        shard, finished = None, prepare_claimed(scans, records, processor, volumes, workers, verify)
         if finished is None:
             print("The volumes are prepared; another job has finished the work.", file=sys.stderr)
             return 0
@@ -186,7 +187,7 @@ def _prepare_scans(arguments: argparse.Namespace, dataset: Any, scans: "Scans", 
     elif shard:
         summary = prepare_shard(scans, studies, processor, volumes, shard, workers, verify)
     else:
-        summary = prepare(scans, studies, questions, processor, volumes, workers, unread, verify, arguments.engine)
+        summary = prepare(scans, records, processor, volumes, workers, verify, arguments.engine)
     listing = f"{volumes.name}/failures.jsonl"
     if shard:
         failures = summary.pop("failures")

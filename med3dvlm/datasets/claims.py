@@ -19,11 +19,11 @@ from typing import Any, Protocol
 
 from med3dvlm.datasets.engines import open_engine
 from med3dvlm.datasets.outputs import RemoteVolumes, Volumes, open_volumes
-from med3dvlm.datasets.preparation import Failure, check_studies, prepare, prepare_volumes, settle
+from med3dvlm.datasets.preparation import check_studies, prepare, prepare_volumes, settle
 from med3dvlm.datasets.sources import Scans, open_scans
 from med3dvlm.files import checksum
 from med3dvlm.preprocessing import VolumeProcessor
-from med3dvlm.records import Question, Study
+from med3dvlm.records import Records, Study
 from med3dvlm.remote.files import Files
 
 STALE = 300.0  # seconds
@@ -179,12 +179,10 @@ class Claims:
 
 def prepare_claimed(
     source: str | Path | Scans,
-    studies: Sequence[Study],
-    questions: Sequence[Question],
+    records: Records,
     processor: VolumeProcessor,
     destination: str | Path | Volumes,
     workers: int = 2,
-    failures: Sequence[Failure] = (),
     verify: bool = False,
     stale: float = STALE,
 ) -> dict[str, Any] | None:
@@ -200,19 +198,19 @@ def prepare_claimed(
     """
     volumes = open_volumes(destination)
     with open_scans(source, at_a_time=workers) as scans:
-        check_studies(scans, volumes, studies)
+        check_studies(scans, volumes, records.studies)
         settings = settle(processor, volumes)
-        job = (settings, os.environ.get("SLURM_ARRAY_JOB_ID", ""), *(study.id for study in studies))
+        job = (settings, os.environ.get("SLURM_ARRAY_JOB_ID", ""), *(study.id for study in records.studies))
         root = f".claims/{checksum(chr(10).join(job).encode())}"
         claims = Claims(Bucket(volumes.address, root) if isinstance(volumes, RemoteVolumes) else Path(volumes.name) / root, stale)
         if claims.is_done(FINISH):  # by jobs of before: what has changed since is made anew
-            return prepare(scans, studies, questions, processor, volumes, workers, failures, verify)
+            return prepare(scans, records, processor, volumes, workers, verify)
         with open_engine("local", workers) as run:
-            _take_turns(claims, studies, workers, lambda mine: prepare_volumes(scans, mine, processor, volumes, run, verify))
+            _take_turns(claims, records.studies, workers, lambda mine: prepare_volumes(scans, mine, processor, volumes, run, verify))
         while not claims.is_done(FINISH):
             if claims.take(FINISH):
                 with claims.held([FINISH]):
-                    summary = prepare(scans, studies, questions, processor, volumes, workers, failures)
+                    summary = prepare(scans, records, processor, volumes, workers)
                 claims.clear(FINISH)
                 return summary
             time.sleep(min(stale / 5, WAIT))

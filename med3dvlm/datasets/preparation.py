@@ -18,54 +18,42 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import save
 from tqdm import tqdm
 
 from med3dvlm.datasets.engines import Engine, open_engine
-from med3dvlm.datasets.masks import pack, read_masks
 from med3dvlm.datasets.outputs import Line, Volumes, open_volumes
-from med3dvlm.datasets.sources import FULL, Scans, open_scans, states
-from med3dvlm.datasets.statistics import BINS, statistics
-from med3dvlm.datasets.store import CHECKED, read_stored_masks, read_voxels
+from med3dvlm.datasets.sources import Scans, open_scans
+from med3dvlm.datasets.statistics import statistics
+from med3dvlm.datasets.store import CHECKED
+from med3dvlm.datasets.study_volume import files_of, is_whole, prepare_on_any_machine, stamp_of
 from med3dvlm.files import checksum, json_lines, json_text, read_lines
-from med3dvlm.formats import VERSION
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.recipes import RECIPES
-from med3dvlm.records import Question, Study, check_ids, fields_of
-from med3dvlm.remote.files import Listed
+from med3dvlm.records import Failure, Records, Study, check_ids, fields_of
 from med3dvlm.remote.store import volume_name
 from med3dvlm.reports.findings import named_labels
-from med3dvlm.volume import Volume, read_volume
 
 logger = logging.getLogger(__name__)
-
-Failure = dict[str, str]  # "study", "file", "reason"
 
 
 def prepare(
     source: str | Path | Scans,
-    studies: Sequence[Study],
-    questions: Sequence[Question],
+    records: Records,
     processor: VolumeProcessor,
     destination: str | Path | Volumes,
     workers: int = 2,
-    failures: Sequence[Failure] = (),
     verify: bool = False,
     engine: str = "local",
 ) -> dict[str, Any]:
-    """Prepare the volumes of `studies`, whose image paths are relative to `source`; returns the summary that is also written.
+    """Prepare the volumes of a data set, whose image paths are relative to `source`; returns the summary that is also written.
 
     Args:
         source, destination: folders, or addresses (see `open_scans`).
-        failures: {"study", "file", "reason"} of studies that could not be read, for failures.jsonl.
         verify: read every volume that is there, and make those anew that are damaged.
         engine: "local", `workers` processes of this machine, or "ray" (see `engines`); the result is the same.
 
@@ -75,10 +63,10 @@ def prepare(
     """
     volumes = open_volumes(destination)
     with open_scans(source, at_a_time=workers) as scans:
-        check_studies(scans, volumes, studies)
+        check_studies(scans, volumes, records.studies)
         with open_engine(engine, workers) as run:
-            lines, failed, _ = prepare_volumes(scans, studies, processor, volumes, run, verify)
-    return finish(volumes, processor, studies, questions, lines, [*failures, *failed])
+            lines, failed, _ = prepare_volumes(scans, records.studies, processor, volumes, run, verify)
+    return finish(volumes, processor, records, lines, [*records.failures, *failed])
 
 
 def prepare_shard(
@@ -122,13 +110,13 @@ def prepare_volumes(
         outdated = {study.id for study in stale}
         there = [study for study in studies if study.id not in outdated]
         found = [line for study in there if (line := lines[study.id])]
-        jobs = run(partial(_is_whole, volumes, processor.size), there, found, lost=lambda reason: False)
+        jobs = run(partial(is_whole, volumes, processor.size), there, found, lost=lambda reason: False)
         whole = tqdm(jobs, total=len(there), unit="volume", desc="verifying")
         stale += [study for study, good in zip(there, whole, strict=True) if not good]
     if any(study.id in indexed for study in stale):
         volumes.remove("summary.json")
-    work = partial(_prepare_on_any_machine, scans, volumes, processor, settings)
-    wanted = (scans.files(_files(study)) for study in stale)
+    work = partial(prepare_on_any_machine, scans, volumes, processor, settings)
+    wanted = (scans.files(files_of(study)) for study in stale)
     jobs = run(work, stale, wanted, lost=lambda reason: (None, reason)) if stale else iter(())
     results = tqdm(jobs, total=len(studies), initial=len(studies) - len(stale), unit="volume", desc="preparing", smoothing=0.05)
     for study, (line, reason) in zip(stale, results, strict=True):
@@ -178,147 +166,31 @@ def _lines(volumes: Volumes, studies: Sequence[Study], indexed: Mapping[str, Lin
 
 def _is_current(scans: Scans, settings: str, study: Study, line: Line | None) -> bool:
     """Return whether the prepared volume exists and was made from the scan as it is now, with these settings."""
-    if line is None or not _stamp(settings, study).items() <= line.items():
+    if line is None or not stamp_of(settings, study).items() <= line.items():
         return False
     try:
-        return scans.unchanged(_files(study), line)
+        return scans.unchanged(files_of(study), line)
     except OSError:  # which preparing it says better
         return False
 
 
-def _files(study: Study) -> tuple[str, ...]:
-    """Return the names of a scan and of its masks' files."""
-    return (study.image, *sorted({mask.file for mask in study.masks.values()}))
-
-
-def _stamp(settings: str, study: Study) -> Line:
-    """Return a digest of how a volume is made: scan, what the data set says of it, settings, the readers' version."""
-    reading = json.loads(json.dumps(study.reading))
-    stamp = {"study": study.id, "image": study.image, "reading": reading, "settings": settings, "readers": VERSION}
-    places = {name: [mask.file, mask.channel, mask.value] for name, mask in study.masks.items()}
-    return stamp | {"drawn": places} if places else stamp
-
-
-def _is_whole(volumes: Volumes, size: Sequence[int], study: Study, line: Line) -> bool:
-    try:
-        with volumes.here(volume_name(study.id)) as path:
-            read_voxels(path, line["checksum"])
-            for name in line.get("masks", {}):
-                read_stored_masks(path, size, line["masks"], [name])
-    except ValueError:
-        return False
-    return True
-
-
-def _prepare_on_any_machine(
-    scans: Scans, volumes: Volumes, processor: VolumeProcessor, settings: str, study: Study, files: Mapping[str, Listed]
-) -> tuple[Line | None, str | None]:
-    """As `prepare_one`, of a scan of these files; raises FileNotFoundError on a machine that does not see the folders."""
-    scans.require()
-    volumes.require()
-    with ExitStack() as stack:
-        try:
-            root, state = stack.enter_context(scans.here(files))
-        except OSError as error:
-            if error.errno in FULL:
-                raise
-            return None, str(error)
-        line, reason = prepare_one(root, volumes, processor, settings, study, state)
-    return line, None if reason is None else reason.replace(str(root), scans.name)
-
-
-def prepare_one(
-    source: Path, volumes: Volumes, processor: VolumeProcessor, settings: str, study: Study, untouched: str | None = None
-) -> tuple[Line | None, str | None]:
-    """Prepare one volume. Returns its line of the index, or the failure.
-
-    Args:
-        untouched: the state of the scan's files at an address, where they come from one.
-    """
-    scan = source / study.image
-    try:
-        stamp = _stamp(settings, study)
-        if all((source / file).exists() for file in _files(study)):  # before they are read
-            stamp |= {"files": states(source, _files(study), contents=True), "untouched": untouched or states(source, _files(study))}
-        volume = read_volume(scan, **study.reading)
-        regular = volume.straighten() if processor.straighten else volume
-        values, placement = processor.transform_and_placement(regular)
-        voxels = processor.quantize(values)[0].contiguous()
-        masks, packed, doubts = _masks(source, study, volume, processor, placement)
-    except (OSError, ValueError) as error:  # VolumeError is a ValueError
-        return None, str(error)
-    except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError; anything else is a defect and stops the run
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        return None, f"{scan}: memory does not suffice for this scan; prepare with fewer workers or on a larger machine"
-    line = stamp | {"checksum": checksum(voxels.numpy())} | _found(volume, voxels, processor) | masks
-    if regular.spacing is not None:  # mm of the prepared voxels
-        line["grid_spacing"] = [round(float(mm), 4) for mm in np.array(regular.spacing) @ np.abs(placement[:3, :3])]
-    line["warnings"] += doubts
-    volumes.write(volume_name(study.id), save({"voxels": voxels, **packed}, {"line": json.dumps(line)}))
-    return line, None
-
-
-def _masks(
-    source: Path, study: Study, volume: Volume, processor: VolumeProcessor, placement: np.ndarray[Any, np.dtype[np.float64]]
-) -> tuple[Line, dict[str, torch.Tensor], list[str]]:
-    """Return the index's facts about the study's masks, their bits by their names in the file, and warnings."""
-    stored: Line = {}
-    contents: dict[str, torch.Tensor] = {}
-    doubts: list[str] = []
-    empty: list[str] = []
-    lost: list[str] = []
-    for name, drawn, assumed in read_masks(source, study.masks, volume):
-        straight = volume.straightening().apply(drawn.astype(np.float32)) >= 0.5 if processor.straighten and not volume.regular else drawn
-        made = pack(processor.transform_mask(straight, placement))
-        stored[name] = {"voxels": made.voxels, "box": made.box, "place": len(contents), "checksum": checksum(made.content)}
-        if made.voxels:
-            contents[f"mask {len(contents)}"] = torch.frombuffer(bytearray(made.content), dtype=torch.uint8)
-        else:
-            (lost if drawn.any() else empty).append(name)
-        doubts += assumed
-    for names, what in ((empty, "some masks hold no voxel of the scan"), (lost, "some masks are lost by cropping and resizing")):
-        if names:
-            doubts.append(f"{what} ({len(names)}: {', '.join(names)}).")
-    return {"masks": {name: stored[name] for name in study.masks}} if stored else {}, contents, list(dict.fromkeys(doubts))
-
-
-def _found(volume: Volume, voxels: torch.Tensor, processor: VolumeProcessor) -> Line:
-    """Return the facts that the summary counts. The histogram is of every second voxel along each axis, in parts per 10,000."""
-    sample = voxels[::2, ::2, ::2].numpy()
-    counts, _ = np.histogram(sample, BINS, (processor.grid.low, processor.grid.high))
-    return {
-        "shape": list(volume.shape),
-        "spacing": None if volume.spacing is None else [round(mm, 4) for mm in volume.spacing],
-        "orientation": volume.orientation,
-        "unit": volume.unit,
-        "warnings": list(volume.warnings),
-        "histogram": np.rint(counts * 1e4 / sample.size).astype(int).tolist(),
-    }
-
-
 def finish(
-    volumes: Volumes,
-    processor: VolumeProcessor,
-    studies: Sequence[Study],
-    questions: Sequence[Question],
-    lines: dict[str, Line | None],
-    failed: Sequence[Failure],
+    volumes: Volumes, processor: VolumeProcessor, records: Records, lines: dict[str, Line | None], failed: Sequence[Failure]
 ) -> dict[str, Any]:
     """Write records, index, summary and picture, unless they are there as they should be."""
     from med3dvlm.plots import prepared_volumes
 
     without = {failure["study"] for failure in failed}
-    kept = [study for study in studies if study.id not in without]
+    kept = [study for study in records.studies if study.id not in without]
     index = [line for study in kept if (line := lines[study.id]) is not None]
-    asked = [question for question in questions if question.study not in without]
+    asked = [question for question in records.questions if question.study not in without]
     sizes = volumes.sizes()
     others = sizes.keys() - {volume_name(study.id) for study in kept}
     if others:
         logger.warning("%s: kept %d volumes of studies that are not, or no longer, among those prepared", volumes.name, len(others))
     doubts = [{"study": line["study"], "file": line["image"], "warnings": line["warnings"]} for line in index if line["warnings"]]
-    records = (map(fields_of, kept), map(fields_of, asked), index, failed)
-    texts = {name: json_lines(rows) for name, rows in zip(CHECKED, records, strict=True)}
+    tables = (map(fields_of, kept), map(fields_of, asked), index, failed)
+    texts = {name: json_lines(rows) for name, rows in zip(CHECKED, tables, strict=True)}
     sums = {name: checksum(text.encode()) for name, text in texts.items()}
     texts["warnings.jsonl"] = json_lines(doubts)
     voxels = [line["checksum"] for line in index]

@@ -1,5 +1,7 @@
-"""Five scans of odd size with studies and questions about them."""
+"""Five scans of odd size with studies and questions about them, and helpers to compare folders."""
 
+import os
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -35,3 +37,17 @@ def resave(path: Path, change: int = 500) -> None:
     array = np.asarray(image.dataobj).copy()
     array[10, 10, 5] += change
     nib.save(nib.Nifti1Image(array, image.affine), path)
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def times(root: Path, pattern: str = "*") -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in root.rglob(pattern) if path.is_file()}
+
+
+def abandon(root: Path) -> None:
+    """Make temporary files two hours old."""
+    for path in root.rglob("*.part"):
+        os.utime(path, (time.time() - 7200,) * 2)

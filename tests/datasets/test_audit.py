@@ -28,7 +28,7 @@ from med3dvlm.datasets.audit import (
 from med3dvlm.datasets.phantom import write_phantoms
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
-from med3dvlm.records import Question, Study
+from med3dvlm.records import Question, Records, Study
 
 CHOICES = ("Axial", "Coronal", "Sagittal", "Oblique")
 
@@ -96,7 +96,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     studies[said] = replace(studies[said], report=reworded(of["train"][2].report))
     questions = [question for split in records for question in records[split][1]]
     data = root / "prepared"
-    prepare(source, studies, questions, VolumeProcessor("m3d", size=(32, 64, 64)), data, workers=2)
+    prepare(source, Records(studies, questions), VolumeProcessor("m3d", size=(32, 64, 64)), data, workers=2)
     result = audit(data, workers=2)
     return SimpleNamespace(data=data, result=result, originals=originals, studies={study.id: study for study in studies}, of=of)
 

@@ -16,6 +16,7 @@ from med3dvlm.datasets.claims import Claims, prepare_claimed
 from med3dvlm.datasets.engines import open_engine
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.records import Records
 from med3dvlm.search import CaseIndex
 
 SIZE = (8, 16, 16)
@@ -25,7 +26,7 @@ FORKS = multiprocessing.get_context("fork")
 def arguments(phantoms: Path, root: Path) -> tuple[Any, ...]:
     splits = [m3d.read(phantoms, split) for split in m3d.SPLITS]
     studies, questions = ([record for split in splits for record in split[part]] for part in (0, 1))
-    return phantoms, studies, questions, VolumeProcessor("m3d", size=SIZE), root
+    return phantoms, Records(studies, questions), VolumeProcessor("m3d", size=SIZE), root
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -156,8 +157,8 @@ def test_a_ray_cluster_works_at_addresses_and_embeds(
 ) -> None:
     """Scans and volumes at file://, which only the scans' names of this disk tell apart from folders; and an index of two machines."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    _, studies, questions, processor, root = arguments(phantoms, tmp_path / "store")
-    summary = prepare(f"file://{phantoms}", studies, questions, processor, f"file://{root}", engine="ray")
+    _, records, processor, root = arguments(phantoms, tmp_path / "store")
+    summary = prepare(f"file://{phantoms}", records, processor, f"file://{root}", engine="ray")
     assert summary["failures"] == 0 and tree(root).keys() == alone.keys() and tree(root)["studies.jsonl"] == alone["studies.jsonl"]
     assert f'"fingerprint": "{summary["fingerprint"]}"'.encode() in alone["summary.json"]
     assert not list((tmp_path / "cache").rglob("*.part"))

@@ -16,8 +16,8 @@ from med3dvlm.datasets.m3d_seg import write_masks
 from med3dvlm.datasets.masks import pack, read_masks, unpack
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData, volume_path
-from med3dvlm.files import read_lines
-from med3dvlm.records import Mask, Study, read_studies, write_records
+from med3dvlm.files import read_lines, write_lines
+from med3dvlm.records import Mask, Records, Study, fields_of, read_studies
 
 LESION = 600  # HU and more
 
@@ -63,7 +63,7 @@ def study(masks: dict[str, Mask], image: str = "a.nii.gz", **more: Any) -> Study
 @pytest.fixture
 def prepared_from(tmp_path: Path) -> Any:
     def run(studies: Study, processor: VolumeProcessor, **options: Any) -> dict[str, Any]:
-        return prepare(tmp_path, [studies], [], processor, tmp_path / "store", workers=1, **options)
+        return prepare(tmp_path, Records([studies]), processor, tmp_path / "store", workers=1, **options)
 
     return run
 
@@ -294,7 +294,7 @@ def test_stored_masks_are_small_checked_and_updated(tmp_path: Path, prepared_fro
 def test_records_with_masks_round_trip_and_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "studies.jsonl"
     known = [study({"a cyst": Mask("m.nii.gz", 3, None, "finding", "kidney", "left", "upper pole", "A cyst.")}), study({})]
-    write_records(path, known)
+    write_lines(path, map(fields_of, known))
     assert read_studies(path) == known
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert "masks" not in lines[1]  # so that manifests of data without masks are what they were

@@ -16,6 +16,7 @@ from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import PairCollator, PairDataset, load_volumes
 from med3dvlm.recipes import RECIPES
+from med3dvlm.records import Records
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
@@ -27,7 +28,7 @@ def test_preparation_training_evaluation_command_line_and_app_see_one_tensor(tmp
     nib.save(nib.Nifti1Image(array, np.diag([-0.8, 0.9, 2.3, 1.0])), scans / "a.nii.gz")
     (scans / "table.csv").write_text("image,report,split\na.nii.gz,A mass.,train\n")
     processor = VolumeProcessor(recipe, (8, 24, 20))
-    prepare(scans, *table.read(scans, "train"), processor, tmp_path / "prepared", workers=1)
+    prepare(scans, Records(*table.read(scans, "train")), processor, tmp_path / "prepared", workers=1)
     data = PreparedData(tmp_path / "prepared")
     row = PairDataset(data, "train")[0]
 

@@ -1,32 +1,26 @@
-"""The preparation: every volume made once, whatever is killed; a bad sample named instead of replaced; nothing written twice."""
+"""Preparation: each volume is made once, changes are detected, bad samples are listed, and a second run writes nothing."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
 
 from med3dvlm import VolumeProcessor, read_volume
-from med3dvlm.datasets import m3d
 from med3dvlm.datasets.preparation import prepare, prepare_shard
 from med3dvlm.datasets.statistics import kind_of
 from med3dvlm.datasets.store import PreparedData, volume_path
 from med3dvlm.files import read_lines
-from med3dvlm.records import Study, nested_splits
-from tests.datasets.five import SIZE, questions, resave, studies, write_scans
+from med3dvlm.records import Records, Study, nested_splits
+from tests.datasets.five import SIZE, abandon, questions, resave, studies, times, tree, write_scans
 
 
 @pytest.fixture
@@ -36,17 +30,19 @@ def scans(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prepared_from(scans: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """prepared_from(): the five scans, or other records about them, into tmp_path / "prepared"."""
+    """prepared_from() prepares the five scans, or other records about them, into tmp_path / "prepared"."""
 
     def run(records: list[Study] | None = None, count: int = 5, size: tuple[int, int, int] = SIZE, **options: Any) -> dict[str, Any]:
         records = records or studies(count)
-        return prepare(scans, records, questions(count), VolumeProcessor("m3d", size=size), tmp_path / "prepared", workers=1, **options)
+        return prepare(
+            scans, Records(records, questions(count)), VolumeProcessor("m3d", size=size), tmp_path / "prepared", workers=1, **options
+        )
 
     return run
 
 
-def test_what_is_there_is_not_made_again(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
-    """As a killed preparation leaves it: some volumes, one of them half written, no summary."""
+def test_existing_volumes_are_kept(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
+    """A killed preparation left some volumes, one of them incomplete, and no summary."""
     first = prepared_from()
     root = tmp_path / "prepared"
     (root / "summary.json").unlink()
@@ -74,7 +70,7 @@ def test_the_fingerprint_follows_the_data(prepared_from: Callable[..., dict[str,
     assert prepared_from()["fingerprint"] != first["fingerprint"]
 
 
-def test_a_changed_scan_is_prepared_anew(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
+def test_a_changed_scan_is_prepared_again(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
     first, root = prepared_from(), tmp_path / "prepared"
     before = {study.id: volume_path(root, study).stat().st_mtime_ns for study in studies()}
     changed = studies()[2]
@@ -88,19 +84,19 @@ def test_a_changed_scan_is_prepared_anew(prepared_from: Callable[..., dict[str, 
     assert prepared_from() == second
 
 
-def test_another_data_set_with_the_same_names_is_prepared_anew(scans: Path, tmp_path: Path) -> None:
+def test_another_data_set_with_the_same_names_is_prepared_again(scans: Path, tmp_path: Path) -> None:
     processor = VolumeProcessor("m3d", size=SIZE)
-    first = prepare(scans, studies(), questions(), processor, tmp_path / "prepared", workers=1)
+    first = prepare(scans, Records(studies(), questions()), processor, tmp_path / "prepared", workers=1)
     shutil.copytree(scans, tmp_path / "other")
     for study in studies():
         resave(tmp_path / "other" / study.image)
-    second = prepare(tmp_path / "other", studies(), questions(), processor, tmp_path / "prepared", workers=1)
-    alone = prepare(tmp_path / "other", studies(), questions(), processor, tmp_path / "alone", workers=1)
+    second = prepare(tmp_path / "other", Records(studies(), questions()), processor, tmp_path / "prepared", workers=1)
+    alone = prepare(tmp_path / "other", Records(studies(), questions()), processor, tmp_path / "alone", workers=1)
     assert first["fingerprint"] != second["fingerprint"] == alone["fingerprint"]
 
 
 def test_a_slice_added_to_a_folder_is_a_change(tmp_path: Path) -> None:
-    """Slices as pictures, then one more, then one of another size."""
+    """One slice is added to a folder of pictures, and one is rewritten."""
     study = Study("a", "a", "series", "Report.", {}, "train", "test")
     (tmp_path / "series").mkdir()
     random = np.random.default_rng(0)
@@ -109,7 +105,7 @@ def test_a_slice_added_to_a_folder_is_a_change(tmp_path: Path) -> None:
         Image.fromarray(random.integers(0, 255, (20, 30), np.uint8)).save(tmp_path / "series" / f"{number}.png", **options)
 
     def run() -> int:
-        prepare(tmp_path, [study], [], VolumeProcessor("m3d", size=SIZE), tmp_path / "store", workers=1)
+        prepare(tmp_path, Records([study]), VolumeProcessor("m3d", size=SIZE), tmp_path / "store", workers=1)
         return volume_path(tmp_path / "store", study).stat().st_mtime_ns
 
     for number in range(1, 7):
@@ -125,7 +121,7 @@ def test_a_slice_added_to_a_folder_is_a_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_voxels_beside_a_header_are_a_part_of_the_scan(tmp_path: Path, kept: bool) -> None:
-    """Named otherwise than the header; other voxels of the same number and date are another scan, a copy elsewhere is the same."""
+    """Their file has another name than the header; other voxels of the same size and date are a change, a copy is not."""
     import SimpleITK as sitk
 
     study, random = Study("a", "a", "in/scan.mhd", "Report.", {}, "train", "test"), np.random.default_rng(0)
@@ -136,7 +132,7 @@ def test_voxels_beside_a_header_are_a_part_of_the_scan(tmp_path: Path, kept: boo
     header.write_text(header.read_text().replace("scan.raw", "0001.img"))
 
     def run() -> str:
-        prepare(tmp_path, [study], [], VolumeProcessor("m3d", size=SIZE), tmp_path / "store", workers=1)
+        prepare(tmp_path, Records([study]), VolumeProcessor("m3d", size=SIZE), tmp_path / "store", workers=1)
         return str(read_lines(tmp_path / "store" / "index.jsonl")[0]["checksum"])
 
     first, state = run(), voxels.stat()
@@ -152,10 +148,12 @@ def test_voxels_beside_a_header_are_a_part_of_the_scan(tmp_path: Path, kept: boo
         assert run() != first
 
 
-def test_another_reader_is_a_change(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_the_readers_is_a_change(
+    prepared_from: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepared_from()
     before = times(tmp_path / "prepared", "*.safetensors")
-    monkeypatch.setattr("med3dvlm.datasets.preparation.VERSION", 99)
+    monkeypatch.setattr("med3dvlm.datasets.study_volume.VERSION", 99)
     prepared_from()
     after = times(tmp_path / "prepared", "*.safetensors")
     assert len(before) == 5 and all(after[path] > before[path] for path in before)
@@ -164,7 +162,7 @@ def test_another_reader_is_a_change(prepared_from: Callable[..., dict[str, Any]]
 def test_a_scan_too_large_for_the_memory_is_a_failure(
     prepared_from: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As NumPy and torch say it; any other RuntimeError is a defect."""
+    """NumPy and torch raise different errors; any other RuntimeError is a defect."""
 
     def read(path: Path, **options: Any) -> Any:
         if "/1/" in str(path):
@@ -176,7 +174,7 @@ def test_a_scan_too_large_for_the_memory_is_a_failure(
         return read_volume(path, **options)
 
     defect = False
-    monkeypatch.setattr("med3dvlm.datasets.preparation.read_volume", read)
+    monkeypatch.setattr("med3dvlm.datasets.study_volume.read_volume", read)
     assert prepared_from()["failures"] == 2
     failures = read_lines(tmp_path / "prepared" / "failures.jsonl")
     assert [failure["study"] for failure in failures] == ["case/1/Axial", "case/2/Axial"]
@@ -187,7 +185,7 @@ def test_a_scan_too_large_for_the_memory_is_a_failure(
         prepared_from()
 
 
-def test_what_another_process_writes_is_left(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_temporary_files_of_other_processes_are_kept(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     volumes = tmp_path / "prepared" / "volumes"
     volumes.mkdir(parents=True)
     young, old = volumes / ".1.part", volumes / ".2.part"
@@ -198,7 +196,7 @@ def test_what_another_process_writes_is_left(prepared_from: Callable[..., dict[s
     assert young.exists() and not old.exists()
 
 
-def test_volumes_of_no_study_stay_and_are_counted(
+def test_volumes_without_a_study_are_kept_and_counted(
     prepared_from: Callable[..., dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert prepared_from()["volumes_of_no_study"] == 0 and not caplog.messages
@@ -210,7 +208,7 @@ def test_volumes_of_no_study_stay_and_are_counted(
     assert times(tmp_path / "prepared", "*.safetensors") == before
 
 
-def test_parts_of_splits_by_hand() -> None:
+def test_nested_splits_by_hand() -> None:
     a, b, c, d = studies(4)
     splits = {"small": [c], "test1k": [b], "train": [a], "test": [b, c], "again": [b, c], "none": [], "other": [c, d]}
     assert nested_splits(splits) == {
@@ -220,7 +218,7 @@ def test_parts_of_splits_by_hand() -> None:
     }
 
 
-def test_a_killed_renewal_leaves_no_summary(
+def test_a_killed_update_leaves_no_summary(
     prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, root = prepared_from(), tmp_path / "prepared"
@@ -237,17 +235,19 @@ def test_a_killed_renewal_leaves_no_summary(
     assert prepared_from()["fingerprint"] != first["fingerprint"]
 
 
-def test_ids_and_places_that_collide_are_refused(scans: Path, tmp_path: Path) -> None:
+def test_colliding_ids_and_paths_are_refused(scans: Path, tmp_path: Path) -> None:
     processor = VolumeProcessor("m3d", size=SIZE)
     twice = [studies()[0], replace(studies()[1], id=f"./{studies()[0].id}")]
     with pytest.raises(ValueError, match="two studies have the id './case/0/Axial'; give each its own"):
-        prepare(scans, twice, [], processor, tmp_path / "prepared")
+        prepare(scans, Records(twice), processor, tmp_path / "prepared")
     (scans / "volumes").mkdir()
     raw = scans / "volumes" / "a.safetensors"
     raw.write_bytes(b"a scan")
     content = raw.read_bytes()
     with pytest.raises(ValueError, match="a.safetensors would be replaced by its own preparation; prepare into another folder"):
-        prepare(scans, [Study("a", "a", "volumes/a.safetensors", "Report.", {}, "train", "test")], [], processor, scans / "volumes" / "..")
+        prepare(
+            scans, Records([Study("a", "a", "volumes/a.safetensors", "Report.", {}, "train", "test")]), processor, scans / "volumes" / ".."
+        )
     assert raw.read_bytes() == content and not (tmp_path / "prepared").exists()
 
 
@@ -259,7 +259,7 @@ def test_other_settings_need_another_folder(prepared_from: Callable[..., dict[st
 
 
 def test_bad_samples_are_listed_and_the_others_prepared(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
-    """Truncated, a text, absent, not a number: four of five, each with its reason."""
+    """Four of five are truncated, a text, missing, or NaN; each is listed with its reason."""
     images = [scans / study.image for study in studies()]
     images[0].write_bytes(images[0].read_bytes()[:-2000])
     images[1].write_text("not a scan")
@@ -290,8 +290,8 @@ def test_bad_samples_are_listed_and_the_others_prepared(prepared_from: Callable[
     assert prepared_from()["failures"] == 0 and len(PreparedData(root).studies("train")) == 5
 
 
-def test_a_folder_that_cannot_be_written_stops_the_preparation(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """Like a full disk it is no fault of the samples: none of them is listed."""
+def test_an_unwritable_folder_stops_the_preparation(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """As with a full disk, no sample is listed as bad."""
     root = tmp_path / "prepared"
     root.mkdir()
     (root / "volumes").touch()
@@ -302,109 +302,15 @@ def test_a_folder_that_cannot_be_written_stops_the_preparation(prepared_from: Ca
     assert prepared_from()["failures"] == 0
 
 
-def tree(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-def times(root: Path, pattern: str = "*") -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in root.rglob(pattern) if path.is_file()}
-
-
-def abandon(root: Path) -> None:
-    """Make what is half written two hours old."""
-    for path in root.rglob("*.part"):
-        os.utime(path, (time.time() - 7200,) * 2)
-
-
-def prepare_phantoms(phantoms: Path, destination: Path, workers: int = 2, **options: Any) -> dict[str, Any]:
-    splits = [m3d.read(phantoms, split) for split in m3d.splits(phantoms)]
-    studies, questions = ([record for split in splits for record in split[part]] for part in (0, 1))
-    processor = VolumeProcessor("m3d", size=(48, 64, 56))
-    if "shard" in options:
-        return prepare_shard(phantoms, studies, processor, destination, workers=workers, **options)
-    return prepare(phantoms, studies, questions, processor, destination, workers, **options)
-
-
-@pytest.fixture(scope="module")
-def in_peace(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    destination = tmp_path_factory.mktemp("in_peace") / "store"
-    prepare_phantoms(phantoms, destination)
-    return destination
-
-
-@pytest.mark.parametrize("victim", ["all", "the program", "a worker"])
-def test_a_killed_preparation_continues(phantoms: Path, in_peace: Path, tmp_path: Path, victim: str) -> None:
-    """Killed after the third of 28 volumes: no process stays, those three are not made again, and the result is that of a run in peace."""
-    root = tmp_path / "store"
-
-    def run() -> None:
-        os.setsid()
-        prepare_phantoms(phantoms, root)
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    deadline = time.monotonic() + 120
-    while len(times(root, "*.safetensors")) < 3 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    workers = psutil.Process(process.pid).children()
-    assert len(workers) == 2
-    if victim == "all":
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        os.kill(process.pid if victim == "the program" else workers[0].pid, signal.SIGKILL)
-    process.join(60)
-    assert process.exitcode not in (0, None)
-    assert psutil.wait_procs(workers, timeout=60)[1] == []
-    assert not (root / "summary.json").exists()
-    (root / "volumes" / ".0123.part").write_bytes(b"half a volume")
-    abandon(root)
-    done = times(root, "*.safetensors")
-    assert 3 <= len(done) < 28
-    prepare_phantoms(phantoms, root)
-    assert tree(root) == tree(in_peace)
-    assert done.items() <= times(root).items()
-
-
-def test_shards_at_the_same_time_are_one_run(phantoms: Path, in_peace: Path, tmp_path: Path) -> None:
-    root = tmp_path / "store"
-    with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as pool:
-        parts = [pool.submit(prepare_phantoms, phantoms, root, 1, shard=(part, 3)) for part in (1, 2, 3)]
-        results = [part.result() for part in parts]
-    assert [result["shard"] for result in results] == ["1/3", "2/3", "3/3"] and [result["made"] for result in results] == [10, 9, 9]
-    assert [result["failures"] for result in results] == [[], [], []]
-    with pytest.raises(FileNotFoundError, match="no finished preparation"):
-        PreparedData(root)
-    done = times(root, "*.safetensors")
-    assert len(done) == 28
-    prepare_phantoms(phantoms, root)
-    assert tree(root) == tree(in_peace) and done.items() <= times(root).items()
-
-
-def test_what_a_shard_left_out_is_made_in_the_end(phantoms: Path, in_peace: Path, tmp_path: Path) -> None:
-    root = tmp_path / "store"
-    assert prepare_phantoms(phantoms, root, shard=(2, 4))["made"] == 7
-    assert prepare_phantoms(phantoms, root, shard=(2, 4))["made"] == 0
-    prepare_phantoms(phantoms, root)
-    assert tree(root) == tree(in_peace)
-    for wrong in ((0, 4), (5, 4)):
-        with pytest.raises(ValueError, match=f"no shard {wrong[0]}/4; they count from 1/4 to 4/4"):
-            prepare_phantoms(phantoms, root, shard=wrong)
-
-
-def test_the_result_depends_on_no_number_of_workers(phantoms: Path, in_peace: Path, tmp_path: Path) -> None:
-    prepare_phantoms(phantoms, tmp_path / "store", workers=1)
-    assert tree(tmp_path / "store") == tree(in_peace)
-
-
 def test_a_second_run_writes_nothing(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
-    """Not even where a study fails again."""
+    """This holds although a study fails again."""
     (scans / studies()[1].image).unlink()
     first, before = prepared_from(), times(tmp_path / "prepared")
     assert first["failures"] == 1 and {path.name for path in before} >= {"summary.png", "summary.json", "index.jsonl", "failures.jsonl"}
     assert prepared_from() == first and times(tmp_path / "prepared") == before
 
 
-def test_damaged_volumes_are_made_anew_where_asked(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_damaged_volumes_are_prepared_again_by_verify(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     first, root = prepared_from(), tmp_path / "prepared"
     whole, path = tree(root), volume_path(root, studies()[3])
     content = bytearray(path.read_bytes())
@@ -417,7 +323,7 @@ def test_damaged_volumes_are_made_anew_where_asked(prepared_from: Callable[..., 
     assert [place for place in before if before[place] != after[place]] == [path]
 
 
-def test_another_way_of_reading_is_a_change(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_other_reading_settings_are_a_change(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     prepared_from()
     before = times(tmp_path / "prepared", "*.safetensors")
     other = [replace(studies()[0], reading={"spacing": [5.0, 1.2, 1.0]}), *studies()[1:]]
@@ -428,8 +334,8 @@ def test_another_way_of_reading_is_a_change(prepared_from: Callable[..., dict[st
     assert prepared_from(other) == summary
 
 
-def test_volumes_of_other_settings_are_made_anew(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
-    """As two shards leave them that were started at the same moment with different settings."""
+def test_volumes_of_other_settings_are_prepared_again(prepared_from: Callable[..., dict[str, Any]], scans: Path, tmp_path: Path) -> None:
+    """Two shards that start at the same moment with different settings write such volumes."""
     expected, root = prepared_from(), tmp_path / "prepared"
     whole = tree(root)
     shutil.rmtree(root)
@@ -438,7 +344,7 @@ def test_volumes_of_other_settings_are_made_anew(prepared_from: Callable[..., di
     assert prepared_from() == expected and tree(root) == whole
 
 
-def test_the_summary_counts(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_the_summary(prepared_from: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     summary = prepared_from()
     assert (summary["recipe"], summary["size"], summary["dtype"]) == ("m3d", list(SIZE), "uint8")
     assert summary["shapes"] == dict.fromkeys(("least", "5 %", "median", "95 %", "greatest"), [10, 20, 30])

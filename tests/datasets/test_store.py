@@ -16,14 +16,15 @@ from med3dvlm.datasets import m3d
 from med3dvlm.datasets.features import SharedFeatures, fingerprint, frozen_features
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData, volume_path
-from med3dvlm.records import read_questions, write_records
+from med3dvlm.files import write_lines
+from med3dvlm.records import Records, fields_of, read_questions
 from tests.datasets.five import SIZE, questions, studies, write_scans
 
 
 @pytest.fixture(scope="module")
 def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("five")
-    prepare(write_scans(root / "scans"), studies(), questions(), VolumeProcessor("m3d", size=SIZE), root / "store", workers=1)
+    prepare(write_scans(root / "scans"), Records(studies(), questions()), VolumeProcessor("m3d", size=SIZE), root / "store", workers=1)
     return root / "store"
 
 
@@ -124,7 +125,7 @@ class Volumes(Dataset[torch.Tensor]):
 def test_hounsfield_units_are_kept_as_int16(tmp_path: Path) -> None:
     scans = write_scans(tmp_path / "scans")
     processor = VolumeProcessor("ct_rate", size=(24, 36, 44))  # of 20 x 32 x 40 voxels: padded with air
-    prepare(scans, studies(), questions(), processor, tmp_path / "store", workers=1)
+    prepare(scans, Records(studies(), questions()), processor, tmp_path / "store", workers=1)
     data = PreparedData(tmp_path / "store")
     for study in data.studies("train"):
         volume = data.volume(study)
@@ -141,7 +142,7 @@ def test_hounsfield_units_are_kept_as_int16(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    write_records(tmp_path / "questions.jsonl", questions())
+    write_lines(tmp_path / "questions.jsonl", map(fields_of, questions()))
     lines = (tmp_path / "questions.jsonl").read_text().splitlines()
     lines[2] = json.dumps(json.loads(lines[2]) | change)
     (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")

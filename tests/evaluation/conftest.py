@@ -20,6 +20,7 @@ from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import load_volumes
 from med3dvlm.prompts import finding_prompts
+from med3dvlm.records import Records
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
 from tests.evaluation.chests import write_chests
 
@@ -39,7 +40,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     splits = [m3d.read(root / "phantoms", split) for split in m3d.SPLITS]
     studies, questions = (sum((part[which] for part in splits), []) for which in (0, 1))
     processor = VolumeProcessor("m3d", size=SIZE)
-    prepare(root / "phantoms", studies, questions, processor, root / "prepared")
+    prepare(root / "phantoms", Records(studies, questions), processor, root / "prepared")
 
     torch.manual_seed(1)
     tokenizer = train_tokenizer([study.report for study in studies] + [f"{question.text} {question.choices}" for question in questions])
@@ -122,7 +123,7 @@ def chests(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     write_chests(root / "CT-RATE")
     studies = [study for split in ct_rate.splits(root / "CT-RATE") for study in ct_rate.read(root / "CT-RATE", split)[0]]
     processor = VolumeProcessor("ct_rate", size=SIZE)
-    prepare(root / "CT-RATE", studies, [], processor, root / "prepared")
+    prepare(root / "CT-RATE", Records(studies), processor, root / "prepared")
     data = PreparedData(root / "prepared")
     torch.manual_seed(2)
     tokenizer = train_tokenizer(

@@ -17,7 +17,7 @@ from med3dvlm.evaluation.image_to_image import image_to_image_scores
 from med3dvlm.evaluation.report_scores import report_scores, report_table
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.prompts import finding_prompts
-from med3dvlm.records import Study
+from med3dvlm.records import Records, Study
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 Run = Callable[..., None]
@@ -33,7 +33,7 @@ def own(chests: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Pa
     root = tmp_path_factory.mktemp("own") / "mine_128"
     studies = [study for split in ct_rate.splits(chests.root / "CT-RATE") for study in ct_rate.read(chests.root / "CT-RATE", split)[0]]
     studies = [replace(one, labels={name: one.labels[key] for name, key in TAKEN.items() if key in one.labels}) for one in studies]
-    prepare(chests.root / "CT-RATE", studies, [], VolumeProcessor("ct_rate", size=chests.data.processor.size), root)
+    prepare(chests.root / "CT-RATE", Records(studies), VolumeProcessor("ct_rate", size=chests.data.processor.size), root)
     return root
 
 

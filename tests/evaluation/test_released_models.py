@@ -17,6 +17,7 @@ from med3dvlm.datasets import ct_rate
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import load_volumes
+from med3dvlm.records import Records
 from med3dvlm.reports.findings import FINDINGS_CT_RATE
 from tests import released
 from tests.golden_weights import golden, published_weights, volume
@@ -32,7 +33,7 @@ def prepared(chests: SimpleNamespace, model: Path, folder: Path) -> PreparedData
     studies = [
         study for split in ct_rate.splits(root) for study in ct_rate.read(root, split)[0] if int(study.patient.split("_")[1]) % 2 == 0
     ]
-    prepare(root, studies, [], VolumeProcessor.from_pretrained(model), folder)
+    prepare(root, Records(studies), VolumeProcessor.from_pretrained(model), folder)
     return PreparedData(folder)
 
 

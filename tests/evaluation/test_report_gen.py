@@ -12,9 +12,9 @@ import pytest
 from med3dvlm import Med3DChat, Med3DCLIP
 from med3dvlm.evaluation import embed_volumes, load_embedder, other_patients
 from med3dvlm.evaluation.report_scores import fixed_reports, report_scores
-from med3dvlm.files import checksum
+from med3dvlm.files import checksum, write_lines
 from med3dvlm.prompts import REPORT_PROMPTS
-from med3dvlm.records import Study, read_questions, read_studies, write_records
+from med3dvlm.records import Study, fields_of, read_questions, read_studies
 
 Run = Callable[..., None]
 
@@ -126,8 +126,8 @@ def test_without_a_training_split_there_are_no_baselines(demo: SimpleNamespace, 
     kept = [study for study in read_studies(data / "studies.jsonl") if study.split == "test"]
     names = {study.id for study in kept}
     asked = [question for question in read_questions(data / "questions.jsonl") if question.study in names]
-    write_records(data / "studies.jsonl", kept)
-    write_records(data / "questions.jsonl", asked)
+    write_lines(data / "studies.jsonl", map(fields_of, kept))
+    write_lines(data / "questions.jsonl", map(fields_of, asked))
     summary = json.loads((data / "summary.json").read_text())
     summary |= {"studies": len(kept), "questions": len(asked), "splits": {"test": len(kept)}}
     written = ("studies.jsonl", "questions.jsonl")

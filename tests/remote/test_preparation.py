@@ -27,7 +27,7 @@ FORKS = multiprocessing.get_context("fork")
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits between tries, and nobody asks of the files of a disk what a copy elsewhere cannot have."""
     monkeypatch.setattr(address, "time", SimpleNamespace(sleep=lambda seconds: None))
-    monkeypatch.setattr("med3dvlm.datasets.preparation.states", untouched)
+    monkeypatch.setattr("med3dvlm.datasets.study_volume.states", untouched)
     monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere")  # the cache is named
 
 

@@ -16,6 +16,7 @@ from med3dvlm.datasets.claims import Bucket
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.torch import PairDataset
+from med3dvlm.records import Records
 from med3dvlm.remote.cache import Cache
 from med3dvlm.remote.files import Files
 from tests.datasets.five import SIZE, questions, studies, write_scans
@@ -54,7 +55,9 @@ def credentials(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_a_bucket_equals_the_folder(tmp_path: Path) -> None:
     """Compared are records, volumes by two forked workers, and error messages."""
-    prepare(write_scans(tmp_path / "scans"), studies(), questions(), VolumeProcessor("m3d", size=SIZE), tmp_path / "data", workers=1)
+    prepare(
+        write_scans(tmp_path / "scans"), Records(studies(), questions()), VolumeProcessor("m3d", size=SIZE), tmp_path / "data", workers=1
+    )
     bucket = s3fs.S3FileSystem()
     bucket.mkdir("hospital")
     bucket.put(str(tmp_path / "data"), "hospital/data", recursive=True)

@@ -19,6 +19,7 @@ from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData, volume_path
 from med3dvlm.datasets.torch import PairDataset, load_volumes
 from med3dvlm.programs import run
+from med3dvlm.records import Records
 from med3dvlm.remote import address
 from med3dvlm.remote.cache import Cache
 from med3dvlm.training.trainer import WholeBatches
@@ -35,7 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("five")
-    prepare(write_scans(root / "scans"), studies(), questions(), VolumeProcessor("m3d", size=SIZE), root / "data", workers=1)
+    prepare(write_scans(root / "scans"), Records(studies(), questions()), VolumeProcessor("m3d", size=SIZE), root / "data", workers=1)
     return root / "data"
 
 
@@ -190,7 +191,7 @@ def test_data_prepared_again_are_fetched_again(five: Path, tmp_path: Path) -> No
         reversed_ids = [one.id for one in studies()][::-1]
         for one, image in zip(reversed_ids, [study.image for study in studies()], strict=True):
             shutil.copy(five.parent / "scans" / f"{one}.nii.gz", scans / image)
-        prepare(scans, studies(), questions(), VolumeProcessor("m3d", size=SIZE), tmp_path / "data", workers=1)
+        prepare(scans, Records(studies(), questions()), VolumeProcessor("m3d", size=SIZE), tmp_path / "data", workers=1)
         same(open_at(server.address, tmp_path / "cache"), PreparedData(tmp_path / "data"))
 
 
