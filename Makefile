@@ -64,7 +64,7 @@ docs-serve: install ## show the documentation at localhost:8000 while you write
 	$(VENV)/bin/zensical serve
 
 test: install ## run every test in WORKERS processes; ARGS goes to pytest, as in ARGS='-k volume'
-	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quick: install ## run the tests that take seconds
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(ARGS)

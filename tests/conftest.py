@@ -7,6 +7,7 @@ import random
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # It would hold for all tests of this process, which then gives no memory back: 8 GB in the end. Programs call it in processes of their own.
 allocator.keep_freed_memory = lambda: None  # type: ignore[assignment]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what drives a browser as slow, and run the files with the most slow tests first: none is left to one worker at the end."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_collection_finish() -> None:
@@ -69,13 +80,13 @@ def repository() -> Path:
 def shell(repository: Path, tmp_path: Path) -> Callable[..., str]:
     """shell("python", "stages/x.py", "--flag"): a program of the environment, run in the repository; gives what it printed.
 
-    `python`, `med3dvlm` and what `bash` starts by these names are forks of a process that has imported everything.
+    `python`, `med3dvlm`, launchers and what `bash` starts by these names are forks of a process that has imported everything.
     """
     from tests.launching import programs
 
     def run(program: str, *arguments: object, **variables: str) -> str:
         scripts = Path(sys.executable).parent
-        folders = [programs(), scripts] if program in ("bash", "python", "med3dvlm") else [scripts]
+        folders = [programs(), scripts]
         environment = os.environ | {
             "PATH": os.pathsep.join(map(str, (*folders, os.environ["PATH"]))),
             "PYTHONPATH": str(repository),

@@ -2,7 +2,7 @@
 
 A launcher gives each process its rank and the address of the first by environment variables, and runs the script as __main__. This
 module does the same in forks of one server process: a start takes a fraction of a second instead of ten. For shell scripts there are programs
-named `python` and `med3dvlm` that run in such forks.
+named `python`, `med3dvlm` and as the launchers, which run in such forks, as does what they start.
 """
 
 import ctypes
@@ -26,7 +26,12 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMEOUT = 300  # seconds
-MODULES = {"med3dvlm": "med3dvlm.cli", "torchrun": "torch.distributed.run", "deepspeed": "deepspeed.launcher.runner"}  # program -> module
+MODULES = {
+    "med3dvlm": "med3dvlm.cli",
+    "torchrun": "torch.distributed.run",
+    "deepspeed": "deepspeed.launcher.runner",
+    "accelerate": "accelerate.commands.accelerate_cli",
+}  # program -> module
 PROGRAM = r"""#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
@@ -118,8 +123,8 @@ def _answer(connection: socket.socket) -> None:
     with connection:
         _, descriptors, *_ = socket.recv_fds(connection, 1, 3)
         (program, *words), folder, variables = json.loads(connection.makefile().readline())
-        if _enter(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]):
-            sys.executable = str(Path(program).with_name("python"))  # what a launcher starts
+        _enter(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+        sys.executable = str(Path(program).with_name("python"))  # so that what it starts is a fork, too
         threading.Thread(target=lambda: connection.recv(1) or os._exit(1), daemon=True).start()
         for place, descriptor in enumerate(descriptors):
             os.dup2(descriptor, place)
@@ -144,16 +149,13 @@ def _answer(connection: socket.socket) -> None:
         connection.sendall(str(code if isinstance(code, int) else int(code is not None)).encode())
 
 
-def _enter(process: int) -> bool:
-    """Enter the namespaces of another process (network, name, disks); return whether they differ."""
-    others = False
+def _enter(process: int) -> None:
+    """Enter the namespaces of another process (network, name, disks) where they differ."""
     for kind in ("net", "uts", "mnt"):
         if os.readlink(f"/proc/{process}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"):
-            others = True
             with open(f"/proc/{process}/ns/{kind}") as space:
                 if ctypes.CDLL(None, use_errno=True).setns(space.fileno(), 0):
                     raise OSError(ctypes.get_errno(), f"the {kind} namespace of process {process} cannot be entered")
-    return others
 
 
 def _be(words: Sequence[str]) -> None:

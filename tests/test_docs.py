@@ -66,7 +66,7 @@ def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         notebook = jupytext.read(path)
         for cell in notebook.cells:
             if cell.cell_type == "code":
-                lines = cell.source.replace("--studies 40", "--studies 40 --detail 0.5").splitlines()
+                lines = cell.source.replace("--studies 40", "--studies 20 --detail 0.5").splitlines()
                 cell.source = "\n".join(each for line in lines for each in ([line, check] if line.startswith("!") else [line]))
         nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,9 @@ from med3dvlm.app.accounts import Accounts, add
 from med3dvlm.app.accounts import main as accounts_main
 from med3dvlm.programs import run
 from med3dvlm.prompts import RESEARCH_NOTICE
+from tests import launching
+
+from .browsing import wait_for
 
 SCRIPT = Path(__file__).parents[2] / "app" / "chat.py"
 
@@ -162,29 +164,30 @@ def test_the_program_serves_accounts_and_removes_its_private_folder(tmp_path, fr
         sys.argv = ["chat.py", "--model", {str(model)!r}, "--port", "{free_port}", "--auth-file", {str(accounts)!r}]
         runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     """
-    environment = {**os.environ, "TMPDIR": str(temporary)}
-    arguments = [sys.executable, "-c", textwrap.dedent(program)]
-    with subprocess.Popen(arguments, cwd=SCRIPT.parents[1], env=environment, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stdout.readline()
-            assert "http://127.0.0.1:" in line and RESEARCH_NOTICE in line
-            (private,) = temporary.glob("med3dvlm-chat-*")
-            assert private.stat().st_mode & 0o077 == 0
-            address = re.search(r"http://\S+", line)[0]
-            page = urllib.request.urlopen(address, timeout=10).read().decode()
-            assert '"auth_required":true' in page.replace(" ", "") and "loader" not in page
-            for password, code in (("correct horse", 200), ("wrong horse", 400)):
-                assert logged_in(address, "anna", password) == code
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=20) == 0
-        finally:
-            process.kill()
+    log = tmp_path / "log"
+    log.touch()
+    process = launching.start("-c", textwrap.dedent(program), log=log, TMPDIR=str(temporary))
+    try:
+        wait_for(lambda: RESEARCH_NOTICE in log.read_text() or not process.is_alive(), launching.TIMEOUT)
+        found = re.search(r"http://127\.0\.0\.1:\S+", log.read_text())
+        assert found is not None, log.read_text()
+        (private,) = temporary.glob("med3dvlm-chat-*")
+        assert private.stat().st_mode & 0o077 == 0
+        page = urllib.request.urlopen(found[0], timeout=60).read().decode()
+        assert '"auth_required":true' in page.replace(" ", "") and "loader" not in page
+        for password, code in (("correct horse", 200), ("wrong horse", 400)):
+            assert logged_in(found[0], "anna", password) == code
+        process.terminate()
+        process.join(60)
+        assert process.exitcode == 0, log.read_text()
+    finally:
+        process.kill()
     assert not private.exists()
 
 
 def logged_in(address: str, name: str, password: str) -> int:
     form = f"username={name}&password={password.replace(' ', '+')}".encode()
     try:
-        return urllib.request.urlopen(urllib.request.Request(f"{address}login", form), timeout=10).status
+        return urllib.request.urlopen(urllib.request.Request(f"{address}login", form), timeout=60).status
     except urllib.error.HTTPError as error:
         return error.code

@@ -41,11 +41,11 @@ def peak_memory(action: str) -> tuple[int, int]:
 
 
 def sparse_vlm(folder: Path, shards: int) -> int:
-    """Writes a Med3DVLM of about 1.5 GB of zeros in half precision as sparse files, and returns its size in bytes."""
+    """Writes a Med3DVLM of about 0.8 GB of zeros in half precision as sparse files, and returns its size in bytes."""
     language = {
         "hidden_size": 1536,
         "intermediate_size": 8192,
-        "num_hidden_layers": 14,
+        "num_hidden_layers": 6,
         "num_attention_heads": 12,
         "num_key_value_heads": 2,
     }
@@ -86,8 +86,8 @@ def test_a_large_checkpoint_takes_little_memory(kind: str, tmp_path: Path) -> No
         source = source / "model_with_lora.bin"
     action = f"print(med3dvlm.checkpoints.convert_published({str(source)!r}, {str(tmp_path / 'ours')!r}, verify=True))"
     before, after = peak_memory(action)
-    assert size > 1.5e9
-    assert after - before < 0.4 * size  # 128 MiB of the source and of the result, a tensor of 135 MB beyond, the tokenizer
+    assert size > 0.75e9
+    assert after - before < 0.75 * size  # 128 MiB of the source and of the result, a tensor of 135 MB beyond, the tokenizer
     assert model_type(tmp_path / "ours") == "med3dvlm"
     shutil.rmtree(tmp_path)
 
