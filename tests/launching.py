@@ -159,7 +159,8 @@ def _enter(process: int) -> None:
 
 
 def _be(words: Sequence[str]) -> None:
-    """Run as `python` does with these arguments."""
+    """Do what `python` does with these words; its processes are started as in a program that no fork server started."""
+    multiprocessing.set_start_method(None, force=True)
     how, *rest = words if words[0] != "-u" else words[1:]
     if how == "-m":
         module, *rest = rest
