@@ -21,7 +21,7 @@ MODEL_CONFIGS = ("config.json", "adapter_config.json")  # transformers or PEFT r
 
 
 def checksum(content: Any) -> str:
-    """XXH3 of bytes or of a contiguous array's bytes, 16 hexadecimal digits."""
+    """Return the XXH3 of bytes, or of a contiguous array's bytes, as 16 hexadecimal digits."""
     return xxhash.xxh3_64_hexdigest(content)
 
 

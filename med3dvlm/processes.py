@@ -23,18 +23,14 @@ LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 def rank_and_count() -> tuple[int, int]:
-    """This process's number, from 0, and how many there are."""
+    """Return this process's number, from 0, and the number of processes."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
 
 
 @contextmanager
 def connected(remedy: str = "start the same command on all nodes again") -> Iterator[None]:
-    """Within it, a process or node that has ended, or cannot be reached, ends this process with a sentence.
-
-    Raises:
-        ConnectionError: the connection to another process is lost.
-    """
+    """Raise ConnectionError, one sentence, where another process or node has ended, or cannot be reached, within the context."""
     try:
         yield
     except RuntimeError as error:
@@ -50,7 +46,7 @@ def connected(remedy: str = "start the same command on all nodes again") -> Iter
 
 
 def gathered(value: T) -> list[T]:
-    """The values of all processes, in their order."""
+    """Return the values of all processes, in their order."""
     _, count = rank_and_count()
     if count == 1:
         return [value]
@@ -61,7 +57,7 @@ def gathered(value: T) -> list[T]:
 
 
 def together(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """What the function gives. Where it fails in one process all end, and the first says why, with the name of the node.
+    """Return the function's result. Where it fails in one process all end, and the first one raises the error with the name of the node.
 
     The function itself may not wait for other processes.
     """
@@ -101,7 +97,7 @@ def require_all(complaint: str | None) -> None:
 
 
 def sharing(folder: Path) -> list[int]:
-    """The processes that see the same folder as this one, itself among them: those of its node, or all where the disk is shared.
+    """Return the processes that see the same folder as this one, including itself: those of its node, or all where the disk is shared.
 
     Each writes a file for a moment, and looks which of the others' are there.
     """

@@ -48,7 +48,7 @@ class Projector(nn.Module):
         raise NotImplementedError
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        """(B, n_low, C_low), (B, n_high, C_high) -> (B, num_tokens, E)."""
+        """Project (B, n_low, C_low) and (B, n_high, C_high) to (B, num_tokens, E)."""
         raise NotImplementedError
 
 

@@ -23,14 +23,14 @@ def no_alert() -> dict[str, Any]:
 
 
 def scan_facts(scan: OpenScan) -> str:
-    """Facts and warnings of a scan as HTML."""
+    """Return facts and warnings of a scan as HTML."""
     rows = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in scan.facts.items())
     doubts = "".join(f"<li>{html.escape(warning)}</li>" for warning in scan.warnings)
     return f'<dl class="facts">{rows}</dl>' + (f'<ul class="doubts">{doubts}</ul>' if doubts else "")
 
 
 def case_cards(cases: list[Case]) -> str:
-    """Similar cases as HTML, the nearest first."""
+    """Return similar cases as HTML, the nearest first."""
     cards = []
     for case in cases:
         image = ""

@@ -147,7 +147,7 @@ def overlay(volume: Volume, shown: Picture, cells: NDArray[np.float32], step: in
 
 
 def highest_region(heat: NDArray[np.uint8]) -> list[float]:
-    """The middle of the largest connected place of greatest heat, as an index along each axis.
+    """Return the middle of the largest connected region of greatest heat, as an index along each axis.
 
     SaliencyMap is flat from the middle of an outermost cell to where the scan ends, or what the model saw of it, beyond which it falls to 0. There
     the middle of the cell is the inner end of the flat stretch.
@@ -165,7 +165,7 @@ def highest_region(heat: NDArray[np.uint8]) -> list[float]:
 
 
 def downsample(array: NDArray[Any], max_voxels: int) -> tuple[NDArray[Any], int]:
-    """(D, H, W) with at most `max_voxels`, each the mean of `block` x `block` within a slice, and `block`; up to block - 1 rows are cut."""
+    """Return (D, H, W) of at most `max_voxels`, each the mean of `block` x `block` within a slice, and `block`; up to block - 1 rows are cut."""
     block = 1
     while array.size / block**2 > max_voxels:
         block += 1

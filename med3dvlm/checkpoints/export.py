@@ -39,7 +39,7 @@ def export_language_model(path: str | Path, destination: str | Path) -> None:
 
 
 def save_language_model(model: Med3DVLM, processor: Med3DVLMProcessor, folder: Path) -> None:
-    """The same of a model that is loaded."""
+    """Save the language model of a loaded model."""
     language_model, tokenizer = model.language_model, processor.tokenizer
     if model.pointing is not None:
         model.pointing.write_token(language_model)

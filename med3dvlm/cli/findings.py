@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two commands below `med3dvlm findings`."""
+    """Add the two commands below `med3dvlm findings`."""
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = commands.add_parser("train", help="learn a classifier from labelled reports")
     train.add_argument("reports", metavar="REPORTS", type=Path, help="a CSV file of reports with their findings")
@@ -97,7 +97,7 @@ def _score(arguments: argparse.Namespace, reports: LabelledReports) -> str:
 
 
 def _read(arguments: argparse.Namespace, reports: LabelledReports) -> tuple[list[str], NDArray[np.int64], str]:
-    """The findings that have both a label and a reader, what was read (N, K), and by whom."""
+    """Return the findings that have both a label and a reader, the findings read from the reports (N, K), and the reader's name."""
     if arguments.classifier is None:
         names = _shared(reports.names, FINDINGS, "the rules")
         return names, findings_table(reports.texts, names), "the rules"

@@ -101,7 +101,7 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 
 def _write_masks(folder: Path, found: "Sequence[Segmentation]", said: dict[str, str]) -> None:
-    """A NIfTI file for each mask, empty ones too, and masks.json about them."""
+    """Write a NIfTI file for each mask, empty ones too, and masks.json about them."""
     from med3dvlm.files import atomic_folder, write_json
     from med3dvlm.inference.segmentation import numbered_file
     from med3dvlm.prompts import RESEARCH_NOTICE

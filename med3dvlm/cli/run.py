@@ -52,7 +52,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Gives the exit code: 1 where a scan has no result, else 3 where an answer was cut."""
+    """Run the worklist. Returns the exit code: 1 where a scan has no result, else 3 where an answer was cut."""
     from med3dvlm.checkpoints import model_type
     from med3dvlm.worklist.running import Settings, run
     from med3dvlm.worklist.scans import scans_of

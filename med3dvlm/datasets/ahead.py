@@ -59,7 +59,7 @@ class AheadSampler(Sampler[int]):
 
 
 def fetched_ahead(sampler: Any, rows: Any, own: OwnRows, processes: int) -> Any:
-    """The sampler, or one that has volumes fetched ahead where they lie at an address.
+    """Return the sampler, or for data at an address one that fetches volumes ahead.
 
     Args:
         processes: that share this machine's cache.

@@ -197,7 +197,7 @@ def report_lengths(studies: Iterable[Study]) -> dict[str, int]:
 
 
 def label_frequencies(studies: Iterable[Study]) -> dict[str, dict[str, list[int]]]:
-    """Label -> split -> [positive, stated]."""
+    """Return label -> split -> [positive, labelled]."""
     found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
     for study in studies:
         for name, value in study.labels.items():

@@ -164,7 +164,7 @@ class Augmentation:
 
 
 def resample(volume: Tensor, matrix: Matrix, offset: Matrix) -> Tensor:
-    """Trilinear: the voxel at o from the middle takes the value at `matrix @ o + offset` from the middle, 0 beyond the volume.
+    """Resample trilinearly: the voxel at o from the middle gets the value at `matrix @ o + offset` from the middle, 0 outside of the volume.
 
     Args:
         volume: (C, D, H, W).

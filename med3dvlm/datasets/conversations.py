@@ -101,7 +101,7 @@ class ConversationDataset(StudyDataset):
             )
 
     def needed(self, indices: Iterable[int]) -> list[Study]:
-        """The studies whose volumes the rows hold."""
+        """Return the studies whose volumes the rows hold."""
         if self.features is not None or not self.with_image:
             return []
         return [self.studies[self.rows[index].study] for index in indices]

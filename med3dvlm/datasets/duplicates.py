@@ -198,7 +198,7 @@ def _warp(moving: Tensor, moves: Tensor) -> Tensor:
 
 
 def _band(volumes: Tensor) -> Tensor:
-    """Band-pass: a box mean of 3 less one of 7 voxels."""
+    """Filter by a band-pass: a box mean of 3 voxels minus one of 7."""
     return _box(volumes, 1) - _box(volumes, 3)
 
 
@@ -211,7 +211,7 @@ def _box(volumes: Tensor, edge: int) -> Tensor:
 
 
 def _standard(values: Tensor) -> Tensor:
-    """(N, ...) -> (N, all): mean 0, length 1; of a constant, zeros."""
+    """Standardise (N, ...) to (N, all) with mean 0 and length 1; a constant becomes zeros."""
     flat = values.flatten(1)
     return normalize(flat - flat.mean(dim=1, keepdim=True), dim=1)
 

@@ -127,7 +127,7 @@ def _labels(listing: Path, content: Mapping[str, Any], base: Path) -> list[str]:
 
 
 def _path(root: Path, base: Path, code: str, path: str) -> str:
-    """Relative to the root, from a path that may begin anywhere."""
+    """Return the path relative to the root, from a path that may begin anywhere."""
     parts = PurePosixPath(path).parts
     if code in parts[:-1]:
         return (base / Path(*parts[parts.index(code) :])).relative_to(root).as_posix()

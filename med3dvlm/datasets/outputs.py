@@ -83,11 +83,11 @@ class LocalVolumes:
         return {name for name in names if (self.root / name).is_file()}
 
     def lines(self, names: Sequence[str]) -> dict[str, Line]:
-        """The line that each volume keeps; none of those that are not there or not ours."""
+        """Return the line stored in each volume; missing and foreign volumes have none."""
         return {name: line for name in names if (line := _line(self.root / name)) is not None}
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of all volumes."""
+        """Return the bytes of all volumes."""
         files = (self.root / "volumes").rglob("*.safetensors")
         return {file.relative_to(self.root).as_posix(): file.stat().st_size for file in files}
 

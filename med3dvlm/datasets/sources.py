@@ -61,11 +61,11 @@ class LocalScans:
         return PurePosixPath(self._resolved, file)
 
     def said(self, text: str) -> str:
-        """A text that names the user's place where it names the folder of the tables."""
+        """Return a text with the user's address in place of the local folder of the tables."""
         return text
 
     def files(self, names: Sequence[str]) -> dict[str, Listed]:
-        """What has to be fetched: nothing."""
+        """Return no files, as nothing has to be fetched."""
         return {}
 
     def unchanged(self, names: Sequence[str], line: Line) -> bool:
@@ -99,7 +99,7 @@ class RemoteScans:
         return text.replace(str(self.folder), self.name)
 
     def files(self, names: Sequence[str]) -> dict[str, Listed]:
-        """The files of a scan and its masks: of each name the file itself, all below a folder, or a header with its voxels beside it."""
+        """Return the files of a scan and its masks: for each name the file itself, all files below a folder, or a header and its voxels beside it."""
         found: dict[str, Listed] = {}
         for name in names:
             prefixes = [f"{name}/"]
@@ -173,7 +173,7 @@ def open_scans(source: str | Path | Scans, cache: Cache | None = None, at_a_time
 
 
 def _largest(known: Mapping[str, Listed]) -> int:
-    """Bytes of the largest scan: a file, or the slices of a folder."""
+    """Return the bytes of the largest scan: a file, or the slices of a folder."""
     sizes: Counter[str] = Counter()
     for name, entry in known.items():
         path = PurePosixPath(name)
@@ -207,6 +207,6 @@ def _fetch(address: Files, root: Path, one: tuple[str, Listed]) -> None:
 
 
 def states(root: Path, names: Iterable[str], contents: bool = False) -> str:
-    """The state of the files of a scan and of its masks, which lie here."""
+    """Return the state of the local files of a scan and its masks."""
     found = [state_of(root / name, contents) for name in names]
     return found[0] if len(found) == 1 else checksum(" ".join(found).encode())

@@ -126,7 +126,7 @@ class Opening:
 
 
 def _everywhere(place: str | Path) -> str:
-    """A place in words that do not depend on the folder that a process works in."""
+    """Return a path that does not depend on the working folder."""
     return str(place) if is_address(place) else os.path.abspath(place)
 
 
@@ -193,7 +193,7 @@ class PreparedData:
             self._split_by(self._beside(split_file))
 
     def _beside(self, file: str | Path) -> Path:
-        """A file that may lie beside the data at the address."""
+        """Return a file that may lie beside the data at the address."""
         place = str(file)
         if self.remote is not None and place.startswith(f"{self.root}/"):
             return self.remote.record(place.removeprefix(f"{self.root}/"))
@@ -201,27 +201,27 @@ class PreparedData:
 
     @property
     def volume_size(self) -> int:
-        """Bytes of a prepared volume: of its voxels, or with masks on average."""
+        """Return the bytes of a prepared volume: of its voxels, or with masks on average."""
         voxels = math.prod(self.processor.size) * self.processor.stored_dtype.itemsize
         return max(voxels, int(self.summary.get("disk_gb", 0) * 1e9 / max(1, len(self._checksums))))
 
     def require_room(self, volumes: int) -> None:
-        """Raises ValueError or OSError where the cache cannot hold as many volumes as are read at a time; no other data needs one."""
+        """Raise ValueError or OSError where the cache cannot hold as many volumes as are read at a time; only data at an address need it."""
         if self.remote is not None:
             self.remote.cache.require(int(self.summary["disk_gb"] * 1e9), volumes * self.volume_size)
 
     def fetch(self, studies: Sequence[Study]) -> None:
-        """Have volumes of data at an address in the cache, several fetched at a time; others are there already."""
+        """Fetch volumes of data at an address into the cache, several at a time; local data are unchanged."""
         if self.remote is not None:
             self.remote.fetch({study.id: self.sums(study) for study in studies})
 
     def sums(self, study: Study) -> Sums:
-        """Checksums of the tensors in the file of its prepared volume."""
+        """Return the checksums of the tensors in the file of a study's volume."""
         masks = self._masks[study.id].values()
         return {"voxels": self.checksum(study)} | {f"mask {mask['place']}": mask["checksum"] for mask in masks if mask["voxels"]}
 
     def _read(self, study: Study, read: Callable[[Path], T]) -> T:
-        """What `read` makes of the file of a study's volume."""
+        """Return `read` of the file of a study's volume."""
         if self.remote is None:
             return read(volume_path(self.folder, study))
         for left in range(READS - 1, -1, -1):

@@ -51,7 +51,7 @@ def is_whole(volumes: Volumes, size: Sequence[int], study: Study, line: Line) ->
 def prepare_on_any_machine(
     scans: Scans, volumes: Volumes, processor: VolumeProcessor, settings: str, study: Study, files: Mapping[str, Listed]
 ) -> tuple[Line | None, str | None]:
-    """As `prepare_one`, of a scan of these files; raises FileNotFoundError on a machine that does not see the folders."""
+    """Fetch a scan's files where needed and prepare it by `prepare_one`; raises FileNotFoundError on a machine that does not see the folders."""
     scans.require()
     volumes.require()
     with ExitStack() as stack:

@@ -113,7 +113,7 @@ def table_of(root: Path) -> Path:
 
 
 def default_split(patient: str) -> str:
-    """The split of a patient where the table names none: by the SHA-256 of the name, 80 % train, 10 % validation, 10 % test.
+    """Return the split of a patient where the table names none: by the SHA-256 of the name, 80 % train, 10 % validation, 10 % test.
 
     It depends on the name alone, so that a patient stays where they are when others come.
     """

@@ -63,11 +63,11 @@ class StudyDataset(Dataset[dict[str, Any]]):
         return len(self.studies)
 
     def needed(self, indices: Iterable[int]) -> list[Study]:
-        """The studies whose volumes the rows hold."""
+        """Return the studies whose volumes the rows hold."""
         return [self.studies[index] for index in indices]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """A batch of rows, whose volumes are fetched together."""
+        """Return a batch of rows, whose volumes are fetched together."""
         self.data.fetch(self.needed(indices))
         return [self[index] for index in indices]
 

@@ -13,7 +13,7 @@ from med3dvlm.tables import markdown_table, with_interval
 
 
 def image_to_image_scores(images: Any, studies: Sequence[Study], ks: Sequence[int]) -> dict[str, Any] | None:
-    """The means of `shared_findings` among the studies that have a label of every finding that any of them has one of.
+    """Return the means of `shared_findings` among the studies that have a label for every finding that any study has.
 
     Args:
         images: (N, P), the embeddings of the studies.
@@ -38,7 +38,7 @@ def image_to_image_scores(images: Any, studies: Sequence[Study], ks: Sequence[in
 
 
 def image_to_image_table(pools: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> str:
-    """A line a pool and way of counting; nothing where no pool has such scores."""
+    """Return a table with a row for each pool and way of counting; empty where no pool has such scores."""
     rows = []
     for entry in pools.values():
         if found := entry.get("image_to_image"):

@@ -36,7 +36,7 @@ from med3dvlm.records import Study
 
 
 def numbers(text: str) -> list[float]:
-    """ "0.1,0.01" -> [0.1, 0.01], for argparse."""
+    """Parse "0.1,0.01" to [0.1, 0.01], for argparse."""
     return [float(part) for part in text.split(",")]
 
 

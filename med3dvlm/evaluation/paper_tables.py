@@ -57,7 +57,7 @@ def beside_papers(runs: Sequence[Path], data_name: str) -> tuple[str, dict[str, 
 
 
 def measured(table: dict[str, Any]) -> list[str]:
-    """The measures of a table."""
+    """Return the measures of a table."""
     if table["measure"] == "by row":
         return [row[table["by"].index("metric")] for row in table["rows"]]
     return [table["measure"]] if isinstance(table["measure"], str) else list(table["measure"])

@@ -101,7 +101,7 @@ class LinearProbe:
     bias: Tensor  # (K,)
 
     def log_odds(self, features: Tensor) -> NDArray[np.float64]:
-        """(N, F) -> (N, K)"""
+        """Return log-odds (N, K) of features (N, F)."""
         if features.shape[1] != self.weight.shape[1]:
             raise ValueError(
                 f"the probe takes {self.weight.shape[1]} features, but the encoder gives {features.shape[1]}; train it on this one"

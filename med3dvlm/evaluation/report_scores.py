@@ -128,7 +128,7 @@ def _finding_scores(texts: Sequence[str], studies: Sequence[Study]) -> tuple[dic
 
 
 def reference_findings(studies: Sequence[Study]) -> tuple[NDArray[np.int64], NDArray[np.bool_], list[str], str]:
-    """(studies, findings) of 0 and 1, which of these are known, the findings' names, and where they come from: the studies' labels, or, where
+    """Return (studies, findings) of 0 and 1, which of these are known, the findings' names, and their origin: the studies' labels, or, where
     no study has any that can be read, what the reports state. Of a study without labels, or without a report, nothing is known.
 
     A finding that the rules do not know can be read where the report of a study that has it names it by the label's own words.

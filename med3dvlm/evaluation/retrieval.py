@@ -38,7 +38,7 @@ WAYS = ("image_to_text", "text_to_image")
 
 
 def numbers(text: str) -> list[int]:
-    """ "100,500" -> [100, 500], for argparse."""
+    """Parse "100,500" to [100, 500], for argparse."""
     return sorted({positive(part.strip()) for part in text.split(",")})
 
 

@@ -104,7 +104,7 @@ def threads() -> int:
 
 
 def in_order(function: Callable[[Input], Output], inputs: Iterable[Input]) -> Iterator[Output]:
-    """A `map` over several threads that reads few inputs ahead."""
+    """Map a function over inputs in several threads, in order, reading few inputs ahead."""
     count = threads()
     if count == 1:
         yield from map(function, inputs)

@@ -34,7 +34,7 @@ class Meaning(NamedTuple):
 
 
 def interpret(parts: Parts, source: str, policy: str = "auto", rescale: Sequence[float] | None = None, unit: str | None = None) -> Meaning:
-    """The values of `parts` by a policy (see the module's text), finite and not empty; a stated `unit` other than HU wins.
+    """Return the values of `parts` by a policy (see the module's text), finite and not empty; a stated `unit` other than HU takes precedence.
 
     "auto" with `rescale`: the file's values *look like HU* if at least 99 % lie within -1100..4000 or are the lowest value
     (padding), at least 0.01 % within -1100..-900 as air does, or else 1 % are the lowest value and that is below -200 (cut

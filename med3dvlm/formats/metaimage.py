@@ -76,7 +76,7 @@ def read(path: Path, source: str) -> Parts:
 
 
 def _header(content: bytes, source: str) -> Header:
-    """Raises VolumeError where this is no MetaImage header."""
+    """Parse a header; raises VolumeError where it is no MetaImage header."""
     fields: dict[str, str] = {}
     place = 0
     while place < min(len(content), MAX_HEADER_BYTES):

@@ -76,7 +76,7 @@ def read(path: Path, source: str) -> Parts:
 
 
 def _header(content: bytes, source: str) -> Header:
-    """Raises VolumeError where this is no NRRD header."""
+    """Parse a header; raises VolumeError where it is no NRRD header."""
     ending = re.search(rb"\r?\n\r?\n", content)
     end = len(content) if ending is None else ending.end()
     text = content[:end].decode("utf-8", "replace")

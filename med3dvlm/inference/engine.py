@@ -103,7 +103,7 @@ class Generation:
 
     @property
     def confidence(self) -> float:
-        """The geometric mean of the tokens' probabilities."""
+        """Return the geometric mean of the tokens' probabilities."""
         return math.exp(sum(token.logprob for token in self.tokens) / max(1, len(self.tokens)))
 
 

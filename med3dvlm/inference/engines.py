@@ -14,7 +14,7 @@ ENGINES = ("transformers", "vllm")
 
 
 def add_engine(add: Callable[..., argparse.Action]) -> None:
-    """The options, by a parser's `add_argument`."""
+    """Add the options of the engine by a parser's `add_argument`."""
     add("--engine", choices=ENGINES, help="what generates (default: transformers, or vllm where --vllm-url is given)")
     add("--vllm-url", metavar="URL", help="a vLLM server of this model's language model (`med3dvlm export`), as http://127.0.0.1:8000")
     add("--quantize", metavar="METHOD", help="hold the language model in 8 or 4 bits: int8 or nf4 (default: as it is stored)")
@@ -41,7 +41,7 @@ def check_engine(engine: str | None, url: str | None, quantize: str | None = Non
 
 
 def start_engine(chat: "Med3DChat", engine: str | None, url: str | None, slots: int | None = None, **options: Any) -> "Engine":
-    """The engine of a chat, which then answers with it.
+    """Start an engine and make a chat answer with it.
 
     Args:
         engine: of ENGINES; by default vllm where there is a URL.

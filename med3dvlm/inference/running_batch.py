@@ -165,7 +165,7 @@ class RunningBatch:
         self._give(list(self.rows), self._forward(self.rows, 0, list(embeds[:, None])))
 
     def _forward(self, rows: Sequence[Row], first: int, embeds: Sequence[Tensor]) -> Tensor:
-        """(B, V) logits after the new tokens of rows in neighbouring slots; `embeds` (1, new tokens, E) each."""
+        """Return logits (B, V) after the new tokens of rows in neighbouring slots, given their embeddings, (1, new tokens, E) each."""
         counts = torch.tensor([each.shape[1] for each in embeds])
         starts = torch.tensor([row.length for row in rows])
         steps = torch.arange(int(counts.max()))

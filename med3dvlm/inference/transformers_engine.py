@@ -45,7 +45,7 @@ class TransformersEngine:
         self._reading = ThreadPoolExecutor(1, "med3dvlm-read")  # the encoder's memory for one scan at a time
 
     def generate(self, requests: Sequence[Request]) -> list[Stream]:
-        """A stream for each request, at once. What is wrong with one of them is raised by its own stream."""
+        """Return a stream for each request immediately. An error of a request is raised by its own stream."""
         streams = [Stream(request) for request in requests]
         for stream in streams:
             with self._lock:

@@ -59,7 +59,7 @@ class VllmEngine:
             raise
 
     def generate(self, requests: Sequence[Request]) -> list[Stream]:
-        """A stream for each request, at once. What is wrong with one of them is raised by its own stream."""
+        """Return a stream for each request immediately. An error of a request is raised by its own stream."""
         streams = [Stream(request) for request in requests]
         for stream in streams:
             with self._lock:
@@ -69,7 +69,7 @@ class VllmEngine:
         return streams
 
     def stats(self) -> dict[str, float]:
-        """How many requests have their first token and how many wait for it; how many tokens were read and generated so far."""
+        """Return the number of requests that have their first token and that wait for it, and of tokens read and generated so far."""
         with self._lock:
             unended = [stream for stream in self._running if not stream.wait(0)]
         running = sum(stream in self._writing for stream in unended)
@@ -159,7 +159,7 @@ class VllmEngine:
 
     @torch.no_grad()
     def _embedded(self, ids: list[int], features: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(L, E) of a prompt, the image's in the place of its placeholders."""
+        """Return the embeddings (L, E) of a prompt, with the image's in place of its placeholders."""
         model = self.chat.model
         image = None if features is None else (features[0].to(model.device), features[1].to(model.device))
         return model.embed(torch.tensor([ids], device=model.device), image)[0].cpu()
@@ -205,5 +205,5 @@ class VllmEngine:
 
 
 async def _next(tokens: Any) -> Any:
-    """The next of an iterator, None at its end."""
+    """Return the next item of an iterator, None at its end."""
     return await anext(tokens, None)

@@ -59,7 +59,7 @@ class Asked:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """In the words of vLLM, which are the same for its server and within Python."""
+        """Return vLLM's sampling parameters, which are the same for its server and within Python."""
         return {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
@@ -78,10 +78,10 @@ class Source(Protocol):
     context: int
 
     async def start(self) -> None:
-        """Raises EngineGone or ValueError, one sentence, where it cannot be used."""
+        """Start the source; raises EngineGone or ValueError, one sentence, where it cannot be used."""
 
     def tokens(self, asked: Asked) -> AsyncIterator[list[Token]]:
-        """The tokens of an answer as they come. Closing the iterator ends the answer there, too."""
+        """Yield the tokens of an answer as they come. Closing the iterator also ends the answer at the source."""
 
     async def close(self) -> None: ...
 
@@ -111,7 +111,7 @@ class Server:
         )
 
     async def start(self) -> None:
-        """Which model it serves, and how much that reads."""
+        """Ask the server for its model and the length of the model's context."""
         try:
             answer = await self._client.get("models")
         except httpx.HTTPError as error:
@@ -155,7 +155,7 @@ class Server:
         return self.name[0].upper() + self.name[1:]
 
     def _checked(self, status: int, text: str) -> dict[str, Any]:
-        """What it said. Raises where that is an error."""
+        """Return the server's reply as JSON; raises where it is an error."""
         try:
             said = json.loads(text)
         except ValueError:
@@ -176,14 +176,14 @@ class EngineRefused(EngineGone):
 
 
 def encoded(tensor: Tensor) -> str:
-    """As a vLLM server takes it: what torch saves, in base64."""
+    """Encode a tensor as a vLLM server takes it: saved by torch, in base64."""
     file = BytesIO()
     torch.save(tensor.clone(), file)  # of a view the whole would be saved
     return base64.b64encode(file.getvalue()).decode()
 
 
 def _tokens(choice: dict[str, Any], alternatives: int) -> list[Token]:
-    """The new ones of an event, whose texts are "token_id:N"."""
+    """Return the new tokens of an event, whose texts are "token_id:N"."""
     listed = choice.get("logprobs") or {}
     ids = choice.get("token_ids") or []
     logprobs, likeliest = listed.get("token_logprobs") or [], listed.get("top_logprobs") or [None] * len(ids)
@@ -198,7 +198,7 @@ def _tokens(choice: dict[str, Any], alternatives: int) -> list[Token]:
 
 
 def ordered(logprobs: dict[int, float], count: int) -> tuple[tuple[int, float], ...]:
-    """The `count` likeliest; vLLM lists the token that was taken besides."""
+    """Return the `count` likeliest tokens; vLLM lists the chosen token in addition."""
     return tuple(sorted(logprobs.items(), key=lambda each: -each[1])[:count])
 
 

@@ -43,7 +43,7 @@ class BertScorer:
             self._scorer._tokenizer = AutoTokenizer.from_pretrained(path, add_prefix_space=True)
 
     def values(self, predictions: Sequence[str], references: Sequence[str], batch_size: int = 32) -> dict[str, NDArray[np.float64]]:
-        """`{"bertscore_precision", "bertscore_recall", "bertscore_f1"}`, each (N,): of each pair, without idf or rescaling.
+        """Return `{"bertscore_precision", "bertscore_recall", "bertscore_f1"}`, each (N,), one value a pair, without idf or rescaling.
 
         An empty text scores 0. A text longer than the model takes (512 tokens) is cut there, as bert-score does it.
         """

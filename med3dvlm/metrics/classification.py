@@ -182,7 +182,7 @@ def _areas(labels: Any, scores: Any, names: Sequence[str] | None, area: Callable
 
 
 def _scores(labels: NDArray[np.bool_], predictions: NDArray[np.bool_]) -> dict[str, Any]:
-    """Precision, recall and F1 of (N,) decisions."""
+    """Return precision, recall and F1 of (N,) decisions."""
     from sklearn.metrics import precision_recall_fscore_support
 
     values = precision_recall_fscore_support(labels, predictions, average="binary", pos_label=True, zero_division=0)[:3]

@@ -82,7 +82,7 @@ def paired_test(
     samples: int = 9999,
     seed: int = 0,
 ) -> PairedTest:
-    """Randomisation test of two runs over the same studies (Fisher 1935; Noreen 1989).
+    """Compare two runs over the same studies by a randomisation test (Fisher 1935; Noreen 1989).
 
     If it does not matter which run wrote what, a patient's two outcomes may be swapped, all studies of the patient at
     once. The p-value is the share of swaps after which the runs differ at least as much as they do; with few patients
@@ -132,7 +132,7 @@ def paired_test(
 
 
 def mean_of(values: Any) -> Statistic:
-    """The mean of (N,), or of each column of (N, K); NaN marks studies without a value, which do not count."""
+    """Return a statistic: the mean of (N,), or of each column of (N, K); NaN marks studies without a value, which do not count."""
     table = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(table)
     filled = np.where(known, table, 0)
@@ -140,7 +140,7 @@ def mean_of(values: Any) -> Statistic:
 
 
 def median_of(values: Any) -> Statistic:
-    """The median of (N,)."""
+    """Return a statistic: the median of (N,)."""
     array = np.asarray(values, dtype=np.float64)
     order = np.argsort(array, kind="stable")
     ranked = array[order]
@@ -156,7 +156,7 @@ def median_of(values: Any) -> Statistic:
 
 
 def ratio_of(numerators: Any, denominators: Any) -> Statistic:
-    """A sum over studies by another, (N,) each, or K of them, (N, K): precision is hits by predicted, recall hits by positives."""
+    """Return a statistic: the ratio of two sums over studies, (N,) or (N, K); precision is hits by predicted, recall hits by positives."""
     above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if above.shape != below.shape:
         raise ValueError(f"The numerators are {above.shape} and the denominators {below.shape}; give one of each for each study.")
@@ -164,24 +164,24 @@ def ratio_of(numerators: Any, denominators: Any) -> Statistic:
 
 
 def f1_of(labels: Any, predictions: Any) -> Statistic:
-    """F1 of each of K findings, labels and predictions (N, K) of 0 and 1; NaN where a finding is neither present nor predicted."""
+    """Return a statistic: F1 of K findings, from labels and predictions (N, K) of 0 and 1; NaN where a finding is neither present nor predicted."""
     labels, predictions = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
     return ratio_of(2 * labels * predictions, labels + predictions)
 
 
 def macro_f1_of(labels: Any, predictions: Any) -> Statistic:
-    """The mean of `f1_of` over the findings that are present or predicted in a resample, as in `classification.precision_recall_f1`."""
+    """Return a statistic: the mean of `f1_of` over findings present or predicted in a resample, as in `classification.precision_recall_f1`."""
     return mean_over(f1_of(labels, predictions))
 
 
 def micro_f1_of(labels: Any, predictions: Any) -> Statistic:
-    """F1 of all decisions together, labels and predictions (N, K) of 0 and 1."""
+    """Return a statistic: F1 of all decisions together, from labels and predictions (N, K) of 0 and 1."""
     labels, predictions = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
     return ratio_of(2 * (labels * predictions).sum(axis=1), (labels + predictions).sum(axis=1))
 
 
 def crg_of(labels: Any, predictions: Any) -> Statistic:
-    """CRG of the VLM3D challenge, labels and predictions (N, K) of 0 and 1; NaN without a label that is 1.
+    """Return a statistic: CRG of the VLM3D challenge, from labels and predictions (N, K) of 0 and 1; NaN without a label that is 1.
 
     With X decisions of which A should be 1: r = (X - A) / (2 A), U = (X - A) / 2, s = r TP - r FN - FP and CRG = U / (2 U - s), so that
     predicting nothing gives 1/3, everything right 1, and a rare finding weighs more. Where all labels and predictions are 1 it is 0.
@@ -201,7 +201,7 @@ def crg_of(labels: Any, predictions: Any) -> Statistic:
 
 
 def auroc_of(labels: Any, scores: Any) -> Statistic:
-    """Area under the ROC curve of each of K findings, labels and scores (N, K), a tie counting one half."""
+    """Return a statistic: the area under the ROC curve of each of K findings, from labels and scores (N, K); a tie counts one half."""
     return _by_finding(labels, scores, _auroc)
 
 
@@ -211,7 +211,7 @@ def average_precision_of(labels: Any, scores: Any) -> Statistic:
 
 
 def mean_over(statistic: Statistic) -> Statistic:
-    """The mean over its K figures of a statistic, of those that are defined."""
+    """Return a statistic: the mean of the K figures of another one that are defined."""
 
     def mean(weights: Weights) -> NDArray[np.float64]:
         values = statistic(weights)  # (S, K)
@@ -254,7 +254,7 @@ def _average_precision(positives: NDArray[np.float64], negatives: NDArray[np.flo
 
 
 def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
-    """NaN where the denominator is 0."""
+    """Divide; NaN where the denominator is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         quotient: NDArray[np.float64] = np.where(denominator == 0, np.nan, numerator / denominator)
     return quotient

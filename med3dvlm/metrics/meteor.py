@@ -64,7 +64,7 @@ def meteor_values(predictions: Sequence[str], references: Sequence[str]) -> NDAr
 
 
 def punkt_model() -> str:
-    """ "trained", or "untrained" where nltk's `punkt_tab` is neither in its data nor in llama-index-core.
+    """Return "trained", or "untrained" where nltk's `punkt_tab` is neither in its data nor in llama-index-core.
 
     `python -m nltk.downloader punkt_tab` or `pip install --no-deps llama-index-core` brings it.
     """

@@ -196,7 +196,7 @@ def _longest_common_subsequence(first: list[str], second: list[str]) -> int:
 
 
 def _words(text: str) -> list[str]:
-    """Lower-case words; decimals such as 1.5 stay whole, every other punctuation mark separates."""
+    """Return lower-case words; decimals such as 1.5 stay whole, every other punctuation mark separates."""
     punctuation = re.escape(string.punctuation)
     return re.findall(rf"\d+(?:[.,]\d+)+|[^\s{punctuation}]+", text.lower())
 

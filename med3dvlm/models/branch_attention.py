@@ -104,7 +104,7 @@ def branch_attention(
 
 
 def _kept_small(*piece: Any) -> Tensor:
-    """Attend, keeping for the backward pass what a piece is made of alone."""
+    """Attend, saving for the backward pass only the inputs of a piece."""
     if not torch.is_grad_enabled():
         return _attend(*piece)
     attended: Tensor = checkpoint(_attend, *piece, use_reentrant=False, preserve_rng_state=piece[-2] > 0)

@@ -250,7 +250,9 @@ class Med3DCLIP(Portable, PreTrainedModel):
         return_loss: bool = True,
         stages: Sequence[Tensor] | None = None,
     ) -> Med3DCLIPOutput:
-        """One pair a row: `pixel_values` (B, 1, D, H, W) with `input_ids` and `attention_mask` (B, L), or with what `pool_text` gave for them.
+        """Compute embeddings and, for pairs, the loss.
+
+        A row is one pair: `pixel_values` (B, 1, D, H, W) with `input_ids` and `attention_mask` (B, L), or with the output of `pool_text`.
 
         Of several texts a volume, k times B, the first B belong to the volumes in their order, and so do the next. The loss is the mean of theirs.
 

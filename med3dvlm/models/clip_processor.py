@@ -45,7 +45,7 @@ class Med3DCLIPProcessor(Portable, ProcessorMixin):
         return processor
 
     def __call__(self, volumes: Any = None, text: str | Sequence[str] | None = None) -> BatchFeature:
-        """`pixel_values` (B, 1, D, H, W) float32 of volumes; `input_ids` and `attention_mask` (N, L), padded on the right, of texts.
+        """Return `pixel_values` (B, 1, D, H, W) float32 of volumes, and `input_ids` and `attention_mask` (N, L) of texts, padded on the right.
 
         Args:
             volumes: one scan or a list of them, see `VolumeProcessor.preprocess`.

@@ -104,7 +104,7 @@ def write_code(folder: Path) -> None:
 
 @cache
 def code() -> str:
-    """The content of CODE_FILE."""
+    """Return the content of CODE_FILE."""
     sources = {module: path.read_text(encoding="utf-8-sig") for module, path in sorted(_needed().items())}
     sources[PACKAGE.name] = ""  # it names what is not here
     if any(QUOTES in source or source.endswith("\\") for source in sources.values()):

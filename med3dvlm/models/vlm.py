@@ -87,7 +87,7 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_parts(cls, clip: Med3DCLIP, language_model: PreTrainedModel, image_token_id: int, **settings: Any) -> "Med3DVLM":
-        """The encoder of a stage-1 model, a new projector and a pretrained language model."""
+        """Build a model from the encoder of a stage-1 model, a new projector and a pretrained language model."""
         shared = {key: getattr(clip.config, key) for key in ("encoder", "encoder_options", "size")}
         config = Med3DVLMConfig(**shared, text_config=language_model.config, image_token_id=image_token_id, **settings)
         return cls(config, clip.vision_encoder, language_model)

@@ -11,7 +11,7 @@ from med3dvlm.plots.canvas import BLUE, GREEN, GREY, LABEL_BACKGROUND, ORANGE, c
 
 
 def loss_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | Path) -> Path:
-    """One panel a training stage, `{"stage 1": [(step, loss), ...], ...}`: the logged losses and their running mean."""
+    """Plot the logged losses and their running mean, one panel a training stage, from `{"stage 1": [(step, loss), ...], ...}`."""
     check_any(curves, "loss_curves", "stage")
     page = new_page(3.6 * len(curves) + 0.6, 3.4)
     for index, (name, points) in enumerate(curves.items()):
@@ -25,7 +25,7 @@ def loss_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: str |
 
 
 def retrieval_curve(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | Path, chance: float | None = None) -> Path:
-    """Recall against k, `{"image to text": [(k, recall), ...], ...}` (see `metrics.retrieval.recall_curve`).
+    """Plot recall against k, from `{"image to text": [(k, recall), ...], ...}` (see `metrics.retrieval.recall_curve`).
 
     `chance` is recall@1 of a random ranking, 1 / pool; the dashed line is k times that.
     """
@@ -59,7 +59,7 @@ def retrieval_curve(curves: Mapping[str, Sequence[tuple[float, float]]], path: s
 
 
 def vqa_bars(accuracy: Mapping[str, float], blind: Mapping[str, float], path: str | Path, chance: float = 0.25) -> Path:
-    """Accuracy by question kind beside the same model's on an empty volume (`blind`, kinds may be missing)."""
+    """Plot accuracy by question kind beside that of the same model on an empty volume (`blind`, kinds may be missing)."""
     check_any(accuracy, "vqa_bars", "question kind")
     page = new_page(max(4.5, 1.15 * len(accuracy) + 1.2), 3.6)
     axes = page.add_subplot()
@@ -90,7 +90,7 @@ def findings_bars(
     label: str = "F1",
     support: Mapping[str, int] | None = None,
 ) -> Path:
-    """One horizontal bar a finding, best first; None (nothing to score) reads "none".
+    """Plot one horizontal bar a finding, best first; None (nothing to score) reads "none".
 
     `baseline` adds a mark to each bar, `support` the number of positives to each name.
     """
@@ -128,7 +128,7 @@ def findings_bars(
 
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Centred mean over about a twentieth of the points; NaN stays a gap."""
+    """Return the centred mean over about a twentieth of the points; NaN stays a gap."""
     reach = len(values) // 40
     means = [values[max(0, index - reach) : index + reach + 1].mean() for index in range(len(values))]
     return np.array(means)

@@ -12,7 +12,7 @@ COLOURS = (BLUE, ORANGE, GREEN, GREY)
 
 
 def prepared_volumes(index: Sequence[Mapping[str, Any]], splits: Mapping[str, str], values: tuple[float, float], path: str | Path) -> Path:
-    """Four panels: intensity histograms per split as the model sees them, the scans' slice distances, their slices, their rows.
+    """Plot four panels: intensity histograms per split as the model sees them, the scans' slice distances, their slices, their rows.
 
     Args:
         index: lines of a store's index.jsonl.

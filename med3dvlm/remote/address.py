@@ -64,7 +64,7 @@ class Address:
         return self.__dict__ | {"_opened": None}
 
     def _file_system(self) -> tuple[Any, str]:
-        """That of this process, and the folder's path in it."""
+        """Return the file system of this process, and the folder's path in it."""
         if self._opened is None or self._opened[0] != os.getpid():
             from fsspec.core import url_to_fs
 
@@ -110,12 +110,12 @@ class Address:
         raise AssertionError("the last try returns or raises")
 
     def place(self, name: str) -> str:
-        """The path in its file system of a file of this name, of the folder itself without one."""
+        """Return the path of a file of this name in its file system, of the folder itself without a name."""
         root = self._file_system()[1]
         return f"{root}/{quote(name) if self.http else name}" if name else root
 
     def ask(self, operation: str, *arguments: Any, expected: int = 0, **options: Any) -> Any:
-        """What the file system gives, once, within the time that so many bytes may take."""
+        """Return one result of the file system, within the time that so many bytes may take."""
         from fsspec.asyn import sync
 
         fs, _ = self._file_system()
@@ -124,7 +124,7 @@ class Address:
         return sync(fs.loop, getattr(fs, f"_{operation}"), *arguments, timeout=self.patience + expected / SLOWEST, **options)
 
     def _explained(self, error: Exception) -> tuple[str, bool]:
-        """What happened, in words without a secret, and whether it may pass."""
+        """Describe an error without secrets; return that and whether it may be temporary."""
         status = getattr(error, "status", None)
         if isinstance(error, FileNotFoundError):
             return "it is not there", False

@@ -35,7 +35,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "50GB", "800 MB", "1.5T" or "1000".
+    """Parse "50GB", "800 MB", "1.5T" or "1000" to bytes.
 
     Raises:
         ValueError: it is no size.
@@ -47,7 +47,7 @@ def parse_bytes(text: str) -> int:
 
 
 def default_folder() -> Path:
-    """In the user's folder of caches."""
+    """Return a folder in the user's folder of caches."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "med3dvlm" / "data"
 
 
@@ -95,7 +95,7 @@ class Cache:
             )
 
     def get(self, name: str, fetch: Callable[[Path], object], expected: int = 0) -> Path:
-        """The file of this name, made by `fetch` where it is not there: once, whoever else asks for it.
+        """Return the file of this name, made by `fetch` where it is missing, once for all processes and threads.
 
         It may be gone when it is opened, if the cache is so small that others need its room at once: then ask again.
 
@@ -163,7 +163,7 @@ class Cache:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Only one process or thread of this machine is within, for names of records."""
+        """Lock a name for one process or thread of this machine; used for records."""
         with self._lock(name):
             yield
 
@@ -221,7 +221,7 @@ class Cache:
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
-    """The flags of a cache."""
+    """Add the flags of a cache."""
     parser.add_argument(
         "--data-cache", default="", metavar="DIR", help="folder for volumes of data at an address (default: ~/.cache/med3dvlm/data)"
     )
@@ -229,7 +229,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def cache_of(arguments: argparse.Namespace) -> Cache:
-    """The cache that these flags name."""
+    """Return the cache that these flags describe."""
     return Cache(arguments.data_cache, arguments.data_cache_size)
 
 

@@ -49,7 +49,7 @@ class Files(Address):
         return self.address.split("://")[0] in OBJECTS
 
     def listing(self, below: str = "") -> dict[str, Listed]:
-        """All files below a folder of it, by their names.
+        """Return all files below one of its folders, by their names.
 
         Raises:
             FileNotFoundError: there is none; PermissionError, OSError: it cannot be listed.
@@ -70,7 +70,7 @@ class Files(Address):
         return {name: info for name, info in names.items() if name and not {"..", "."} & set(PurePosixPath(name).parts)}
 
     def look(self, name: str) -> dict[str, Any] | None:
-        """What the file system says of a file; None where it is not there."""
+        """Return the file system's description of a file; None where it does not exist."""
 
         def info() -> dict[str, Any]:
             self._file_system()[0].invalidate_cache()
@@ -82,12 +82,12 @@ class Files(Address):
             return None
 
     def state(self, name: str) -> Listed | None:
-        """As it would be listed; None where it is not there."""
+        """Return a file as in a listing; None where it does not exist."""
         found = self.look(name)
         return None if found is None else _listed(found)
 
     def there(self, names: Iterable[str], below: str) -> set[str]:
-        """Those of the names, all below a folder of it, under which there are files."""
+        """Return those names that exist, all below one of its folders."""
         names = list(names)
         if len(names) <= FEW:
             return {name for name, found in zip(names, at_once(self.look, names), strict=True) if found is not None}
@@ -97,7 +97,7 @@ class Files(Address):
             return set()
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes | None:
-        """The bytes of a file, from `start` to `end` where these are given; None where it is not there."""
+        """Return the bytes of a file, from `start` to `end` where given; None where it does not exist."""
         try:
             return bytes(self.patiently(name, lambda: self.ask("cat_file", self.place(name), start=start, end=end), FIRST_TRIES))
         except FileNotFoundError:
@@ -178,13 +178,13 @@ class Files(Address):
 
 
 def at_once(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
-    """What the function gives for each item, of which it asks many at a time."""
+    """Return the function's result for each item, many at a time."""
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
         return list(pool.map(function, items))
 
 
 def state_of_all(files: Mapping[str, Listed]) -> str:
-    """16 hexadecimal digits that change when any of the files does."""
+    """Return 16 hexadecimal digits that change when any of the files does."""
     return checksum("\n".join(known.state(name) for name, known in sorted(files.items())).encode())
 
 
@@ -196,7 +196,7 @@ def _listed(info: Mapping[str, Any]) -> Listed:
 
 
 def _nanoseconds(time: object) -> int:
-    """Of a time in any of the forms that file systems have."""
+    """Convert a time in any form of file systems to nanoseconds."""
     if isinstance(time, int | float):
         return round(time * 10**6) * 1000
     if isinstance(time, str):

@@ -61,13 +61,13 @@ class RemoteStore:
             self.address.fetch(name, aside, check, tries=FIRST_TRIES)
 
     def record(self, name: str) -> Path:
-        """A file of the store that is not a volume, fetched anew."""
+        """Return a file of the store that is not a volume, fetched again."""
         with self.cache.lock(self.address.key):
             self._record(name)
         return self.folder / name
 
     def volume(self, study: str, sums: Sums) -> Path:
-        """The file of a study's volume, fetched and compared with its checksums where it is not there."""
+        """Return the file of a study's volume, fetched and compared with its checksums where it is missing."""
         name = volume_name(study)
 
         def fetch(path: Path) -> None:
@@ -80,18 +80,18 @@ class RemoteStore:
         self.cache.drop(f"{self.address.key}/{volume_name(study)}")
 
     def fetch(self, wanted: Mapping[str, Sums]) -> None:
-        """Have the volumes of studies here, several fetched at a time."""
+        """Fetch the volumes of studies, several at a time."""
         with ThreadPoolExecutor(min(AT_ONCE, max(1, len(wanted)))) as pool:
             list(pool.map(self.volume, wanted, wanted.values()))
 
 
 def volume_name(study: str) -> str:
-    """Where the volume of a study lies below its store."""
+    """Return the path of a study's volume below its store."""
     return f"volumes/{study}.safetensors"
 
 
 def check_volume(path: Path, sums: Sums) -> None:
-    """Raises ValueError where a volume's file is not whole, or another than the index says."""
+    """Raise ValueError where a volume's file is incomplete, or another than the index says."""
     try:
         with safe_open(path, "np") as file:
             whole = all(checksum(file.get_tensor(name)) == wanted for name, wanted in sums.items())

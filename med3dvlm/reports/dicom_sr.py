@@ -76,7 +76,7 @@ def _document(
     software: str,
     pictures: Sequence[tuple[str, tuple[Any, int] | None]],
 ) -> Any:
-    """The report, of nobody yet; of each picture its words and, where it is a slice, the header and the frame (from 0) of its file."""
+    """Return the report without patient; for each picture it takes the caption and, where it is a slice, header and frame (from 0) of its file."""
     from highdicom import UID, sr
     from highdicom.sr.templates import DEFAULT_LANGUAGE
     from pydicom.dataset import Dataset

@@ -244,7 +244,7 @@ def _embed_batch(embedder: Embedder, data: PreparedData, batch: Sequence[Study])
 
 
 def _embed_there(model: str, opening: Opening, made_by: tuple[str, str], batch: Sequence[Study]) -> Vectors:
-    """As `_embed_batch`, in a process that opens model and data itself, once."""
+    """Embed as `_embed_batch`, in a process that opens model and data once."""
     embedder, data, found = _opened(model, opening)
     if found != made_by:
         raise ValueError(

@@ -31,7 +31,7 @@ class Answers:
         self.engine, self.metrics, self.max_waiting = engine, metrics, max_waiting
 
     async def ask(self, request: Request) -> Stream:
-        """Raises Refused where too many wait."""
+        """Submit a request to the engine; raises Refused where too many wait."""
         if self.engine.stats()["waiting"] >= self.max_waiting:
             raise Refused(429, f"{self.max_waiting} requests wait already; try again in a moment.", code="queue_full")
         try:

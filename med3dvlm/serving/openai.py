@@ -95,7 +95,7 @@ class Sampling(Strict):
     places: bool | None = Field(False, description="whether places and masks of what the answer points to are given, too")
 
     def chosen(self, length: int) -> dict[str, Any]:
-        """Arguments of `Request`."""
+        """Return arguments of `Request`."""
         limit = self.max_completion_tokens or self.max_tokens or length
         seed = None if self.seed is None else self.seed % 2**63
         return {

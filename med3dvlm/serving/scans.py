@@ -155,7 +155,7 @@ class Scans:
         return scan
 
     def _reserve(self, owner: str) -> None:
-        """Of the owner's scans that came within messages, and so are in no list, the least recently used makes room."""
+        """Reserve room for a scan; where needed, the owner's least recently used scan that came within a message is deleted."""
         with self._lock:
             self._forget()
             own = [scan for scan in self._known.values() if scan.owner == owner]

@@ -140,7 +140,7 @@ class StageArguments(TrainingArguments):
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """The type of weights that do not train. Those that train are float32, or DeepSpeed keeps float32 copies of them."""
+        """Return the type of frozen weights. Trainable ones are float32, or DeepSpeed keeps float32 copies of them."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
     @property

@@ -12,7 +12,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "open_cl
 
 
 def environment() -> dict[str, Any]:
-    """Versions and commit, for the record of a run or an evaluation."""
+    """Return versions and commit, for the record of a run or an evaluation."""
     commit = None
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists() and shutil.which("git"):  # an installed package may lie in somebody else's repository
@@ -22,12 +22,12 @@ def environment() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and the packages that compute; None for those that are not installed."""
+    """Return the versions of Python and the main packages; None for those that are not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def code_fingerprint() -> str:
-    """16 hexadecimal digits that change with any line of this package's code."""
+    """Return 16 hexadecimal digits that change with any line of this package's code."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -36,7 +36,7 @@ def code_fingerprint() -> str:
 
 
 def _version(package: str) -> str | None:
-    """None where it is not installed: an extra that this run did not need."""
+    """Return a package's version; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -104,13 +104,13 @@ class SharedOutput:
         return [folder for folder in self.root.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint of any node, on the disk of each."""
+        """Return the newest complete checkpoint of any node, on the disk of each."""
         own = max((int(folder.name.rpartition("-")[2]) for folder in self.checkpoints()), default=-1)
         known = gathered(own)
         return self.brought(f"checkpoint-{max(known)}") if max(known) >= 0 else None
 
     def brought(self, name: str) -> Path:
-        """A checkpoint, copied to the nodes that lack it; those that do not write keep the copy until the next step."""
+        """Copy a checkpoint to the nodes that lack it; those that do not write keep the copy until the next step."""
         folder = self.root / name
         owners = gathered((folder / COMPLETE).is_file())
         if not all(owners):

@@ -67,7 +67,7 @@ class MaskCollator(ConversationCollator):
 
 
 def train_tokenizer(dataset: ConversationDataset, vocabulary: int) -> Qwen2Tokenizer:
-    """Byte-level BPE on every text of the training split, with a chat template.
+    """Train a byte-level BPE on every text of the training split, with a chat template.
 
     It is a Qwen2Tokenizer from the start, since that is what AutoTokenizer makes of it beside a Qwen2 model: another way to split
     the text would give the later stages other tokens than this one learned.

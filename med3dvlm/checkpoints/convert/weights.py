@@ -245,7 +245,7 @@ def write_safetensors(folder: Path, tensors: Mapping[str, Stored], read: Callabl
 
 
 def _write_file(file: Path, tensors: Mapping[str, Stored], read: Callable[[str], Tensor]) -> dict[str, str]:
-    """One file, in the format that the documentation of safetensors describes; gives the digest of each tensor.
+    """Write one file in the documented format of safetensors; returns the digest of each tensor.
 
     safetensors' own `save_file` wants all tensors of a file in memory at once.
     """
