@@ -14,7 +14,7 @@ from med3dvlm.datasets.rows import Row, pack
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.datasets.streams import Purpose, stream
 from med3dvlm.datasets.torch import StudyDataset, stack_images
-from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message, answer_lengths
+from med3dvlm.models.vlm_processor import IGNORED, Med3DVLMProcessor, Message, answer_lengths, exchange
 from med3dvlm.prompts import REPORT_PROMPTS, closed_answer, closed_prompt
 from med3dvlm.records import Question, Study
 
@@ -139,7 +139,7 @@ class ConversationDataset(StudyDataset):
             branches = processor.branch([messages], max_length, context)["branches"]
             return branches.count(0), branches.count(1)
 
-        one = _turn(".", ".")
+        one = exchange(".", ".")
         shared, first = count(one, None if self.with_image else "")
         further = count(one + one, None if self.with_image else "")[1] - first if self.options.follow_ups else 0
         rows: list[Row] = []
@@ -167,18 +167,18 @@ class ConversationDataset(StudyDataset):
         Raises:
             ValueError: a question leaves no room for its answer.
         """
-        prompt = max(REPORT_PROMPTS, key=lambda words: len(processor.branch([_turn(words, ".")])["branches"]))
-        frame = processor.branch([_turn(".", ".")], None, None if self.with_image else "")["branches"]
+        prompt = max(REPORT_PROMPTS, key=lambda words: len(processor.branch([exchange(words, ".")])["branches"]))
+        frame = processor.branch([exchange(".", ".")], None, None if self.with_image else "")["branches"]
         lengths: dict[str, list[int]] = {"reports": [], "answers": []}
         for study in self.studies:
             context = None if self.with_image else study.report
             turns = (
-                [("reports", _turn(prompt, study.report))]
+                [("reports", exchange(prompt, study.report))]
                 if self.options.reports or not self.with_image or not self.asked[study.id]
                 else []
             )
             for question in self.asked[study.id]:
-                forms = [_turn(question.text, question.answer), *([_closed_turn(question)] if _has_closed_form(question) else [])]
+                forms = [exchange(question.text, question.answer), *([_closed_turn(question)] if _has_closed_form(question) else [])]
                 turns.append(("answers", max(forms, key=_byte_count)))
             for kind, turn in turns:
                 length = max(
@@ -195,14 +195,14 @@ class ConversationDataset(StudyDataset):
     def _costs(self, study: Study, cost: Callable[[list[Message]], int]) -> tuple[list[int], dict[str, int]]:
         """Return the tokens of a study's questions, and of the longest form of each thing that may be drawn."""
         asked = self.asked[study.id]
-        turns = [_turn(question.text, question.answer) for question in asked]
+        turns = [exchange(question.text, question.answer) for question in asked]
 
         def shown(messages: list[Message]) -> int:
             return cost(self._shown(study, messages))
 
         questions, drawn = list(map(shown, turns)), {}
         if self.options.reports or not asked:
-            drawn["report"] = max(shown(_turn(prompt, study.report)) for prompt in REPORT_PROMPTS)
+            drawn["report"] = max(shown(exchange(prompt, study.report)) for prompt in REPORT_PROMPTS)
         if self.options.closed and (spelled := [shown(_closed_turn(question)) for question in asked if _has_closed_form(question)]):
             drawn["closed"] = max(spelled)
         if self.options.follow_ups and len(turns) > 1:
@@ -235,12 +235,12 @@ class ConversationDataset(StudyDataset):
         if not self.packed and asked[row.questions]:
             question = asked[row.questions][0]
             spelled = _has_closed_form(question) and random.random() < self.options.closed
-            return [_closed_turn(question) if spelled else _turn(question.text, question.answer)]
-        turns = [_turn(question.text, question.answer) for question in asked]
+            return [_closed_turn(question) if spelled else exchange(question.text, question.answer)]
+        turns = [exchange(question.text, question.answer) for question in asked]
         kept = turns[row.questions]
         always, drawn = () if kept else row.drawn, {}
         if random.random() < self.options.reports or "report" in always:
-            drawn["report"] = _turn(str(random.choice(REPORT_PROMPTS)), study.report)
+            drawn["report"] = exchange(str(random.choice(REPORT_PROMPTS)), study.report)
         lettered = [question for question in asked if _has_closed_form(question)]
         if lettered and (random.random() < self.options.closed or "closed" in always):
             drawn["closed"] = _closed_turn(lettered[random.integers(len(lettered))])
@@ -248,10 +248,6 @@ class ConversationDataset(StudyDataset):
             first, second = random.choice(len(turns), size=2, replace=False)
             drawn["follow_up"] = turns[first] + turns[second]
         return kept + [conversation for name, conversation in drawn.items() if name in row.drawn]
-
-
-def _turn(question: str, answer: str) -> list[Message]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _byte_count(messages: Sequence[Message]) -> int:
@@ -264,7 +260,7 @@ def _has_closed_form(question: Question) -> bool:
 
 
 def _closed_turn(question: Question) -> list[Message]:
-    return _turn(closed_prompt(question.text, question.choices), closed_answer(question.choices, question.answer))
+    return exchange(closed_prompt(question.text, question.choices), closed_answer(question.choices, question.answer))
 
 
 class ConversationCollator:

@@ -3,7 +3,7 @@ answers and reports.
 """
 
 from med3dvlm.evaluation.cases import in_batches, is_first, predict, predictions
-from med3dvlm.evaluation.models import answer_likelihoods, embed_reports, embed_volumes, empty_volume, exchange, load_chat, load_embedder
+from med3dvlm.evaluation.models import answer_likelihoods, embed_reports, embed_volumes, empty_volume, load_chat, load_embedder
 from med3dvlm.evaluation.runs import (
     begin,
     evaluation_parser,
@@ -21,7 +21,6 @@ __all__ = [
     "embed_volumes",
     "empty_volume",
     "evaluation_parser",
-    "exchange",
     "in_batches",
     "is_first",
     "load_chat",

@@ -23,11 +23,6 @@ from med3dvlm.search import Embedder
 CONVERSATIONS = 64  # most of them in a row
 
 
-def exchange(question: str, answer: str) -> list[Message]:
-    """Return a conversation of one question and its answer."""
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
 def empty_volume(data: PreparedData) -> Tensor:
     """Return a prepared volume (D, H, W) that holds the recipe's lowest value everywhere."""
     return torch.full(data.processor.size, data.processor.grid.values[0])

@@ -31,6 +31,7 @@ from med3dvlm.evaluation.question_scores import YES_NO, question_scores, questio
 from med3dvlm.inference.chat import Med3DChat
 from med3dvlm.inference.out_of_distribution import Features
 from med3dvlm.metrics.bertscore import bert_scorer
+from med3dvlm.models.vlm_processor import exchange
 from med3dvlm.programs import add_flag, positive
 from med3dvlm.prompts import closed_prompt
 from med3dvlm.records import Question, Study, has_letters
@@ -39,7 +40,7 @@ from med3dvlm.records import Question, Study, has_letters
 def rank(chat: Med3DChat, questions: Sequence[Question], features: dict[str, Features]) -> dict[Question, list[float]]:
     """Return the likelihood of each choice of questions, which are ordered by study; `features` by study."""
     groups = [[question for question in questions if question.study == study] for study in dict.fromkeys(q.study for q in questions)]
-    conversations = [[evaluation.exchange(question.text, choice) for question in group for choice in question.choices] for group in groups]
+    conversations = [[exchange(question.text, choice) for question in group for choice in question.choices] for group in groups]
     scenes = [features[group[0].study] for group in groups]
     likelihoods = evaluation.answer_likelihoods(chat.model, chat.processor, conversations, scenes) if groups else []
     values = chain.from_iterable(likelihoods)

@@ -27,6 +27,11 @@ UNKNOWN = "\ufffd"  # stands for either of them in what users and data say
 Message = dict[str, str]
 
 
+def exchange(question: str, answer: str) -> list[Message]:
+    """Return a conversation of one question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 class Med3DVLMProcessor(Portable, ProcessorMixin):
     """A VolumeProcessor and a tokenizer with a chat template.
 

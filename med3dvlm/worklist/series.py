@@ -11,8 +11,6 @@ from math import inf
 
 from med3dvlm.formats.dicom import Series
 
-RULES = ("thin-axial", "all")
-
 
 def chosen(series: Sequence[Series], rule: str) -> list[Series]:
     """Return the series that are read, of all studies in one place."""

@@ -14,8 +14,9 @@ from med3dvlm.checkpoints import load_vlm
 from med3dvlm.datasets.audit import text_only_baselines
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.encoders.base import Encoder
-from med3dvlm.evaluation import exchange, other_patients
+from med3dvlm.evaluation import other_patients
 from med3dvlm.evaluation.question_scores import question_scores, question_tables
+from med3dvlm.models.vlm_processor import exchange
 from med3dvlm.prompts import closed_prompt
 from med3dvlm.records import Question
 from tests.launching import launch
