@@ -42,7 +42,7 @@ MAX_CLIENTS = 4096  # clients whose calls are counted
 class Guard:
     """ASGI middleware that checks Host and Origin and limits the rate of calls. `hosts` are more names, with or without a port, under which
     the server may be addressed; `connection(name)` is entered for as long as the session of that name has Gradio's heartbeat; `rates` are as
-    RATES, and `refuse` answers as `refusal` does.
+    RATES, and `refuse` answers as `refusal` does; `remedy` is what to do about a name that is not the server's.
     """
 
     def __init__(
@@ -52,10 +52,11 @@ class Guard:
         connection: Callable[[str], AbstractContextManager[Any]] = nullcontext,
         rates: Mapping[str, tuple[int, float]] = RATES,
         refuse: Callable[..., ASGIApp] | None = None,
+        remedy: str = "open it as localhost, or start it with --allow-host and the name",
     ) -> None:
         self.app, self.hosts, self.connection = app, {host.lower() for host in hosts}, connection
         self._rates = {path: Rate(*limits) for path, limits in rates.items()}
-        self._refuse = refuse or refusal
+        self._refuse, self._remedy = refuse or refusal, remedy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -90,7 +91,7 @@ class Guard:
         """Return one sentence why the request is refused, or ""."""
         host = headers.get("host", "").lower()
         if not self._ours(host, scope):
-            return "This is not a name of this server; open it as localhost, or start it with --allow-host and the name."
+            return f"This is not a name of this server; {self._remedy}."
         origin = headers.get("origin")
         if origin is not None and not self._ours(urlsplit(origin).netloc.lower(), scope):
             return "This request comes from another web page, and only the page of this server may send one."

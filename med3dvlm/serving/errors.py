@@ -5,6 +5,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from med3dvlm.app.turns import BROKEN, error_message
+from med3dvlm.formats.base import AmbiguousSeriesError
 from med3dvlm.prompts import RESEARCH_NOTICE
 
 NOTICE_HEADER = {"X-Research-Notice": RESEARCH_NOTICE}
@@ -34,7 +35,8 @@ class Refused(Exception):
 
 def unusable(error: ValueError, param: str | None = None) -> Refused:
     """Return what is said of an error in what was sent. A library's own words are not passed on."""
-    return Refused(500, BROKEN) if (words := error_message(error)) == BROKEN else Refused(400, words, param)
+    code = "ambiguous_series" if isinstance(error, AmbiguousSeriesError) else None
+    return Refused(500, BROKEN) if (words := error_message(error)) == BROKEN else Refused(400, words, param, code)
 
 
 def refusal(status: int, words: str, wait: float = 0.0) -> JSONResponse:

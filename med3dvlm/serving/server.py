@@ -43,6 +43,11 @@ from med3dvlm.serving.routes import Service, routes
 from med3dvlm.serving.scans import Limits, Scans
 
 PRIVATE = "med3dvlm-serve-"  # prefix of the folder of uploads
+REMEDY = "ask it as localhost, or start it with --api-key-file, with which it may have any name"
+UNKNOWN_PATHS = {
+    404: "There is nothing at this path; the API is below /v1, and /openapi.json lists its paths.",
+    405: "This path is not for this method; /openapi.json lists the methods of each path.",
+}
 SECONDS_TO_END = 10  # for answers to be ended, when the server is stopped
 
 
@@ -92,7 +97,7 @@ def build(
     async def unknown(_: Request, error: HTTPException) -> Response:
         if isinstance(error.__cause__, Refused):  # raised while the body was read
             return error.__cause__.response()
-        return Refused(error.status_code, f"{error.detail.rstrip('.')}.").response()
+        return Refused(error.status_code, UNKNOWN_PATHS.get(error.status_code) or f"{error.detail.rstrip('.')}.").response()
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:
@@ -100,7 +105,7 @@ def build(
 
     max_bytes = limits.upload_bytes * 4 // 3 + 2**20  # base64, and the words around it
     guarded: ASGIApp = Gate(app, keys, max_bytes, 2 * max_bytes, lambda path, status: metrics.requests.labels(path, str(status)).inc())
-    return guarded if keys else Guard(guarded, rates={}, refuse=refusal)
+    return guarded if keys else Guard(guarded, rates={}, refuse=refusal, remedy=REMEDY)
 
 
 def _malformed(error: RequestValidationError) -> Refused:
@@ -111,7 +116,10 @@ def _malformed(error: RequestValidationError) -> Refused:
         return Refused(400, f"The field {place!r:.80} is not known here; leave it out.", place, "unknown_parameter")
     if first["type"] == "json_invalid" or not place:
         return Refused(400, "The body is not a JSON object; send one, with the header Content-Type: application/json.", code="invalid_json")
-    return Refused(400, f"{place}: {first['msg']}.", place, "invalid_value")
+    words = first["msg"]
+    if first["type"] == "model_attributes_type":
+        words = "This must be an object" + (', such as {"id": "scan-..."}' if place.endswith("scan") else "")
+    return Refused(400, f"{place}: {words}.", place, "invalid_value")
 
 
 class Server(uvicorn.Server):
