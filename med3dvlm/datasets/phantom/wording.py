@@ -68,7 +68,7 @@ class Questioner:
         self.given: dict[str, Counter[str]] = defaultdict(Counter)
 
     def ask(self, study: str, body: Body, plane: str, phase: str) -> list[Question]:
-        """Return the study's questions: those that have an answer, at most one of each kind, and two yes/no questions."""
+        """Return the study's questions: those that have an answer, at most one of each kind, and yes/no questions."""
         present = {finding.kind: finding for finding in body.findings}
         questions = []
         # More scans are axial; asking about the plane of each would make "axial" the answer to guess.
@@ -84,13 +84,18 @@ class Questioner:
                 kind = str(self.random.choice(located))
                 places = KINDS[kind]["places"]
                 questions.append(self._closed(study, "location", kind, [present[kind].place], places, name=KINDS[kind]["name"]))
-            yes = min(self.random.permutation(sorted(present)), key=lambda kind: self.given["yes"][kind])
-            missing = self.random.permutation([kind for kind in kinds_of(body.region) if kind not in present])
-            no = min(missing, key=lambda kind: self.given["no"][kind] - self.given["yes"][kind])
-            for answer, kind in (("Yes", yes), ("No", no)):
+            missing = [kind for kind in kinds_of(body.region) if kind not in present]
+            for answer, kind in self._yes_no(sorted(present), missing):
                 self.given[answer.lower()][kind] += 1
                 questions.append(Question(study, "abnormality", self._text("yes_no", KINDS[kind]["name"]), ("Yes", "No"), answer))
         return questions
+
+    def _yes_no(self, present: Sequence[str], missing: Sequence[str]) -> list[tuple[str, str]]:
+        """Return answers and kinds of finding: as many that are there as are not, for each kind as often one as the other over the studies."""
+        count = min(len(present), len(missing))
+        there = sorted(self.random.permutation(present).tolist(), key=lambda kind: self.given["yes"][kind])
+        not_there = sorted(self.random.permutation(missing).tolist(), key=lambda kind: self.given["no"][kind] - self.given["yes"][kind])
+        return [("Yes", kind) for kind in there[:count]] + [("No", kind) for kind in not_there[:count]]
 
     def _closed(self, study: str, kind: str, ledger: str, right: Sequence[str], known: Sequence[str], name: str = "") -> Question:
         answer = min(self.random.permutation(sorted(set(right))), key=lambda text: self.given[ledger][text])
