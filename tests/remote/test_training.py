@@ -1,4 +1,5 @@
-"""Training on data at an address equals training on the disk: same losses and weights, and no file is fetched twice."""
+"""Training on data at an address equals training on the disk, also after a kill within an epoch: same losses and weights, and no file is
+fetched twice."""
 
 import json
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from med3dvlm.training.nodes import COMPLETE
 from tests.launching import launch
 from tests.remote.server import serving
 
@@ -20,18 +22,25 @@ SETTINGS = (
 
 @pytest.mark.slow
 def test_two_processes_learn_the_same_from_an_address(prepared: Path, tmp_path: Path) -> None:
-    """The steps cross the end of an epoch, with augmentation and workers."""
+    """The steps cross the end of an epoch, with augmentation and workers; the first training is killed after 3 of an epoch's steps."""
+    log = tmp_path / "log"
+
+    def begin(data: object, output: Path, *flags: object, kill_at: Path | None = None) -> list[int]:
+        words = (*SETTINGS, "--data", data, "--output-dir", output, *flags)
+        return launch("torchrun", 2, "stages/stage1_siglip.py", *words, log=log, kill_at=kill_at)
 
     def train(data: object, output: Path, *flags: object) -> dict[int, float]:
-        log = tmp_path / "log"
-        codes = launch("torchrun", 2, "stages/stage1_siglip.py", *SETTINGS, "--data", data, "--output-dir", output, *flags, log=log)
+        codes = begin(data, output, *flags)
         assert codes == [0, 0], log.read_text()[-5000:]
         return {line["step"]: line["loss"] for line in map(json.loads, (output / "losses.jsonl").read_text().splitlines())}
 
     local = train(prepared, tmp_path / "local")
-    cache = ("--data-cache", tmp_path / "cache", "--data-cache-size", "1GB")
+    flags = ("--data-cache", tmp_path / "cache", "--data-cache-size", "1GB", "--save-steps", 3)
     with serving(prepared) as server:
-        found = train(server.address, tmp_path / "remote", *cache)
+        codes = begin(server.address, tmp_path / "remote", *flags, kill_at=tmp_path / "remote" / "checkpoint-3" / COMPLETE)
+        assert codes[0] == -9, log.read_text()[-5000:]
+        found = train(server.address, tmp_path / "remote", *flags)
+        assert "continuing from" in log.read_text()
     assert found == local and len(local) == 8
     weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("remote", "local"))
     assert all(weights[name].equal(value) for name, value in expected.items()) and weights.keys() == expected.keys()
