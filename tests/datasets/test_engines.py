@@ -16,6 +16,7 @@ from med3dvlm.datasets.claims import Claims, prepare_claimed
 from med3dvlm.datasets.engines import open_engine
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.files import PART
 from med3dvlm.records import Records
 from med3dvlm.search import CaseIndex
 
@@ -30,7 +31,8 @@ def arguments(phantoms: Path, root: Path) -> tuple[Any, ...]:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    files = ((path.relative_to(root), path) for path in root.rglob("*") if path.is_file())
+    """The files of a store, without claims and without what a killed process was writing, which a later preparation removes."""
+    files = ((path.relative_to(root), path) for path in root.rglob("*") if path.is_file() and path.suffix != PART)
     return {str(name): path.read_bytes() for name, path in files if name.parts[0] != ".claims"}
 
 
