@@ -34,8 +34,9 @@ from med3dvlm import VolumeProcessor, read_volume
 from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.datasets.outputs import LocalVolumes
 from med3dvlm.datasets.phantom import write_phantoms
-from med3dvlm.datasets.preparation import finish, prepare, prepare_one
+from med3dvlm.datasets.preparation import finish, prepare
 from med3dvlm.datasets.store import PreparedData, volume_path
+from med3dvlm.datasets.study_volume import prepare_one
 from med3dvlm.files import read_lines, write_json
 from med3dvlm.plots.canvas import new_page, plain, save
 from med3dvlm.plots.preparation import COLOURS
@@ -158,7 +159,7 @@ def clones(root: Path, scans: list[Path], processor: VolumeProcessor, count: int
         path.hardlink_to(volume_path(root / "store", one))
         lines[study.id] = found[one.id] | {"study": study.id}
     processor.save_pretrained(root / "many")
-    finish(LocalVolumes(root / "many"), processor, many, [], lines, [])
+    finish(LocalVolumes(root / "many"), processor, Records(many), lines, [])
     return PreparedData(root / "many")
 
 
