@@ -7,6 +7,7 @@ A claim that was not renewed for `stale` seconds is a dead process's, and is tak
 machines may differ. Should two processes ever hold one claim, both do the same work and write the same bytes.
 """
 
+import logging
 import os
 import socket
 import threading
@@ -25,6 +26,8 @@ from med3dvlm.files import checksum
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.records import Records, Study
 from med3dvlm.remote.files import Files
+
+logger = logging.getLogger(__name__)
 
 STALE = 300.0  # seconds
 WAIT = 5.0  # seconds until a process that has nothing to do looks again
@@ -82,7 +85,7 @@ class Folder:
         except FileNotFoundError:
             return None
         finally:
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # who finishes deletes everything
 
     def names(self) -> list[str]:
         return [path.name for path in self.root.iterdir()]
@@ -158,23 +161,25 @@ class Claims:
 
         def renew() -> None:
             while not ended.wait(self.stale / 5):
-                for name in names:
-                    self.place.renew(name)
+                try:
+                    for name in names:
+                        self.place.renew(name)
+                except OSError as error:  # if it lasts, somebody else takes the parts over, too
+                    logger.warning("claims could not be renewed: %s", error)
 
         thread = threading.Thread(target=renew, daemon=True)
         thread.start()
+        done = False
         try:
             yield
-        except BaseException:
-            for name in names:
-                self.place.remove(name)
-            raise
+            done = True
         finally:
             ended.set()
-            thread.join()
-        for name in names:
-            self.place.create(f"{name}.done", b"")
-            self.place.remove(name)
+            thread.join()  # before the claims go: it would write them again
+            for name in names:
+                if done:
+                    self.place.create(f"{name}.done", b"")
+                self.place.remove(name)
 
 
 def prepare_claimed(

@@ -15,10 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from med3dvlm.files import PART, atomic_file
 from med3dvlm.remote.address import is_address
-from med3dvlm.remote.cache import Cache
+from med3dvlm.remote.cache import ABANDONED, Cache
 from med3dvlm.remote.files import Files, at_once
 
-ABANDONED = 3600  # seconds after which what a process was writing is a killed process's
 HEAD = 2**16  # bytes at the start of a volume that hold its header, nearly always
 
 Line = dict[str, Any]  # of the index
@@ -169,6 +168,7 @@ class RemoteVolumes:
         self.address.remove(name)
 
     def sweep(self) -> None:
+        sweep_scratch(self.scratch)
         if self.address.whole_objects:  # there is nothing half-written
             return
         with suppress(FileNotFoundError):
@@ -186,13 +186,22 @@ def open_volumes(destination: str | Path | Volumes, cache: Cache | None = None) 
 
 @contextmanager
 def scratch_folder(scratch: Path) -> Iterator[Path]:
-    """Yield a new folder, which is deleted at the end."""
+    """Yield a new folder that only this user reads, as it may hold scans; it is deleted at the end."""
+    scratch.mkdir(parents=True, exist_ok=True)
     folder = scratch / f".{uuid.uuid4().hex}{PART}"
-    folder.mkdir(parents=True)
+    folder.mkdir(0o700)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep_scratch(scratch: Path) -> None:
+    """Delete folders of killed processes."""
+    for folder in scratch.glob(f".*{PART}"):
+        with suppress(FileNotFoundError):
+            if time.time() - folder.stat().st_mtime > ABANDONED:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _line(path: Path) -> Line | None:

@@ -5,27 +5,27 @@ layouts are read as from a disk. A scan is fetched into a folder of its own by t
 """
 
 import bisect
-import errno
 import os
-import shutil
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from med3dvlm.datasets.outputs import ABANDONED, Line, require_seen, scratch_folder
-from med3dvlm.files import PART, checksum
+from med3dvlm.datasets.outputs import Line, require_seen, scratch_folder, sweep_scratch
+from med3dvlm.files import checksum
 from med3dvlm.formats import FORMATS, state_of
 from med3dvlm.remote.address import is_address
-from med3dvlm.remote.cache import Cache
+from med3dvlm.remote.cache import FULL, Cache
 from med3dvlm.remote.files import Files, Listed, at_once, state_of_all
 
 TEXTS = (".json", ".jsonl", ".csv", ".tsv", ".txt")  # what layouts read
 SLICES = (".png", ".jpg", ".jpeg", ".dcm")  # no layout looks for a single one of them
-FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class CacheFullError(OSError):
+    """No scan can be fetched any more: no fault of the one that was."""
 
 
 class Scans(Protocol):
@@ -118,7 +118,7 @@ class RemoteScans:
 
     @contextmanager
     def here(self, files: Mapping[str, Listed]) -> Iterator[tuple[Path, str | None]]:
-        """Fetch the files; raises FileNotFoundError, PermissionError, OSError: one sentence."""
+        """Fetch the files; raises FileNotFoundError, PermissionError, CacheFullError, OSError: one sentence."""
         with scratch_folder(self.scratch) as root:
             _fetch_all(self.address, files, root)
             for name in files:  # a header that names its voxels otherwise
@@ -154,7 +154,7 @@ def open_scans(source: str | Path | Scans, cache: Cache | None = None, at_a_time
         raise FileNotFoundError(f"{address.address} holds no files{more}; check the address")
     cache.require(at_a_time * _largest(known), at_a_time * _largest(known))
     scratch = cache.folder / "scans"
-    _sweep_scratch(scratch)
+    sweep_scratch(scratch)
     with scratch_folder(scratch) as folder:
         texts = {name: entry for name, entry in known.items() if name.lower().endswith(TEXTS)}
         _fetch_all(address, texts, folder)
@@ -181,14 +181,6 @@ def _largest(known: Mapping[str, Listed]) -> int:
     return max(sizes.values(), default=0)
 
 
-def _sweep_scratch(scratch: Path) -> None:
-    """Delete folders of killed processes."""
-    for folder in scratch.glob(f".*{PART}"):
-        with suppress(FileNotFoundError):
-            if time.time() - folder.stat().st_mtime > ABANDONED:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 def _fetch_all(address: Files, files: Mapping[str, Listed], root: Path) -> None:
     at_once(partial(_fetch, address, root), files.items())
 
@@ -202,7 +194,9 @@ def _fetch(address: Files, root: Path, one: tuple[str, Listed]) -> None:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise OSError(error.errno, "the disk of the cache is full; free some space, or name another by --data-cache", str(root)) from error
+        raise CacheFullError(
+            f"{root.parent}, the cache of the data, lies on a disk that is full; free some space, or name another by --data-cache"
+        ) from error
     os.utime(path, ns=(known.changed, known.changed))
 
 

@@ -12,13 +12,14 @@ from safetensors.torch import save
 
 from med3dvlm.datasets.masks import pack, read_masks
 from med3dvlm.datasets.outputs import Line, Volumes
-from med3dvlm.datasets.sources import FULL, Scans, states
+from med3dvlm.datasets.sources import CacheFullError, Scans, states
 from med3dvlm.datasets.statistics import BINS
 from med3dvlm.datasets.store import read_stored_masks, read_voxels
 from med3dvlm.files import checksum
 from med3dvlm.formats import VERSION
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.records import Study
+from med3dvlm.remote.cache import FULL
 from med3dvlm.remote.files import Listed
 from med3dvlm.remote.store import volume_name
 from med3dvlm.volume import Volume, read_volume
@@ -58,7 +59,7 @@ def prepare_on_any_machine(
         try:
             root, state = stack.enter_context(scans.here(files))
         except OSError as error:
-            if error.errno in FULL:
+            if isinstance(error, CacheFullError) or error.errno in FULL:
                 raise
             return None, str(error)
         line, reason = prepare_one(root, volumes, processor, settings, study, state)

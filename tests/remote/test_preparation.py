@@ -1,8 +1,10 @@
 """`prepare` from an address and into one: the bytes of a preparation on one disk, nothing half-written or left behind, or one sentence."""
 
+import errno
 import multiprocessing
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,6 +141,34 @@ def test_jobs_claim_at_an_address(table: Path, tmp_path: Path, monkeypatch: pyte
     assert first.take("0") and not claims.Claims(place).take("0")
 
 
+class SlowPlace(claims.Folder):
+    """Renewing a claim takes until it is deleted, if that happens meanwhile."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.renewing, self.deleted = threading.Event(), threading.Event()
+
+    def renew(self, name: str) -> None:
+        self.renewing.set()
+        self.deleted.wait(0.1)
+        (self.root / name).touch()
+
+    def remove(self, name: str) -> None:
+        super().remove(name)
+        self.deleted.set()
+
+
+def test_a_claim_that_is_given_up_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = SlowPlace(tmp_path)
+    mine = claims.Claims(place, stale=0.01)
+    with pytest.raises(KeyError), mine.held(["0"]):
+        assert mine.take("0") and place.renewing.wait(10)
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "touch", lambda path: None)  # as where another process, which has finished, deletes all
+    assert place.create("0", b"") and place.age("0") is None
+
+
 def address_of(root: Path) -> "address.Address":
     from med3dvlm.remote.files import Files
 
@@ -163,8 +193,18 @@ def test_wrong_places_are_one_sentence_before_anything(
     assert "holds no files; its server must give a list" in told(capsys, server.address, out, cache)
     server.lists, server.faults["/"] = True, [403]
     assert f"{server.address}: access is refused" in told(capsys, server.address, out, cache)
-    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "pipe_file", refused)
-    assert "access is refused; check the rights" in told(capsys, table, f"file://{out}", cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(fsspec.implementations.local.LocalFileSystem, "pipe_file", refused)
+        assert "access is refused; check the rights" in told(capsys, table, f"file://{out}", cache)
+    full = fsspec.implementations.local.LocalFileSystem.get_file
+
+    def fetched(self: object, source: str, path: str, *rest: object, **more: object) -> None:
+        if source.endswith(".npy"):
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        full(self, source, path, *rest, **more)
+
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "get_file", fetched)
+    assert f"{cache}/scans, the cache of the data, lies on a disk that is full" in told(capsys, f"file://{table}", out, cache)
     (table / "table.csv").write_text("image,report,colour\na,b,c\n")
     message = told(capsys, server.address, tmp_path / "other", cache)
     assert message.startswith(f"med3dvlm: error: {server.address}/table.csv has the unknown columns")
@@ -176,7 +216,8 @@ def refused(*_: object, **__: object) -> None:
 
 
 def test_an_upload_that_fails_leaves_nothing(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing half-written under a final name."""
+    """Nothing half-written under a final name; what a killed process has left here is deleted."""
+    from med3dvlm.datasets.outputs import open_volumes
     from med3dvlm.remote.files import Files
 
     def half(_: object, path: str, place: str, **__: object) -> None:
@@ -187,4 +228,8 @@ def test_an_upload_that_fails_leaves_nothing(table: Path, tmp_path: Path, monkey
     monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "put_file", half)
     with pytest.raises(OSError, match=r"out/b/volume: the connection fails \(.*\); check address and network, and run the command again"):
         files.put(table / "table.csv", "b/volume")
-    assert not list((tmp_path / "out" / "b").iterdir()) and stat.S_ISDIR((tmp_path / "out").stat().st_mode)
+    left = tmp_path / "cache" / "scans" / ".a.part"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    open_volumes(files.address, Cache(tmp_path / "cache")).sweep()
+    assert not left.exists() and not list((tmp_path / "out" / "b").iterdir()) and stat.S_ISDIR((tmp_path / "out").stat().st_mode)
