@@ -7,7 +7,8 @@
     for state in client.submit("And where?", api_name="/ask"): ...          # the same while it is written
     client.predict(handle_file("scan.nii.gz"), "Which organ is abnormal?", api_name="/answer")  # both in one, nothing is kept
 
-`/open` also lists the series of a study, as [number, what it is, whether it is open]; `/series` opens another one by its number.
+`/open` also lists the series of a study, as [number, what it is, whether it is open]; `/series` opens another one by its number, also
+where `/open` is refused because none is the scan beyond doubt.
 A Client is a session of its own, as a browser's page is. `/answer` and `/report` belong to none; mcp_tools.py offers the same to agents.
 """
 

@@ -109,6 +109,7 @@ def test_other_wrong_requests(server, http: httpx.Client, tmp_path: Path) -> Non
         answer = http.request(method, path, **sent)
         assert answer.status_code == status, (path, answer.text)
         assert words in one_sentence(answer), answer.text
+        assert (answer.json()["error"]["code"] == "ambiguous_series") == (sent.get("files") is mixed)
         assert "Doe" not in answer.text and str(server.folder) not in answer.text
     assert list(server.folder.iterdir()) == []
 
