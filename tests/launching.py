@@ -5,11 +5,13 @@ module does the same in forks of one server process: a start takes a fraction of
 named `python`, `med3dvlm` and as the launchers, which run in such forks, as does what they start.
 """
 
+import atexit
 import ctypes
 import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import struct
 import sys
@@ -100,6 +102,7 @@ def start(*words: object, log: Path, **variables: str) -> BaseProcess:
 def programs() -> Path:
     """Return a folder with programs that run in forks of the server while this process lives."""
     folder = Path(tempfile.mkdtemp(prefix="programs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "server"))
     listener.listen()
