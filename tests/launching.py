@@ -176,7 +176,7 @@ def _be(words: Sequence[str]) -> None:
         sys.path.insert(0, "")
         exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
     else:
-        sys.argv = list(words)
+        sys.argv = [how, *rest]
         sys.path.insert(0, str(Path(how).resolve().parent))
         runpy.run_path(how, run_name="__main__")
 
