@@ -48,7 +48,7 @@ STAGES: dict[str, tuple[object, ...]] = {
     ),
 }  # fmt: skip
 STEPS = {stage: 30 for stage in STAGES} | {"stage1_siglip": 48, "ct_clip": 48}
-EARLY = 5  # steps whose losses are compared
+EARLY = 4  # steps whose losses are compared
 ZERO2 = ("--deepspeed", "ds_configs/zero2.json")
 LAUNCHERS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "deepspeed": ("deepspeed", 1, ZERO2),
