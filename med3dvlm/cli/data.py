@@ -147,9 +147,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     check_workers(arguments)
     if arguments.dataset not in DATASETS:
         raise ValueError(f"data set {arguments.dataset!r} is unknown; known: {', '.join(DATASETS)}")
-    told = reading(arguments, MEANING)
-    if told and arguments.dataset in ("ct_rate", "rex_grounding_ct"):
-        raise ValueError(f"--{min(told)} is for scans of which nobody has said it, but the metadata of CT-RATE do; leave it out")
+    stated = reading(arguments, MEANING)
+    if stated and arguments.dataset in ("ct_rate", "rex_grounding_ct"):
+        raise ValueError(f"--{min(stated)} is for scans of which nobody has said it, but the metadata of CT-RATE do; leave it out")
     if arguments.shard and arguments.engine != "local":
         raise ValueError("--shard shares work between jobs, and --engine ray between the machines of a cluster; leave one of them out")
     cache = cache_of(arguments)
@@ -157,10 +157,10 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if is_address(arguments.destination):
         volumes.require_writable()  # before a long list of scans is asked for
     with open_scans(arguments.source, cache, arguments.workers) as scans:
-        return _prepare_scans(arguments, DATASETS[arguments.dataset], scans, volumes, told)
+        return _prepare_scans(arguments, DATASETS[arguments.dataset], scans, volumes, stated)
 
 
-def _prepare_scans(arguments: argparse.Namespace, dataset: Any, scans: "Scans", volumes: "Volumes", told: dict[str, Any]) -> int:
+def _prepare_scans(arguments: argparse.Namespace, dataset: Any, scans: "Scans", volumes: "Volumes", stated: dict[str, Any]) -> int:
     from med3dvlm.datasets.claims import prepare_claimed
     from med3dvlm.datasets.preparation import prepare, prepare_shard
     from med3dvlm.files import json_text, read_lines
@@ -173,7 +173,7 @@ def _prepare_scans(arguments: argparse.Namespace, dataset: Any, scans: "Scans", 
     parts = nested_splits({split: found for split, (found, _) in splits.items()})
     wholes = [split for split in splits if split not in parts]
     studies, questions = ([record for split in wholes for record in splits[split][kind]] for kind in (0, 1))
-    studies = [replace(study, reading=with_defaults(told, study.reading)) for study in studies] if told else studies
+    studies = [replace(study, reading=with_defaults(stated, study.reading)) for study in studies] if stated else studies
     unread = [failure | {"reason": scans.said(failure["reason"])} for split in wholes for failure in missed[split]]
     records = Records(studies, questions, unread)
     volumes.require_writable()

@@ -42,12 +42,12 @@ def add_commands(commands: Commands) -> None:
     add_engine(add)
     add_workers(command)
     add("--batch-size", type=positive, default=16, metavar="N", help="scans answered together: speed and memory (default: %(default)s)")
-    told = command.add_argument_group("scans of which the table does not say it")
-    told.add_argument("--spacing", type=numbers("Z,Y,X"), metavar="Z,Y,X", help="mm between slices, rows and columns")
-    told.add_argument("--straighten", action="store_true", help="resample tilted or unevenly spaced slices to a regular grid")
-    told.add_argument("--unit", choices=UNITS, help="of the values")
-    told.add_argument("--hu", choices=HU_POLICIES, help="whose slope and intercept make the values HU")
-    told.add_argument("--rescale", type=numbers("S,I"), metavar="S,I", help="slope and intercept, as in 1,-1024")
+    stated = command.add_argument_group("scans of which the table does not say it")
+    stated.add_argument("--spacing", type=numbers("Z,Y,X"), metavar="Z,Y,X", help="mm between slices, rows and columns")
+    stated.add_argument("--straighten", action="store_true", help="resample tilted or unevenly spaced slices to a regular grid")
+    stated.add_argument("--unit", choices=UNITS, help="of the values")
+    stated.add_argument("--hu", choices=HU_POLICIES, help="whose slope and intercept make the values HU")
+    stated.add_argument("--rescale", type=numbers("S,I"), metavar="S,I", help="slope and intercept, as in 1,-1024")
     command.set_defaults(run=_run)
 
 
@@ -70,11 +70,11 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError("nothing is asked: leave out --no-report, or give --question or --embed")
     if arguments.segmenter is not None and not (arguments.masks and arguments.report):
         raise ValueError("--segmenter draws the findings of reports; add --masks, and leave out --no-report")
-    told = reading(arguments, MEANING)
-    scans = [replace(scan, reading=with_defaults(told, scan.reading)) for scan in scans]
+    stated = reading(arguments, MEANING)
+    scans = [replace(scan, reading=with_defaults(stated, scan.reading)) for scan in scans]
     settings = Settings(
         arguments.report, tuple(arguments.question), arguments.max_new_tokens, arguments.series, arguments.masks, arguments.embed,
-        arguments.straighten, told,
+        arguments.straighten, stated,
     )  # fmt: skip
     counts = run(
         scans,

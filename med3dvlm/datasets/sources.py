@@ -17,15 +17,11 @@ from med3dvlm.datasets.outputs import Line, require_seen, scratch_folder, sweep_
 from med3dvlm.files import checksum
 from med3dvlm.formats import FORMATS, state_of
 from med3dvlm.remote.address import is_address
-from med3dvlm.remote.cache import FULL, Cache
+from med3dvlm.remote.cache import Cache, full_disk_named
 from med3dvlm.remote.files import Files, Listed, at_once, state_of_all
 
 TEXTS = (".json", ".jsonl", ".csv", ".tsv", ".txt")  # what layouts read
 SLICES = (".png", ".jpg", ".jpeg", ".dcm")  # no layout looks for a single one of them
-
-
-class CacheFullError(OSError):
-    """No scan can be fetched any more: no fault of the one that was."""
 
 
 class Scans(Protocol):
@@ -189,14 +185,8 @@ def _fetch(address: Files, root: Path, one: tuple[str, Listed]) -> None:
     name, known = one
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with full_disk_named(root.parent):
         address.fetch_listed(name, path, known)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise CacheFullError(
-            f"{root.parent}, the cache of the data, lies on a disk that is full; free some space, or name another by --data-cache"
-        ) from error
     os.utime(path, ns=(known.changed, known.changed))
 
 

@@ -12,14 +12,14 @@ from safetensors.torch import save
 
 from med3dvlm.datasets.masks import pack, read_masks
 from med3dvlm.datasets.outputs import Line, Volumes
-from med3dvlm.datasets.sources import CacheFullError, Scans, states
+from med3dvlm.datasets.sources import Scans, states
 from med3dvlm.datasets.statistics import BINS
 from med3dvlm.datasets.store import read_stored_masks, read_voxels
 from med3dvlm.files import checksum
 from med3dvlm.formats import VERSION
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.records import Study
-from med3dvlm.remote.cache import FULL
+from med3dvlm.remote.cache import FULL, CacheFullError
 from med3dvlm.remote.files import Listed
 from med3dvlm.remote.store import volume_name
 from med3dvlm.volume import Volume, read_volume

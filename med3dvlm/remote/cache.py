@@ -34,6 +34,23 @@ ABANDONED = 3600  # seconds after which a part is a killed process's
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+class CacheFullError(OSError):
+    """Nothing more can be fetched, whatever it is."""
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Raise CacheFullError in the place of an error of a full disk, on which `folder` is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise CacheFullError(
+            f"{folder}, the cache of the data, lies on a disk that is full; free some space, or name another by --data-cache"
+        ) from error
+
+
 def parse_bytes(text: str) -> int:
     """Parse "50GB", "800 MB", "1.5T" or "1000" to bytes.
 
@@ -119,7 +136,8 @@ class Cache:
                 if error.errno not in FULL:
                     raise
                 self._make_room(expected or 1)
-                self._fetch_at_last(path, fetch, expected)
+                with full_disk_named(self.folder):
+                    self._fetch(path, fetch, expected)
         return path
 
     def _fetch(self, path: Path, fetch: Callable[[Path], object], expected: int) -> None:
@@ -134,16 +152,6 @@ class Cache:
         finally:
             aside.unlink(missing_ok=True)
             self._reserve(-reserved)
-
-    def _fetch_at_last(self, path: Path, fetch: Callable[[Path], object], expected: int) -> None:
-        try:
-            self._fetch(path, fetch, expected)
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            raise OSError(
-                f"{self.folder}, the cache of the data, lies on a disk that is full; free some space, or name another by --data-cache"
-            ) from error
 
     def drop(self, name: str) -> None:
         """Delete a file, one that is damaged say."""

@@ -82,17 +82,17 @@ def test_decimal_commas_and_odd_padding(tmp_path: Path, old: bytes, new: bytes) 
 
 
 @pytest.mark.parametrize(
-    ("missing", "told"),
+    ("missing", "warning"),
     [
         (["PhotometricInterpretation"], "states no PhotometricInterpretation; the values are taken as grey (MONOCHROME2)"),
         (["PixelRepresentation"], "states no PixelRepresentation; the values are taken as unsigned"),
         (["BitsStored", "HighBit"], "states no BitsStored; all 16 bits of a pixel are taken"),
     ],
 )
-def test_assumptions_about_missing_elements_give_a_warning(tmp_path: Path, missing: list[str], told: str) -> None:
+def test_assumptions_about_missing_elements_give_a_warning(tmp_path: Path, missing: list[str], warning: str) -> None:
     parts = read(write_series(tmp_path / "scan", scan(), edit=without(*missing)))
     np.testing.assert_array_equal(parts.array, scan())
-    assert len(parts.warnings) == 1 and told in parts.warnings[0]
+    assert len(parts.warnings) == 1 and warning in parts.warnings[0]
 
 
 def test_a_slope_of_zero_counts_as_one_with_a_warning(tmp_path: Path) -> None:

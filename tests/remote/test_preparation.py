@@ -175,7 +175,7 @@ def address_of(root: Path) -> "address.Address":
     return Files(f"file://{root / 'out'}")
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     capsys.readouterr()
     assert prepare(*words) == 2  # type: ignore[arg-type]
     return capsys.readouterr().err
@@ -185,17 +185,17 @@ def test_wrong_places_are_one_sentence_before_anything(
     server: Server, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, out = tmp_path / "cache", tmp_path / "out"
-    assert "can be read but not written; write to s3://, gs:// or a folder" in told(capsys, table, server.address, cache)
-    assert "memory of this process" in told(capsys, table, "memory://out", cache)
-    assert "holds no files; check the address" in told(capsys, "memory://nothing", out, cache)
-    assert "--data-cache-size is 1KB" in told(capsys, server.address, out, cache, "--data-cache-size", "1KB")
+    assert "can be read but not written; write to s3://, gs:// or a folder" in error_of(capsys, table, server.address, cache)
+    assert "memory of this process" in error_of(capsys, table, "memory://out", cache)
+    assert "holds no files; check the address" in error_of(capsys, "memory://nothing", out, cache)
+    assert "--data-cache-size is 1KB" in error_of(capsys, server.address, out, cache, "--data-cache-size", "1KB")
     server.lists = False
-    assert "holds no files; its server must give a list" in told(capsys, server.address, out, cache)
+    assert "holds no files; its server must give a list" in error_of(capsys, server.address, out, cache)
     server.lists, server.faults["/"] = True, [403]
-    assert f"{server.address}: access is refused" in told(capsys, server.address, out, cache)
+    assert f"{server.address}: access is refused" in error_of(capsys, server.address, out, cache)
     with monkeypatch.context() as patch:
         patch.setattr(fsspec.implementations.local.LocalFileSystem, "pipe_file", refused)
-        assert "access is refused; check the rights" in told(capsys, table, f"file://{out}", cache)
+        assert "access is refused; check the rights" in error_of(capsys, table, f"file://{out}", cache)
     full = fsspec.implementations.local.LocalFileSystem.get_file
 
     def fetched(self: object, source: str, path: str, *rest: object, **more: object) -> None:
@@ -204,9 +204,9 @@ def test_wrong_places_are_one_sentence_before_anything(
         full(self, source, path, *rest, **more)
 
     monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "get_file", fetched)
-    assert f"{cache}/scans, the cache of the data, lies on a disk that is full" in told(capsys, f"file://{table}", out, cache)
+    assert f"{cache}/scans, the cache of the data, lies on a disk that is full" in error_of(capsys, f"file://{table}", out, cache)
     (table / "table.csv").write_text("image,report,colour\na,b,c\n")
-    message = told(capsys, server.address, tmp_path / "other", cache)
+    message = error_of(capsys, server.address, tmp_path / "other", cache)
     assert message.startswith(f"med3dvlm: error: {server.address}/table.csv has the unknown columns")
     assert not list(tmp_path.rglob("summary.json")) and not list((cache / "scans").iterdir())
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from med3dvlm import VolumeProcessor
+from med3dvlm import VolumeProcessor, cli
 from med3dvlm.datasets.ahead import AheadSampler, OwnRows, fetched_ahead
 from med3dvlm.datasets.preparation import prepare
 from med3dvlm.datasets.store import PreparedData, volume_path
@@ -235,3 +235,13 @@ def test_a_split_file_beside_the_data(five: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "data") as server:
         data = PreparedData(server.address, split_file=f"{server.address}/split.json", cache=Cache(tmp_path / "cache"))
     assert [study.id for study in data.studies("test")] == [studies()[1].id]
+
+
+def test_an_audit_finds_what_it_finds_on_the_disk(five: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data-cache", str(tmp_path / "cache"), "--workers", "1"]
+    assert cli.main(["audit", server.address, *words]) == 2
+    assert "an audit is written to a folder of this machine" in capsys.readouterr().err
+    for data, out in ((server.address, "there"), (str(five), "here")):
+        assert cli.main(["audit", data, "--out", str(tmp_path / out), *words]) == 0
+    here, there = ((tmp_path / out / "audit.json").read_text() for out in ("here", "there"))
+    assert here == there and json.loads(here)["data"] == PreparedData(five).summary["fingerprint"]
