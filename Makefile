@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt requirements/models.txt
 demo: install ## from nothing to a trained assistant that answers about a scan (fifteen minutes on 2 cores)
 	OUTPUTS='$(OUTPUTS)' LM='$(LM)' bash stages/demo/demo.sh demo
 
-demo-full: install ## the same with more studies and steps (an hour); LM=smollm2 takes a real small language model
+demo-full: install ## the same with more studies and steps (an hour or more); LM=smollm2 takes a real small language model
 	OUTPUTS='$(OUTPUTS)' LM='$(LM)' bash stages/demo/demo.sh full
 
 demo-ct-clip: install ## a model of chest CT: findings without labels, with a linear layer, and search (a quarter of an hour on 2 cores)
