@@ -95,7 +95,7 @@ def thumbnails(data: PreparedData, studies: Sequence[Study], folder: Path, worke
 def _open(opening: Opening, studies: Sequence[Study] = (), pictures: Tensor | None = None) -> None:
     global _opened, _studies, _pictures
     torch.set_num_threads(1)
-    _opened, _studies = opening.open(), studies
+    _opened, _studies = opening.reopen(), studies
     if pictures is not None:
         _pictures = pictures
 

@@ -121,7 +121,7 @@ class Opening:
     split_file: str | None
     cache: tuple[str, str] | None = None
 
-    def open(self) -> "PreparedData":
+    def reopen(self) -> "PreparedData":
         return PreparedData(self.root, self.exclude_failures, self.split_file, Cache(*self.cache) if self.cache else None)
 
 

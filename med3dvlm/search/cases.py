@@ -255,7 +255,7 @@ def _embed_there(model: str, opening: Opening, made_by: tuple[str, str], batch: 
 
 @lru_cache(maxsize=1)
 def _opened(model: str, opening: Opening) -> tuple[Embedder, PreparedData, tuple[str, str]]:
-    embedder, data = Embedder(model), opening.open()
+    embedder, data = Embedder(model), opening.reopen()
     return embedder, data, (_fingerprint(embedder), data.summary["fingerprint"])
 
 

@@ -252,11 +252,11 @@ def test_an_unbatched_answer_ends_when_the_engine_is_closed() -> None:
     chat = build("qwen2")
     engine = TransformersEngine(chat)
     engine._batch.alone = True
-    (stream,) = engine.generate([Request(scans(chat, 1)[0], asked("Where?"), 60)])
+    (stream,) = engine.generate([Request(scans(chat, 1)[0], asked("Where?"), 500)])
     next(iter(stream))
     engine.close()
     assert stream.result(60).finish == "cancelled"
-    assert len(stream.result().tokens) < 60
+    assert len(stream.result().tokens) < 500
 
 
 def test_an_error_at_the_end_of_an_answer_ends_the_batch_but_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
