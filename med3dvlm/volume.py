@@ -225,7 +225,7 @@ def read_volume(
     if len(parts.series) > 1:
         number = parts.series[0].partition(":")[0]
         listed = "; ".join(sorted(parts.series, key=lambda line: int(line.partition(":")[0])))
-        warnings.append(f"there are {len(parts.series)} series ({listed}); number {number} is read, and series= picks another.")
+        warnings.append(f"there are {len(parts.series)} series ({listed}); number {number} is read; choose another by series number.")
     # A scan at all, before its values are interpreted.
     bare = Volume(array, source=source, **_geometry(parts, spacing, orientation, warnings))
     warnings += _doubts(bare)

@@ -25,7 +25,6 @@ from med3dvlm.inference.segmentation import Segmentation, numbered_file
 from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.reports.dicom_seg import dicom_segmentation
 from med3dvlm.reports.findings import find_mentions, finding_states
-from med3dvlm.volume import VolumeError
 
 MAX_MASKS = 20  # on a scan
 TOGETHER = 4  # masks that are drawn at a time; each takes as many bytes as the scan has voxels until it is packed
@@ -177,10 +176,7 @@ def save(masks: Sequence[Mask], scan: OpenScan, kind: str, model: str) -> bytes:
     if scan.resampled:
         raise ValueError("The scan was straightened, so the masks do not lie on the slices of its DICOM files; save the masks as NIfTI.")
     segments = [(mask.found.name, mask.unpacked(scan.volume.shape).mask) for mask in masks]
-    try:
-        return dicom_segmentation(scan.files, "The scan", scan.series, segments, ("Med3DVLM", version("med3dvlm")))
-    except VolumeError as error:
-        raise ValueError(str(error).replace(str(scan.files), "the scan")) from None
+    return dicom_segmentation(scan.files, "The scan", scan.series, segments, ("Med3DVLM", version("med3dvlm")))
 
 
 def _nifti_zip(masks: Sequence[Mask], scan: OpenScan, model: str) -> bytes:

@@ -126,17 +126,15 @@ def take_uploads(uploads: Sequence[Path], max_bytes: int, keep: bool = False) ->
     return Upload(path, kind, folder)
 
 
-def read_without_paths(
-    upload: Upload, series: int | None, straighten: bool = False, say: Callable[[str], str] = str
-) -> tuple[Volume, bool, bool]:
-    """Read an upload. Its warnings, and the VolumeError that may be raised, hold no path; `say` rephrases them.
+def read_without_paths(upload: Upload, series: int | None, straighten: bool = False) -> tuple[Volume, bool, bool]:
+    """Read an upload. Its warnings, and the VolumeError that may be raised, hold no path.
 
     Returns the volume, whether it was resampled, and whether each of its slices is one of the file's.
     """
 
     def plain(words: str) -> str:
         words = re.sub(rf"{re.escape(upload.folder)}(/[\w.]+)?: ", "", words)
-        words = say(re.sub(rf"{re.escape(upload.folder)}/?", "", words).strip())
+        words = re.sub(rf"{re.escape(upload.folder)}/?", "", words).strip()
         return words[:1].upper() + words[1:]
 
     try:
@@ -152,7 +150,7 @@ def read_without_paths(
 
 def read_series(upload: Upload, series: int | None, straighten: bool = False) -> OpenScan:
     """Read the series of that number in `volume.series`, None for the likeliest. Raises VolumeError as `read_uploads` does."""
-    volume, resampled, as_filed = read_without_paths(upload, series, straighten, _for_the_page)
+    volume, resampled, as_filed = read_without_paths(upload, series, straighten)
     scan = opened(volume, upload.kind, upload if upload.kind in MAY_BE_DICOM else None, series)
     return dataclasses.replace(scan, resampled=resampled, as_filed=as_filed)
 
@@ -186,8 +184,10 @@ def example(name: str) -> OpenScan:
     """Return one of EXAMPLES: a CT phantom with a finding, drawn at the first call and always the same.
 
     Raises:
-        KeyError: there is no such example.
+        VolumeError: there is no such example.
     """
+    if name not in EXAMPLES:
+        raise VolumeError(f"There is no example {str(name)[:40]!r}; there are {', '.join(EXAMPLES)}.")
     region = EXAMPLES[name]
     plan = next(plan for plan in plan_phantoms(40, seed=7) if plan.body.region == region and plan.body.findings)
     canvas = draw(plan.body, Acquisition("axial", "portal venous phase", plan.acquisition.seed, detail=2.0))
@@ -242,9 +242,3 @@ def _ending(upload: Path) -> str:
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Return a key that sorts slice 9 before slice 10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
-
-
-def _for_the_page(words: str) -> str:
-    """Rephrase advice about arguments of `read_volume` as advice about the page."""
-    words = words.replace("and series= picks another", "and another can be chosen above the picture")
-    return re.sub(r"choose (one|another) with series=, of", r"choose \1 above the picture, or open its files alone, of", words)

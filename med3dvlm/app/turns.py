@@ -59,6 +59,18 @@ class Turn:
         names = ("question", "answer", "state", "open", "seconds", "tokens", "confidence", "unlike")
         return {name: getattr(self, name) for name in names} | {"low": self.confidence is not None and self.confidence < LOW_CONFIDENCE}
 
+    def draft_status(self, edited: bool) -> str:
+        """Describe the turn as a draft of the report, which a person may have `edited`; "" where there is nothing to say."""
+        if self.state == "stopped":
+            return "Stopped before its end: the draft is incomplete."
+        if edited and self.state != "failed":
+            return "Changed by hand since it was drafted."
+        if self.confidence is None:
+            return ""
+        doubt = ", which is low" if self.shown()["low"] else ""
+        doubt += ", on a scan unlike the training data" if self.unlike else ""
+        return f"Drafted in {self.seconds:.1f} s, {self.tokens} tokens, with a confidence of {100 * self.confidence:.0f} %{doubt}."
+
 
 def history(turns: list[Turn]) -> list[dict[str, str]]:
     """Return the conversation so far for the model: answered and stopped turns, not failed ones."""

@@ -17,7 +17,7 @@ from med3dvlm.app.analysis import Analysis, Case, Cells
 from med3dvlm.app.key_images import MAX_KEY_IMAGES, key_image
 from med3dvlm.app.masks import for_viewer, names_to_segment, pack, readable, segment_findings, stated
 from med3dvlm.app.masks import save as save_masks
-from med3dvlm.app.scans import EXAMPLES, OpenScan, UndecidedError, example, read_series, read_uploads, series_choices
+from med3dvlm.app.scans import OpenScan, UndecidedError, example, read_series, read_uploads, series_choices
 from med3dvlm.app.session import BUSY, MAX_CHARACTERS, NO_SCAN, Session
 from med3dvlm.app.sessions import Sessions
 from med3dvlm.app.turns import Turn, error_message, history, suggested_questions
@@ -107,9 +107,7 @@ class Workstation:
         session.open(scan)
 
     def open_example(self, session: Session, name: str) -> OpenScan:
-        """Open one of EXAMPLES. Raises VolumeError for another name."""
-        if name not in EXAMPLES:
-            raise VolumeError(f"There is no example {str(name)[:40]!r}; there are {', '.join(EXAMPLES)}.")
+        """Open one of `scans.EXAMPLES`. Raises VolumeError for another name."""
         scan = example(name)
         session.open(scan)
         return scan
@@ -191,21 +189,14 @@ class Workstation:
         """Return what report.js shows below the report: sections, findings, files to save, key images [label, address, number]. `problem` is
         a sentence about the last action.
         """
-        draft, line = session.draft, ""
+        draft = session.draft
         if draft is not None and draft.state == "failed":
             problem = problem or draft.answer
-        elif draft is not None and draft.state == "stopped":
-            line = "Stopped before its end: the draft is incomplete."
-        elif draft is not None and session.edited:
-            line = "Changed by hand since it was drafted."
-        elif draft is not None and draft.confidence is not None:
-            doubt = ", which is low" if draft.shown()["low"] else ""
-            doubt += ", on a scan unlike the training data" if draft.unlike else ""
-            line = f"Drafted in {draft.seconds:.1f} s, {draft.tokens} tokens, with a confidence of {100 * draft.confidence:.0f} %{doubt}."
         shown = {
             "pictures": [[image.label, f"workstation/{session.token}/picture/{number}", number] for number, image in session.key_images.items()],
             "segmenter": self.analysis.segment is not None,
-            "line": line, "problem": problem, "open": draft is not None and draft.open, "unsaved": session.unsaved,
+            "line": "" if draft is None else draft.draft_status(session.edited), "problem": problem,
+            "open": draft is not None and draft.open, "unsaved": session.unsaved,
         }  # fmt: skip
         try:
             report = read_report(session.report)
@@ -322,17 +313,15 @@ class Workstation:
         if kind == "dcm":
             if scan is None or scan.files is None:
                 raise ValueError("A DICOM report needs a DICOM scan, and this scan is not DICOM; save the report as text.")
-            try:
-                return report_dicom(report, scan.files, scan.series)
-            except VolumeError as error:
-                raise ValueError(str(error).replace(f"{scan.files}: ", "").replace(str(scan.files), "the scan")) from None
+            return report_dicom(report, scan.files, scan.series, "The scan")
         if kind == "zip":
             return report_zip(report)
         return {"txt": report_text, "md": report_markdown, "json": report_json}[kind](report).encode()
 
     def conversation_data(self, session: Session, problem: str = "") -> dict[str, Any]:
         """Return the conversation for conversation.js; `problem` is a sentence about the last action."""
-        turns = [turn.shown() | {"stated": [] if turn.open else self._stated(turn.answer)} for turn in session.turns]
+        marks = self.analysis.segment is not None  # findings of an answer, which a click segments
+        turns = [turn.shown() | {"stated": stated(turn.answer) if marks and not turn.open else []} for turn in session.turns]
         scan = session.scan
         busy = bool(session.turns) and session.turns[-1].open
         suggestions = [] if scan is None or busy else suggested_questions(scan.volume, {turn.question for turn in session.turns})
@@ -340,9 +329,6 @@ class Workstation:
             "turns": turns, "suggestions": suggestions, "problem": problem, "explained": EXPLAINED, "scan": scan is not None,
             "grounded": self.analysis.explain is not None,
         }  # fmt: skip
-
-    def _stated(self, answer: str) -> list[list[Any]]:
-        return [] if self.analysis.segment is None else stated(answer)
 
     def viewer_data(self, session: Session) -> dict[str, Any]:
         """Return the viewer's value for viewer.js."""

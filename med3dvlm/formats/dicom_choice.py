@@ -90,9 +90,9 @@ def choose(slices: list[Slice], series: int | None, source: str) -> Choice:
     picked = 0 if series is None else series - 1
     stack = stacks[picked]
     if series is None and (doubt := _doubt(stack, found)):
-        raise AmbiguousSeriesError(f"{source}: {doubt}; choose one with series=, of {listed}.", tuple(lines))
+        raise AmbiguousSeriesError(f"{source}: {doubt}; choose one by series number, or give its files alone: {listed}.", tuple(lines))
     if (stack[0].position or stack[0].location) is not None and (repeated := _repeated(stack)):
-        others = f", or choose another with series=, of {listed}" if len(stacks) > 1 else ""
+        others = f"; or choose another by series number: {listed}" if len(stacks) > 1 else ""
         raise VolumeError(
             f"{source}: {repeated}, and neither an attribute (acquisition, phase, echo, kernel or the like) nor the order in which they were "
             f"taken tells them apart; export each of them as a series of its own{others}."

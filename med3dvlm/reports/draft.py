@@ -174,11 +174,12 @@ def report_zip(report: Report) -> bytes:
     return stream.getvalue()
 
 
-def report_dicom(report: Report, scan: str | os.PathLike[str], series: int | None = None) -> bytes:
+def report_dicom(report: Report, scan: str | os.PathLike[str], series: int | None = None, source: str | None = None) -> bytes:
     """Return an unverified DICOM Structured Report that belongs to the patient and study of the scan's own files, which must still exist.
 
     Args:
         scan, series: what `read_volume` was given.
+        source: what messages call the scan (default: its path).
 
     Raises:
         VolumeError: the scan is not DICOM or gone, or its files cannot be referred to; one sentence.
@@ -188,7 +189,7 @@ def report_dicom(report: Report, scan: str | os.PathLike[str], series: int | Non
         sections.append(("Summary", stated))
     pictures = [(image.label, image.place) for image in report.key_images]
     software = f"Med3DVLM {version('med3dvlm')}"
-    return structured_report(Path(scan), os.fspath(scan), series, "\n".join(_before(report)), sections, software, pictures)
+    return structured_report(Path(scan), source or os.fspath(scan), series, "\n".join(_before(report)), sections, software, pictures)
 
 
 def _before(report: Report) -> list[str]:

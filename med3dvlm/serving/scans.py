@@ -24,7 +24,6 @@ from med3dvlm.serving.errors import Refused
 from med3dvlm.volume import Volume
 
 BLOCK = 2**20
-FIELD = "the form field series of /v1/scans"
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ class Scans:
                     while block := content.read(BLOCK):
                         out.write(block)
             upload = take_uploads(paths, self.limits.upload_bytes)
-            volume, _, _ = read_without_paths(upload, series, say=_for_programs)
+            volume, _, _ = read_without_paths(upload, series)
             with self.reading:
                 embedding = None
                 if self.embedder is not None:
@@ -210,8 +209,3 @@ class Scans:
             if upload is not None:
                 upload.delete()
         return scan
-
-
-def _for_programs(words: str) -> str:
-    """Rephrase advice about arguments of `read_volume` as advice about an upload."""
-    return words.replace("and series= picks another", f"and {FIELD} picks another").replace("with series=, of", f"by {FIELD}, of")

@@ -249,7 +249,7 @@ def test_a_series_of_an_ambiguous_study_is_chosen(visit, tmp_path) -> None:
     upload(page, *mixed_series(tmp_path / "mixed"))
     choice = page.get_by_label("Series of the study")
     expect(choice.locator("option")).to_have_text([re.compile("choose"), re.compile("1: .*slices"), re.compile("2: .*slices")])
-    expect(page.locator("#status")).to_contain_text("choose one above the picture")
+    expect(page.locator("#status")).to_contain_text("choose one by series number")
     choice.select_option("2")
     wait_for(lambda: "/ 4" in count(page, "coronal"))
     expect(choice).to_have_value("2")

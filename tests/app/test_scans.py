@@ -173,7 +173,7 @@ def test_a_scan_is_straightened_where_the_models_processor_does(tmp_path: Path) 
 def test_a_study_with_an_ambiguous_scan_is_opened_by_choosing_a_series(tmp_path) -> None:
     workstation, session = Workstation(SimpleNamespace(), "none"), Session()
     files = [str(path) for path in uploaded(tmp_path, *mixed_series(tmp_path / "mixed"))]
-    with pytest.raises(VolumeError, match="mixes 2 orientations .* choose one above the picture, or open its files alone, of 1: 4 slices"):
+    with pytest.raises(VolumeError, match="mixes 2 orientations .* choose one by series number, or give its files alone: 1: 4 slices"):
         workstation.open_uploads(session, files)
     assert session.scan is None and session.undecided is not None
     listed, folder = workstation.viewer_data(session)["series"], session.undecided.upload.path
@@ -193,7 +193,7 @@ def test_another_series_of_a_study_is_opened_from_the_same_upload(tmp_path) -> N
     uploads, short = two_series(tmp_path)
     workstation, session = Workstation(SimpleNamespace(), "none"), Session()
     first = workstation.open_uploads(session, [str(path) for path in uploads])
-    assert len(first.volume.array) == 8 and "above the picture" in " ".join(first.warnings)
+    assert len(first.volume.array) == 8 and "choose another by series number" in " ".join(first.warnings)
     listed = workstation.viewer_data(session)["series"]
     assert sorted(open for _, _, open in listed) == [False, True] and "Doe" not in str(listed)
     (other,) = [number for number, _, open in listed if not open]

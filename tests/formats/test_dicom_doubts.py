@@ -135,7 +135,7 @@ def test_mixed_orientations(tmp_path: Path) -> None:
         item.ImagePositionPatient = [float(index)] * 3
 
     folder = write_series(tmp_path / "planes", scan(), edit=three)
-    refused(folder, "one series mixes 3 orientations or sizes; choose one with series=, of 1: 4 slices")
+    refused(folder, "one series mixes 3 orientations or sizes; choose one by series number, .* alone: 1: 4 slices")
     np.testing.assert_array_equal(read(folder, series=1).array, scan()[::3])
 
 

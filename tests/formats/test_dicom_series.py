@@ -108,7 +108,8 @@ def test_two_parallel_planes_of_many_are_no_scan(tmp_path: Path, apart: float) -
         folder = write_series(tmp_path / str(count), scan()[:count], edit=fan(count))
         lone = count - 2
         refused(
-            folder, f"one series mixes {lone + 1} orientations or sizes, {lone} of them in single images; choose one with series=, of 1: 2"
+            folder,
+            f"one series mixes {lone + 1} orientations or sizes, {lone} of them in single images; choose one by series number, .* alone: 1: 2",
         )
         np.testing.assert_array_equal(read(folder, series=1).array, scan()[:2])
 

@@ -39,7 +39,9 @@ def test_attributes_that_separate_the_stacks_of_a_series(
 ) -> None:
     """The second stack lies at the same positions, nearly so, half-way between them, or elsewhere between them."""
     folder = two(tmp_path / "scan", first, second, offset=offset)
-    refused(folder, f"choose one with series=, of 1: 10 slices of 20 x 30, CT, {one_word}; 2: 10 slices of 20 x 30, CT, {other_word}")
+    refused(
+        folder, f"choose one by series number, .* alone: 1: 10 slices of 20 x 30, CT, {one_word}; 2: 10 slices of 20 x 30, CT, {other_word}"
+    )
     assert read_both(folder, tmp_path, offset=offset) == [one_word, other_word]
 
 
@@ -114,7 +116,7 @@ def test_phases_in_one_multi_frame_file(tmp_path: Path) -> None:
             frame.PlanePositionSequence[0].ImagePositionPatient[2] -= 12.5 * (index // 5)
 
     path = write_enhanced(tmp_path / "scan.dcm", values, edit=phases)
-    refused(path, "choose one with series=, of 1: 5 slices of 20 x 30, CT, temporal position 1; 2: 5 slices")
+    refused(path, "choose one by series number, .* alone: 1: 5 slices of 20 x 30, CT, temporal position 1; 2: 5 slices")
     np.testing.assert_array_equal(read(path, series=1).array, scan()[:5])
     np.testing.assert_array_equal(read(path, series=2).array, scan()[:5] + 100)
     assert {each.path for each in dicom.stack_of(path, "scan", 2)} == {path}
@@ -194,7 +196,7 @@ def test_inseparable_stacks_are_refused(tmp_path: Path) -> None:
         tmp_path, {"InstanceNumber": lambda index: [0, 3, 4, 7, 8, 11, 12, 15, 16, 19][index]}, {"InstanceNumber": lambda index: 5}
     )
     write_series(folder, scan()[:3], prefix="other")
-    refused(folder, "20 slices at 10 places .* tells them apart; .* choose another with series=, of 1: 20 slices .*; 2: 3 slices")
+    refused(folder, "20 slices at 10 places .* tells them apart; .* choose another by series number: 1: 20 slices .*; 2: 3 slices")
     np.testing.assert_array_equal(read(folder, series=2).array, scan()[:3])
 
 

@@ -100,7 +100,7 @@ def test_other_wrong_requests(server, http: httpx.Client, tmp_path: Path) -> Non
         ("POST", "/v1/scans", {"files": {"file": ("Doe_Jane.nii.gz", b"no scan at all")}}, 400, ""),
         ("POST", "/v1/scans", {"files": {"file": ("Doe_Jane.pdf", b"%PDF")}}, 400, "no scan that can be opened"),
         ("POST", "/v1/scans", {"files": {"file": ("a.dcm", b"abc")}, "data": {"series": "one"}}, 400, "series must be the number"),
-        ("POST", "/v1/scans", {"files": mixed}, 400, "by the form field series of /v1/scans, of 1: 4 slices"),
+        ("POST", "/v1/scans", {"files": mixed}, 400, "by series number, or give its files alone: 1: 4 slices"),
         ("POST", "/v1/reports", {"json": {"scan": "scan-none"}}, 400, 'must be an object, such as {"id": "scan-..."}'),
         ("GET", "/v1/scans", {"headers": {"Host": "elsewhere"}}, 403, "start it with --api-key-file"),
         ("POST", "/v1/findings", {"json": {}}, 400, "one of the two"),
