@@ -84,7 +84,7 @@ def require_all(complaint: str | None) -> None:
     """
     rank, count = rank_and_count()
     complaints = gathered(None if complaint is None else (complaint, socket.gethostname()))
-    found = {said[0]: (number, said[1]) for number, said in reversed(list(enumerate(complaints))) if said is not None}
+    found = {each[0]: (number, each[1]) for number, each in reversed(list(enumerate(complaints))) if each is not None}
     if not found:
         return
     if rank == 0:

@@ -114,9 +114,9 @@ def user_message(error: Exception) -> str | None:
     """Return the error in one line if the user can fix it; None for a defect: an error of a library over arguments of ours."""
     if isinstance(error, ImportError):
         return _missing_extra(error)
-    if isinstance(error, (OSError, ValueError)) and (told := IN_WORKER.match(str(error))):
-        ours = isinstance(error, OSError) or Path(__file__).resolve().parent in Path(told["file"]).resolve().parents
-        return " ".join(told["sentence"].split()) if ours else None
+    if isinstance(error, (OSError, ValueError)) and (match := IN_WORKER.match(str(error))):
+        ours = isinstance(error, OSError) or Path(__file__).resolve().parent in Path(match["file"]).resolve().parents
+        return " ".join(match["sentence"].split()) if ours else None
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
         return place + REASONS.get(error.errno, error.strerror or str(error))

@@ -107,22 +107,22 @@ def endpoints(workstation: Workstation, modelling: dict[str, Any]) -> None:
 
     with gr.Column(visible=False):
         files, scan = uploaded_only(gr.File(file_count="multiple", label="Files of a scan")), uploaded_only(gr.File(label="Scan"))
-        question, said = gr.Textbox(label="Question"), gr.JSON(label="Answer")
+        question, result = gr.Textbox(label="Question"), gr.JSON(label="Answer")
         temperature, top_p = gr.Number(0, label="Temperature"), gr.Number(1, label="Top-p")
         number = gr.Number(label="Series")
         name, words, button = gr.Textbox(label="Example"), gr.Textbox(label="Notice"), gr.Button()
     session_only: dict[str, Any] = {"api_visibility": "undocumented"}
     reading: dict[str, Any] = {"concurrency_id": "read"}
-    button.click(open_scan, files, said, api_name="open", **reading, **session_only)
-    button.click(example, name, said, api_name="example", **reading, **session_only)
-    button.click(series, number, said, api_name="series", **reading, **session_only)
+    button.click(open_scan, files, result, api_name="open", **reading, **session_only)
+    button.click(example, name, result, api_name="example", **reading, **session_only)
+    button.click(series, number, result, api_name="series", **reading, **session_only)
     button.click(notice, None, words, api_name="notice", **modelling, **session_only)
-    button.click(ask, question, said, api_name="ask", **modelling, **session_only)
-    button.click(sample, [question, temperature, top_p], said, api_name="sample", **modelling, **session_only)
+    button.click(ask, question, result, api_name="ask", **modelling, **session_only)
+    button.click(sample, [question, temperature, top_p], result, api_name="sample", **modelling, **session_only)
     button.click(stop, None, None, api_name="stop", queue=False, **session_only)
     button.click(clear, None, None, api_name="clear", queue=False, **session_only)
-    button.click(answer, [scan, question], said, api_name="answer", **modelling)
-    button.click(report, scan, said, api_name="report", **modelling)
+    button.click(answer, [scan, question], result, api_name="answer", **modelling)
+    button.click(report, scan, result, api_name="report", **modelling)
 
 
 def once(workstation: Workstation, session: Session, uploads: list[str], question: str, keep: bool = True) -> dict[str, Any]:

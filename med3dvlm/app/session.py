@@ -213,11 +213,11 @@ class Session:
                 yield turn
             turn.state = "stopped"
         except StopIteration as end:
-            said = end.value
+            written = end.value
             if not turn.answer.strip():
                 raise ValueError(NO_ANSWER) from None
-            turn.seconds, turn.tokens, turn.confidence, turn.state = said.seconds, said.tokens, said.confidence, "done"
-            turn.places = said.places
+            turn.seconds, turn.tokens, turn.confidence, turn.state = written.seconds, written.tokens, written.confidence, "done"
+            turn.places = written.places
         finally:
             pieces.close()
 

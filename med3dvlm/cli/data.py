@@ -174,7 +174,7 @@ def _prepare_scans(arguments: argparse.Namespace, dataset: Any, scans: "Scans", 
     wholes = [split for split in splits if split not in parts]
     studies, questions = ([record for split in wholes for record in splits[split][kind]] for kind in (0, 1))
     studies = [replace(study, reading=with_defaults(stated, study.reading)) for study in studies] if stated else studies
-    unread = [failure | {"reason": scans.said(failure["reason"])} for split in wholes for failure in missed[split]]
+    unread = [failure | {"reason": scans.with_address(failure["reason"])} for split in wholes for failure in missed[split]]
     records = Records(studies, questions, unread)
     volumes.require_writable()
     shard, workers, verify = arguments.shard, arguments.workers, arguments.verify

@@ -100,7 +100,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     print(*notices, RESEARCH_NOTICE, sep="\n", file=sys.stderr)
 
 
-def _write_masks(folder: Path, found: "Sequence[Segmentation]", said: dict[str, str]) -> None:
+def _write_masks(folder: Path, found: "Sequence[Segmentation]", about: dict[str, str]) -> None:
     """Write a NIfTI file for each mask, empty ones too, and masks.json about them."""
     from med3dvlm.files import atomic_folder, write_json
     from med3dvlm.inference.segmentation import numbered_file
@@ -112,7 +112,7 @@ def _write_masks(folder: Path, found: "Sequence[Segmentation]", said: dict[str, 
             file = numbered_file(number, one.name)
             one.save_nifti(aside / file)
             listed.append({"file": file, "sentence": one.name, "found": one.found, **one.facts})
-        write_json(aside / "masks.json", {"notice": RESEARCH_NOTICE, **said, "masks": listed})
+        write_json(aside / "masks.json", {"notice": RESEARCH_NOTICE, **about, "masks": listed})
 
 
 def _load(model: Path, quantize: str | None) -> "Med3DChat":

@@ -61,14 +61,14 @@ def audit(
     alike = duplicates.similar_volumes(data, [studies[place] for place in distinct], pictures[distinct], workers)
     near = [Pair(distinct[a], distinct[b], similarity) for a, b, similarity in alike]
     texts = [" ".join(duplicates.words(study.report)) for study in studies]
-    said = [group for group in duplicates.equal_groups(texts) if texts[group[0]]]
-    repeated = {place for group in said for place in group[1:]}
+    same_report = [group for group in duplicates.equal_groups(texts) if texts[group[0]]]
+    repeated = {place for group in same_report for place in group[1:]}
     distinct = [place for place in range(len(studies)) if place not in repeated]
     alike = duplicates.similar_reports([texts[place] for place in distinct])
     reworded = [Pair(distinct[a], distinct[b], similarity) for a, b, similarity in alike]
     volume_groups, report_groups = (
         duplicates.groups(len(studies), [*((group[0], other) for group in equal for other in group[1:]), *((a, b) for a, b, _ in pairs)])
-        for equal, pairs in ((same, near), (said, reworded))
+        for equal, pairs in ((same, near), (same_report, reworded))
     )
     kept, left_out = deduplicate(studies, splits, volume_groups, report_groups if by_reports else None)
     result: dict[str, Any] = {
@@ -80,7 +80,7 @@ def audit(
         "duplicates": {
             "volumes, exact": _describe([list(group) for group in same], studies),
             "volumes, near": _describe(duplicates.equal_groups(volume_groups), studies, near),
-            "reports, exact": _describe([list(group) for group in said], studies),
+            "reports, exact": _describe([list(group) for group in same_report], studies),
             "reports, near": _describe(duplicates.equal_groups(report_groups), studies, reworded),
         },
         "questions": {split: question_facts(asked[split]) for split in splits if asked[split]},
@@ -184,9 +184,9 @@ def tells_answer(question: Question) -> bool:
     """Return whether the question contains the answer word for word and none of its other choices. Yes and no do not count."""
     if question.yes_no:
         return False
-    said = f" {' '.join(duplicates.words(question.text))} "
-    told = [choice for choice in question.choices or (question.answer,) if f" {' '.join(duplicates.words(choice))} " in said]
-    return told == [question.answer] and bool(duplicates.words(question.answer))
+    words = f" {' '.join(duplicates.words(question.text))} "
+    named = [choice for choice in question.choices or (question.answer,) if f" {' '.join(duplicates.words(choice))} " in words]
+    return named == [question.answer] and bool(duplicates.words(question.answer))
 
 
 def report_lengths(studies: Iterable[Study]) -> dict[str, int]:

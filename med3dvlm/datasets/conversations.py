@@ -220,8 +220,8 @@ class ConversationDataset(StudyDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         study = self.studies[self.rows[index].study]
         conversations = self.conversations(index)
-        said = {"conversations": conversations} if self.answers is None else self.answers.row(study, conversations)
-        row: dict[str, Any] = {"id": study.id, **said}
+        answers = {"conversations": conversations} if self.answers is None else self.answers.row(study, conversations)
+        row: dict[str, Any] = {"id": study.id, **answers}
         if not self.with_image:
             return row | {"context": study.report}
         return row | ({"features": self.features(study)} if self.features is not None else self.image(study, index))

@@ -229,10 +229,10 @@ def similar_reports(reports: Sequence[str], threshold: float = SAME_REPORT) -> l
     pairs: dict[int, frozenset[str]] = {}
     found = []
     for place, report in enumerate(tqdm(reports, desc="comparing reports", unit="report")):
-        said = words(report)
-        if not said:
+        tokens = words(report)
+        if not tokens:
             continue
-        phrases = frozenset(map(" ".join, zip(said, said[1:], strict=False))) or frozenset(said)
+        phrases = frozenset(map(" ".join, zip(tokens, tokens[1:], strict=False))) or frozenset(tokens)
         sketch = MinHash(num_perm=PERMUTATIONS, seed=1)
         sketch.update_batch([phrase.encode() for phrase in sorted(phrases)])
         alike = [(len(phrases & pairs[other]) / len(phrases | pairs[other]), -other) for other in firsts.query(sketch)]

@@ -68,11 +68,11 @@ class MaskPrompts:
 
     def texts(self, studies: Sequence[Study]) -> list[str]:
         """Return all prompts that these studies may get."""
-        said = list(self.findings)
+        prompts = list(self.findings)
         for study in studies:
             for name, mask in study.masks.items():
-                said += [name, *(f"{side} {name}" for side in OTHER_SIDE if _side(name, mask)), *filter(None, [mask.text])]
-        return list(dict.fromkeys(said))
+                prompts += [name, *(f"{side} {name}" for side in OTHER_SIDE if _side(name, mask)), *filter(None, [mask.text])]
+        return list(dict.fromkeys(prompts))
 
     def draw(self, study: Study, epoch: int, row: int) -> list[Prompt]:
         """Draw at most `count` prompts of the study."""

@@ -34,7 +34,7 @@ class Scans(Protocol):
 
     def path(self, file: str) -> PurePosixPath: ...
 
-    def said(self, text: str) -> str: ...
+    def with_address(self, text: str) -> str: ...
 
     def files(self, names: Sequence[str]) -> dict[str, Listed]: ...
 
@@ -56,7 +56,7 @@ class LocalScans:
     def path(self, file: str) -> PurePosixPath:
         return PurePosixPath(self._resolved, file)
 
-    def said(self, text: str) -> str:
+    def with_address(self, text: str) -> str:
         """Return a text with the user's address in place of the local folder of the tables."""
         return text
 
@@ -91,7 +91,7 @@ class RemoteScans:
     def path(self, file: str) -> PurePosixPath:
         return PurePosixPath(self.name, file)
 
-    def said(self, text: str) -> str:
+    def with_address(self, text: str) -> str:
         return text.replace(str(self.folder), self.name)
 
     def files(self, names: Sequence[str]) -> dict[str, Listed]:

@@ -145,13 +145,15 @@ def _parsed(path: Path, changed: int, size: int) -> tuple[list[Study], list[Ques
                 raise ValueError("image is empty; name the scan's file or folder")
             check_inside(image, "image")
             labels = {name: label_value(name, text) for name, text in row.items() if name.startswith(LABEL)}
-            said: dict[str, Any] = {name: text for name, text in row.items() if text and (name in ABOUT_THE_STUDY or name.startswith(MASK))}
-            if "split" in said:
-                said["split"] = split_name(said["split"], spelled)
-            said |= {name: value for name, value in labels.items() if value is not None}
-            said |= {name: scan_setting(name, row[name]) for name in ABOUT_THE_SCAN if row.get(name)}
+            facts: dict[str, Any] = {
+                name: text for name, text in row.items() if text and (name in ABOUT_THE_STUDY or name.startswith(MASK))
+            }
+            if "split" in facts:
+                facts["split"] = split_name(facts["split"], spelled)
+            facts |= {name: value for name, value in labels.items() if value is not None}
+            facts |= {name: scan_setting(name, row[name]) for name in ABOUT_THE_SCAN if row.get(name)}
             before = known.setdefault(image, {"where": where})
-            for name, value in said.items():
+            for name, value in facts.items():
                 if before.setdefault(name, value) != value:
                     raise ValueError(f"{name} is {value!r} but {before['where']} says {before[name]!r} of the same image")
             if any(row.get(name) for name in ABOUT_A_QUESTION):

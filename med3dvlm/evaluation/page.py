@@ -248,14 +248,14 @@ def reports(run: Any, scores: Row, studies: Mapping[str, Study]) -> Row:
         if entry["f1"] is not None
     ]
     fixed_texts = {name: entry["report"] for name, entry in columns.items() if "report" in entry}
-    untold = sum(not studies[row["id"]].report.strip() for row in run.rows)
+    without_report = sum(not studies[row["id"]].report.strip() for row in run.rows)
     return {
         "columns": list(columns),
         "lines": lines,
         "findings": findings,
         "against": scores["findings"]["against"],
         "fixed": fixed_texts,
-        "untold": untold,
+        "without_report": without_report,
     }
 
 

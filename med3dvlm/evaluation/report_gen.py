@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.blind:
             extra["blind"] = chat.answers([evaluation.empty_volume(data)], [PROMPT], arguments.max_new_tokens)[0].text
         if embedder and split and train:
-            told = [bool(study.report.strip()) for study in data.studies(split)]
-            reports = evaluation.embed_reports(embedder, data, split)[told]  # (training studies, P)
+            has_report = [bool(study.report.strip()) for study in data.studies(split)]
+            reports = evaluation.embed_reports(embedder, data, split)[has_report]  # (training studies, P)
 
         def write(batch: Sequence[Study]) -> list[dict[str, Any]]:
             features = [chat.encode(data.volume(study).to(chat.model.device)) for study in batch]

@@ -123,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pools = arguments.pools or [pool for pool in POOLS if pool <= len(studies)] or [len(studies)]
     if pools[-1] > len(studies):
         raise ValueError(f"--pools asks for {pools[-1]} studies, but there are {len(studies)} to rank")
-    if untold := [study.id for study in studies if not study.report.strip()]:
-        raise ValueError(f"{len(untold)} studies have no report to be found by, the first is {untold[0]}; leave them out with --split-file")
+    if missing := [study.id for study in studies if not study.report.strip()]:
+        raise ValueError(f"{len(missing)} studies have no report, the first is {missing[0]}; leave them out with --split-file")
     predicted, embedded = arguments.output / "predictions.jsonl", arguments.output / "embeddings.safetensors"
     growing = arguments.output / "embeddings.jsonl"  # line by line, so that a killed run continues
 

@@ -40,8 +40,8 @@ def read(path: Path, source: str, series: int | None = None) -> Parts:
     with python_warnings.catch_warnings():  # pydicom's quote values, which may tell who the patient is
         python_warnings.simplefilter("ignore")
         slices, warnings = read_headers(path, source)
-        stack, lines, told = choose(slices, series, source)
-        warnings += told
+        stack, lines, more = choose(slices, series, source)
+        warnings += more
         stack, geometry = geometry_of(stack, warnings)
         stored = decoded(stack, source, warnings)
     rescales = rescales_of(stored, stack, source, warnings)

@@ -144,8 +144,8 @@ def differences(stacks: Sequence[Attributes], known: Sequence[str]) -> list[str]
             if (attribute is not None and attribute.often) is not often:
                 continue
             words = _shown(name, [attributes.get(name) for attributes in stacks])
-            told = {tuple(each) for each in found}
-            if len(set(words)) > 1 and (often or len({(*each, word) for each, word in zip(found, words, strict=True)}) > len(told)):
+            distinct = {tuple(each) for each in found}
+            if len(set(words)) > 1 and (often or len({(*each, word) for each, word in zip(found, words, strict=True)}) > len(distinct)):
                 for each, word in zip(found, words, strict=True):
                     each.extend([word] if word and word not in each else [])
     return [", ".join(each) for each in found]

@@ -193,8 +193,8 @@ def picture_of(content: bytes, packed: bool, packing: Packing) -> tuple[NDArray[
         raise Unusable("hold a packed picture of another size or kind than the header says")
     if code is None and found == PLAIN:
         raise Unusable(f"are in a transfer syntax that is not known ({named(syntax)})", PLAINLY)
-    told = f"the header says {named(syntax)} and the pixels are in {found}, as which they are read." if found != code else ""
-    return picture.astype(kind.newbyteorder("="), copy=False), told
+    note = f"the header says {named(syntax)} and the pixels are in {found}, as which they are read." if found != code else ""
+    return picture.astype(kind.newbyteorder("="), copy=False), note
 
 
 def named(syntax: str) -> str:

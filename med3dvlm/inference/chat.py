@@ -229,10 +229,10 @@ class Med3DChat:
         row, features, stream = running.popleft()
         return row, features, stream.result()
 
-    def _answer(self, row: list[int], features: Features, said: Generation) -> Answer:
+    def _answer(self, row: list[int], features: Features, generation: Generation) -> Answer:
         """Make the Answer from the engine's output after the tokens `row`."""
-        places = places_in(self.model, self.processor, row, [token.id for token in said.tokens], features)
-        return Answer(said.text, len(said.tokens), said.seconds, said.confidence, places)
+        places = places_in(self.model, self.processor, row, [token.id for token in generation.tokens], features)
+        return Answer(generation.text, len(generation.tokens), generation.seconds, generation.confidence, places)
 
     def masks(self, scan: Scan, places: Sequence[Place]) -> list[Segmentation]:
         """Return a mask on the scan for each of an answer's `places`, named by its sentence, with measurements.

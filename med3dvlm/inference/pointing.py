@@ -39,8 +39,8 @@ def places_in(
     low, high = features
     with torch.no_grad():
         queries = model.point(torch.tensor([[*prompt, *answer]], device=model.device), (low.to(model.device), high.to(model.device)))
-    said = [processor.tokenizer.decode(answer[:place], skip_special_tokens=True, clean_up_tokenization_spaces=False) for place in at]
-    return tuple(Place(SENTENCE_END.split(words.strip())[-1], query) for words, query in zip(said, queries[-len(at) :], strict=True))
+    beginnings = [processor.tokenizer.decode(answer[:place], skip_special_tokens=True, clean_up_tokenization_spaces=False) for place in at]
+    return tuple(Place(SENTENCE_END.split(words.strip())[-1], query) for words, query in zip(beginnings, queries[-len(at) :], strict=True))
 
 
 def draw_places(model: Med3DVLM, encoder: Any, processor: Med3DVLMProcessor, scan: Scan, places: Sequence[Place]) -> list[Segmentation]:

@@ -139,15 +139,17 @@ def _labelled(chat: Med3DChat, messages: list[Message], answer: str, part: str |
         del messages[turns[0] : turns[1]]
     labels = [label if place >= before else IGNORED for place, label in enumerate(coded["labels"])]
     if part is not None:
-        said = [label for label in labels if label != IGNORED]
-        texts = [chat.processor.tokenizer.decode(said[:count], clean_up_tokenization_spaces=False) for count in range(len(said) + 1)]
+        answered = [label for label in labels if label != IGNORED]
+        texts = [
+            chat.processor.tokenizer.decode(answered[:count], clean_up_tokenization_spaces=False) for count in range(len(answered) + 1)
+        ]
         start = texts[-1].find(part)
         if not part.strip() or start < 0:
             raise ValueError(f"The answer does not say {part!r}; give some of its own words.")
         ends = [len(text) for text in texts]  # the characters that the first tokens make
-        first = labels.index(said[0])
-        meant = [ends[place + 1] > start and ends[place] < start + len(part) for place in range(len(said))]
-        labels = [IGNORED] * first + [label if each else IGNORED for label, each in zip(said, meant, strict=True)]
+        first = labels.index(answered[0])
+        meant = [ends[place + 1] > start and ends[place] < start + len(part) for place in range(len(answered))]
+        labels = [IGNORED] * first + [label if each else IGNORED for label, each in zip(answered, meant, strict=True)]
         labels += [IGNORED] * (len(coded["labels"]) - len(labels))
     return torch.tensor([coded["input_ids"]]), torch.tensor([labels])
 

@@ -157,12 +157,12 @@ class Server:
     def _checked(self, status: int, text: str) -> dict[str, Any]:
         """Return the server's reply as JSON; raises where it is an error."""
         try:
-            said = json.loads(text)
+            reply = json.loads(text)
         except ValueError:
-            said = None
-        if status == 200 and isinstance(said, dict) and "error" not in said:
-            return said
-        error = said.get("error", said) if isinstance(said, dict) else text
+            reply = None
+        if status == 200 and isinstance(reply, dict) and "error" not in reply:
+            return reply
+        error = reply.get("error", reply) if isinstance(reply, dict) else text
         words = str(error.get("message", error) if isinstance(error, dict) else error)
         if status in (401, 403):
             raise ValueError(f"{self._begin()} wants a key; put it into the environment variable {KEY}.")
@@ -237,10 +237,10 @@ class Local:
         answers = self._engine.generate({"prompt_embeds": asked.embeds}, settings, f"med3dvlm-{self._number}")
         try:
             async for answer in answers:
-                said = answer.outputs[0]
+                part = answer.outputs[0]
                 yield [
                     Token(token, others[token].logprob, ordered({id: each.logprob for id, each in others.items()}, asked.alternatives))
-                    for token, others in zip(said.token_ids, said.logprobs or [], strict=True)
+                    for token, others in zip(part.token_ids, part.logprobs or [], strict=True)
                 ]
         finally:
             await answers.aclose()

@@ -54,11 +54,11 @@ def named_choices(text: str, choices: Sequence[str]) -> set[int]:
     for place in sorted(range(len(choices)), key=lambda place: -len(" ".join(_words(choices[place])))):
         phrase = _words(choices[place])
         for first in range(len(words) - len(phrase) + 1 if phrase else 0):
-            said = words[first : first + len(phrase)]
-            if [word for word, _, _ in said] == phrase:
+            candidate = words[first : first + len(phrase)]
+            if [word for word, _, _ in candidate] == phrase:
                 found.add(place)
-                words[first : first + len(phrase)] = [("", start, end) for _, start, end in said]
-                start, end = said[0][1], said[-1][2]
+                words[first : first + len(phrase)] = [("", start, end) for _, start, end in candidate]
+                start, end = candidate[0][1], candidate[-1][2]
                 text = text[:start] + NAMED * (end - start) + text[end:]
     for letter in re.finditer(rf"(?<![\w'’-])[{LETTERS[: len(choices)]}](?![\w'’]|-\w)", text):
         if _is_answer(text, *letter.span(), bool(found)):

@@ -100,9 +100,9 @@ def laterality_scores(written: Sequence[str], references: Sequence[str], patient
     confusion: dict[str, dict[str, int]] = {}
     for row, (ours, theirs) in enumerate(zip(written, references, strict=True)):
         known = {name: side for name, side in finding_sides(theirs).items() if side is not None}
-        said = finding_sides(ours)
-        for name in known.keys() & said.keys():
-            right, found = known[name], said[name]
+        stated = finding_sides(ours)
+        for name in known.keys() & stated.keys():
+            right, found = known[name], stated[name]
             counts[row] += (found == right, {found, right} == {"left", "right"}, found is None, 1)
             table = confusion.setdefault(right, {})
             table[found or "none"] = table.get(found or "none", 0) + 1

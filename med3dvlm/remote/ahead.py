@@ -90,9 +90,9 @@ def main(lines: IO[str]) -> None:
     for _ in range(AT_ONCE):
         threading.Thread(target=work, daemon=True).start()
     for line in lines:
-        told = json.loads(line)
-        queue.add(told["passed"], told["studies"])
-        ready.release(len(told["studies"]) or 1)
+        news = json.loads(line)
+        queue.add(news["passed"], news["studies"])
+        ready.release(len(news["studies"]) or 1)
 
 
 class _Queue:

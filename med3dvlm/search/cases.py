@@ -114,8 +114,8 @@ class CaseIndex:
         require_free(folder)
         splits = [split] if split else [name for name, count in sorted(data.summary["splits"].items()) if count]
         studies = [study for name in splits for study in data.studies(name)]
-        if untold := [study.id for study in studies if not study.report.strip()]:
-            raise ValueError(f"{len(untold)} studies have no report to show, the first is {untold[0]}; leave them out with a split file")
+        if missing := [study.id for study in studies if not study.report.strip()]:
+            raise ValueError(f"{len(missing)} studies have no report, the first is {missing[0]}; leave them out with --split-file")
         embedder = Embedder(model, device)
         same_preprocessing(embedder.processor.image_processor, data)
         facts = {

@@ -199,8 +199,8 @@ def _add_reports(router: APIRouter, service: Service) -> None:
 
 def _reported(service: Service, scan: KnownScan, answer: engines.Generation) -> dict[str, Any]:
     finish = "length" if answer.finish == "deadline" else answer.finish
-    said = {"model": service.name, "created": int(time.time()), "text": answer.text, "finish_reason": finish}
-    return said | {"usage": usage(answer), **about(answer, scan.outside)}
+    reported = {"model": service.name, "created": int(time.time()), "text": answer.text, "finish_reason": finish}
+    return reported | {"usage": usage(answer), **about(answer, scan.outside)}
 
 
 def _add_embeddings(router: APIRouter, service: Service) -> None:

@@ -41,9 +41,9 @@ def require_same(values: Mapping[str, Mapping[str, object]]) -> None:
     Args:
         values: what to do about a difference -> name -> value.
     """
-    told = gathered((socket.gethostname(), {remedy: dict(group) for remedy, group in values.items()}))
-    first, ours = told[0]
-    for rank, (node, theirs) in enumerate(told):
+    reports = gathered((socket.gethostname(), {remedy: dict(group) for remedy, group in values.items()}))
+    first, ours = reports[0]
+    for rank, (node, theirs) in enumerate(reports):
         for remedy, group in ours.items():
             for name in (*group, *theirs[remedy]):
                 if (here := group.get(name)) != (there := theirs[remedy].get(name)):

@@ -246,15 +246,15 @@ def _ways(
 def _remedy(ways: list[tuple[str, Memory]], arguments: Any, batch: int, room: float) -> str:
     """Say what would fit: the whole batch with some settings, or else the largest that does."""
     size = "--per-device-train-batch-size" if getattr(arguments, "chunk_size", None) is None else "--chunk-size"
-    said = []
+    fitting = []
     if (own := ways[0][1].fits(room)) > 0:
-        said.append(f"{size} {own} fits")
+        fitting.append(f"{size} {own} fits")
     if whole := [words for words, memory in ways[1:] if memory.fits(room) >= batch]:
-        said.append(f"a batch of {batch} fits with {whole[0]}")
+        fitting.append(f"a batch of {batch} fits with {whole[0]}")
     elif len(ways) > 1:
         words, memory = max(ways[1:], key=lambda way: way[1].fits(room))
-        said += [f"{size} {memory.fits(room)} fits with {words}"] * (memory.fits(room) > own)
-    if not said:
+        fitting += [f"{size} {memory.fits(room)} fits with {words}"] * (memory.fits(room) > own)
+    if not fitting:
         words, memory = min(ways, key=lambda way: way[1].total(1))
-        said.append(f"not even one fits; the least is {memory.total(1) / GB:.1f} GB{' with ' * bool(words)}{words}")
-    return ", and ".join(said)
+        fitting.append(f"not even one fits; the least is {memory.total(1) / GB:.1f} GB{' with ' * bool(words)}{words}")
+    return ", and ".join(fitting)

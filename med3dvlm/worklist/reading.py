@@ -96,12 +96,12 @@ def _picked(scan: Scan, place: Path, rule: str) -> list[tuple[str, Series | None
 def _case(
     scan: Scan, place: Path, id: str, series: Series | None, count: int, processors: Sequence[VolumeProcessor], rule: str
 ) -> Case | Failure:
-    number: int | None = None  # by which the first is not read, so that what is doubtful about it is told
+    number: int | None = None  # None reads the first, with warnings of what is doubtful about it
     if series is not None and (series.number > 1 or rule == "all"):
         number = series.number
-    told: dict[str, Any] = {} if number is None else {"series": number}
+    chosen: dict[str, Any] = {} if number is None else {"series": number}
     try:
-        volume = read_volume(place, **told | scan.reading)
+        volume = read_volume(place, **chosen | scan.reading)
         voxels = tuple(processor.quantize(processor.transform(volume)).numpy() for processor in processors)
         facts = scan_facts(volume)
         if series is not None:

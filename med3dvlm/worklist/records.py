@@ -37,7 +37,7 @@ def checked(record: Record) -> Record:
     return record
 
 
-def said(answer: Generation) -> Record:
+def answer_of(answer: Generation) -> Record:
     """Describe a report or an answer. Confidence is rounded, so that it does not depend on the other rows of the batch."""
     return {"text": answer.text, "finish": answer.finish, "tokens": len(answer.tokens), "confidence": round(answer.confidence, 2)}
 
@@ -45,7 +45,7 @@ def said(answer: Generation) -> Record:
 def report_of(answer: Generation) -> Record:
     report = _drafted(answer.text)
     sections = () if report is None else report.sections
-    return said(answer) | {"sections": [{"heading": section.heading, "text": section.text} for section in sections]}
+    return answer_of(answer) | {"sections": [{"heading": section.heading, "text": section.text} for section in sections]}
 
 
 def findings_of(text: str | None, probabilities: dict[str, float]) -> Record:

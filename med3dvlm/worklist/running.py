@@ -233,7 +233,9 @@ class _Batch:
             "scan": {"series": None, **case.facts},
             "report": None if report is None else records.report_of(report),
             "findings": records.findings_of(None if report is None else report.text, asked.probabilities),
-            "answers": [{"question": question, **records.said(answer)} for question, answer in zip(asked.questions, answers, strict=True)],
+            "answers": [
+                {"question": question, **records.answer_of(answer)} for question, answer in zip(asked.questions, answers, strict=True)
+            ],
             "masks": None,
             "warnings": list(case.warnings),
             "out_of_distribution": records.out_of_distribution_of(asked.out_of_distribution),

@@ -147,7 +147,7 @@ def _relative(named: Sequence[tuple[str, Scan]], table: Path) -> list[Scan]:
 
 
 def _of_table(path: Path) -> tuple[list[Scan], list[str]]:
-    said: dict[str, dict[str, Any]] = {}  # image -> what its rows say
+    known: dict[str, dict[str, Any]] = {}  # image -> what its rows say
     asked: dict[str, list[str]] = {}
     unused: dict[str, None] = {}
     for where, row in _rows(path):
@@ -160,7 +160,7 @@ def _of_table(path: Path) -> tuple[list[Scan], list[str]]:
                 raise ValueError("image is empty; name the scan's file or folder")
             if "id" in cells:
                 check_inside(cells["id"], "id")
-            before = said.setdefault(image, {"where": where})
+            before = known.setdefault(image, {"where": where})
             asked.setdefault(image, []).extend([cells.pop("question")] if "question" in cells else [])
             for name, text in cells.items():
                 value = scan_setting(name, text) if name in ABOUT_THE_SCAN else text
@@ -168,11 +168,11 @@ def _of_table(path: Path) -> tuple[list[Scan], list[str]]:
                     raise ValueError(f"{name} is {value!r} but {before['where']} says {before[name]!r} of the same image")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-    if not said:
+    if not known:
         raise ValueError(f"{path} has no rows")
     named = [
         (image, Scan(facts.get("id", ""), path.parent / image, tuple(dict.fromkeys(asked[image])), _reading(facts)))
-        for image, facts in said.items()
+        for image, facts in known.items()
     ]
     return _relative(named, path), [f"Columns that are not used: {', '.join(unused)}"] if unused else []
 

@@ -62,16 +62,16 @@ def plan_ct_rate(volumes: int, seed: int = 0, detail: float = 1.0) -> list[Plan]
     given: Counter[str] = Counter()
     plans: list[Plan] = []
     for split, size in (("train", volumes - valid), ("valid", valid)):
-        said: set[str] = set()
+        drawn: set[str] = set()
         done = patient = 0
         while done < size:
             patient += 1
             for scan in "ab"[: 1 + (random.random() < 0.1)]:
                 body = _body(random, given)
                 findings = _findings(body, random)
-                while findings in said:
+                while findings in drawn:
                     findings = _findings(body, random)
-                said.add(findings)
+                drawn.add(findings)
                 impressions = _impressions(body)
                 intercept = int(random.choice([-1024, -8192]))
                 for reconstruction in range(min(1 + (random.random() < 0.2), size - done)):

@@ -24,13 +24,13 @@ STRUCTURES = {  # drawn in each region, with the organ that each is, or is a par
 
 def about_finding(finding: Finding, facts: Mapping[str, Any], report: str) -> dict[str, Any]:
     """Return the fields of a `Mask` for findings of this kind. The side is the one that the place names, or the kind's."""
-    said = [wording.format(place=finding.place, size=finding.size_mm, count=COUNTS[finding.count]) for wording in facts["present"]]
+    sentences = [wording.format(place=finding.place, size=finding.size_mm, count=COUNTS[finding.count]) for wording in facts["present"]]
     return {
         "kind": "finding",
         "organ": facts["organ"],
         "side": facts.get("side") or side_in(finding.place),
         "place": finding.place,
-        "text": next((sentence for sentence in said if sentence in report), ""),
+        "text": next((sentence for sentence in sentences if sentence in report), ""),
     }
 
 

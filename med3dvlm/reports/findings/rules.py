@@ -154,11 +154,11 @@ def _read_clause(text: str, answers: tuple[tuple[int, str], ...], names: tuple[s
             state, present, cue = _stated(span, text, _finding(name))
             label, answer = next(((end, answer) for end, answer in answers if span[1] <= end), (0, ""))
             if label and state != "absent":
-                said = None if any(start >= label for start, _ in spans) else answer_state(answer)
-                if said is None:
+                answered = None if any(start >= label for start, _ in spans) else answer_state(answer)
+                if answered is None:
                     continue  # the answer names the finding itself, or says nothing of it
-                if STATES.index(said[0]) > STATES.index(state):
-                    (state, present), cue = said, answer
+                if STATES.index(answered[0]) > STATES.index(state):
+                    (state, present), cue = answered, answer
             mentions.append(Mention(name, text[slice(*span)], span[0], sentence, state, present, cue))
     return tuple(mentions)
 
