@@ -26,14 +26,14 @@ root=$outputs/$size config=stages/configs/demo
 foundation "$studies" "${steps[0]}"
 language_model=$root/language_model root=$outputs/$name
 
-levels=() # options of stage 2
+projector=() # options of stage 2
 
 # row NAME STEPS STEPS3 OPTIONS...: stages 1 to 3 and their evaluations; options are those of stage 1
 row() {
   local row=$1 count=$2 answers=$3 after=$after; shift 3 # the next row rests on the foundation, not on this one
   [[ " $ROWS " == *" $row "* ]] || return 0
   train "$row" stage1_siglip "$row" "$count" "$@"
-  train "$row-stage2" stage2_projector "$row/stage2" "${steps[6]}" --clip "$root/$row" --language-model "$language_model" "${levels[@]}"
+  train "$row-stage2" stage2_projector "$row/stage2" "${steps[6]}" --clip "$root/$row" --language-model "$language_model" "${projector[@]}"
   train "$row-stage3" stage3_lora "$row/stage3" "$answers" --model "$root/$row/stage2"
   evaluate "$row-retrieval" retrieval "$row" "$row/eval/retrieval"
   evaluate "$row-vqa" vqa "$row/model" "$row/eval/vqa"
@@ -43,11 +43,13 @@ row() {
 
 no_windows=(--encoder-options '{"blocks":[1,1,2,1],"widths":[16,32,64,128,256],"stem_layers":2,"stem_stride":2,"layer_scale":0.1}')
 
+projector=(--projector mixer --position-embedding false)
 row paper "${steps[1]}" "${language[0]}" --dense-weight 0 "${no_windows[@]}"
+projector=()
 row dense "${steps[2]}" "${language[0]}"
 row no_attention "${steps[3]}" "${language[0]}" --dual-cross-attention false
 row no_windows "${steps[4]}" "${language[0]}" "${no_windows[@]}"
-levels=(--image-levels -3 -1)
+projector=(--image-levels -3 -1)
 row finer "${steps[5]}" "${language[1]}"
 
 python stages/demo/places.py --root "$root"
