@@ -128,7 +128,7 @@ def test_an_unknown_row_is_refused_at_once(arguments: list[str], rows: str, sent
 def test_the_recipes_are_the_demos(repository: Path) -> None:
     """They differ in the rows' own keys, in paths, and in masks and windows of the demo's stage 1, which the paper does not have."""
     configs = repository / "stages" / "configs"
-    own = {"output_dir", "clip", "model", "merged", "loss", "projector", "projector_depth"}
+    own = {"output_dir", "clip", "model", "merged", "loss", "projector", "projector_depth", "position_embedding"}
     places = {"dense_weight", "dense_studies", "token_levels", "decoder_widths", "attention_level", "embedding_dim", "presence_weight"}
     steps = {"prompt_sentences", "per_device_train_batch_size", "max_steps", "learning_rate", "save_steps"}
     for path in (configs / "ablation").glob("*.yaml"):
@@ -284,6 +284,7 @@ def test_recipes_of_location_ablations_differ_from_the_demos_in_one_setting(
         return {key for key in one if key not in apart and repr(one[key]) != repr(other[key])}
 
     assert changed("paper") == {"dense_weight", "encoder_options"}
+    assert changed("paper", "stage2") == {"projector", "position_embedding"}
     assert changed("no_attention") == {"dual_cross_attention"}
     assert changed("no_windows") == {"encoder_options"} and "windows" not in stages["places/no_windows"].encoder_options
     assert "windows" in stages["places/dense"].encoder_options

@@ -21,6 +21,7 @@ from med3dvlm.datasets.phantom.body import PHASES, Body, Finding
 from med3dvlm.datasets.phantom.canvas import Acquisition
 from med3dvlm.datasets.phantom.places import STRUCTURES, about_finding, about_structures
 from med3dvlm.datasets.phantom.wording import KINDS, Questioner, kinds_of, write_report
+from med3dvlm.datasets.streams import Purpose, stream
 from med3dvlm.files import write_json
 from med3dvlm.records import Mask, Question, Study
 
@@ -52,7 +53,8 @@ def plan_phantoms(studies: int, seed: int = 0, detail: float = 1.0) -> list[Plan
     sizes["train"] = studies - sum(sizes.values())
     plans: list[Plan] = []
     for split, size in sizes.items():
-        questioner, reports, done, phases = Questioner(random), set(), 0, _cycle(PHASES, random)
+        questioner = Questioner(stream((seed, len(plans)), Purpose.PHANTOM_QUESTIONS))  # another question leaves every scan as it is
+        reports, done, phases = set(), 0, _cycle(PHASES, random)
         while done < size:
             patient = f"ct_case/{len(plans):06d}"
             body = _body(random)
