@@ -12,7 +12,7 @@ class Purpose(IntEnum):
     AUGMENTATION = 1
     REPORT_ROWS = 2
     PROMPTS = 3
-    PHANTOM_QUESTIONS = 4
+    PHANTOM_PLACES = 4
 
 
 def stream(key: int | Sequence[int], purpose: Purpose | None = None) -> np.random.Generator:

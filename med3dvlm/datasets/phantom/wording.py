@@ -7,7 +7,7 @@ from importlib.resources import files
 import numpy as np
 import yaml
 
-from med3dvlm.datasets.phantom.body import PHASES, Body, Finding
+from med3dvlm.datasets.phantom.body import PHASES, Body
 from med3dvlm.datasets.phantom.canvas import PLANES
 from med3dvlm.datasets.phantom.places import COUNTS
 from med3dvlm.records import Question
@@ -69,7 +69,7 @@ class Questioner:
         self.given: dict[str, Counter[str]] = defaultdict(Counter)
 
     def ask(self, study: str, body: Body, plane: str, phase: str) -> list[Question]:
-        """Return the study's questions: of each kind that has an answer one, of location one for every finding, and yes/no questions."""
+        """Return the study's questions: those that have an answer, at most one of each kind, and yes/no questions."""
         present = {finding.kind: finding for finding in body.findings}
         questions = []
         # More scans are axial; asking about the plane of each would make "axial" the answer to guess.
@@ -80,26 +80,31 @@ class Questioner:
         if present:
             questions.append(self._closed(study, "organ", "organ", [KINDS[kind]["organ"] for kind in present], ORGANS))
             questions.append(self._closed(study, "abnormality", "abnormality", [KINDS[kind]["name"] for kind in present], NAMES))
-            for finding in body.findings:
-                questions += self._places(study, finding)
+            located = [kind for kind in present if len(KINDS[kind]["places"]) == 4]
+            if located:
+                kind = str(self.random.choice(located))
+                places = KINDS[kind]["places"]
+                questions.append(self._closed(study, "location", kind, [present[kind].place], places, name=KINDS[kind]["name"]))
             missing = [kind for kind in kinds_of(body.region) if kind not in present]
             for answer, kind in self._yes_no(sorted(present), missing):
                 self.given[answer.lower()][kind] += 1
                 questions.append(Question(study, "abnormality", self._text("yes_no", KINDS[kind]["name"]), ("Yes", "No"), answer))
         return questions
 
-    def _places(self, study: str, finding: Finding) -> list[Question]:
-        """Return questions about where a finding is: one with four choices, and whether it is at its place and at another."""
-        facts, questions = KINDS[finding.kind], []
-        if len(facts["places"]) == 4:
-            questions.append(self._closed(study, "location", finding.kind, [finding.place], facts["places"], name=facts["name"]))
-        others = [place for place in facts["places"] if place != finding.place]
-        if others:
-            texts = {place: self._text("place", facts["name"], place) for place in facts["places"]}
-            wrong = min(self.random.permutation(others), key=lambda place: self.given["no"][texts[place]] - self.given["yes"][texts[place]])
-            for place, answer in ((finding.place, "Yes"), (str(wrong), "No")):
-                self.given[answer.lower()][texts[place]] += 1
-                questions.append(Question(study, "location", texts[place], ("Yes", "No"), answer))
+    def ask_places(self, study: str, body: Body, asked: Sequence[Question]) -> list[Question]:
+        """Return questions on the place of each finding: among four, unless that was `asked`; and yes/no, the right one and a wrong one."""
+        questions = []
+        for finding in body.findings:
+            name, places = KINDS[finding.kind]["name"], KINDS[finding.kind]["places"]
+            if len(places) == 4 and not any(question.kind == "location" and name in question.text for question in asked):
+                questions.append(self._closed(study, "location", finding.kind, [finding.place], places, name=name))
+            if others := [place for place in places if place != finding.place]:
+                texts = {place: self._text("place", name, f"{'on' if len(places) == 2 else 'in'} the {place}") for place in places}
+                yes, no = self.given["yes"], self.given["no"]
+                wrong = min(self.random.permutation(others), key=lambda place: no[texts[place]] - yes[texts[place]])
+                for place, answer in ((finding.place, "Yes"), (str(wrong), "No")):
+                    self.given[answer.lower()][texts[place]] += 1
+                    questions.append(Question(study, "location", texts[place], ("Yes", "No"), answer))
         return questions
 
     def _yes_no(self, present: Sequence[str], missing: Sequence[str]) -> list[tuple[str, str]]:
@@ -119,9 +124,7 @@ class Questioner:
         return Question(study, kind, self._text(kind, name), choices, str(answer).capitalize())
 
     def _text(self, kind: str, name: str, place: str = "") -> str:
-        return str(self.random.choice(ASKED[kind])).format(
-            name=name, place=f"on the {place}" if place in ("right", "left") else f"in the {place}"
-        )
+        return str(self.random.choice(ASKED[kind])).format(name=name, place=place)
 
 
 ORGANS = sorted({facts["organ"] for facts in KINDS.values()})
