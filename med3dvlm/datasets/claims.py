@@ -3,8 +3,8 @@
     <destination>/.claims/<job>/<part>         somebody works on this part; the file's time is renewed as long as that process lives
     <destination>/.claims/<job>/<part>.done    it is finished, or what is left of it has failed
 
-A claim that was not renewed for `stale` seconds is a dead process's, and is taken over. Times are those of the file system, so that clocks of
-machines may differ. Should two processes ever hold one claim, both do the same work and write the same bytes.
+A claim that is not renewed for `stale` seconds while another process watches it is a dead process's, and is taken over. Nobody compares clocks,
+which may differ between machines. Should two processes ever hold one claim, both do the same work and write the same bytes.
 """
 
 import logging
@@ -12,7 +12,6 @@ import os
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,7 +39,7 @@ def _who() -> bytes:
 
 
 class Place(Protocol):
-    """Where claims are files. `age` is in seconds since it was written or renewed, None where it is not there."""
+    """Where claims are files. `state` is another one when a file was renewed, and None where it is not there."""
 
     def has(self, name: str) -> bool: ...
 
@@ -48,7 +47,7 @@ class Place(Protocol):
 
     def renew(self, name: str) -> None: ...
 
-    def age(self, name: str) -> float | None: ...
+    def state(self, name: str) -> object: ...
 
     def names(self) -> list[str]: ...
 
@@ -77,15 +76,11 @@ class Folder:
         with suppress(FileNotFoundError):
             os.utime(self.root / name)
 
-    def age(self, name: str) -> float | None:
-        probe = self.root / f".{uuid.uuid4().hex}"
-        probe.touch()
+    def state(self, name: str) -> object:
         try:
-            return probe.stat().st_mtime - (self.root / name).stat().st_mtime
+            return (self.root / name).stat().st_mtime_ns
         except FileNotFoundError:
             return None
-        finally:
-            probe.unlink(missing_ok=True)  # who finishes deletes everything
 
     def names(self) -> list[str]:
         return [path.name for path in self.root.iterdir()]
@@ -110,12 +105,8 @@ class Bucket:
         if self.has(name):
             self.address.overwrite(f"{self.root}/{name}", _who())
 
-    def age(self, name: str) -> float | None:
-        probe = f"{self.root}/.{uuid.uuid4().hex}"
-        self.address.overwrite(probe, b"")
-        now, then = self.address.state(probe), self.address.state(f"{self.root}/{name}")
-        self.address.remove(probe)
-        return None if now is None or then is None else (now.changed - then.changed) / 1e9
+    def state(self, name: str) -> object:
+        return self.address.state(f"{self.root}/{name}")
 
     def names(self) -> list[str]:
         try:
@@ -133,6 +124,7 @@ class Claims:
     def __init__(self, place: Path | Place, stale: float = STALE) -> None:
         self.place: Place = Folder(place) if isinstance(place, Path) else place
         self.stale = stale
+        self._watched: dict[str, tuple[object, float]] = {}  # others' claims: their last state, and since when it is that
 
     def is_done(self, name: str) -> bool:
         return self.place.has(f"{name}.done")
@@ -142,11 +134,19 @@ class Claims:
         if self.is_done(name):
             return False
         if not self.place.create(name, _who()):
-            age = self.place.age(name)
-            if age is None or age <= self.stale:  # None: it was done in this moment
+            if not self._is_stale(name):
                 return False
             self.place.renew(name)  # from now on it is this process's
         return not self.is_done(name)
+
+    def _is_stale(self, name: str) -> bool:
+        """Return whether nobody has renewed a claim since this process saw it first, for longer than `stale`."""
+        state, now = self.place.state(name), time.monotonic()
+        if state is None:  # it was done in this moment
+            return False
+        if self._watched.get(name, (None, now))[0] != state:
+            self._watched[name] = (state, now)
+        return now - self._watched[name][1] > self.stale
 
     def clear(self, kept: str) -> None:
         """Delete all claims but one that is done."""

@@ -167,7 +167,7 @@ class Files(Address):
         if self.http or scheme == OWN:
             why = "can be read but not written" if self.http else "is the memory of this process, which no other sees"
             raise ValueError(f"{self.address} {why}; write to s3://, gs:// or a folder")
-        probe = f".{uuid.uuid4().hex}{PART}"
+        probe = f".writable{PART}"  # of one name, so that the next run deletes what a killed one has left
         try:
             self.overwrite(probe, b"", FIRST_TRIES)
             self.remove(probe)

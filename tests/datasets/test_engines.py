@@ -84,9 +84,11 @@ def test_a_claim_belongs_to_one_process_until_it_is_stale(tmp_path: Path) -> Non
     first, second = Claims(tmp_path / "claims", 0.2), Claims(tmp_path / "claims", 0.2)
     assert first.take("0") and not second.take("0") and second.take("1")
     with first.held(["0"]):
+        assert not first.take("1")  # which is watched from now on
         threading.Event().wait(0.4)
         assert not second.take("0") and first.take("1")  # which nobody renewed
     assert first.is_done("0") and not second.take("0")
+    assert sorted(path.name for path in (tmp_path / "claims").iterdir()) == ["0.done", "1"]
     with pytest.raises(KeyError), first.held(["1"]):
         raise KeyError
     assert not first.is_done("1") and second.take("1")
