@@ -29,7 +29,7 @@ from med3dvlm.datasets.engines import Engine, open_engine
 from med3dvlm.datasets.outputs import Line, Volumes, open_volumes
 from med3dvlm.datasets.sources import Scans, open_scans
 from med3dvlm.datasets.statistics import statistics
-from med3dvlm.datasets.store import CHECKED
+from med3dvlm.datasets.store import CHECKED, read_processor
 from med3dvlm.datasets.study_volume import files_of, is_whole, prepare_on_any_machine, stamp_of
 from med3dvlm.files import checksum, json_lines, json_text, read_lines
 from med3dvlm.preprocessing import VolumeProcessor
@@ -143,7 +143,7 @@ def settle(processor: VolumeProcessor, volumes: Volumes) -> str:
     if not volumes.there([name]):
         volumes.write(name, processor.to_json_string().encode())
     with volumes.here(name) as path:
-        if VolumeProcessor.from_pretrained(path.parent).to_dict() != processor.to_dict():
+        if read_processor(path.parent, volumes.name).to_dict() != processor.to_dict():
             raise ValueError(f"{volumes.name} was prepared with other settings ({volumes.name}/{name}); choose another folder or delete it")
     return hashlib.sha256(json.dumps(processor.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 

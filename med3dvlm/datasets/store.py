@@ -178,7 +178,7 @@ class PreparedData:
                 f"{len(failures)} studies of {self.root} could not be prepared, the first is {first}: {reason}; mend the files and prepare "
                 "again, or pass --exclude-failures true"
             )
-        self.processor = VolumeProcessor.from_pretrained(self.folder)
+        self.processor = read_processor(self.folder, str(self.root))
         studies = read_studies(self.folder / "studies.jsonl")
         self._studies = [replace(study, labels=named_labels(study.labels)) for study in studies]
         self._questions = read_questions(self.folder / "questions.jsonl")
@@ -308,6 +308,22 @@ class PreparedData:
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"study {study.id} of {self.root} has no mask {unknown[0]!r}; it has {', '.join(known) or 'none'}")
         return self._read(study, lambda path: read_stored_masks(path, self.processor.size, known, names))
+
+
+def read_processor(folder: Path, name: str) -> VolumeProcessor:
+    """Return the processor in a folder that holds prepared data, or a copy of what an address holds; `name` is what the user calls it.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    try:
+        return VolumeProcessor.from_pretrained(folder)
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        reason = str(error).rstrip(".") if isinstance(error, TypeError | ValueError) else "it is no JSON object"
+        raise ValueError(
+            f"{name}/preprocessor_config.json does not hold the settings of a preprocessing ({reason}); copy it anew, or delete it and run: "
+            "med3dvlm prepare"
+        ) from error
 
 
 def same_preprocessing(model: VolumeProcessor, data: PreparedData) -> None:

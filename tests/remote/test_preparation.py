@@ -136,9 +136,13 @@ def test_jobs_claim_at_an_address(table: Path, tmp_path: Path, monkeypatch: pyte
     assert prepare(table, tmp_path / "local", tmp_path / "cache") == 1
     same(tree(tmp_path / "out"), tree(tmp_path / "local"), f"file://{table}", table)
     place = claims.Bucket(address_of(tmp_path), ".claims/x")
-    assert place.create("0", b"") and not place.create("0", b"") and place.age("0") is not None and place.names() == ["0"]
+    assert place.create("0", b"") and not place.create("0", b"") and place.names() == ["0"]
+    before = place.state("0")
+    place.renew("0")
+    assert before is not None and place.state("0") not in (None, before) and place.state("1") is None
     first = claims.Claims(place, stale=-1.0)  # a claim is stale at once
     assert first.take("0") and not claims.Claims(place).take("0")
+    assert [path.name for path in (tmp_path / "out" / ".claims" / "x").iterdir()] == ["0"]
 
 
 class SlowPlace(claims.Folder):
@@ -158,15 +162,14 @@ class SlowPlace(claims.Folder):
         self.deleted.set()
 
 
-def test_a_claim_that_is_given_up_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_that_is_given_up_is_not_written_again(tmp_path: Path) -> None:
     place = SlowPlace(tmp_path)
     mine = claims.Claims(place, stale=0.01)
     with pytest.raises(KeyError), mine.held(["0"]):
         assert mine.take("0") and place.renewing.wait(10)
         raise KeyError
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(Path, "touch", lambda path: None)  # as where another process, which has finished, deletes all
-    assert place.create("0", b"") and place.age("0") is None
+    assert place.state("0") is None  # as where another process, which has finished, has deleted all
 
 
 def address_of(root: Path) -> "address.Address":
@@ -193,9 +196,12 @@ def test_wrong_places_are_one_sentence_before_anything(
     assert "holds no files; its server must give a list" in error_of(capsys, server.address, out, cache)
     server.lists, server.faults["/"] = True, [403]
     assert f"{server.address}: access is refused" in error_of(capsys, server.address, out, cache)
-    with monkeypatch.context() as patch:
-        patch.setattr(fsspec.implementations.local.LocalFileSystem, "pipe_file", refused)
-        assert "access is refused; check the rights" in error_of(capsys, table, f"file://{out}", cache)
+    for operation in ("pipe_file", "rm_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fsspec.implementations.local.LocalFileSystem, operation, refused)
+            assert "access is refused; check the rights" in error_of(capsys, table, f"file://{out}", cache)
+    address_of(tmp_path).require_writable()
+    assert not list(out.iterdir())  # a file that could not be deleted is gone with the next
     full = fsspec.implementations.local.LocalFileSystem.get_file
 
     def fetched(self: object, source: str, path: str, *rest: object, **more: object) -> None:
@@ -209,6 +215,22 @@ def test_wrong_places_are_one_sentence_before_anything(
     message = error_of(capsys, server.address, tmp_path / "other", cache)
     assert message.startswith(f"med3dvlm: error: {server.address}/table.csv has the unknown columns")
     assert not list(tmp_path.rglob("summary.json")) and not list((cache / "scans").iterdir())
+
+
+def test_a_damaged_processor_is_named_by_its_address(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    for content, reason in (
+        (b"{", "it is no JSON object"),
+        (b"[]", "it is no JSON object"),
+        (b'{"recipe": "x"}', "Unknown recipe 'x'; known are"),
+    ):
+        (tmp_path / "out" / "preprocessor_config.json").write_bytes(content)
+        for place in (f"file://{tmp_path / 'out'}", str(tmp_path / "out")):
+            message = error_of(capsys, table, place, tmp_path / "cache")
+            assert message.startswith(
+                f"med3dvlm: error: {place}/preprocessor_config.json does not hold the settings of a preprocessing ({reason}"
+            )
+            assert message.endswith("; copy it anew, or delete it and run: med3dvlm prepare\n") and str(tmp_path / "cache") not in message
 
 
 def refused(*_: object, **__: object) -> None:

@@ -182,6 +182,17 @@ def test_inconsistent_records_are_refused(five: Path, tmp_path: Path) -> None:
         open_at(server.address, tmp_path / "cache")
 
 
+def test_a_damaged_processor_is_named_by_its_address(five: Path, tmp_path: Path) -> None:
+    shutil.copytree(five, tmp_path / "data")
+    (tmp_path / "data" / "preprocessor_config.json").write_text('{"size": "ab"}')
+    with serving(tmp_path / "data") as server:
+        with pytest.raises(ValueError, match=f"^{server.address}/preprocessor_config.json does not hold .*size is ab but") as caught:
+            open_at(server.address, tmp_path / "cache")
+        assert str(tmp_path) not in str(caught.value)
+        shutil.copy(five / "preprocessor_config.json", tmp_path / "data")  # mended there
+        same(open_at(server.address, tmp_path / "cache"), PreparedData(five))
+
+
 def test_data_prepared_again_are_fetched_again(five: Path, tmp_path: Path) -> None:
     """Records and volumes keep their names and address."""
     shutil.copytree(five, tmp_path / "data")
