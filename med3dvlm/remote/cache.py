@@ -1,7 +1,8 @@
-"""A folder of files that were fetched from elsewhere: all processes of a machine share it, and it never outgrows its size.
+"""A folder of files that were fetched from elsewhere: all processes of a machine share it, and they never outgrow its size.
 
     <folder>/<store>/volumes/...   the files, of which those not used for longest are deleted where room is needed
     <folder>/<store>/...           records of the store, which stay: they are few
+    <folder>/<store>/features/     what a training has computed and reads until it ends: results, which are neither counted nor deleted
     <folder>/locks/                each file is fetched under a lock, once for all processes; the system frees the lock of one that dies
     <folder>/used                  bytes of all files, so that nobody has to count them
 
@@ -27,6 +28,7 @@ from filelock import FileLock
 from med3dvlm.files import PART
 
 SIZE = "50GB"  # of a cache
+LIMIT = "most that its volumes may take, as 50GB or 2TB; records, and features that a training keeps there, are not counted"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 LOCKS = 1024  # two files of one lock wait for each other: rarely
 KEPT = 0.9  # share of the size that is left full where room is made, so that files are counted seldom
@@ -73,7 +75,7 @@ class Cache:
 
     Args:
         folder: on a disk of this machine; `default_folder` where it is empty.
-        size: most bytes of its files, as `parse_bytes` takes it. What is being fetched may go beyond it by a file for each process.
+        size: most bytes of the volumes in it, as `parse_bytes` takes it. What is being fetched may go beyond it by a file for each process.
 
     Raises:
         ValueError: the size is none.
@@ -233,7 +235,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-cache", default="", metavar="DIR", help="folder for volumes of data at an address (default: ~/.cache/med3dvlm/data)"
     )
-    parser.add_argument("--data-cache-size", default=SIZE, metavar="SIZE", help="most that it may hold (default: %(default)s)")
+    parser.add_argument("--data-cache-size", default=SIZE, metavar="SIZE", help=f"{LIMIT} (default: %(default)s)")
 
 
 def cache_of(arguments: argparse.Namespace) -> Cache:

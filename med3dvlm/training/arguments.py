@@ -20,6 +20,7 @@ from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.datasets.augmentation import Augmentation
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.processes import together
+from med3dvlm.remote.cache import LIMIT as CACHE_LIMIT
 from med3dvlm.remote.cache import SIZE as CACHE_SIZE
 from med3dvlm.remote.cache import Cache
 from med3dvlm.training.limits import check_settings
@@ -50,7 +51,7 @@ class StageArguments(TrainingArguments):
     data_cache: str = field(
         default="", metadata={"help": "folder on this machine for volumes of data at an address, of which all its processes share one"}
     )
-    data_cache_size: str = field(default=CACHE_SIZE, metadata={"help": "most that this folder may hold, as 50GB or 2TB"})
+    data_cache_size: str = field(default=CACHE_SIZE, metadata={"help": CACHE_LIMIT})
     exclude_failures: bool = field(default=False, metadata={"help": "train without the studies that could not be prepared"})
     split_file: str = field(default="", metadata={"help": "JSON of the studies of each split, as `med3dvlm audit` writes it"})
     validation_split: str = field(

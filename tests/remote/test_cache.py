@@ -1,5 +1,6 @@
 """The cache of a node: each file is fetched once, the folder keeps its limit, and killed processes do not block others."""
 
+import argparse
 import errno
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from med3dvlm.remote.cache import Cache, parse_bytes
+from med3dvlm.remote.cache import Cache, add_cache, parse_bytes
 
 
 def write(size: int, path: Path) -> None:
@@ -43,6 +44,19 @@ def test_the_least_recently_used_files_are_deleted_first(tmp_path: Path) -> None
     (tmp_path / "used").unlink()  # counted anew
     cache.get("s/volumes/last", lambda path: write(90, path), 100)
     assert int((tmp_path / "used").read_text()) == sum(path.stat().st_size for path in tmp_path.rglob("volumes/*"))
+
+
+def test_features_are_results_that_the_limit_does_not_cover(tmp_path: Path) -> None:
+    (tmp_path / "s" / "features").mkdir(parents=True)
+    write(5000, tmp_path / "s" / "features" / "image")
+    cache = Cache(tmp_path, "1000")
+    for number in range(20):
+        cache.get(f"s/volumes/{number}", lambda path: write(100, path), 100)
+    assert (tmp_path / "s" / "features" / "image").stat().st_size == 5000
+    assert int((tmp_path / "used").read_text()) == sum(path.stat().st_size for path in tmp_path.rglob("volumes/*")) >= 900
+    parser = argparse.ArgumentParser()
+    add_cache(parser)
+    assert "features that a training keeps there, are not counted" in " ".join(parser.format_help().split())
 
 
 def fetch_all(folder: Path, order: int) -> None:
