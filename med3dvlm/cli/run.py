@@ -41,6 +41,11 @@ def add_commands(commands: Commands) -> None:
     add("--embed", action="store_true", help="write embeddings.parquet: of the contrastive model, else the encoder's mean features")
     add_engine(add)
     add_workers(command)
+    add(
+        "--workers-on", choices=("local", "ray"), default="local",
+        help="where scans are read and prepared: in --workers processes here, or by the Ray cluster of RAY_ADDRESS or of this machine, one core "
+        "a scan (default: %(default)s)",
+    )  # fmt: skip
     add("--batch-size", type=positive, default=16, metavar="N", help="scans answered together: speed and memory (default: %(default)s)")
     stated = command.add_argument_group("scans of which the table does not say it")
     stated.add_argument("--spacing", type=numbers("Z,Y,X"), metavar="Z,Y,X", help="mm between slices, rows and columns")
@@ -84,6 +89,7 @@ def _run(arguments: argparse.Namespace) -> int:
         lambda: _models(arguments),
         arguments.workers,
         arguments.batch_size,
+        arguments.workers_on,
     )
     print(
         f"{_number(counts.cases, 'case')} of {_number(len(scans), 'scan')} in {arguments.out}: results.jsonl, results.csv, cases/, manifest.json"

@@ -12,8 +12,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from med3dvlm.workers import worker_processes
 
@@ -22,12 +23,32 @@ TRIES = 4  # of an item, before its processes have been killed so often that it 
 WINDOW = 10_000  # items that are given to Ray at a time: enough for its autoscaler to see how many machines are wanted
 
 Lost = Callable[[str], Any]
+Begin = Callable[..., Callable[[], Any]]  # begins the work on an item and returns a function that waits for the result
 
 
-class Engine(Protocol):
-    """An opened engine."""
+@dataclass(frozen=True)
+class Engine:
+    """An opened engine.
 
-    def __call__(self, function: Callable[..., Any], *items: Iterable[Any], lost: Lost) -> Iterator[Any]: ...
+    Args:
+        start: (function, lost), gives what begins the work on each item.
+        workers: items that are worked on at the same time.
+        window: items that are begun before the first result is waited for.
+    """
+
+    start: Callable[[Callable[..., Any], Lost], Begin]
+    workers: int
+    window: int = WINDOW
+
+    def __call__(self, function: Callable[..., Any], *items: Iterable[Any], lost: Lost) -> Iterator[Any]:
+        begin = self.start(function, lost)
+        pending: deque[Callable[[], Any]] = deque()
+        for arguments in zip(*items, strict=True):
+            if len(pending) == self.window:
+                yield pending.popleft()()
+            pending.append(begin(*arguments))
+        while pending:
+            yield pending.popleft()()
 
 
 def open_engine(name: str, workers: int, gpus: bool = False) -> AbstractContextManager[Engine]:
@@ -39,22 +60,15 @@ def open_engine(name: str, workers: int, gpus: bool = False) -> AbstractContextM
     """
     if name not in ENGINES:
         raise ValueError(f"engine {name!r} is unknown; known: {', '.join(ENGINES)}")
-    return ray_cluster(gpus) if name == "ray" else local_processes(workers) if workers else nullcontext(_run_here)
-
-
-def _run_here(function: Callable[..., Any], *items: Iterable[Any], lost: Lost) -> Iterator[Any]:
-    return map(function, *items)
+    here = Engine(lambda function, lost: partial(partial, function), 1, 1)
+    return ray_cluster(gpus) if name == "ray" else local_processes(workers) if workers else nullcontext(here)
 
 
 @contextmanager
 def local_processes(count: int) -> Iterator[Engine]:
     """Open an engine of so many processes of this machine."""
     with worker_processes(count) as pool:
-
-        def run(function: Callable[..., Any], *items: Iterable[Any], lost: Lost) -> Iterator[Any]:
-            return pool.map(function, *items)
-
-        yield run
+        yield Engine(lambda function, lost: lambda *arguments: pool.submit(function, *arguments).result, count)
 
 
 @contextmanager
@@ -71,42 +85,42 @@ def ray_cluster(gpus: bool = False) -> Iterator[Engine]:
     if ours:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        yield partial(_run_on_ray, int(gpus and ray.cluster_resources().get("GPU", 0) >= 1))
+        there = ray.cluster_resources()
+        yield Engine(partial(_start_on_ray, int(gpus and there.get("GPU", 0) >= 1)), max(1, int(there.get("CPU", 1))))
     finally:
         if ours:
             ray.shutdown()
 
 
-def _run_on_ray(gpus: int, function: Callable[..., Any], *items: Iterable[Any], lost: Lost) -> Iterator[Any]:
+def _start_on_ray(gpus: int, function: Callable[..., Any], lost: Lost) -> Begin:
     import ray
 
     work = ray.put(function)
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, scheduling_strategy="SPREAD")(_call)
-    pending: deque[tuple[Any, tuple[Any, ...]]] = deque()
-    for arguments in zip(*items, strict=True):
-        if len(pending) == WINDOW:
-            yield _result(task, work, *pending.popleft(), lost)
-        pending.append((task.remote(_version(), work, arguments), arguments))
-    while pending:
-        yield _result(task, work, *pending.popleft(), lost)
+
+    def begin(*arguments: Any) -> Callable[[], Any]:
+        again = partial(task.remote, _version(), work, arguments)
+        return partial(_result, again(), again, lost)
+
+    return begin
 
 
-def _result(task: Any, work: Any, promised: Any, arguments: tuple[Any, ...], lost: Lost) -> Any:
+def _result(promised: Any, again: Callable[[], Any], lost: Lost) -> Any:
     """Wait for an item, which is started again where its process was killed: Ray itself would repeat for ever what takes too much memory."""
     import ray
-    from ray.exceptions import LocalRayletDiedError, NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
+    from ray.exceptions import LocalRayletDiedError, NodeDiedError, ObjectLostError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
     for left in range(TRIES - 1, -1, -1):
         try:
             return ray.get(promised)
         except RayTaskError as error:
             raise error.cause from None
-        except (LocalRayletDiedError, NodeDiedError, OutOfMemoryError, WorkerCrashedError) as error:
+        except (LocalRayletDiedError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError) as error:
             if not left:
                 memory = isinstance(error, OutOfMemoryError)
                 reason = "memory does not suffice for it" if memory else "the process that worked on it was killed"
                 return lost(f"{reason}, {TRIES} times on several machines")
-            promised = task.remote(_version(), work, arguments)
+            promised = again()
     raise AssertionError("the last try returns or raises")
 
 

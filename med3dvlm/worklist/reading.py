@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from med3dvlm.datasets.outputs import require_seen
 from med3dvlm.formats import archive
 from med3dvlm.formats.dicom import Series, is_dicom, series_in
 from med3dvlm.formats.dicom_header import dicom_files
@@ -50,6 +51,12 @@ def read_cases(scan: Scan, processors: Sequence[VolumeProcessor], rule: str) -> 
             return [_case(scan, place, id, picked, count, processors, rule) for id, picked, count in _picked(scan, place, rule)]
     except Exception as error:  # noqa: BLE001  each is told of in failures.jsonl
         return [_failure(scan.id, error, scan)]
+
+
+def read_on_any_machine(root: Path, scan: Scan, processors: Sequence[VolumeProcessor], rule: str) -> list[Case | Failure]:
+    """Read as `read_cases`; raises FileNotFoundError on a machine that does not see `root`, below which all scans are."""
+    require_seen(root)
+    return read_cases(scan, processors, rule)
 
 
 def open_volume(case: Case) -> Volume:

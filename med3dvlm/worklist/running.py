@@ -1,4 +1,4 @@
-"""Run a model over a worklist: processes read and prepare scans ahead, and one engine answers a batch of them at a time.
+"""Run a model over a worklist: processes, here or of a Ray cluster, read and prepare scans ahead, and one engine answers a batch of them at a time.
 
 Which scans share a batch depends on their order alone, and a batch in which something is missing is answered again as a whole: so results do
 not depend on the number of processes, nor on how often the run was stopped.
@@ -6,11 +6,11 @@ not depend on the number of processes, nor on how often the run was stopped.
 
 import hashlib
 import math
+import os
 import platform
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from med3dvlm.datasets.engines import Begin, open_engine
 from med3dvlm.files import atomic_file, json_lines, write_json, write_lines
 from med3dvlm.inference.engine import Engine, Generation, Request
 from med3dvlm.inference.out_of_distribution import Features, pool_features
@@ -31,13 +32,13 @@ from med3dvlm.inference.segmentation import Segmentation, numbered_file
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 from med3dvlm.recipes import RECIPES
-from med3dvlm.workers import worker_processes
 from med3dvlm.worklist import records
 from med3dvlm.worklist.journal import Journal, embedding_in, line_of, locked, settle, state
-from med3dvlm.worklist.reading import Case, Failure, open_volume, read_cases
+from med3dvlm.worklist.reading import Case, Failure, open_volume, read_on_any_machine
 from med3dvlm.worklist.scans import Scan
 
 PACKAGES = ("med3dvlm", "torch", "transformers", "monai", "numpy")
+_Begun = tuple[Scan, str | None, Callable[[], Any]]  # what is read, the state of its files before, what waits for its cases
 AHEAD, AHEAD_BYTES = 2, 2**31  # batches that are read while one is answered, and the memory of their voxels
 
 
@@ -76,7 +77,14 @@ class Counts:
 
 
 def run(
-    scans: Sequence[Scan], out: Path, settings: Settings, folders: Sequence[Path], load: Any, workers: int = 2, batch_size: int = 16
+    scans: Sequence[Scan],
+    out: Path,
+    settings: Settings,
+    folders: Sequence[Path],
+    load: Any,
+    workers: int = 2,
+    batch_size: int = 16,
+    workers_on: str = "local",
 ) -> Counts:
     """Write results.jsonl, results.csv, failures.jsonl, manifest.json, a file a case, and embeddings.parquet where it is wanted.
 
@@ -85,6 +93,7 @@ def run(
         load: gives the Models; called once, while scans are read already.
         workers: processes that read.
         batch_size: scans that are answered together.
+        workers_on: "local", or "ray", whose cluster reads in the place of `workers` processes here (see `datasets.engines`).
 
     Raises:
         OSError, ValueError: `out` holds something else, or a model is missing.
@@ -98,10 +107,11 @@ def run(
         batches = [scans[first : first + batch_size] for first in range(0, len(scans), batch_size)]
         missing = [[scan for scan in batch if not journal.is_done(scan)] for batch in batches]
         todo = [(batch, stale) for batch, stale in zip(batches, missing, strict=True) if stale]
-        with worker_processes(workers) as pool:
+        with open_engine(workers_on, workers) as pool:
             size = sum(math.prod(processor.size) * processor.stored_dtype.itemsize for processor in processors)
-            ahead = max(workers, min(AHEAD * batch_size, AHEAD_BYTES // size))
-            reader = _Reader(pool, partial(read_cases, processors=processors, rule=settings.series), todo, ahead)
+            ahead = max(pool.workers, min(AHEAD * batch_size, AHEAD_BYTES // size))
+            read = partial(read_on_any_machine, _root(scans), processors=processors, rule=settings.series)
+            reader = _Reader(pool.start(read, str), todo, ahead)
             models: Models = load()
             try:
                 settle(out, {"notice": RESEARCH_NOTICE, "models": models.about, "settings": vars(settings), "versions": versions()})
@@ -119,28 +129,41 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
+def _root(scans: Sequence[Scan]) -> Path:
+    """Return the deepest folder that is there and below which all scans are."""
+    folder = Path(os.path.commonpath([_absolute(scan).path.parent for scan in scans]))
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
+def _absolute(scan: Scan) -> Scan:
+    """Name the scan as a process of another working folder finds it."""
+    return replace(scan, path=Path(os.path.abspath(scan.path)))
+
+
 class _Reader:
     """Reads the scans that are missing ahead, in their order, and others on demand."""
 
-    def __init__(self, pool: Executor, read: Any, todo: Sequence[tuple[Sequence[Scan], Sequence[Scan]]], ahead: int) -> None:
-        self.pool, self.read, self.ahead = pool, read, ahead
+    def __init__(self, begin: Begin, todo: Sequence[tuple[Sequence[Scan], Sequence[Scan]]], ahead: int) -> None:
+        self.begin, self.ahead = begin, ahead
         self._next: Iterator[Scan] = (scan for _, stale in todo for scan in stale)
-        self._running: deque[tuple[Scan, str | None, Future[list[Case | Failure]]]] = deque()
+        self._running: deque[_Begun] = deque()
         self._fill()
 
     def _fill(self) -> None:
         for scan in islice(self._next, self.ahead - len(self._running)):
             self._running.append(self._begun(scan))
 
-    def _begun(self, scan: Scan) -> tuple[Scan, str | None, "Future[list[Case | Failure]]"]:
-        return scan, state(scan), self.pool.submit(self.read, scan)
+    def _begun(self, scan: Scan) -> _Begun:
+        return scan, state(scan), self.begin(_absolute(scan))
 
     def take(self, scans: Sequence[Scan], again: bool = False) -> Iterator[tuple[Scan, str | None, list[Case | Failure]]]:
         """Yield the cases of scans: the next of those that are missing, or with `again` any others."""
         begun = deque(self._begun(scan) for scan in scans) if again else None
         for _ in scans:
-            scan, seen, future = (self._running if begun is None else begun).popleft()
-            cases = future.result()
+            scan, seen, wait = (self._running if begun is None else begun).popleft()
+            cases = wait()
+            if isinstance(cases, str):  # it has killed its processes
+                cases = [Failure(scan.id, cases)]
             if begun is None:
                 self._fill()
             yield scan, seen, cases
@@ -190,7 +213,7 @@ class _Batch:
         return [self._encode(case) if isinstance(case, Case) else case for case in cases]
 
     def _encode(self, case: Case) -> _Asked:
-        voxels = [torch.from_numpy(each) for each in case.voxels]
+        voxels = [torch.tensor(each) for each in case.voxels]  # a copy, as Ray's arrays can only be read
         chat, embedder = self.models.chat, self.models.embedder
         features = chat.encode(voxels[0])
         embedding, probabilities = None, {}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from med3dvlm import VolumeProcessor
@@ -169,3 +170,19 @@ def test_a_ray_cluster_works_at_addresses_and_embeds(
     for engine in ("local", "ray"):
         CaseIndex.build(tiny_models.clip, PreparedData(prepared), tmp_path / engine, "test", 2, "cpu", engine)
     assert tree(tmp_path / "local") == tree(tmp_path / "ray")
+
+
+def large(number: int) -> np.ndarray:
+    return np.full(2**18, number)  # which stays on the machine that made it until it is wanted
+
+
+@pytest.mark.slow
+def test_a_result_that_is_lost_with_its_machine_is_made_again(cluster: Any) -> None:
+    import ray
+
+    started, (*_, last) = cluster
+    with open_engine("ray", 1) as engine:
+        waits = [engine.start(large, str)(number) for number in range(6)]
+        ray.wait([wait.args[0] for wait in waits], num_returns=6, fetch_local=False)
+        started.remove_node(last, allow_graceful=False)
+        assert [int(wait().mean()) for wait in waits] == list(range(6)) and engine.workers in (2, 3)

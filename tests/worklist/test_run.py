@@ -3,19 +3,27 @@
 import csv
 import json
 import multiprocessing
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 
 from med3dvlm import Med3DChat, cli
+from med3dvlm.datasets import engines
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
+from med3dvlm.worklist import running
+from med3dvlm.worklist.reading import Failure, read_on_any_machine
 from med3dvlm.worklist.records import findings_of
+from med3dvlm.worklist.scans import Scan
 from tests import random_chat
 
 OUTPUTS = ("results.jsonl", "results.csv", "failures.jsonl", "manifest.json", "run.json", "embeddings.parquet")
@@ -132,6 +140,67 @@ def test_a_killed_run_continues_with_the_same_bytes(run: Run, model: Path, scans
     assert content(out)["results.jsonl"] != content(tmp_path / "fresh")["results.jsonl"]
     code, _, error = run(mine, "--out", out, tokens=8)
     assert code == 2 and "made with another max_new_tokens; delete it or choose another --out" in error
+
+
+def read_or_die(*arguments: Any, **settings: Any) -> Any:
+    """Read, but kill this process whenever it reads one scan, and when another one is read for the first time."""
+    _, scan = arguments
+    died = scan.path.with_name("died")
+    if scan.id == "five" or (scan.id == "b/three.nii.gz" and not died.exists()):
+        died.touch()
+        os._exit(1)
+    return read_on_any_machine(*arguments, **settings)
+
+
+KILLED = """
+import os, signal, sys
+from med3dvlm import cli
+from med3dvlm.worklist.journal import Journal
+add = Journal.add
+Journal.add = lambda *lines: (add(*lines), os.kill(os.getpid(), signal.SIGKILL))
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_ray_reads_the_same_although_run_and_processes_are_killed(
+    run: Run, model: Path, scans: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is killed after its first batch, with its scans named from its own working folder."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    shutil.copytree(scans, tmp_path / "scans", symlinks=True)
+    out, options = tmp_path / "ray", ("--batch-size", 2, "--embed")
+    words = ("run", model, "scans", "--out", out, *options, "--max-new-tokens", 7, "--workers-on", "ray")
+    ray.init(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
+    try:
+        environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, words)], cwd=tmp_path, env=environment, timeout=300, check=False)
+        assert killed.returncode == -signal.SIGKILL and [line["scan"] for line in lines(out / "progress.jsonl")] == ["a/one", "a/two"]
+        before = {file: file.stat().st_mtime_ns for file in (out / "cases").rglob("*.json")}
+        monkeypatch.setattr(engines, "TRIES", 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "read_on_any_machine", read_or_die)
+            code, said, _ = run(tmp_path / "scans", "--out", out, *options, "--workers-on", "ray")
+    finally:
+        ray.shutdown()
+    assert code == 1 and "4 cases of 6 scans" in said and (tmp_path / "scans" / "b" / "died").exists()
+    assert lines(out / "failures.jsonl")[1] == {
+        "id": "five", "reason": "the process that worked on it was killed, 2 times on several machines"
+    }  # fmt: skip
+    assert run(tmp_path / "scans", "--out", out, *options)[0] == run(tmp_path / "scans", "--out", tmp_path / "local", *options)[0] == 1
+    assert content(out) == content(tmp_path / "local") and {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_a_machine_that_does_not_see_the_scans_ends_the_run(scans: Path, tmp_path: Path) -> None:
+    found = [Scan("a", scans / "a" / "one.nii.gz"), Scan("b", scans / "b" / "gone.nii.gz")]
+    assert running._root(found) == scans and running._root(found[:1]) == scans / "a"
+    assert running._root([Scan("c", tmp_path / "no" / "where.nii")]) == tmp_path
+    with pytest.raises(FileNotFoundError, match="gone is not seen by machine .*; put it on a disk that all machines share"):
+        read_on_any_machine(tmp_path / "gone", found[0], [], "all")
+    ((failure,),) = [read_on_any_machine(scans, found[1], [], "all")]
+    assert isinstance(failure, Failure) and failure.id == "b"
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
