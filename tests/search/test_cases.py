@@ -299,4 +299,4 @@ def test_processes_that_open_model_and_data_themselves_make_the_same_index(
     opening = PreparedData(prepared).opening
     with pytest.raises(ValueError, match="has another model under .*, or other data under .*; copy both anew"):
         cases._embed_there(str(model), opening, ("another", "one"), [])
-    assert opening.open().summary == PreparedData(prepared).summary
+    assert opening.reopen().summary == PreparedData(prepared).summary
