@@ -145,20 +145,20 @@ def options() -> Parser:
         action="append",
         default=[],
         metavar="NAME[:PORT]",
-        help="another name under which browsers find the server (repeatable)",
+        help="another name by which browsers may address the server (repeatable)",
     )
     parser.add_argument("--limit", type=int, default=4096, metavar="MIB", help="largest upload (default: %(default)s MiB)")
     parser.add_argument(
         "--parallel", type=int, default=16, help="how many answers are written at the same time; others wait (default: %(default)s)"
     )
     parser.add_argument(
-        "--contrastive", type=Path, help="directory of a contrastive model (stage 1), which shows where a scan resembles a phrase"
+        "--contrastive", type=Path, help="directory of a contrastive model (stage 1), to show where a scan matches a phrase"
     )
-    parser.add_argument("--index", type=Path, help="index of cases, made by `med3dvlm index`: offers the cases that a scan resembles")
+    parser.add_argument("--index", type=Path, help="index of cases, made by `med3dvlm index`, to show the cases most like the scan")
     parser.add_argument(
         "--segmenter", type=Path, metavar="FOLDER",
         help="directory of a segmentation model, which draws findings (default: segmenter or segmentation within or beside the model)",
     )  # fmt: skip
     add_engine(parser.add_argument)
-    parser.add_argument("--mcp", action="store_true", help="offer answer and report as MCP tools, too, under /gradio_api/mcp/")
+    parser.add_argument("--mcp", action="store_true", help="also offer answer and report as MCP tools, under /gradio_api/mcp/")
     return parser

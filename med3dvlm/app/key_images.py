@@ -28,7 +28,7 @@ def key_image(scan: OpenScan, plane: str, index: int, window: tuple[float, float
         raise ValueError(f"There is no slice {index + 1}; the {plane} plane has {count}.")
     low, high = window
     if not (np.isfinite([low, high]).all() and low < high):
-        raise ValueError("The window needs a lowest value that is below its highest.")
+        raise ValueError(f"The window is {low:g} to {high:g} but its lowest value must be below its highest.")
     facts = picture.facts
     stored, pixel = take_slice(picture.stored, cut, index, facts["spacing"], None)
     values = facts["slope"] * stored.astype(np.float64) + facts["intercept"]

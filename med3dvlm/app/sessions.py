@@ -19,7 +19,7 @@ MAX_SESSIONS = 64
 SECONDS_KEPT = 600.0  # a session whose page is gone
 SECONDS_UNSAVED = 4 * 3600.0  # one with a report that a person wrote and did not save
 SECONDS_FORGOTTEN = 12 * 3600.0  # after which a session ends of which nothing was heard
-FULL = "The server is full: too many sessions are open. Close another page of it, or try again later."
+FULL = "The server has as many open sessions as it can; close another page of it, or try again later."
 
 
 class Sessions:

@@ -13,10 +13,7 @@ logger = logging.getLogger(__name__)
 
 LOW_CONFIDENCE = 0.5
 BROKEN = "Something went wrong here. Try again; with a large scan the machine may be short of memory."
-MALFORMED = (
-    "This call does not fit: a value is missing, of another kind, or a path that was not sent to this server. med3dvlm/app/api.py says how the "
-    "functions are called."
-)
+MALFORMED = "A value of this call is missing, of a wrong type, or a path of no file that was uploaded here; med3dvlm/app/api.py describes the calls."
 
 
 def error_message(error: Exception) -> str:

@@ -29,8 +29,8 @@ from med3dvlm.volume import VolumeError
 MAX_BYTES = 4 * 2**30  # of an upload
 MAX_REPORT = 20_000  # characters
 EXPLAINED = (
-    "The geometric mean of the probabilities that the model gave to the words it wrote. It says how sure the model is of its words, "
-    "not whether they are true. Below 50 %, the model was less sure of a typical word than of all other words together. "
+    "The geometric mean of the probabilities that the model gave to the words it wrote. It measures how sure the model is of its words, "
+    "not whether they are true. Below 50 %, the model gave a typical word less probability than all other words together. "
     "On a scan unlike the training data it means little."
 )
 SAVES = {"txt": "Text", "md": "Markdown", "json": "JSON", "zip": "Zip with key images", "dcm": "DICOM Structured Report"}
@@ -90,7 +90,7 @@ class Workstation:
         """
         study = session.undecided or session.scan
         if study is None or study.upload is None:
-            raise VolumeError("The scan that is open is not a DICOM study; open one.")
+            raise VolumeError("No DICOM study is open, so there is no other series; open a study first.")
         with self._reading:
             scan = read_series(study.upload, number, self.straighten)
             self._put(session, scan)
@@ -212,7 +212,7 @@ class Workstation:
         """Overlay the saliency of the answer of that number. Raises ValueError where that is impossible."""
         scan, turns = session.scan, session.turns
         if scan is None or self.analysis.explain is None or not 0 <= number < len(turns) or not turns[number].answer:
-            raise ValueError("There is no answer to explain.")
+            raise ValueError("There is no answer of this number to explain; ask first.")
         turn = turns[number]
         cells = self.analysis.explain(scan.volume, turn.question, turn.answer, history(turns[:number]))
         self._set_overlay(session, scan, cells, f"What moved the answer to “{turn.question}”")
@@ -223,7 +223,7 @@ class Workstation:
         if scan is None or self.analysis.find is None:
             raise ValueError(NO_SCAN)
         if len(phrase) > MAX_CHARACTERS:
-            raise ValueError(f"The phrase has {len(phrase)} characters but at most {MAX_CHARACTERS} are taken.")
+            raise ValueError(f"The phrase has {len(phrase)} characters but at most {MAX_CHARACTERS} are taken; shorten it.")
         self._set_overlay(session, scan, self.analysis.find(scan.volume, phrase), f"Where the scan resembles “{phrase.strip()}”")
 
     def _set_overlay(self, session: Session, scan: OpenScan, cells: Cells, label: str) -> None:

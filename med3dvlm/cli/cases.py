@@ -15,31 +15,33 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Commands) -> None:
-    index = commands.add_parser("index", help="embed the scans of prepared data, so that search finds cases among them")
+    index = commands.add_parser("index", help="embed the scans of prepared data into an index, for search")
     index.add_argument("model", metavar="MODEL", type=Path, help="the folder of a contrastive model, as stage 1 writes it")
     index.add_argument("data", metavar="DATA", help="the prepared data: a folder, or an address as s3://bucket/data")
     add_cache(index)
     index.add_argument("out", metavar="OUT", type=Path, help="the folder of the index; an interrupted command continues")
-    index.add_argument("--split", help="the cases of this split only (default: all)")
+    index.add_argument("--split", help="index this split only (default: all)")
     index.add_argument(
         "--split-file", type=Path, metavar="JSON", help="the studies of each split, as audit writes them (default: the data's)"
     )
     index.add_argument("--exclude-failures", action="store_true", help="go on without studies that could not be prepared")
-    index.add_argument("--batch-size", type=int, default=16, metavar="N", help="scans at a time: speed, not results (default: %(default)s)")
+    index.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="scans in a batch: speed, not results (default: %(default)s)"
+    )
     index.add_argument(
         "--engine", choices=("local", "ray"), default="local",
         help="local: this process; ray: the Ray cluster of RAY_ADDRESS or of this machine, a GPU a batch where it has any (default: %(default)s)",
     )  # fmt: skip
     index.set_defaults(run=_index)
 
-    search = commands.add_parser("search", help="the cases of an index that are the nearest to a text or a scan, with their reports")
+    search = commands.add_parser("search", help="find the cases of an index nearest to a text or a scan, with their reports")
     search.add_argument("index", metavar="OUT", type=Path, help="the folder that index wrote")
     query = search.add_mutually_exclusive_group(required=True)
     query.add_argument("--text", help="a finding, a question or a report")
     query.add_argument("--image", metavar="SCAN", help=f"a scan: {SCANS}")
     search.add_argument("--top", type=int, default=5, metavar="N", help="how many cases (default: %(default)s)")
-    search.add_argument("--model", type=Path, help="where the model of the index is (default: where it was)")
-    search.add_argument("--exact", action="store_true", help="compare with every case where the index of a large set might miss one")
+    search.add_argument("--model", type=Path, help="folder of the index's model, where it was moved")
+    search.add_argument("--exact", action="store_true", help="compare with every case; without it, search in a large index is approximate")
     add_reading(search)
     search.set_defaults(run=_search)
 

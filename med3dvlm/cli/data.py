@@ -34,19 +34,21 @@ def add_commands(commands: Commands) -> None:
     from med3dvlm.cli.findings import add_arguments as add_findings_arguments
 
     phantom = commands.add_parser("phantom", help="write a data set of CT phantoms with reports, questions, labels and masks")
-    phantom.add_argument("out", metavar="OUT", type=Path, help="the folder")
+    phantom.add_argument("out", metavar="OUT", type=Path, help="folder to write to")
     phantom.add_argument(
         "--layout", choices=("m3d", "ct_rate"), default="m3d",
         help="m3d: M3D-Cap and M3D-VQA; ct_rate: chests with the 18 findings of CT-RATE (default: %(default)s)",
     )  # fmt: skip
-    phantom.add_argument("--version", type=int, choices=(1, 2), help="of CT-RATE's layout: 1 raw values, 2 HU with geometry (default: 2)")
+    phantom.add_argument(
+        "--version", type=int, choices=(1, 2), help="version of CT-RATE's layout: 1 raw values, 2 HU with geometry (default: 2)"
+    )
     phantom.add_argument("--studies", type=int, default=800, help="number of volumes (default: %(default)s)")
     phantom.add_argument("--seed", type=int, default=0, help="the same seed gives the same data (default: %(default)s)")
-    phantom.add_argument("--detail", type=float, default=1.0, help="voxels along an axis, relative to the standard (default: %(default)s)")
+    phantom.add_argument("--detail", type=float, default=1.0, help="factor on the voxels along each axis (default: %(default)s)")
     add_workers(phantom)
     phantom.set_defaults(run=_phantom)
 
-    prepare = commands.add_parser("prepare", help="run every volume of a data set through the preprocessing, once")
+    prepare = commands.add_parser("prepare", help="preprocess every volume of a data set, once")
     prepare.add_argument(
         "dataset",
         metavar="DATASET",
@@ -57,59 +59,61 @@ def add_commands(commands: Commands) -> None:
         "destination", metavar="DST", help="the prepared data: a folder, or an address; an interrupted preparation continues"
     )
     add_cache(prepare)
-    prepare.add_argument("--recipe", default="m3d", help="name of the preprocessing (default: %(default)s)")
+    prepare.add_argument("--recipe", default="m3d", help="recipe of preprocessing (default: %(default)s)")
     prepare.add_argument(
-        "--size", type=parse_size, metavar="D,H,W", help="voxels of the result (default: the recipe's; 128,256,256 for m3d)"
+        "--size", type=parse_size, metavar="D,H,W", help="voxels of a prepared volume (default: the recipe's; 128,256,256 for m3d)"
     )
     prepare.add_argument(
         "--target-spacing",
         type=numbers("Z,Y,X"),
         metavar="Z,Y,X",
-        help="mm along D, H and W of the result, for ct_rate and ct_clip (default: the recipe's)",
+        help="spacing of a prepared volume in mm along D, H and W, for ct_rate and ct_clip (default: the recipe's)",
     )  # fmt: skip
     prepare.add_argument("--straighten", action="store_true", help="first resample tilted or unevenly spaced slices to a regular grid")
-    add_meaning(prepare.add_argument_group("scans of which the table does not say it"))
+    add_meaning(prepare.add_argument_group("for scans of which the table does not state it"))
     prepare.add_argument("--spacing", type=_renamed, help=argparse.SUPPRESS)
     prepare.add_argument(
         "--shard", type=parse_shard, metavar="I/N",
-        help="the I-th of N parts; once all are done, run without this to finish. auto: any number of jobs with the same words share the work, and "
-        "the last one finishes",
+        help="the I-th of N parts; once all are done, run without this to finish. auto: any number of jobs with the same arguments share "
+        "the work, and the last one finishes",
     )  # fmt: skip
     prepare.add_argument(
         "--engine", choices=("local", "ray"), default="local",
         help="local: --workers processes here; ray: the Ray cluster of RAY_ADDRESS or of this machine, one core a scan (default: %(default)s)",
     )  # fmt: skip
-    prepare.add_argument("--verify", action="store_true", help="read all volumes that are there and make the damaged ones anew")
+    prepare.add_argument("--verify", action="store_true", help="check all prepared volumes and prepare the damaged ones anew")
     add_workers(prepare)
     prepare.set_defaults(run=_prepare)
 
     audit = commands.add_parser(
-        "audit", help="look in prepared data for duplicates, leaks between splits and questions that tell their answer"
+        "audit", help="search prepared data for duplicates, leaks between splits and questions that contain their answer"
     )
     audit.add_argument("data", metavar="DST", help="the prepared data: a folder, or an address; an interrupted audit continues")
     add_cache(audit)
     audit.add_argument("--out", type=Path, metavar="DIR", help="folder of audit.md, audit.json, deduplicated.json (default: DST/audit)")
     audit.add_argument(
-        "--reports", action="store_true", help="leave out of deduplicated.json what only has its report in an earlier split, too"
+        "--reports",
+        action="store_true",
+        help="leave a study out of deduplicated.json also where only its report occurs in an earlier split",
     )
     add_workers(audit)
     audit.set_defaults(run=_audit)
 
-    findings = commands.add_parser("findings", help="read findings in reports: train a reader on labelled reports, or score one")
+    findings = commands.add_parser("findings", help="read findings in reports: train a classifier on labelled reports, or score one")
     add_findings_arguments(findings)
     findings.set_defaults(run=_findings)
 
 
 def _renamed(_: str) -> None:
     raise argparse.ArgumentTypeError(
-        "is the spacing of one scan, as inspect takes it: state it in the table's column spacing; that of the result is --target-spacing"
+        "would be the spacing of a scan, which the table's column spacing states; for that of the prepared volumes use --target-spacing"
     )
 
 
 def _phantom(arguments: argparse.Namespace) -> None:
     check_workers(arguments)
     if arguments.version and arguments.layout != "ct_rate":
-        raise ValueError("--version is of CT-RATE's layout; add --layout ct_rate, or leave it out")
+        raise ValueError("--version chooses a version of CT-RATE's layout; add --layout ct_rate, or leave it out")
     require_writable(arguments.out)
     (_phantom_ct_rate if arguments.layout == "ct_rate" else _phantom_m3d)(arguments)
 
@@ -149,7 +153,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         raise ValueError(f"data set {arguments.dataset!r} is unknown; known: {', '.join(DATASETS)}")
     stated = reading(arguments, MEANING)
     if stated and arguments.dataset in ("ct_rate", "rex_grounding_ct"):
-        raise ValueError(f"--{min(stated)} is for scans of which nobody has said it, but the metadata of CT-RATE do; leave it out")
+        raise ValueError(f"--{min(stated)} is for scans without metadata, but CT-RATE's metadata state it; leave it out")
     if arguments.shard and arguments.engine != "local":
         raise ValueError("--shard shares work between jobs, and --engine ray between the machines of a cluster; leave one of them out")
     cache = cache_of(arguments)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train = commands.add_parser("train", help="learn a classifier from labelled reports")
     train.add_argument("reports", metavar="REPORTS", type=Path, help="a CSV file of reports with their findings")
     train.add_argument("out", metavar="OUT", type=Path, help="the folder of the classifier, which must not exist yet")
-    train.add_argument("--text-only", action="store_true", help="learn from the words alone, without what the rules read")
+    train.add_argument("--text-only", action="store_true", help="learn from the words alone, without the findings that the rules read")
     score = commands.add_parser("score", help="compare what is read in reports with their labels")
     score.add_argument("reports", metavar="REPORTS", type=Path, help="a CSV file of reports with their findings")
     score.add_argument(

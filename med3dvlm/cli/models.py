@@ -23,7 +23,7 @@ def add_commands(commands: Commands) -> None:
         add_scan(command)
         if name == "ask":
             command.add_argument("question", metavar="QUESTION")
-        command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length at most (default: %(default)s)")
+        command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="maximum length in tokens (default: %(default)s)")
         command.add_argument(
             "--masks", metavar="DIR", type=Path, help="write what the answer points to into this new folder: NIfTI masks and masks.json"
         )
@@ -36,7 +36,7 @@ def add_commands(commands: Commands) -> None:
     merge.add_argument("--base", metavar="FOLDER", type=Path, help="the model that the adapter was trained on, where it has been moved")
     merge.set_defaults(run=_merge)
 
-    export = commands.add_parser("export", help="write the language model of a model alone, for vLLM")
+    export = commands.add_parser("export", help="write a model's language model alone, for vLLM")
     export.add_argument("model", metavar="MODEL", type=Path, help="the folder of a trained model")
     export.add_argument("out", metavar="DIR", type=Path, help="the folder of the language model, which must not exist yet")
     export.set_defaults(run=_export)
@@ -54,13 +54,15 @@ def add_commands(commands: Commands) -> None:
     push = commands.add_parser("push", help="upload a model to the Hugging Face hub, with a card written from its records")
     push.add_argument("model", metavar="MODEL", type=Path, help="the folder of a trained, merged or converted model")
     push.add_argument("repo", metavar="REPO_ID", help="the repository, OWNER/NAME; made where there is none")
-    push.add_argument("--private", action="store_true", help="for yourself and whom you let in")
+    push.add_argument("--private", action="store_true", help="make the repository private")
     push.set_defaults(run=_push)
 
-    encoders = commands.add_parser("encoders", help="the vision encoders: parameters and operations, counted, beside the paper's")
-    encoders.add_argument("names", metavar="NAME", nargs="*", help="these only")
+    encoders = commands.add_parser("encoders", help="list the vision encoders: parameters and operations, counted, beside the paper's")
+    encoders.add_argument("names", metavar="NAME", nargs="*", help="encoders to list (default: all)")
     encoders.add_argument("--size", type=parse_size, metavar="D,H,W", help="voxels of a volume (default: 256,512,512 or the encoder's own)")
-    encoders.add_argument("--measure", action="store_true", help="time and memory here too, one encoder after the other")
+    encoders.add_argument(
+        "--measure", action="store_true", help="also measure time and memory on this machine, one encoder after the other"
+    )
     encoders.set_defaults(run=_encoders)
 
 
@@ -73,7 +75,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     if arguments.masks is not None:
         require_free(arguments.masks)
     question = REPORT_PROMPTS[0] if arguments.question is None else arguments.question
-    volume = read_volume(arguments.scan, **reading(arguments))  # before the model, so that a wrong file is told at once
+    volume = read_volume(arguments.scan, **reading(arguments))  # before the model, so that a wrong file fails at once
     for warning in volume.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
     chat = _load(arguments.model, arguments.quantize)
@@ -88,9 +90,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     if not answer.text:
         notices.append("The model gave no answer; ask in other words.")
     if known is None:
-        notices.append(
-            f"Whether the model knows scans like this one cannot be told: {arguments.model} holds no out_of_distribution.safetensors."
-        )
+        notices.append(f"Unknown whether this scan is like the training data: {arguments.model} holds no out_of_distribution.safetensors.")
     elif known.message:
         notices.append(known.message)
     if arguments.masks is not None:

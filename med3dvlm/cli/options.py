@@ -35,7 +35,7 @@ def add_meaning(parser: argparse._ActionsContainer) -> None:
     from med3dvlm.volume import HU_POLICIES, UNITS
 
     add = parser.add_argument
-    add("--unit", choices=UNITS, help="of the values (default: by the header and the values)")
+    add("--unit", choices=UNITS, help="unit of the values (default: by the header and the values)")
     add("--hu", choices=HU_POLICIES, help="whose slope and intercept make the values HU (default: auto)")
     add("--rescale", type=numbers("S,I"), metavar="S,I", help="slope and intercept from a table beside the file, as in 1,-1024")
     add("--series", type=int, metavar="N", help="number of a DICOM series in the list that inspect shows (default: the likeliest)")
@@ -63,7 +63,7 @@ def numbers(form: str) -> Callable[[str], tuple[float, ...]]:
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="number of processes (default: %(default)s)")
 
 
 def check_workers(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ FAILED, CUT = 1, 3  # exit codes
 def add_commands(commands: Commands) -> None:
     from med3dvlm.volume import HU_POLICIES, UNITS
 
-    command = commands.add_parser("run", help="let a model report on every scan of a folder, a list or a table, into tables")
+    command = commands.add_parser("run", help="report on every scan of a folder, a list or a table, into tables")
     add = command.add_argument
     add("model", metavar="MODEL", type=Path, help="the folder of a trained model")
     add(
@@ -29,13 +29,13 @@ def add_commands(commands: Commands) -> None:
     add("--out", metavar="DIR", type=Path, required=True, help="the folder of the results; a run that was stopped continues")
     add("--question", metavar="TEXT", action="append", default=[], help="ask this about every scan, too; may be given several times")
     add_flag(command, "report", True, "write a report of every scan")
-    add("--max-new-tokens", type=positive, default=256, metavar="N", help="length of an answer at most (default: %(default)s)")
+    add("--max-new-tokens", type=positive, default=256, metavar="N", help="maximum length of an answer in tokens (default: %(default)s)")
     add(
         "--series", choices=("thin-axial", "all"), default="thin-axial",
-        help="of a DICOM study: the axial series of the thinnest slices that covers at least half of what the largest does, or every one "
-        "as a case of its own (default: %(default)s)",
+        help="which series of a DICOM study: the axial one of the thinnest slices that covers at least half of what the largest covers, or "
+        "all, each as a case of its own (default: %(default)s)",
     )  # fmt: skip
-    add("--contrastive", metavar="FOLDER", type=Path, help="a contrastive model (stage 1), which gives findings probabilities")
+    add("--contrastive", metavar="FOLDER", type=Path, help="a contrastive model (stage 1), for probabilities of findings")
     add("--masks", action="store_true", help="draw what the answers point to, or, with --segmenter, the findings that a report states")
     add("--segmenter", metavar="FOLDER", type=Path, help="a segmenter (`med3dvlm train segmentation`) that draws")
     add("--embed", action="store_true", help="write embeddings.parquet: of the contrastive model, else the encoder's mean features")
@@ -46,11 +46,11 @@ def add_commands(commands: Commands) -> None:
         help="where scans are read and prepared: in --workers processes here, or by the Ray cluster of RAY_ADDRESS or of this machine, one core "
         "a scan (default: %(default)s)",
     )  # fmt: skip
-    add("--batch-size", type=positive, default=16, metavar="N", help="scans answered together: speed and memory (default: %(default)s)")
-    stated = command.add_argument_group("scans of which the table does not say it")
+    add("--batch-size", type=positive, default=16, metavar="N", help="scans in a batch: speed and memory (default: %(default)s)")
+    stated = command.add_argument_group("for scans of which the table does not state it")
     stated.add_argument("--spacing", type=numbers("Z,Y,X"), metavar="Z,Y,X", help="mm between slices, rows and columns")
     stated.add_argument("--straighten", action="store_true", help="resample tilted or unevenly spaced slices to a regular grid")
-    stated.add_argument("--unit", choices=UNITS, help="of the values")
+    stated.add_argument("--unit", choices=UNITS, help="unit of the values")
     stated.add_argument("--hu", choices=HU_POLICIES, help="whose slope and intercept make the values HU")
     stated.add_argument("--rescale", type=numbers("S,I"), metavar="S,I", help="slope and intercept, as in 1,-1024")
     command.set_defaults(run=_run)

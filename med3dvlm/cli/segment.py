@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Commands) -> None:
-    command = commands.add_parser("segment", help="let a model draw a finding or an organ in a scan, and measure it")
+    command = commands.add_parser("segment", help="segment a finding or an organ in a scan, and measure it")
     command.add_argument("model", metavar="MODEL", type=Path, help="the folder of a trained segmenter (`med3dvlm train segmentation`)")
     add_scan(command)
     command.add_argument("texts", metavar="TEXT", nargs="+", help="what to look for, as in 'liver mass'; each gets a mask of its own")
@@ -22,7 +22,9 @@ def add_commands(commands: Commands) -> None:
         "--out", metavar="FILE", type=Path, help="write the mask as .nii or .nii.gz; of several texts FILE-<text>.nii.gz for each"
     )
     command.add_argument("--dicom-seg", metavar="FILE", type=Path, help="write the masks that were found as a DICOM Segmentation")
-    command.add_argument("--threshold", type=float, default=0.5, metavar="P", help="a voxel's probability (default: %(default)s)")
+    command.add_argument(
+        "--threshold", type=float, default=0.5, metavar="P", help="probability from which a voxel counts (default: %(default)s)"
+    )
     command.set_defaults(run=_segment)
 
 
@@ -37,7 +39,7 @@ def _segment(arguments: argparse.Namespace) -> int | None:
         require_nifti(file)
     options = reading(arguments)
     straighten = options.pop("straighten", False)  # the mask lies on the scan as it is stored
-    volume = read_volume(arguments.scan, **options)  # before the model, so that a wrong file is told at once
+    volume = read_volume(arguments.scan, **options)  # before the model, so that a wrong file fails at once
     for warning in volume.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
     if arguments.dicom_seg is not None:

@@ -49,7 +49,7 @@ class StageArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "the collators take what they need from a row"})
     data: str = field(default="", metadata={"help": "prepared data, see `med3dvlm prepare`: a folder, or an address as s3://bucket/data"})
     data_cache: str = field(
-        default="", metadata={"help": "folder on this machine for volumes of data at an address, of which all its processes share one"}
+        default="", metadata={"help": "folder on this machine, shared by its processes, for volumes of data at an address"}
     )
     data_cache_size: str = field(default=CACHE_SIZE, metadata={"help": CACHE_LIMIT})
     exclude_failures: bool = field(default=False, metadata={"help": "train without the studies that could not be prepared"})
@@ -75,14 +75,12 @@ class StageArguments(TrainingArguments):
         if self.output_dir == "" or Path(self.output_dir or ".").is_file():
             raise ValueError(f"output_dir is {self.output_dir!r}, which is not a folder; name one that is there or can be made")
         if str(getattr(self.save_strategy, "value", self.save_strategy)) == "best" and self.metric_for_best_model is None:
-            raise ValueError(
-                "save_strategy is 'best', of which nothing says by what; pass --metric-for-best-model loss, and an --eval-strategy"
-            )
+            raise ValueError("save_strategy is 'best' but no measure is named; pass --metric-for-best-model loss, and an --eval-strategy")
         super().__post_init__()
         self._check_reports()
         self._check_schedule()
         self._check_launcher()
-        if self.process_index > 0:  # the first process speaks for all; errors are still told
+        if self.process_index > 0:  # the first process speaks for all; errors are still printed
             logging.disable(logging.WARNING)
             warnings.simplefilter("ignore")
             disable_progress_bar()
@@ -109,7 +107,7 @@ class StageArguments(TrainingArguments):
         for name in self.report_to or ():
             if name not in (available := get_available_reporting_integrations()):
                 raise ValueError(
-                    f"report_to is {name!r}, which is unknown or not installed here; install it, or choose of: {', '.join(['none', *available])}"
+                    f"report_to is {name!r}, which is unknown or not installed here; install it, or choose one of {', '.join(['none', *available])}"
                 )
 
     def _check_schedule(self) -> None:
@@ -133,10 +131,12 @@ class StageArguments(TrainingArguments):
     def _check_launcher(self) -> None:
         """Raise ValueError where `accelerate launch` brings an engine or a precision that the settings do not name."""
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or (self.deepspeed_plugin and not self.deepspeed):
-            raise ValueError("accelerate launch brings an engine of its own; leave it out there and pass --deepspeed deepspeed/zero2")
+            raise ValueError(
+                "accelerate launch sets up FSDP or DeepSpeed of its own; leave it out there and pass --deepspeed deepspeed/zero2"
+            )
         if self.mixed_precision != ("bf16" if self.bf16 else "no"):
             raise ValueError(
-                f"accelerate launch brings --mixed_precision {self.mixed_precision}, but bf16 is {self.bf16}; leave it out there and pass --bf16"
+                f"accelerate launch sets --mixed_precision {self.mixed_precision}, but bf16 is {self.bf16}; leave it out there and pass --bf16"
             )
 
     @property
@@ -165,7 +165,8 @@ class ImageArguments(StageArguments):
     """Further settings of the stages that see volumes."""
 
     augmentation: dict | str | None = field(  # type: ignore[type-arg]
-        default=None, metadata={"help": "of training volumes: none, intensity, default, or settings as JSON (see datasets/augmentation.py)"}
+        default=None,
+        metadata={"help": "changes of training volumes: none, intensity, default, or settings as JSON (see datasets/augmentation.py)"},
     )
 
     def __post_init__(self) -> None:

@@ -53,10 +53,12 @@ class ContrastiveArguments(DecoderArguments, ImageArguments):
     train_text: bool = field(default=True, metadata={"help": "train the text encoder too, as the papers do"})
     max_text_length: int = field(default=512, metadata={"help": "tokens of a report"})
     sentences: int | None = field(
-        default=None, metadata={"help": "beside its report a volume is paired with 1 to so many sentences of it, drawn anew in every epoch"}
+        default=None, metadata={"help": "pair a volume also with 1 to so many sentences of its report, drawn anew in every epoch"}
     )
     projection_dim: int = field(default=768, metadata={"help": "width of the common space"})
-    projection_bias: bool = field(default=True, metadata={"help": "whether the projections into it have one; CT-CLIP's have none"})
+    projection_bias: bool = field(
+        default=True, metadata={"help": "whether the projections into the common space have a bias; CT-CLIP's have none"}
+    )
     loss: str = field(default="siglip", metadata={"help": "siglip or clip"})
     logit_scale: float | None = field(default=None, metadata={"help": "initial log temperature"})
     logit_bias: float | None = field(default=None, metadata={"help": "initial bias"})
@@ -64,16 +66,17 @@ class ContrastiveArguments(DecoderArguments, ImageArguments):
     chunk_size: int | None = field(
         default=None,
         metadata={
-            "help": "volumes that go through the encoders at a time, twice: the memory of so many, the gradients of the whole batch (GradCache); "
-            "batch norm sees so many"
+            "help": "volumes that go through the encoders at a time, twice: gradients of the whole batch at the memory of so many (GradCache); "
+            "batch norm sees so many, too"
         },
     )
     dense_weight: float = field(
-        default=0.0, metadata={"help": "of a loss of masks for prompts beside that of pairs; a decoder learns along, saved in segmenter/"}
+        default=0.0, metadata={"help": "weight of a loss of masks for prompts beside that of pairs; its decoder is saved in segmenter/"}
     )
 
     dense_studies: int | None = field(
-        default=None, metadata={"help": "studies of a batch whose masks are decoded; the tokens of all learn from them. All by default"}
+        default=None,
+        metadata={"help": "studies of a batch whose masks are decoded (default: all); the tokens of all studies learn from them"},
     )
 
     def __post_init__(self) -> None:
@@ -81,9 +84,11 @@ class ContrastiveArguments(DecoderArguments, ImageArguments):
         self.encoder_options = _options("encoder_options", self.encoder_options, '{"stem_stride": 2}')
         self.text_options = _options("text_options", self.text_options, '{"num_hidden_layers": 2}')
         if self.sentences is not None and self.cache_features:
-            raise ValueError("with cache_features every report is read once, whole; pass --cache-features false or leave sentences out")
+            raise ValueError(
+                "sentences does not go with cache_features, which reads a report once and whole; pass --cache-features false or leave it out"
+            )
         if self.text_encoder == NEW and not self.train_text:
-            raise ValueError("a new text encoder has to learn; pass --train-text true or name a pretrained one")
+            raise ValueError("a new text encoder has to learn, but train_text is false; pass --train-text true or name a pretrained one")
         if self.chunk_size is not None and self.deepspeed:
             raise ValueError(
                 "chunk_size does not go with DeepSpeed, which reduces gradients at every backward pass; leave --deepspeed out and start several "
@@ -92,12 +97,12 @@ class ContrastiveArguments(DecoderArguments, ImageArguments):
         if self.chunk_size is not None:
             self.ddp_find_unused_parameters = False  # every weight has a gradient, the temperature from outside of the model's forward
         if self.chunk_size is not None and self.dense_weight:
-            raise ValueError("chunk_size does not go with dense_weight, whose loss is not one of embeddings; leave one of them out")
+            raise ValueError("chunk_size does not go with dense_weight, whose loss needs more than embeddings; leave one of them out")
         if self.gradient_accumulation_steps > 1:
             raise ValueError(
-                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but each part of an accumulated batch would be contrasted "
-                "with itself alone, which is no larger batch; leave it at 1 and raise per_device_train_batch_size, with "
-                "chunk_size or gradient_checkpointing true where memory is short, or start more processes"
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps} but must be 1, as each part of an accumulated batch would be "
+                "contrasted with itself alone; raise per_device_train_batch_size, with chunk_size or gradient_checkpointing true where memory is "
+                "short, or start more processes"
             )
 
 
@@ -229,8 +234,8 @@ def _say_how_many_are_cut(reports: Sequence[str], tokenizer: Any, arguments: Con
     cut = sum(length > limit for length in lengths)
     if cut and arguments.process_index == 0:
         logger.warning(
-            "%d of the %d reports in split %s have more than max_text_length %d tokens, and what is beyond is not read: their end, where the "
-            "impression often stands; the longest has %d tokens",
+            "%d of the %d reports in split %s are cut at max_text_length %d tokens, so their end, where the impression often stands, is not read; "
+            "the longest has %d tokens",
             cut, len(reports), arguments.train_split, limit, max(lengths),
         )  # fmt: skip
 

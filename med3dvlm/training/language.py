@@ -39,7 +39,7 @@ class ConversationArguments(ImageArguments):
     loss_weighting: str = field(
         default="token",
         metadata={
-            "help": "what counts alike in the loss: token (a report of 200 tokens has 40 times the weight of an answer of 5) or conversation "
+            "help": "what has equal weight in the loss: token (a report of 200 tokens has 40 times the weight of an answer of 5) or conversation "
             "(the tokens of a report, or of an answer, share the weight of one)"
         },
     )

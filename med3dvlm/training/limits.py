@@ -75,10 +75,10 @@ INTERVALS = {
 UNSET = {"max_steps": -1}  # transformers' sign of a setting that is left out, where that is not None
 REASONS = {
     "logit_scale": "it is the logarithm of the temperature, which is bounded by 100",
-    "max_text_length": "a text begins and ends with a token of its own",
+    "max_text_length": "the beginning and the end of a text take a token each",
     "sentences": "leave it out to take whole reports",
     "save_total_limit": "while a checkpoint is being written, the whole one before it has to stay",
-    "vocabulary": "each of 256 bytes is a token, and five tokens have a meaning of their own",
+    "vocabulary": "it holds 256 bytes and five special tokens",
 }
 # Settings of transformers that are refused: the only value that is allowed, and why.
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -93,14 +93,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "fsdp": (None, "weights are shared out by DeepSpeed; pass --deepspeed deepspeed/zero3"),
     "accelerator_config": (None, "it may change what a batch is"),
     "remove_unused_columns": (False, "the collators need every column of a row"),
-    "save_only_model": (False, "a training would not continue from its checkpoints"),
-    "ignore_data_skip": (False, "a training that was stopped would go on with other rows"),
+    "save_only_model": (False, "a training could not continue from its checkpoints"),
+    "ignore_data_skip": (False, "a training that was stopped would continue with the wrong rows"),
     "push_to_hub": (False, "checkpoints hold what was learned, not a model; upload the output folder when it is finished: hf upload"),
-    "dataloader_persistent_workers": (False, "workers that stay do not hear that an epoch is another one"),
+    "dataloader_persistent_workers": (False, "persistent workers do not learn that a new epoch begins"),
 }  # fmt: skip
 # Settings of transformers -> allowed values, and why.
 CHOICES: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("optim", ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "rmsprop", "sgd"), "what others know no other engine could take over"),
+    ("optim", ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "rmsprop", "sgd"), "another engine could not take over the state of others"),
     ("train_sampling_strategy", ("random", "sequential"), "others need lengths that rows do not have"),
     ("metric_for_best_model", ("loss", "eval_loss"), "nothing else is measured while training"),
 )  # fmt: skip

@@ -97,7 +97,7 @@ class SharedOutput:
         if self.rank == self.neighbours[0]:
             for folder in self.checkpoints():
                 if not (folder / COMPLETE).is_file():
-                    logger.warning("deleting %s, which was not written to its end", folder)
+                    logger.warning("deleting %s, an incomplete checkpoint", folder)
                     shutil.rmtree(folder)
 
     def checkpoints(self) -> list[Path]:

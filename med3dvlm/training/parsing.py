@@ -46,7 +46,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="settings as YAML: a file, or a recipe of the package, as demo/stage1_siglip; the command line goes before it",
+        help="settings as YAML: a file, or a recipe of the package, as demo/stage1_siglip; options of the command line override them",
     )
     _list_own_settings_first(parser, kind)
     argv = list(sys.argv[1:] if argv is None else argv)

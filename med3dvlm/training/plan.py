@@ -133,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked, flags = parser.parse_known_args(argv)
     path = find_config(asked.config, ".yaml")
     if not path.is_file() or (asked.stage or path.stem) not in STAGES:
-        parser.error(f"{asked.config} is no configuration of {', '.join(STAGES)}; name one, and with a name of your own its --stage")
+        parser.error(
+            f"{asked.config} is not the settings of a stage ({', '.join(STAGES)}); name a file of settings, and by --stage whose they are"
+        )
     settings = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
     given = Parser(add_help=False, allow_abbrev=False)
     given.add_argument("--deepspeed", default=settings.get("deepspeed"))
@@ -163,18 +165,22 @@ def _parser() -> ArgumentParser:
     parser = Parser(description=__doc__.splitlines()[0], epilog="Other flags are settings of the stage.", allow_abbrev=False)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="settings of the stage: a file, or a recipe of the package, as paper/stage3_lora")
-    add("--stage", choices=STAGES, help="whose settings these are (default: by the name of the file)")
+    add("--stage", choices=STAGES, help="stage of the settings (default: the name of the file)")
     add("--gpus", type=positive, default=1, metavar="N", help="GPUs in all (default: %(default)s)")
-    add("--gpu-memory", type=float, required=True, metavar="GB", help="of each, in units of 10^9 bytes")
+    add("--gpu-memory", type=float, required=True, metavar="GB", help="memory of one GPU, in units of 10^9 bytes")
     add(
-        "--reserve", type=float, default=0.1, metavar="SHARE", help="kept free for CUDA and for gaps between tensors (default: %(default)s)"
+        "--reserve",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share kept free for CUDA and for gaps between tensors (default: %(default)s)",
     )
     add("--size", type=_size, metavar="D,H,W", help="voxels of a volume (default: 128,256,256, and 256,512,512 for ct_clip)")
     add("--encoder", metavar="NAME", help="the vision encoder (default: stage 1's setting; for stages 2 and 3 the paper's)")
     add("--language-model", metavar="NAME", help="a folder with a config.json, or one that the package knows (default: the stage's)")
-    add("--length", type=positive, metavar="TOKENS", help="of a text (default: the longest that the settings allow)")
-    add("--rows", type=positive, metavar="N", help="rows of an epoch, for steps")
-    add("--volumes-per-second", type=float, metavar="N", help="of all GPUs, for hours; a log has it")
+    add("--length", type=positive, metavar="TOKENS", help="length of a text (default: the longest that the settings allow)")
+    add("--rows", type=positive, metavar="N", help="rows of an epoch, to show the number of steps")
+    add("--volumes-per-second", type=float, metavar="N", help="speed of all GPUs, as a log has it, to show the hours")
     return parser
 
 
@@ -256,5 +262,5 @@ def _remedy(ways: list[tuple[str, Memory]], arguments: Any, batch: int, room: fl
         fitting += [f"{size} {memory.fits(room)} fits with {words}"] * (memory.fits(room) > own)
     if not fitting:
         words, memory = min(ways, key=lambda way: way[1].total(1))
-        fitting.append(f"not even one fits; the least is {memory.total(1) / GB:.1f} GB{' with ' * bool(words)}{words}")
+        fitting.append(f"not even a batch of 1 fits: it takes at least {memory.total(1) / GB:.1f} GB{' with ' * bool(words)}{words}")
     return ", and ".join(fitting)

@@ -44,17 +44,19 @@ class DecoderArguments:
         default=1, metadata={"help": "voxels that one embedding spans along an axis; it divides the stem's stride"}
     )
     dual_cross_attention: bool = field(default=True, metadata={"help": "let skip connections attend to each other"})
-    attention_level: int = field(default=2, metadata={"help": "output of the encoder, 0 for the stem, on whose grid they do"})
-    attention_heads: int = field(default=4, metadata={"help": "of their spatial attention"})
+    attention_level: int = field(
+        default=2, metadata={"help": "output of the encoder, 0 for the stem, on whose grid skip connections attend"}
+    )
+    attention_heads: int = field(default=4, metadata={"help": "heads of the skip connections' spatial attention"})
     segmentation_loss: str = field(default="dice_balanced_ce", metadata={"help": "dice_balanced_ce, dice_ce or dice_focal"})
-    presence_weight: float = field(default=0.1, metadata={"help": "of the loss of a finding being there at all"})
+    presence_weight: float = field(default=0.1, metadata={"help": "weight of the loss of whether a finding is present"})
     token_levels: list[int] = field(
         default_factory=list,
         metadata={"help": "outputs of the encoder, -1 the last, whose tokens learn too what lies in their cells (deep supervision)"},
     )
-    token_weight: float = field(default=1.0, metadata={"help": "of their loss beside that of masks"})
+    token_weight: float = field(default=1.0, metadata={"help": "weight of the loss of token_levels beside that of masks"})
     prompts: int = field(default=6, metadata={"help": "prompts a study, at most"})
-    prompt_structures: int = field(default=1, metadata={"help": "how many of them name a structure, such as an organ"})
+    prompt_structures: int = field(default=1, metadata={"help": "how many of the prompts name a structure, such as an organ"})
     prompt_sentences: float = field(default=0.3, metadata={"help": "share of findings asked for by the report's sentence about them"})
     prompt_sides: float = field(default=0.3, metadata={"help": "share of findings asked for with their side, and for the other side too"})
 
@@ -99,7 +101,9 @@ class SegmentationArguments(DecoderArguments, ImageArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cache_features and self.train_text:
-            raise ValueError("a text encoder that trains has no features to keep; pass --cache-features false or --train-text false")
+            raise ValueError(
+                "cache_features does not go with a text encoder that trains; pass --cache-features false or --train-text false"
+            )
 
 
 class SegmentationTrainer(StageTrainer):

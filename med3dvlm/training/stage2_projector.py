@@ -27,21 +27,27 @@ class Stage2Arguments(ConversationArguments):
     clip: str = field(default="", metadata={"help": "output of stage 1"})
     language_model: str = field(default="Qwen/Qwen2.5-7B-Instruct", metadata={"help": "directory, hub id, or package:NAME"})
     projector: str = field(default="mixer", metadata={"help": "mlp, low_high_mlp, mixer or spatial_pooling"})
-    standardise: bool = field(default=False, metadata={"help": "start the projector from standardised features: sooner in short runs"})
+    standardise: bool = field(
+        default=False, metadata={"help": "start the projector from standardised features: learns faster in short runs"}
+    )
     projector_depth: int = field(default=2, metadata={"help": "layers of the mixer"})
     image_levels: list[int] = field(
         default_factory=lambda: [-2, -1],
-        metadata={"help": "the encoder's two outputs that it takes, counted from the last, -1: the paper's are -2 -1, finer ones -3 -2"},
+        metadata={
+            "help": "the encoder's two outputs that the projector takes, counted from the last, -1: the paper's are -2 -1, finer ones -3 -2"
+        },
     )
-    position_embedding: bool = field(default=False, metadata={"help": "give every token its position, learned, before the projector"})
+    position_embedding: bool = field(default=False, metadata={"help": "add a learned position to every token before the projector"})
     save_language_model: bool = field(
-        default=True, metadata={"help": "false names the language model in the output by place and fingerprint: megabytes, not a copy"}
+        default=True, metadata={"help": "false saves the place and fingerprint of the language model instead of a copy"}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.quantize and self.save_language_model:
-            raise ValueError("quantize leaves no language model to copy into the output; pass --save-language-model false")
+            raise ValueError(
+                "save_language_model is true, but quantize holds no whole language model to save; pass --save-language-model false"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 class Stage3Arguments(ConversationArguments):
     model: str = field(default="", metadata={"help": "output of stage 2"})
     merged: str = field(default="", metadata={"help": "folder of the merged model"})
-    lora_rank: int = field(default=16, metadata={"help": "rank"})
-    lora_alpha: int = field(default=32, metadata={"help": "scale times rank"})
+    lora_rank: int = field(default=16, metadata={"help": "rank of the low-rank update"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale of the low-rank update times its rank"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the low-rank update"})
     also_train: list[str] = field(
         default_factory=list,
@@ -48,7 +48,7 @@ class Stage3Arguments(ConversationArguments):
     segmenter: str = field(
         default="", metadata={"help": "output of `train segmentation` on the model's encoder: answers learn to point with its decoder"}
     )
-    mask_weight: float = field(default=1.0, metadata={"help": "of the loss of what is pointed to, beside that of words"})
+    mask_weight: float = field(default=1.0, metadata={"help": "weight of the loss of masks that are pointed to, beside that of words"})
     train_decoder: bool = field(default=False, metadata={"help": "train the segmenter's decoder too"})
 
 
@@ -65,7 +65,7 @@ def add_lora(base: Med3DVLM, arguments: Stage3Arguments) -> PeftModel:
         found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         if not found:
             raise ValueError(
-                f"also_train names {wanted!r}, which is not a module of the model; vision_encoder, embed_tokens and lm_head are, for example"
+                f"also_train names {wanted!r}, which is not a module of the model; name a module, such as vision_encoder, embed_tokens or lm_head"
             )
         if any(targets.fullmatch(name) and name.startswith(tuple(found)) for name in modules):
             raise ValueError(f"also_train names {wanted!r}, but its layers get LoRA; leave it out")
@@ -92,7 +92,9 @@ def add_segmenter(base: Med3DVLM, processor: Med3DVLMProcessor, folder: str) -> 
         ValueError: the model can point already, or the segmenter reads volumes by another encoder.
     """
     if base.pointing is not None:
-        raise ValueError("the model can point already, and would forget how; leave --segmenter out, or name the output of stage 2")
+        raise ValueError(
+            "the model points already, and a new decoder would replace its own; leave --segmenter out, or name the output of stage 2"
+        )
     segmenter, _ = together(load_segmenter, folder, dtype=base.dtype)
     if fingerprint(segmenter.clip.vision_encoder) != fingerprint(base.vision_encoder):
         raise ValueError(
@@ -163,7 +165,7 @@ def remember_training_data(model: Med3DVLM, data: PreparedData, folder: str) -> 
     """Fit the out-of-distribution detector on up to 500 scans each of the training and validation splits, and save it in the folder."""
     splits = data.summary["splits"]
     if not isinstance(splits, dict) or splits.get("train", 0) < 20 or not splits.get("validation"):
-        logger.warning("fewer than 20 training scans or no validation scan: the model will not tell of scans unlike its training data")
+        logger.warning("fewer than 20 training scans or no validation scan: the model gets no detector of scans unlike its training data")
         return
     pooled = {}
     like = next(model.vision_encoder.parameters())

@@ -162,7 +162,8 @@ class StageTrainer(Trainer):
         parts = self.args.world_size * self.args.gradient_accumulation_steps
         batch = parts * self.args.train_batch_size
         if len(rows) < batch:
-            logger.warning("a batch takes %d rows and there are %d: it has %s", batch, len(rows), "some twice" if parts > 1 else "those")
+            effect = "rows are repeated to fill it" if parts > 1 else "it is made that small"
+            logger.warning("a batch takes %d rows, but there are only %d: %s", batch, len(rows), effect)
             batch = len(rows) if parts == 1 else batch
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         shuffled = self.args.train_sampling_strategy == "random"
@@ -253,7 +254,7 @@ class StageTrainer(Trainer):
         path = root / IDENTITY
         if not path.is_file():
             raise ValueError(
-                f"{root} holds a model or checkpoints but no {IDENTITY} that says of what training; move them or choose another --output-dir"
+                f"{root} holds a model or checkpoints without {IDENTITY}, so their training is unknown; move them or choose another --output-dir"
             )
         before = json.loads(path.read_text(encoding="utf-8-sig"))
         different = [name for name, value in identity.items() if before.get(name, value) != value]
@@ -312,7 +313,9 @@ class WholeBatches(Sampler[int]):
         self.rows, self.seed = rows, seed
         self.length = (rows // batch_size if drop_last else -(-rows // batch_size)) * batch_size
         if self.length == 0:
-            raise ValueError(f"a batch takes {batch_size} rows of {rows}, so that dataloader_drop_last leaves none; pass a smaller one")
+            raise ValueError(
+                f"a batch takes {batch_size} rows but there are {rows}, so dataloader_drop_last leaves no batch; pass smaller ones"
+            )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -92,7 +92,7 @@ def test_another_series_of_a_study_is_opened_by_its_number(server, client, tmp_p
     assert [(number, is_open) for number, _, is_open in opened["series"]] == [(1, True), (2, False)]
     switched = session.predict(2, api_name="/series")
     assert [is_open for *_, is_open in switched["series"]] == [False, True] and switched["facts"]["Size"] != opened["facts"]["Size"]
-    for number, words in ((7, "no series 7"), (1.5, "does not fit"), (None, "does not fit")):
+    for number, words in ((7, "no series 7"), (1.5, "of a wrong type"), (None, "of a wrong type")):
         with pytest.raises(AppError, match=words):
             session.predict(number, api_name="/series")
     session.close()

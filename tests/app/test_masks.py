@@ -155,7 +155,7 @@ def test_findings_stated_in_an_answer_can_be_segmented() -> None:
 
 def test_saved_masks_lie_on_the_scan(workstation: Workstation, session: Session, scan: Any, tmp_path: Path) -> None:
     workstation.open_uploads(session, [str(shutil.copy(scan(), tmp_path))])
-    with pytest.raises(ValueError, match="no mask to save"):
+    with pytest.raises(ValueError, match="No mask was found"):
         workstation.save_masks(session, "zip")
     for name in ("lung nodule", "Ä/..", "absent"):
         workstation.segment(session, name)

@@ -96,7 +96,7 @@ def test_an_empty_question(run: Run, model: Path, scan: Path) -> None:
         (["prepare", "m3d", "a", "b", "--size", "1,2"], "three whole numbers"),
         (["prepare", "m3d", "a", "b", "--shard", "3"], "'3' must be I/N, as in 1/8 to 8/8"),
         (["prepare", "m3d", "a", "b", "--size", "64x64x64"], "three whole numbers"),
-        (["prepare", "m3d", "a", "b", "--spacing", "1,1,1"], "that of the result is --target-spacing"),
+        (["prepare", "m3d", "a", "b", "--spacing", "1,1,1"], "prepared volumes use --target-spacing"),
         (["inspect", "scan.npy", "--spacing", "1,2"], "must be numbers Z,Y,X with commas"),
         (["inspect", "scan.npy", "--hu", "mine"], "invalid choice"),
         (["dance"], "invalid choice"),

@@ -49,7 +49,7 @@ def test_the_command_line_sets_all_scans_and_the_table_single_ones(tmp_path: Pat
     assert [index[name]["unit"] for name in "abc"] == ["HU", "HU", "arbitrary"] and index["b"]["spacing"] == [3, 1, 1]
     with pytest.raises(SystemExit):
         prepare(tmp_path, "--spacing", "1,1,1", capsys=capsys)
-    assert "state it in the table's column spacing; that of the result is --target-spacing" in capsys.readouterr().err
+    assert "for that of the prepared volumes use --target-spacing" in capsys.readouterr().err
 
 
 def test_the_chosen_series_is_listed_for_each_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,4 +80,4 @@ def test_a_study_left_out_is_listed_and_the_exit_code_is_1(tmp_path: Path, capsy
 
 def test_hu_settings_are_refused_for_ct_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["prepare", "ct_rate", str(tmp_path), str(tmp_path / "out"), "--hu", "already_hu"]) == 2
-    assert "--hu is for scans of which nobody has said it, but the metadata of CT-RATE do; leave it out" in capsys.readouterr().err
+    assert "--hu is for scans without metadata, but CT-RATE's metadata state it; leave it out" in capsys.readouterr().err

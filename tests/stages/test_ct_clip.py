@@ -151,7 +151,7 @@ def test_recomputed_activations_change_no_gradient() -> None:
     ("flags", "message"),
     [
         (("--sentences", 0), "must be at least 1: leave it out"),
-        (("--cache-features", "true", "--train-text", "false", "--text-encoder", "x"), "every report is read once, whole"),
+        (("--cache-features", "true", "--train-text", "false", "--text-encoder", "x"), "reads a report once and whole"),
         (("--train-text", "false"), "a new text encoder has to learn"),
         (("--text-options", "small"), "is not valid JSON"),
         (("--train-split", "train_fixed"), "train_fixed"),

@@ -143,7 +143,7 @@ def test_training_under_launchers(launcher: str, processes: int, engine: str, ru
 @pytest.mark.parametrize(
     ("stage", "flags", "sentence"),
     [
-        (stage2_projector, NF4, "quantize leaves no language model to copy into the output; pass --save-language-model false"),
+        (stage2_projector, NF4, "quantize holds no whole language model to save; pass --save-language-model false"),
         (stage3_lora, (*NF4, "--deepspeed", "deepspeed/zero3"), "quantize does not go with ZeRO-3"),
         (stage3_lora, ("--quantize", "int3"), "quantize is 'int3' but must be nf4"),
         (stage3_lora, ("--optim", "paged_adamw_32bit", "--deepspeed", "deepspeed/zero2"), "which DeepSpeed does not take"),

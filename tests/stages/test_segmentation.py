@@ -149,7 +149,7 @@ def test_wrong_settings(train: Train, clip: Path, tmp_path: Path, prepared: Path
         ((), "--clip is missing"),
         (("--clip", clip, "--decoder-widths", "8,x"), "must be whole numbers, as 32,32,64,128"),
         (("--clip", clip, "--segmentation-loss", "dice"), "known: dice_balanced_ce, dice_ce, dice_focal"),
-        (("--clip", clip, "--cache-features", "true", "--train-text", "true"), "has no features to keep"),
+        (("--clip", clip, "--cache-features", "true", "--train-text", "true"), "does not go with a text encoder that trains"),
     ):
         log = tmp_path / "log"
         given = (

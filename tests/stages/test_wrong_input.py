@@ -81,7 +81,7 @@ WRONG_MODELS: dict[str, Callable[[Path], Any]] = {
         (stage2_projector, ("--language-model", "{tmp}/broken"), "model.safetensors is damaged or incomplete"),
         (stage2_projector, ("--language-model", "{tmp}/thinking"), "rewrites earlier turns"),
         (stage2_projector, ("--language-model", "{tmp}/thinking"), "or pass --follow-ups 0"),
-        (stage2_projector, ("--output-dir", "{models}/vlm"), "holds a model or checkpoints but no identity.json"),
+        (stage2_projector, ("--output-dir", "{models}/vlm"), "holds a model or checkpoints without identity.json"),
         (stage2_projector, ("--report-to", "wandb"), "report_to is 'wandb', which is unknown or not installed here"),
         (stage2_projector, ("--lr-scheduler-type", "cosine_with_min_lr"), "does not go with lr_scheduler_kwargs None"),
         (stage2_projector, ("--eval-strategy", "steps", "--validation-split", "nope"), "no studies of split 'nope'"),

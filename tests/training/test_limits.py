@@ -44,7 +44,7 @@ def test_the_table_covers_all_numeric_settings() -> None:
             ["adafactor", "lion_8bit"],
             "adamw_torch_fused or paged_adamw_32bit or rmsprop or sgd",
         ),
-        ("save_only_model", [False], [True], "must be false: a training would not continue"),
+        ("save_only_model", [False], [True], "must be false: a training could not continue"),
     ],
 )
 def test_values_inside_and_outside(name: str, allowed: list[Any], refused: list[Any], sentence: str) -> None:

@@ -91,10 +91,10 @@ def test_a_wrong_setting_is_named_in_a_sentence(
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("ACCELERATE_MIXED_PRECISION", "fp16", "accelerate launch brings --mixed_precision fp16, but bf16 is False"),
-        ("ACCELERATE_MIXED_PRECISION", "bf16", "accelerate launch brings --mixed_precision bf16, but bf16 is False"),
-        ("ACCELERATE_USE_FSDP", "true", "accelerate launch brings an engine of its own"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "accelerate launch brings an engine of its own"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "accelerate launch sets --mixed_precision fp16, but bf16 is False"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "accelerate launch sets --mixed_precision bf16, but bf16 is False"),
+        ("ACCELERATE_USE_FSDP", "true", "accelerate launch sets up FSDP or DeepSpeed of its own"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "accelerate launch sets up FSDP or DeepSpeed of its own"),
     ],
 )
 def test_what_accelerate_launch_brings_is_refused(

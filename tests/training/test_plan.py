@@ -57,7 +57,9 @@ def test_a_plan_is_printed_and_one_that_does_not_fit_fails(
     assert "steps                  4 of 4, 0.0 hours" in said and "| none * | whole |" in said
     assert main([*flags, "--gpu-memory", "0.001"]) == 1
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith("It does not fit: a batch of 4 takes") and re.search(r"; not even one fits; the least is 0\.\d GB with --", last)
+    assert last.startswith("It does not fit: a batch of 4 takes") and re.search(
+        r"; not even a batch of 1 fits: it takes at least 0\.\d GB with --", last
+    )
     for stage in ("stage1_siglip", "ct_clip"):
         assert (
             main(["plan", "--config", f"smoke/{stage}", *SMALL, "--text-encoder", str(tiny_models.text_encoder), "--max-text-length", "60"])
@@ -76,7 +78,7 @@ def test_settings_that_would_fit_are_named() -> None:
     assert _remedy([*ways, more], arguments, 4, 100.0) == "--per-device-train-batch-size 3 fits, and a batch of 4 fits with --a --b"
     assert _remedy(ways, arguments, 4, 100.0) == "--per-device-train-batch-size 3 fits"
     assert _remedy(ways, SimpleNamespace(chunk_size=4), 4, 58.0) == "--chunk-size 1 fits with --a"
-    assert _remedy(ways, arguments, 4, 50.0) == "not even one fits; the least is 0.0 GB with --a"
+    assert _remedy(ways, arguments, 4, 50.0) == "not even a batch of 1 fits: it takes at least 0.0 GB with --a"
 
 
 def test_unknown_shapes_and_configurations_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +86,7 @@ def test_unknown_shapes_and_configurations_are_named(capsys: pytest.CaptureFixtu
     assert "the shapes of nobody/nothing are not known here" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["plan", "--config", "smoke/stage0_language_model", *SMALL])
-    assert "no configuration of stage1_siglip, ct_clip, segmentation, stage2_projector, stage3_lora" in capsys.readouterr().err
+    assert "not the settings of a stage (stage1_siglip, ct_clip, segmentation, stage2_projector, stage3_lora)" in capsys.readouterr().err
 
 
 def test_the_package_knows_the_papers_models() -> None:

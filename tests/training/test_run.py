@@ -174,7 +174,7 @@ def test_settings_that_do_not_change_the_result_may_change(tmp_path: Path) -> No
 def test_checkpoints_of_unknown_origin_are_neither_used_nor_deleted(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-8").mkdir()
     (tmp_path / "checkpoint-8" / "model.safetensors").write_text("precious")
-    with pytest.raises(ValueError, match=f"holds a model or checkpoints but no {IDENTITY}"):
+    with pytest.raises(ValueError, match=f"holds a model or checkpoints without {IDENTITY}"):
         train(tmp_path)
     assert (tmp_path / "checkpoint-8" / "model.safetensors").read_text() == "precious"
     (tmp_path / "checkpoint-8").rename(tmp_path / "checkpoint-best")  # no name of the trainer's
@@ -235,7 +235,7 @@ def test_an_epoch_is_filled_up_to_whole_batches(rows: int, batch: int, drop: boo
         assert sorted(first[:rows]) == sorted(set(first[:rows])) and (first == sorted(first)) == (seed is None and length <= rows)
         order.set_epoch(1)
         assert (list(order) == first) == (seed is None)
-    with pytest.raises(ValueError, match="dataloader_drop_last leaves none"):
+    with pytest.raises(ValueError, match="dataloader_drop_last leaves no batch"):
         WholeBatches(3, 4, None, True)
 
 
