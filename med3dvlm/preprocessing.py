@@ -206,7 +206,7 @@ class VolumeProcessor(BaseImageProcessor):
         """
         values = torch.as_tensor(values)
         if tuple(values.shape[-3:]) != self.size:
-            raise ValueError(f"The values are {tuple(values.shape)} but end on (D, H, W) = {self.size}, the processor's size.")
+            raise ValueError(f"The values are {tuple(values.shape)} but must end on (D, H, W) = {self.size}, the processor's size.")
         straightens = self.straighten and not volume.regular
         matrices = volume.straightening().matrices() if straightens else np.eye(4)
         if placement is None:

@@ -124,7 +124,7 @@ def user_message(error: Exception) -> str | None:
         code = re.search(r"os error (\d+)", str(error))
         return f"a weights file: {REASONS.get(int(code[1]) if code else 0, str(error))}"
     if isinstance(error, BrokenExecutor):
-        return "a worker process was killed, perhaps for want of memory; run the command again with fewer --workers"
+        return "a worker process was killed, perhaps for lack of memory; run the command again with fewer --workers"
     if isinstance(error, ValueError) and _raised_in_library(error):
         return None
     return " ".join(str(error).split()) or type(error).__name__
@@ -161,7 +161,7 @@ class Parser(argparse.ArgumentParser):
         if running:
             options.setdefault("prog", running[0])
         super().__init__(*arguments, **options)
-        self.add_argument("--traceback", action="store_true", help="where something fails, show the place in the code")
+        self.add_argument("--traceback", action="store_true", help="on an error, show the place in the code")
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """Add an argument as argparse does; option names are spelled with "-"."""

@@ -250,10 +250,10 @@ def _read(location: Path, source: str, series: int | None, transpose: bool) -> f
     try:
         parts = formats.read(location, source, series)
     except MemoryError as error:
-        raise VolumeError(f"{source}: memory does not suffice for this scan; use a larger machine, or crop the scan.") from error
+        raise VolumeError(f"{source}: there is too little memory for this scan; use a larger machine, or crop the scan.") from error
     if transpose:
         if parts.axes is not None or parts.direction is not None:
-            raise VolumeError(f"{source}: transpose is for arrays that do not say where their axes lead, but this file does; leave it out.")
+            raise VolumeError(f"{source}: transpose is for arrays without an orientation, but this file states one; leave it out.")
         return parts._replace(array=parts.array.T)
     return parts
 
@@ -269,19 +269,19 @@ def _geometry(parts: formats.Parts, spacing: Sequence[float] | None, orientation
         origin = None if direction is None else origin
         found = found if parts.axes is None else lengths
     if found is not None and not all(0 < mm < math.inf for mm in found):
-        warnings.append(f"the file says spacing {_mm(found)}, which is none, and is ignored.")
+        warnings.append(f"the file states spacing {_mm(found)}, which is not a length, and is ignored.")
         found = None
 
     millimetres: Any = found if spacing is None else tuple(float(mm) for mm in spacing)  # Volume checks the length
     if spacing is not None and found is not None and _mm(found) != _mm(millimetres):
-        warnings.append(f"the file says spacing {_mm(found)}; the stated {_mm(millimetres)} is used.")
+        warnings.append(f"the file states spacing {_mm(found)}; the stated {_mm(millimetres)} is used.")
         heights = None
     if millimetres is None:
         warnings.append("the spacing is unknown; state it with spacing=(z, y, x) in mm.")
     letters = None if direction is None else nearest_letters(direction)
     if orientation is not None and orientation != letters:
         if letters is not None:
-            warnings.append(f"the file says orientation {letters}; the stated {orientation} is used.")
+            warnings.append(f"the file states orientation {letters}; the stated {orientation} is used.")
         letters, direction, origin = orientation, None, None
     if letters is None:
         warnings.append("the orientation is unknown; slices are taken to be as displayed on a screen.")
@@ -295,7 +295,7 @@ def _split(axes: NDArray[np.float64], warnings: list[str], parts: formats.Parts)
         warnings.append("the file's axes are singular or not finite and are ignored.")
         return None, None
     if parts.axes is not None and parts.modality is None and np.array_equal(np.abs(axes), np.eye(3)):
-        warnings.append("the geometry is the 1 mm identity, which programs write when they know none; it may be wrong.")
+        warnings.append("the geometry is the 1 mm identity, which programs write for an unknown geometry; it may be wrong.")
     lengths = np.linalg.norm(columns, axis=0)
     return tuple(float(mm) for mm in lengths), columns / lengths
 
@@ -316,7 +316,7 @@ def _doubts(volume: Volume) -> list[str]:
     found = []
     if volume.spacing is not None and not FINEST <= min(volume.spacing) <= max(volume.spacing) <= COARSEST:
         found.append(
-            f"the spacing of {_mm(volume.spacing)} is none that a scan has, so the file's unit of length may be wrong; "
+            f"no scan has a spacing of {_mm(volume.spacing)}, so the file's unit of length may be wrong; "
             "state the true spacing=(z, y, x) in mm."
         )
     for irregular in _irregular(volume):

@@ -163,5 +163,5 @@ def test_empty_masks_and_wrong_shapes() -> None:
     volume = Volume(array, SPACING, "SPL", unit="HU")
     processor = VolumeProcessor("m3d", size=(12, 10, 14))
     assert not processor.to_scan(torch.zeros(2, 12, 10, 14), volume).any()
-    with pytest.raises(ValueError, match=r"\(12, 10, 13\) but end on \(D, H, W\) = \(12, 10, 14\)"):
+    with pytest.raises(ValueError, match=r"\(12, 10, 13\) but must end on \(D, H, W\) = \(12, 10, 14\)"):
         processor.to_scan(torch.zeros(12, 10, 13), volume)

@@ -24,10 +24,10 @@ def test_stated_spacing_replaces_the_files_with_a_warning(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("factor", "unit", "words"),
     [
-        (0.001, "unknown", "0.0025 x 0.0008 x 0.0007 mm is none that a scan has"),
-        (1, "meter", "2500 x 800 x 700 mm is none that a scan has"),
-        (1, "micron", "0.0025 x 0.0008 x 0.0007 mm is none that a scan has"),
-        (1000, "unknown", "2500 x 800 x 700 mm is none that a scan has"),
+        (0.001, "unknown", "no scan has a spacing of 0.0025 x 0.0008 x 0.0007 mm"),
+        (1, "meter", "no scan has a spacing of 2500 x 800 x 700 mm"),
+        (1, "micron", "no scan has a spacing of 0.0025 x 0.0008 x 0.0007 mm"),
+        (1000, "unknown", "no scan has a spacing of 2500 x 800 x 700 mm"),
         (1000, "micron", ""),
         (0.001, "meter", ""),
         (0.1, "mm", ""),  # a dental scan

@@ -91,7 +91,7 @@ def add(path: Path, name: str, password: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Ask for a password (or read it from a pipe) and keep its hash. Raises ValueError as `add` does."""
     parser = Parser(description="Add an account for the chat, or give it a new password.")
-    parser.add_argument("file", type=Path, help="the accounts file, made where there is none")
+    parser.add_argument("file", type=Path, help="the accounts file, created where it does not exist")
     parser.add_argument("name", help="name of the account")
     arguments = parser.parse_args(argv)
     password = getpass.getpass(f"Password for {arguments.name}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")

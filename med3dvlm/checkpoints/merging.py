@@ -43,7 +43,7 @@ def load_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[A
         base = Path(str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path))
         if not base.is_dir():
             raise FileNotFoundError(
-                f"{adapter} was trained on the model in {base}, which is not there; say where it is now: med3dvlm merge --base FOLDER"
+                f"{adapter} was trained on the model in {base}, which is not there; name its present folder: med3dvlm merge --base FOLDER"
             )
     record = Path(adapter) / QUANTIZATION_FILE
     method = json.loads(record.read_text(encoding="utf-8-sig"))["method"] if record.is_file() else None

@@ -53,7 +53,7 @@ def add_commands(commands: Commands) -> None:
 
     push = commands.add_parser("push", help="upload a model to the Hugging Face hub, with a card written from its records")
     push.add_argument("model", metavar="MODEL", type=Path, help="the folder of a trained, merged or converted model")
-    push.add_argument("repo", metavar="REPO_ID", help="the repository, OWNER/NAME; made where there is none")
+    push.add_argument("repo", metavar="REPO_ID", help="the repository, OWNER/NAME; created where it does not exist")
     push.add_argument("--private", action="store_true", help="make the repository private")
     push.set_defaults(run=_push)
 

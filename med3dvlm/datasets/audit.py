@@ -47,7 +47,7 @@ def audit(
         by_reports: take out of deduplicated.json what has a (near-)duplicate report in an earlier split, too.
     """
     if out is None and is_address(root):
-        raise ValueError(f"an audit is written to a folder of this machine, and {root} is none; name one by --out")
+        raise ValueError(f"an audit is written to a folder of this machine, not to {root}; name one by --out")
     data = PreparedData(root, exclude_failures=True, cache=cache)
     data.require_room(2 * workers)
     out = Path(root) / "audit" if out is None else Path(out)

@@ -101,7 +101,7 @@ class Augmentation:
         """Raise ValueError where volumes are to be flipped but the texts name a side or a direction."""
         if self.flips and (sided := [match.group() for match in map(SIDES.search, texts) if match]):
             raise ValueError(
-                f"augmentation: flips along {' and '.join(self.flips)} would make {len(sided)} texts of the training split untrue, which speak "
+                f"augmentation: flips along {' and '.join(self.flips)} would make {len(sided)} texts of the training split wrong, as they speak "
                 f"of sides or directions (the first says {sided[0]!r}); leave flips out"
             )
 

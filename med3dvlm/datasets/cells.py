@@ -41,7 +41,7 @@ def cell_text(name: str, value: Any) -> str:
         return ("|" if name == "choices" else ",").join(parts)
     if isinstance(value, str):
         if found := NO_TEXT.search(value):
-            raise ValueError(f"{name} holds the character U+{ord(found[0]):04X}, which is no text; delete it")
+            raise ValueError(f"{name} holds the character U+{ord(found[0]):04X}, which is not part of a text; delete it")
         text = value.strip()
         if name in ("id", "patient", "split", "series"):
             if re.fullmatch(r"-?\d(\.\d+)?[eE]\+\d+", text):

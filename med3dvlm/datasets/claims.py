@@ -165,7 +165,7 @@ class Claims:
                     for name in names:
                         self.place.renew(name)
                 except OSError as error:  # if it lasts, somebody else takes the parts over, too
-                    logger.warning("claims could not be renewed: %s", error)
+                    logger.warning("claims on studies could not be renewed, so another job may prepare them too: %s", error)
 
         thread = threading.Thread(target=renew, daemon=True)
         thread.start()

@@ -48,7 +48,7 @@ class ConversationOptions:
         if self.rows not in ROWS:
             raise ValueError(f"rows is {self.rows!r} but must be {' or '.join(ROWS)}")
         if self.rows == "conversation" and self.follow_ups:
-            raise ValueError(f"follow_ups is {self.follow_ups} but must be 0 where a row is one conversation; pass --follow-ups 0")
+            raise ValueError(f"follow_ups is {self.follow_ups} but must be 0 with rows='conversation'; pass --follow-ups 0")
 
 
 class ConversationDataset(StudyDataset):
@@ -130,7 +130,7 @@ class ConversationDataset(StudyDataset):
         """
         if max_row_length < max_length:
             raise ValueError(
-                f"max_row_length is {max_row_length} but must be at least max_length, {max_length}, or a row holds no conversation"
+                f"max_row_length is {max_row_length} but must be at least max_length, {max_length}, so that a row can hold a conversation"
             )
         if not self.packed:
             return

@@ -209,7 +209,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if line.strip():
                     row = json.loads(line, object_pairs_hook=_object)
                     if not isinstance(row, dict):
-                        raise ValueError(f"it holds no JSON object but a {type(row).__name__}")
+                        raise ValueError(f"it must hold a JSON object, not a {type(row).__name__}")
                     yield f"{path} line {number}", row
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} line {_undecodable(path)} is not UTF-8 text; save the table as UTF-8") from error
@@ -218,7 +218,9 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 f"{path} line {number} is not valid JSON: {error.msg} at character {error.colno}; each line must hold one object"
             ) from error
         except RecursionError as error:
-            raise ValueError(f"{path} line {number} is no table's: its lists stand too deep within one another") from error
+            raise ValueError(
+                f"{path} line {number} has lists too deep within one another; each line must hold one object of plain values"
+            ) from error
         except ValueError as error:
             raise ValueError(f"{path} line {number}: {error}") from error
 
@@ -227,7 +229,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{sorted({name for name in names if names.count(name) > 1})} stand there twice; delete one of each")
+        raise ValueError(f"it has {sorted({name for name in names if names.count(name) > 1})} twice; delete one of each")
     return row
 
 

@@ -136,7 +136,7 @@ def _call(version: str, function: Callable[..., Any], arguments: tuple[Any, ...]
 
     if version != _version():
         raise ValueError(
-            f"machine {socket.gethostname()} has med3dvlm {_version()}, and {version} was started; install one version everywhere"
+            f"machine {socket.gethostname()} has med3dvlm {_version()}, but the run was started with {version}; install one version everywhere"
         )
     torch.set_num_threads(1)
     return function(*arguments)

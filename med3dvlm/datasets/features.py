@@ -89,7 +89,7 @@ class SharedFeatures:
         gathered(None)  # all have written
         if missing := [self._path(number).name for number in range(len(parts)) if not self._path(number).is_file()]:
             raise FileNotFoundError(
-                f"{folder} lacks {missing[0]}, which another process of this training wrote; start the training again when the disk shows it, "
+                f"{folder} lacks {missing[0]}, which another process of this training wrote; start the training again when the file is there, "
                 "or pass --cache-features false"
             )
         self._open: dict[int, Any] = {}

@@ -139,7 +139,7 @@ def _read_report(path: Path, name: str) -> str:
     try:
         report = report_text(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text; save it as such") from error
+        raise ValueError(f"{name} is not UTF-8 text; save it as UTF-8") from error
     if is_missing(report):
         raise ValueError(f"{name} is {'empty' if not report else repr(report)}; write the report into it, or leave the study out")
     return report
@@ -227,7 +227,7 @@ def write(root: str | Path, studies: Sequence[Study], questions: Sequence[Questi
     for question in questions:
         name, choices = f"{question.text!r} of study {question.study}", len(question.choices)
         if question.study not in ids:
-            raise ValueError(f"{name} is about none of the studies that are written")
+            raise ValueError(f"{name} is about none of the studies to write; give a question of one of them")
         if not question.yes_no and choices != 4:
             raise ValueError(f"{name} has {choices} choices; M3D-VQA takes four, or Yes and No")
         if question.kind not in QUESTION_KINDS:

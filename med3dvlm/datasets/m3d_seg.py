@@ -144,7 +144,7 @@ def _name(code: str, label: str) -> str:
 def _masks(label: str, names: Sequence[str], about: Any) -> dict[str, Mask]:
     if about is not None:
         if unknown := [name for name in about if name not in names]:
-            raise ValueError(f"'about' names {unknown[0]!r}, which is none of the labels")
+            raise ValueError(f"'about' names {unknown[0]!r}, which is not one of the labels")
         return {name: Mask(label, channel=names.index(name), **facts) for name, facts in about.items()}
     found: dict[str, Mask] = {}
     for channel, name in enumerate(names):

@@ -133,11 +133,11 @@ def _chosen(labels: Labels, mask: Mask, where: str) -> NDArray[np.bool_]:
     array = labels.array
     if labels.channels is None:
         if mask.channel:
-            raise VolumeError(f"{where}: channel {mask.channel} is wanted but the file holds one mask.")
+            raise VolumeError(f"{where}: channel {mask.channel} is named but the file holds one mask; leave the channel out.")
     else:
         if mask.channel is None or mask.channel >= labels.channels:
             raise VolumeError(
-                f"{where}: the file holds {labels.channels} masks, channels 0 to {labels.channels - 1}, but {mask.channel} is wanted."
+                f"{where}: the file holds {labels.channels} masks, channels 0 to {labels.channels - 1}, but {mask.channel} is named; name one."
             )
         if not isinstance(array, np.ndarray):
             row = array[[mask.channel]].tocoo()
@@ -151,7 +151,7 @@ def _chosen(labels: Labels, mask: Mask, where: str) -> NDArray[np.bool_]:
     if len(found[found != 0]) > 1:
         shown = ", ".join(f"{value:g}" for value in found[: SHOWN + 1])
         raise VolumeError(
-            f"{where}: the file holds several labels ({shown}{', ...' if len(found) > SHOWN + 1 else ''}); state which is meant."
+            f"{where}: the file holds several labels ({shown}{', ...' if len(found) > SHOWN + 1 else ''}); name one, as file#label."
         )
     return array != 0
 

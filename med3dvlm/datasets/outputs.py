@@ -218,4 +218,4 @@ def _line(path: Path) -> Line | None:
 def require_seen(path: Path) -> None:
     """Raise FileNotFoundError on a machine that does not see the folders."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not seen by machine {socket.gethostname()}; put it on a disk that all machines share")
+        raise FileNotFoundError(f"machine {socket.gethostname()} does not see {path}; put it on a disk that all machines share")

@@ -133,7 +133,7 @@ def check_studies(scans: Scans, volumes: Volumes, studies: Sequence[Study]) -> N
         named_labels(study.labels)
     for study in studies:
         if scans.path(study.image) == volumes.path(volume_name(study.id)):
-            raise ValueError(f"{scans.name}/{study.image} would be replaced by its own preparation; prepare into another folder")
+            raise ValueError(f"{scans.name}/{study.image} would be overwritten by its prepared volume; prepare into another folder")
 
 
 def settle(processor: VolumeProcessor, volumes: Volumes) -> str:
@@ -187,7 +187,7 @@ def finish(
     sizes = volumes.sizes()
     others = sizes.keys() - {volume_name(study.id) for study in kept}
     if others:
-        logger.warning("%s: kept %d volumes of studies that are not, or no longer, among those prepared", volumes.name, len(others))
+        logger.warning("%s: kept %d volumes of studies that are no longer in the data set; nothing uses them", volumes.name, len(others))
     doubts = [{"study": line["study"], "file": line["image"], "warnings": line["warnings"]} for line in index if line["warnings"]]
     tables = (map(fields_of, kept), map(fields_of, asked), index, failed)
     texts = {name: json_lines(rows) for name, rows in zip(CHECKED, tables, strict=True)}

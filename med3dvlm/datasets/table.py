@@ -14,7 +14,7 @@
                optional, as many as there are: the file of its mask below the folder, "file#2" for label 2 of several in it, or empty
     masks      optional: a folder of masks below the folder, a file for each, named by it; lung_nodule.nii.gz is "lung nodule"
     series, hu, rescale (or slope, intercept), spacing, unit
-               optional: what `read_volume` is told of the scan, as by the options of `inspect`; several numbers as "1,-1024" (in .jsonl
+               optional: what `read_volume` is given about the scan, as by the options of `inspect`; several numbers as "1,-1024" (in .jsonl
                also a list)
 
 Any other column is an error; capital letters in their names do not matter. A scan with several questions has several rows; what a later
@@ -155,7 +155,9 @@ def _parsed(path: Path, changed: int, size: int) -> tuple[list[Study], list[Ques
             before = known.setdefault(image, {"where": where})
             for name, value in facts.items():
                 if before.setdefault(name, value) != value:
-                    raise ValueError(f"{name} is {value!r} but {before['where']} says {before[name]!r} of the same image")
+                    raise ValueError(
+                        f"{name} is {value!r} but {before['where']} states {before[name]!r} of the same image; state one of them"
+                    )
             if any(row.get(name) for name in ABOUT_A_QUESTION):
                 asked.append((where, image, row))
         except ValueError as error:
@@ -179,7 +181,7 @@ def _study(root: Path, image: str, facts: Mapping[str, Any], has_splits: bool) -
     patient = facts.get("patient") or name
     split = facts.get("split") if has_splits else default_split(patient)
     if not split:
-        raise ValueError(f"{facts['where']}: split is empty; name one, or delete the column to have patients divided")
+        raise ValueError(f"{facts['where']}: split is empty; name one, or delete the column to have patients divided into splits")
     labels = {column.removeprefix(LABEL): value for column, value in facts.items() if column.startswith(LABEL)}
     try:
         return Study(name, patient, image, facts.get("report", ""), labels, split, "table", _reading(facts), _masks(root, facts))

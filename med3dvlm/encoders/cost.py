@@ -103,7 +103,7 @@ def measure(name: str, size: Size, runs: int = 3) -> Measurement:
             return pool.submit(_measure_here, name, size, runs).result()
         except BrokenProcessPool as error:
             raise ValueError(
-                f"measuring {name} with {written(size)} voxels was killed, perhaps for want of memory; choose a smaller size"
+                f"measuring {name} with {written(size)} voxels was killed, perhaps for lack of memory; choose a smaller size"
             ) from error
 
 

@@ -84,7 +84,7 @@ def require_cells(cells: Tensor) -> None:
     """Raises ValueError where a batch (cells, C) is too small for batch norm to learn from."""
     if len(cells) == 1:
         raise ValueError(
-            "a batch of one volume has a single cell left here, from which batch norm learns nothing; train with larger volumes, or "
+            "batch norm needs more than one cell, and a batch of one such small volume leaves one; train with larger volumes, or "
             "with batches of several (--dataloader-drop-last true leaves out a smaller last one)"
         )
 

@@ -92,9 +92,7 @@ def read(path: Path) -> Any:
 def open_run(folder: Path) -> Run:
     record, path = read(folder / "run.json"), folder / "predictions.jsonl"
     if missing := {"data", "split"} - record.get("identity", {}).keys():
-        raise ValueError(
-            f"{folder / 'run.json'} does not say about which {' and '.join(sorted(missing))} the run is; run the evaluation anew"
-        )
+        raise ValueError(f"{folder / 'run.json'} does not name the {' and '.join(sorted(missing))} of the run; run the evaluation again")
     rows = read_lines(path)
     if not rows:
         raise FileNotFoundError(f"{path} holds no predictions; run the evaluation that writes them")
@@ -117,13 +115,13 @@ def check_alike(first: Run, second: Run) -> None:
         one, other = (run.record["identity"][name] for run in (first, second))
         if one != other:
             raise ValueError(
-                f"{first.folder} is about {name} {one} and {second.folder} about {other}, by their run.json; compare runs about the same {name}"
+                f"{first.folder} has the {name} {one} and {second.folder} {other} in their run.json; compare runs of the same {name}"
             )
     if first.cases != second.cases:
         differing = len(set(first.cases) ^ set(second.cases))
         raise ValueError(
-            f"{first.folder} has {len(first.rows)} predictions and {second.folder} {len(second.rows)}, of which {differing} are about what "
-            "the other is not; finish both runs, with the same --limit"
+            f"{first.folder} has {len(first.rows)} predictions and {second.folder} {len(second.rows)}, and {differing} have no counterpart in "
+            "the other; finish both runs, with the same --limit"
         )
 
 
@@ -141,7 +139,9 @@ def studies_of(run: Run, folder: str | Path | None) -> dict[str, Study]:
                 f"{data.root} does not hold study {row['id']} as {run.folder} has it; name the run's prepared data with --data"
             )
     if data.summary["fingerprint"] != run.record["identity"]["data"]:
-        raise ValueError(f"{data.root} is not the data that {run.folder} is about, or was prepared anew since; name the run's with --data")
+        raise ValueError(
+            f"{data.root} is not the data that {run.folder} is about, or was prepared anew since; name the data of the run with --data"
+        )
     return known
 
 
@@ -163,7 +163,7 @@ def keep(run: Run, split_file: Path) -> tuple[Run, NDArray[np.int64]]:
 def figures(run: Run, studies: dict[str, Study]) -> dict[str, Figure]:
     of_task = {"retrieval": retrieval_figures, "vqa": answer_figures, "report": report_figures, "detection": detection_figures}
     if run.task not in of_task:
-        raise ValueError(f"{run.folder} is a run of {run.task}, which is not compared; its scores.md has each figure with its interval")
+        raise ValueError(f"{run.folder} is a run of {run.task}, which cannot be compared; its scores.md has each figure with its interval")
     return of_task[run.task](run.rows, studies)
 
 

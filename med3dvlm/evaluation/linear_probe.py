@@ -56,7 +56,7 @@ def training_studies(arguments: argparse.Namespace, data: PreparedData, others: 
     studies = [study for study in data.studies(split) if study.patient not in apart]
     if common := sorted({study.patient for study in studies} & known):
         raise ValueError(
-            f"{len(common)} patients of split {arguments.split!r} are in {split!r}, too, and a probe may not learn from what is scored; "
+            f"{len(common)} patients of split {arguments.split!r} are in {split!r}, too, but a probe must not learn from what is scored; "
             "name another --train-split, or split the patients again"
         )
     if not studies:
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_flag(parser, "balanced", True, "let present and absent weigh alike in training")
     parser.add_argument("--controls", type=int, default=5, help="probes trained on shuffled labels (default: %(default)s)")
     parser.add_argument("--cache", type=Path, help="folder of the features, which several runs may share (default: OUTPUT/features)")
-    parser.add_argument("--probe", type=Path, help="output of a run whose probe is taken instead of training one")
+    parser.add_argument("--probe", type=Path, help="output of a run whose probe is used instead of training one")
     parser.add_argument("--data-name", default="this data", help="what the data is called beside the papers (default: %(default)s)")
     arguments = parser.parse_args(argv)
     started, output = time.perf_counter(), arguments.output

@@ -310,10 +310,10 @@ def round_ticks(low: float, high: float) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of predictions, or one above eval/")
-    parser.add_argument("--name", help="what the page is called (default: the name of the folder above eval/)")
+    parser.add_argument("--name", help="title of the page (default: the name of the folder above eval/)")
     parser.add_argument("--output", type=Path, help="file of the page (default: report.html in the folder above eval/)")
     parser.add_argument("--data", type=Path, help="prepared data of the runs (default: beside eval/, or where their run.json says)")
     parser.add_argument("--cases", type=positive, help="how many cases to show (default: all)")
-    parser.add_argument("--megabytes", type=float, default=20, help="size of the page, at most (default: %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=20, help="maximum size of the page in MB (default: %(default)s)")
     arguments = parser.parse_args(argv)
     print(write_page(arguments.runs, arguments.name, arguments.output, arguments.data, arguments.cases, arguments.megabytes))

@@ -124,7 +124,7 @@ def check_likelihoods(rows: Sequence[Row]) -> None:
                 continue  # was not asked for
             if not isinstance(values, list) or len(values) != len(row["choices"]) or not all(map(math.isfinite, values)):
                 raise ValueError(
-                    f"a record about {row['id']} does not say as {name!r} how likely its {len(row['choices'])} choices are; predict it again"
+                    f"a record about {row['id']} lacks a number for each of its {len(row['choices'])} choices as {name!r}; predict it again"
                 )
 
 

@@ -36,8 +36,8 @@ PROMPT = REPORT_PROMPTS[0]
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
-    parser.add_argument("--max-new-tokens", type=positive, default=256, help="length of a report, at most (default: %(default)s)")
-    parser.add_argument("--clip", help="directory of a Med3DCLIP, as stage 1 wrote it, that finds the nearest training report")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, help="maximum length of a report in tokens (default: %(default)s)")
+    parser.add_argument("--clip", help="directory of a Med3DCLIP, as stage 1 wrote it, to compare with the nearest training report")
     add_flag(parser, "blind", True, "let the model write about an empty volume, too")
     add_flag(parser, "shuffled", True, "score what it wrote about another patient, too")
     add_flag(parser, "bertscore", False, "score by BERTScore, too")

@@ -37,7 +37,7 @@ def evaluation_parser(documentation: str, batch_size: int = 16) -> Parser:
     parser.add_argument("--output", required=True, type=Path, help="folder of predictions and scores")
     parser.add_argument("--split", default="test", help="split of the data (default: %(default)s)")
     parser.add_argument(
-        "--batch-size", type=positive, default=batch_size, help="studies at a time: speed, not results (default: %(default)s)"
+        "--batch-size", type=positive, default=batch_size, help="studies in a batch: speed, not results (default: %(default)s)"
     )
     parser.add_argument("--split-file", help="JSON of the studies of each split, as `med3dvlm audit` writes it (default: the data's own)")
     parser.add_argument("--limit", type=positive, help="take the first LIMIT studies only")
@@ -80,7 +80,7 @@ def begin(arguments: argparse.Namespace, model: nn.Module, data: PreparedData, *
     path = arguments.output / "run.json"
     if is_first() and not path.is_file():
         if left := sorted(place.name for pattern in ("predictions*", "embeddings*") for place in arguments.output.glob(pattern)):
-            raise ValueError(f"{arguments.output} holds {left[0]} without a run.json that says of what; {ELSEWHERE}")
+            raise ValueError(f"{arguments.output} holds {left[0]} without the run.json that describes its run; {ELSEWHERE}")
         arguments.output.mkdir(parents=True, exist_ok=True)
         record = {
             "command": command_line(),

@@ -76,9 +76,7 @@ def finders(arguments: argparse.Namespace, data: PreparedData) -> tuple[dict[str
             found["answer"] = partial(by_answer, chat)
             models.append((chat.model, chat.processor.image_processor))
         else:
-            raise ValueError(
-                f"{path} holds a {kind} model, which looks at nothing; name the output of stage 1, stage 3 or `med3dvlm merge`"
-            )
+            raise ValueError(f"{path} holds a {kind} model, which has no saliency; name the output of stage 1, stage 3 or `med3dvlm merge`")
     for _, processor in models:
         same_preprocessing(processor, data)
     return found, [model for model, _ in models]
@@ -196,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError("--scans is missing; name the folder of the phantoms that the data was prepared from")
         plans = {plan.study.id: plan for plan in read_plans(arguments.scans)}
         if strange := [study.id for study in studies if study.id not in plans or plans[study.id].study.report != study.report]:
-            raise ValueError(f"{strange[0]} in {arguments.data} is none of the phantoms in {arguments.scans}, so its lesions are unknown")
+            raise ValueError(f"{strange[0]} in {arguments.data} is not one of the phantoms in {arguments.scans}; name theirs by --scans")
         ways, models = finders(arguments, data)
         evaluation.begin(arguments, models[0], data, clip=[fingerprint(model) for model in models[1:]], question=QUESTION)
 

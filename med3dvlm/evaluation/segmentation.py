@@ -293,8 +293,8 @@ def table(scores: Row) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="a voxel's probability (default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=2.0, help="mm of the surface distance (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="probability from which a voxel counts (default: %(default)s)")
+    parser.add_argument("--tolerance", type=float, default=2.0, help="tolerance of the surface distance in mm (default: %(default)s)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

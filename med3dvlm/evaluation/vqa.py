@@ -67,7 +67,7 @@ def questions_about(data: PreparedData, studies: Sequence[Study], split: str) ->
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__)
-    parser.add_argument("--max-new-tokens", type=positive, default=32, help="length of an answer (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive, default=32, help="maximum length of an answer in tokens (default: %(default)s)")
     add_flag(parser, "blind", True, "ask about an empty volume, too")
     add_flag(parser, "shuffled", True, "ask about another patient's volume, too")
     add_flag(parser, "bertscore", False, "score open answers by BERTScore, too: seconds for a hundred on a CPU")

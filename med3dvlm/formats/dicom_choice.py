@@ -122,7 +122,7 @@ def _candidates(slices: list[Slice], source: str) -> tuple[list[list[Stack]], li
     if not stacks:
         raise _no_scan(every, counts, source)
     if counts:
-        warnings.append(f"left out as no part of the scan: {counts}.")
+        warnings.append(f"left out as not part of the scan: {counts}.")
     return found, stacks, warnings
 
 

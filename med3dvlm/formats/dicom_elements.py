@@ -1,7 +1,7 @@
 """Read the elements of a DICOM header as vendors and anonymisers write them, where their meaning is certain.
 
 pydicom finds the elements, and each is converted when it is asked for: by the type that the standard gives it where the file states
-another, with a decimal comma for a point, with an empty value for none. What stays no number is either harmless, left out and told, or
+another, with a decimal comma for a point, with an empty value for none. What stays no number is either harmless, left out with a warning, or
 refused by its name. No value gets into a message, since it may tell who the patient is.
 """
 

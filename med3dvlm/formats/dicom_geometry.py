@@ -74,7 +74,7 @@ def geometry_of(stack: Stack, warnings: list[str]) -> tuple[Stack, dict[str, Any
     heights, plane = found[0], None if first.orientation is None else _plane(stack)
     if first.position is None:
         towards = "" if plane is None else ", taken to grow towards the head, the back or the left"
-        warnings.append(f"the DICOM files state no slice positions; SliceLocation counts instead{towards}.")
+        warnings.append(f"the DICOM files state no slice positions; SliceLocation is used instead{towards}.")
         if plane is not None and plane[2][np.abs(plane[2]).argmax()] < 0:
             heights = -heights
     upwards = np.argsort(heights, kind="stable")

@@ -74,7 +74,7 @@ def packing_of(header: Header, frames: int) -> Packing:
             header.notes.add(f"the header states no {keyword}; {assumed}.")
     bits = int(header.get("BitsStored") or allocated)
     if bits > allocated:
-        raise Unusable(f"say that {bits} of {allocated} bits of a pixel count (BitsStored, BitsAllocated)")
+        raise Unusable(f"state {bits} used bits of {allocated} in a pixel (BitsStored, BitsAllocated)")
     high = int(header.get("HighBit") or bits - 1)
     shift = high + 1 - bits if bits <= high + 1 <= allocated else 0
     kind = f"{'<' if element.little_endian else '>'}u{allocated // 8}"
@@ -130,7 +130,7 @@ def frames_of(packing: Packing, wanted: Sequence[int]) -> Iterator[tuple[bytes, 
             _exactly(stream, length)
             raise Unusable(f"hold {length} bytes of pixels, where Rows, Columns, BitsAllocated and NumberOfFrames make it {needed}")
         else:
-            raise Unusable(f"are said to be packed as {named(element.syntax)} and are not", PLAINLY)
+            raise Unusable(f"are not packed as {named(element.syntax)}, which their header states", PLAINLY)
 
 
 def _enclosed(stream: BinaryIO, packing: Packing, wanted: Sequence[int]) -> Iterator[bytes]:
@@ -193,7 +193,7 @@ def picture_of(content: bytes, packed: bool, packing: Packing) -> tuple[NDArray[
         raise Unusable("hold a packed picture of another size or kind than the header says")
     if code is None and found == PLAIN:
         raise Unusable(f"are in a transfer syntax that is not known ({named(syntax)})", PLAINLY)
-    note = f"the header says {named(syntax)} and the pixels are in {found}, as which they are read." if found != code else ""
+    note = f"the header states {named(syntax)} but the pixels are in {found}, and are read so." if found != code else ""
     return picture.astype(kind.newbyteorder("="), copy=False), note
 
 

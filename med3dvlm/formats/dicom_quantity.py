@@ -109,7 +109,7 @@ def _table(item: Any, header: Header) -> Table:
     if len(array) == (count + 1) // 2 != count:  # bytes, two a word
         array = array.astype("<u2").view("u1").astype(np.int64)[:count]
     if len(array) != count:
-        raise Unusable("have a table of values (Modality LUT) of another size than it says")
+        raise Unusable("have a table of values (Modality LUT) of another size than the header states")
     return Table(first, array)
 
 

@@ -47,7 +47,7 @@ def _without_copies(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
 def _same_pixels(one: Slice, other: Slice) -> bool:
     try:
         return np.array_equal(_pixels(one), _pixels(other))
-    except Exception:  # damaged pixels, which are told of when the stack is read
+    except Exception:  # damaged pixels, which are an error when the stack is read
         return False
 
 

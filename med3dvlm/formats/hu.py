@@ -92,14 +92,12 @@ def _by_wish(
         if spread.sinks(slope, intercept):
             raise VolumeError(
                 f"{source}: soft tissue seems to lie near 0 ({spread}) and the stated {_named((slope, intercept))} would "
-                "make air of it, so the values are HU already and hu='csv' would rescale twice; use hu='already_hu'."
+                "turn it into air, so the values are HU already and hu='csv' would rescale twice; use hu='already_hu'."
             )
         return _rescaled(array, slope, intercept), f"the stated {_named((slope, intercept))} are applied, as hu='csv' says."
     if policy == "already_hu":
         if parts.rescale is not None and np.isnan(parts.rescale).any():
-            raise VolumeError(
-                f"{source}: slope and intercept differ from slice to slice, so hu='already_hu' cannot be meant; use 'header'."
-            )
+            raise VolumeError(f"{source}: slope and intercept differ from slice to slice, so the values are not HU yet; use hu='header'.")
         array = array if parts.rescale is None else _stored(array, *parts.rescale)
         return array, "the stored values are HU, as hu='already_hu' says; no slope and intercept are applied."
     if policy == "header":
@@ -138,7 +136,7 @@ def _decided(parts: Parts, spread: Spread, source: str, slope: float, intercept:
     if parts.rescale is not None:
         raise VolumeError(
             f"{source}: the header's {_named(parts.rescale)} are applied, yet the values do not look like HU ({spread}), and "
-            f"others are stated ({stated}); say which are right with hu='header' or hu='already_hu'."
+            f"others are stated ({stated}); choose the right ones with hu='header' or hu='already_hu'."
         )
     rescaled = Spread(_rescaled(array, slope, intercept))
     if rescaled.looks_like_hu and not spread.sinks(slope, intercept) and (not looks or rescaled.airy > 0.001):
@@ -147,7 +145,7 @@ def _decided(parts: Parts, spread: Spread, source: str, slope: float, intercept:
         return array, already
     raise VolumeError(
         f"{source}: neither as stored ({spread}) nor after the stated {stated} do the values look like HU; "
-        "say which they are with hu='csv' or hu='already_hu'."
+        "choose what they are with hu='csv' or hu='already_hu'."
     )
 
 

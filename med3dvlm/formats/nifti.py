@@ -35,7 +35,9 @@ def read(path: Path, source: str) -> Parts:
         content, more, beside = inflated(packed, size) if packed.startswith(GZIP) else (packed, len(packed) - size, 0)
         stored: NDArray[Any] = np.frombuffer(content, dtype, math.prod(sizes), offset).reshape(sizes[::-1])
     except OverflowError as error:
-        raise VolumeError(f"{source}: this cannot be read as NIfTI: far more follows than the header announces; save it again.") from error
+        raise VolumeError(
+            f"{source}: this cannot be read as NIfTI: the file is far longer than its header states; save it again."
+        ) from error
     except (EOFError, ValueError, zlib.error) as error:
         if isinstance(error, VolumeError):
             raise
@@ -100,7 +102,7 @@ def _rescale(slope: float, intercept: float, warnings: list[str]) -> tuple[float
         warnings.append("the header's slope is infinite; values are not scaled.")
         return None
     if not math.isfinite(intercept):
-        warnings.append(f"the header's intercept is {intercept:g}; 0 counts instead.")
+        warnings.append(f"the header's intercept is {intercept:g}; 0 is used instead.")
         intercept = 0.0
     return None if (slope, intercept) == (1, 0) else (slope, intercept)
 
@@ -136,7 +138,7 @@ def _geometry(header: Any, warnings: list[str]) -> dict[str, Any]:
     lengths = np.linalg.norm(axes, axis=0)
     if measured and not np.allclose(pixdim, lengths, rtol=0.01, atol=0):  # pixdim, which is the qform's voxel size, too
         stated, used = _mm(to_mm * pixdim), _mm(to_mm * lengths)
-        warnings.append(f"the header says spacing {stated} mm (pixdim) and {used} mm (sform); the sform is used.")
+        warnings.append(f"the header states spacing {stated} mm (pixdim) and {used} mm (sform); the sform is used.")
     offsets = ("qoffset_x", "qoffset_y", "qoffset_z") if sform is None else ("srow_x", "srow_y", "srow_z")
     origin = to_mm * np.array([np.ravel(header[name])[-1] for name in offsets], dtype=np.float64)
     return {"axes": to_mm * axes, "origin": origin}
@@ -160,7 +162,7 @@ def _qform(header: Any, pixdim: NDArray[np.float64], warnings: list[str]) -> NDA
     b, c, d = (float(header[name]) for name in ("quatern_b", "quatern_c", "quatern_d"))
     rest = 1 - (b * b + c * c + d * d)
     if not rest > -1e-5 or not (np.isfinite(pixdim).all() and pixdim.min() > 0):
-        warnings.append("the qform's quaternion or voxel sizes are none and it is ignored.")
+        warnings.append("the qform's quaternion or voxel sizes are not valid, so it is ignored.")
         return None
     a = math.sqrt(max(rest, 0.0))
     b, c, d = np.array([b, c, d]) / math.sqrt(a * a + b * b + c * c + d * d)

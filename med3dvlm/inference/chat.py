@@ -249,7 +249,7 @@ class Med3DChat:
             ValueError: no segmenter was loaded, the text is empty, or the scan unusable (VolumeError).
         """
         if self.segmenter is None:
-            raise ValueError("No segmenter is loaded, which draws masks; load one: Med3DChat.from_pretrained(path, segmenter=FOLDER).")
+            raise ValueError("Masks need a segmenter, and none is loaded; load one: Med3DChat.from_pretrained(path, segmenter=FOLDER).")
         return self.segmenter.segment(scan, text)
 
     def out_of_distribution(self, scan: Scan | Features) -> OutOfDistributionScore | None:

@@ -27,7 +27,7 @@ def check_engine(engine: str | None, url: str | None, quantize: str | None = Non
 
         check_url(url)
         if engine == "transformers":
-            raise ValueError("--vllm-url is the address of a vLLM server and --engine transformers asks none; leave out one of the two.")
+            raise ValueError("--vllm-url names a vLLM server, which --engine transformers does not ask; leave out one of the two.")
     elif engine == "vllm":
         from med3dvlm.inference.vllm_sources import check_installed
 
@@ -36,7 +36,9 @@ def check_engine(engine: str | None, url: str | None, quantize: str | None = Non
         from med3dvlm.models.quantized import require_quantization
 
         if url is not None or engine == "vllm":
-            raise ValueError("--quantize is of the transformers engine, and vLLM quantises by its own options; leave out one of the two.")
+            raise ValueError(
+                "--quantize is for the transformers engine, while vLLM quantises by its own options; leave out one of the two."
+            )
         require_quantization(quantize)
 
 

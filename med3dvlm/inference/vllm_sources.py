@@ -122,7 +122,7 @@ class Server:
         served = self._checked(answer.status_code, answer.text).get("data") or []
         bases = [model for model in served if not model.get("parent")]  # an adapter names its base
         if not bases or "max_model_len" not in bases[0]:
-            raise ValueError(f"{self._begin()} lists no model of vLLM's; give the address of a server that `vllm serve` started.")
+            raise ValueError(f"{self._begin()} does not list a model as vLLM does; give the address of a server that `vllm serve` started.")
         self.model, self.context = str(bases[0]["id"]), int(bases[0]["max_model_len"])
 
     async def tokens(self, asked: Asked) -> AsyncIterator[list[Token]]:
@@ -165,10 +165,10 @@ class Server:
         error = reply.get("error", reply) if isinstance(reply, dict) else text
         words = str(error.get("message", error) if isinstance(error, dict) else error)
         if status in (401, 403):
-            raise ValueError(f"{self._begin()} wants a key; put it into the environment variable {KEY}.")
+            raise ValueError(f"{self._begin()} needs a key; put it into the environment variable {KEY}.")
         if "enable-prompt-embeds" in words:
-            raise ValueError(f"{self._begin()} takes no embeddings; start it with --enable-prompt-embeds.")
-        raise EngineRefused(f"{self._begin()} refuses what it was asked ({status}): {' '.join(words.split())[:300]}")
+            raise ValueError(f"{self._begin()} does not take embeddings; start it with --enable-prompt-embeds.")
+        raise EngineRefused(f"{self._begin()} refuses the request ({status}): {' '.join(words.split())[:300]}")
 
 
 class EngineRefused(EngineGone):

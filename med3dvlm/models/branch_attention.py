@@ -87,7 +87,7 @@ def branch_attention(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     if unknown := [name for name in ("softcap", "position_bias", "sliding_window") if options.get(name) is not None]:
-        raise ValueError(f"attention in pieces knows no {unknown[0]}; load the language model with attn_implementation 'eager'")
+        raise ValueError(f"attention over branches does not support {unknown[0]}; load the language model with attn_implementation 'eager'")
     layout: Layout = getattr(attention_mask, "branch_layout", None) or Layout.of(attention_mask[:, 0, 0])
     layout.used = True
     rows = []

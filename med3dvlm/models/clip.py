@@ -97,7 +97,7 @@ class Med3DCLIPConfig(Carried, PretrainedConfig):
         if image_pooling not in IMAGE_POOLINGS:
             raise ValueError(f"image pooling {image_pooling!r} is unknown; known: {', '.join(IMAGE_POOLINGS)}")
         if image_pooling == "frames" and image_stages != 1:
-            raise ValueError(f"image pooling 'frames' takes the last stage alone, but image_stages is {image_stages}")
+            raise ValueError(f"image pooling 'frames' takes the last stage alone, but image_stages is {image_stages}; pass image_stages 1")
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         siglip = loss == "siglip"

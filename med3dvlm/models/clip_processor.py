@@ -55,7 +55,7 @@ class Med3DCLIPProcessor(Portable, ProcessorMixin):
             ValueError: neither is given, or no text is; a scan that cannot be used is a VolumeError.
         """
         if volumes is None and text is None:
-            raise ValueError("a Med3DCLIPProcessor was given nothing; pass volumes, text, or both")
+            raise ValueError("a Med3DCLIPProcessor needs volumes, text, or both; pass at least one")
         batch: dict[str, Any] = {}
         if volumes is not None:
             batch["pixel_values"] = self.image_processor(volumes)["pixel_values"]

@@ -259,7 +259,7 @@ class Med3DVLM(Portable, PreTrainedModel, GenerationMixin):
         if (layout := getattr(mask, "branch_layout", None)) is not None and not layout.used:
             kind = self.config.text_config.model_type
             raise ValueError(
-                f"the language model ({kind}) did not attend in pieces; set_attn_implementation('eager') lets it attend by a mask"
+                f"the language model ({kind}) did not use the attention over branches; call set_attn_implementation('eager'), which attends by a mask"
             )
         return hidden
 

@@ -104,7 +104,7 @@ class Address:
                 reason, passes = self._explained(error)
                 if not passes or not left:
                     raise self._final(name, error, reason, passes) from error
-                logger.warning("%s: %s; it is tried again", f"{self.address}/{name}".rstrip("/"), reason)
+                logger.warning("%s: %s; trying again", f"{self.address}/{name}".rstrip("/"), reason)
             time.sleep(pause * random.SystemRandom().uniform(0.5, 1))  # many processes that failed together come back one by one
             pause = min(2 * pause, LONGEST_PAUSE)
         raise AssertionError("the last try returns or raises")

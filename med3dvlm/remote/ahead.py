@@ -64,7 +64,7 @@ class FetchAhead:
             self._process.stdin.write(json.dumps(what) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            logger.warning("the process that fetches volumes ahead has ended; they are fetched when they are needed")
+            logger.warning("the process that fetches volumes ahead has ended; they are now fetched one by one, which is slower")
 
     def close(self) -> None:
         """End the process."""

@@ -108,7 +108,7 @@ class Files(Address):
 
         def check(path: Path) -> None:
             if known.size is not None and (size := path.stat().st_size) != known.size:
-                raise ValueError(f"{size} of {known.size} bytes came")
+                raise ValueError(f"only {size} of {known.size} bytes arrived")
 
         self.fetch(name, path, check, known.size or 0)
 

@@ -96,6 +96,6 @@ def check_volume(path: Path, sums: Sums) -> None:
         with safe_open(path, "np") as file:
             whole = all(checksum(file.get_tensor(name)) == wanted for name, wanted in sums.items())
     except SafetensorError as error:
-        raise ValueError("it comes damaged") from error
+        raise ValueError("it arrived damaged") from error
     if not whole:
         raise ValueError("it does not have the checksum of the index")

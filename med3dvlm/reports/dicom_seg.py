@@ -42,8 +42,8 @@ def dicom_segmentation(
         VolumeError: the path holds no DICOM scan, its files lack what a segmentation refers to, or the masks are of another grid.
         ValueError: there is no mask, or an empty one.
     """
-    if empty := [name for name, mask in segments if not mask.any()] or ([] if segments else ["nothing"]):
-        raise ValueError(f"There is no voxel to save of {', '.join(empty)}; a DICOM segmentation needs at least one of each.")
+    if empty := [name for name, mask in segments if not mask.any()] or ([] if segments else ["any finding"]):
+        raise ValueError(f"There is no voxel in a mask of {', '.join(empty)}; a DICOM segmentation takes masks of what was found alone.")
     with python_warnings.catch_warnings():  # pydicom's quote values, which may tell who the patient is
         python_warnings.simplefilter("ignore")
         with stack_of(path, source, series, "segmentation") as stack:

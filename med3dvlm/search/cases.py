@@ -155,7 +155,7 @@ class CaseIndex:
             FileNotFoundError, ValueError: it is not there any more, or another one is.
         """
         if not self.model.is_dir():
-            raise FileNotFoundError(f"{self.model}, the model of the index {self.folder}, is not there; say where it is now (--model)")
+            raise FileNotFoundError(f"{self.model}, the model of the index {self.folder}, is not there; name its present folder by --model")
         embedder = Embedder(self.model, self.device)
         if (found := _fingerprint(embedder)) != (made := self.facts["model_fingerprint"]):
             raise ValueError(
@@ -292,6 +292,6 @@ def _embed(
                 progress.update(len(made))
     if grown.stat().st_size != len(studies) * width * 4:
         raise ValueError(
-            f"{grown} is not as long as {len(studies)} scans make it; does another run write there? Delete {part} and run again"
+            f"{grown} has not the length of {len(studies)} scans, perhaps because another run writes to it; delete {part} and run again"
         )
     return np.memmap(grown, np.float32, "r", shape=(len(studies), width))

@@ -29,7 +29,7 @@ class Embedder:
 
     def __init__(self, path: str | Path, device: str | torch.device | None = None, max_text_length: int | None = None) -> None:
         if (kind := model_type(path)) != "med3d_clip":
-            raise ValueError(f"{path} holds a {kind} model, which embeds nothing; name the output of stage 1")
+            raise ValueError(f"{path} holds a {kind} model, which does not embed; name the output of stage 1")
         self.model, self.processor = load_clip(path)
         self.model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
         self.processor.max_text_length = shortest(self.processor.max_text_length, max_text_length)

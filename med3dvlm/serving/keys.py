@@ -26,9 +26,11 @@ class Keys:
             if not words or words[0].startswith("#"):
                 continue
             if len(words) > 2 or len(words[-1]) < MIN_LENGTH:
-                raise ValueError(f"{path}, line {number}: a line is NAME KEY, or KEY, of at least {MIN_LENGTH} characters without spaces.")
+                raise ValueError(
+                    f"{path}, line {number}: a line must be NAME KEY, or KEY alone, with a KEY of at least {MIN_LENGTH} characters."
+                )
             if words[-1] in names:
-                raise ValueError(f"{path}, line {number}: this key stands there twice; give each its own.")
+                raise ValueError(f"{path}, line {number}: this key is there twice; give each name its own.")
             names[words[-1]] = words[0] if len(words) == 2 else f"key {number}"
         if len(set(names.values())) < len(names):
             raise ValueError(f"{path}: two keys have the same name; give each its own.")

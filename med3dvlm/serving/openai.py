@@ -180,7 +180,7 @@ def urls_and_messages(messages: Sequence[ChatMessage]) -> tuple[list[str], list[
             if isinstance(part, TextPart):
                 words.append(part.text)
             elif message.role != "user":
-                raise Refused(400, f"A scan stands in a message of the {message.role} but belongs into one of the user.", "messages")
+                raise Refused(400, f"A scan stands in a message of the {message.role} but belongs in one of the user.", "messages")
             else:
                 urls.append(url_of(part))
         role = "system" if message.role == "developer" else message.role

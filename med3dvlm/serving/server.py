@@ -185,22 +185,34 @@ def options() -> Parser:
         help="address to listen on; one that other machines reach needs --api-key-file (default: %(default)s)",
     )
     add("--api-key-file", type=Path, metavar="FILE", help="keys that are let in, a line each: NAME KEY, or KEY alone")
-    add("--name", help="what the model is called in requests (default: the last two folders of its path)")
+    add("--name", help="name of the model in requests (default: the last two folders of its path)")
     add(
         "--contrastive",
         type=Path,
         metavar="FOLDER",
-        help="a contrastive model (stage 1), which embeds texts, and gives findings probabilities",
+        help="a contrastive model (stage 1), to embed texts and for probabilities of findings",
     )
     add(
         "--parallel",
         type=positive,
         default=SLOTS,
         metavar="N",
-        help="answers written at a time, but by vLLM; others wait (default: %(default)s)",
+        help="answers written at a time, without vLLM; others wait (default: %(default)s)",
     )
     add("--limit", type=positive, default=1024, metavar="MIB", help="largest upload (default: %(default)s MiB)")
     add("--scans", type=positive, default=64, metavar="N", help="scans kept for one key (default: %(default)s)")
-    add("--minutes", type=positive, default=60, metavar="N", help="for which a scan is kept after its last use (default: %(default)s)")
-    add("--seconds", type=positive, default=600, metavar="N", help="for one answer, which then ends as it is (default: %(default)s)")
+    add(
+        "--minutes",
+        type=positive,
+        default=60,
+        metavar="N",
+        help="minutes for which a scan is kept after its last use (default: %(default)s)",
+    )
+    add(
+        "--seconds",
+        type=positive,
+        default=600,
+        metavar="N",
+        help="time limit of an answer, which then ends as it is (default: %(default)s)",
+    )
     return parser

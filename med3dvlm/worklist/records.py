@@ -33,7 +33,7 @@ def checked(record: Record) -> Record:
     """Return the record as JSON gives it back. Raises RuntimeError where it breaks the schema, which is a defect."""
     record = json.loads(json.dumps(record))
     if (error := next(_validator().iter_errors(record), None)) is not None:
-        raise RuntimeError(f"the record of {record['id']} is not as its schema says: {error.message} at {error.json_path}")
+        raise RuntimeError(f"the record of {record['id']} breaks its schema: {error.message} at {error.json_path}")
     return record
 
 

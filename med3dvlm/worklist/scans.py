@@ -165,7 +165,9 @@ def _of_table(path: Path) -> tuple[list[Scan], list[str]]:
             for name, text in cells.items():
                 value = scan_setting(name, text) if name in ABOUT_THE_SCAN else text
                 if before.setdefault(name, value) != value:
-                    raise ValueError(f"{name} is {value!r} but {before['where']} says {before[name]!r} of the same image")
+                    raise ValueError(
+                        f"{name} is {value!r} but {before['where']} states {before[name]!r} of the same image; state one of them"
+                    )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     if not known:

@@ -193,7 +193,7 @@ def test_a_clip_needs_to_know_its_text_encoder(tmp_path: Path) -> None:
     source = released.clip(tmp_path / "released")
     released.refused("no tokenizer in .* by --text-encoder, as medicalai/ClinicalBERT", source, tmp_path / "ours")
     released.tiny_parts.tokenizer().save_pretrained(source)
-    unknown = "1000 words of width 128, which is none of those known"
+    unknown = "1000 words of width 128, which is not known"
     released.refused(unknown, source, tmp_path / "ours")
     texts = released.text_encoder(tmp_path / "text", "clip_text_config.json")
     settings = json.loads((texts / "config.json").read_text())

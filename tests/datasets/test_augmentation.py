@@ -108,7 +108,7 @@ def test_flips_are_refused_where_texts_name_sides(prepared: Path) -> None:
         lambda: PairDataset(data, "train", 0, mirrored),
         lambda: ConversationDataset(data, "train", ConversationOptions(), augmentation=mirrored),
     ):
-        with pytest.raises(ValueError, match=r"flips along width would make \d+ texts .* untrue, which speak of sides .*leave flips out"):
+        with pytest.raises(ValueError, match=r"flips along width would make \d+ texts .* wrong, as they speak of sides .*leave flips out"):
             kind()
     mirrored.check(["A normal scan.", "Brightly copyrighted."])  # whole words only
     with pytest.raises(ValueError, match="the first says 'Left'"):

@@ -128,7 +128,7 @@ def test_json_lines_may_not_repeat_a_column(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"table.jsonl line 1 is not valid JSON: .* at character \d+; each line must hold one object"):
         list(json_rows(path))
     path.write_text('{}\n{"a": 1, "a": 2}\n')
-    with pytest.raises(ValueError, match=r"table.jsonl line 2: \['a'\] stand there twice"):
+    with pytest.raises(ValueError, match=r"table.jsonl line 2: it has \['a'\] twice"):
         list(json_rows(path))
 
 

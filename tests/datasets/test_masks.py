@@ -175,12 +175,12 @@ def test_unusable_masks_are_refused(tmp_path: Path, prepared_from: Any) -> None:
         Mask("none.nii.gz"): "none.nii.gz, a mask of .*a.nii.gz, is missing; restore it",
         Mask("far.nii.gz"): "mask of 'lesion': mask and scan do not overlap in the patient",
         Mask("scores.nii.gz"): "a mask holds whole numbers, .* save labels, not scores",
-        Mask("many.nii.gz"): r"several labels \(0, 1, 2\); state which",
+        Mask("many.nii.gz"): r"several labels \(0, 1, 2\); name one",
         Mask("small.nii.gz"): "mask and scan have 11x17x22 and 11x17x23 voxels and the mask has no geometry",
         Mask(
             "channels.nii.gz", channel=0
         ): "several masks in one file must be on the grid of their scan, 11x17x23, but the file is 11x17x22x2",
-        Mask("far.nii.gz", channel=2): "channel 2 is wanted but the file holds one mask",
+        Mask("far.nii.gz", channel=2): "channel 2 is named but the file holds one mask",
         Mask("cut.npz"): "cut.npz: this cannot be read as a sparse matrix",
         Mask("unnamed.npz", channel=0): "the name must end on the shape of the masks in it",
     }.items():

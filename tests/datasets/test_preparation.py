@@ -202,7 +202,7 @@ def test_volumes_without_a_study_are_kept_and_counted(
     assert prepared_from()["volumes_of_no_study"] == 0 and not caplog.messages
     summary = prepared_from(count=3)
     assert summary["studies"] == 3 and summary["volumes_of_no_study"] == 2
-    assert "kept 2 volumes of studies that are not, or no longer, among those prepared" in caplog.text
+    assert "kept 2 volumes of studies that are no longer in the data set" in caplog.text
     before = times(tmp_path / "prepared", "*.safetensors")
     assert len(before) == 5 and prepared_from()["volumes_of_no_study"] == 0
     assert times(tmp_path / "prepared", "*.safetensors") == before
@@ -244,7 +244,7 @@ def test_colliding_ids_and_paths_are_refused(scans: Path, tmp_path: Path) -> Non
     raw = scans / "volumes" / "a.safetensors"
     raw.write_bytes(b"a scan")
     content = raw.read_bytes()
-    with pytest.raises(ValueError, match="a.safetensors would be replaced by its own preparation; prepare into another folder"):
+    with pytest.raises(ValueError, match="a.safetensors would be overwritten by its prepared volume; prepare into another folder"):
         prepare(
             scans, Records([Study("a", "a", "volumes/a.safetensors", "Report.", {}, "train", "test")]), processor, scans / "volumes" / ".."
         )

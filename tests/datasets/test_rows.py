@@ -79,7 +79,7 @@ def test_the_reports_of_a_share_of_the_studies_are_rows(data: PreparedData) -> N
 def test_wrong_rows_are_named(data: PreparedData, processor: Med3DVLMProcessor) -> None:
     with pytest.raises(ValueError, match="rows is 'volume' but must be study or conversation"):
         ConversationDataset(data, "train", ConversationOptions(rows="volume"))
-    with pytest.raises(ValueError, match="follow_ups is 0.25 but must be 0 where a row is one conversation; pass --follow-ups 0"):
+    with pytest.raises(ValueError, match="follow_ups is 0.25 but must be 0 with rows='conversation'; pass --follow-ups 0"):
         ConversationDataset(data, "train", ConversationOptions(rows="conversation"))
     with pytest.raises(ValueError, match="max_row_length is 99 but must be at least max_length, 100"):
         ConversationDataset(data, "train", ConversationOptions()).limit_rows(processor, 100, 99)

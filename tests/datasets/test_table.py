@@ -112,8 +112,8 @@ def test_a_study_without_report_is_a_failure(tmp_path: Path) -> None:
         ("image,report\n../a.nii,x\n", "table.csv line 2: image is '../a.nii', but it must be a path relative to"),
         ("image,report\n,x\n", "table.csv line 2: image is empty; name the scan's file or folder"),
         ("image,report,id\na.nii,x,/etc\n", "table.csv line 2: id of study '/etc' is '/etc'"),
-        ("image,report\na.nii,x\na.nii,y\n", "table.csv line 3: report is 'y' but table.csv line 2 says 'x' of the same image"),
-        ("image,report,label:mass\na.nii,x,1\na.nii,,0\n", "line 3: label:mass is 0 but .*line 2 says 1 of the same image"),
+        ("image,report\na.nii,x\na.nii,y\n", "table.csv line 3: report is 'y' but table.csv line 2 states 'x' of the same image"),
+        ("image,report,label:mass\na.nii,x,1\na.nii,,0\n", "line 3: label:mass is 0 but .*line 2 states 1 of the same image"),
         ("image,report,label:mass\na.nii,x,yes\n", "line 2: label:mass is 'yes' but must be 0, 1 or empty"),
         ("image,report\na.nii,x\na.mha,y\n", "table.csv: two studies have the id 'a'; give each its own"),
         ("image,report,split\na.nii,x,\n", "line 2: split is empty; name one, or delete the column"),
@@ -141,14 +141,17 @@ def test_a_wrong_table_is_named_by_file_and_line(tmp_path: Path, text: str, mess
         ('{"image": "a.nii", "report": "x", "age": 4}', r"table.jsonl line 2 has the unknown columns \['age'\]"),
         ('{"image": "a.nii", "report": ["x"]}', r"table.jsonl line 2: report is \['x'\] but must be a text"),
         ('{"image": "a.nii", ', "table.jsonl line 2 is not valid JSON: "),
-        pytest.param('{"image": "a.nii", "report": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2 is no table's: its lists", id="deep"),
+        pytest.param('{"image": "a.nii", "report": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2 has lists too deep", id="deep"),
         (
             '{"image": "a.nii", "report": "a\\u0000b"}',
-            r"table.jsonl line 2: report holds the character U\+0000, which is no text; delete it",
+            r"table.jsonl line 2: report holds the character U\+0000, which is not part of a text; delete it",
         ),
-        ('{"image": "a.nii", "report": "x", "patient": "\\ud800"}', r"line 2: patient holds the character U\+D800, which is no text"),
+        (
+            '{"image": "a.nii", "report": "x", "patient": "\\ud800"}',
+            r"line 2: patient holds the character U\+D800, which is not part of a text",
+        ),
         pytest.param('{"image": "a.nii", "report": "x", "series": 1' + "0" * 400 + "}", "line 2: series is '10+' but must be", id="huge"),
-        ("[1]", "table.jsonl line 2: it holds no JSON object but a list"),
+        ("[1]", "table.jsonl line 2: it must hold a JSON object, not a list"),
     ],
 )
 def test_a_wrong_json_line_is_named(tmp_path: Path, line: str, message: str) -> None:

@@ -144,5 +144,5 @@ def test_the_table_with_measurements(run: Run, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_killed_measurement_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "_measure_here", killed)
-    with pytest.raises(ValueError, match="measuring dcformer_nano with 32x48x80 voxels was killed, perhaps for want of memory"):
+    with pytest.raises(ValueError, match="measuring dcformer_nano with 32x48x80 voxels was killed, perhaps for lack of memory"):
         measure("dcformer_nano", (32, 48, 80))

@@ -211,7 +211,7 @@ def test_a_run_on_the_splits_of_an_audit(data: PreparedData, studies: list[Study
     first, second = (write_run(tmp_path / name, chosen, rows, record={"split_file": str(path)}) for name in "ab")
     run("compare", first, second)
     other = write_run(tmp_path / "c", data, rows)
-    with pytest.raises(ValueError, match="compare runs about the same data"):
+    with pytest.raises(ValueError, match="compare runs of the same data"):
         run("compare", first, other)
 
 
@@ -247,15 +247,15 @@ def test_duplicates_are_removed_from_the_pool(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"data": "another"}, "compare runs about the same data"),
-        ({"split": "validation"}, "compare runs about the same split"),
+        ({"data": "another"}, "compare runs of the same data"),
+        ({"split": "validation"}, "compare runs of the same split"),
         ({"task": True}, "compare runs of one task"),
-        ({"limit": True}, "2 are about what the other is not"),
+        ({"limit": True}, "2 have no counterpart in the other"),
         ({"study": True}, "does not hold study elsewhere/1"),
         ({"unfinished": True}, "4 predictions and no scores.json: run the same evaluation again, it continues"),
-        ({"nameless": True}, "does not say about which data and split the run is"),
+        ({"nameless": True}, "does not name the data and split of the run"),
         ({"anew": True}, "is not the data that"),
-        ({"likelihood": True}, "does not say as 'closed' how likely its 2 choices are"),
+        ({"likelihood": True}, "lacks a number for each of its 2 choices as 'closed'"),
         ({"reference": True}, "name the run's prepared data with --data"),
         ({"empty": True}, "holds no predictions"),
         ({"fields": True}, "which is no output of"),

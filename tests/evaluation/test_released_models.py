@@ -106,5 +106,5 @@ def test_dcformer_of_ct_rate_has_no_text_encoder(chests: SimpleNamespace, run: R
     scores = json.loads((tmp_path / "probe" / "scores.json").read_text())
     assert scores["encoder"]["name"] == "dcformer_naive" and scores["encoder"]["parameters"] == pytest.approx(5.852e6, rel=1e-3)
     for script in ("zero_shot", "retrieval"):
-        with pytest.raises(ValueError, match="holds a med3d_encoder model, which embeds nothing"):
+        with pytest.raises(ValueError, match="holds a med3d_encoder model, which does not embed"):
             run(script, *arguments(one), "--output", tmp_path / script)

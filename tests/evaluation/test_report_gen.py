@@ -247,5 +247,5 @@ def test_nearest_training_report(demo: SimpleNamespace, run: Run, arguments: lis
         run("report_gen", *arguments, "--output", tmp_path / "again", "--clip", demo.clip)
     for name in ("predictions.jsonl", "scores.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
-    with pytest.raises(ValueError, match="embeds nothing"):
+    with pytest.raises(ValueError, match="does not embed"):
         run("report_gen", *arguments, "--output", tmp_path / "other", "--clip", demo.model)

@@ -112,7 +112,7 @@ def test_wrong_input(demo: SimpleNamespace, run: Run, arguments: list[object], t
     wrong = {
         "--scans is missing": without,
         "phantoms.json is missing": [*without, "--scans", tmp_path],
-        "none of the phantoms": [*without, "--scans", others],
+        "not one of the phantoms": [*without, "--scans", others],
         "holds no model": ["--model", demo.root, *arguments[4:], "--output", tmp_path],
     }
     for sentence, given in wrong.items():

@@ -238,7 +238,7 @@ def test_more_choices_than_letters() -> None:
 @pytest.mark.parametrize("likelihoods", [[-1.0], None, [-1.0, math.nan], [-1.0, -math.inf]])
 def test_a_record_must_say_how_likely_each_choice_is(likelihoods: list[float] | None) -> None:
     row = closed_row(["Left", "Right"], "Left", [-1.0, -2.0], "A")
-    with pytest.raises(ValueError, match="a record about a does not say as 'closed' how likely its 2 choices are"):
+    with pytest.raises(ValueError, match="a record about a lacks a number for each of its 2 choices as 'closed'"):
         question_scores([row, row | {"closed": likelihoods}], {"a": "p"})
 
 

@@ -76,7 +76,7 @@ def test_predictions_of_another_run_are_not_continued(
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert "another model" in fails("report_gen", *arguments, "--limit", 2)
     (tmp_path / "run.json").unlink()
-    assert "holds predictions.jsonl without a run.json" in fails("report_gen", *arguments, "--limit", 2)
+    assert "holds predictions.jsonl without the run.json" in fails("report_gen", *arguments, "--limit", 2)
 
 
 def test_scoring_needs_the_data_that_was_predicted(fails: Fails, evaluated: Path, tmp_path: Path) -> None:

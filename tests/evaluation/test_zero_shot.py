@@ -289,7 +289,7 @@ def test_wrong_input(
 ) -> None:
     out = ("--output", tmp_path / "out")
     assert "prepare" in refused("--model", demo.clip, *arguments[2:], *out)  # made for another recipe
-    assert "holds a med3dvlm model, which embeds nothing" in refused("--model", demo.model, *arguments[2:], *out)
+    assert "holds a med3dvlm model, which does not embed" in refused("--model", demo.model, *arguments[2:], *out)
     assert "there are 4 pairs of prompts" in refused(*arguments, *out, "--templates", 5)
     assert "no studies of split 'validation'" in refused(*arguments, *out, "--threshold-split", "validation")
     assert "thresholds may not come from what is scored" in refused(*arguments, *out, "--threshold-split", "valid_fixed")

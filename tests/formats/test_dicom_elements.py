@@ -115,7 +115,7 @@ def test_a_slope_of_zero_counts_as_one_with_a_warning(tmp_path: Path) -> None:
         (without("Columns"), "state no Columns; export them again"),
         (without("BitsAllocated"), "state no BitsAllocated"),
         (setting("BitsAllocated", "US", 12), "have 12 bits for a pixel"),
-        (setting("BitsStored", "US", 17), "say that 17 of 16 bits of a pixel count"),
+        (setting("BitsStored", "US", 17), "state 17 used bits of 16 in a pixel"),
     ],
 )
 def test_ambiguous_elements_are_refused_by_name(tmp_path: Path, edit: Edit, sentence: str) -> None:

@@ -84,7 +84,7 @@ def test_slice_locations_replace_missing_positions(tmp_path: Path) -> None:
     parts = read(write_series(tmp_path / "scan", scan(), edit=locate))
     np.testing.assert_array_equal(parts.array, scan())
     np.testing.assert_allclose(parts.axes, AFFINE[:3, :3], atol=1e-6)
-    assert "SliceLocation counts instead, taken to grow towards the head" in parts.warnings[0]
+    assert "SliceLocation is used instead, taken to grow towards the head" in parts.warnings[0]
 
     def lost(item: Dataset, index: int) -> None:
         locate(item, index)

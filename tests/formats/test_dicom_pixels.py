@@ -154,7 +154,7 @@ def test_an_odd_number_of_bytes(tmp_path: Path) -> None:
 def test_plain_pixels_under_a_compressed_transfer_syntax(tmp_path: Path, syntax: uid.UID) -> None:
     parts = read(retagged(series(tmp_path / "scan"), syntax))
     np.testing.assert_array_equal(parts.array, scan())
-    assert parts.warnings == (f"the header says {syntax.name} and the pixels are in no code, as which they are read.",)
+    assert parts.warnings == (f"the header states {syntax.name} but the pixels are in no code, and are read so.",)
 
 
 @pytest.mark.parametrize("syntax", PACKED, ids=lambda syntax: syntax.keyword)

@@ -114,7 +114,9 @@ def test_a_table_of_another_size_than_stated(tmp_path: Path) -> None:
         item.ModalityLUTSequence = one(LUTDescriptor=[2000, 0, 16], ModalityLUTType="HU")
         item.ModalityLUTSequence[0].add_new("LUTData", "OW", b"\0" * 100)
 
-    refused(write_series(tmp_path, scan(), edit=edit), "have a table of values .Modality LUT. of another size than it says; export")
+    refused(
+        write_series(tmp_path, scan(), edit=edit), "have a table of values .Modality LUT. of another size than the header states; export"
+    )
 
 
 # Slope and intercept of some slices

@@ -147,7 +147,7 @@ def test_images_that_are_no_volume(tmp_path: Path, change: dict[str, object], ki
     write_series(folder, VENOUS[:4], edit=stated())
     parts = read(folder)
     np.testing.assert_array_equal(parts.array, VENOUS[:4])
-    assert len(parts.series) == 1 and "left out as no part of the scan: 10 x " in parts.warnings[0]
+    assert len(parts.series) == 1 and "left out as not part of the scan: 10 x " in parts.warnings[0]
 
 
 def test_volumes_of_modalities_that_also_take_radiographs(tmp_path: Path) -> None:

@@ -156,7 +156,10 @@ def test_spellings_and_lengths_of_nrrd_headers(tmp_path: Path, lines: str) -> No
 def test_a_spacing_of_nan_is_unknown(tmp_path: Path) -> None:
     (tmp_path / "scan.nrrd").write_bytes(f"{NRRD_HEADER}spacings: 0.7 0.8 nan\n\n".encode() + BODY)
     volume = read_volume(tmp_path / "scan.nrrd")
-    assert volume.spacing is None and volume.warnings[0] == "the file says spacing nan x 0.8 x 0.7 mm, which is none, and is ignored."
+    assert (
+        volume.spacing is None
+        and volume.warnings[0] == "the file states spacing nan x 0.8 x 0.7 mm, which is not a length, and is ignored."
+    )
     mha = META_HEADER + "TransformMatrix = 0 1 0 -1 0 0 0 0 1\nElementSpacing = 0.7 0.8 0\nElementDataFile = LOCAL\n"
     (tmp_path / "scan.mha").write_bytes(mha.encode() + BODY)  # ITK refuses it
     volume = read_volume(tmp_path / "scan.mha")

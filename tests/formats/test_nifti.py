@@ -187,11 +187,11 @@ def test_an_invalid_qform_is_replaced_by_the_sform_or_the_spacing(tmp_path: Path
     whole = read_volume(turned(tmp_path))
     volume = read_volume(edited(tmp_path / "scan.nii", quatern_b=quaternion))
     np.testing.assert_array_equal(volume.direction, whole.direction)
-    assert volume.warnings == ("the qform's quaternion or voxel sizes are none and it is ignored.",)
+    assert volume.warnings == ("the qform's quaternion or voxel sizes are not valid, so it is ignored.",)
     neither = read_volume(edited(tmp_path / "scan.nii", **dict.fromkeys(ROWS, np.nan)))
     assert neither.orientation is None and neither.spacing == pytest.approx((2.5, 0.8, 0.7)) and len(neither.warnings) == 3
     nothing = read_volume(edited(tmp_path / "scan.nii", pixdim=[1, 0.7, np.nan, 2.5, 0, 0, 0, 0]))
-    assert nothing.spacing is None and any("spacing 2.5 x nan x 0.7 mm, which is none" in text for text in nothing.warnings)
+    assert nothing.spacing is None and any("spacing 2.5 x nan x 0.7 mm, which is not a length" in text for text in nothing.warnings)
 
 
 @pytest.mark.parametrize("qfac", [0.0, 1.0, -1.0])
@@ -209,8 +209,8 @@ def test_a_qfac_of_zero_counts_as_one(tmp_path: Path, qfac: float) -> None:
         (0, 0, (1, 0), ""),
         (0, -1024, (1, 0), "slope is 0, which means no scaling; its intercept -1024 is not applied"),
         (np.inf, 0, (1, 0), "slope is infinite"),
-        (2, np.nan, (2, 0), "intercept is nan; 0 counts instead"),
-        (2, np.inf, (2, 0), "intercept is inf; 0 counts instead"),
+        (2, np.nan, (2, 0), "intercept is nan; 0 is used instead"),
+        (2, np.inf, (2, 0), "intercept is inf; 0 is used instead"),
         (1, -24, (1, -24), ""),
     ],
 )
@@ -277,7 +277,7 @@ def test_an_unknown_unit_of_length_counts_as_millimetres(tmp_path: Path) -> None
 def test_a_compressed_file_that_grows_beyond_its_header_is_not_unpacked(tmp_path: Path) -> None:
     content = write_nifti(tmp_path / "scan.nii", scan()).read_bytes()
     (tmp_path / "bomb.nii.gz").write_bytes(gzip.compress(content + b"\0" * 2**25))
-    refused(tmp_path / "bomb.nii.gz", "cannot be read as NIfTI: far more follows than the header announces")
+    refused(tmp_path / "bomb.nii.gz", "cannot be read as NIfTI: the file is far longer than its header states")
 
 
 def test_a_header_that_announces_more_than_the_file_can_hold(tmp_path: Path) -> None:

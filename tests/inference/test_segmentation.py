@@ -255,7 +255,7 @@ def test_with_a_real_segmenter(tmp_path: Path, tiny_models: SimpleNamespace, nif
     assert (found.mask != wanted).mean() < 1e-3  # but for rounding at the threshold
     chat = Med3DChat.from_pretrained(tiny_models.vlm, "cpu", segmenter=tmp_path / "segmenter")
     np.testing.assert_array_equal(chat.segment(nifti, "liver mass").mask, found.mask)
-    with pytest.raises(ValueError, match="No segmenter is loaded"):
+    with pytest.raises(ValueError, match="Masks need a segmenter"):
         Med3DChat.from_pretrained(tiny_models.vlm, "cpu").segment(nifti, "liver mass")
     code, out, _ = run(capsys, "segment", tmp_path / "segmenter", nifti, "liver mass")
     assert code == 0 and out.startswith(f"liver mass: presence {found.score:.2f}")

@@ -167,11 +167,11 @@ def test_a_server_that_cannot_be_used_is_refused_before_the_first_request(
 ) -> None:
     words = {
         "nobody": r"at http://127.0.0.1:\d+ does not answer \(ConnectError\); start one with: vllm serve",
-        "no embeddings": "takes no embeddings; start it with --enable-prompt-embeds",
+        "no embeddings": "does not take embeddings; start it with --enable-prompt-embeds",
         "another width": f"serves '{tmp_path}', which is not this model's language model: its embeddings are not 32 wide",
         "other weights": "is not this model's language model: the log probabilities of its next words differ by",
-        "no key": "wants a key; put it into the environment variable VLLM_API_KEY",
-        "no vLLM": r"refuses what it was asked \(404\)",
+        "no key": "needs a key; put it into the environment variable VLLM_API_KEY",
+        "no vLLM": r"refuses the request \(404\)",
         "no address": "'127.0.0.1:8000' is no address of a vLLM server",
     }[case]
     folder, settings = exported, {"no embeddings": {"prompt_embeds": False}, "no key": {"key": "secret"}}.get(case, {})

@@ -259,7 +259,9 @@ def test_no_process_waits_for_a_parameter_without_a_gradient(text: Callable[[], 
 
 
 def test_accumulated_gradients_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="gradient_accumulation_steps is 4 but must be 1.* raise per_device_train_batch_size, .* more processes"):
+    with pytest.raises(
+        ValueError, match="gradient_accumulation_steps is 4 but must be 1.* raise per_device_train_batch_size, .* more processes"
+    ):
         ContrastiveArguments(output_dir=str(tmp_path), data="x", gradient_accumulation_steps=4)
 
 

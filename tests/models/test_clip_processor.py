@@ -79,7 +79,7 @@ def test_a_folder_written_earlier_has_a_processor(written_earlier: Path, tmp_pat
 
 def test_wrong_arguments(folder: Path) -> None:
     processor = Med3DCLIPProcessor.from_pretrained(folder)
-    with pytest.raises(ValueError, match="pass volumes, text, or both"):
+    with pytest.raises(ValueError, match="needs volumes, text, or both"):
         processor()
     with pytest.raises(ValueError, match="empty list of texts"):
         processor(text=[])

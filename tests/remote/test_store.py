@@ -130,7 +130,7 @@ def test_temporary_errors_are_retried(five: Path, server: Server, tmp_path: Path
     study = data.studies("train")[0]
     server.faults[f"{study.id}.safetensors"] = [fault, fault]
     assert torch.equal(data.volume(study), PreparedData(five).volume(study))
-    assert server.asked[f"/volumes/{study.id}.safetensors"] == 3 and caplog.text.count("it is tried again") == 2
+    assert server.asked[f"/volumes/{study.id}.safetensors"] == 3 and caplog.text.count("trying again") == 2
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -140,7 +140,7 @@ def test_permanent_errors(server: Server, tmp_path: Path, opened: PreparedData, 
         server.faults[f"{study.id}.safetensors"] = list(faults)
     for study, kind, sentence in (
         (first, OSError, "status 503; check address and network, and run the command again"),
-        (second, OSError, "it comes damaged; check"),
+        (second, OSError, "it arrived damaged; check"),
         (third, FileNotFoundError, "Axial.safetensors is not there; check the address"),
         (fourth, PermissionError, "Axial.safetensors: access is refused; check the rights, and the credentials"),
     ):

@@ -99,8 +99,8 @@ def test_wrong_input(tmp_path: Path) -> None:
         (tmp_path / "scan.npy", masks(), "was not DICOM.*save the mask as NIfTI"),
         (tmp_path / "gone", masks(), "no longer there"),
         (tmp_path / "series", [("liver", masks()[0][1][:-1])], "differ in size"),
-        (tmp_path / "series", [("liver", np.zeros(SHAPE, bool))], "no voxel to save of liver"),
-        (tmp_path / "series", [], "no voxel to save of nothing"),
+        (tmp_path / "series", [("liver", np.zeros(SHAPE, bool))], "no voxel in a mask of liver"),
+        (tmp_path / "series", [], "no voxel in a mask of any finding"),
     ]
     for path, segments, words in cases:
         with pytest.raises(ValueError, match=words):

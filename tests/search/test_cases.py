@@ -221,7 +221,7 @@ def test_a_moved_model_and_another_model(run: Run, index: CaseIndex, model: Path
     (moved / "preprocessor_config.json").write_text(json.dumps(settings | {"resize": "trilinear"}))
     assert "is not the model that made" in sentence(run(*search, "--model", moved)[2])  # the same weights would see other scans
     code, output, error = run(*search, "--model", tiny_models.vlm)
-    assert (code, output) == (2, "") and "holds a med3dvlm model, which embeds nothing" in sentence(error)
+    assert (code, output) == (2, "") and "holds a med3dvlm model, which does not embed" in sentence(error)
 
 
 def test_wrong_input_to_search(run: Run, index: CaseIndex, tmp_path: Path) -> None:

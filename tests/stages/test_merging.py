@@ -70,7 +70,7 @@ def test_an_adapter_finds_its_base_model_or_needs_its_path(
     monkeypatch.chdir(tmp_path)
     one = merge_lora(adapter, tmp_path / "one").state_dict()
     base.rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match="base, which is not there; say where it is now: med3dvlm merge --base"):
+    with pytest.raises(FileNotFoundError, match="base, which is not there; name its present folder: med3dvlm merge --base"):
         merge_lora(adapter, tmp_path / "two")
     two = merge_lora(adapter, tmp_path / "two", tmp_path / "moved").state_dict()
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

@@ -131,7 +131,7 @@ def _clip(
         words = shapes["text_encoder.embeddings.word_embeddings.weight"]
         if words not in TEXT_ENCODERS:
             raise ValueError(
-                f"the text encoder has {words[0]} words of width {words[1]}, which is none of those known; "
+                f"the text encoder has {words[0]} words of width {words[1]}, which is not known; "
                 "name it by --text-encoder (text_encoder=), a folder or hub id with its config.json and tokenizer"
             )
         text_config = AutoConfig.for_model(**TEXT_ENCODERS[words][1])
