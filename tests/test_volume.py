@@ -204,7 +204,7 @@ def test_bad_values(tmp_path: Path) -> None:
 def test_a_scan_too_large_for_memory_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("med3dvlm.formats.arrays._without_channel", lambda array: np.empty(1 << 50))
     np.save(tmp_path / "scan.npy", scan())
-    refused(tmp_path / "scan.npy", "memory does not suffice for this scan")
+    refused(tmp_path / "scan.npy", "too little memory for this scan")
 
 
 def test_colour_images(tmp_path: Path) -> None:

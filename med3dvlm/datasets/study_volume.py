@@ -89,7 +89,7 @@ def prepare_one(
     except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError; anything else is a defect and stops the run
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
-        return None, f"{scan}: memory does not suffice for this scan; prepare with fewer workers or on a larger machine"
+        return None, f"{scan}: there is too little memory for this scan; prepare with fewer workers or on a larger machine"
     line = stamp | {"checksum": checksum(voxels.numpy())} | _found(volume, voxels, processor) | masks
     if regular.spacing is not None:  # mm of the prepared voxels
         line["grid_spacing"] = [round(float(mm), 4) for mm in np.array(regular.spacing) @ np.abs(placement[:3, :3])]

@@ -178,7 +178,7 @@ def test_a_scan_too_large_for_the_memory_is_a_failure(
     assert prepared_from()["failures"] == 2
     failures = read_lines(tmp_path / "prepared" / "failures.jsonl")
     assert [failure["study"] for failure in failures] == ["case/1/Axial", "case/2/Axial"]
-    assert all("Axial.nii.gz: memory does not suffice for this scan; prepare with fewer workers" in line["reason"] for line in failures)
+    assert all("Axial.nii.gz: there is too little memory for this scan; prepare with fewer workers" in line["reason"] for line in failures)
     defect = True
     shutil.rmtree(tmp_path / "prepared")
     with pytest.raises(RuntimeError, match="a defect"):
