@@ -118,7 +118,7 @@ def _result(promised: Any, again: Callable[[], Any], lost: Lost) -> Any:
         except (LocalRayletDiedError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError) as error:
             if not left:
                 memory = isinstance(error, OutOfMemoryError)
-                reason = "memory does not suffice for it" if memory else "the process that worked on it was killed"
+                reason = "there is too little memory for it" if memory else "the process that worked on it was killed"
                 return lost(f"{reason}, {TRIES} times on several machines")
             promised = again()
     raise AssertionError("the last try returns or raises")

@@ -127,7 +127,7 @@ def _case(
 
 def _failure(id: str, error: Exception, scan: Scan, place: Path | None = None) -> Failure:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return Failure(id, "memory does not suffice for this scan; run with fewer --workers or on a larger machine")
+        return Failure(id, "there is too little memory for this scan; run with fewer --workers or on a larger machine")
     reason = user_message(error) if isinstance(error, (ImportError, OSError, ValueError)) else None
     return Failure(id, _plain(reason or f"this cannot be read, by a defect of the reader ({type(error).__name__})", scan, place))
 
