@@ -1,4 +1,4 @@
-"""Random numbers for training and phantoms, a stream for each purpose: what one draws is independent of what another does for the same row."""
+"""Random numbers for training, a stream for each purpose: what one draws is independent of what another does for the same row."""
 
 from collections.abc import Sequence
 from enum import IntEnum
@@ -12,7 +12,6 @@ class Purpose(IntEnum):
     AUGMENTATION = 1
     REPORT_ROWS = 2
     PROMPTS = 3
-    PHANTOM_PLACES = 4
 
 
 def stream(key: int | Sequence[int], purpose: Purpose | None = None) -> np.random.Generator:

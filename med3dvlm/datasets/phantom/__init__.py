@@ -21,7 +21,6 @@ from med3dvlm.datasets.phantom.body import PHASES, Body, Finding
 from med3dvlm.datasets.phantom.canvas import Acquisition
 from med3dvlm.datasets.phantom.places import STRUCTURES, about_finding, about_structures
 from med3dvlm.datasets.phantom.wording import KINDS, Questioner, kinds_of, write_report
-from med3dvlm.datasets.streams import Purpose, stream
 from med3dvlm.files import write_json
 from med3dvlm.records import Mask, Question, Study
 
@@ -54,7 +53,6 @@ def plan_phantoms(studies: int, seed: int = 0, detail: float = 1.0) -> list[Plan
     plans: list[Plan] = []
     for split, size in sizes.items():
         questioner, reports, done, phases = Questioner(random), set(), 0, _cycle(PHASES, random)
-        of_places = Questioner(stream((seed, len(plans)), Purpose.PHANTOM_PLACES))  # of its own: the scans of a seed stay as they were
         while done < size:
             patient = f"ct_case/{len(plans):06d}"
             body = _body(random)
@@ -68,9 +66,8 @@ def plan_phantoms(studies: int, seed: int = 0, detail: float = 1.0) -> list[Plan
                 labels = {kind: int(any(finding.kind == kind for finding in body.findings)) for kind in KINDS}
                 name = f"{patient}/{name}"
                 study = Study(name, patient, f"M3D_Cap/{name}.nii.gz", report, labels, split, "phantom")
-                questions = questioner.ask(study.id, body, plane, phase)
-                questions += of_places.ask_places(study.id, body, questions)
-                plans.append(Plan(study, tuple(questions), body, Acquisition(plane, phase, int(random.integers(2**31)), detail)))
+                questions = tuple(questioner.ask(study.id, body, plane, phase))
+                plans.append(Plan(study, questions, body, Acquisition(plane, phase, int(random.integers(2**31)), detail)))
                 done += 1
     return plans
 

@@ -33,7 +33,6 @@ ASKED = {
     "abnormality": ("What abnormality is seen?", "Which abnormality does the scan show?"),
     "location": ("Where is the {name}?", "What is the location of the {name}?"),
     "yes_no": ("Is there a {name}?", "Does the scan show a {name}?"),
-    "place": ("Is the {name} {place}?", "Does the {name} lie {place}?"),
 }
 
 
@@ -91,22 +90,6 @@ class Questioner:
                 questions.append(Question(study, "abnormality", self._text("yes_no", KINDS[kind]["name"]), ("Yes", "No"), answer))
         return questions
 
-    def ask_places(self, study: str, body: Body, asked: Sequence[Question]) -> list[Question]:
-        """Return questions on the place of each finding: among four, unless that was `asked`; and yes/no, the right one and a wrong one."""
-        questions = []
-        for finding in body.findings:
-            name, places = KINDS[finding.kind]["name"], KINDS[finding.kind]["places"]
-            if len(places) == 4 and not any(question.kind == "location" and name in question.text for question in asked):
-                questions.append(self._closed(study, "location", finding.kind, [finding.place], places, name=name))
-            if others := [place for place in places if place != finding.place]:
-                texts = {place: self._text("place", name, f"{'on' if len(places) == 2 else 'in'} the {place}") for place in places}
-                yes, no = self.given["yes"], self.given["no"]
-                wrong = min(self.random.permutation(others), key=lambda place: no[texts[place]] - yes[texts[place]])
-                for place, answer in ((finding.place, "Yes"), (str(wrong), "No")):
-                    self.given[answer.lower()][texts[place]] += 1
-                    questions.append(Question(study, "location", texts[place], ("Yes", "No"), answer))
-        return questions
-
     def _yes_no(self, present: Sequence[str], missing: Sequence[str]) -> list[tuple[str, str]]:
         """Return answers and kinds of finding: as many that are there as are not, for each kind as often one as the other over the studies."""
         count = min(len(present), len(missing))
@@ -123,8 +106,8 @@ class Questioner:
         choices = tuple(str(text).capitalize() for text in self.random.permutation([answer, *wrong]))
         return Question(study, kind, self._text(kind, name), choices, str(answer).capitalize())
 
-    def _text(self, kind: str, name: str, place: str = "") -> str:
-        return str(self.random.choice(ASKED[kind])).format(name=name, place=place)
+    def _text(self, kind: str, name: str) -> str:
+        return str(self.random.choice(ASKED[kind])).format(name=name)
 
 
 ORGANS = sorted({facts["organ"] for facts in KINDS.values()})
