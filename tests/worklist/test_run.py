@@ -197,7 +197,7 @@ def test_a_machine_that_does_not_see_the_scans_ends_the_run(scans: Path, tmp_pat
     found = [Scan("a", scans / "a" / "one.nii.gz"), Scan("b", scans / "b" / "gone.nii.gz")]
     assert running._root(found) == scans and running._root(found[:1]) == scans / "a"
     assert running._root([Scan("c", tmp_path / "no" / "where.nii")]) == tmp_path
-    with pytest.raises(FileNotFoundError, match="gone is not seen by machine .*; put it on a disk that all machines share"):
+    with pytest.raises(FileNotFoundError, match="does not see .*gone; put it on a disk that all machines share"):
         read_on_any_machine(tmp_path / "gone", found[0], [], "all")
     ((failure,),) = [read_on_any_machine(scans, found[1], [], "all")]
     assert isinstance(failure, Failure) and failure.id == "b"
