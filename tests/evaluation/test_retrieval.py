@@ -193,5 +193,5 @@ def test_studies_without_a_report_are_refused(demo: SimpleNamespace, run: Run, a
     studies = PreparedData.studies
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PreparedData, "studies", lambda self, split: [replace(one, report=" ") for one in studies(self, split)])
-        with pytest.raises(ValueError, match="15 studies have no report to be found by"):
+        with pytest.raises(ValueError, match="15 studies have no report, the first is"):
             run("retrieval", *arguments, "--output", tmp_path / "out")

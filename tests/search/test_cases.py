@@ -268,7 +268,7 @@ def test_wrong_input_to_index(
     studies = PreparedData.studies
     monkeypatch.setattr(PreparedData, "studies", lambda self, split: [replace(study, report=" ") for study in studies(self, split)])
     code, _, error = run("index", model, prepared, tmp_path / "out", "--split", "test")
-    assert code == 2 and "5 studies have no report to show, the first is" in sentence(error)
+    assert code == 2 and "5 studies have no report, the first is" in sentence(error)
     assert {path.name for path in tmp_path.iterdir()} == {"other"}
 
 
