@@ -145,7 +145,7 @@ def test_a_password_is_kept_as_its_scrypt_hash(tmp_path, monkeypatch, capsys) ->
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO("short\n"))
             assert run(accounts_main, [str(path), "emil"]) == 2
-    assert Accounts.load(path)("dora", "from a pipe") and "knows dora" in capsys.readouterr().out
+    assert Accounts.load(path)("dora", "from a pipe") and "has an account for dora" in capsys.readouterr().out
 
 
 @pytest.mark.slow

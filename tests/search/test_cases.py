@@ -213,7 +213,7 @@ def test_a_moved_model_and_another_model(run: Run, index: CaseIndex, model: Path
     (tmp_path / "index" / "index.json").write_text(json.dumps(facts))
     search = ("search", tmp_path / "index", "--text", "cyst")
     code, output, error = run(*search)
-    assert (code, output) == (2, "") and f"{tmp_path / 'gone'}, the model of the index" in sentence(error) and "(--model)" in error
+    assert (code, output) == (2, "") and f"{tmp_path / 'gone'}, the model of the index" in sentence(error) and "by --model" in error
     assert run(*search, "--model", moved)[:2] == run("search", index.folder, "--text", "cyst")[:2]
     code, output, error = run(*search, "--model", tiny_models.clip)
     assert (code, output) == (2, "") and f"{tiny_models.clip} (fingerprint" in sentence(error) and "is not the model that made" in error
