@@ -314,8 +314,10 @@ def read_processor(folder: Path, name: str) -> VolumeProcessor:
     """Return the processor in a folder that holds prepared data, or a copy of what an address holds; `name` is what the user calls it.
 
     Raises:
+        OSError: its file is missing or cannot be read.
         ValueError: its file is damaged.
     """
+    (folder / "preprocessor_config.json").read_bytes()  # what the system says of it, since transformers' OSError is for damaged ones, too
     try:
         return VolumeProcessor.from_pretrained(folder)
     except (AttributeError, OSError, TypeError, ValueError) as error:

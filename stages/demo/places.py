@@ -20,7 +20,7 @@ from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.training.run import environment
 
 ROWS = {
-    "paper": "the paper's recipe: pairs alone",
+    "paper": "the paper's recipe: pairs alone, and its mixer",
     "dense": "dense supervision (the demo)",
     "no_attention": "without Dual Cross-Attention",
     "no_windows": "without windows of intensity",

@@ -191,6 +191,9 @@ def test_a_damaged_processor_is_named_by_its_address(five: Path, tmp_path: Path)
         assert str(tmp_path) not in str(caught.value)
         shutil.copy(five / "preprocessor_config.json", tmp_path / "data")  # mended there
         same(open_at(server.address, tmp_path / "cache"), PreparedData(five))
+    (tmp_path / "data" / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError):  # which is not a damaged one
+        PreparedData(tmp_path / "data")
 
 
 def test_data_prepared_again_are_fetched_again(five: Path, tmp_path: Path) -> None:
