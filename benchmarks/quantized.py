@@ -69,11 +69,11 @@ class Reader:
 
     @torch.no_grad()
     def logits(self, report: str, features: Features | None) -> Tensor:
-        """Return (tokens, V) for each token of a report."""
+        """Return (tokens, V) for each token of a report, in the double precision that a small divergence needs."""
         if self.chat is not None and features is not None:
-            return next_tokens(self.chat.model, self.chat.processor, features, [report])[0].float()
+            return next_tokens(self.chat.model, self.chat.processor, features, [report])[0].double()
         ids = self.tokenizer(report, return_tensors="pt").input_ids
-        return self.language_model(ids).logits[0, :-1].float()
+        return self.language_model(ids).logits[0, :-1].double()
 
     @torch.no_grad()
     def speed(self, count: int, tokens: int, features: Sequence[Features]) -> float:

@@ -64,10 +64,15 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def alone() -> None:
-    """Remove the environment variables of a run under DeepSpeed before the next test."""
+def alone() -> Iterator[None]:
+    """Remove the environment variables of a run under DeepSpeed before each test; fail the test that leaves a process group behind."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("the test left a process group, with which no other test of this process could begin its own")
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ def test_wrong_settings(train: Train, tiny_models: SimpleNamespace, plain: Path,
     for name, flags, sentence in (
         ("encoder", ("--segmenter", other), "is not that of the model, so that its decoder would misread it"),
         ("cached", ("--cache-features", "true"), "pass --cache-features false"),
-        ("twice", ("--model", plain / "merged"), "the model can point already"),
+        ("twice", ("--model", plain / "merged"), "the model points already, and a new decoder would replace its own"),
         ("kind", ("--segmenter", tiny_models.clip), "holds a model of type med3d_clip"),
     ):
         train(name, *flags, code=2)
