@@ -28,7 +28,7 @@ __all__ = ["Acquisition", "Body", "Finding", "Plan", "draw", "draw_with_masks", 
 
 SETTINGS_FILE = "phantoms.json"
 LABELS = [*(facts["name"] for facts in KINDS.values()), *dict.fromkeys(name for names in STRUCTURES.values() for name in names)]  # of masks
-FINDING_COUNTS = (0.04, 0.30, 0.34, 0.22, 0.10)  # probability of 0, 1, 2, ... findings
+FINDING_COUNTS = (0.04, 0.14, 0.24, 0.28, 0.20, 0.10)  # probability of 0, 1, 2, ... findings
 PLANE_SHARES = {"axial": 0.58, "coronal": 0.14, "sagittal": 0.14, "oblique": 0.14}
 
 

@@ -68,7 +68,7 @@ class Questioner:
         self.given: dict[str, Counter[str]] = defaultdict(Counter)
 
     def ask(self, study: str, body: Body, plane: str, phase: str) -> list[Question]:
-        """Return the study's questions: those that have an answer, at most one of each kind, and yes/no questions."""
+        """Return the study's questions: of each kind that has an answer one, of location one for every finding, and yes/no questions."""
         present = {finding.kind: finding for finding in body.findings}
         questions = []
         # More scans are axial; asking about the plane of each would make "axial" the answer to guess.
@@ -79,11 +79,10 @@ class Questioner:
         if present:
             questions.append(self._closed(study, "organ", "organ", [KINDS[kind]["organ"] for kind in present], ORGANS))
             questions.append(self._closed(study, "abnormality", "abnormality", [KINDS[kind]["name"] for kind in present], NAMES))
-            located = [kind for kind in present if len(KINDS[kind]["places"]) == 4]
-            if located:
-                kind = str(self.random.choice(located))
-                places = KINDS[kind]["places"]
-                questions.append(self._closed(study, "location", kind, [present[kind].place], places, name=KINDS[kind]["name"]))
+            for kind, finding in present.items():
+                facts = KINDS[kind]
+                if len(facts["places"]) == 4:
+                    questions.append(self._closed(study, "location", kind, [finding.place], facts["places"], name=facts["name"]))
             missing = [kind for kind in kinds_of(body.region) if kind not in present]
             for answer, kind in self._yes_no(sorted(present), missing):
                 self.given[answer.lower()][kind] += 1
