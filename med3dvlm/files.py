@@ -35,6 +35,21 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return for each setting of `now` that was another before what it was and is, as in "split (test, not validation)".
+
+    Settings that are tables, as that of versions is, are compared key by key.
+    """
+    found: list[str] = []
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            found += (f"{name}: {each}" for each in differences(old, value))
+        elif old != value:
+            found.append(f"{name} ({json.dumps(old)}, not {json.dumps(value)})")
+    return found
+
+
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write records as JSON lines."""
     write_text(path, json_lines(records))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from med3dvlm.files import install_model, read_lines, write_json, write_lines
+from med3dvlm.files import differences, install_model, read_lines, write_json, write_lines
 
 LINE_ENDS = ["one\u2028two\u2029three\u0085four", "\x0b\x0c\x1c\r\n"]  # as str.splitlines sees it
 
@@ -97,3 +97,10 @@ def test_a_model_is_moved_to_an_empty_folder_at_once(there: bool, tmp_path: Path
         (tmp_path / "folder").mkdir()
     install_model(model(tmp_path / "aside", "config.json"), tmp_path / "folder")
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["folder", "folder/config.json"]
+
+
+def test_settings_that_differ_are_listed_with_both_values() -> None:
+    before = {"split": "test", "limit": 2, "versions": {"torch": "2.9", "numpy": "2.1"}, "gone": 1}
+    now = {"split": "test", "limit": None, "versions": {"torch": "2.10", "numpy": "2.1"}, "new": [1]}
+    assert differences(before, now) == ["limit (2, not null)", 'versions: torch ("2.9", not "2.10")', "new (null, not [1])"]
+    assert differences(before, before) == []

@@ -21,7 +21,7 @@ from med3dvlm.allocator import keep_freed_memory
 from med3dvlm.datasets.features import fingerprint
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation.cases import ELSEWHERE, is_first, wait_for_all
-from med3dvlm.files import write_json, write_text
+from med3dvlm.files import differences, write_json, write_text
 from med3dvlm.programs import Parser, add_flag, command_line, positive
 from med3dvlm.records import Study
 from med3dvlm.remote.cache import add_cache, cache_of
@@ -108,9 +108,8 @@ def _about(arguments: argparse.Namespace, data: PreparedData) -> dict[str, Any]:
 
 def _check_identity(path: Path, identity: dict[str, Any]) -> None:
     before = json.loads(path.read_text(encoding="utf-8-sig")).get("identity", {})
-    if different := [name for name, value in identity.items() if before.get(name) != value]:
-        others = " and ".join(different)
-        raise ValueError(f"{path.parent} holds predictions that were made with another {others}; {ELSEWHERE}")
+    if different := differences(before, identity):
+        raise ValueError(f"{path.parent} holds predictions that were made with another {' and '.join(different)}; {ELSEWHERE}")
 
 
 def write_scores(path: Path, scores: dict[str, Any], tables: str | None = None) -> None:

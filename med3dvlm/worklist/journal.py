@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from med3dvlm.files import json_lines, read_lines, write_json
+from med3dvlm.files import differences, json_lines, read_lines, write_json
 from med3dvlm.formats import state_of
 from med3dvlm.worklist.scans import Scan
 
@@ -128,5 +128,5 @@ def settle(out: Path, record: dict[str, Any]) -> None:
     flat, other = (
         {**each.get("models", {}), **each.get("settings", {}), "versions": each.get("versions")} for each in (before, _as_json(record))
     )
-    if different := [name for name in other if flat.get(name) != other[name]]:
+    if different := differences(flat, other):
         raise ValueError(f"{out} holds results that were made with another {' and '.join(different)}; {ELSEWHERE}")

@@ -155,7 +155,7 @@ def test_an_interrupted_run_continues_and_is_scored_again(whole: Path, run: Run,
 def test_wrong_input(demo: SimpleNamespace, run: Run, arguments: list[object], whole: Path, tmp_path: Path, capsys: Any) -> None:
     wrong = {
         "holds a model of type med3d_clip, not med3d_segmenter": ["--model", demo.clip, *arguments[2:], "--output", tmp_path],
-        "made with another threshold": [*arguments, "--output", whole, "--threshold", 0.3],
+        "made with another threshold (0.5, not 0.3)": [*arguments, "--output", whole, "--threshold", 0.3],
     }
     for sentence, given in wrong.items():
         with pytest.raises(SystemExit) as ended:

@@ -66,15 +66,15 @@ def test_predictions_of_another_run_are_not_continued(
 ) -> None:
     arguments = ["--model", demo.model, "--data", demo.root / "prepared", "--output", tmp_path, "--max-new-tokens", 4]
     run("report_gen", *arguments, "--limit", 2)
-    assert "another limit; delete it or choose another --output" in fails("report_gen", *arguments)
-    assert "another max_new_tokens" in fails("report_gen", *arguments[:-1], 5, "--limit", 2)
+    assert "another limit (2, not null); delete it or choose another --output" in fails("report_gen", *arguments)
+    assert "another max_new_tokens (4, not 5)" in fails("report_gen", *arguments[:-1], 5, "--limit", 2)
     data = ("--data", demo.root / "prepared", "--output", tmp_path, "--score-only")
     assert "holds 2 of 4 cases" in fails("report_gen", *data)
     assert "holds 2 cases, but 1 are asked for" in fails("report_gen", *data, "--limit", 1)
     record = json.loads((tmp_path / "run.json").read_text())
     record["identity"]["model"] = "0" * 16  # trained anew since
     (tmp_path / "run.json").write_text(json.dumps(record))
-    assert "another model" in fails("report_gen", *arguments, "--limit", 2)
+    assert 'another model ("0000000000000000", not "' in fails("report_gen", *arguments, "--limit", 2)
     (tmp_path / "run.json").unlink()
     assert "holds predictions.jsonl without the run.json" in fails("report_gen", *arguments, "--limit", 2)
 
@@ -88,11 +88,13 @@ def test_scoring_needs_the_data_that_was_predicted(fails: Fails, evaluated: Path
         split = "train" if script == "retrieval" else "test"
         arguments = ("--data", data, "--output", out, "--score-only", "--split")
         other = "validation" if split == "train" else "train"
-        assert "made with another split; delete it or choose another --output" in fails(script, *arguments, other)
+        assert f'made with another split ("{split}", not "{other}"); delete it or choose another --output' in fails(
+            script, *arguments, other
+        )
         summary = json.loads((data / "summary.json").read_text())
         (data / "summary.json").write_text(json.dumps(summary | {"fingerprint": "0" * 16}))
         before = (out / "scores.json").read_bytes()
-        assert "made with another data; delete it or choose another --output" in fails(script, *arguments, split)
+        assert ', not "0000000000000000"); delete it or choose another --output' in fails(script, *arguments, split)
         (out / "run.json").unlink()
         assert "run.json, the record of the predictions, is missing" in fails(script, *arguments, split)
         assert (out / "scores.json").read_bytes() == before

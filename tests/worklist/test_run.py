@@ -139,7 +139,7 @@ def test_a_killed_run_continues_with_the_same_bytes(run: Run, model: Path, scans
     assert run(mine, "--out", out, "--batch-size", 2)[0] == 3
     assert content(out)["results.jsonl"] != content(tmp_path / "fresh")["results.jsonl"]
     code, _, error = run(mine, "--out", out, tokens=8)
-    assert code == 2 and "made with another max_new_tokens; delete it or choose another --out" in error
+    assert code == 2 and "made with another max_new_tokens (7, not 8); delete it or choose another --out" in error
 
 
 def read_or_die(*arguments: Any, **settings: Any) -> Any:
