@@ -103,7 +103,7 @@ def require_hu(volume: Volume, recipe: str) -> Volume:
     if volume.unit != "HU":
         raise VolumeError(
             f"{volume.source}: recipe {recipe!r} needs Hounsfield units but the unit is {volume.unit!r}; "
-            "state unit='HU' in read_volume if it is a CT, or use recipe 'm3d'."
+            "state the unit HU if it is a CT, or use recipe 'm3d'."
         )
     return volume
 
@@ -120,7 +120,7 @@ def resample(volume: Volume, processor: Settings) -> Tensor:
     if volume.spacing is None:
         raise VolumeError(
             f"{volume.source}: recipe {recipe!r} resamples to {' x '.join(f'{mm:g}' for mm in wanted)} mm but the spacing is unknown; "
-            "state spacing=(z, y, x) in read_volume, or use recipe 'm3d'."
+            "state it as (z, y, x) in mm, or use recipe 'm3d'."
         )
     data, spacing = oriented(volume, CANONICAL)
     # A little more, since 0.75 may be read as 0.7499999.
@@ -129,7 +129,7 @@ def resample(volume: Volume, processor: Settings) -> Tensor:
         stated, voxels = " x ".join(f"{mm:.3g}" for mm in volume.spacing), "x".join(map(str, size))
         raise VolumeError(
             f"{volume.source}: recipe {recipe!r} makes {voxels} voxels of a scan with this spacing of {stated} mm, which is too "
-            f"{'few' if min(size) < SMALLEST else 'many'}; state its true spacing=(z, y, x) in read_volume."
+            f"{'few' if min(size) < SMALLEST else 'many'}; state the true spacing as (z, y, x) in mm."
         )
     data.clamp_(AIR, BONE)
     return Resize(tuple(size), mode="trilinear")(data) if tuple(size) != tuple(data.shape[1:]) else data

@@ -133,7 +133,7 @@ class Volume:
             VolumeError: the spacing is unknown.
         """
         if self.spacing is None:
-            raise VolumeError(f"{self.source}: the slices cannot be straightened as the spacing is unknown; state spacing=(z, y, x) in mm.")
+            raise VolumeError(f"{self.source}: the slices cannot be straightened as the spacing is unknown; state it as (z, y, x) in mm.")
         known = np.eye(3) if self.direction is None else self.direction
         return Straightening.of(self.shape, self.spacing, known, self.slice_positions)
 
@@ -277,7 +277,7 @@ def _geometry(parts: formats.Parts, spacing: Sequence[float] | None, orientation
         warnings.append(f"the file states spacing {_mm(found)}; the stated {_mm(millimetres)} is used.")
         heights = None
     if millimetres is None:
-        warnings.append("the spacing is unknown; state it with spacing=(z, y, x) in mm.")
+        warnings.append("the spacing is unknown; state it as (z, y, x) in mm.")
     letters = None if direction is None else nearest_letters(direction)
     if orientation is not None and orientation != letters:
         if letters is not None:
@@ -317,7 +317,7 @@ def _doubts(volume: Volume) -> list[str]:
     if volume.spacing is not None and not FINEST <= min(volume.spacing) <= max(volume.spacing) <= COARSEST:
         found.append(
             f"no scan has a spacing of {_mm(volume.spacing)}, so the file's unit of length may be wrong; "
-            "state the true spacing=(z, y, x) in mm."
+            "state the true spacing as (z, y, x) in mm."
         )
     for irregular in _irregular(volume):
         found.append(f"{irregular}; voxels are used as if they were a regular grid, and {STRAIGHTEN} resamples them to one.")
