@@ -25,6 +25,13 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--threshold", type=float, default=0.5, metavar="P", help="probability from which a voxel counts (default: %(default)s)"
     )
+    command.add_argument(
+        "--presence",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="probability of the finding being there at all above which it is drawn; raise it for fewer that are not (default: %(default)s)",
+    )
     command.set_defaults(run=_segment)
 
 
@@ -47,7 +54,7 @@ def _segment(arguments: argparse.Namespace) -> int | None:
     quiet_transformers()
     segmenter = Segmenter.from_pretrained(arguments.model)
     segmenter.processor.image_processor.straighten |= straighten
-    found = segmenter.segment_all(volume, arguments.texts, arguments.threshold)
+    found = segmenter.segment_all(volume, arguments.texts, arguments.threshold, arguments.presence)
     for one in found:
         print(line_of(one))
     for file, one in zip(files, found, strict=False):

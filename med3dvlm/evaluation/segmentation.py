@@ -13,6 +13,7 @@ volume. A mask is drawn where the finding is likelier there than not; its voxels
     f1           of components: one that is drawn counts as one of the data's from an intersection over union of 0.1 on
     absent       share of absent findings for which a mask is drawn, and share of the studies in which any is
     calibration  of the presence score, over present and absent findings
+    operating_points  dice and absent for higher scores of presence from which a finding is drawn (`med3dvlm segment --presence`)
 
 Millimetres are those of the prepared voxels; where a spacing is unknown, a voxel counts as 1 mm and scores.json counts such studies. Figures
 are given for all findings and for those whose longest diameter is 8 mm or more. Controls that do not see the scan, or do not read the words:
@@ -41,7 +42,7 @@ from med3dvlm import evaluation
 from med3dvlm.datasets.mask_prompts import absent_findings
 from med3dvlm.datasets.store import PreparedData, same_preprocessing
 from med3dvlm.geometry.measurements import VoxelPositions, longest_diameter_mm
-from med3dvlm.inference.segmentation import THRESHOLD, Segmenter
+from med3dvlm.inference.segmentation import PRESENCE, THRESHOLD, Segmenter
 from med3dvlm.metrics.detection import reliability
 from med3dvlm.metrics.intervals import intervals, mean_of, ratio_of
 from med3dvlm.metrics.segmentation import component_counts, dice, surface_scores
@@ -50,6 +51,7 @@ from med3dvlm.records import Study
 LARGE = 8.0  # mm
 CONTROLS = ("mean_mask", "other_patient", "one_mask")
 MAX_TRAINING = 400  # studies that the mean mask is made of
+OPERATING_POINTS = (PRESENCE, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 FIGURES = {"dice": "Dice", "nsd": "surface distance", "hd95": "Hausdorff 95 (mm)", "pointing": "pointing"}
 Mask = NDArray[np.bool_]
 Row = dict[str, Any]
@@ -134,7 +136,7 @@ class Judge:
             presence: (K,), that of the finding being there.
         """
         names = task.present + task.absent
-        drawn = (likely > self.threshold) & (presence > THRESHOLD)[:, None, None, None]
+        drawn = (likely > self.threshold) & (presence > PRESENCE)[:, None, None, None]
         union: Mask = np.asarray(drawn.any(axis=0))
         together = highest(likely.max(axis=0))
         spacing = self.data.spacing(task.study)
@@ -220,6 +222,34 @@ def summary(rows: Sequence[Row], patients: Sequence[str]) -> Row:
     return {"present": len(present), "drawn": drawn, "absent": len(rows) - len(present), "figures": figures}
 
 
+def studies_with_an_absent_finding_drawn(records: Sequence[Row], tasks: Sequence[Task]) -> Row | None:
+    """Return the share of the studies with an absent finding for which any is drawn; None without such a study."""
+    drawn = [[row["voxels"] > 0 for row in record["findings"] if not row["present"]] for record in records]
+    if not any(drawn):
+        return None
+    column = [float(any(each)) if each else np.nan for each in drawn]
+    span = intervals({"share": mean_of(column)}, [task.study.patient for task in tasks])["share"]
+    return {"value": float(np.nanmean(column)), "interval": span, "studies": sum(map(bool, drawn))}
+
+
+def operating_point(records: Sequence[Row], presence: float) -> Row:
+    """Return what is drawn where only findings are whose score of presence exceeds one of at least `PRESENCE`; None for what has no case."""
+
+    def mean(values: Sequence[float]) -> float | None:
+        return float(np.mean(values)) if values else None
+
+    drawn = [[(row, row["voxels"] > 0 and row["presence"] > presence) for row in record["findings"]] for record in records]
+    cases = [case for each in drawn for case in each]
+    wrong = [[shown for row, shown in each if not row["present"]] for each in drawn]
+    return {
+        "presence": presence,
+        "drawn": mean([shown for row, shown in cases if row["present"]]),
+        "dice": mean([row["dice"] * shown for row, shown in cases if row["present"]]),
+        "absent": mean([shown for each in wrong for shown in each]),
+        "studies": mean([any(each) for each in wrong if each]),
+    }
+
+
 def scores_of(records: Sequence[Row], tasks: Sequence[Task]) -> Row:
     """Return scores.json."""
     rows = [row for record in records for row in record["findings"]]
@@ -234,19 +264,13 @@ def scores_of(records: Sequence[Row], tasks: Sequence[Task]) -> Row:
     large = [not row["present"] or row["mm"] >= LARGE for row in rows]
     labels = np.array([[float(row["present"])] for row in rows])
     sure = np.clip([[row["presence"]] for row in rows], 1e-6, 1 - 1e-6)
-    with_absent = [any(not row["present"] for row in record["findings"]) for record in records]
-    any_drawn = [any(not row["present"] and row["voxels"] for row in record["findings"]) for record in records]
-    of_studies = None
-    if any(with_absent):
-        column = [float(drawn) if there else np.nan for drawn, there in zip(any_drawn, with_absent, strict=True)]
-        span = intervals({"share": mean_of(column)}, [task.study.patient for task in tasks])["share"]
-        of_studies = {"value": float(np.nanmean(column)), "interval": span, "studies": sum(with_absent)}
     return {
         "studies": len(records),
         "without_spacing": sum(any(row.get("spacing") is False for row in record["findings"]) for record in records),
         "all": summary(rows, patients),
         "large": chosen(large),
-        "studies_with_an_absent_finding_drawn": of_studies,
+        "studies_with_an_absent_finding_drawn": studies_with_an_absent_finding_drawn(records, tasks),
+        "operating_points": [operating_point(records, presence) for presence in OPERATING_POINTS],
         "calibration": reliability(labels, np.log(sure / (1 - sure))),
         "findings": {kind: chosen([row["finding"] == kind for row in rows]) for kind in kinds},
     }
@@ -287,6 +311,8 @@ def table(scores: Row) -> str:
     if of_studies := scores["studies_with_an_absent_finding_drawn"]:
         share = evaluation.with_interval(of_studies["value"], of_studies["interval"])
         parts.insert(3, f"Studies in which any absent finding is drawn: {share} of {of_studies['studies']}.")
+        points = [[f"{point['presence']:g}", *list(point.values())[1:]] for point in scores["operating_points"]]
+        parts.insert(4, evaluation.markdown_table(("presence above", "findings drawn", "Dice", "absent drawn", "in studies"), points))
     if scores["without_spacing"]:
         parts.append(f"{scores['without_spacing']} studies have no spacing; their voxels count as 1 mm.")
     return "\n\n".join(parts)

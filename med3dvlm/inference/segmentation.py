@@ -30,7 +30,7 @@ from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.preprocessing import Scan, VolumeProcessor
 from med3dvlm.volume import Volume, read_volume
 
-THRESHOLD = 0.5
+THRESHOLD, PRESENCE = 0.5, 0.5  # probabilities of a voxel, and of the finding being there at all, above which a mask is drawn
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 
 
@@ -158,25 +158,25 @@ class Segmenter:
         )
         return output.logits[0].float().sigmoid(), output.presence[0].float().sigmoid()
 
-    def segment(self, scan: Scan, text: str, threshold: float = THRESHOLD) -> Segmentation:
+    def segment(self, scan: Scan, text: str, threshold: float = THRESHOLD, presence: float = PRESENCE) -> Segmentation:
         """Return the mask for a text, as `segment_all` does."""
-        return self.segment_all(scan, [text], threshold)[0]
+        return self.segment_all(scan, [text], threshold, presence)[0]
 
-    def segment_all(self, scan: Scan, texts: Sequence[str], threshold: float = THRESHOLD) -> list[Segmentation]:
+    def segment_all(self, scan: Scan, texts: Sequence[str], threshold: float = THRESHOLD, presence: float = PRESENCE) -> list[Segmentation]:
         """Return a mask for each text.
 
-        A voxel of the scan belongs to it where the probability, linear between the model's voxels, exceeds the threshold. Where the
-        finding is less likely than not to be there at all, the mask is empty.
+        A voxel of the scan belongs to it where the probability, linear between the model's voxels, exceeds the threshold. The mask is
+        empty unless the probability of the finding being there at all exceeds `presence`; a higher one draws fewer findings that are not.
 
         Args:
             scan: a path or a Volume.
-            threshold: above 0 and below 1.
+            threshold, presence: above 0 and below 1.
 
         Raises:
-            ValueError: a text is empty, the threshold impossible, or the scan unusable (VolumeError).
+            ValueError: a text is empty, a probability impossible, or the scan unusable (VolumeError).
         """
         return segment_scan(
-            scan, texts, self.processor.image_processor, lambda pixel_values: self.probabilities(pixel_values, texts), threshold
+            scan, texts, self.processor.image_processor, lambda pixel_values: self.probabilities(pixel_values, texts), threshold, presence
         )
 
 
@@ -186,6 +186,7 @@ def segment_scan(
     processor: VolumeProcessor,
     predict: Callable[[Tensor], tuple[Tensor, Tensor]],
     threshold: float = THRESHOLD,
+    presence: float = PRESENCE,
 ) -> list[Segmentation]:
     """Return K masks on a scan's own grid, see `Segmenter.segment_all`.
 
@@ -193,23 +194,23 @@ def segment_scan(
         names: what each mask is called.
         predict: what the model says of the prepared scan, see `Segmenter.probabilities`.
     """
-    if not 0 < threshold < 1:
-        raise ValueError(f"The threshold is {threshold:g} but a probability above 0 and below 1 is needed.")
+    for name, value in (("threshold", threshold), ("presence", presence)):
+        if not 0 < value < 1:
+            raise ValueError(f"The {name} is {value:g} but a probability above 0 and below 1 is needed.")
     if isinstance(scan, (str, os.PathLike)):
         scan = read_volume(scan)
     if not isinstance(scan, Volume):
         raise ValueError("A mask lies on a scan's own grid: give a path or a Volume, not a prepared tensor.")
     volume, positions = scan, scan.voxel_positions
     pixels, placement = processor.transform_and_placement(volume.straighten() if processor.straighten else volume)
-    likely, presence = predict(pixels[None])
+    likely, scores = predict(pixels[None])
     masks = [
-        _on_scan(one, volume, processor, placement, threshold) if score > THRESHOLD else np.zeros(volume.shape, bool)
-        for one, score in zip(likely, presence.tolist(), strict=True)
+        _on_scan(one, volume, processor, placement, threshold) if score > presence else np.zeros(volume.shape, bool)
+        for one, score in zip(likely, scores.tolist(), strict=True)
     ]
     middle = None if positions is None else measurements.body_middle(volume.array, positions, volume.unit == "HU")
     return [
-        Segmentation.of(name.strip(), mask, score, volume, middle)
-        for name, mask, score in zip(names, masks, presence.tolist(), strict=True)
+        Segmentation.of(name.strip(), mask, score, volume, middle) for name, mask, score in zip(names, masks, scores.tolist(), strict=True)
     ]
 
 

@@ -75,6 +75,15 @@ def test_every_labelled_finding_is_segmented_and_figures_are_means(demo: SimpleN
     assert figures["absent"]["value"] == pytest.approx(mean([float(case["voxels"] > 0) for case in absent]), abs=1e-6)
     pairs, extra, missed = (sum(case["components"][place] for case in cases) for place in range(3))
     assert figures["f1"]["value"] == pytest.approx(2 * pairs / (2 * pairs + extra + missed), abs=1e-6)
+    for point in scores["operating_points"]:
+        shown = {id(case): case["voxels"] > 0 and case["presence"] > point["presence"] for case in cases}
+        assert point["drawn"] == pytest.approx(mean([float(shown[id(case)]) for case in present]), abs=1e-6)
+        assert point["dice"] == pytest.approx(mean([case["dice"] if shown[id(case)] else 0.0 for case in present]), abs=1e-6)
+        assert point["absent"] == pytest.approx(mean([float(shown[id(case)]) for case in absent]), abs=1e-6)
+        wrong = [[shown[id(case)] for case in row["findings"] if not case["present"]] for row in rows]
+        assert point["studies"] == pytest.approx(mean([float(True in each) for each in wrong if each]), abs=1e-6)
+    assert scores["operating_points"][0]["dice"] == figures["dice"]["value"]
+    assert scores["operating_points"][0]["studies"] == scores["studies_with_an_absent_finding_drawn"]["value"]
     large = [case for case in present if case["mm"] >= 8]
     assert scores["large"]["present"] == len(large)
     assert sum(entry["present"] for entry in scores["findings"].values()) == len(present)

@@ -121,6 +121,9 @@ def test_several_texts_and_what_is_absent(segmenter: Segmenter, nifti: Path) -> 
         likely, _ = segmenter.probabilities(segmenter.processor(read_volume(nifti))["pixel_values"], ["bright spot"])
         plain = (segmenter.processor.image_processor.to_scan(likely[0], read_volume(nifti)) > threshold).numpy()
         np.testing.assert_array_equal(segmenter.segment(nifti, "bright spot", threshold).mask, plain)
+    for shift, found in ((-1e-4, True), (1e-4, False)):
+        one = segmenter.segment(nifti, "bright spot", presence=bright.score + shift)
+        assert one.found == found and one.score == bright.score and (not found or (one.mask == bright.mask).all())
 
 
 def test_a_scan_without_geometry_has_a_mask_without_measurements(segmenter: Segmenter, tmp_path: Path) -> None:
@@ -159,6 +162,7 @@ def test_wrong_input(segmenter: Segmenter, nifti: Path) -> None:
         (lambda: segmenter.segment(nifti, " "), "The text is empty"),
         (lambda: segmenter.segment_all(nifti, []), "The text is empty"),
         (lambda: segmenter.segment(nifti, "bright spot", 1.0), "threshold is 1 but"),
+        (lambda: segmenter.segment(nifti, "bright spot", presence=0.0), "presence is 0 but"),
         (lambda: segmenter.segment(torch.zeros(36, 48, 64), "bright spot"), "give a path or a Volume"),
     ]
     for call, words in cases:
@@ -206,6 +210,7 @@ def test_wrong_arguments_of_the_command(segmenter: Segmenter, nifti: Path, tmp_p
         (["bright spot", "Bright-spot", "--out", tmp_path / "mask.nii"], "into one file"),
         (["bright spot", "--dicom-seg", tmp_path / "seg.dcm"], "was not DICOM"),
         (["bright spot", "--threshold", "0"], "threshold is 0"),
+        (["bright spot", "--presence", "1"], "presence is 1"),
     ):
         code, out, error = run(capsys, "segment", "model", nifti, *arguments)
         assert code == 2 and not out and words in error and len([line for line in error.splitlines() if line.startswith("med3dvlm:")]) == 1
