@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from med3dvlm.volume import Volume, VolumeError
+from med3dvlm.volume import SPACING, Volume, VolumeError
 
 DISPLAYED, CANONICAL = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}, "SLP"
 AIR, BONE = -1000, 1000  # HU; what lies beyond is clipped by the CT recipes
@@ -103,7 +103,7 @@ def require_hu(volume: Volume, recipe: str) -> Volume:
     if volume.unit != "HU":
         raise VolumeError(
             f"{volume.source}: recipe {recipe!r} needs Hounsfield units but the unit is {volume.unit!r}; "
-            "state the unit HU if it is a CT, or use recipe 'm3d'."
+            "state unit='HU' (--unit HU) if it is a CT, or prepare data and train by recipe 'm3d'."
         )
     return volume
 
@@ -120,7 +120,7 @@ def resample(volume: Volume, processor: Settings) -> Tensor:
     if volume.spacing is None:
         raise VolumeError(
             f"{volume.source}: recipe {recipe!r} resamples to {' x '.join(f'{mm:g}' for mm in wanted)} mm but the spacing is unknown; "
-            "state it as (z, y, x) in mm, or use recipe 'm3d'."
+            f"state {SPACING}, or prepare data and train by recipe 'm3d'."
         )
     data, spacing = oriented(volume, CANONICAL)
     # A little more, since 0.75 may be read as 0.7499999.
@@ -129,7 +129,7 @@ def resample(volume: Volume, processor: Settings) -> Tensor:
         stated, voxels = " x ".join(f"{mm:.3g}" for mm in volume.spacing), "x".join(map(str, size))
         raise VolumeError(
             f"{volume.source}: recipe {recipe!r} makes {voxels} voxels of a scan with this spacing of {stated} mm, which is too "
-            f"{'few' if min(size) < SMALLEST else 'many'}; state the true spacing as (z, y, x) in mm."
+            f"{'few' if min(size) < SMALLEST else 'many'}; state the true {SPACING}."
         )
     data.clamp_(AIR, BONE)
     return Resize(tuple(size), mode="trilinear")(data) if tuple(size) != tuple(data.shape[1:]) else data

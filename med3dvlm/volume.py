@@ -44,7 +44,7 @@ UNITS = ("HU", "unit", "arbitrary")
 OBLIQUE_DEGREES = 15.0  # beyond this, calling an axis by the nearest anatomical direction is worth a warning
 AMBIGUOUS_DEGREES = 35.0  # beyond this, another direction is about as near
 FINEST, COARSEST = 0.05, 50.0  # mm; a scan has no finer and no coarser voxels
-STRAIGHTEN = "straighten=True (--straighten)"  # its name in messages
+STRAIGHTEN, SPACING = "straighten=True (--straighten)", "spacing=(z, y, x) in mm (--spacing Z,Y,X)"  # their names in messages
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ class Volume:
             VolumeError: the spacing is unknown.
         """
         if self.spacing is None:
-            raise VolumeError(f"{self.source}: the slices cannot be straightened as the spacing is unknown; state it as (z, y, x) in mm.")
+            raise VolumeError(f"{self.source}: the slices cannot be straightened as the spacing is unknown; state {SPACING}.")
         known = np.eye(3) if self.direction is None else self.direction
         return Straightening.of(self.shape, self.spacing, known, self.slice_positions)
 
@@ -225,7 +225,9 @@ def read_volume(
     if len(parts.series) > 1:
         number = parts.series[0].partition(":")[0]
         listed = "; ".join(sorted(parts.series, key=lambda line: int(line.partition(":")[0])))
-        warnings.append(f"there are {len(parts.series)} series ({listed}); number {number} is read; choose another by series number.")
+        warnings.append(
+            f"there are {len(parts.series)} series ({listed}); number {number} is read; choose another by series number (--series N)."
+        )
     # A scan at all, before its values are interpreted.
     bare = Volume(array, source=source, **_geometry(parts, spacing, orientation, warnings))
     warnings += _doubts(bare)
@@ -277,7 +279,7 @@ def _geometry(parts: formats.Parts, spacing: Sequence[float] | None, orientation
         warnings.append(f"the file states spacing {_mm(found)}; the stated {_mm(millimetres)} is used.")
         heights = None
     if millimetres is None:
-        warnings.append("the spacing is unknown; state it as (z, y, x) in mm.")
+        warnings.append(f"the spacing is unknown; state {SPACING}.")
     letters = None if direction is None else nearest_letters(direction)
     if orientation is not None and orientation != letters:
         if letters is not None:
@@ -316,8 +318,7 @@ def _doubts(volume: Volume) -> list[str]:
     found = []
     if volume.spacing is not None and not FINEST <= min(volume.spacing) <= max(volume.spacing) <= COARSEST:
         found.append(
-            f"no scan has a spacing of {_mm(volume.spacing)}, so the file's unit of length may be wrong; "
-            "state the true spacing as (z, y, x) in mm."
+            f"no scan has a spacing of {_mm(volume.spacing)}, so the file's unit of length may be wrong; state the true {SPACING}."
         )
     for irregular in _irregular(volume):
         found.append(f"{irregular}; voxels are used as if they were a regular grid, and {STRAIGHTEN} resamples them to one.")

@@ -71,7 +71,9 @@ def interpret(parts: Parts, source: str, policy: str = "auto", rescale: Sequence
         array, reason = _by_wish(parts, spread, source, policy, slope, intercept, rescale is not None)
         spread = spread if array is parts.array else Spread(array)
         if problem := spread.impossible:
-            raise VolumeError(f"{source}: as HU the values cannot be right: {problem}; choose another rule for hu, or the unit arbitrary.")
+            raise VolumeError(
+                f"{source}: as HU the values cannot be right: {problem}; choose another hu (--hu), or unit='arbitrary' (--unit arbitrary)."
+            )
         doubts = [f"the header says that the values are {parts.quantity} and no HU."] if parts.quantity else []
         meaning = Meaning(array, "HU", (reason,), (*_padding(spread), *doubts, *_sunk(spread, parts)))
     return meaning._replace(notes=(*notes, *meaning.notes), warnings=(*warnings, *meaning.warnings))
@@ -85,23 +87,27 @@ def _by_wish(
     if policy == "csv":
         if parts.rescale is not None:
             raise VolumeError(
-                f"{source}: the header states {_named(parts.rescale)}, so hu csv would rescale twice; use hu header or hu auto."
+                f"{source}: the header states {_named(parts.rescale)}, so hu='csv' would rescale twice; use hu='header' (--hu header), or 'auto'."
             )
         if (slope, intercept) != (1, 0) and spread.looks_like_hu and not spread.looks_sunk:
-            raise VolumeError(f"{source}: {spread}, so they are HU already and hu csv would rescale twice; use hu already_hu.")
+            raise VolumeError(
+                f"{source}: {spread}, so they are HU already and hu='csv' would rescale twice; use hu='already_hu' (--hu already_hu)."
+            )
         if spread.sinks(slope, intercept):
             raise VolumeError(
                 f"{source}: soft tissue seems to lie near 0 ({spread}) and the stated {_named((slope, intercept))} would "
-                "turn it into air, so the values are HU already and hu csv would rescale twice; use hu already_hu."
+                "turn it into air, so the values are HU already and hu='csv' would rescale twice; use hu='already_hu' (--hu already_hu)."
             )
-        return _rescaled(array, slope, intercept), f"the stated {_named((slope, intercept))} are applied, as hu csv says."
+        return _rescaled(array, slope, intercept), f"the stated {_named((slope, intercept))} are applied, as hu='csv' says."
     if policy == "already_hu":
         if parts.rescale is not None and np.isnan(parts.rescale).any():
-            raise VolumeError(f"{source}: slope and intercept differ from slice to slice, so the values are not HU yet; use hu header.")
+            raise VolumeError(
+                f"{source}: slope and intercept differ from slice to slice, so the values are not HU yet; use hu='header' (--hu header)."
+            )
         array = array if parts.rescale is None else _stored(array, *parts.rescale)
-        return array, "the stored values are HU, as hu already_hu says; no slope and intercept are applied."
+        return array, "the stored values are HU, as hu='already_hu' says; no slope and intercept are applied."
     if policy == "header":
-        return array, "the values are HU by the header, as hu header says."
+        return array, "the values are HU by the header, as hu='header' says."
     if not stated:
         return array, "the values are HU, as the stated unit says."
     return _decided(parts, spread, source, slope, intercept)
@@ -112,7 +118,9 @@ def _checked_wishes(source: str, policy: str, rescale: Sequence[float] | None, u
     if policy not in HU_POLICIES:
         raise VolumeError(f"{source}: hu is {policy!r} but must be one of {', '.join(HU_POLICIES)}.")
     if policy == "csv" and rescale is None:
-        raise VolumeError(f"{source}: hu csv needs the slope and intercept of the table; state both as the rescale.")
+        raise VolumeError(
+            f"{source}: hu='csv' needs the slope and intercept of the table; state rescale=(slope, intercept) (--rescale S,I)."
+        )
     if unit is not None and unit != "HU" and (policy != "auto" or rescale is not None):
         raise VolumeError(f"{source}: unit {unit!r} contradicts hu and rescale, which lead to HU; state only one of them.")
     numbers = (1.0, 0.0) if rescale is None else tuple(float(number) for number in rescale)
@@ -127,7 +135,7 @@ def _decided(parts: Parts, spread: Spread, source: str, slope: float, intercept:
     if parts.quantity:
         raise VolumeError(
             f"{source}: the header says that the values are {parts.quantity}, yet slope and intercept are stated for HU; leave them out, "
-            "or overrule the header with hu csv or hu already_hu."
+            "or overrule the header with hu='csv' or 'already_hu' (--hu)."
         )
     already = f"the values are HU already ({spread}); the stated {stated} are not applied."
     looks = spread.looks_like_hu
@@ -136,7 +144,7 @@ def _decided(parts: Parts, spread: Spread, source: str, slope: float, intercept:
     if parts.rescale is not None:
         raise VolumeError(
             f"{source}: the header's {_named(parts.rescale)} are applied, yet the values do not look like HU ({spread}), and "
-            f"others are stated ({stated}); choose the right ones with hu header or hu already_hu."
+            f"others are stated ({stated}); choose the right ones with hu='header' or 'already_hu' (--hu)."
         )
     rescaled = Spread(_rescaled(array, slope, intercept))
     if rescaled.looks_like_hu and not spread.sinks(slope, intercept) and (not looks or rescaled.airy > 0.001):
@@ -145,7 +153,7 @@ def _decided(parts: Parts, spread: Spread, source: str, slope: float, intercept:
         return array, already
     raise VolumeError(
         f"{source}: neither as stored ({spread}) nor after the stated {stated} do the values look like HU; "
-        "choose what they are with hu csv or hu already_hu."
+        "choose what they are with hu='csv' or 'already_hu' (--hu)."
     )
 
 
@@ -168,12 +176,14 @@ def _guess(parts: Parts, spread: Spread) -> Meaning:
         return Meaning(array, *_no_hu(spread, f"the header says {modality}"))
     if low >= LOWEST_PADDING and spread.looks_like_hu and not sunk:
         doubts = (
-            () if spread.has_air else ("the unit is taken to be HU, yet no values lie near -1000 as air does; state it if it is another.",)
+            ()
+            if spread.has_air
+            else ("the unit is taken to be HU, yet no values lie near -1000 as air does; state another (--unit) if it is not.",)
         )
         return Meaning(array, "HU", (f"the unit is HU by the values: {spread}, as in a CT.",), (*_padding(spread), *doubts))
     warnings = [*sunk] or [*_other_scale(spread, parts)]
     if LOWEST_PADDING <= low <= TISSUE and not spread.has_air and spread.within >= 0.99 and not warnings:
-        warnings.append("no values lie near -1000 as air does, so they are not taken as HU; if they are, state the unit HU.")
+        warnings.append("no values lie near -1000 as air does, so they are not taken as HU; if they are, state unit='HU' (--unit HU).")
     unrescaled = spread.looks_unrescaled if low < 0 else 1500 <= high <= 4200
     if unrescaled and not warnings and (array == np.rint(array)).all():
         warnings.append(f"values are whole numbers from {low:g} to {high:g}; if this is a CT, it looks un-rescaled.")
@@ -207,16 +217,16 @@ def _sunk(spread: Spread, parts: Parts) -> tuple[str, ...]:
         return ()
     return (
         "apart from a filling, nearly all values lie near -1000 as air does and hardly any near 0, so HU may have been rescaled twice; "
-        f"if so, {_remedy(parts, 1, 1024)}, and if they are HU, state the unit HU.",
+        f"if so, {_remedy(parts, 1, 1024)}, and if they are HU, state unit='HU' (--unit HU).",
     )
 
 
 def _remedy(parts: Parts, slope: float, intercept: float) -> str:
     """Say how slope and intercept lead to HU."""
     if parts.rescale is None:
-        return f"state the rescale ({slope:g}, {intercept:g}) with hu csv"
+        return f"state rescale=({slope:g}, {intercept:g}) with hu='csv' (--rescale {slope:g},{intercept:g} --hu csv)"
     taken_back = slope == 1 and abs(intercept + parts.rescale[1]) < 100  # never for NaN
-    return "state hu already_hu" if taken_back and parts.rescale[0] == 1 else "export the scan again without slope and intercept"
+    return "state hu='already_hu'" if taken_back and parts.rescale[0] == 1 else "export the scan again without slope and intercept"
 
 
 def _rescaled(array: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:

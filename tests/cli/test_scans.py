@@ -47,9 +47,9 @@ def test_inspect_takes_settings_of_the_scan(run: Run, tmp_path: Path) -> None:
     code, output, _ = run("inspect", tmp_path / "bare.npy", "--spacing", "2.5,0.8,0.7", "--hu", "csv", "--rescale", "1,-1024")
     facts = dict(line.split(maxsplit=1) for line in output.splitlines())
     assert code == 0 and facts["Spacing"].startswith("2.5 x 0.8 x 0.7 mm") and facts["Values"].startswith("-1000 to 75")
-    assert facts["Unit"].startswith("HU") and facts["Note"] == "the stated slope 1 and intercept -1024 are applied, as hu csv says."
+    assert facts["Unit"].startswith("HU") and facts["Note"] == "the stated slope 1 and intercept -1024 are applied, as hu='csv' says."
     code, output, error = run("inspect", tmp_path / "bare.npy", "--hu", "csv")
-    assert (code, output) == (2, "") and "hu csv needs the slope and intercept" in sentence(error)
+    assert (code, output) == (2, "") and "hu='csv' needs the slope and intercept" in sentence(error)
     code, output, error = run("inspect", tmp_path / "bare.npy", "--out", tmp_path / "picture.txt")
     assert (code, output) == (2, "") and "picture.txt: the picture is written as PNG" in sentence(error)
     code, output, error = run("inspect", tmp_path / "bare.npy", "--series", 2)

@@ -68,7 +68,7 @@ def test_a_masked_scan_rescaled_twice_gives_a_warning(shared_data: Path, tmp_pat
 
         parts = Parts(twice, modality="CT", rescale=(1.0, -1024.0), hu=True)  # as DICOM has it
         meaning = interpret(parts, "scan")
-        assert meaning.unit == "arbitrary" and "state hu already_hu" in meaning.warnings[0]
+        assert meaning.unit == "arbitrary" and "state hu='already_hu' (--hu already_hu)" in meaning.warnings[0]
         followed = interpret(parts, "scan", "already_hu")
         assert followed.unit == "HU" and not any("twice" in text for text in followed.warnings)
         np.testing.assert_array_equal(followed.array, masked(hu, kind))
@@ -120,7 +120,7 @@ def test_hu_on_another_scale_are_named_with_the_remedy(tmp_path: Path, name: str
     volume = read_volume(path)
     assert volume.unit == "arbitrary"
     warned(volume, f"look like a CT in {scale}")
-    warned(volume, f"state the rescale ({rescale[0]:g}, {rescale[1]:g}) with hu csv")
+    warned(volume, f"state rescale=({rescale[0]:g}, {rescale[1]:g}) with hu='csv' (--rescale {rescale[0]:g},{rescale[1]:g} --hu csv)")
     again = read_volume(path, hu="csv", rescale=rescale)
     assert again.unit == "HU" and np.abs(again.array - truth()).max() <= (5 if "percent" in scale else 0.26)
 
@@ -163,7 +163,10 @@ def test_the_headers_quantity_counts_more_than_the_values(hu: bool) -> None:
     for wish in ({"unit": "HU"}, {"policy": "header"}, {"policy": "already_hu"}):
         overruled = interpret(parts, "scan", **wish)
         assert overruled.unit == "HU" and any("ml/100ml/s and no HU" in text for text in overruled.warnings)
-    with pytest.raises(VolumeError, match="scan: the header says that the values are ml/100ml/s, yet .* overrule the header with hu csv"):
+    with pytest.raises(
+        VolumeError,
+        match="scan: the header says that the values are ml/100ml/s, yet .* the header with hu='csv' or 'already_hu' .--hu",
+    ):
         interpret(parts, "scan", rescale=(1, -1024))
     raw = parts._replace(array=truth() + 1024)
     np.testing.assert_array_equal(interpret(raw, "scan", "csv", (1, -1024)).array, truth())
