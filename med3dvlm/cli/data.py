@@ -12,6 +12,7 @@ from med3dvlm.cli.options import (
     MEANING,
     Commands,
     add_meaning,
+    add_series,
     add_workers,
     check_workers,
     numbers,
@@ -70,7 +71,9 @@ def add_commands(commands: Commands) -> None:
         help="spacing of a prepared volume in mm along D, H and W, for ct_rate and ct_clip (default: the recipe's)",
     )  # fmt: skip
     prepare.add_argument("--straighten", action="store_true", help="first resample tilted or unevenly spaced slices to a regular grid")
-    add_meaning(prepare.add_argument_group("for scans of which the table does not state it"))
+    stated = prepare.add_argument_group("for scans of which the table does not state it")
+    add_meaning(stated)
+    add_series(stated)
     prepare.add_argument("--spacing", type=_renamed, help=argparse.SUPPRESS)
     prepare.add_argument(
         "--shard", type=parse_shard, metavar="I/N",
@@ -151,7 +154,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     check_workers(arguments)
     if arguments.dataset not in DATASETS:
         raise ValueError(f"data set {arguments.dataset!r} is unknown; known: {', '.join(DATASETS)}")
-    stated = reading(arguments, MEANING)
+    stated = reading(arguments, (*MEANING, "series"))
     if stated and arguments.dataset in ("ct_rate", "rex_grounding_ct"):
         raise ValueError(f"--{min(stated)} is for scans without metadata, but CT-RATE's metadata state it; leave it out")
     if arguments.shard and arguments.engine != "local":

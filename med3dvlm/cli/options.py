@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from med3dvlm.programs import Parser
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # returned by `add_subparsers`
-MEANING = ("unit", "hu", "rescale", "series")
+MEANING = ("orientation", "transpose", "unit", "hu", "rescale")
 AUTO = "auto"  # the shard of jobs that claim their work
 SCANS = "a file, a zip, or a folder with a DICOM series or numbered PNG or JPEG slices"
 
@@ -28,20 +28,29 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--straighten", action="store_true", help="resample tilted or unevenly spaced slices to a regular grid")
     add_meaning(parser)
+    add_series(parser)
+
+
+def add_series(parser: argparse._ActionsContainer) -> None:
+    """Add the number of a series, an option of `read_volume`."""
+    parser.add_argument(
+        "--series", type=int, metavar="N", help="number of a DICOM series in the list that inspect shows (default: the likeliest)"
+    )
 
 
 def add_meaning(parser: argparse._ActionsContainer) -> None:
-    """Add the options of `read_volume` about the values, and the series."""
+    """Add the options of `read_volume` about the axes and the values."""
     from med3dvlm.volume import HU_POLICIES, UNITS
 
     add = parser.add_argument
+    add("--orientation", type=letters, metavar="SPL", help="where slices, rows and columns go in the patient (default: by the header)")
+    add("--transpose", action="store_true", help="the axes of an array are x, y, z, as nibabel and MONAI save it (default: z, y, x)")
     add("--unit", choices=UNITS, help="unit of the values (default: by the header and the values)")
     add("--hu", choices=HU_POLICIES, help="whose slope and intercept make the values HU (default: auto)")
     add("--rescale", type=numbers("S,I"), metavar="S,I", help="slope and intercept from a table beside the file, as in 1,-1024")
-    add("--series", type=int, metavar="N", help="number of a DICOM series in the list that inspect shows (default: the likeliest)")
 
 
-def reading(arguments: argparse.Namespace, names: Sequence[str] = ("spacing", "straighten", *MEANING)) -> dict[str, Any]:
+def reading(arguments: argparse.Namespace, names: Sequence[str] = ("spacing", "straighten", *MEANING, "series")) -> dict[str, Any]:
     """Return the keyword arguments of `read_volume` that were given, of some names."""
     given = {name: getattr(arguments, name) for name in names}
     return {name: value for name, value in given.items() if value is not None and value is not False}
@@ -60,6 +69,15 @@ def numbers(form: str) -> Callable[[str], tuple[float, ...]]:
         return numbers
 
     return parse
+
+
+def letters(text: str) -> str:
+    """Parse an orientation, for argparse."""
+    from med3dvlm.geometry.orientation import is_orientation
+
+    if not is_orientation(text.upper()):
+        raise argparse.ArgumentTypeError(f"{text!r} must be one letter each of L/R, A/P and I/S, as in SPL")
+    return text.upper()
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:

@@ -7,24 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from med3dvlm.cli.data import with_defaults
-from med3dvlm.cli.options import Commands, add_workers, check_workers, numbers, quiet_transformers, reading
+from med3dvlm.cli.options import MEANING, Commands, add_meaning, add_workers, check_workers, numbers, quiet_transformers, reading
 from med3dvlm.inference.engines import add_engine, check_engine, start_engine
 from med3dvlm.programs import add_flag, positive
 
-MEANING = ("spacing", "unit", "hu", "rescale")
 FAILED, CUT = 1, 3  # exit codes
 
 
 def add_commands(commands: Commands) -> None:
-    from med3dvlm.volume import HU_POLICIES, UNITS
-
     command = commands.add_parser("run", help="report on every scan of a folder, a list or a table, into tables")
     add = command.add_argument
     add("model", metavar="MODEL", type=Path, help="the folder of a trained model")
     add(
         "scans", metavar="SCANS", type=Path,
         help="a folder, with every scan below it; a list (.txt, a path a line); or a table (.csv, .tsv, .jsonl, .parquet) with the column "
-        "image and, where you like, id, question, series, spacing, unit, hu, rescale",
+        "image and, where you like, id, question, series, spacing, orientation, transpose, unit, hu, rescale",
     )  # fmt: skip
     add("--out", metavar="DIR", type=Path, required=True, help="the folder of the results; a run that was stopped continues")
     add("--question", metavar="TEXT", action="append", default=[], help="ask this about every scan, too; may be given several times")
@@ -50,9 +47,7 @@ def add_commands(commands: Commands) -> None:
     stated = command.add_argument_group("for scans of which the table does not state it")
     stated.add_argument("--spacing", type=numbers("Z,Y,X"), metavar="Z,Y,X", help="mm between slices, rows and columns")
     stated.add_argument("--straighten", action="store_true", help="resample tilted or unevenly spaced slices to a regular grid")
-    stated.add_argument("--unit", choices=UNITS, help="unit of the values")
-    stated.add_argument("--hu", choices=HU_POLICIES, help="whose slope and intercept make the values HU")
-    stated.add_argument("--rescale", type=numbers("S,I"), metavar="S,I", help="slope and intercept, as in 1,-1024")
+    add_meaning(stated)
     command.set_defaults(run=_run)
 
 
@@ -75,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError("nothing is asked: leave out --no-report, or give --question or --embed")
     if arguments.segmenter is not None and not (arguments.masks and arguments.report):
         raise ValueError("--segmenter draws the findings of reports; add --masks, and leave out --no-report")
-    stated = reading(arguments, MEANING)
+    stated = reading(arguments, ("spacing", *MEANING))
     scans = [replace(scan, reading=with_defaults(stated, scan.reading)) for scan in scans]
     settings = Settings(
         arguments.report, tuple(arguments.question), arguments.max_new_tokens, arguments.series, arguments.masks, arguments.embed,

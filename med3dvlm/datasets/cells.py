@@ -5,7 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from med3dvlm.datasets.csv_files import is_missing
+from med3dvlm.datasets.csv_files import is_missing, label_value
+from med3dvlm.geometry.orientation import is_orientation
 from med3dvlm.volume import HU_POLICIES, UNITS
 
 LABEL, MASK = "label:", "mask:"
@@ -16,6 +17,8 @@ ABOUT_THE_SCAN = {
     "slope": 1,
     "intercept": 1,
     "spacing": 3,
+    "orientation": 0,
+    "transpose": 1,
     "unit": 0,
 }  # column -> how many numbers, 0 for a word
 WORDS = {"hu": HU_POLICIES, "unit": UNITS}
@@ -32,7 +35,7 @@ def cell_text(name: str, value: Any) -> str:
     """Return a cell's text, stripped. In JSON it may also be null or NaN (empty), a number, or a list of choices or numbers."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    if name.startswith(LABEL) and str(value).strip().casefold() in ("true", "false"):
+    if (name == "transpose" or name.startswith(LABEL)) and str(value).strip().casefold() in ("true", "false"):
         return str(int(str(value).strip().casefold() == "true"))
     if isinstance(value, list) and name in ("choices", "rescale", "spacing"):
         parts = [cell_text(name, part) if not isinstance(part, list) else "" for part in value]
@@ -82,6 +85,12 @@ def scan_setting(name: str, text: str) -> Any:
             if text.casefold() == word.casefold():
                 return word
         raise ValueError(f"{name} is {text!r} but must be one of {', '.join(WORDS[name])}")
+    if name == "orientation":
+        if not is_orientation(text.upper()):
+            raise ValueError(f"orientation is {text!r} but must be one letter each of L/R, A/P and I/S, as SPL")
+        return text.upper()
+    if name == "transpose":
+        return label_value(name, text) == 1
     count = ABOUT_THE_SCAN[name]
     try:
         numbers = [float(part) for part in re.split(r"\s*[,;x]\s*|\s+", text.strip("[]() "))]

@@ -50,14 +50,19 @@ class Labels(NamedTuple):
     affine: NDArray[np.float64] | None = None
 
 
-def read_masks(root: Path, masks: Mapping[str, Mask], volume: Volume) -> Iterator[tuple[str, NDArray[np.bool_], list[str]]]:
+def read_masks(
+    root: Path, masks: Mapping[str, Mask], volume: Volume, transpose: bool = False
+) -> Iterator[tuple[str, NDArray[np.bool_], list[str]]]:
     """Yield each mask's name, its voxels (D, H, W) on the scan's grid, and sentences about what was assumed. A file is opened once.
+
+    Args:
+        transpose: of an array, as of the scan (see `read_volume`).
 
     Raises:
         VolumeError: a file is missing, damaged or without labels, has no such channel, or cannot be placed on the scan.
     """
     for file in dict.fromkeys(mask.file for mask in masks.values()):
-        labels = _read(root / file, volume)
+        labels = _read(root / file, volume, transpose)
         for name, mask in masks.items():
             if mask.file == file:
                 where = f"{root / file}, the mask of {name!r}"
@@ -65,13 +70,13 @@ def read_masks(root: Path, masks: Mapping[str, Mask], volume: Volume) -> Iterato
                 yield name, voxels, doubts
 
 
-def _read(path: Path, volume: Volume) -> Labels:
+def _read(path: Path, volume: Volume, transpose: bool) -> Labels:
     if not path.exists():
         raise VolumeError(f"{path}, a mask of {volume.source}, is missing; restore it, or take it out of the data set's table.")
     if found := _sparse(path):
         return found
     parts = formats.read(path, str(path))
-    array = parts.array
+    array = parts.array.T if transpose and parts.axes is None and parts.direction is None else parts.array
     if array.dtype.kind not in "biuf":
         raise VolumeError(f"{path}: values are of type {array.dtype} but a mask holds whole numbers; save it so.")
     if array.dtype.kind == "f":

@@ -107,7 +107,7 @@ def _masks(
     doubts: list[str] = []
     empty: list[str] = []
     lost: list[str] = []
-    for name, drawn, assumed in read_masks(source, study.masks, volume):
+    for name, drawn, assumed in read_masks(source, study.masks, volume, study.reading.get("transpose", False)):
         straight = volume.straightening().apply(drawn.astype(np.float32)) >= 0.5 if processor.straighten and not volume.regular else drawn
         made = pack(processor.transform_mask(straight, placement))
         stored[name] = {"voxels": made.voxels, "box": made.box, "place": len(contents), "checksum": checksum(made.content)}

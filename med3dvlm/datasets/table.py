@@ -13,9 +13,9 @@
     mask:<name>
                optional, as many as there are: the file of its mask below the folder, "file#2" for label 2 of several in it, or empty
     masks      optional: a folder of masks below the folder, a file for each, named by it; lung_nodule.nii.gz is "lung nodule"
-    series, hu, rescale (or slope, intercept), spacing, unit
+    series, hu, rescale (or slope, intercept), spacing, orientation, transpose, unit
                optional: what `read_volume` is given about the scan, as by the options of `inspect`; several numbers as "1,-1024" (in .jsonl
-               also a list)
+               also a list); transpose is 1 or 0
 
 Any other column is an error; capital letters in their names do not matter. A scan with several questions has several rows; what a later
 row leaves empty is as in the first. Cells of nan, None, NULL, NA are empty (an answer may be "None" or "NA"), and 2.0 is 2. In ten lines,
@@ -212,7 +212,7 @@ def _masks(root: Path, facts: Mapping[str, Any]) -> dict[str, Mask]:
 
 def _reading(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of `read_volume`."""
-    reading = {name: facts[name] for name in ("series", "hu", "rescale", "spacing", "unit") if name in facts}
+    reading = {name: facts[name] for name in ("series", "hu", "rescale", "spacing", "orientation", "transpose", "unit") if name in facts}
     pair = [facts[name] for name in ("slope", "intercept") if name in facts]
     if len(pair) == 1:
         raise ValueError("of slope and intercept one is empty; state both or neither")

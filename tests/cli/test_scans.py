@@ -56,6 +56,21 @@ def test_inspect_takes_settings_of_the_scan(run: Run, tmp_path: Path) -> None:
     assert (code, output) == (2, "") and "not DICOM" in sentence(error)
 
 
+def test_an_array_saved_by_nibabel_is_the_scan_that_it_was(run: Run, tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(-900, 1200, (30, 20, 10)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([0.7, -0.8, -2.5, 1])), tmp_path / "scan.nii")
+    np.save(tmp_path / "scan.npy", np.asanyarray(nibabel.load(tmp_path / "scan.nii").dataobj))
+    expected = run("inspect", tmp_path / "scan.nii", "--out", tmp_path / "nii.png")[1].splitlines()
+    options = ("--transpose", "--orientation", "ipr", "--spacing", "2.5,0.8,0.7", "--out", tmp_path / "npy.png")
+    code, output, _ = run("inspect", tmp_path / "scan.npy", *options)
+    assert code == 0 and output.splitlines()[1:4] == expected[1:4] and "10 x 20 x 30 voxels" in expected[1]
+    assert (tmp_path / "npy.png").read_bytes() == (tmp_path / "nii.png").read_bytes()
+    code, output, error = run("inspect", tmp_path / "scan.nii", "--transpose")
+    assert (code, output) == (2, "") and "transpose is for arrays without an orientation" in sentence(error)
+    turned = run("inspect", tmp_path / "scan.nii", "--orientation", "SPL")[1]
+    assert "Orientation  SPL" in turned and "the file states orientation IPR; the stated SPL is used" in turned
+
+
 def test_inspect_straightens_on_request(run: Run, tmp_path: Path) -> None:
     affine = np.array([[-0.7, 0, 0, 0], [0, -0.8, 0.9, 0], [0, 0, 2.4, 0], [0, 0, 0, 1]])
     array = np.random.default_rng(0).integers(-900, 1200, (30, 20, 10)).astype(np.int16)

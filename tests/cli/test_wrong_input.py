@@ -99,6 +99,7 @@ def test_an_empty_question(run: Run, model: Path, scan: Path) -> None:
         (["prepare", "m3d", "a", "b", "--spacing", "1,1,1"], "prepared volumes use --target-spacing"),
         (["inspect", "scan.npy", "--spacing", "1,2"], "must be numbers Z,Y,X with commas"),
         (["inspect", "scan.npy", "--hu", "mine"], "invalid choice"),
+        (["inspect", "scan.npy", "--orientation", "SPP"], "'SPP' must be one letter each of L/R, A/P and I/S, as in SPL"),
         (["dance"], "invalid choice"),
         (["ask", "model"], "required"),
         ([], "required"),

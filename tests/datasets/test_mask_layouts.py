@@ -230,6 +230,16 @@ def test_arrays_with_axes_x_y_z_are_transposed(tmp_path: Path) -> None:
         read_volume(tmp_path / "a.nii.gz", transpose=True)
 
 
+def test_masks_of_arrays_with_axes_x_y_z_are_transposed_as_their_scan(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", scan())
+    np.save(tmp_path / "mass.npy", (scan() > 350).astype(np.uint8))
+    (tmp_path / "table.csv").write_text("image,report,split,orientation,transpose,mask:mass\na.npy,A mass.,train,SAR,1,mass.npy\n")
+    assert main(["prepare", "table", str(tmp_path), str(tmp_path / "store"), "--size", "8,10,12", "--workers", "1"]) == 0
+    data = PreparedData(tmp_path / "store")
+    expected = (scan() > 350).T[1:-1, -2:0:-1, -2:0:-1].copy()  # displayed from the front and from the feet
+    assert torch.equal(data.masks(data.studies("train")[0], ["mass"])[0], torch.from_numpy(expected))
+
+
 def test_data_without_masks_are_prepared_as_before(tmp_path: Path) -> None:
     """None of their lines, records and files mentions masks."""
     nib.save(nib.Nifti1Image(scan(), np.eye(4)), tmp_path / "a.nii.gz")

@@ -249,6 +249,8 @@ def test_nan_and_floats_in_json_are_no_names(tmp_path: Path) -> None:
         ({"unit": "HE"}, "unit is 'HE' but must be one of HU, unit, arbitrary"),
         ({"spacing": [1, 1]}, "spacing is '1,1' but must be mm between slices, rows and columns, as 2.5,0.8,0.8"),
         ({"spacing": "2.5,0,0.8"}, "spacing is '2.5,0,0.8' but must be above 0"),
+        ({"orientation": "SPI"}, "orientation is 'SPI' but must be one letter each of L/R, A/P and I/S"),
+        ({"transpose": "xyz"}, "transpose is 'xyz' but must be 0, 1 or empty"),
         ({"rescale": "1"}, "rescale is '1' but must be slope and intercept, as 1,-1024"),
         ({"slope": 1}, "of slope and intercept one is empty; state both or neither"),
         ({"slope": "one", "intercept": 0}, "slope is 'one' but must be a number"),
@@ -264,26 +266,28 @@ def test_a_value_of_another_kind_is_refused(cells: dict[str, object], message: s
 
 
 def test_settings_of_a_scan_reach_its_reader(tmp_path: Path) -> None:
-    head = "image,report,split,Series,HU,rescale,slope,intercept,spacing,unit\n"
-    body = "a,x,train,2.0,Auto,,1,-1024,,\nb.npy,x,train,,csv,[1; -8192.5],,,2.5 x 0.8 x 0.8,\nc.nii,x,train,,,,,,,hu\n"
+    head = "image,report,split,Series,HU,rescale,slope,intercept,spacing,unit,Orientation,transpose\n"
+    body = "a,x,train,2.0,Auto,,1,-1024,,,,\nb.npy,x,train,,csv,[1; -8192.5],,,2.5 x 0.8 x 0.8,,ipr,1\nc.nii,x,train,,,,,,,hu,,0\n"
     expected = [
         {"series": 2, "hu": "auto", "rescale": [1.0, -1024.0]},
-        {"hu": "csv", "rescale": [1.0, -8192.5], "spacing": [2.5, 0.8, 0.8]},
-        {"unit": "HU"},
+        {"hu": "csv", "rescale": [1.0, -8192.5], "spacing": [2.5, 0.8, 0.8], "orientation": "IPR", "transpose": True},
+        {"unit": "HU", "transpose": False},
     ]
     root = write(tmp_path / "mine", head + body)
     assert [study.reading for study in table.read(root, "train")[0]] == expected
     lines = [
         {"image": "a", "report": "x", "split": "train", "series": 2, "hu": "auto", "rescale": [1, -1024]},
-        {"image": "b.npy", "report": "x", "split": "train", "hu": "csv", "slope": 1, "intercept": -8192.5, "spacing": [2.5, 0.8, 0.8]},
-        {"image": "c.nii", "report": "x", "split": "train", "unit": "HU", "series": None},
-    ]
+        {"image": "b.npy", "report": "x", "split": "train", "hu": "csv", "slope": 1, "intercept": -8192.5, "spacing": [2.5, 0.8, 0.8],
+         "orientation": "IPR", "transpose": True},
+        {"image": "c.nii", "report": "x", "split": "train", "unit": "HU", "series": None, "transpose": False},
+    ]  # fmt: skip
     other = write(tmp_path / "json", "\n".join(map(json.dumps, lines)), "table.jsonl")
     assert [study.reading for study in table.read(other, "train")[0]] == expected
     scan = np.random.default_rng(0).integers(7200, 9000, (10, 20, 30)).astype(np.int16)
     np.save(root / "b.npy", scan)
     volume = read_volume(root / "b.npy", **expected[1])
-    assert volume.spacing == (2.5, 0.8, 0.8) and np.array_equal(volume.array, scan - np.float32(8192.5))
+    assert (volume.spacing, volume.orientation) == ((2.5, 0.8, 0.8), "IPR")
+    assert np.array_equal(volume.array, scan.transpose(2, 1, 0) - np.float32(8192.5))
 
 
 def test_a_split_has_one_name(tmp_path: Path) -> None:
