@@ -45,8 +45,16 @@ def add_meaning(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
     add("--orientation", type=letters, metavar="SPL", help="where slices, rows and columns go in the patient (default: by the header)")
     add("--transpose", action="store_true", help="the axes of an array are x, y, z, as nibabel and MONAI save it (default: z, y, x)")
-    add("--unit", choices=UNITS, help="unit of the values (default: by the header and the values)")
-    add("--hu", choices=HU_POLICIES, help="whose slope and intercept make the values HU (default: auto)")
+    add(
+        "--unit",
+        choices=UNITS,
+        help="unit of the values: HU; unit, scaled to 0..1; arbitrary, any other scale (default: by header and values)",
+    )
+    add(
+        "--hu", choices=HU_POLICIES,
+        help="whose slope and intercept make the values HU: header, the file's; csv, those of --rescale; already_hu, none; "
+        "auto, by header and values (default: auto)",
+    )  # fmt: skip
     add("--rescale", type=numbers("S,I"), metavar="S,I", help="slope and intercept from a table beside the file, as in 1,-1024")
 
 
