@@ -1,7 +1,7 @@
 """Accounts of a shared workstation: a file of names and hashed passwords. This program writes it, and the chat reads it by --auth-file.
 
-    python app/accounts.py accounts.json anna            # asks for the password; a name that is there gets a new one
-    python app/chat.py --model outputs/demo/model --auth-file accounts.json --host 0.0.0.0
+    med3dvlm accounts accounts.json anna            # asks for the password; a name that is there gets a new one
+    med3dvlm chat outputs/demo/model --auth-file accounts.json --host 0.0.0.0
 
 A password is kept as scrypt's hash with a salt of its own (RFC 7914; n = 2^15, r = 8, p = 1: 32 MiB and about a tenth of a second a guess).
 """
@@ -37,15 +37,15 @@ class Accounts:
     def load(cls, path: Path) -> "Accounts":
         """Read the accounts. Raise FileNotFoundError or ValueError for a file that is missing, of another kind, or empty."""
         if not path.is_file():
-            raise FileNotFoundError(f"There is no accounts file {path}; make one with `python app/accounts.py {path} NAME`.")
+            raise FileNotFoundError(f"There is no accounts file {path}; make one with `med3dvlm accounts {path} NAME`.")
         try:
             hashes = json.loads(path.read_text(encoding="utf-8-sig"))
             if not all(isinstance(value, str) and len(bytes.fromhex(value)) == 48 for value in hashes.values()):
                 raise ValueError("an entry is not a hash")
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is not an accounts file ({error}); make one with `python app/accounts.py`.") from None
+            raise ValueError(f"{path} is not an accounts file ({error}); make another with `med3dvlm accounts FILE NAME`.") from None
         if not hashes:
-            raise ValueError(f"{path} holds no account; add one with `python app/accounts.py {path} NAME`.")
+            raise ValueError(f"{path} holds no account; add one with `med3dvlm accounts {path} NAME`.")
         return cls(hashes)
 
     async def allows(self, name: str, password: str) -> bool:

@@ -46,10 +46,10 @@ def test_other_machines_need_a_password(tmp_path, capsys) -> None:
     assert run(app.main, ["--model", str(tmp_path), "--host", "0.0.0.0"]) == 2
     assert "give --auth-file" in capsys.readouterr().err
     for content, words in (
-        (None, "no accounts file"),
+        (None, f"no accounts file {tmp_path}/accounts.json; make one with `med3dvlm accounts {tmp_path}/accounts.json NAME`"),
         ("[]", "is not an accounts file"),
         ('{"a": "b"}', "is not an accounts file"),
-        ("{}", "no account"),
+        ("{}", f"holds no account; add one with `med3dvlm accounts {tmp_path}/accounts.json NAME`"),
     ):
         path = tmp_path / "accounts.json"
         if content is not None:
