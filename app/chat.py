@@ -1,8 +1,8 @@
 """A radiology workstation in the browser: look at one's own scan and talk with a model about it, on this machine only.
 
-python app/chat.py --model outputs/demo/model
-python app/chat.py --model outputs/demo/model --port 8080 --mcp
-python app/chat.py --model outputs/demo/model --host 0.0.0.0 --auth-file accounts.json    # for others; see accounts.py
+python app/chat.py outputs/demo/model
+python app/chat.py outputs/demo/model --port 8080 --mcp
+python app/chat.py outputs/demo/model --host 0.0.0.0 --auth-file accounts.json    # for others; see accounts.py
 """
 
 import sys

@@ -120,6 +120,7 @@ def test_every_parser_shows_one_spelling(capsys: pytest.CaptureFixture[str]) -> 
             main([*words, "--help"])
         said = capsys.readouterr().out
         assert f"usage: med3dvlm {' '.join(words)}" in said
+        assert words != ["plan"] or "/dev/shm, steps and hours." in " ".join(said.split())
     assert set(PASSED_ON) == {*PROGRAMS, "chat", "accounts", "plan", "serve"}
 
 

@@ -1,8 +1,8 @@
 """A radiology workstation in the browser: look at one's own scan and talk with a model about it, on this machine only.
 
-    python app/chat.py --model outputs/demo/model
-    python app/chat.py --model outputs/demo/model --port 8080 --mcp
-    python app/chat.py --model outputs/demo/model --host 0.0.0.0 --auth-file accounts.json    # for others; see accounts.py
+    med3dvlm chat outputs/demo/model
+    med3dvlm chat outputs/demo/model --port 8080 --mcp
+    med3dvlm chat outputs/demo/model --host 0.0.0.0 --auth-file accounts.json    # for others; see accounts.py
 
 Nothing leaves the machine: the server listens on 127.0.0.1 unless told otherwise, the page fetches nothing from elsewhere, uploads lie in a
 private folder until they were read (DICOM files, which a Structured Report refers to, until the scan is closed; what an agent sends, and what
@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         OSError, ValueError: there is no model to load, the port is taken or the host is refused.
     """
     arguments = options().parse_args(argv)
+    model: Path = arguments.model or arguments.named_model
     try:
         if arguments.host not in HERE_ONLY and arguments.auth_file is None:
             raise ValueError(
@@ -114,14 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]:
             raise ValueError(f"--allow-host {wrong[0]} is not a name or an address; give it as scans.example.org or 192.0.2.1:7860.")
         accounts = None if arguments.auth_file is None else Accounts.load(arguments.auth_file)
-        chat = load(arguments.model, arguments.quantize)
+        chat = load(model, arguments.quantize)
         start_engine(chat, arguments.engine, arguments.vllm_url)
-        analysis = load_analysis(chat, arguments.contrastive, arguments.index, arguments.segmenter or find_segmenter(arguments.model))
+        analysis = load_analysis(chat, arguments.contrastive, arguments.index, arguments.segmenter or find_segmenter(model))
         for ending in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(ending, signal.default_int_handler)  # so that the private folder is deleted then, too
         warnings.simplefilter("ignore")  # a library's may quote a header
         with private_folder():
-            workstation = Workstation(chat, "/".join(arguments.model.resolve().parts[-2:]), arguments.limit * 2**20, analysis)
+            workstation = Workstation(chat, "/".join(model.resolve().parts[-2:]), arguments.limit * 2**20, analysis)
             blocks = build(workstation, arguments.parallel, accounts is not None)
             address = launch(blocks, workstation, arguments.port, arguments.host, accounts, arguments.mcp, arguments.allow_host)
             print(f"Med3DVLM listens on {address} (Ctrl+C ends it). {RESEARCH_NOTICE}", flush=True)
@@ -134,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def options() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(description="Look at a scan and talk with a model about it, in the browser.", epilog=RESEARCH_NOTICE)
-    parser.add_argument("--model", type=Path, required=True, help="directory of a trained model")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="the folder of a trained model")
+    model.add_argument("--model", dest="named_model", type=Path, help="the same, by name")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     parser.add_argument(
         "--host", default=HERE_ONLY[0], help="address to listen on; one that other machines reach needs --auth-file (default: %(default)s)"

@@ -1,8 +1,8 @@
 """Vision-language models for 3D CT scans: `med3dvlm COMMAND --help` lists the arguments of each command.
 
 Results go to stdout; warnings, progress and notices to stderr. The exit code is 0, or 1 where `prepare` or `run` had to leave scans
-out, or 3 where `run` cut an answer by its length, or 2 with one sentence where the input or the place of the output is at fault, or
-130 after Ctrl+C. Files appear under their names when they are whole.
+out or `plan` finds that a training does not fit, or 3 where `run` cut an answer by its length, or 2 with one sentence where the input
+or the place of the output is at fault, or 130 after Ctrl+C. Files appear under their names when they are whole.
 """
 
 # Each group of commands stands in a module of its own, which imports at its top only what starts at once: torch, transformers and the
@@ -70,11 +70,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _pass_on(command: str, *words: str) -> int:
     """Run a program with its own arguments."""
-    if command == "chat":
-        model = ("--model",) if words and not words[0].startswith("-") else ()
-        return programs.run("med3dvlm.app.chat", [*model, *words], "med3dvlm chat")
-    if command in ("accounts", "serve", "plan"):
-        module = {"accounts": "app.accounts", "serve": "serving.server", "plan": "training.plan"}[command]
+    if command in ("accounts", "chat", "serve", "plan"):
+        module = {"accounts": "app.accounts", "chat": "app.chat", "serve": "serving.server", "plan": "training.plan"}[command]
         return programs.run(f"med3dvlm.{module}", words, f"med3dvlm {command}")
     known = PROGRAMS[command]
     choice = programs.Parser(prog=f"med3dvlm {command}", description=PASSED_ON[command], add_help=True)

@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> ArgumentParser:
-    parser = Parser(description=__doc__.splitlines()[0], epilog="Other flags are settings of the stage.", allow_abbrev=False)
+    parser = Parser(description=__doc__.partition("\n\n")[0], epilog="Other flags are settings of the stage.", allow_abbrev=False)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="settings of the stage: a file, or a recipe of the package, as paper/stage3_lora")
     add("--stage", choices=STAGES, help="stage of the settings (default: the name of the file)")
