@@ -102,7 +102,9 @@ def add_commands(commands: Commands) -> None:
     add_workers(audit)
     audit.set_defaults(run=_audit)
 
-    findings = commands.add_parser("findings", help="read findings in reports: train a classifier on labelled reports, or score one")
+    findings = commands.add_parser(
+        "findings", help="read findings in reports, by rules or a classifier; train a classifier on labelled reports, or score one"
+    )
     add_findings_arguments(findings)
     findings.set_defaults(run=_findings)
 

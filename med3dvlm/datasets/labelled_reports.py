@@ -1,4 +1,4 @@
-"""Labelled reports on disk: one CSV with both, or CT-RATE's two, joined on their first common column.
+"""Reports on disk, and labelled ones: one CSV with both, or CT-RATE's two, joined on their first common column.
 
 text     report_text, or Findings_EN and Impressions_EN, or report, or text
 id       AccessionNo, VolumeName or id; else the row's number
@@ -11,6 +11,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,24 @@ class LabelledReports:
         return LabelledReports(ids, patients, texts, self.names, self.labels[rows])
 
 
+class Reports(NamedTuple):
+    """N reports, and the column of their ids, "id" where the file has none."""
+
+    column: str
+    ids: list[str]
+    texts: list[str]
+
+
+def read_reports(path: Path) -> Reports:
+    """Read the reports of a CSV file.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: there are no texts; the message says what is needed.
+    """
+    return _reports(path, _rows(path))
+
+
 def read_labelled_reports(reports: Path, labels: Path | None = None) -> LabelledReports:
     """Read the reports of a CSV file, with the labels in it or those of a second file.
 
@@ -58,12 +77,7 @@ def read_labelled_reports(reports: Path, labels: Path | None = None) -> Labelled
         ValueError: there are no texts, no labels, or a report has none; the message says where and what is needed.
     """
     rows = _rows(reports)
-    columns = list(rows[0])
-    text_columns = next((names for names in TEXTS if set(names) <= set(columns)), None)
-    if text_columns is None:
-        raise ValueError(f"{reports} has no column of texts ({', '.join(' + '.join(names) for names in TEXTS)}); it has {columns}")
-    identity = next((name for name in IDS if name in columns), None)
-    ids = [row[identity] if identity else str(number) for number, row in enumerate(rows, start=1)]
+    _, ids, texts = _reports(reports, rows)
     labelled = rows if labels is None else _joined(reports, rows, labels)
     about = {*(name for names in TEXTS for name in names), *IDS, "patient"}
     names = [name for name in labelled[0] if name not in about and all(_is_label(row[name]) for row in labelled)]
@@ -75,13 +89,21 @@ def read_labelled_reports(reports: Path, labels: Path | None = None) -> Labelled
     return LabelledReports(
         ids,
         [_patient(one, row.get("patient", "")) for one, row in zip(ids, rows, strict=True)],
-        [
-            " ".join(row[name].strip() for name in text_columns if not is_missing(row[name]) and row[name].strip() != NOT_GIVEN)
-            for row in rows
-        ],
+        texts,
         tuple(findings),
         np.array([[label_value(name, row[name]) for name in names] for row in labelled], dtype=np.int64),
     )
+
+
+def _reports(path: Path, rows: list[dict[str, str]]) -> Reports:
+    columns = list(rows[0])
+    text_columns = next((names for names in TEXTS if set(names) <= set(columns)), None)
+    if text_columns is None:
+        raise ValueError(f"{path} has no column of texts ({', '.join(' + '.join(names) for names in TEXTS)}); it has {columns}")
+    identity = next((name for name in IDS if name in columns), None)
+    ids = [row[identity] if identity else str(number) for number, row in enumerate(rows, start=1)]
+    given = [[row[name].strip() for name in text_columns if not is_missing(row[name])] for row in rows]
+    return Reports(identity or "id", ids, [" ".join(text for text in texts if text != NOT_GIVEN) for texts in given])
 
 
 def _patient(identity: str, stated: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from med3dvlm.cli.findings import add_arguments, run
 from med3dvlm.datasets.labelled_reports import read_labelled_reports
+from med3dvlm.reports.findings import FINDINGS
 
 ROWS = [
     ("train_1_a_1", "A nodule in the right lung.", 1, 0),
@@ -42,6 +43,34 @@ def test_score_of_the_rules(reports: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "scores.json").read_text())["per_class"]["lung_nodule"]["recall"] == 0.5
     error = json.loads((tmp_path / "errors.jsonl").read_text())
     assert (error["id"], error["finding"], error["label"], error["mentions"]) == ("train_3_a_1", "lung_nodule", 1, [])
+
+
+def test_findings_are_read_into_a_table(tmp_path: Path) -> None:
+    rows = [["b 1", "A nodule in the right lung. No gallstones.", "x"], ["a", "NA", "x"], ["c", "Emphysema; gallstones.", "x"]]
+    file, out = write(tmp_path / "reports.csv", ["id", "report", "site"], rows), tmp_path / "new" / "findings.csv"
+    assert (
+        do("read", file, "--out", out)
+        == f"{out}: {len(FINDINGS)} findings of 3 reports, read by the rules. Without a text, and so without values: 1."
+    )
+    with out.open("r", newline="", encoding="utf-8") as table:
+        found = list(csv.DictReader(table))
+    assert [row.pop("id") for row in found] == ["b 1", "a", "c"] and all(tuple(row) == FINDINGS for row in found)
+    assert set(found[1].values()) == {""} and set(found[0].values()) == set(found[2].values()) == {"0", "1"}
+    stated = [{name for name, value in row.items() if value == "1"} for row in found]
+    assert stated == [{"lung_nodule"}, set(), {"emphysema", "gallstone"}]
+    with pytest.raises(ValueError, match="the file of the reports; name another one"):
+        do("read", file, "--out", file)
+    with pytest.raises(ValueError, match="no column of texts"):
+        do("read", out, "--out", tmp_path / "other.csv")
+
+
+def test_what_is_read_can_be_used_as_labels(reports: Path, tmp_path: Path) -> None:
+    texts = write(tmp_path / "texts.csv", ["VolumeName", "text"], [list(row[:2]) for row in ROWS])
+    do("read", texts, "--out", tmp_path / "findings.csv")
+    assert "| **micro** | 1.000 | 1.000 | 1.000 |" in do("score", texts, "--labels", tmp_path / "findings.csv")
+    do("train", reports, tmp_path / "own", "--text-only")
+    assert "2 findings of 3 reports" in do("read", texts, "--out", tmp_path / "findings.csv", "--classifier", tmp_path / "own")
+    assert (tmp_path / "findings.csv").read_text(encoding="utf-8").startswith("VolumeName,lung_nodule,emphysema\ntrain_1_a_1,")
 
 
 def test_reports_and_labels_in_two_files(tmp_path: Path) -> None:
