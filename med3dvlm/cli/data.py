@@ -60,7 +60,9 @@ def add_commands(commands: Commands) -> None:
         "destination", metavar="DST", help="the prepared data: a folder, or an address; an interrupted preparation continues"
     )
     add_cache(prepare)
-    prepare.add_argument("--recipe", default="m3d", help="recipe of preprocessing (default: %(default)s)")
+    prepare.add_argument(
+        "--recipe", default="m3d", help="recipe of preprocessing: m3d, hu_window, ct_rate or ct_clip (default: %(default)s)"
+    )
     prepare.add_argument(
         "--size", type=parse_size, metavar="D,H,W", help="voxels of a prepared volume (default: the recipe's; 128,256,256 for m3d)"
     )

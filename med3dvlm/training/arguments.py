@@ -190,7 +190,7 @@ def find_config(name: str, ending: str) -> Path:
     return ours if ours.is_file() else path
 
 
-def recipes() -> list[str]:
+def configurations() -> list[str]:
     """Return the names of the package's own settings of stages."""
     return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.yaml"))
 

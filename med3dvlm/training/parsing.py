@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from med3dvlm.programs import Parser
-from med3dvlm.training.arguments import StageArguments, find_config, recipes
+from med3dvlm.training.arguments import StageArguments, configurations, find_config
 
 
 class SettingsParser(Parser, HfArgumentParser):
@@ -46,7 +46,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="settings as YAML: a file, or a recipe of the package, as demo/stage1_siglip; options of the command line override them",
+        help="settings as YAML: a file, or a configuration of the package, as demo/stage1_siglip; options of the command line override them",
     )
     _list_own_settings_first(parser, kind)
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -55,7 +55,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
     if config is not None:
         path = find_config(config, ".yaml")
         if not path.is_file():
-            parser.error(f"{config} is neither a file nor a recipe of the package; those are {', '.join(recipes())}")
+            parser.error(f"{config} is neither a file nor a configuration of the package; those are {', '.join(configurations())}")
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:

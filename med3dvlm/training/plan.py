@@ -164,7 +164,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     parser = Parser(description=__doc__.partition("\n\n")[0], epilog="Other flags are settings of the stage.", allow_abbrev=False)
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="settings of the stage: a file, or a recipe of the package, as paper/stage3_lora")
+    add(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="settings of the stage: a file, or a configuration of the package, as paper/stage3_lora",
+    )
     add("--stage", choices=STAGES, help="stage of the settings (default: the name of the file)")
     add("--gpus", type=positive, default=1, metavar="N", help="GPUs in all (default: %(default)s)")
     add("--gpu-memory", type=float, required=True, metavar="GB", help="memory of one GPU, in units of 10^9 bytes")

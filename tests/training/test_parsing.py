@@ -109,7 +109,9 @@ def test_what_accelerate_launch_brings_is_refused(
 def test_a_missing_config_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(ToyArguments, ["--config", "nowhere.yaml", "--data", "x"])
-    assert "nowhere.yaml is neither a file nor a recipe of the package; those are ablation/stage1_siglip, " in capsys.readouterr().err
+    assert (
+        "nowhere.yaml is neither a file nor a configuration of the package; those are ablation/stage1_siglip, " in capsys.readouterr().err
+    )
 
 
 def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
