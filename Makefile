@@ -51,10 +51,10 @@ compare-encoders: install ## Tables 1 to 3 of the DCFormer paper on phantoms: si
 ablation: install ## Tables 5 to 8 of the paper on phantoms, the paper's figures beside
 	OUTPUTS='$(OUTPUTS)' bash stages/demo/ablation.sh demo
 
-places: install ## what teaches a model where findings are: the paper's recipe, masks, finer tokens and more, with equal minutes
+places: install ## what teaches a model where findings are: the paper's method, masks, finer tokens and more, with equal minutes
 	OUTPUTS='$(OUTPUTS)' bash stages/demo/places.sh demo
 
-rehearsal: install ## the paper's recipes at their real shapes, a few steps of each: what breaks breaks here (half an hour on 2 cores, 20 GB)
+rehearsal: install ## the paper's trainings at their real shapes, a few steps of each: what breaks breaks here (half an hour on 2 cores, 20 GB)
 	OUTPUTS='$(OUTPUTS)' bash benchmarks/rehearsal.sh $(ARGS)
 
 docs: install ## build the documentation into site/ and check its links

@@ -83,6 +83,7 @@ def places(
     scan = next(phantoms.rglob("*.nii.gz"))
     return {
         "outputs/demo/model": str(tiny_models.vlm),
+        "models/med3dvlm-7b": str(tiny_models.vlm),
         "outputs/paper/model": str(tiny_models.vlm),
         "outputs/paper/stage1": str(tiny_models.clip),
         "outputs/demo/stage1/segmenter": str(tiny_models.segmenter),
@@ -132,7 +133,8 @@ def test_command_runs(
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "table.csv").write_text("image,report\nscan.nii.gz,Normal chest.\n")
         shutil.copy(places["scan.nii.gz"], tmp_path / "mine" / "scan.nii.gz")
-        line = line.replace("data/mine data/mine_128", f"{tmp_path}/mine {tmp_path}/prepared").replace("128,256,256", "16,32,32")
+        line = re.sub(r"data/mine data/mine_\d+", f"{tmp_path}/mine {tmp_path}/prepared", line)
+        line = re.sub(r"128,256,256|24,48,48", "16,32,32", line)
         line = line.replace("data/ct_rate data/ct_rate_256", f"{chests.root}/CT-RATE {tmp_path}/prepared").replace(
             "256,512,512", "16,32,32"
         )
@@ -165,7 +167,7 @@ def test_training_command_parses(line: str, repository: Path, monkeypatch: pytes
     kind = max(kinds, key=lambda value: len(value.__mro__))
     monkeypatch.chdir(repository)
     parsed = parse_arguments(kind, [*arguments, "--output-dir", str(tmp_path), "--use-cpu", "true", "--bf16", "false", "--deepspeed", ""])
-    assert parsed.data in ("data/mine_128", "data/ct_rate_256")
+    assert parsed.data in ("data/mine_128", "data/mine_24", "data/ct_rate_256")
 
 
 def test_every_command_is_covered() -> None:
