@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from med3dvlm.cli import main
 from med3dvlm.datasets.store import PreparedData
+from med3dvlm.recipes import RECIPES
 from tests.cli.scans import Run, sentence
 
 
@@ -84,3 +86,10 @@ def test_prepare_continues_after_missing_reports(run: Run, phantoms: Path, tmp_p
     assert "Warning: 2 of 12 studies could not be prepared" in error
     assert f"{lost}, the report of" in error and "is missing" in error and f"{empty}, the report of" in error and "is empty" in error
     assert len(PreparedData(prepared, exclude_failures=True).questions("train")) > 0
+
+
+def test_the_help_of_prepare_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["prepare", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"recipe of preprocessing: {', '.join(list(RECIPES)[:-1])} or {list(RECIPES)[-1]} " in said
