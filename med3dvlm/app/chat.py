@@ -20,6 +20,7 @@ import re
 import signal
 import threading
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,10 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def options() -> Parser:
     """Return the parser of the command line."""
-    parser = Parser(description="Look at a scan and talk with a model about it, in the browser.", epilog=RESEARCH_NOTICE)
+    about = "Look at a scan and talk with a model about it, in the browser."
+    parser = Parser(description=about, epilog=RESEARCH_NOTICE, usage="%(prog)s MODEL [options]")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="the folder of a trained model")
-    model.add_argument("--model", dest="named_model", type=Path, help="the same, by name")
+    model.add_argument("--model", dest="named_model", type=Path, help=SUPPRESS)
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     parser.add_argument(
         "--host", default=HERE_ONLY[0], help="address to listen on; one that other machines reach needs --auth-file (default: %(default)s)"

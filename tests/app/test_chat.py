@@ -42,13 +42,14 @@ def test_no_model_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:
         assert words in error and str(model) in error and error.count("\n") == 1
 
 
-def test_the_model_is_named_anywhere_and_once(tmp_path, capsys) -> None:
+def test_the_model_is_named_anywhere_and_once(tmp_path, capsys, free_port) -> None:
     (tmp_path / "config.json").write_text("{}")
-    for words in ([str(tmp_path), "--port", "7860"], ["--port", "7860", str(tmp_path), "--mcp"], ["--mcp", "--model", str(tmp_path)]):
+    port = ["--port", str(free_port)]
+    for words in ([str(tmp_path), *port], [*port, str(tmp_path), "--mcp"], [*port, "--mcp", "--model", str(tmp_path)]):
         arguments = app.options().parse_args(words)
         assert (arguments.model or arguments.named_model) == tmp_path
         assert run(app.main, words) == 2 and f"{tmp_path} holds no weights" in capsys.readouterr().err
-    for words, said in (([], "MODEL --model is required"), ([str(tmp_path), "--model", str(tmp_path)], "not allowed with argument MODEL")):
+    for words, said in (([], "MODEL is required"), ([str(tmp_path), "--model", str(tmp_path)], "not allowed with argument MODEL")):
         with pytest.raises(SystemExit):
             app.options().parse_args(words)
         assert said in capsys.readouterr().err
