@@ -30,14 +30,14 @@ from .browsing import wait_for
 SCRIPT = Path(__file__).parents[2] / "app" / "chat.py"
 
 
-def test_no_model_is_one_sentence_and_exit_code_2(tmp_path, capsys) -> None:
+def test_no_model_is_one_sentence_and_exit_code_2(tmp_path, capsys, free_port) -> None:
     (tmp_path / "config.json").write_text("{}")
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "med3d_clip"}')
     save_file({}, other / "model.safetensors")
     for model, words in ((tmp_path / "nowhere", "no model directory"), (tmp_path, "holds no weights"), (other, "a med3d_clip model")):
-        assert run(app.main, ["--model", str(model)]) == 2
+        assert run(app.main, ["--model", str(model), "--port", str(free_port)]) == 2
         error = capsys.readouterr().err
         assert words in error and str(model) in error and error.count("\n") == 1
 
@@ -55,9 +55,10 @@ def test_the_model_is_named_anywhere_and_once(tmp_path, capsys, free_port) -> No
         assert said in capsys.readouterr().err
 
 
-def test_other_machines_need_a_password(tmp_path, capsys) -> None:
+def test_other_machines_need_a_password(tmp_path, capsys, free_port) -> None:
     assert run(app.main, ["--model", str(tmp_path), "--host", "0.0.0.0"]) == 2
     assert "give --auth-file" in capsys.readouterr().err
+    port = ["--port", str(free_port)]
     for content, words in (
         (None, f"no accounts file {tmp_path}/accounts.json; make one with `med3dvlm accounts {tmp_path}/accounts.json NAME`"),
         ("[]", "is not an accounts file"),
@@ -67,17 +68,18 @@ def test_other_machines_need_a_password(tmp_path, capsys) -> None:
         path = tmp_path / "accounts.json"
         if content is not None:
             path.write_text(content)
-        assert run(app.main, ["--model", str(tmp_path), "--host", "0.0.0.0", "--auth-file", str(path)]) == 2
+        assert run(app.main, ["--model", str(tmp_path), "--host", "0.0.0.0", "--auth-file", str(path), *port]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
 
 
-def test_a_wrong_allowed_host_is_refused(tmp_path, capsys) -> None:
+def test_a_wrong_allowed_host_is_refused(tmp_path, capsys, free_port) -> None:
+    port = ["--port", str(free_port)]
     for name in ("http://scans.example", "a b", "", "scans.example:", "scans.example/page"):
-        assert run(app.main, ["--model", str(tmp_path), "--allow-host", name]) == 2
+        assert run(app.main, ["--model", str(tmp_path), "--allow-host", name, *port]) == 2
         assert "is not a name or an address" in capsys.readouterr().err
     for name in ("scans.example", "localhost:9000", "[::1]:80", "192.0.2.1"):
-        assert run(app.main, ["--model", str(tmp_path), "--allow-host", name]) == 2
+        assert run(app.main, ["--model", str(tmp_path), "--allow-host", name, *port]) == 2
         assert "no weights" in capsys.readouterr().err
 
 
