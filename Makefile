@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt requirements/models.txt
 		echo 'WordNet could not be fetched: METEOR is left out until it is here ($(VENV)/bin/python -m nltk.downloader wordnet).'
 	@touch $@
 
-demo: install ## from nothing to a trained assistant that answers about a scan (15 to 40 minutes on 2 cores)
+demo: install ## from nothing to a trained assistant that answers about a scan (15 to 60 minutes on 2 cores)
 	OUTPUTS='$(OUTPUTS)' LM='$(LM)' bash stages/demo/demo.sh demo
 
 demo-full: install ## the same with more studies and steps (an hour or more); LM=smollm2 takes a real small language model

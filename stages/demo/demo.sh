@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole way once: phantoms, preparation, four trainings, merge, evaluation, two questions. Called by `make demo` and `make demo-full`.
 #
-#   bash stages/demo/demo.sh demo     15 to 40 minutes on 2 cores      bash stages/demo/demo.sh full     an hour or more
+#   bash stages/demo/demo.sh demo     15 to 60 minutes on 2 cores      bash stages/demo/demo.sh full     an hour or more
 #   LM=smollm2 bash stages/demo/demo.sh full     with a real small language model: hours on 2 cores, not timed on a GPU
 #
 # Every command is printed before it runs. A step that was finished is left out the next time; a training continues from its last checkpoint.
