@@ -225,8 +225,9 @@ def _remedy(parts: Parts, slope: float, intercept: float) -> str:
     """Say how slope and intercept lead to HU."""
     if parts.rescale is None:
         return f"state rescale=({slope:g}, {intercept:g}) with hu='csv' (--rescale {slope:g},{intercept:g} --hu csv)"
-    taken_back = slope == 1 and abs(intercept + parts.rescale[1]) < 100  # never for NaN
-    return "state hu='already_hu'" if taken_back and parts.rescale[0] == 1 else "export the scan again without slope and intercept"
+    if slope == parts.rescale[0] == 1 and abs(intercept + parts.rescale[1]) < 100:  # never for NaN
+        return "state hu='already_hu' (--hu already_hu)"
+    return "export the scan again without slope and intercept"
 
 
 def _rescaled(array: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
