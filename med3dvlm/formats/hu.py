@@ -175,12 +175,9 @@ def _guess(parts: Parts, spread: Spread) -> Meaning:
     if modality not in (None, "CT"):
         return Meaning(array, *_no_hu(spread, f"the header says {modality}"))
     if low >= LOWEST_PADDING and spread.looks_like_hu and not sunk:
-        doubts = (
-            ()
-            if spread.has_air
-            else ("the unit is taken to be HU, yet no values lie near -1000 as air does; state another (--unit) if it is not.",)
-        )
-        return Meaning(array, "HU", (f"the unit is HU by the values: {spread}, as in a CT.",), (*_padding(spread), *doubts))
+        doubt = "the unit is taken to be HU, yet no values lie near -1000 as air does; if it is not, state another unit (--unit)."
+        doubts = _padding(spread) if spread.has_air else (*_padding(spread), doubt)
+        return Meaning(array, "HU", (f"the unit is HU by the values: {spread}, as in a CT.",), doubts)
     warnings = [*sunk] or [*_other_scale(spread, parts)]
     if LOWEST_PADDING <= low <= TISSUE and not spread.has_air and spread.within >= 0.99 and not warnings:
         warnings.append("no values lie near -1000 as air does, so they are not taken as HU; if they are, state unit='HU' (--unit HU).")

@@ -48,8 +48,7 @@ STAGES: dict[str, tuple[object, ...]] = {
     ),
 }  # fmt: skip
 STEPS = {stage: 30 for stage in STAGES} | {"stage1_siglip": 48, "ct_clip": 48}
-EARLY = 5  # steps of the runs whose losses are compared
-ALIKE = 3  # losses that bfloat16 has like float32; at so high a rate of learning rounding decides about the later ones
+EARLY = 5  # steps whose losses are compared
 ZERO2 = ("--deepspeed", "ds_configs/zero2.json")
 LAUNCHERS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "deepspeed": ("deepspeed", 1, ZERO2),
@@ -95,7 +94,7 @@ def train(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """A trainer whose parents are the models written under DeepSpeed on one process."""
     root = tmp_path_factory.mktemp("bfloat16")
     ids = [study.id for study in PreparedData(prepared).studies("train")]
-    (root / "four.json").write_text(json.dumps({"train": ids[4:8], "validation": ids[:3]}))
+    (root / "four.json").write_text(json.dumps({"train": ids[:4], "validation": ids[4:7]}))
     # The recipe keeps small tensors whole on every process, and here all are small: nothing would be shared out.
     engine = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
     engine["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -147,7 +146,7 @@ def test_zero3_on_two_processes_equals_zero2(stage: str, train: Trainer) -> None
 @pytest.mark.parametrize("launcher", [name for name in LAUNCHERS if not name.startswith("ZeRO-3")])
 @pytest.mark.parametrize("stage", STAGES)
 def test_four_studies_are_learnt_by_heart(stage: str, launcher: str, train: Trainer) -> None:
-    """Losses fall to less than a tenth; the first ones differ from float32 by less than 5 % of the first."""
+    """Losses fall to less than a tenth; those of the first steps differ from float32 by less than 5 % of the first loss."""
     output = train.parents / stage if launcher == "deepspeed" else train(stage, launcher, launcher.replace(" ", "_"))
     curve = losses(output)
     assert len(curve) == STEPS[stage] and min(curve[-3:]) < curve[0] / 10
@@ -157,7 +156,7 @@ def test_four_studies_are_learnt_by_heart(stage: str, launcher: str, train: Trai
     if not exact.exists():
         train(stage, reference, exact.parent.name, "--max-steps", EARLY, bf16=False)
     expected = losses(exact)
-    assert curve[:ALIKE] == pytest.approx(expected[:ALIKE], abs=0.05 * expected[0]), expected
+    assert curve[:EARLY] == pytest.approx(expected, abs=0.05 * expected[0]), expected
 
 
 def test_only_trainable_weights_change(train: Trainer) -> None:
