@@ -51,10 +51,12 @@ def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
 ) -> None:
     """In stage 2 no batch norm depends on a process's part of the batch. The training is started twice; the second continues the first.
 
-    Worst difference measured: 2e-7 of the losses, 2e-3 of the distance that the weights moved.
+    Worst difference measured: 8e-8 of the losses, 3e-3 of the distance that the weights moved.
+    On the same batches a model that does not learn has losses that are higher by 0.004 to 0.005: equal losses mean equal weights.
     """
-    rate = ("--learning-rate", 0.01, "--lr-scheduler-type", "constant")
+    rate = ("--learning-rate", 0.1, "--lr-scheduler-type", "constant")
     one = run(stage2_projector, *rate, "--per-device-train-batch-size", 4)
+    untrained = run(stage2_projector, "--learning-rate", 0, "--per-device-train-batch-size", 4)
     command = (*smoke(stage2_projector, prepared, tmp_path / "two", tiny_models), *rate, "--per-device-train-batch-size", 2)
     engine, log = ("--deepspeed", "ds_configs/zero2.json", "--use-cpu", "true"), tmp_path / "log"
     assert launch("deepspeed", 2, *command, "--max-steps", 2, *engine, log=log) == [0, 0], log.read_text()
@@ -62,7 +64,7 @@ def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
     two = Run(tmp_path / "two", {}, {}, set(), set())
     assert two.record["processes"] == 2 and two.record["settings"]["deepspeed"] == "ds_configs/zero2.json"
     assert two.losses == pytest.approx(one.losses, rel=1e-5) and len(two.losses) == 4
-    assert abs(one.losses[0] - one.losses[-1]) > 0.01  # it learns: equal losses mean equal weights
+    assert all(without - learned > 0.003 for without, learned in zip(untrained.losses[1:], one.losses[1:], strict=True))
     assert list(two.output.glob("checkpoint-4/training_state-*.safetensors"))
     trained = load_vlm(two.output)[0].state_dict()
     moved, apart = (
