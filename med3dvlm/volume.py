@@ -322,6 +322,12 @@ def _doubts(volume: Volume) -> list[str]:
         )
     for irregular in _irregular(volume):
         found.append(f"{irregular}; voxels are used as if they were a regular grid, and {STRAIGHTEN} resamples them to one.")
+    first, second, third = volume.array.shape
+    if volume.orientation is None and first == second != third:
+        found.append(
+            f"its first two axes are of one length ({first}x{second}x{third}), as where an array counts x, y, z; it is read as z, y, x; "
+            "if it does count x, y, z, pass transpose=True (--transpose)."
+        )
     if volume.direction is None:
         return found
     tilt, turn = geometry.turn(volume.direction)

@@ -186,6 +186,18 @@ def test_2d_and_4d(tmp_path: Path) -> None:
     refused(write_series(tmp_path / "one", scan()[:1]), "2D image")
 
 
+def test_an_array_that_seems_to_count_x_y_z(tmp_path: Path) -> None:
+    slices = np.arange(8 * 20 * 20, dtype=np.int16).reshape(8, 20, 20)  # z, y, x
+    for name, array in (("zyx", slices), ("xyz", slices.T), ("cube", np.arange(20**3, dtype=np.int16).reshape(20, 20, 20))):
+        np.save(tmp_path / f"{name}.npy", array)
+    seeming = {name: "(--transpose)" in " ".join(read_volume(tmp_path / f"{name}.npy").warnings) for name in ("zyx", "xyz", "cube")}
+    assert seeming == {"zyx": False, "xyz": True, "cube": False}
+    transposed = read_volume(tmp_path / "xyz.npy", transpose=True)
+    assert np.array_equal(transposed.array, slices) and "(--transpose)" not in " ".join(transposed.warnings)
+    nibabel.save(nibabel.Nifti1Image(slices, np.diag([0.7, 0.8, 2.5, 1])), tmp_path / "sagittal.nii")  # its file says what its axes are
+    assert "(--transpose)" not in " ".join(read_volume(tmp_path / "sagittal.nii").warnings)
+
+
 def test_bad_values(tmp_path: Path) -> None:
     for name, value in (("nan", np.nan), ("inf", np.inf)):
         bad = scan(np.float32)

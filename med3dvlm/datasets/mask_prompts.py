@@ -1,7 +1,7 @@
 """Text prompts about a prepared study, each with its mask: training data of a segmenter and of the dense loss of stage 1.
 
-Positive prompts name what has a mask: by its name, with its side, or by the report's sentence about it. Negative prompts, with an empty mask,
-name findings whose label is 0, or put what lies on one side alone on the other. What nobody looked for is never asked for.
+Positive prompts name what has a mask: by its name, with its side or place, or by the report's sentence about it. Negative prompts, with an empty
+mask, name findings whose label is 0, or put what lies at one side or place alone at another. What nobody looked for is never asked for.
 
 Shapes: B volumes of D, H, W voxels; K prompts a volume, N in all; L text tokens; C width of text features.
 """
@@ -45,6 +45,7 @@ class MaskPrompts:
         structures: how many of them name a structure that is there; the rest are its findings, then absent ones.
         sentences: share of findings asked for by the report's sentence, where there is one.
         sides: share of findings asked for with their side, where they lie on one; another prompt then names the other side.
+        places: share of findings asked for with their place, where others of the name have another; another prompt then names one of those.
     """
 
     features: dict[str, Tensor] | None = None  # text -> (C), once they have been computed
@@ -58,9 +59,14 @@ class MaskPrompts:
         structures: int = 1,
         sentences: float = 0.3,
         sides: float = 0.3,
+        places: float = 0.0,
     ) -> None:
-        self.data, self.seed, self.count, self.structures, self.sentences, self.sides = data, seed, count, structures, sentences, sides
+        self.data, self.seed, self.count, self.structures = data, seed, count, structures
+        self.sentences, self.sides, self.places = sentences, sides, places
         self.findings = sorted({name for study in studies for name, mask in study.masks.items() if mask.kind == "finding"})
+        self.known_places = {
+            name: sorted({mask.place for study in studies if (mask := study.masks.get(name)) and mask.place}) for name in self.findings
+        }
 
     def known(self, study: Study) -> bool:
         """Return whether there is any prompt about the study."""
@@ -69,6 +75,8 @@ class MaskPrompts:
     def texts(self, studies: Sequence[Study]) -> list[str]:
         """Return all prompts that these studies may get."""
         prompts = list(self.findings)
+        if self.places:
+            prompts += [f"{name}, {place}" for name, places in self.known_places.items() if len(places) > 1 for place in places]
         for study in studies:
             for name, mask in study.masks.items():
                 prompts += [name, *(f"{side} {name}" for side in OTHER_SIDE if _side(name, mask)), *filter(None, [mask.text])]
@@ -89,9 +97,16 @@ class MaskPrompts:
             elif (side := _side(name, mask)) and choice >= 1 - self.sides:
                 there.append(Prompt(f"{side} {name}", name))
                 missing.insert(0, Prompt(f"{OTHER_SIDE[side]} {name}", None))
+            elif (others := self._elsewhere(name, mask)) and self.sentences <= choice < self.sentences + self.places:
+                there.append(Prompt(f"{name}, {mask.place}", name))
+                missing.insert(0, Prompt(f"{name}, {random.choice(others)}", None))
             else:
                 there.append(Prompt(name, name))
         return [*there, *missing][: self.count]
+
+    def _elsewhere(self, name: str, mask: Mask) -> list[str]:
+        """Return the places where findings of that name lie in other studies; none where this one has no place in words."""
+        return [place for place in self.known_places.get(name, ()) if place != mask.place] if mask.place else []
 
     def row(self, study: Study, epoch: int, row: int) -> dict[str, Any]:
         """Return "prompts" (texts), or "prompt_features" (K, C) where they have been computed, and "masks" (K, D, H, W) bool."""

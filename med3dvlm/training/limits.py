@@ -53,6 +53,7 @@ INTERVALS = {
     "embedding_dim": WIDTH,
     "embedding_stride": COUNT,
     "presence_weight": "[0, inf)",
+    "prompt_places": SHARE,
     "prompt_sentences": SHARE,
     "prompt_sides": SHARE,
     "prompt_structures": "[0, inf)",

@@ -59,6 +59,7 @@ class DecoderArguments:
     prompt_structures: int = field(default=1, metadata={"help": "how many of the prompts name a structure, such as an organ"})
     prompt_sentences: float = field(default=0.3, metadata={"help": "share of findings asked for by the report's sentence about them"})
     prompt_sides: float = field(default=0.3, metadata={"help": "share of findings asked for with their side, and for the other side too"})
+    prompt_places: float = field(default=0.0, metadata={"help": "share of findings asked for with their place, and for another place too"})
 
     @property
     def decoder(self) -> dict[str, Any]:
@@ -84,6 +85,7 @@ class DecoderArguments:
             "structures": self.prompt_structures,
             "sentences": self.prompt_sentences,
             "sides": self.prompt_sides,
+            "places": self.prompt_places,
         }
 
 

@@ -12,8 +12,8 @@ set -euo pipefail
 size=${1:-demo}
 known="vit3d_clip vit3d_siglip dcformer_clip dcformer_siglip mlp low_high_mlp mixer_1 mixer_2 spatial_pooling"
 case "$size" in # studies, then the steps of stages 0 to 3; the first two as in demo.sh
-  demo) name=ablation; recipes=ablation; studies=2000; steps=(800 400 60 860) ;;
-  smoke) name=ablation-smoke; recipes=smoke; studies=24; steps=(4 2 2 2); LAUNCHER=python ;;
+  demo) name=ablation; configs=ablation; studies=2000; steps=(800 400 60 860) ;;
+  smoke) name=ablation-smoke; configs=smoke; studies=24; steps=(4 2 2 2); LAUNCHER=python ;;
   *) echo "ablation.sh: the choices are demo or smoke, not '$size'" >&2; exit 2 ;;
 esac
 outputs=${OUTPUTS:-outputs}
@@ -22,7 +22,7 @@ choose_rows "$known"
 
 root=$outputs/$size config=stages/configs/$size
 foundation "$studies" "${steps[0]}"
-language_model=$root/language_model root=$outputs/$name config=stages/configs/$recipes
+language_model=$root/language_model root=$outputs/$name config=stages/configs/$configs
 
 # encoder ROW OPTIONS...: a row of Table 5
 encoder() {
@@ -45,7 +45,7 @@ projector() {
 # as many parameters as the demo's DCFormer, at the size of its volumes: 0.91 and 0.90 million
 vit3d=(--encoder vit3d_naive --encoder-options '{"patch":[4,8,8],"width":132,"depth":4,"heads":4}')
 
-# row, and what it changes in the recipes
+# row, and what it changes in the configurations
 encoder vit3d_clip "${vit3d[@]}" --loss clip
 encoder vit3d_siglip "${vit3d[@]}" --loss siglip
 encoder dcformer_clip --loss clip

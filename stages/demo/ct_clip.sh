@@ -12,15 +12,15 @@ set -euo pipefail
 
 size=${1:-demo}
 known="dcformer convnext3d poolformer3d transunet3d vit3d ctvit"
-recipes=demo
+configs=demo
 case "$size" in # volumes and training steps
   demo) name=demo-ct-clip; volumes=1600 steps=900 ;;
   encoders) name=encoders volumes=1600 steps=250 ;;
-  smoke) name=demo-ct-clip-smoke recipes=smoke volumes=40 steps=2; LAUNCHER=python ;;
+  smoke) name=demo-ct-clip-smoke configs=smoke volumes=40 steps=2; LAUNCHER=python ;;
   *) echo "ct_clip.sh: the choices are demo, encoders or smoke, not '$size'" >&2; exit 2 ;;
 esac
 outputs=${OUTPUTS:-outputs}
-config=stages/configs/$recipes
+config=stages/configs/$configs
 source stages/demo/steps.sh
 choose_rows "$known"
 
@@ -54,7 +54,7 @@ if [ "$size" != encoders ]; then
 fi
 
 root=$outputs/$name foundation=$after runs=()
-# about a million parameters each at these volumes: what each family changes in the recipe
+# about a million parameters each at these volumes: what each family changes in the configuration
 options_of() {
   case $1 in
     dcformer) ;;

@@ -20,7 +20,7 @@ from med3dvlm.prompts import RESEARCH_NOTICE
 from med3dvlm.training.run import environment
 
 ROWS = {
-    "paper": "the paper's recipe: pairs alone, and its mixer",
+    "paper": "the paper's method: pairs alone, and its mixer",
     "dense": "dense supervision (the demo)",
     "no_attention": "without Dual Cross-Attention",
     "no_windows": "without windows of intensity",
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         + [None if row[column] is None else f"{row[column]:.2f}" for column in FIGURES]
         for name, row in rows.items()
     ]
-    table = evaluation.markdown_table(("recipe", "minutes", "steps", *FIGURES), lines)
+    table = evaluation.markdown_table(("method", "minutes", "steps", *FIGURES), lines)
     note = "One run each, with one seed, on phantoms: differences of a few hundredths say nothing."
     evaluation.write_scores(root / "summary.json", {"rows": rows, **environment()})
     write_text(root / "report.md", "\n\n".join(["# What teaches places", f"*{RESEARCH_NOTICE}*", note, table]) + "\n")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What teaches a model places: the paper's recipe beside dense supervision, finer tokens, Dual Cross-Attention and windows, with equal minutes
+# What teaches a model places: the paper's method beside dense supervision, finer tokens, Dual Cross-Attention and windows, with equal minutes
 # of training. Called by `make places`.
 #
 #   bash stages/demo/places.sh demo         every row at the demo's size, for an hour on 2 cores
@@ -7,7 +7,7 @@
 #   ROWS="paper dense" bash stages/demo/places.sh demo      these rows alone
 #
 # Data and language model are the demo's; they are made where `make demo` did not. `paper` has no masks and the mixer; every other row is `dense`,
-# which is the demo's own recipe, with one thing changed. Steps are such that all train about as long as `dense`, by the time of a step on 2 cores; the
+# which is the demo's own configuration, with one thing changed. Steps are such that all train about as long as `dense`, by the time of a step on 2 cores; the
 # table has the minutes that they took.
 set -euo pipefail
 

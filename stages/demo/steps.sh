@@ -1,5 +1,5 @@
 # Sourced by demo.sh and ablation.sh: steps that are left out once they are finished, and trainings that continue from their last checkpoint.
-# A script sets root, the folder of its run, and config, the folder of its recipes; LAUNCHER=python starts the stages without DeepSpeed.
+# A script sets root, the folder of its run, and config, the folder of its configurations; LAUNCHER=python starts the stages without DeepSpeed.
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=${DS_ACCELERATOR:-}
 [ -n "$DS_ACCELERATOR" ] || unset DS_ACCELERATOR

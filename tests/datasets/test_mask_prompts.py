@@ -24,8 +24,8 @@ def box(*corner: int) -> Tensor:
     return mask
 
 
-def about(side: str = "", text: str = "", kind: str = "finding") -> SimpleNamespace:
-    return SimpleNamespace(kind=kind, side=side, text=text)
+def about(side: str = "", text: str = "", kind: str = "finding", place: str = "") -> SimpleNamespace:
+    return SimpleNamespace(kind=kind, side=side, text=text, place=place)
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,27 @@ def test_shares_and_counts_follow_the_settings() -> None:
     assert all(len(prompts(count=2).draw(study, epoch, 7)) == 2 for epoch in range(9))
     assert not any(prompt.mask == "left kidney" for epoch in range(9) for prompt in prompts(structures=0).draw(study, epoch, 7))
     assert [prompts(seed=1).draw(study, 3, 7) for _ in range(2)] == [prompts(seed=1).draw(study, 3, 7)] * 2
+
+
+def test_places_are_asked_for_where_others_have_another() -> None:
+    """Whoever says a place also asks for another that the finding has elsewhere; a place that all have, or none, is not said."""
+    lobes = ("right upper lobe", "left lower lobe", "left upper lobe")
+    studies: list[Any] = [
+        Known(lobe, {"lung nodule": about(place=lobe), "ascites": about(place="peritoneum"), "liver mass": about()}) for lobe in lobes
+    ]
+    drawing = MaskPrompts(Data(), studies, sentences=0.0, sides=0.0, places=0.5)  # type: ignore[arg-type]
+    said, elsewhere = 0, []
+    for epoch in range(800):
+        drawn = {prompt.text: prompt.mask for prompt in drawing.draw(studies[0], epoch, 0)}
+        assert drawn.keys() <= set(drawing.texts(studies))
+        assert {"ascites": "ascites", "liver mass": "liver mass"}.items() <= drawn.items()
+        assert ("lung nodule, right upper lobe" in drawn) != ("lung nodule" in drawn)
+        said += drawn.get("lung nodule, right upper lobe") == "lung nodule"
+        elsewhere += [text for text, mask in drawn.items() if mask is None]
+    assert said / 800 == pytest.approx(0.5, abs=0.06) and len(elsewhere) == said
+    for lobe in lobes[1:]:
+        assert elsewhere.count(f"lung nodule, {lobe}") / said == pytest.approx(0.5, abs=0.08)
+    assert not any("," in text for text in MaskPrompts(Data(), studies).texts(studies))  # type: ignore[arg-type]
 
 
 def test_rows_of_different_lengths_become_one_batch() -> None:
