@@ -129,8 +129,9 @@ def test_the_recipes_are_the_demos(repository: Path) -> None:
     """They differ in the rows' own keys, in paths, and in masks and windows of the demo's stage 1, which the paper does not have."""
     configs = repository / "stages" / "configs"
     own = {"output_dir", "clip", "model", "merged", "loss", "projector", "projector_depth", "position_embedding"}
-    places = {"dense_weight", "dense_studies", "token_levels", "decoder_widths", "attention_level", "embedding_dim", "presence_weight"}
-    steps = {"prompt_sentences", "per_device_train_batch_size", "max_steps", "learning_rate", "save_steps"}
+    places = {"dense_weight", "dense_studies", "token_levels", "token_weight", "decoder_widths", "attention_level", "embedding_dim"}
+    places |= {"presence_weight", "prompts", "prompt_structures", "prompt_sentences", "prompt_sides", "prompt_places"}
+    steps = {"per_device_train_batch_size", "max_steps", "learning_rate", "save_steps"}
     for path in (configs / "ablation").glob("*.yaml"):
         ours, demos = (yaml.safe_load((configs / name / path.name).read_text()) for name in ("ablation", "demo"))
         demos.get("encoder_options", {}).pop("windows", None)
