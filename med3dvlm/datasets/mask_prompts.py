@@ -6,6 +6,7 @@ mask, name findings whose label is 0, or put what lies at one side or place alon
 Shapes: B volumes of D, H, W voxels; K prompts a volume, N in all; L text tokens; C width of text features.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +46,8 @@ class MaskPrompts:
         structures: how many of them name a structure that is there; the rest are its findings, then absent ones.
         sentences: share of findings asked for by the report's sentence, where there is one.
         sides: share of findings asked for with their side, where they lie on one; another prompt then names the other side.
-        places: share of findings asked for with their place, where others of the name have another; another prompt then names one of those.
+        places: share of findings asked for with their place, where others of the name have another; another prompt then names one of those. For
+            places that exclude each other, as lobes do: a lung and its lobe do not.
     """
 
     features: dict[str, Tensor] | None = None  # text -> (C), once they have been computed
@@ -63,10 +65,13 @@ class MaskPrompts:
     ) -> None:
         self.data, self.seed, self.count, self.structures = data, seed, count, structures
         self.sentences, self.sides, self.places = sentences, sides, places
-        self.findings = sorted({name for study in studies for name, mask in study.masks.items() if mask.kind == "finding"})
-        self.known_places = {
-            name: sorted({mask.place for study in studies if (mask := study.masks.get(name)) and mask.place}) for name in self.findings
-        }
+        found: dict[str, set[str]] = defaultdict(set)
+        for study in studies:
+            for name, mask in study.masks.items():
+                if mask.kind == "finding":
+                    found[name].add(mask.place)
+        self.findings = sorted(found)
+        self.known_places = {name: sorted(filter(None, found[name])) for name in self.findings}
 
     def known(self, study: Study) -> bool:
         """Return whether there is any prompt about the study."""
@@ -97,7 +102,7 @@ class MaskPrompts:
             elif (side := _side(name, mask)) and choice >= 1 - self.sides:
                 there.append(Prompt(f"{side} {name}", name))
                 missing.insert(0, Prompt(f"{OTHER_SIDE[side]} {name}", None))
-            elif (others := self._elsewhere(name, mask)) and self.sentences <= choice < self.sentences + self.places:
+            elif self.sentences <= choice < self.sentences + self.places and (others := self._elsewhere(name, mask)):
                 there.append(Prompt(f"{name}, {mask.place}", name))
                 missing.insert(0, Prompt(f"{name}, {random.choice(others)}", None))
             else:

@@ -59,7 +59,10 @@ class DecoderArguments:
     prompt_structures: int = field(default=1, metadata={"help": "how many of the prompts name a structure, such as an organ"})
     prompt_sentences: float = field(default=0.3, metadata={"help": "share of findings asked for by the report's sentence about them"})
     prompt_sides: float = field(default=0.3, metadata={"help": "share of findings asked for with their side, and for the other side too"})
-    prompt_places: float = field(default=0.0, metadata={"help": "share of findings asked for with their place, and for another place too"})
+    prompt_places: float = field(
+        default=0.0,
+        metadata={"help": "share of findings asked for with their place, and for another too; for places that exclude each other"},
+    )
 
     @property
     def decoder(self) -> dict[str, Any]:

@@ -12,8 +12,8 @@ set -euo pipefail
 size=${1:-demo}
 known="vit3d_clip vit3d_siglip dcformer_clip dcformer_siglip mlp low_high_mlp mixer_1 mixer_2 spatial_pooling"
 case "$size" in # studies, then the steps of stages 0 to 3; the first two as in demo.sh
-  demo) name=ablation; configs=ablation; studies=2000; steps=(800 400 60 860) ;;
-  smoke) name=ablation-smoke; configs=smoke; studies=24; steps=(4 2 2 2); LAUNCHER=python ;;
+  demo) name=ablation; rows=ablation; studies=2000; steps=(800 400 60 860) ;;
+  smoke) name=ablation-smoke; rows=smoke; studies=24; steps=(4 2 2 2); LAUNCHER=python ;;
   *) echo "ablation.sh: the choices are demo or smoke, not '$size'" >&2; exit 2 ;;
 esac
 outputs=${OUTPUTS:-outputs}
@@ -22,7 +22,7 @@ choose_rows "$known"
 
 root=$outputs/$size config=stages/configs/$size
 foundation "$studies" "${steps[0]}"
-language_model=$root/language_model root=$outputs/$name config=stages/configs/$configs
+language_model=$root/language_model root=$outputs/$name config=stages/configs/$rows
 
 # encoder ROW OPTIONS...: a row of Table 5
 encoder() {

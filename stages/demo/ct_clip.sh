@@ -12,15 +12,14 @@ set -euo pipefail
 
 size=${1:-demo}
 known="dcformer convnext3d poolformer3d transunet3d vit3d ctvit"
-configs=demo
+config=stages/configs/demo
 case "$size" in # volumes and training steps
   demo) name=demo-ct-clip; volumes=1600 steps=900 ;;
   encoders) name=encoders volumes=1600 steps=250 ;;
-  smoke) name=demo-ct-clip-smoke configs=smoke volumes=40 steps=2; LAUNCHER=python ;;
+  smoke) name=demo-ct-clip-smoke config=stages/configs/smoke volumes=40 steps=2; LAUNCHER=python ;;
   *) echo "ct_clip.sh: the choices are demo, encoders or smoke, not '$size'" >&2; exit 2 ;;
 esac
 outputs=${OUTPUTS:-outputs}
-config=stages/configs/$configs
 source stages/demo/steps.sh
 choose_rows "$known"
 

@@ -7,8 +7,8 @@
 #   ROWS="paper dense" bash stages/demo/places.sh demo      these rows alone
 #
 # Data and language model are the demo's; they are made where `make demo` did not. `paper` has no masks and the mixer; every other row is `dense`,
-# which is the demo's own configuration, with one thing changed. Steps are such that all train about as long as `dense`, by the time of a step on 2 cores; the
-# table has the minutes that they took.
+# which is the demo's own configuration, with one thing changed. Steps are such that all train about as long as `dense`, by the time of a step
+# on 2 cores; the table has the minutes that they took.
 set -euo pipefail
 
 size=${1:-demo}

@@ -64,6 +64,7 @@ def test_deepspeed_zero2_on_two_processes_has_the_losses_of_one(
     two = Run(tmp_path / "two", {}, {}, set(), set())
     assert two.record["processes"] == 2 and two.record["settings"]["deepspeed"] == "ds_configs/zero2.json"
     assert two.losses == pytest.approx(one.losses, rel=1e-5) and len(two.losses) == 4
+    assert abs(one.losses[0] - one.losses[-1]) > 0.01
     assert all(without - learned > 0.003 for without, learned in zip(untrained.losses[1:], one.losses[1:], strict=True))
     assert list(two.output.glob("checkpoint-4/training_state-*.safetensors"))
     trained = load_vlm(two.output)[0].state_dict()
