@@ -45,6 +45,8 @@ def draw_abdomen(canvas: Canvas, build: Build) -> None:
     spine(canvas)
     for side in (RIGHT, LEFT):
         canvas.ellipsoid((side * 38, -66, -70), (20, 22, 110), MUSCLE)
+    for number, side in ((4, RIGHT), (5, LEFT)):  # fat about the kidneys, which ascites does not reach
+        build.organ(canvas, number, (side * 72, -38, -37), (44, 32, 80), FAT)
     for _ in range(9):  # bowel loops, some with gas
         loop = build.scattered((-8, 38, -76), 0)
         loop = (loop[0] + build.random.uniform(-80, 80), loop[1] + build.random.uniform(-18, 24), loop[2] + build.random.uniform(-55, 60))
@@ -81,7 +83,7 @@ def draw_abdomen(canvas: Canvas, build: Build) -> None:
     if (cyst := found.get("renal_cyst")) is not None:
         with canvas.finding("renal_cyst"):
             x, y, z = build.scattered(POLES[cyst.place], 4)
-            canvas.ellipsoid((x * 1.2, y, z), (cyst.size_mm / 2,) * 3, WATER)
+            canvas.ellipsoid((x * 1.25, y, z), (cyst.size_mm / 2,) * 3, WATER)  # bulges into the fat, as most cysts do
     if (stone := found.get("kidney_stone")) is not None:
         with canvas.finding("kidney_stone"):
             canvas.ellipsoid(build.scattered(POLES[stone.place], 4), (stone.size_mm / 2,) * 3, METAL)

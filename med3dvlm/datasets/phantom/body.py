@@ -20,7 +20,7 @@ VEINS = dict(zip(PHASES, (40.0, 90.0, 240.0, 140.0), strict=True))
 LIVER = dict(zip(PHASES, (55.0, 75.0, 150.0, 105.0), strict=True))
 SPLEEN = dict(zip(PHASES, (48.0, 150.0, 135.0, 95.0), strict=True))
 KIDNEY_CORTEX = dict(zip(PHASES, (34.0, 230.0, 190.0, 130.0), strict=True))
-KIDNEY_PELVIS = dict(zip(PHASES, (20.0, 60.0, 120.0, 650.0), strict=True))
+KIDNEY_PELVIS = dict(zip(PHASES, (20.0, 60.0, 120.0, 350.0), strict=True))  # excreted contrast does not hide a stone
 
 
 @dataclass(frozen=True)
