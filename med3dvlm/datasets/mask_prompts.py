@@ -46,8 +46,8 @@ class MaskPrompts:
         structures: how many of them name a structure that is there; the rest are its findings, then absent ones.
         sentences: share of findings asked for by the report's sentence, where there is one.
         sides: share of findings asked for with their side, where they lie on one; another prompt then names the other side.
-        places: share of findings asked for with their place, where others of the name have another; another prompt then names one of those. For
-            places that exclude each other, as lobes do: a lung and its lobe do not.
+        places: share of findings asked for by name and once more with their place, where others of the name have another; a third prompt then
+            names one of those. For places that exclude each other, as lobes do: a lung and its lobe do not.
     """
 
     features: dict[str, Tensor] | None = None  # text -> (C), once they have been computed
@@ -103,7 +103,7 @@ class MaskPrompts:
                 there.append(Prompt(f"{side} {name}", name))
                 missing.insert(0, Prompt(f"{OTHER_SIDE[side]} {name}", None))
             elif self.sentences <= choice < self.sentences + self.places and (others := self._elsewhere(name, mask)):
-                there.append(Prompt(f"{name}, {mask.place}", name))
+                there += [Prompt(name, name), Prompt(f"{name}, {mask.place}", name)]
                 missing.insert(0, Prompt(f"{name}, {random.choice(others)}", None))
             else:
                 there.append(Prompt(name, name))
@@ -116,10 +116,10 @@ class MaskPrompts:
     def row(self, study: Study, epoch: int, row: int) -> dict[str, Any]:
         """Return "prompts" (texts), or "prompt_features" (K, C) where they have been computed, and "masks" (K, D, H, W) bool."""
         drawn = self.draw(study, epoch, row)
-        names = [prompt.mask for prompt in drawn if prompt.mask is not None]
+        names = list(dict.fromkeys(prompt.mask for prompt in drawn if prompt.mask is not None))
         masks = torch.zeros(len(drawn), *self.data.processor.size, dtype=torch.bool)
-        if names:
-            masks[torch.tensor([prompt.mask is not None for prompt in drawn])] = self.data.masks(study, names)
+        for name, mask in zip(names, self.data.masks(study, names) if names else (), strict=True):
+            masks[[place for place, prompt in enumerate(drawn) if prompt.mask == name]] = mask
         if self.features is None:
             return {"prompts": [prompt.text for prompt in drawn], "masks": masks}
         known = [self.features[prompt.text] for prompt in drawn]

@@ -119,13 +119,26 @@ def test_places_are_asked_for_where_others_have_another() -> None:
         drawn = {prompt.text: prompt.mask for prompt in drawing.draw(studies[0], epoch, 0)}
         assert drawn.keys() <= set(drawing.texts(studies))
         assert {"ascites": "ascites", "liver mass": "liver mass"}.items() <= drawn.items()
-        assert ("lung nodule, right upper lobe" in drawn) != ("lung nodule" in drawn)
+        assert drawn["lung nodule"] == "lung nodule"
         said += drawn.get("lung nodule, right upper lobe") == "lung nodule"
         elsewhere += [text for text, mask in drawn.items() if mask is None]
     assert said / 800 == pytest.approx(0.5, abs=0.06) and len(elsewhere) == said
     for lobe in lobes[1:]:
         assert elsewhere.count(f"lung nodule, {lobe}") / said == pytest.approx(0.5, abs=0.08)
     assert not any("," in text for text in MaskPrompts(Data(), studies).texts(studies))  # type: ignore[arg-type]
+
+
+def test_a_mask_that_two_prompts_name_is_the_mask_of_both() -> None:
+    studies: list[Any] = [
+        Known(place, {"lung nodule": about(place=place), "left kidney": STUDIES[0].masks["left kidney"]}) for place in "ab"
+    ]
+    drawing = MaskPrompts(Data(), studies, sentences=0.0, sides=0.0, places=1.0)  # type: ignore[arg-type]
+    row = drawing.row(studies[0], 0, 0)
+    shown = dict(zip(row["prompts"], row["masks"], strict=True))
+    assert set(shown) == {"left kidney", "lung nodule", "lung nodule, a", "lung nodule, b"}
+    for text, name in (("left kidney", "left kidney"), ("lung nodule", "lung nodule"), ("lung nodule, a", "lung nodule")):
+        assert torch.equal(shown[text], VOXELS[name])
+    assert not shown["lung nodule, b"].any()
 
 
 def test_rows_of_different_lengths_become_one_batch() -> None:
