@@ -226,6 +226,11 @@ class ConversationDataset(StudyDataset):
             return row | {"context": study.report}
         return row | ({"features": self.features(study)} if self.features is not None else self.image(study, index))
 
+    def lengths(self) -> list[int]:
+        """Return about how long each row of this epoch is: the bytes of its words, which grow with its tokens."""
+        contexts = [0 if self.with_image else len(self.studies[row.study].report.encode()) for row in self.rows]
+        return [context + sum(map(_byte_count, self.conversations(index))) for index, context in enumerate(contexts)]
+
     def conversations(self, index: int) -> list[list[Message]]:
         """Return the conversations of row `index` in this epoch."""
         row = self.rows[index]

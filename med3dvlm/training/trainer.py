@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +34,7 @@ from med3dvlm.training.throughput import Throughput, figures
 logger = logging.getLogger(__name__)
 
 IDENTITY = "identity.json"  # the identity of a training: only its own checkpoints are continued
+GROUP = 32  # batches whose rows are sorted by length, where those of like length share one
 
 
 class DivergedError(ValueError):
@@ -166,8 +167,13 @@ class StageTrainer(Trainer):
             logger.warning("a batch takes %d rows, but there are only %d: %s", batch, len(rows), effect)
             batch = len(rows) if parts == 1 else batch
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        shuffled = self.args.train_sampling_strategy == "random"
-        sampler = WholeBatches(len(rows), batch, seed if shuffled else None, self.args.dataloader_drop_last)
+        strategy = self.args.train_sampling_strategy
+        lengths = None
+        if strategy == "group_by_length" and (lengths := getattr(rows, "lengths", None)) is None:
+            raise ValueError(
+                "train_sampling_strategy is 'group_by_length', but the rows of this stage are all of one length; choose 'random'"
+            )
+        sampler = WholeBatches(len(rows), batch, None if strategy == "sequential" else seed, self.args.dataloader_drop_last, lengths)
         own = OwnRows(self.args.train_batch_size, self.args.world_size, self.args.process_index)
         return fetched_ahead(sampler, rows, own, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -302,6 +308,8 @@ class WholeBatches(Sampler[int]):
         batch_size: over all processes and parts of an accumulated batch.
         seed: of the order, which is another in every epoch; None keeps the rows' own.
         drop_last: leave the last batch out where it is not whole.
+        lengths: gives about how long each row of this epoch is. With it, rows of like length share a batch, so that little of it is padding: each
+            GROUP batches of the random order are sorted, and all batches shuffled.
 
     Raises:
         ValueError: no batch would be left.
@@ -309,8 +317,10 @@ class WholeBatches(Sampler[int]):
 
     epoch = 0
 
-    def __init__(self, rows: int, batch_size: int, seed: int | None, drop_last: bool = False) -> None:
-        self.rows, self.seed = rows, seed
+    def __init__(
+        self, rows: int, batch_size: int, seed: int | None, drop_last: bool = False, lengths: Callable[[], Sequence[int]] | None = None
+    ) -> None:
+        self.rows, self.batch_size, self.seed, self.lengths = rows, batch_size, seed, lengths
         self.length = (rows // batch_size if drop_last else -(-rows // batch_size)) * batch_size
         if self.length == 0:
             raise ValueError(
@@ -321,10 +331,16 @@ class WholeBatches(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.arange(self.rows)
-        if self.seed is not None:
-            order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        return islice(cycle(order.tolist()), self.length)
+        if self.seed is None:
+            return islice(cycle(range(self.rows)), self.length)
+        random = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = list(islice(cycle(torch.randperm(self.rows, generator=random).tolist()), self.length))
+        if self.lengths is None:
+            return iter(order)
+        lengths, some = self.lengths(), GROUP * self.batch_size
+        order = [row for first in range(0, len(order), some) for row in sorted(order[first : first + some], key=lengths.__getitem__)]
+        batches = torch.randperm(len(order) // self.batch_size, generator=random).tolist()
+        return iter([row for batch in batches for row in order[batch * self.batch_size : (batch + 1) * self.batch_size]])
 
     def __len__(self) -> int:
         return self.length

@@ -122,6 +122,16 @@ def test_five_hundred_questions_become_rows_of_bounded_length(
     assert 0 < reports < 6
 
 
+@pytest.mark.parametrize("image", [True, False])
+def test_lengths_grow_with_the_tokens_of_the_epochs_rows(data: PreparedData, processor: Med3DVLMProcessor, image: bool) -> None:
+    talks = ConversationDataset(data, "train", ConversationOptions(reports=0.5), 4, image=image)
+    for epoch in range(2):
+        talks.set_epoch(epoch)
+        contexts = [None if image else study.report for study in talks.studies]
+        tokens = [len(processor.branch(talks.conversations(row), 4096, context)["input_ids"]) for row, context in enumerate(contexts)]
+        assert np.corrcoef(talks.lengths(), tokens)[0, 1] > 0.95
+
+
 def test_short_studies_stay_one_row_with_the_same_conversations(data: PreparedData, processor: Med3DVLMProcessor) -> None:
     talks, limited = (ConversationDataset(data, "train", ConversationOptions(), 6) for _ in range(2))
     limited.limit_rows(processor, 400, 4096)

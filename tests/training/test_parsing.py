@@ -53,8 +53,8 @@ def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
         ("data: x\n", ["--neftune-noise-alpha", "5"], "neftune_noise_alpha is 5.0 but must be none"),
         (
             "data: x\n",
-            ["--train-sampling-strategy", "group_by_length"],
-            "is 'group_by_length' but must be random or sequential: others need lengths",
+            ["--train-sampling-strategy", "batch_rebalance"],
+            "is 'batch_rebalance' but must be random or sequential or group_by_length: rows",
         ),
         ("data: x\nbf16: true\n", [], "no GPU here that computes in bfloat16; pass --use-cpu true to train on the CPU, or --bf16 false"),
         (

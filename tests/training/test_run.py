@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -237,6 +238,28 @@ def test_an_epoch_is_filled_up_to_whole_batches(rows: int, batch: int, drop: boo
         assert (list(order) == first) == (seed is None)
     with pytest.raises(ValueError, match="dataloader_drop_last leaves no batch"):
         WholeBatches(3, 4, None, True)
+
+
+@pytest.mark.parametrize("batch", [4, 12])
+def test_rows_of_like_length_share_batches(batch: int) -> None:
+    lengths = np.random.default_rng(0).integers(50, 400, 1000).tolist()
+    plain, grouped = WholeBatches(1000, batch, 3), WholeBatches(1000, batch, 3, lengths=lambda: lengths)
+    seen = []
+    for epoch in (0, 1, 0):
+        for order in (plain, grouped):
+            order.set_epoch(epoch)
+        one, other = list(plain), list(grouped)
+        assert sorted(one) == sorted(other) and len(other) == len(grouped)  # the same rows, in another order
+        padded = [
+            sum(batch * max(lengths[row] for row in rows[first : first + batch]) for first in range(0, len(rows), batch))
+            for rows in (one, other)
+        ]
+        needed = sum(lengths[row] for row in one)
+        assert padded[1] - needed < 0.2 * (padded[0] - needed)
+        means = np.array([lengths[row] for row in other]).reshape(-1, batch).mean(axis=1)
+        assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3  # short batches come anywhere
+        seen.append(other)
+    assert seen[0] == seen[2] != seen[1]
 
 
 def test_the_record_needs_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
