@@ -28,9 +28,10 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--presence",
         type=float,
-        default=0.5,
+        default=0.8,
         metavar="P",
-        help="probability of the finding being there at all above which it is drawn; raise it for fewer that are not (default: %(default)s)",
+        help="probability of the finding being there at all above which it is drawn: a lower one draws more, of those too that are not there "
+        "(default: %(default)s)",
     )
     command.set_defaults(run=_segment)
 
@@ -86,7 +87,7 @@ def line_of(one: "Segmentation") -> str:
     """Describe a mask in one line."""
     start = f"{one.name}: presence {one.score:.2f}"
     if one.bounding_box is None:
-        return f"{start}, nothing found."
+        return f"{start}, nothing drawn."
     parts = [start]
     if one.volume_ml is not None:
         parts += [f"{one.volume_ml:.3g} ml", f"longest diameter {one.longest_diameter_mm:.0f} mm"]

@@ -4,7 +4,8 @@
     med3dvlm evaluate segmentation --data outputs/demo/prepared --output outputs/demo/eval/segmentation --score-only
 
 A case is a finding of a study: one that has a mask, or that its labels say is absent. All are asked by their names, together, on the prepared
-volume. A mask is drawn where the finding is likelier there than not; its voxels are those whose probability exceeds --threshold.
+volume. A mask is drawn where the probability of the finding being there at all exceeds --presence; its voxels are those whose probability exceeds
+--threshold.
 
     dice         twice the voxels in common by all of both; 0 for a finding that is there and not drawn
     nsd          share of both surfaces that lie within --tolerance mm of the other (normalised surface distance)
@@ -13,7 +14,7 @@ volume. A mask is drawn where the finding is likelier there than not; its voxels
     f1           of components: one that is drawn counts as one of the data's from an intersection over union of 0.1 on
     absent       share of absent findings for which a mask is drawn, and share of the studies in which any is
     calibration  of the presence score, over present and absent findings
-    operating_points  dice and absent for higher scores of presence from which a finding is drawn (`med3dvlm segment --presence`)
+    operating_points  dice and absent for other scores of presence from which a finding is drawn
 
 Millimetres are those of the prepared voxels; where a spacing is unknown, a voxel counts as 1 mm and scores.json counts such studies. Figures
 are given for all findings and for those whose longest diameter is 8 mm or more. Controls that do not see the scan, or do not read the words:
@@ -51,7 +52,7 @@ from med3dvlm.records import Study
 LARGE = 8.0  # mm
 CONTROLS = ("mean_mask", "other_patient", "one_mask")
 MAX_TRAINING = 400  # studies that the mean mask is made of
-OPERATING_POINTS = (PRESENCE, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+OPERATING_POINTS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 FIGURES = {"dice": "Dice", "nsd": "surface distance", "hd95": "Hausdorff 95 (mm)", "pointing": "pointing"}
 Mask = NDArray[np.bool_]
 Row = dict[str, Any]
@@ -123,8 +124,10 @@ def unpacked(text: str, shape: Sequence[int]) -> Mask:
 class Judge:
     """Scores the masks of a study and the controls."""
 
-    def __init__(self, data: PreparedData, tasks: Sequence[Task], split: str | None, threshold: float, tolerance: float) -> None:
-        self.data, self.threshold, self.tolerance = data, threshold, tolerance
+    def __init__(
+        self, data: PreparedData, tasks: Sequence[Task], split: str | None, threshold: float, presence: float, tolerance: float
+    ) -> None:
+        self.data, self.threshold, self.presence, self.tolerance = data, threshold, presence, tolerance
         self.means = mean_masks(data, split, sorted({name for task in tasks for name in task.present}))
         self.others = others_of(tasks)
 
@@ -136,7 +139,8 @@ class Judge:
             presence: (K,), that of the finding being there.
         """
         names = task.present + task.absent
-        drawn = (likely > self.threshold) & (presence > PRESENCE)[:, None, None, None]
+        likeliest = likely > self.threshold
+        drawn = likeliest & (presence > self.presence)[:, None, None, None]
         union: Mask = np.asarray(drawn.any(axis=0))
         together = highest(likely.max(axis=0))
         spacing = self.data.spacing(task.study)
@@ -144,9 +148,11 @@ class Judge:
         for place, name in enumerate(names):
             row: Row = {"finding": name, "present": place < len(task.present), "presence": round(float(presence[place]), 6)}
             row["voxels"] = int(drawn[place].sum())
+            row["at_any_presence"] = {"voxels": int(likeliest[place].sum())}
             if row["present"]:
                 true = self.data.masks(task.study, [name])[0].numpy()
                 row |= self._present(drawn[place], highest(likely[place]), true, spacing)
+                row["at_any_presence"]["dice"] = dice(likeliest[place], true)
                 row["middle"] = {"pointing": float(true[tuple(length // 2 for length in true.shape)])}
                 row["one_mask"] = judged(union, together, true)
                 row |= self._without_scan(task.study, name, true)
@@ -233,18 +239,20 @@ def studies_with_an_absent_finding_drawn(records: Sequence[Row], tasks: Sequence
 
 
 def operating_point(records: Sequence[Row], presence: float) -> Row:
-    """Return what is drawn where only findings are whose score of presence exceeds one of at least `PRESENCE`; None for what has no case."""
+    """Return what is drawn where all findings are whose score of presence exceeds this one; None for what has no case."""
 
     def mean(values: Sequence[float]) -> float | None:
         return float(np.mean(values)) if values else None
 
-    drawn = [[(row, row["voxels"] > 0 and row["presence"] > presence) for row in record["findings"]] for record in records]
+    drawn = [
+        [(row, row["at_any_presence"]["voxels"] > 0 and row["presence"] > presence) for row in record["findings"]] for record in records
+    ]
     cases = [case for each in drawn for case in each]
     wrong = [[shown for row, shown in each if not row["present"]] for each in drawn]
     return {
         "presence": presence,
         "drawn": mean([shown for row, shown in cases if row["present"]]),
-        "dice": mean([row["dice"] * shown for row, shown in cases if row["present"]]),
+        "dice": mean([row["at_any_presence"]["dice"] * shown for row, shown in cases if row["present"]]),
         "absent": mean([shown for each in wrong for shown in each]),
         "studies": mean([any(each) for each in wrong if each]),
     }
@@ -320,6 +328,12 @@ def table(scores: Row) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="probability from which a voxel counts (default: %(default)s)")
+    parser.add_argument(
+        "--presence",
+        type=float,
+        default=PRESENCE,
+        help="probability of a finding being there above which it is drawn (default: %(default)s)",
+    )
     parser.add_argument("--tolerance", type=float, default=2.0, help="tolerance of the surface distance in mm (default: %(default)s)")
 
 
@@ -335,8 +349,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.score_only:
         segmenter = Segmenter.from_pretrained(arguments.model, arguments.device)
         same_preprocessing(segmenter.processor.image_processor, data)
-        evaluation.begin(arguments, segmenter.model, data, threshold=arguments.threshold, tolerance=arguments.tolerance)
-        judge = Judge(data, tasks, evaluation.training_split(data, arguments.split), arguments.threshold, arguments.tolerance)
+        settings = {name: getattr(arguments, name) for name in ("threshold", "presence", "tolerance")}
+        evaluation.begin(arguments, segmenter.model, data, **settings)
+        judge = Judge(data, tasks, evaluation.training_split(data, arguments.split), **settings)
 
         def answer(batch: Sequence[Task]) -> list[Row]:
             return [predicted(task, data, segmenter, judge) for task in batch]

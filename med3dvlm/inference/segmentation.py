@@ -30,7 +30,10 @@ from med3dvlm.models.clip_processor import Med3DCLIPProcessor
 from med3dvlm.preprocessing import Scan, VolumeProcessor
 from med3dvlm.volume import Volume, read_volume
 
-THRESHOLD, PRESENCE = 0.5, 0.5  # probabilities of a voxel, and of the finding being there at all, above which a mask is drawn
+THRESHOLD = 0.5  # probability above which a voxel belongs to a mask
+PRESENCE = (
+    0.8  # of the finding being there at all, above which it is drawn: from 0.5 on, of many that are asked for one is often drawn wrongly
+)
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 
 
@@ -185,8 +188,8 @@ def segment_scan(
     names: Sequence[str],
     processor: VolumeProcessor,
     predict: Callable[[Tensor], tuple[Tensor, Tensor]],
-    threshold: float = THRESHOLD,
-    presence: float = PRESENCE,
+    threshold: float,
+    presence: float,
 ) -> list[Segmentation]:
     """Return K masks on a scan's own grid, see `Segmenter.segment_all`.
 

@@ -16,6 +16,7 @@ from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation.page_masks import COLOURS, outlined
 from med3dvlm.evaluation.segmentation import Judge, packed, predicted, scores_of, table, tasks_of, unpacked
 from med3dvlm.files import read_lines
+from med3dvlm.inference.segmentation import PRESENCE
 from med3dvlm.metrics.segmentation import dice
 from med3dvlm.models.segmentation import Med3DSegmenter
 from med3dvlm.reports.findings import finding_of
@@ -76,14 +77,17 @@ def test_every_labelled_finding_is_segmented_and_figures_are_means(demo: SimpleN
     pairs, extra, missed = (sum(case["components"][place] for case in cases) for place in range(3))
     assert figures["f1"]["value"] == pytest.approx(2 * pairs / (2 * pairs + extra + missed), abs=1e-6)
     for point in scores["operating_points"]:
-        shown = {id(case): case["voxels"] > 0 and case["presence"] > point["presence"] for case in cases}
+        shown = {id(case): case["at_any_presence"]["voxels"] > 0 and case["presence"] > point["presence"] for case in cases}
         assert point["drawn"] == pytest.approx(mean([float(shown[id(case)]) for case in present]), abs=1e-6)
-        assert point["dice"] == pytest.approx(mean([case["dice"] if shown[id(case)] else 0.0 for case in present]), abs=1e-6)
+        assert point["dice"] == pytest.approx(
+            mean([case["at_any_presence"]["dice"] if shown[id(case)] else 0.0 for case in present]), abs=1e-6
+        )
         assert point["absent"] == pytest.approx(mean([float(shown[id(case)]) for case in absent]), abs=1e-6)
         wrong = [[shown[id(case)] for case in row["findings"] if not case["present"]] for row in rows]
         assert point["studies"] == pytest.approx(mean([float(True in each) for each in wrong if each]), abs=1e-6)
-    assert scores["operating_points"][0]["dice"] == figures["dice"]["value"]
-    assert scores["operating_points"][0]["studies"] == scores["studies_with_an_absent_finding_drawn"]["value"]
+    (own,) = [point for point in scores["operating_points"] if point["presence"] == PRESENCE]
+    assert own["dice"] == figures["dice"]["value"]
+    assert own["studies"] == scores["studies_with_an_absent_finding_drawn"]["value"]
     large = [case for case in present if case["mm"] >= 8]
     assert scores["large"]["present"] == len(large)
     assert sum(entry["present"] for entry in scores["findings"].values()) == len(present)
@@ -114,7 +118,7 @@ class Knowing:
 def test_a_perfect_segmenter(demo: SimpleNamespace) -> None:
     """Dice, surface distance and pointing are perfect, there is no extra component, and the controls are worse."""
     data, tasks = demo.data, tasks_of(demo.data, demo.data.studies("test"))
-    judge = Judge(data, tasks, "train", 0.5, 2.0)
+    judge = Judge(data, tasks, "train", 0.5, 0.5, 2.0)
     scores = scores_of([predicted(task, data, Knowing(data, task), judge) for task in tasks], tasks)
     figures = scores["all"]["figures"]
     assert figures["dice"]["value"] == figures["nsd"]["value"] == figures["pointing"]["value"] == figures["f1"]["value"] == 1
@@ -132,7 +136,7 @@ def test_a_perfect_segmenter(demo: SimpleNamespace) -> None:
 def test_controls_by_hand(demo: SimpleNamespace) -> None:
     """The other patient's mask is that of the next patient with the finding; the mean mask is that of the training studies."""
     data, tasks = demo.data, tasks_of(demo.data, demo.data.studies("test"))
-    judge = Judge(data, tasks, "train", 0.5, 2.0)
+    judge = Judge(data, tasks, "train", 0.5, 0.5, 2.0)
     checked = 0
     for task in tasks:
         for name in task.present:

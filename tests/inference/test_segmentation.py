@@ -180,7 +180,7 @@ def test_the_command(segmenter: Segmenter, nifti: Path, tmp_path: Path, capsys: 
     code, out, error = run(capsys, "segment", "model", nifti, *WORDS, "--out", tmp_path / "mask.nii.gz")
     assert code == 0 and RESEARCH_NOTICE in error
     lines = out.splitlines()
-    assert len(lines) == 3 and lines[2] == "nothing at all: presence 0.05, nothing found."
+    assert len(lines) == 3 and lines[2] == "nothing at all: presence 0.05, nothing drawn."
     assert lines[0].startswith(f"bright spot: presence 0.95, {found[0].volume_ml:.3g} ml, longest diameter ")
     assert "on the left" in lines[0] and "voxels D 8-11" in lines[0]
     for text, one in zip(WORDS, found, strict=True):
