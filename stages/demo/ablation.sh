@@ -12,7 +12,7 @@ set -euo pipefail
 size=${1:-demo}
 known="vit3d_clip vit3d_siglip dcformer_clip dcformer_siglip mlp low_high_mlp mixer_1 mixer_2 spatial_pooling"
 case "$size" in # studies, then the steps of stages 0 to 3; the first two as in demo.sh
-  demo) name=ablation; rows=ablation; studies=2000; steps=(800 400 60 860) ;;
+  demo) name=ablation; rows=ablation; studies=3000; steps=(800 400 60 860) ;;
   smoke) name=ablation-smoke; rows=smoke; studies=24; steps=(4 2 2 2); LAUNCHER=python ;;
   *) echo "ablation.sh: the choices are demo or smoke, not '$size'" >&2; exit 2 ;;
 esac
