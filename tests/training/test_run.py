@@ -262,6 +262,11 @@ def test_rows_of_like_length_share_batches(batch: int) -> None:
     assert seen[0] == seen[2] != seen[1]
 
 
+def test_rows_without_lengths_are_not_grouped(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train_sampling_strategy is 'group_by_length', but the rows of this stage are all of one length; choose"):
+        train(tmp_path, max_steps=1, train_sampling_strategy="group_by_length")
+
+
 def test_the_record_needs_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert environment()["commit"] is None
