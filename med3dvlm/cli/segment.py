@@ -28,7 +28,7 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--presence",
         type=float,
-        default=0.8,
+        default=0.75,
         metavar="P",
         help="probability of the finding being there at all above which it is drawn: a lower one draws more, of those too that are not there "
         "(default: %(default)s)",
