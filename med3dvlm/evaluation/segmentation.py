@@ -52,7 +52,7 @@ from med3dvlm.records import Study
 LARGE = 8.0  # mm
 CONTROLS = ("mean_mask", "other_patient", "one_mask")
 MAX_TRAINING = 400  # studies that the mean mask is made of
-OPERATING_POINTS = (0.5, 0.6, 0.7, PRESENCE, 0.8, 0.85, 0.9, 0.95)
+OPERATING_POINTS = sorted({0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, PRESENCE})
 FIGURES = {"dice": "Dice", "nsd": "surface distance", "hd95": "Hausdorff 95 (mm)", "pointing": "pointing"}
 Mask = NDArray[np.bool_]
 Row = dict[str, Any]

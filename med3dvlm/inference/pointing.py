@@ -15,12 +15,10 @@ from torch import Tensor
 
 from med3dvlm.datasets.torch import SENTENCE_END
 from med3dvlm.inference.out_of_distribution import Features
-from med3dvlm.inference.segmentation import THRESHOLD, Segmentation, segment_scan
+from med3dvlm.inference.segmentation import PRESENCE_WHERE_STATED, THRESHOLD, Segmentation, segment_scan
 from med3dvlm.models.vlm import Med3DVLM
 from med3dvlm.models.vlm_processor import Med3DVLMProcessor
 from med3dvlm.preprocessing import Scan
-
-SAID = 0.5  # probability of being there above which what an answer names is drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,4 +63,4 @@ def draw_places(model: Med3DVLM, encoder: Any, processor: Med3DVLMProcessor, sca
         assert drawn.logits is not None and drawn.presence is not None
         return drawn.logits[0].float().sigmoid(), drawn.presence[0].float().sigmoid()
 
-    return segment_scan(scan, [place.sentence for place in places], processor.image_processor, predict, THRESHOLD, SAID)
+    return segment_scan(scan, [place.sentence for place in places], processor.image_processor, predict, THRESHOLD, PRESENCE_WHERE_STATED)

@@ -31,9 +31,9 @@ from med3dvlm.preprocessing import Scan, VolumeProcessor
 from med3dvlm.volume import Volume, read_volume
 
 THRESHOLD = 0.5  # probability above which a voxel belongs to a mask
-PRESENCE = (
-    0.8  # of the finding being there at all, above which it is drawn: from 0.5 on, of many that are asked for one is often drawn wrongly
-)
+# Probability of a finding being there at all above which it is drawn: where it is asked for, since of many one is often drawn wrongly from 0.5 on,
+# and where a report or an answer states it.
+PRESENCE, PRESENCE_WHERE_STATED = 0.75, 0.5
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 
 

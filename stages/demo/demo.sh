@@ -11,8 +11,8 @@ size=${1:-demo}
 LM=${LM:-tiny}
 config=stages/configs/demo
 case "$size:$LM" in # studies, then the steps of stages 0 to 3
-  demo:tiny) name=demo; studies=3000; steps=(800 2000 60 2000) ;;
-  full:tiny) name=demo-full; studies=6000; steps=(4000 8000 200 8000) ;;
+  demo:tiny) name=demo; studies=3000; steps=(800 2000 60 1500) ;;
+  full:tiny) name=demo-full; studies=6000; steps=(4000 8000 200 5000) ;;
   full:smollm2) name=demo-smollm2; studies=6000; steps=(0 8000 2000 6000) ;;
   *) echo "demo.sh: the choices are demo or full with LM=tiny, and full with LM=smollm2; not '$size' with LM='$LM'" >&2; exit 2 ;;
 esac

@@ -14,7 +14,7 @@ set -euo pipefail
 size=${1:-demo}
 known="paper dense no_attention no_windows finer"
 case "$size" in # studies, the steps of stage 0, then those of the rows in stage 1, then of stages 2 and 3
-  demo) name=places studies=3000; steps=(800 6350 2400 2890 2620 2400 60); language=(2000 1330) ;;
+  demo) name=places studies=3000; steps=(800 6350 2400 2890 2620 2400 60); language=(1500 1000) ;;
   smoke) name=places-smoke studies=24; steps=(4 2 2 2 2 2 2); language=(2 2); LAUNCHER=python ;;
   *) echo "places.sh: the choices are demo or smoke, not '$size'" >&2; exit 2 ;;
 esac
