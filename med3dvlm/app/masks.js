@@ -86,7 +86,7 @@ function listMasks(saves) {
       const words = mask.measurements ? `${title}, ${mask.measurements}` : title;
       item.append(box, swatch, button(words, "go", () => goTo(mask), `The planes go there (key N: the next). Probability of being present: ${percent}`));
     } else {
-      item.append(make("span", "missing", `${title}, not found (probability of being present: ${percent})`));
+      item.append(make("span", "missing", `${title}, not drawn (probability of being present: ${percent})`));
     }
     const remove = button("×", "remove", () => trigger("delete", { value: mask.number }), "Remove this finding from the list");
     remove.setAttribute("aria-label", `Remove ${mask.name}`);

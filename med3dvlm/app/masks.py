@@ -33,7 +33,7 @@ SAVES = {"zip": "NIfTI", "dcm": "DICOM Segmentation"}
 UNVERIFIED = f"Drawn by a model. Nobody has verified it. {RESEARCH_NOTICE}"
 NO_FINDING = "The report states no finding that is present; type one in words, or draft the report first."
 NOTHING = np.zeros((0, 0, 0), bool)
-NO_MASK = "No mask was found on this scan, so there is none to save; look for another finding."
+NO_MASK = "No mask was drawn on this scan, so there is none to save; look for another finding."
 
 
 @dataclass(frozen=True, eq=False)

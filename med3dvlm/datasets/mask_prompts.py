@@ -1,7 +1,8 @@
 """Text prompts about a prepared study, each with its mask: training data of a segmenter and of the dense loss of stage 1.
 
-Positive prompts name what has a mask: by its name, with its side or place, or by the report's sentence about it. Negative prompts, with an empty
-mask, name findings whose label is 0, or put what lies at one side or place alone at another. What nobody looked for is never asked for.
+Positive prompts name what has a mask: by its name, with its side, by the report's sentence about it, or twice, without and with its place.
+Negative prompts, with an empty mask, name findings whose label is 0, or put what lies at one side or place alone at another. What nobody looked for
+is never asked for.
 
 Shapes: B volumes of D, H, W voxels; K prompts a volume, N in all; L text tokens; C width of text features.
 """
@@ -119,7 +120,7 @@ class MaskPrompts:
         names = list(dict.fromkeys(prompt.mask for prompt in drawn if prompt.mask is not None))
         masks = torch.zeros(len(drawn), *self.data.processor.size, dtype=torch.bool)
         for name, mask in zip(names, self.data.masks(study, names) if names else (), strict=True):
-            masks[[place for place, prompt in enumerate(drawn) if prompt.mask == name]] = mask
+            masks[[number for number, prompt in enumerate(drawn) if prompt.mask == name]] = mask
         if self.features is None:
             return {"prompts": [prompt.text for prompt in drawn], "masks": masks}
         known = [self.features[prompt.text] for prompt in drawn]

@@ -48,11 +48,15 @@ def evaluation_parser(documentation: str, batch_size: int = 16) -> Parser:
     return parser
 
 
-def open_data(arguments: argparse.Namespace) -> tuple[PreparedData, list[Study]]:
+def open_data(arguments: argparse.Namespace, **settings: Any) -> tuple[PreparedData, list[Study]]:
     """Open the prepared data and return it with the studies to evaluate.
 
+    Args:
+        settings: with which the predictions to score must have been made.
+
     Raises:
-        ValueError: --model is missing, the split is unknown or smaller than --limit, or the predictions to score are about other data.
+        ValueError: --model is missing, the split is unknown or smaller than --limit, or the predictions to score are about other data or were made
+            with other settings.
     """
     if not arguments.model and not arguments.score_only:
         raise ValueError("--model is missing; name a model's directory, or score the predictions that are there with --score-only")
@@ -64,7 +68,7 @@ def open_data(arguments: argparse.Namespace) -> tuple[PreparedData, list[Study]]
         path = arguments.output / "run.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}, the record of the predictions, is missing; run the same command without --score-only")
-        _check_identity(path, _about(arguments, data))
+        _check_identity(path, _about(arguments, data) | settings)
     if arguments.limit and arguments.limit > len(studies):
         raise ValueError(f"--limit {arguments.limit} exceeds the {len(studies)} studies of split {arguments.split!r} in {arguments.data}")
     return data, studies[: arguments.limit]

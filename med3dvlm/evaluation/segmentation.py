@@ -139,8 +139,8 @@ class Judge:
             presence: (K,), that of the finding being there.
         """
         names = task.present + task.absent
-        likeliest = likely > self.threshold
-        drawn = likeliest & (presence > self.presence)[:, None, None, None]
+        above = likely > self.threshold
+        drawn = above & (presence > self.presence)[:, None, None, None]
         union: Mask = np.asarray(drawn.any(axis=0))
         together = highest(likely.max(axis=0))
         spacing = self.data.spacing(task.study)
@@ -148,11 +148,11 @@ class Judge:
         for place, name in enumerate(names):
             row: Row = {"finding": name, "present": place < len(task.present), "presence": round(float(presence[place]), 6)}
             row["voxels"] = int(drawn[place].sum())
-            row["at_any_presence"] = {"voxels": int(likeliest[place].sum())}
+            row["at_any_presence"] = {"voxels": int(above[place].sum())}
             if row["present"]:
                 true = self.data.masks(task.study, [name])[0].numpy()
                 row |= self._present(drawn[place], highest(likely[place]), true, spacing)
-                row["at_any_presence"]["dice"] = dice(likeliest[place], true)
+                row["at_any_presence"]["dice"] = dice(above[place], true)
                 row["middle"] = {"pointing": float(true[tuple(length // 2 for length in true.shape)])}
                 row["one_mask"] = judged(union, together, true)
                 row |= self._without_scan(task.study, name, true)
@@ -341,7 +341,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = evaluation.evaluation_parser(__doc__ or "", batch_size=1)
     add_arguments(parser)
     arguments = parser.parse_args(argv)
-    data, studies = evaluation.open_data(arguments)
+    settings = {name: getattr(arguments, name) for name in ("threshold", "presence", "tolerance")}
+    data, studies = evaluation.open_data(arguments, **settings)
     tasks = tasks_of(data, studies)
     if not any(task.present for task in tasks):
         raise ValueError(f"no study of split {arguments.split!r} in {arguments.data} has a mask of a finding; prepare data that has masks")
@@ -349,7 +350,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.score_only:
         segmenter = Segmenter.from_pretrained(arguments.model, arguments.device)
         same_preprocessing(segmenter.processor.image_processor, data)
-        settings = {name: getattr(arguments, name) for name in ("threshold", "presence", "tolerance")}
         evaluation.begin(arguments, segmenter.model, data, **settings)
         judge = Judge(data, tasks, evaluation.training_split(data, arguments.split), **settings)
 

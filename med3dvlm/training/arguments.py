@@ -6,7 +6,7 @@ import os
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import SchedulerType, TrainingArguments, get_scheduler
@@ -46,6 +46,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 class StageArguments(TrainingArguments):
     """transformers' TrainingArguments and the settings of every stage. Every field is a key of the YAML and a flag."""
 
+    knows_lengths: ClassVar[bool] = False  # whether the stage's rows say how long they are, for train_sampling_strategy
+
     remove_unused_columns: bool = field(default=False, metadata={"help": "the collators take what they need from a row"})
     data: str = field(default="", metadata={"help": "prepared data, see `med3dvlm prepare`: a folder, or an address as s3://bucket/data"})
     data_cache: str = field(
@@ -63,6 +65,10 @@ class StageArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_settings(vars(self))
+        if self.train_sampling_strategy == "group_by_length" and not self.knows_lengths:
+            raise ValueError(
+                "train_sampling_strategy is 'group_by_length', but this stage does not know how long its rows are; take random or sequential"
+            )
         Cache(self.data_cache, self.data_cache_size)
         if self.bf16 and not self.use_cpu and not _gpu_has_bfloat16():
             raise ValueError(

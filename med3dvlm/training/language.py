@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ConversationArguments(ImageArguments):
+    knows_lengths: ClassVar[bool] = True
     rows: str = field(
         default="study",
         metadata={

@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 # Settings of transformers -> allowed values, and why.
 CHOICES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("optim", ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "rmsprop", "sgd"), "another engine could not take over the state of others"),
-    ("train_sampling_strategy", ("random", "sequential", "group_by_length"), "rows are not ordered in another way here"),
+    ("train_sampling_strategy", ("random", "sequential", "group_by_length"), "no other order can be continued"),
     ("metric_for_best_model", ("loss", "eval_loss"), "nothing else is measured while training"),
 )  # fmt: skip
 

@@ -57,7 +57,7 @@ def lora_targets(model: Med3DVLM) -> str:
 
 
 class EpochSetter(TrainerCallback):
-    """Tells data set and sampler which epoch it is.
+    """Tells the data set, and then the sampler, which may ask for the lengths of its rows, which epoch it is.
 
     accelerate's loader (1.15) tells the data set on one process alone, and forgets data set or sampler after a restart inside an epoch.
     """

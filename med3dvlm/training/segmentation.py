@@ -61,7 +61,7 @@ class DecoderArguments:
     prompt_sides: float = field(default=0.3, metadata={"help": "share of findings asked for with their side, and for the other side too"})
     prompt_places: float = field(
         default=0.0,
-        metadata={"help": "share of findings asked for with their place, and for another too; for places that exclude each other"},
+        metadata={"help": "share of findings asked for once more with their place, and for another; for places that exclude each other"},
     )
 
     @property

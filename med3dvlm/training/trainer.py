@@ -34,7 +34,7 @@ from med3dvlm.training.throughput import Throughput, figures
 logger = logging.getLogger(__name__)
 
 IDENTITY = "identity.json"  # the identity of a training: only its own checkpoints are continued
-GROUP = 32  # batches whose rows are sorted by length, where those of like length share one
+SORTED_TOGETHER = 32  # batches, where rows of like length share one
 
 
 class DivergedError(ValueError):
@@ -168,11 +168,7 @@ class StageTrainer(Trainer):
             batch = len(rows) if parts == 1 else batch
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         strategy = self.args.train_sampling_strategy
-        lengths = None
-        if strategy == "group_by_length" and (lengths := getattr(rows, "lengths", None)) is None:
-            raise ValueError(
-                "train_sampling_strategy is 'group_by_length', but the rows of this stage are all of one length; choose 'random'"
-            )
+        lengths = rows.lengths if strategy == "group_by_length" else None
         sampler = WholeBatches(len(rows), batch, None if strategy == "sequential" else seed, self.args.dataloader_drop_last, lengths)
         own = OwnRows(self.args.train_batch_size, self.args.world_size, self.args.process_index)
         return fetched_ahead(sampler, rows, own, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -302,14 +298,14 @@ class StageTrainer(Trainer):
 
 
 class WholeBatches(Sampler[int]):
-    """Row numbers of an epoch. The first rows are repeated at its end to fill the last batch, so that any number of processes sees the same.
+    """Row numbers of an epoch. The first rows are repeated to fill the last batch, so that any number of processes sees the same.
 
     Args:
         batch_size: over all processes and parts of an accumulated batch.
         seed: of the order, which is another in every epoch; None keeps the rows' own.
         drop_last: leave the last batch out where it is not whole.
-        lengths: gives about how long each row of this epoch is. With it, rows of like length share a batch, so that little of it is padding: each
-            GROUP batches of the random order are sorted, and all batches shuffled.
+        lengths: gives about how long each row of this epoch is. With it, rows of like length share a batch, so that little of it is padding: the
+            rows of SORTED_TOGETHER batches of the random order are sorted, and all batches shuffled. It is asked when the epoch begins.
 
     Raises:
         ValueError: no batch would be left.
@@ -337,8 +333,8 @@ class WholeBatches(Sampler[int]):
         order = list(islice(cycle(torch.randperm(self.rows, generator=random).tolist()), self.length))
         if self.lengths is None:
             return iter(order)
-        lengths, some = self.lengths(), GROUP * self.batch_size
-        order = [row for first in range(0, len(order), some) for row in sorted(order[first : first + some], key=lengths.__getitem__)]
+        lengths, chunk = self.lengths(), SORTED_TOGETHER * self.batch_size
+        order = [row for first in range(0, len(order), chunk) for row in sorted(order[first : first + chunk], key=lengths.__getitem__)]
         batches = torch.randperm(len(order) // self.batch_size, generator=random).tolist()
         return iter([row for batch in batches for row in order[batch * self.batch_size : (batch + 1) * self.batch_size]])
 

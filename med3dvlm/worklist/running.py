@@ -28,7 +28,7 @@ from med3dvlm.files import atomic_file, json_lines, write_json, write_lines
 from med3dvlm.inference.engine import Engine, Generation, Request
 from med3dvlm.inference.out_of_distribution import Features, pool_features
 from med3dvlm.inference.pointing import places_in
-from med3dvlm.inference.segmentation import Segmentation, numbered_file
+from med3dvlm.inference.segmentation import PRESENCE_WHERE_STATED, Segmentation, numbered_file
 from med3dvlm.preprocessing import VolumeProcessor
 from med3dvlm.prompts import REPORT_PROMPTS, RESEARCH_NOTICE
 from med3dvlm.recipes import RECIPES
@@ -279,7 +279,7 @@ class _Batch:
             names = [name.replace("_", " ") for name, found in record["findings"].items() if found["stated"] == "present"]
             if names:
                 volume = open_volume(case)
-                drawn = [(None, one) for one in self.models.segmenter.segment_all(volume, names)]
+                drawn = [(None, one) for one in self.models.segmenter.segment_all(volume, names, presence=PRESENCE_WHERE_STATED)]
         else:
             for prompt, answer in zip(prompts, asked.answers, strict=True):
                 row, _ = chat.prompt(prompt or REPORT_PROMPTS[0], None, self.settings.max_new_tokens)

@@ -155,7 +155,7 @@ def test_findings_stated_in_an_answer_can_be_segmented() -> None:
 
 def test_saved_masks_lie_on_the_scan(workstation: Workstation, session: Session, scan: Any, tmp_path: Path) -> None:
     workstation.open_uploads(session, [str(shutil.copy(scan(), tmp_path))])
-    with pytest.raises(ValueError, match="No mask was found"):
+    with pytest.raises(ValueError, match="No mask was drawn"):
         workstation.save_masks(session, "zip")
     for name in ("lung nodule", "Ä/..", "absent"):
         workstation.segment(session, name)
@@ -274,7 +274,7 @@ def test_contours_are_drawn_and_toggled_and_the_viewer_moves_to_them(visit: Any,
     page.get_by_label("A finding to look for").fill("absent mass")
     page.get_by_label("A finding to look for").press("Enter")
     expect(page.get_by_label("A finding to look for")).to_have_value("")
-    expect(page.locator(".findings .missing")).to_have_text("2: absent mass, not found (probability of being present: 12 %)")
+    expect(page.locator(".findings .missing")).to_have_text("2: absent mass, not drawn (probability of being present: 12 %)")
     assert not page.evaluate(PALE)
     page.get_by_role("button", name="Remove lung nodule").click()
     expect(page.locator(".findings li")).to_have_count(1)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.ndimage import binary_dilation
 
 from med3dvlm.datasets.phantom import Acquisition, Body, Finding, draw, draw_with_masks, plan_phantoms, read_plans
 from med3dvlm.datasets.phantom.abdomen import POLES, SEGMENTS
+from med3dvlm.datasets.phantom.body import WATER
 from med3dvlm.datasets.phantom.canvas import MIN_CHANGE
 from med3dvlm.datasets.phantom.chest import LOBES
 from med3dvlm.datasets.phantom.wording import KINDS
@@ -52,6 +54,22 @@ def test_a_lesion_lies_in_the_structure_that_its_place_names(kind: str) -> None:
         for whole, parts in canvas.wholes.items():
             assert np.array_equal(structures[whole], np.any([structures[part] for part in parts], axis=0))
             assert sum(structures[part].sum() for part in parts) == structures[whole].sum()
+
+
+@pytest.mark.parametrize("place", POLES)
+def test_a_cyst_is_seen_beside_ascites(place: str) -> None:
+    """Both are water; between them lie kidney and fat."""
+    canvas, masks = draw_with_masks(*scanned("renal_cyst", place, 45, "axial", Finding("ascites", "abdomen", 0, 1)))
+    rim = binary_dilation(masks["renal_cyst"], iterations=2) & ~binary_dilation(masks["renal_cyst"])
+    assert np.median(np.abs(canvas.array[masks["renal_cyst"]] - WATER)) < 25
+    assert (np.abs(canvas.array[rim] - WATER) < 40).mean() < 0.25
+
+
+def test_a_stone_is_seen_in_the_delayed_phase() -> None:
+    body, acquisition = scanned("kidney_stone", "lower pole of the left kidney", 24)
+    canvas, masks = draw_with_masks(body, replace(acquisition, phase="delayed phase"))
+    kidney = canvas.structures()["left kidney"] & ~binary_dilation(masks["kidney_stone"], iterations=2)
+    assert canvas.array[kidney].max() < 500 < np.median(canvas.array[masks["kidney_stone"]])
 
 
 def test_the_mask_of_a_ball_has_its_volume() -> None:

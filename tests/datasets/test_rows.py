@@ -132,6 +132,16 @@ def test_lengths_grow_with_the_tokens_of_the_epochs_rows(data: PreparedData, pro
         assert np.corrcoef(talks.lengths(), tokens)[0, 1] > 0.95
 
 
+def test_lengths_are_those_of_rows_not_of_studies(data: PreparedData, processor: Med3DVLMProcessor) -> None:
+    split = ConversationDataset(data, "train", ConversationOptions(), 4)
+    many_questions(split, 2, 500)
+    split.limit_rows(processor, 400, 2000)
+    for talks in (split, one_each(data)):
+        assert len(talks.lengths()) == len(talks) > len(talks.studies)
+        tokens = [len(processor.branch(talks.conversations(row), 400)["input_ids"]) for row in range(len(talks))]
+        assert np.corrcoef(talks.lengths(), tokens)[0, 1] > 0.9
+
+
 def test_short_studies_stay_one_row_with_the_same_conversations(data: PreparedData, processor: Med3DVLMProcessor) -> None:
     talks, limited = (ConversationDataset(data, "train", ConversationOptions(), 6) for _ in range(2))
     limited.limit_rows(processor, 400, 4096)

@@ -13,7 +13,7 @@ from tests.training.toy import train
 def process(rank: int, folder: Path, port: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    settings = {"per_device_train_batch_size": 2}
+    settings = {"per_device_train_batch_size": 2, "train_sampling_strategy": "group_by_length"}
     whole = train(folder / "whole", **settings)
     train(folder / "stopped", stop_after=7, **settings)
     again = train(folder / "stopped", **settings)

@@ -87,6 +87,22 @@ def test_masks_equal_the_segmenters_for_the_same_queries(chat: Med3DChat, scan: 
         assert found.volume_ml == pytest.approx(wanted.volume_ml, rel=0.01) and found.side == wanted.side
 
 
+def test_what_an_answer_points_to_is_drawn_where_it_is_likelier_there_than_not(chat: Med3DChat, scan: Path) -> None:
+    places, bias = chat.ask(scan, QUESTION).places[:1], chat.model.pointing.head.presence_bias
+    before = bias.detach().clone()
+    with torch.no_grad():
+        try:
+            bias -= 100
+            (found,) = chat.masks(read_volume(scan), places)
+            logit = bias - np.log(found.score / (1 - found.score))  # gives a score of a half
+            for score, drawn in ((0.6, True), (0.4, False)):  # `segment` would draw neither
+                bias.copy_(logit + np.log(score / (1 - score)))
+                (found,) = chat.masks(read_volume(scan), places)
+                assert found.score == pytest.approx(score, abs=1e-3) and found.found == drawn
+        finally:
+            bias.copy_(before)
+
+
 def test_pointing_tokens_are_not_shown_in_streams_and_batches(chat: Med3DChat, scan: Path) -> None:
     pieces, stream = [], chat.stream(scan, QUESTION)
     try:

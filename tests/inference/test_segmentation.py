@@ -17,7 +17,7 @@ from torch import Tensor
 from med3dvlm import Med3DChat, VolumeProcessor, cli, read_volume
 from med3dvlm.checkpoints import load_clip
 from med3dvlm.geometry.measurements import volume_ml
-from med3dvlm.inference.segmentation import Segmentation, Segmenter
+from med3dvlm.inference.segmentation import PRESENCE, THRESHOLD, Segmentation, Segmenter
 from med3dvlm.models.segmentation import Med3DSegmenter
 from med3dvlm.prompts import RESEARCH_NOTICE
 from tests.formats.dicom_files import write_series
@@ -202,6 +202,14 @@ def test_the_command_writes_dicom(segmenter: Segmenter, tmp_path: Path, capsys: 
     assert int(written.pixel_array.sum()) == sum(int(one.mask.sum()) for one in found)
     code, _, error = run(capsys, "segment", "model", tmp_path / "series", WORDS[2], "--dicom-seg", tmp_path / "none.dcm")
     assert code == 0 and "Nothing was found" in error and not (tmp_path / "none.dcm").exists()
+
+
+def test_the_commands_defaults_are_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command states them anew: to import them would import torch."""
+    with pytest.raises(SystemExit):
+        cli.main(["segment", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {THRESHOLD})" in words and f"(default: {PRESENCE})" in words
 
 
 def test_wrong_arguments_of_the_command(segmenter: Segmenter, nifti: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

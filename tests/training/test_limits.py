@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -16,6 +18,13 @@ KINDS = (
     stage3_lora.Stage3Arguments,
 )  # fmt: skip
 NEUTRAL = {name: allowed for name, (allowed, _) in REFUSED.items()} | {name: known[0] for name, known, _ in CHOICES}
+
+
+def test_rows_are_grouped_by_length_only_where_it_is_known(tmp_path: Path) -> None:
+    for kind in KINDS:
+        known = kind in (stage0_language_model.Stage0Arguments, stage2_projector.Stage2Arguments, stage3_lora.Stage3Arguments)
+        with nullcontext() if known else pytest.raises(ValueError, match="this stage does not know how long its rows are"):
+            kind(str(tmp_path), use_cpu=True, report_to="none", train_sampling_strategy="group_by_length")
 
 
 def test_the_table_covers_all_numeric_settings() -> None:

@@ -54,7 +54,7 @@ def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
         (
             "data: x\n",
             ["--train-sampling-strategy", "batch_rebalance"],
-            "is 'batch_rebalance' but must be random or sequential or group_by_length: rows",
+            "is 'batch_rebalance' but must be random or sequential or group_by_length: no other order",
         ),
         ("data: x\nbf16: true\n", [], "no GPU here that computes in bfloat16; pass --use-cpu true to train on the CPU, or --bf16 false"),
         (

@@ -5,6 +5,7 @@ import math
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,23 @@ def test_weights_that_train_are_float32_and_the_others_stay(tmp_path: Path) -> N
     }
 
 
-def test_training_interrupted_within_an_epoch_resumes_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_training_interrupted_within_an_epoch_resumes_exactly(strategy: str, tmp_path: Path) -> None:
     """Rows, dropout, losses and weights are equal bit for bit after a restart from checkpoint 6, the second step of the second epoch."""
-    whole = train(tmp_path / "whole")
+    whole = train(tmp_path / "whole", train_sampling_strategy=strategy)
+    if strategy == "group_by_length":  # by this epoch's lengths no batch overlaps another
+        for epoch in (0, 1):
+            rows = Rows()
+            rows.set_epoch(epoch)
+            lengths = sorted(sorted(rows.lengths()[index] for _, index in batch) for batch in whole.seen[4 * epoch : 4 * epoch + 4])
+            assert all(one[-1] <= other[0] for one, other in pairwise(lengths))
     assert [rows[0][0] for rows in whole.seen] == [0] * 4 + [1] * 4 + [2] * 2
     first, second = ([index for rows in whole.seen[step : step + 4] for _, index in rows] for step in (0, 4))
     assert set(first) == set(second) == set(range(13)) and len(first) == len(second) == 16 and first != second
 
-    train(tmp_path / "stopped", stop_after=7)
+    train(tmp_path / "stopped", stop_after=7, train_sampling_strategy=strategy)
     assert [step for step, _ in losses(tmp_path / "stopped")] == list(range(1, 7))
-    again = train(tmp_path / "stopped")
+    again = train(tmp_path / "stopped", train_sampling_strategy=strategy)
     assert again.seen == whole.seen[6:]
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert torch.equal(again.linear.weight, whole.linear.weight)
@@ -260,11 +268,6 @@ def test_rows_of_like_length_share_batches(batch: int) -> None:
         assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3  # short batches come anywhere
         seen.append(other)
     assert seen[0] == seen[2] != seen[1]
-
-
-def test_rows_without_lengths_are_not_grouped(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="train_sampling_strategy is 'group_by_length', but the rows of this stage are all of one length; choose"):
-        train(tmp_path, max_steps=1, train_sampling_strategy="group_by_length")
 
 
 def test_the_record_needs_no_git(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from med3dvlm.training.trainer import StageTrainer
 
 @dataclass
 class ToyArguments(StageArguments):
+    knows_lengths: ClassVar[bool] = True
     colour: str = field(default="red", metadata={"help": "of the toy, 100 % sure"})
     speed: float | None = None
 
@@ -38,6 +39,9 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return 13
+
+    def lengths(self) -> list[int]:
+        return [(7 * index + 3 * self.epoch) % 13 for index in range(13)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         value = torch.randn(4, generator=torch.Generator().manual_seed(100 * self.epoch + index))
