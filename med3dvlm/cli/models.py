@@ -81,7 +81,8 @@ def _ask(arguments: argparse.Namespace) -> None:
     chat = _load(arguments.model, arguments.quantize)
     if arguments.masks is not None and chat.model.pointing is None:
         raise ValueError(
-            f"{arguments.model} cannot point, so there is nothing to write to {arguments.masks}; train stage 3 with --segmenter"
+            f"{arguments.model} cannot point, so there is nothing to write to {arguments.masks}; ask `med3dvlm segment`, or train stage 3 with "
+            "--segmenter"
         )
     with closing(start_engine(chat, arguments.engine, arguments.vllm_url)):
         answer = _print_pieces(chat.stream(volume, question, max_new_tokens=arguments.max_new_tokens))

@@ -12,6 +12,8 @@ from med3dvlm.cli.options import Commands, add_scan, quiet_transformers, reading
 if TYPE_CHECKING:
     from med3dvlm.inference.segmentation import Segmentation
 
+LETTERS = r"[^\W_]+"  # of any script, and digits
+
 
 def add_commands(commands: Commands) -> None:
     command = commands.add_parser("segment", help="segment a finding or an organ in a scan, and measure it")
@@ -57,10 +59,10 @@ def _segment(arguments: argparse.Namespace) -> int | None:
     segmenter.processor.image_processor.straighten |= straighten
     found = segmenter.segment_all(volume, arguments.texts, arguments.threshold, arguments.presence)
     for one in found:
-        print(line_of(one))
+        print(line_of(one, arguments.presence))
     for file, one in zip(files, found, strict=False):
         one.save_nifti(file)
-        print(f"wrote {file}", file=sys.stderr)
+        print(f"wrote {file}{'' if one.found else ', which is empty'}", file=sys.stderr)
     if arguments.dicom_seg is not None:
         _write_dicom(arguments, [one for one in found if one.found])
     print(RESEARCH_NOTICE, file=sys.stderr)
@@ -77,17 +79,17 @@ def _files(out: Path | None, texts: Sequence[str]) -> list[Path]:
         return [] if out is None else [out]
     ending = ".nii.gz" if out.name.lower().endswith(".nii.gz") else out.suffix
     stem = out.name[: len(out.name) - len(ending)]
-    files = [out.with_name(f"{stem}-{re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')}{ending}") for text in texts]
+    files = [out.with_name(f"{stem}-{'-'.join(re.findall(LETTERS, text.lower()))}{ending}") for text in texts]
     if len(set(files)) < len(files):
         raise ValueError("two of the texts would be written into one file; ask for each once, in other words")
     return files
 
 
-def line_of(one: "Segmentation") -> str:
-    """Describe a mask in one line."""
+def line_of(one: "Segmentation", presence: float) -> str:
+    """Describe a mask in one line; it was drawn where its score exceeds `presence`."""
     start = f"{one.name}: presence {one.score:.2f}"
     if one.bounding_box is None:
-        return f"{start}, nothing drawn."
+        return f"{start}, {'no voxel above the threshold' if one.score > presence else 'nothing drawn'}."
     parts = [start]
     if one.volume_ml is not None:
         parts += [f"{one.volume_ml:.3g} ml", f"longest diameter {one.longest_diameter_mm:.0f} mm"]
