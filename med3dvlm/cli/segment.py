@@ -85,8 +85,8 @@ def _files(out: Path | None, texts: Sequence[str]) -> list[Path]:
     return files
 
 
-def line_of(one: "Segmentation", presence: float) -> str:
-    """Describe a mask in one line; it was drawn where its score exceeds `presence`."""
+def line_of(one: "Segmentation", presence: float = 0.5) -> str:
+    """Describe a mask in one line; it was drawn where its score exceeds `presence`, by default that of what an answer states."""
     start = f"{one.name}: presence {one.score:.2f}"
     if one.bounding_box is None:
         return f"{start}, {'no voxel above the threshold' if one.score > presence else 'nothing drawn'}."

@@ -6,7 +6,7 @@ import os
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments, get_scheduler
@@ -46,7 +46,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 class StageArguments(TrainingArguments):
     """transformers' TrainingArguments and the settings of every stage. Every field is a key of the YAML and a flag."""
 
-    knows_lengths: ClassVar[bool] = False  # whether the stage's rows say how long they are, for train_sampling_strategy
+    knows_lengths = False  # whether the stage's rows say how long they are, for train_sampling_strategy
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "the collators take what they need from a row"})
     data: str = field(default="", metadata={"help": "prepared data, see `med3dvlm prepare`: a folder, or an address as s3://bucket/data"})

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ConversationArguments(ImageArguments):
-    knows_lengths: ClassVar[bool] = True
+    knows_lengths = True
     rows: str = field(
         default="study",
         metadata={

@@ -8,7 +8,7 @@ It is plain language modelling on text: reports, and questions asked about a rep
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -30,7 +30,7 @@ SPECIAL_TOKENS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<image>
 
 @dataclass
 class Stage0Arguments(StageArguments):
-    knows_lengths: ClassVar[bool] = True
+    knows_lengths = True
     vocabulary: int = field(default=1000, metadata={"help": "tokens of the tokenizer"})
     hidden_size: int = field(default=256, metadata={"help": "width of the language model"})
     layers: int = field(default=4, metadata={"help": "layers of the language model"})

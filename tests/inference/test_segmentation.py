@@ -16,6 +16,7 @@ from torch import Tensor
 
 from med3dvlm import Med3DChat, VolumeProcessor, cli, read_volume
 from med3dvlm.checkpoints import load_clip
+from med3dvlm.cli.segment import _files, line_of
 from med3dvlm.geometry.measurements import volume_ml
 from med3dvlm.inference.segmentation import PRESENCE, THRESHOLD, Segmentation, Segmenter
 from med3dvlm.models.segmentation import Med3DSegmenter
@@ -210,6 +211,17 @@ def test_the_commands_defaults_are_the_librarys(capsys: pytest.CaptureFixture[st
         cli.main(["segment", "--help"])
     words = " ".join(capsys.readouterr().out.split())
     assert f"(default: {THRESHOLD})" in words and f"(default: {PRESENCE})" in words
+
+
+def test_masks_are_named_after_texts_of_any_script() -> None:
+    files = _files(Path("many.nii.gz"), ["Liver mass!", "\u6e17\u51fa", "lung_nodule 2"])
+    assert [file.name for file in files] == ["many-liver-mass.nii.gz", "many-\u6e17\u51fa.nii.gz", "many-lung-nodule-2.nii.gz"]
+
+
+def test_an_empty_mask_says_why() -> None:
+    empty = SimpleNamespace(name="liver mass", score=0.6, bounding_box=None)
+    assert line_of(empty, 0.75) == "liver mass: presence 0.60, nothing drawn."  # type: ignore[arg-type]
+    assert line_of(empty, 0.5) == "liver mass: presence 0.60, no voxel above the threshold."  # type: ignore[arg-type]
 
 
 def test_wrong_arguments_of_the_command(segmenter: Segmenter, nifti: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from med3dvlm.training.trainer import StageTrainer
 
 @dataclass
 class ToyArguments(StageArguments):
-    knows_lengths: ClassVar[bool] = True
+    knows_lengths = True
     colour: str = field(default="red", metadata={"help": "of the toy, 100 % sure"})
     speed: float | None = None
 
