@@ -9,7 +9,8 @@ from scipy.ndimage import binary_erosion
 
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation.page_cases import EDGE, picture
-from med3dvlm.evaluation.segmentation import CONTROLS, FIGURES, LARGE, unpacked
+from med3dvlm.evaluation.segmentation import unpacked
+from med3dvlm.evaluation.segmentation_scores import CONTROLS, FIGURES, LARGE
 from med3dvlm.plots.slices import grey, take_slice
 from med3dvlm.records import Study
 

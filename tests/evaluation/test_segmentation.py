@@ -14,7 +14,8 @@ from torch import Tensor
 from med3dvlm.checkpoints import load_clip
 from med3dvlm.datasets.store import PreparedData
 from med3dvlm.evaluation.page_masks import COLOURS, outlined
-from med3dvlm.evaluation.segmentation import Judge, packed, predicted, scores_of, table, tasks_of, unpacked
+from med3dvlm.evaluation.segmentation import Judge, packed, predicted, tasks_of, unpacked
+from med3dvlm.evaluation.segmentation_scores import scores_of, table
 from med3dvlm.files import read_lines
 from med3dvlm.inference.segmentation import PRESENCE
 from med3dvlm.metrics.segmentation import dice
@@ -118,8 +119,8 @@ class Knowing:
 def test_a_perfect_segmenter(demo: SimpleNamespace) -> None:
     """Dice, surface distance and pointing are perfect, there is no extra component, and the controls are worse."""
     data, tasks = demo.data, tasks_of(demo.data, demo.data.studies("test"))
-    judge = Judge(data, tasks, "train", 0.5, 0.5, 2.0)
-    scores = scores_of([predicted(task, data, Knowing(data, task), judge) for task in tasks], tasks)
+    judge, patients = Judge(data, tasks, "train", 0.5, 0.5, 2.0), [task.study.patient for task in tasks]
+    scores = scores_of([predicted(task, data, Knowing(data, task), judge) for task in tasks], patients)
     figures = scores["all"]["figures"]
     assert figures["dice"]["value"] == figures["nsd"]["value"] == figures["pointing"]["value"] == figures["f1"]["value"] == 1
     assert figures["hd95"]["value"] == 0 and figures["absent"]["value"] == 0 and scores["calibration"]["ece"] == pytest.approx(0, abs=1e-5)
@@ -127,7 +128,7 @@ def test_a_perfect_segmenter(demo: SimpleNamespace) -> None:
     assert figures["one_mask.dice"]["value"] > 0
     assert 0 < figures["chance.pointing"]["value"] < 0.5
     records = [predicted(task, data, Knowing(data, task, wrongly=True), judge) for task in tasks]
-    wrong = scores_of(records, tasks)
+    wrong = scores_of(records, patients)
     assert wrong["all"]["figures"]["absent"]["value"] == 1 and wrong["studies_with_an_absent_finding_drawn"]["value"] == 1
     assert wrong["all"]["figures"]["dice"]["value"] == 1 and wrong["all"]["figures"]["f1"]["value"] < 1
     assert "Mask drawn for an absent finding: 1.000" in table(wrong)
@@ -169,6 +170,7 @@ def test_wrong_input(demo: SimpleNamespace, run: Run, arguments: list[object], w
     wrong = {
         "holds a model of type med3d_clip, not med3d_segmenter": ["--model", demo.clip, *arguments[2:], "--output", tmp_path],
         "made with another threshold (0.5, not 0.3)": [*arguments, "--output", whole, "--threshold", 0.3],
+        "made with another presence (0.75, not 0.6)": [*arguments[2:], "--output", whole, "--score-only", "--presence", 0.6],
     }
     for sentence, given in wrong.items():
         with pytest.raises(SystemExit) as ended:
