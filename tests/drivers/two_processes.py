@@ -1,4 +1,4 @@
-"""python tests/drivers/two_processes.py FOLDER PORT: the toy training on 2 processes, uninterrupted, stopped and resumed."""
+"""python tests/drivers/two_processes.py FOLDER PORT STRATEGY: the toy training on 2 processes, uninterrupted, stopped and resumed."""
 
 import json
 import os
@@ -10,10 +10,10 @@ import torch
 from tests.training.toy import train
 
 
-def process(rank: int, folder: Path, port: str) -> None:
+def process(rank: int, folder: Path, port: str, strategy: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    settings = {"per_device_train_batch_size": 2, "train_sampling_strategy": "group_by_length"}
+    settings = {"per_device_train_batch_size": 2, "train_sampling_strategy": strategy}
     whole = train(folder / "whole", **settings)
     train(folder / "stopped", stop_after=7, **settings)
     again = train(folder / "stopped", **settings)
@@ -23,4 +23,4 @@ def process(rank: int, folder: Path, port: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.start_processes(process, (Path(sys.argv[1]), sys.argv[2]), 2, start_method="fork")
+    torch.multiprocessing.start_processes(process, (Path(sys.argv[1]), *sys.argv[2:]), 2, start_method="fork")

@@ -1,7 +1,9 @@
 """Masks from words on the grid of the stored scan, drawn by a stand-in for the model; `med3dvlm segment`."""
 
 import gzip
+import re
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from med3dvlm import Med3DChat, VolumeProcessor, cli, read_volume
 from med3dvlm.checkpoints import load_clip
 from med3dvlm.cli.segment import _files, line_of
 from med3dvlm.geometry.measurements import volume_ml
-from med3dvlm.inference.segmentation import PRESENCE, THRESHOLD, Segmentation, Segmenter
+from med3dvlm.inference.segmentation import PRESENCE, PRESENCE_WHERE_STATED, THRESHOLD, Segmentation, Segmenter
 from med3dvlm.models.segmentation import Med3DSegmenter
 from med3dvlm.prompts import RESEARCH_NOTICE
 from tests.formats.dicom_files import write_series
@@ -210,7 +212,10 @@ def test_the_commands_defaults_are_the_librarys(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         cli.main(["segment", "--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert f"(default: {THRESHOLD})" in words and f"(default: {PRESENCE})" in words
+    assert re.findall(r"--(threshold|presence) P (?:(?!--).)*\(default: (\S+)\)", words) == [
+        ("threshold", f"{THRESHOLD}"), ("presence", f"{PRESENCE}")
+    ]  # fmt: skip
+    assert signature(line_of).parameters["presence"].default == PRESENCE_WHERE_STATED
 
 
 def test_masks_are_named_after_texts_of_any_script() -> None:

@@ -104,8 +104,9 @@ def test_training_interrupted_within_an_epoch_resumes_exactly(strategy: str, tmp
 
 
 @pytest.mark.slow
-def test_training_on_two_processes_resumes_exactly(tmp_path: Path, shell: Callable[..., str], free_port: str) -> None:
-    shell("python", "tests/drivers/two_processes.py", tmp_path, free_port)
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_training_on_two_processes_resumes_exactly(strategy: str, tmp_path: Path, shell: Callable[..., str], free_port: str) -> None:
+    shell("python", "tests/drivers/two_processes.py", tmp_path, free_port, strategy)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for rank in ranks:
         assert [rows[0][0] for rows in rank["whole"]] == [0] * 4 + [1] * 4 + [2] * 2
